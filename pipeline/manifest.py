@@ -1,0 +1,288 @@
+"""The manifest: one typed YAML file that drives building, reading and training of a stage.
+
+``load_manifest`` reads, validates and freezes it; ``python -m trainer --manifest M --dry-run`` prints it with every
+default resolved. Relative paths in a manifest are relative to the current directory, except ``extends``, which is
+relative to the manifest that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.schema import ManifestError, build, field, override, plain, read_yaml
+
+__all__ = ["Manifest", "ManifestError", "load_manifest", "plain"]
+
+TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
+TOKENS_PER_TILE = 64  #: tokens of one tile of a still
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One dataset entry: an annotation file, where its media lie and how to take samples of it."""
+
+    annotation: str = field(doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
+    root: str = field("", doc="folder that the annotation's media paths are relative to, or a name in the root map")
+    sampling: str = field("all", doc="all, first:N, end:N, first2:N, first3:N, first4:N, random:N; N a count or P%")
+    reader: str = field("decord", choices=("decord", "img", "frame", "gif", "av"))
+    media_type: str = field("auto", choices=("auto", "image", "video", "text", "mix"))
+    split: str = field("train", choices=("train", "val"), doc="val is held out of training and used for scoring")
+    name: str = field("", doc="name in ledgers and reports; the annotation file's stem if empty")
+    samples: int | None = field(None, low=0, doc="number of samples as published, where it is stated")
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.annotation).name.split(".")[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read: the entries, and the user's root map that says where media really are."""
+
+    entries: tuple[Entry, ...]
+    roots: str = field("", doc="YAML file that maps an entry's root to a place that can be read")
+    text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
+
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise ManifestError("entries: the list is empty; name at least one annotation file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """How a video becomes frames, when building and when reading."""
+
+    sampler: str = field(doc="middle, dynamic_fps1, rand, or fpsX with X frames a second")
+    min: int = field(low=1)
+    max: int = field(low=1)
+    size: int = field(low=16, doc="frames are resized to size x size pixels, aspect not kept")
+    clip_frames: int = field(4, low=1, doc="frames of one clip, the unit of the vision tower")
+    time_message: str = field("short", choices=("short", "long", "none"))
+    quality: int = field(90, low=1, doc="JPEG quality of stored frames")
+    subsampling: str = field("420", choices=("420", "422", "444"))
+
+    def __post_init__(self) -> None:
+        named = self.sampler in ("middle", "dynamic_fps1", "rand")
+        rate = self.sampler[3:] if self.sampler.startswith("fps") else ""
+        if not named and not (rate.replace(".", "", 1).isdigit() and float(rate) > 0):
+            raise ManifestError(f"sampler: {self.sampler!r} is not middle, dynamic_fps1, rand or fpsX such as fps2")
+        if self.min > self.max:
+            raise ManifestError(f"min: {self.min} is larger than max ({self.max})")
+        if self.max % self.clip_frames:
+            raise ManifestError(f"max: {self.max} is not a multiple of clip_frames ({self.clip_frames})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """How a still becomes tiles of ``frames.size`` pixels."""
+
+    mode: str = field("anyres_nopad", choices=("square", "anyres_nopad"))
+    max_grid: int = field(6, low=1, doc="largest number of tiles along one side")
+    quality: int = field(95, low=1, doc="JPEG quality of stills that have to be re-encoded")
+    max_side: int = field(4096, low=16, doc="stills with a longer side are stored reduced to it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """How a conversation becomes token ids and labels."""
+
+    tokenizer: str = field(doc="folder of a Hugging Face tokenizer, or a hub name")
+    template: str = field("qwen_2", choices=("plain", "qwen_2"))
+    system: str = "You are a helpful assistant."
+    mask_prompt_markers: bool = field(False, doc="true: do not learn <|im_start|>, <|im_end|> and newline in prompts")
+    max_tokens: int = field(32768, low=1, doc="longest dialogue and longest row, visual tokens included")
+    over_length: str = field("cut", choices=("cut", "refuse"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Estimated FLOPs of a dialogue: patch * patch tokens + token * tokens + pair * sum of squared lengths."""
+
+    patch: float
+    token: float
+    pair: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """Global batches and rows (packed sequences)."""
+
+    global_batch: int = field(low=1, doc="dialogues in one optimiser step")
+    row_multiple: int = field(low=1, doc="a global batch has a multiple of this many rows; world size divides it")
+    loss_weight: str = field("dialogue", choices=("dialogue", "token"))
+    shuffle: bool = True
+    cost: Cost | None = field(None, doc="balances rows; the trainer computes it from the model where it is missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """How batches are read; nothing here changes what they contain."""
+
+    threads: int = field(2, low=1, doc="decoding threads of one rank")
+    prefetch_mb: int = field(512, low=1, doc="bound on decoded rows waiting for the training step, of one rank")
+    max_unreadable: int = field(100, low=0, doc="a run stops when more dialogues than this could not be read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTower:
+    """UMT video transformer; the defaults are UMT-L."""
+
+    type: str = field("umt", choices=("umt",))
+    width: int = field(1024, low=1)
+    depth: int = field(24, low=2, doc="blocks of the published encoder; the last one is not run")
+    heads: int = field(16, low=1)
+    patch: int = field(16, low=1)
+    mlp_ratio: float = 4.0
+    table_side: int = field(14, low=1, doc="patches along a side of the position table before interpolation")
+    group_clips: int = field(32, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once")
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ManifestError(f"heads: {self.heads} does not divide width ({self.width})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """ToMe16 MLP: token merging to 16 tokens a frame, then two linear layers."""
+
+    type: str = field("tome16_mlp", choices=("tome16_mlp",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """Qwen2 family; the defaults are Qwen2-7B."""
+
+    hidden_size: int = field(3584, low=1)
+    intermediate_size: int = field(18944, low=1)
+    num_hidden_layers: int = field(28, low=1)
+    num_attention_heads: int = field(28, low=1)
+    num_key_value_heads: int = field(4, low=1)
+    vocab_size: int = field(152064, low=1)
+    max_position_embeddings: int = field(32768, low=1)
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name, count in (
+            ("num_attention_heads", self.hidden_size),
+            ("num_key_value_heads", self.num_attention_heads),
+        ):
+            if count % getattr(self, name):
+                raise ManifestError(f"{name}: {getattr(self, name)} does not divide {count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The architecture; it stands in the manifest so that nothing needs weights to be planned."""
+
+    vision_tower: VisionTower = VisionTower()
+    connector: Connector = Connector()
+    language_model: LanguageModel = LanguageModel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins."""
+
+    run: str = field("", doc="output folder of the run that this stage continues")
+    vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
+    connector: str = field("", doc="mm_projector.bin, folder, or `random`")
+    language_model: str = field("", doc="Qwen2 folder, hub name, or `random`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Training of one of the three parts; ``lr`` and ``weight_decay`` do nothing where ``train`` is false."""
+
+    train: bool
+    lr: float = field(0.0, low=0)
+    weight_decay: float = field(0.0, low=0)
+
+    def __post_init__(self) -> None:
+        if self.train and not self.lr:
+            raise ManifestError("lr: a trained part needs a learning rate above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The optimisation; the defaults are the published ones."""
+
+    vision_tower: Part
+    connector: Part
+    language_model: Part
+    epochs: int = field(1, low=1)
+    max_steps: int | None = field(None, low=1, doc="end after this many optimiser steps")
+    warmup: float = field(0.03, low=0, doc="share of all steps")
+    beta1: float = field(0.9, low=0)
+    beta2: float = field(0.999, low=0)
+    epsilon: float = field(1e-8, low=0)
+    clip_norm: float = field(1.0, low=0)
+    dtype: str = field("bf16", choices=("bf16", "fp32"))
+    zero_stage: int = field(3, choices=(1, 2, 3))
+    offload: str = field("none", choices=("none", "optimizer", "all"))
+    gradient_checkpointing: bool = True
+    save_every: int = field(500, low=1, doc="optimiser steps between checkpoints")
+    keep_last: int = field(2, low=1, doc="checkpoints kept")
+    log_every: int = field(1, low=1)
+    timeout_minutes: int = field(30, low=1, doc="a collective that takes longer ends the run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Scoring of held-out (``split: val``) dialogues by greedy generation."""
+
+    batch: int = field(32, low=1)
+    max_new_tokens: int = field(16, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One stage, whole."""
+
+    stage: int = field(choices=(1, 2, 3, 4))
+    output: str = field(doc="folder of the run: checkpoints, logs, final weights")
+    data: Data
+    frames: Frames
+    text: Text
+    batching: Batching
+    train: Train
+    init_from: InitFrom
+    name: str = ""
+    seed: int = field(0, low=0)
+    shards: str = field("shards", doc="stage N is read from SHARDS/stageN")
+    images: Images = Images()
+    loader: Loader = Loader()
+    model: Model = Model()
+    evaluate: Evaluate = Evaluate()
+    compat: str = field("none", choices=("none", "published"), doc="published: keep the published readers' faults")
+
+    def __post_init__(self) -> None:
+        patch, size = self.model.vision_tower.patch, self.frames.size
+        if size % patch:
+            raise ManifestError(f"frames.size: {size} is not a multiple of model.vision_tower.patch ({patch})")
+        if (size // patch) ** 2 < TOKENS_PER_TILE:
+            raise ManifestError(f"frames.size: {size} gives {(size // patch) ** 2} patches; a tile needs at least 64")
+        named = self.init_from
+        if not named.run and not (named.vision_tower and named.language_model):
+            raise ManifestError("init_from: name a run, or vision_tower and language_model")
+
+    @property
+    def shard_root(self) -> Path:
+        """Folder of this stage's shards."""
+        return Path(self.shards) / f"stage{self.stage}"
+
+
+def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Manifest:
+    """Read, validate and freeze a manifest; ``overrides`` are ``a.b.c=VALUE`` assignments.
+
+    Raises:
+        ManifestError: one line naming the file, the field and the fix.
+    """
+    value = read_yaml(path)
+    for assignment in overrides:
+        value = override(value, assignment)
+    manifest = build(Manifest, value, f"{path}: ")
+    return manifest if manifest.name else dataclasses.replace(manifest, name=Path(path).stem)
