@@ -1,0 +1,58 @@
+# make demo    the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
+# make test    ruff and the test suite
+# make lint    ruff alone
+# make clean   removes .venv, caches and the demo's folder
+#
+# Each target prepares .venv first and needs only Python 3.10 or newer. PYTHON=python3.12 chooses the interpreter,
+# PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu' another source of wheels.
+
+SHELL     := /bin/bash
+PYTHON    ?= python3
+PIP_FLAGS ?=
+STAGES    := 1 2 3 4
+
+python := $(shell command -v $(PYTHON))
+pip    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DS_ACCELERATOR ?= cpu
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint clean
+
+define build
+	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
+
+endef
+
+define train
+	torchrun --standalone --nproc_per_node 2 -m trainer --manifest manifests/demo/stage$(1).yaml
+
+endef
+
+demo: .venv/ready
+	python -m tools.demo_data --out demo/data
+	$(foreach n,$(STAGES),$(call build,$(n)))
+	$(foreach n,$(STAGES),$(call train,$(n)))
+	python -m trainer.evaluate --manifest manifests/demo/stage4.yaml
+	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html
+
+test: lint
+	pytest -q -n 2 --dist loadfile
+
+lint: .venv/ready
+	ruff check .
+	ruff format --check .
+
+clean:
+	rm -rf .venv demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	@test -n "$(python)" || { echo "$(PYTHON): not found; name a Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer: make PYTHON=python3.12")'
+	@echo "preparing .venv (once, a few minutes)"
+	@"$(python)" -m venv .venv
+	@$(pip) torch
+	@$(pip) --editable '.[dev]'
+	@touch $@
