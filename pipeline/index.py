@@ -1,0 +1,160 @@
+"""The index of a shard root: three Arrow IPC files that say where everything is, read through memory maps.
+
+``ROOT/index/media.arrow`` has a row for each media item (with the byte range of every frame), ``dialogues.arrow`` one
+for each dialogue (naming rows of the media), ``shards.arrow`` one for each shard. Opening them reads only their
+headers; rows are pages of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.files import atomic_file
+
+#: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
+BATCH_ROWS = 4096
+
+MEDIA_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("kind", pa.string()),  # video or image
+        ("split", pa.string()),
+        ("shard", pa.int32()),  # row of the shard table
+        ("offset", pa.int64()),  # of the mp4 or jpg inside the tar
+        ("size", pa.int64()),
+        ("width", pa.int32()),  # as stored
+        ("height", pa.int32()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("vlen", pa.int64()),  # source frames of the clip
+        ("fps", pa.float64()),
+        ("duration", pa.float64()),  # seconds
+        ("start", pa.float64()),  # second of the source at which the clip begins
+        ("sample", pa.list_(pa.int32())),  # the sampler's list, as places in the stored frames
+        ("frame_index", pa.list_(pa.int64())),  # of each stored frame, counted from the clip's first
+        ("timestamps", pa.list_(pa.float64())),  # of each stored frame, seconds of the source
+        ("frame_offset", pa.list_(pa.int64())),  # of each stored frame's JPEG inside the tar
+        ("frame_size", pa.list_(pa.int32())),
+        ("sha256", pa.string()),  # of the mp4 or jpg
+        ("source", pa.string()),
+    ]
+)
+DIALOGUE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("entry", pa.string()),
+        ("id", pa.string()),
+        ("media", pa.list_(pa.int32())),  # rows of the media table, in order of use
+        ("conversations", pa.string()),  # JSON list of {"from", "value"}
+        ("meta", pa.string()),  # JSON object
+    ]
+)
+SHARD_SCHEMA = pa.schema(
+    [
+        ("folder", pa.string()),  # video, image or dialogue
+        ("split", pa.string()),
+        ("name", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+FILES = {"media": MEDIA_SCHEMA, "dialogues": DIALOGUE_SCHEMA, "shards": SHARD_SCHEMA}
+
+
+class ShardsError(ValueError):
+    """A shard root that cannot be read: one line that names the folder and the fix."""
+
+
+def table(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """A table of ``rows`` (mappings by column), built batch by batch so that any number of them is safe."""
+    rows, batches = iter(rows), []
+    while chunk := list(itertools.islice(rows, BATCH_ROWS)):
+        batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
+    return pa.Table.from_batches(batches, schema=schema)
+
+
+def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: pa.Table) -> str:
+    """Write the three tables to ``root``/index and return their fingerprint (sha256 hex over the files' digests).
+
+    Each file appears whole or not at all. The caller marks the root as finished by writing ``root``/build.json with
+    the fingerprint as ``index_fingerprint``.
+    """
+    folder = Path(root) / "index"
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = hashlib.sha256()
+    for (name, schema), rows in zip(FILES.items(), (media, dialogues, shards), strict=True):
+        path = folder / f"{name}.arrow"
+        with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+            for batch in rows.cast(schema).to_batches(max_chunksize=BATCH_ROWS):
+                writer.write_batch(batch)
+        fingerprint.update(_digest(path))
+    return fingerprint.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The three tables of a finished shard root; columns are views into memory-mapped files."""
+
+    root: Path
+    media: pa.Table
+    dialogues: pa.Table
+    shards: pa.Table
+    fingerprint: str  #: sha256 hex over the three files, as the builder recorded it
+
+    @classmethod
+    def open(cls, root: str | Path) -> Index:
+        """Open the index of ``root``.
+
+        Raises:
+            ShardsError: nothing was built there, the build is not finished, or a file is damaged.
+        """
+        root = Path(root)
+        try:
+            build = json.loads((root / "build.json").read_text(encoding="utf-8"))
+            fingerprint = build["index_fingerprint"]
+            tables = {name: _map(root / "index" / f"{name}.arrow", schema) for name, schema in FILES.items()}
+        except FileNotFoundError:
+            raise ShardsError(
+                f"{root}: no finished shards here; build them with `python tools/build_shards.py --stage N ...`"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ShardsError(f"{root}: the index cannot be read ({reason}); build the shards again") from None
+        return cls(root=root, fingerprint=fingerprint, **tables)
+
+    def path_of(self, shard: int) -> Path:
+        """The file of row ``shard`` of the shard table."""
+        return self.root / self.shards["folder"][shard].as_py() / self.shards["name"][shard].as_py()
+
+
+def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:
+    """The list in ``row`` of a list column as a numpy view (not a copy, not writable)."""
+    values = column[row].values
+    return values.to_numpy(zero_copy_only=True)
+
+
+def _map(path: Path, schema: pa.Schema) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        mapped = pa.ipc.open_file(source).read_all()
+    if mapped.schema != schema:
+        raise ValueError(f"{path.name} has other columns than this version of framestream")
+    return mapped
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
