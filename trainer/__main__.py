@@ -1,0 +1,52 @@
+"""``python -m trainer --manifest M``: train one stage, or say with ``--dry-run`` what it would be.
+
+Under torchrun, deepspeed or Slurm each process runs this same command. Repeating it continues from the last
+checkpoint; a finished stage is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipeline.index import ShardsError
+from pipeline.manifest import ManifestError, load_manifest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input)."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved manifest and its costs, then stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    options = parser.parse_args(arguments)
+    try:
+        manifest = load_manifest(options.manifest, options.set)
+        if options.dry_run:
+            from trainer.dry_run import describe
+
+            print(describe(manifest))
+            return 0
+        return _train(manifest)
+    except (ManifestError, ShardsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(manifest) -> int:
+    from pipeline.loader import LoaderError
+    from trainer.checkpoint import CheckpointError
+    from trainer.loop import TrainingError, train
+    from trainer.weights import WeightsError
+
+    try:
+        train(manifest)
+    except (CheckpointError, TrainingError, WeightsError, LoaderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""One process among ``world`` others: start-up, devices and the few collectives that the training loop needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads this when it is imported first
+
+import deepspeed  # noqa: E402
+import deepspeed.comm as dist  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs: its rank, the number of ranks and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes logs."""
+        return self.rank == 0
+
+
+def start(timeout_minutes: int) -> Place:
+    """Join the process group (made for one process if no launcher did) and choose the device.
+
+    Collectives that take longer than ``timeout_minutes`` raise instead of hanging.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce at start-up that only inference uses: a minute lost, a
+        # compiler needed, and a lock that a killed process leaves behind for the next one to wait on.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    return Place(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def total(values: list[float], place: Place) -> list[float]:
+    """Sum each value over all ranks (float64)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()

@@ -1,0 +1,190 @@
+"""The training loop of one stage, from its first weights or its last checkpoint to its final weights.
+
+A global batch is a number of rows; every rank runs the same number of micro-steps, one row in each:
+
+    for row in loader:                       the same number on every rank
+        loss = engine(row)                   sum over labelled places of weight x cross entropy
+        engine.backward(loss x world / W)    W: the weight of the whole global batch, known from the plan
+        at the batch's last row: engine.step()
+
+DeepSpeed averages gradients over ranks, so the factor world / W makes the gradient of a global batch that of
+sum(weight x cross entropy) / W however its dialogues are packed, ordered or spread over ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from pipeline import build_loader
+from pipeline.manifest import Manifest, plain
+from trainer import checkpoint
+from trainer.distributed import Place, barrier, start, stop, total
+from trainer.engine import build_engine
+from trainer.metrics import Clock, Meter
+from trainer.model.cost import cost_coefficients
+from trainer.stages import set_learning_rates
+from trainer.weights import save as save_weights
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; one line that says why."""
+
+
+def with_cost(manifest: Manifest) -> Manifest:
+    """The manifest with ``batching.cost`` computed from the model where it is not given."""
+    if manifest.batching.cost is not None:
+        return manifest
+    batching = dataclasses.replace(manifest.batching, cost=cost_coefficients(manifest))
+    return dataclasses.replace(manifest, batching=batching)
+
+
+def train(manifest: Manifest) -> Path:
+    """Run the stage; returns the folder of its final weights. Repeating the call continues or does nothing."""
+    manifest = with_cost(manifest)
+    run = Path(manifest.output)
+    final = run / "final"
+    place = start(manifest.train.timeout_minutes)
+    try:
+        if final.exists():
+            if place.first:
+                print(f"{manifest.name}: already trained; final weights are in {final}")
+            return final
+        _check_world(manifest, place)
+        if not place.first:
+            barrier()  # rank 0 opens the shards first and leaves the token cache for the others
+        loader = build_loader(manifest, place.rank, place.world)
+        if place.first:
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
+            barrier()
+        engine, model = build_engine(manifest, place)
+        state = checkpoint.load(engine, run, manifest, place)
+        done = 0
+        if state is not None:
+            loader.load_state_dict(state["loader"])
+            done = state["step"]
+        _steps(manifest, engine, loader, place, run, done)
+        _finish(model, manifest, run, place)
+        return final
+    finally:
+        stop()
+
+
+def steps_in_all(manifest: Manifest, batches_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    steps = manifest.train.epochs * batches_per_epoch
+    return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
+
+
+def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, done: int) -> None:
+    """All optimiser steps from ``done`` on, with logs and checkpoints."""
+    steps = steps_in_all(manifest, len(loader))
+    meter = Meter(run, manifest.name, done, steps) if place.first else None
+    rows = _rows(loader, manifest.train.epochs)
+    while done < steps:
+        rates = set_learning_rates(engine.optimizer, done, steps, manifest)
+        record = _global_batch(engine, rows, place, run)
+        done += 1
+        if meter and (done % manifest.train.log_every == 0 or done == steps):
+            meter.write({"step": done, "steps": steps, "lr": rates, **record})
+        elif meter:
+            meter.bar.update()
+        if done % manifest.train.save_every == 0 or done == steps:
+            checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
+    if meter:
+        meter.close()
+
+
+def _rows(loader, epochs: int) -> Iterator:
+    """Every row of this rank until the last epoch's end."""
+    while loader.state_dict()["epoch"] < epochs:
+        yield from loader
+
+
+def _global_batch(engine, rows: Iterator, place: Place, run: Path) -> dict:
+    """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
+    clock = Clock()
+    sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
+    while True:
+        row = next(rows)
+        clock.data_arrived()
+        loss = engine(row.to(place.device))
+        engine.set_gradient_accumulation_boundary(row.last)
+        engine.backward(loss * (place.world / row.total_weight))
+        _note_skipped(row.skipped, run, place)
+        for i, value in enumerate(
+            (
+                loss.item() / row.total_weight,
+                row.tokens,
+                row.frames,
+                len(row.keys),
+                len(row.skipped),
+                _digest([*row.keys, *(key for key, _ in row.skipped)]),
+            )
+        ):
+            sums[i] += value
+        if row.last:
+            break
+        clock.computed()
+    loss, tokens, frames, dialogues, skipped, digest = total(sums, place)
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss} in the global batch with {row.keys}; lower the learning rate")
+    engine.step()
+    seconds, waited = clock.step()
+    return {
+        "loss": loss,
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "tokens_per_s": tokens / seconds,
+        "frames_per_s": frames / seconds,
+        "data_wait": waited,
+        "seconds": seconds,
+        "micro_steps": row.micros,
+        "dialogues": int(dialogues),
+        "skipped": int(skipped),
+        "batch": f"{int(digest):014x}",
+    }
+
+
+def _digest(keys: list[str]) -> int:
+    """A sum over dialogue keys that identifies a global batch whatever the order and the ranks of its dialogues.
+
+    40 bits of each key's hash: the sum over 8,192 dialogues is still exact in float64.
+    """
+    return sum(int.from_bytes(hashlib.sha256(key.encode()).digest()[:5], "big") for key in keys)
+
+
+def _note_skipped(skipped: list[tuple[str, str]], run: Path, place: Place) -> None:
+    """Append dialogues that could not be read to the run's ledger."""
+    if skipped:
+        with open(run / "ledger.jsonl", "a", encoding="utf-8") as ledger:
+            for key, reason in skipped:
+                ledger.write(json.dumps({"dialogue": key, "reason": reason, "rank": place.rank}) + "\n")
+
+
+def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:
+    """Write the final weights under a temporary name, then put them in place."""
+    part = run / "final.part"
+    if place.first:
+        shutil.rmtree(part, ignore_errors=True)
+    barrier()
+    save_weights(model, part, manifest)
+    barrier()
+    if place.first:
+        part.rename(run / "final")
+    barrier()
+
+
+def _check_world(manifest: Manifest, place: Place) -> None:
+    multiple = manifest.batching.row_multiple
+    if multiple % place.world:
+        raise TrainingError(
+            f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them"
+        )

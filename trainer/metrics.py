@@ -1,0 +1,100 @@
+"""Watching a run: one JSON line and one TensorBoard point for each optimiser step, and a progress bar.
+
+``RUN/log.jsonl`` holds one object per optimiser step; a run that goes on from a checkpoint first drops the lines of
+steps that will be done again, so that the file always tells one straight story.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Meter:
+    """Writes a run's log; only rank 0 has one.
+
+    Args:
+        run: the run's folder.
+        name: shown before the progress bar.
+        start: optimiser steps already done.
+        steps: optimiser steps in all.
+    """
+
+    def __init__(self, run: Path, name: str, start: int, steps: int) -> None:
+        self.path = run / "log.jsonl"
+        _keep_until(self.path, start)
+        self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
+        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
+
+    def write(self, record: dict) -> None:
+        """Log one optimiser step; ``record`` holds plain numbers, and ``lr`` by part."""
+        with open(self.path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        step = record["step"]
+        for name, value in record.items():
+            if name == "lr":
+                for part, rate in value.items():
+                    self.board.add_scalar(f"lr/{part}", rate, step)
+            elif isinstance(value, (int, float)) and name not in ("step", "steps"):
+                self.board.add_scalar(name, value, step)
+        rates = " ".join(f"{part.split('_')[0]} {rate:.1e}" for part, rate in record["lr"].items())
+        self.bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, lr {rates}, {record['tokens_per_s']:.0f} tokens/s, "
+            f"{record['frames_per_s']:.0f} frames/s, waiting {record['data_wait']:.0%}, "
+            f"grad {record['grad_norm']:.2f}, skipped {record['skipped']}",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.bar.close()
+        self.board.close()
+
+
+class Clock:
+    """Seconds of one optimiser step and the share of them spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.started = self.lap = time.perf_counter()
+        self.waited = 0.0
+
+    def data_arrived(self) -> None:
+        """Count the time since the last call of :meth:`computed` as waiting."""
+        now = time.perf_counter()
+        self.waited += now - self.lap
+        self.lap = now
+
+    def computed(self) -> None:
+        """The next batch is asked for now."""
+        self.lap = time.perf_counter()
+
+    def step(self) -> tuple[float, float]:
+        """Seconds since the last optimiser step and the share spent waiting; starts the next one."""
+        now = time.perf_counter()
+        seconds, waited = now - self.started, self.waited
+        self.started, self.lap, self.waited = now, now, 0.0
+        return seconds, waited / seconds if seconds else 0.0
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines after ``step`` (and a torn last line) from a log, atomically."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] > step:
+            break
+        kept.append(line + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
