@@ -21,7 +21,8 @@ def freeze(parts: dict[str, nn.Module], train: Train) -> None:
 def parameter_groups(parts: dict[str, nn.Module], train: Train) -> list[dict]:
     """One optimiser group for each trained part and kind of parameter.
 
-    Biases and norm weights (one-dimensional parameters) are not decayed. Partitioned ZeRO-3 parameters keep their shape in ``ds_shape``.
+    Biases and norm weights (one-dimensional parameters) are not decayed. Partitioned ZeRO-3 parameters keep their
+    shape in ``ds_shape``.
     """
     groups = []
     for name in PARTS:
