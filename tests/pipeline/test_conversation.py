@@ -1,0 +1,145 @@
+"""Conversations against the golden ids and labels, and the rules the golden files cannot show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.conversation import (
+    IGNORE,
+    IMAGE,
+    MARK,
+    Conversation,
+    load_tokenizer,
+    media_step,
+    question_and_answer,
+    text_of,
+)
+from pipeline.manifest import ManifestError, Text
+from tests.golden_data import GOLDEN, json_file, json_lines
+
+FOLDER = GOLDEN / "tokens_labels" / "tokenizer"
+#: Rows where the published code fails on a name of the first turn; ours accepts them.
+ACCEPTED = ("system_first", "role_content_first", "user_assistant_names")
+
+
+def conversation(template: str = "qwen_2", **settings) -> Conversation:
+    return Conversation(Text(tokenizer=str(FOLDER), template=template, **settings))
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Conversation:
+    return conversation()
+
+
+def cases(want_error: bool) -> list:
+    rows = [row for row in json_lines("tokens_labels/cases.jsonl") if ("error" in row) == want_error]
+    return [pytest.param(row, id=f"{row['version']}-{row['case']}") for row in rows]
+
+
+def encode(row: dict, turns: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels without the check that marks and media agree, which the published code does not make."""
+    coder = conversation(row["version"])
+    kinds = [] if row["media"] == "text" else [row["media"]] * sum(text_of(turn).count(MARK) for turn in turns)
+    kinds = kinds or ([] if row["media"] == "text" else [row["media"]])
+    return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds))])[0]
+
+
+@pytest.mark.parametrize("row", cases(want_error=False))
+def test_golden_ids_and_labels(row):
+    turns = row["conversation"]
+    if row["media"] != "text":
+        marks = sum(text_of(turn).count(MARK) for turn in turns)
+        assert media_step(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
+    ids, labels = encode(row, turns)
+    assert ids.dtype == labels.dtype == np.int32
+    assert ids.tolist() == row["input_ids"]
+    # The label of a mark in an answer is a passing state there: it becomes -100 when the picture is put in.
+    assert labels.tolist() == [IGNORE if i == IMAGE else x for i, x in zip(ids, row["labels"], strict=True)]
+    assert turns == row["conversation"], "the dialogue was changed in place"
+
+
+@pytest.mark.parametrize("row", [row for row in cases(want_error=True) if row.values[0]["case"] not in ACCEPTED])
+def test_golden_refused(row):
+    with pytest.raises(ValueError, match="turns"):
+        encode(row, row["conversation"])
+
+
+@pytest.mark.parametrize("row", [row for row in cases(want_error=True) if row.values[0]["case"] in ACCEPTED])
+def test_golden_first_turns_accepted_as_what_they_say(row):
+    ids, labels = encode(row, row["conversation"])
+    tokenizer = load_tokenizer(str(FOLDER))
+    names = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    spoken = [(names[turn.get("from", turn.get("role"))], text_of(turn)) for turn in row["conversation"]]
+    if spoken[0][0] != "system":
+        spoken.insert(0, ("system", "You are a helpful assistant."))
+    assert tokenizer.decode(ids) == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
+    assert tokenizer.decode(labels[labels >= 0]).endswith(f"assistant\n{spoken[-1][1]}<|im_end|>\n")
+
+
+@pytest.mark.parametrize("facts", [facts for facts in [json_file("tokens_labels/facts.json")] if facts])
+def test_golden_newline(facts):
+    assert load_tokenizer(str(FOLDER)).encode("\n") == facts["newline_encodes_to"]
+
+
+def test_prompt_markers_can_be_masked(qwen):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+    ids, _ = qwen.encode(turns, [], [])
+    same_ids, labels = conversation(mask_prompt_markers=True).encode(turns, [], [])
+    assert same_ids.tolist() == ids.tolist()
+    assert qwen.tokenizer.decode(labels[labels != IGNORE]) == "<|im_start|>assistant\nYes<|im_end|>\n"
+
+
+def test_marks_have_to_fit_the_media(qwen):
+    turns = [{"from": "human", "value": "<image>\nA?"}, {"from": "gpt", "value": "B"}]
+    with pytest.raises(ValueError, match="1 <image> marks are left for 2 media"):
+        qwen.encode(turns, ["image", "image"], ["", ""])
+    with pytest.raises(ValueError, match="no role"):
+        qwen.encode([{"value": "A"}], [], [])
+    with pytest.raises(ValueError, match="no text"):
+        qwen.encode([{"from": "human", "value": None}], [], [])
+
+
+def test_each_medium_has_its_own_message(qwen):
+    turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "B"}]
+    ids, _ = qwen.encode(turns, ["image", "video"], ["", "\nThe video lasts for 1.00 seconds. "])
+    text = qwen.tokenizer.decode([i if i != IMAGE else 0 for i in ids])
+    first = qwen.tokenizer.decode([0])
+    assert f"user\n{first} or {first}\nThe video lasts for 1.00 seconds. ?" in text
+
+
+@given(st.lists(st.text(max_size=12), min_size=2, max_size=6), st.booleans())
+def test_prompt_is_the_beginning_of_the_whole_dialogue(texts, seen):
+    coder = conversation()
+    texts = [text.replace(MARK, "").replace("<", "") for text in texts]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    if seen:
+        turns[0]["value"] = f"{MARK}\n{turns[0]['value']}"
+    asked, answer = question_and_answer(turns)
+    media = (["video"], ["\nN frames. "]) if seen else ([], [])
+    prompt = coder.prompt(asked, *media)
+    ids, _ = coder.encode(turns[: len(asked) + 1], *media)
+    header = coder.tokenizer.encode("<|im_start|>assistant\n")
+    assert prompt[-len(header) :].tolist() == header
+    assert answer == texts[len(asked)]
+    assert ids[: len(prompt) - len(header)].tolist() == prompt[: -len(header)].tolist()
+
+
+def test_question_is_the_last_answered_one():
+    turns = [{"from": role, "value": role + str(i)} for i, role in enumerate(["human", "gpt", "human", "gpt", "human"])]
+    asked, answer = question_and_answer(turns)
+    assert (len(asked), answer) == (3, "gpt3")
+    with pytest.raises(ValueError, match="answer"):
+        question_and_answer(turns[:1])
+
+
+def test_plain_prompt_is_the_mark_alone():
+    turns = [{"from": "human", "value": "<image>\nDescribe."}]
+    assert conversation("plain").prompt(turns, ["video"], ["\nN frames. "]).tolist() == [IMAGE]
+
+
+def test_absent_tokenizer_is_one_clear_line(tmp_path):
+    with pytest.raises(ManifestError, match="text.tokenizer: cannot load"):
+        load_tokenizer(str(tmp_path / "none"))
