@@ -1,0 +1,157 @@
+"""Training through the real command line: ranks, ZeRO stages, kills, chaining, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.trainer import corpus
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus.make(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two ranks under ZeRO-3."""
+    run = tmp_path_factory.mktemp("straight")
+    corpus.run(*corpus.train_command(manifest, 2, f"output={run}"))
+    return run
+
+
+def tensors(run: Path) -> dict:
+    found = {}
+    for path in sorted((run / "final").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def story(run: Path) -> list[tuple]:
+    return [(record["step"], record["batch"], record["loss"]) for record in corpus.log(run)]
+
+
+def test_losses_fall_and_every_dialogue_is_used(straight: Path) -> None:
+    records = corpus.log(straight)
+    assert [record["step"] for record in records] == list(range(1, records[-1]["steps"] + 1))
+    assert sum(record["dialogues"] for record in records) == 3 * 22
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert {"vision_tower", "connector", "language_model"} == set(records[0]["lr"])
+
+
+def test_killed_at_any_moment_continues_with_the_same_batches(manifest: Path, straight: Path, tmp_path: Path) -> None:
+    moments = random.Random(7)
+    run = tmp_path / "run"
+    command = corpus.train_command(manifest, 2, f"output={run}")
+    for _ in range(2):
+        process = subprocess.Popen(
+            command,
+            env=corpus.environment(),
+            cwd=corpus.PROJECT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        target = (corpus.log(run)[-1]["step"] if (run / "log.jsonl").exists() else 0) + moments.randint(2, 4)
+        while process.poll() is None and not reached(run, target):
+            time.sleep(0.02)
+        time.sleep(moments.random() * 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    corpus.run(*command)
+    assert story(run) == story(straight)
+    ours, theirs = tensors(run), tensors(straight)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def reached(run: Path, step: int) -> bool:
+    try:
+        lines = (run / "log.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    return len(lines) >= step
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 3), (2, 1)])
+def test_ranks_and_zero_stages_agree(
+    manifest: Path, straight: Path, tmp_path: Path, ranks: int, zero_stage: int
+) -> None:
+    run = tmp_path / "run"
+    corpus.run(
+        *corpus.train_command(manifest, ranks, f"output={run}", f"train.zero_stage={zero_stage}", "train.max_steps=4")
+    )
+    full = story(straight)
+    # the schedule depends on the number of steps, so only the first loss, before any update, is of the same run
+    assert story(run)[0][1] == full[0][1]
+    assert story(run)[0][2] == pytest.approx(full[0][2], rel=1e-5)
+
+
+def test_a_finished_stage_is_left_alone_and_the_next_starts_from_it(
+    manifest: Path, straight: Path, tmp_path: Path
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in (straight / "final").iterdir()}
+    done = corpus.run(*corpus.train_command(manifest, 1, f"output={straight}"))
+    assert "already trained" in done.stdout
+    assert before == {path.name: path.stat().st_mtime_ns for path in (straight / "final").iterdir()}
+    run = tmp_path / "next"
+    init = f"init_from={{run: {straight}}}"
+    frozen = "train.language_model={train: false, lr: 0}"
+    corpus.run(*corpus.train_command(manifest, 2, f"output={run}", init, frozen, "train.max_steps=2"))
+    ours, theirs = tensors(run), tensors(straight)
+    language = [name for name in ours if name.startswith(("model.layers", "model.embed_tokens", "lm_head"))]
+    assert language and all((ours[name] == theirs[name]).all() for name in language)
+    assert any((ours[name] != theirs[name]).any() for name in ours if "mm_projector" in name)
+    assert corpus.log(run)[0]["loss"] < 0.8 * corpus.log(straight)[0]["loss"]
+
+
+def test_evaluation_asks_every_question_twice(manifest: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation.json"
+    corpus.run(
+        *(sys.executable, "-m", "trainer.evaluate", "--manifest", str(manifest)),
+        *("--checkpoint", str(straight / "final"), "--out", str(out)),
+    )
+    result = json.loads(out.read_text())
+    (family,) = result["families"]
+    assert family["family"] == "colour" and family["questions"] == 16
+    assert family["low"] <= family["accuracy"] <= family["high"]
+    assert family["gain"] == pytest.approx(family["accuracy"] - family["blind"])
+    assert result["examples"][0]["frames_jpeg"] and result["examples"][0]["expected"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "assignment", "message"),
+    [
+        (1, "train.epochs=many", "train.epochs: expected a whole number"),
+        (1, "train.epoch=2", "did you mean `epochs`?"),
+        (1, "shards=nowhere", "no finished shards here"),
+        (2, "batching.row_multiple=3", "row_multiple: 3 is not a multiple of the 2 ranks"),
+    ],
+)
+def test_bad_input_is_one_clear_line(manifest: Path, tmp_path: Path, ranks: int, assignment: str, message: str) -> None:
+    run = tmp_path / "run"
+    done = corpus.run(*corpus.train_command(manifest, ranks, f"output={run}", assignment), check=False)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines and message in lines[0]
+    assert not (run / "log.jsonl").exists()
+
+
+def test_dry_run_needs_neither_shards_nor_weights(manifest: Path) -> None:
+    done = corpus.run(
+        *(sys.executable, "-m", "trainer", "--manifest", str(manifest), "--dry-run"),
+        *("--set", "shards=nowhere", "--set", "text.tokenizer=nowhere", "--set", "init_from={run: nowhere}"),
+    )
+    assert "steps: unknown" in done.stdout and "tools/build_shards.py" in done.stdout
+    assert "frozen" not in done.stdout and "language_model" in done.stdout
