@@ -47,7 +47,7 @@ def load_tokenizer(name: str):
 
 
 def role_of(turn: dict) -> str:
-    """``user``, ``assistant``, ``system``, or another name as it stands (``function``; never learned)."""
+    """``user``, ``assistant``, ``system``, or another name as it stands (``function``; learned, as published)."""
     name = turn.get("from", turn.get("role"))
     if not isinstance(name, str) or not name:
         raise ValueError(f"one of the turns has no role: {str(turn)[:80]}")
@@ -155,7 +155,7 @@ class Conversation:
         if turns and role_of(turns[0]) == "assistant":
             turns = turns[1:]
         spoken = [("system", system), *((role_of(turn), text_of(turn)) for turn in turns)]
-        return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role == "assistant") for role, text in spoken]
+        return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role not in ("system", "user")) for role, text in spoken]
 
     def tokenize(self, dialogues: Iterable[Segments]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and labels, int32 (n,), of many dialogues in one call of the tokenizer."""
