@@ -1,0 +1,94 @@
+"""The connector against the published numbers and against merging one token at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.golden_data import GOLDEN, json_file
+from tests.trainer.model.golden_model import ATOL, RTOL, normals, weights
+from trainer.model.tome import ToMeConnector, assign, merge
+
+CASES = json_file("tome_connector/cases.json") or {"cases": []}
+FILES = GOLDEN / "tome_connector"
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES["cases"]])
+def test_golden_tome_connector(case):
+    connector = ToMeConnector(CASES["mm_hidden_size"], CASES["hidden_size"], CASES["num_heads"])
+    connector.load_state_dict(weights(FILES / "weights.safetensors"))
+    rows = normals(case["input_seed"], case["input_shape"], case["input_sha256"])
+    empty, call = rows[:0], case["call"]
+    with torch.no_grad():
+        if not call.get("compress"):
+            out = connector(empty, rows)
+        else:
+            frames = call.get("local_num_frames", len(rows))
+            clips = rows.reshape(len(rows) // frames, -1, rows.shape[-1])
+            # all frames as one clip merge to 16 tokens a frame; the connector's own clips have 4 frames
+            whole = frames != 4
+            out = connector.mlp(merge(clips, 16 * frames, connector.heads)) if whole else connector(clips, empty)
+    expected = np.load(FILES / "outputs.npz")[case["output_key"]]
+    np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=ATOL, rtol=RTOL)
+
+
+def one_by_one(patches: np.ndarray, wanted: int, heads: int) -> np.ndarray:
+    """The rule of golden/README.md on one clip (P, C), with lists and loops in float64."""
+    tokens = [(patch.astype(np.float64), 1) for patch in patches]
+    while len(tokens) > wanted:
+        removed = min(len(tokens) // 2, len(tokens) - wanted)
+        keys = [value.reshape(heads, -1).mean(0) for value, _ in tokens]
+        keys = [key / np.linalg.norm(key) for key in keys]
+        even, odd = list(range(0, len(tokens), 2)), list(range(1, len(tokens), 2))
+        best = {e: max(odd, key=lambda o, e=e: keys[e] @ keys[o]) for e in even}
+        order = sorted(even, key=lambda e: -(keys[e] @ keys[best[e]]))
+        groups = {o: [tokens[o]] for o in odd}
+        for e in order[:removed]:
+            groups[best[e]].append(tokens[e])
+        joined = [(sum(v * n for v, n in group), sum(n for _, n in group)) for group in groups.values()]
+        tokens = [tokens[e] for e in order[removed:]] + [(total / size, size) for total, size in joined]
+    return np.stack([value for value, _ in tokens])
+
+
+@given(patches=st.integers(64, 150), clips=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_merging_equals_merging_one_by_one(patches, clips, seed):
+    values = np.random.default_rng(seed).standard_normal((clips, patches, 24)).astype(np.float32)
+    merged = merge(torch.from_numpy(values), 64, heads=4)
+    for n in range(clips):
+        np.testing.assert_allclose(merged[n], one_by_one(values[n], 64, 4), atol=1e-4, rtol=1e-4)
+
+
+@given(patches=st.integers(65, 400), seed=st.integers(0, 2**32 - 1))
+def test_every_patch_lands_in_a_token_and_no_token_is_empty(patches, seed):
+    values = torch.randn(2, patches, 16, generator=torch.Generator().manual_seed(seed))
+    token = assign(values, 64, heads=4)
+    for n in range(2):
+        assert torch.bincount(token[n], minlength=64).min() >= 1 and token[n].max() == 63
+
+
+def test_as_many_patches_as_tokens_stay_as_they_are():
+    patches = torch.randn(2, 64, 16)
+    assert torch.equal(merge(patches, 64, heads=4), patches)
+
+
+def test_too_few_patches_are_refused():
+    with pytest.raises(ValueError, match="49 patches cannot be merged to 64"):
+        merge(torch.randn(1, 49, 16), 64, heads=4)
+
+
+def test_merged_groups_go_through_the_connector_unchanged():
+    torch.manual_seed(0)
+    connector = ToMeConnector(16, 8, 4)
+    clips, stills = torch.randn(3, 200, 16), torch.randn(2, 100, 16)
+    torch.testing.assert_close(connector(*connector.merge(clips, stills)), connector(clips, stills))
+
+
+def test_gradient_of_a_patch_is_its_share_of_the_token():
+    patches = torch.randn(1, 130, 16, requires_grad=True)
+    token = assign(patches, 64, heads=4)
+    merge(patches, 64, heads=4).sum().backward()
+    share = 1.0 / torch.bincount(token[0], minlength=64)[token[0]]
+    torch.testing.assert_close(patches.grad[0], share.unsqueeze(1).expand(-1, 16))

@@ -1,0 +1,106 @@
+"""ToMe16 MLP connector: merge each clip's and each tile's patches to a fixed number of tokens, then two linear layers.
+
+Merging is bipartite soft matching (arXiv 2210.09461) in rounds, until the wanted number of tokens is left. A round on
+t tokens removes r = min(floor(t / 2), t - wanted) of them:
+
+    - a token's key is its channels averaged over heads, scaled to unit length;
+    - every token at an even place names its most similar (cosine) token at an odd place;
+    - the r even tokens most similar to their choice are merged into it, by averages weighted with how many patches
+      each token already stands for;
+    - new order: the even tokens left, by falling similarity, then all odd tokens in place.
+
+Keys are linear in the tokens and the choices carry no gradient. So the rounds run on the keys alone, without
+gradient, and only decide which patches end up in which token; the tokens are then one weighted average of patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE
+
+
+class ToMeConnector(nn.Module):
+    """From patches of the vision tower to tokens of the language model.
+
+    Args:
+        width: channels of a patch.
+        hidden: channels of a token.
+        heads: attention heads of the tower; a key is the mean over them.
+    """
+
+    def __init__(self, width: int, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    def merge(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part without parameters: (N, P, C) and (M, Q, C) -> (N, 64, C) and (M, 64, C)."""
+        return merge(clips, TOKENS_PER_CLIP, self.heads), merge(stills, TOKENS_PER_TILE, self.heads)
+
+    def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> torch.Tensor:
+        """Tokens of all clips, then of all stills.
+
+        Args:
+            clips: (N, P, C) patches of each clip, or the 64 tokens they were merged to (which change no more).
+            stills: (M, Q, C) likewise.
+
+        Returns:
+            (64 N + 64 M, hidden)
+        """
+        clips, stills = self.merge(clips, stills)
+        return self.mlp(torch.cat([clips.flatten(0, 1), stills.flatten(0, 1)]))
+
+
+def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
+    """Merge (N, P, C) patches to (N, wanted, C) tokens; P = wanted returns them as they are.
+
+    Raises:
+        ValueError: there are fewer patches than wanted tokens.
+    """
+    count = patches.shape[1]
+    if count < wanted:
+        raise ValueError(f"{count} patches cannot be merged to {wanted} tokens; use larger frames or a smaller patch")
+    if count == wanted or not len(patches):
+        return patches[:, :wanted]
+    token = assign(patches, wanted, heads)  # (N, P)
+    member = token.unsqueeze(1) == torch.arange(wanted, device=patches.device).unsqueeze(1)  # (N, wanted, P)
+    # A product instead of scattered additions: its result does not depend on the order of additions on a GPU.
+    return member.to(patches.dtype) @ patches / member.sum(-1, keepdim=True).to(patches.dtype)
+
+
+@torch.no_grad()
+def assign(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
+    """Which of the ``wanted`` tokens each of (N, P, C) patches is merged into: int64 (N, P).
+
+    Runs on all N at once and never waits for the device. Sums are kept in float64, so that the order of additions
+    (which a GPU does not fix) cannot turn one choice into another.
+    """
+    sums = patches.unflatten(-1, (heads, -1)).mean(2, dtype=torch.float32).double()  # (N, t, C / heads)
+    sizes = torch.ones_like(sums[..., :1])  # (N, t, 1) patches in each token
+    token = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (N, P)
+    while sums.shape[1] > wanted:
+        tokens = sums.shape[1]
+        removed = min(tokens // 2, tokens - wanted)
+        moved = match((sums / sizes).float(), removed)  # (N, t) new place of every token
+        left = sums.new_zeros(len(sums), tokens - removed, sums.shape[2])
+        sums = left.scatter_add(1, moved.unsqueeze(-1).expand_as(sums), sums)
+        sizes = left[..., :1].scatter_add(1, moved.unsqueeze(-1), sizes)
+        token = moved.gather(1, token)
+    return token
+
+
+def match(keys: torch.Tensor, removed: int) -> torch.Tensor:
+    """One round of matching on (N, t, c) float32 keys: the place of every token among the t - removed left, (N, t)."""
+    keys = F.normalize(keys, dim=-1)
+    even, odd = keys[:, 0::2], keys[:, 1::2]
+    similarity, choice = (even @ odd.mT).max(dim=-1)  # (N, evens)
+    order = similarity.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=keys.device).expand_as(order))
+    kept = even.shape[1] - removed  # even tokens that stay; odd tokens stand behind them
+    place = torch.empty(keys.shape[:2], dtype=torch.int64, device=keys.device)
+    place[:, 0::2] = torch.where(rank < removed, kept + choice, rank - removed)
+    place[:, 1::2] = kept + torch.arange(odd.shape[1], device=keys.device)
+    return place

@@ -1,0 +1,166 @@
+"""UMT: a video transformer over clips of a few frames, with stills as clips of one frame.
+
+    frames -> 16 x 16 patches -> + fixed positions -> pre-norm blocks, attention over all frames of a clip -> LayerNorm
+
+Clips and stills go through the blocks in one call: linear layers and norms over the tokens of both, attention within
+each clip and each still. Of the published encoder's ``depth`` blocks the last is not run (the published model takes
+the features before it), so it is not built.
+
+Shapes: N clips, M stills, T frames of a clip, S pixels along a side, L patches of a frame, C channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.manifest import VisionTower
+from trainer.model.attention import Segments, attend
+
+TABLE_FRAMES = 4  #: frames that the published position table is computed for
+BLOCK_EPS = 1e-6  #: of the norms in blocks
+FINAL_EPS = 1e-12  #: of the last norm
+
+
+class UMT(nn.Module):
+    """The vision tower.
+
+    Args:
+        cfg: architecture.
+        size: S, a multiple of ``cfg.patch``.
+        frames: T.
+    """
+
+    def __init__(self, cfg: VisionTower, size: int, frames: int = TABLE_FRAMES):
+        super().__init__()
+        self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
+        hidden = int(cfg.width * cfg.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, hidden) for _ in range(cfg.depth - 1))
+        self.vision_layernorm = nn.LayerNorm(cfg.width, eps=FINAL_EPS)
+        side = size // cfg.patch
+        clip_positions = positions(cfg.width, TABLE_FRAMES, cfg.table_side, frames, side)
+        self.register_buffer("clip_positions", clip_positions, persistent=False)  # (T L, C)
+        self.register_buffer(
+            "still_positions", positions(cfg.width, 1, cfg.table_side, 1, side), persistent=False
+        )  # (L, C)
+
+    def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode clips and stills together; either may be empty, not both.
+
+        Args:
+            clips: (N, 3, T, S, S) normalised pixels.
+            stills: (M, 3, 1, S, S) normalised pixels.
+
+        Returns:
+            (N, T L, C) and (M, L, C)
+        """
+        pictures = torch.cat([clips.transpose(1, 2).flatten(0, 1), stills.squeeze(2)])  # (N T + M, 3, S, S)
+        patches = self.patch_embed(pictures)
+        of_clips = patches[: len(clips) * clips.shape[2]].reshape(len(clips), *self.clip_positions.shape)
+        of_stills = patches[len(clips) * clips.shape[2] :]
+        of_clips = of_clips + self.clip_positions.to(patches.dtype)
+        of_stills = of_stills + self.still_positions.to(patches.dtype)
+        runs = [of_clips.shape[:2], of_stills.shape[:2]]
+        segments = Segments.of_runs([tuple(run) for run in runs], patches.device)
+        x = torch.cat([of_clips.flatten(0, 1), of_stills.flatten(0, 1)])  # (tokens, C)
+        for block in self.blocks:
+            x = block(x, segments)
+        x = self.vision_layernorm(x)
+        split = of_clips.shape[0] * of_clips.shape[1]
+        return x[:split].view_as(of_clips), x[split:].view_as(of_stills)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts pictures into patches and projects them."""
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        self.proj = PatchProjection(3, width, (1, patch, patch), stride=(1, patch, patch))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(P, 3, S, S) -> (P, L, C)"""
+        return self.proj(pictures)
+
+
+class PatchProjection(nn.Conv3d):
+    """A convolution over patches that do not overlap, computed as the matrix product that it is.
+
+    The weight keeps the published shape (C, 3, 1, patch, patch).
+    """
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(P, 3, S, S) -> (P, L, C), patches row by row."""
+        p = self.kernel_size[-1]
+        pictures = pictures.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (P, 3, rows, p, columns, p)
+        patches = pictures.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (P, L, 3 p p)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed tokens (tokens, C)."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), segments)
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Self-attention with a bias on queries and values and none on keys."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q + self.q_bias, k, v + self.v_bias))
+        return self.proj(attend(q, k, v, segments, causal=False).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def positions(width: int, table_frames: int, table_side: int, frames: int, side: int) -> torch.Tensor:
+    """Fixed sin-cos positions, resized to a clip: float32 (frames * side * side, width).
+
+    Place p of the flat ``table_frames * table_side**2`` places has sin on even and cos on odd channels of
+    p / 10000^(2 floor(c / 2) / width). The table is resized linearly over time (where the number of frames differs),
+    then each frame bicubically (where the side differs); corners are not aligned.
+
+    The table starts in numpy, because DeepSpeed's ``zero.Init`` changes the dtype of tensors made by torch.
+    """
+    channel = np.arange(width)
+    angle = np.arange(table_frames * table_side**2)[:, None] / 10000.0 ** (2 * (channel // 2) / width)
+    angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
+    table = torch.from_numpy(angle.astype(np.float32)).view(table_frames, table_side, table_side, width)
+    if frames != table_frames:
+        over_time = table.permute(1, 2, 3, 0).flatten(0, 1)  # (places of a frame, width, table_frames)
+        resized = F.interpolate(over_time, size=frames, mode="linear", align_corners=False)
+        table = resized.unflatten(0, (table_side, table_side)).permute(3, 0, 1, 2)
+    if side != table_side:
+        picture = table.permute(0, 3, 1, 2)
+        resized = F.interpolate(picture, size=(side, side), mode="bicubic", align_corners=False)
+        table = resized.permute(0, 2, 3, 1)
+    return table.reshape(frames * side * side, width).contiguous()
