@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -38,7 +39,8 @@ def build(cls: type, value: Any, where: str) -> Any:
     built = {}
     for name, item in value.items():
         if name not in fields:
-            raise ManifestError(f"{_join(where, str(name))}: unknown field{_nearest(str(name), fields)}")
+            shown = str(name) if str(name).isprintable() else ascii(name)
+            raise ManifestError(f"{_join(where, shown)}: unknown field{_nearest(shown, fields)}")
         built[name] = _convert(hints[name], item, _join(where, name))
         _check(fields[name], built[name], _join(where, name))
     for name, f in fields.items():
@@ -61,7 +63,7 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise ManifestError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
     try:
-        value = yaml.safe_load(text)
+        value = _Yaml(text).get_single_data()
     except yaml.YAMLError as error:
         raise ManifestError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
@@ -88,7 +90,10 @@ def override(value: dict, assignment: str) -> dict:
     path, sign, text = assignment.partition("=")
     if not sign or not path:
         raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE")
-    item = yaml.safe_load(text)
+    try:
+        item = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE with a value in YAML") from None
     for name in reversed(path.split(".")):
         item = {name: item}
     return merge(value, item)
@@ -103,6 +108,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value
+
+
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which a field that stands twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{name}` stands twice; keep one", node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -125,11 +143,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5, without a dot, as text
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
-                pass
+                number = math.nan
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            number = float(value)
+        else:
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif type(value) is hint:
         return value
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it if need be)"}

@@ -1,0 +1,224 @@
+"""The typed manifest: what it accepts, and that every refusal is one line naming the file, the field and the fix."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.manifest import Manifest, ManifestError, load_manifest, plain
+from pipeline.schema import build, merge, override
+
+SMALL = {
+    "stage": 2,
+    "output": "out",
+    "data": {"entries": [{"annotation": "some/clips.jsonl", "root": "media"}]},
+    "frames": {"sampler": "dynamic_fps1", "min": 4, "max": 8, "size": 144},
+    "text": {"tokenizer": "words"},
+    "batching": {"global_batch": 16, "row_multiple": 4},
+    "init_from": {"vision_tower": "random", "language_model": "random"},
+    "train": {part: {"train": True, "lr": 0.001} for part in ("vision_tower", "connector", "language_model")},
+}
+
+
+def write(folder: Path, value: object, name: str = "m.yaml") -> Path:
+    path = folder / name
+    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type]]:
+    """(path, annotation) of every field below ``cls``; the entries of a list are left out."""
+    for name, hint in typing.get_type_hints(cls).items():
+        options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, (*path, name))
+        elif not (options and typing.get_origin(hint) is not tuple):
+            yield (*path, name), hint
+
+
+def test_defaults_are_resolved(tmp_path):
+    manifest = load_manifest(write(tmp_path, SMALL, "tiny.yaml"))
+    assert manifest.name == "tiny"
+    assert manifest.data.entries[0].name == "clips"
+    assert manifest.shard_root == Path("shards/stage2")
+    assert (manifest.train.dtype, manifest.train.zero_stage, manifest.frames.clip_frames) == ("bf16", 3, 4)
+
+
+def test_printed_manifest_reads_back_the_same(tmp_path):
+    manifest = load_manifest(write(tmp_path, SMALL))
+    printed = yaml.safe_dump(plain(manifest))
+    assert load_manifest(write(tmp_path, printed, "again.yaml")) == manifest
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        manifest.stage = 3
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong", "right"),
+    [
+        ("", "frame", "frames"),
+        ("frames", "sampller", "sampler"),
+        ("batching", "global_batches", "global_batch"),
+        ("train", "warm_up", "warmup"),
+        ("train.connector", "zzz", None),
+        ("model.vision_tower", "widht", "width"),
+    ],
+)
+def test_unknown_field_suggests_the_nearest(tmp_path, where, wrong, right):
+    path = write(tmp_path, SMALL)
+    field = f"{where}.{wrong}" if where else wrong
+    message = refusal(path, (f"{field}=1",))
+    assert message == f"{path}: {field}: unknown field" + (f"; did you mean `{right}`?" if right else "")
+
+
+def test_unknown_field_of_an_entry_names_its_place(tmp_path):
+    value = copy.deepcopy(SMALL)
+    value["data"]["entries"].append({"annotaton": "x.json"})
+    path = write(tmp_path, value)
+    assert refusal(path) == f"{path}: data.entries[1].annotaton: unknown field; did you mean `annotation`?"
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"), list(leaves(Manifest)), ids=lambda item: ".".join(item) if type(item) is tuple else ""
+)
+def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
+    path = write(tmp_path, SMALL)
+    wrong = "{a: 1}" if hint is not dict else "text"
+    message = refusal(path, (f"{'.'.join(field)}={wrong}",))
+    assert message.startswith(f"{path}: {'.'.join(field)}: expected ")
+    assert "(dict)" in message
+
+
+@pytest.mark.parametrize(
+    ("assignment", "start"),
+    [
+        ("stage=two", "stage: expected a whole number, got 'two' (str)"),
+        ("stage=true", "stage: expected a whole number, got True (bool)"),
+        ("stage=2.0", "stage: expected a whole number, got 2.0 (float)"),
+        ("stage=5", "stage: 5 (int) is not one of 1, 2, 3, 4"),
+        ("train.warmup=true", "train.warmup: expected a number"),
+        ("train.warmup=.nan", "train.warmup: expected a number"),
+        ("train.connector.lr=.inf", "train.connector.lr: expected a number"),
+        ("train.connector.lr=-1", "train.connector.lr: must be at least 0"),
+        ("train.connector.lr=0", "train.connector.lr: a trained part needs a learning rate above 0"),
+        ("train.dtype=bf-16", "train.dtype: 'bf-16' (str) is not one of bf16, fp32; did you mean `bf16`?"),
+        ("frames=8", "frames: expected a mapping with the fields of Frames, got 8 (int)"),
+        ("data.entries=clips.json", "data.entries: expected a list, got 'clips.json' (str)"),
+        ("data.entries=[]", "data.entries: the list is empty"),
+        ("frames.sampler=midle", "frames.sampler: 'midle' is not middle, dynamic_fps1, rand or fpsX"),
+        ("frames.sampler=fps0", "frames.sampler: 'fps0' is not"),
+        ("frames.max=10", "frames.max: 10 is not a multiple of clip_frames (4)"),
+        ("frames.min=12", "frames.min: 12 is larger than max (8)"),
+        ("frames.size=100", "frames.size: 100 is not a multiple of model.vision_tower.patch (16)"),
+        ("frames.size=112", "frames.size: 112 gives 49 patches; a tile needs at least 64"),
+        ("model.vision_tower.heads=7", "model.vision_tower.heads: 7 does not divide width (1024)"),
+        ("init_from.vision_tower=", "init_from.vision_tower: expected text"),
+        ("init_from.vision_tower=''", "init_from: name a run, or vision_tower and language_model"),
+    ],
+)
+def test_bad_value_names_file_and_field(tmp_path, assignment, start):
+    path = write(tmp_path, SMALL)
+    message = refusal(path, (assignment,))
+    assert message.startswith(f"{path}: {start}")
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"text"}) + ["text"])
+def test_missing_field_is_named(tmp_path, name):
+    path = write(tmp_path, {key: value for key, value in SMALL.items() if key != name})
+    assert refusal(path) == f"{path}: {name}: required field is missing; add `{name}: ...`"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("stage: [1", "not valid YAML"),
+        ("- stage: 1", "expected a mapping of fields at the top level"),
+        ("", "expected a mapping of fields at the top level"),
+        ("stage: 1\nseed: 1\nstage: 2\n", "`stage` stands twice"),
+        ("extends: [a.yaml]", "extends: expected a file name"),
+        ("extends: nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
+        ("extends: m.yaml", "extends: the file extends itself"),
+    ],
+)
+def test_unreadable_file(tmp_path, text, part):
+    assert part in refusal(write(tmp_path, text))
+
+
+def test_file_that_is_not_text(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    assert refusal(path) == f"{path}: cannot be read (not a UTF-8 text file); give the path of a manifest"
+    assert "cannot be read (Is a directory)" in refusal(tmp_path)
+
+
+def test_numbers_with_an_exponent_and_no_dot(tmp_path):
+    """YAML 1.1 reads 1e-5 as text; here it is the number that it looks like."""
+    text = yaml.safe_dump(SMALL).replace("lr: 0.001", "lr: 1e-5")
+    assert load_manifest(write(tmp_path, text)).train.connector.lr == 1e-5
+
+
+def test_extends_merges_mappings_and_replaces_lists(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, SMALL, "base.yaml")
+    write(tmp_path, {"extends": "base.yaml", "frames": {"max": 16}}, "middle.yaml")
+    over = {"extends": "../middle.yaml", "frames": {"size": 160}, "data": {"entries": [{"annotation": "b.json"}]}}
+    manifest = load_manifest(write(tmp_path / "sub", over, "top.yaml"))
+    assert (manifest.frames.min, manifest.frames.max, manifest.frames.size) == (4, 16, 160)
+    assert [entry.annotation for entry in manifest.data.entries] == ["b.json"]
+    assert manifest.name == "top"
+
+
+def test_overrides_win_over_the_file_and_come_in_order(tmp_path):
+    path = write(tmp_path, SMALL)
+    manifest = load_manifest(path, ["train.max_steps=3", "train.max_steps=5", "loader.threads=1"])
+    assert (manifest.train.max_steps, manifest.loader.threads) == (5, 1)
+    assert load_manifest(path, ["train.max_steps=null"]).train.max_steps is None
+
+
+@pytest.mark.parametrize("assignment", ["seed", "=3", "seed=[1"])
+def test_override_that_is_no_assignment(tmp_path, assignment):
+    assert refusal(write(tmp_path, SMALL), (assignment,)).startswith(f"--set {assignment}: expected FIELD.FIELD=VALUE")
+
+
+trees = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8)
+mappings = st.dictionaries(st.sampled_from("abc"), trees)
+
+
+@given(mappings, mappings, mappings)
+def test_merge_is_associative_and_keeps_its_inputs(a, b, c):
+    before = copy.deepcopy((a, b, c))
+    assert merge(merge(a, b), c) == merge(a, merge(b, c))
+    assert merge(a, {}) == merge({}, a) == a
+    assert (a, b, c) == before
+
+
+@given(mappings, st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.integers())
+def test_override_sets_exactly_that_field(value, path, number):
+    changed = override(value, f"{'.'.join(path)}={number}")
+    item = changed
+    for name in path:
+        item = item[name]
+    assert item == number
+    assert {name: changed[name] for name in changed if name != path[0]} == {n: value[n] for n in value if n != path[0]}
+
+
+@given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.integers() | st.text(), st.lists)))
+def test_any_mapping_is_refused_in_one_line_and_never_crashes(value):
+    with pytest.raises(ManifestError) as caught:
+        build(Manifest, value, "m.yaml: ")
+    assert len(str(caught.value).splitlines()) == 1
