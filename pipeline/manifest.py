@@ -8,6 +8,7 @@ relative to the manifest that names it.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,15 @@ __all__ = ["Manifest", "ManifestError", "load_manifest", "plain"]
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 TOKENS_PER_TILE = 64  #: tokens of one tile of a still
+READERS = (
+    "decord",
+    "img",
+    "frame",
+    "gif",
+    "av",
+)  #: of a video; img and frame are folders of frames
+SAMPLING = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
+SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +35,8 @@ class Entry:
 
     annotation: str = field(doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
     root: str = field("", doc="folder that the annotation's media paths are relative to, or a name in the root map")
-    sampling: str = field("all", doc="all, first:N, end:N, first2:N, first3:N, first4:N, random:N; N a count or P%")
-    reader: str = field("decord", choices=("decord", "img", "frame", "gif", "av"))
+    sampling: str = field("all", doc=SAMPLING_HELP)
+    reader: str = field("decord", choices=READERS)
     media_type: str = field("auto", choices=("auto", "image", "video", "text", "mix"))
     split: str = field("train", choices=("train", "val"), doc="val is held out of training and used for scoring")
     name: str = field("", doc="name in ledgers and reports; the annotation file's stem if empty")
@@ -35,6 +45,8 @@ class Entry:
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", Path(self.annotation).name.split(".")[0])
+        if not SAMPLING.fullmatch(self.sampling):
+            raise ManifestError(f"sampling: {self.sampling!r} is not {SAMPLING_HELP}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +56,8 @@ class Data:
     entries: tuple[Entry, ...]
     roots: str = field("", doc="YAML file that maps an entry's root to a place that can be read")
     text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
+    shard_mb: int = field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
+    decode_timeout: int = field(600, low=1, doc="seconds that building one media item may take")
 
     def __post_init__(self) -> None:
         if not self.entries:
