@@ -1,0 +1,118 @@
+"""Media files to the frames that a sampler wants, resized: for building shards and for answering about a video.
+
+    decoded = decode_video("clip.mp4", "decord", 12.4, 27.9, manifest.frames)
+    decoded.frames[decoded.sample]      # (n, S, S, 3), what the model sees
+
+A clip is the frames shown within [start, end] seconds. It is sampled as if it were a video of its own, with its own
+count of frames and its own duration (end - start). Broken files raise :class:`MediaError` with a reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.manifest import Frames
+from pipeline.media import REASONS, MediaError
+from pipeline.sampling import fit_to_clips, sample_indices
+from pipeline.sources import DistrustError, Source, open_av, open_decord, open_folder, open_gif
+from pipeline.stills import encode_still, read_image
+
+__all__ = ["REASONS", "Decoded", "MediaError", "decode_video", "encode_still", "read_image"]
+
+_SLACK = 1e-6  #: seconds by which a frame may miss a clip's edge: times are sums of binary fractions
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The sampled frames of one video or clip."""
+
+    frames: np.ndarray  #: uint8 (T, S, S, 3) RGB, distinct frames in time order
+    sample: np.ndarray  #: int32 (n,) places in ``frames``, in the sampler's order and with its repeats
+    frame_index: np.ndarray  #: int64 (T,) source frame numbers, counted from the clip's first
+    timestamps: np.ndarray  #: float64 (T,) seconds in the source, from the start of the file
+    vlen: int  #: source frames of the clip
+    fps: float
+    duration: float  #: seconds of the clip
+    source_width: int  #: pixels, upright
+    source_height: int
+    salvaged: bool  #: the file is damaged: fewer frames could be read than it promises
+
+
+def decode_video(
+    path: str | Path, reader: str, start: float | None, end: float | None, frames: Frames, seed: int = 0
+) -> Decoded:
+    """Decode and resize the frames that ``frames.sampler`` takes of a video, or of its clip [start, end].
+
+    Args:
+        path: a video (``decord``, ``av``), a GIF (``gif``), or a folder of frames (``img``, ``frame``).
+        reader: decord falls back on PyAV for files that it does not read exactly.
+        start: seconds, or None for the beginning.
+        end: seconds, or None for the end; a later one than the video's counts as the video's.
+        frames: sampler, bounds and size; the sample is padded to whole clips.
+        seed: of the ``rand`` sampler.
+
+    Frames are stretched to size x size by Pillow's bicubic filter, one at a time: at most one frame in full size is
+    held, however long the video.
+
+    Raises:
+        MediaError: the file is missing, damaged, not a video, or the clip has no frames.
+        ValueError: an unknown reader, or bounds that clips of ``frames.clip_frames`` frames do not divide.
+    """
+    if reader == "decord":
+        try:
+            return _take(path, open_decord(path), start, end, frames, seed)
+        except DistrustError:
+            return _take(path, open_av(path), start, end, frames, seed)
+    openers = {"av": open_av, "gif": open_gif, "img": open_folder, "frame": open_folder}
+    if reader not in openers:
+        raise ValueError(f"reader {reader!r} is not one of decord, {', '.join(openers)}")
+    return _take(path, openers[reader](path), start, end, frames, seed)
+
+
+def _take(
+    path: str | Path, source: Source, start: float | None, end: float | None, frames: Frames, seed: int
+) -> Decoded:
+    first, stop, duration = _clip(path, source, start, end)
+    vlen = stop - first
+    indices = sample_indices(frames, vlen, source.fps, duration, np.random.default_rng(seed))
+    indices = fit_to_clips(indices, vlen, frames.clip_frames)
+    distinct, sample = np.unique(indices, return_inverse=True)
+
+    side = (frames.size, frames.size)
+    resized = np.empty((len(distinct), *side, 3), dtype=np.uint8)
+    count, width, height = 0, 0, 0
+    for picture in source.pictures(distinct + first):
+        width, height = (width, height) if count else picture.size
+        resized[count] = picture.resize(side, Image.Resampling.BICUBIC)
+        count += 1
+    if count < len(distinct):
+        raise MediaError("corrupt", path, f"only {count} of {len(distinct)} frames decode the second time")
+    return Decoded(
+        frames=resized,
+        sample=sample.astype(np.int32),
+        frame_index=distinct,
+        timestamps=source.seconds[distinct + first],
+        vlen=vlen,
+        fps=source.fps,
+        duration=duration,
+        source_width=width,
+        source_height=height,
+        salvaged=source.salvaged,
+    )
+
+
+def _clip(path: str | Path, source: Source, start: float | None, end: float | None) -> tuple[int, int, float]:
+    """The frame numbers [first, stop) of a clip and its duration in seconds."""
+    if start is None and end is None:
+        return 0, len(source.seconds), len(source.seconds) / source.fps
+    low = 0.0 if start is None else max(start, 0.0)
+    high = source.end if end is None else min(end, source.end)
+    first = int(np.searchsorted(source.seconds, low - _SLACK, "left"))
+    stop = int(np.searchsorted(source.seconds, high + _SLACK, "right"))
+    if not low < high or first >= stop:  # also for times that are not numbers
+        raise MediaError("bad_clip", path, f"no frames from {start} s to {end} s; the video ends at {source.end:.2f} s")
+    return first, stop, round(high - low, 6)
