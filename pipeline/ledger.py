@@ -79,10 +79,15 @@ class LedgerRow:
                 f"{self.kind!r} with reason {self.reason!r}: not a row of pipeline/ledger.py; add it there"
             )
 
+    def columns(self) -> dict[str, str | int]:
+        """The row by column; characters that UTF-8 cannot hold are escaped."""
+        values = asdict(self)
+        return {name: _text(value) if isinstance(value, str) else value for name, value in values.items()}
+
 
 def ledger_table(rows: Iterable[LedgerRow]) -> pa.Table:
-    """Rows as a table of :data:`SCHEMA`; text that UTF-8 cannot hold is escaped."""
-    return pa.Table.from_pylist([{name: _text(value) for name, value in asdict(row).items()} for row in rows], SCHEMA)
+    """Rows as a table of :data:`SCHEMA`."""
+    return pa.Table.from_pylist([row.columns() for row in rows], SCHEMA)
 
 
 def write_ledger(path: str | Path, table: pa.Table) -> None:
@@ -98,5 +103,5 @@ def read_ledger(root: str | Path) -> pa.Table:
     return pq.read_table(Path(root) / "ledger" / "ledger.parquet", schema=SCHEMA)
 
 
-def _text(value: str | int) -> str | int:
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+def _text(value: str) -> str:
+    return value.encode("utf-8", "backslashreplace").decode()

@@ -18,13 +18,7 @@ __all__ = ["Manifest", "ManifestError", "load_manifest", "plain"]
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 TOKENS_PER_TILE = 64  #: tokens of one tile of a still
-READERS = (
-    "decord",
-    "img",
-    "frame",
-    "gif",
-    "av",
-)  #: of a video; img and frame are folders of frames
+READERS = ("decord", "img", "frame", "gif", "av")  #: of a video; img and frame are folders of frames
 SAMPLING = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
 
