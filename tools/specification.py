@@ -1,0 +1,84 @@
+"""What decides the bytes of a build's shards, and how two builds differ in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.manifest import Manifest, plain
+from tools.roots import Origin
+
+FORMAT = 1  #: of the shards; raised whenever a change of the code changes their bytes
+LIBRARIES = ("av", "decord2", "numpy", "pillow", "pyarrow", "simplejpeg")  #: whose versions decide the bytes
+
+
+def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None) -> dict[str, Any]:
+    """Everything that decides the bytes of the shards, as JSON; two builds with the same one give the same shards.
+
+    Annotation files count by content and roots by how they lie to one another, so that moving data changes nothing.
+    """
+    frames, images = plain(manifest.frames), plain(manifest.images)
+    entries = [
+        {
+            "name": origin.entry.name,
+            "annotation": _sha256(origin.annotation.path) if origin.annotation.path else "left out",
+            "media": "found" if origin.media.path else "left out",
+            **{name: getattr(origin.entry, name) for name in ("root", "sampling", "reader", "media_type", "split")},
+        }
+        for origin in found
+    ]
+    return {
+        "format": FORMAT,
+        "stage": manifest.stage,
+        "seed": manifest.seed,
+        "limit": limit or 0,
+        "frames": {name: value for name, value in frames.items() if name != "time_message"},
+        "images": {name: images[name] for name in ("quality", "max_side")},
+        "data": {name: getattr(manifest.data, name) for name in ("text_placeholder", "shard_mb")},
+        "entries": entries,
+        "nested_roots": _nested(found),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "machine": platform.machine(),
+    }
+
+
+def difference(there: Any, here: Any, where: str = "") -> str:
+    """The first field in which two specifications differ, as ``FIELD is X there and Y here``; empty if none does."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(f".{name}", there.get(name), here.get(name)) for name in dict.fromkeys([*there, *here])]
+    elif isinstance(there, list) and isinstance(here, list):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(itertools.zip_longest(there, here))]
+    elif there == here:
+        return ""
+    else:
+        shown = ["absent" if value is None else f"{_name(value)!r:.80}" for value in (there, here)]
+        return f"{where} is {shown[0]} there and {shown[1]} here"
+    return next((found for name, a, b in pairs if (found := difference(a, b, f"{where}{name}".lstrip(".")))), "")
+
+
+def _name(value: Any) -> Any:
+    return value.get("name", value) if isinstance(value, dict) else value
+
+
+def _nested(found: Sequence[Origin]) -> list[list[str]]:
+    """Roots that are one place or lie within another, as [root, other root, path from one to the other]."""
+    places = {origin.entry.root: origin.media.path for origin in found if origin.media.path}
+    pairs = []
+    for outer, above in places.items():
+        for inner, below in places.items():
+            if outer != inner and below.is_relative_to(above):
+                pairs.append([outer, inner, str(below.relative_to(above))])
+    return sorted(pairs)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
