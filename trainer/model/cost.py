@@ -1,0 +1,146 @@
+"""What the model costs: parameters, FLOPs and memory, from the manifest alone (nothing is allocated).
+
+FLOPs of a training step, for each token that passes a part (P weights in matrix products, L layers, d channels of
+all heads, S tokens that attend to each other):
+
+    forward 2 P + 4 L d S, gradient of the inputs the same again, gradient of the weights 2 P + 4 L d S
+
+so 6 P + 12 L d S where all are needed. A frozen part skips the weights' gradients (attention has no weights: its
+backward pass stays whole), and everything backward where nothing before it is trained. Recomputation under gradient
+checkpointing is not counted, nor are norms, activations, merging and the position tables. S is the whole segment, as
+usual in published figures; ``cost_coefficients`` counts causal attention as the half that is computed, because it
+estimates time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from pipeline.manifest import TOKENS_PER_CLIP, Cost, Manifest, Model
+from trainer.model.video_llm import VideoLLM
+
+
+def parameters(manifest: Manifest) -> dict[str, int]:
+    """Number of parameters of each part; tied embeddings count once."""
+    return _parameters(manifest.model, manifest.frames.size, manifest.frames.clip_frames)
+
+
+@cache
+def _parameters(cfg: Model, size: int, clip_frames: int) -> dict[str, int]:
+    with torch.device("meta"):
+        model = VideoLLM(cfg, size, clip_frames)
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """FLOPs of one part: ``token`` for each token, ``pair`` for each pair of tokens that attend to each other."""
+
+    token: float
+    pair: float
+
+
+def part_costs(manifest: Manifest) -> dict[str, PartCost]:
+    """Training FLOPs of the three parts by the formula above; a vision tower's token is a patch."""
+    train, counts = manifest.train, parameters(manifest)
+    tower, language = manifest.model.vision_tower, manifest.model.language_model
+    before_connector = train.vision_tower.train
+    before_language_model = before_connector or train.connector.train
+    # the embedding is looked up, not multiplied; tied, the same matrix is the head and is multiplied once
+    embedding = 0 if language.tie_word_embeddings else language.vocab_size * language.hidden_size
+    matmul = counts["language_model"] - embedding
+    return {
+        "vision_tower": _part(counts["vision_tower"], tower.depth - 1, tower.width, train.vision_tower.train, False),
+        "connector": _part(counts["connector"], 0, 0, train.connector.train, before_connector),
+        "language_model": _part(
+            matmul, language.num_hidden_layers, language.hidden_size, train.language_model.train, before_language_model
+        ),
+    }
+
+
+def _part(weights: int, layers: int, width: int, trained: bool, inputs_need_gradient: bool) -> PartCost:
+    backward = trained or inputs_need_gradient
+    return PartCost(
+        token=2.0 * weights * (1 + backward + trained),
+        pair=4.0 * layers * width * (3 if backward else 1),
+    )
+
+
+def flops_by_part(manifest: Manifest, frames: int, text_tokens: int) -> dict[str, float]:
+    """Training FLOPs of one sample with a video of ``frames`` frames and ``text_tokens`` tokens of text, by part."""
+    costs, clip = part_costs(manifest), manifest.frames.clip_frames
+    patches = (manifest.frames.size // manifest.model.vision_tower.patch) ** 2 * clip  # of a clip
+    clips = frames // clip
+    visual = clips * TOKENS_PER_CLIP
+    tokens = visual + text_tokens
+    return {
+        "vision_tower": clips * (costs["vision_tower"].token * patches + costs["vision_tower"].pair * patches**2),
+        "connector": costs["connector"].token * visual,
+        "language_model": costs["language_model"].token * tokens + costs["language_model"].pair * tokens**2,
+    }
+
+
+def flops(manifest: Manifest, frames: int, text_tokens: int) -> float:
+    """Training FLOPs of one sample with a video of ``frames`` frames and ``text_tokens`` tokens of text."""
+    return sum(flops_by_part(manifest, frames, text_tokens).values())
+
+
+def cost_coefficients(manifest: Manifest) -> Cost:
+    """Coefficients that balance rows: FLOPs a patch (its share of the connector included), a token, and a pair.
+
+    Patches of a still are counted like those of a clip, which overstates their attention.
+    """
+    costs, clip = part_costs(manifest), manifest.frames.clip_frames
+    patches = (manifest.frames.size // manifest.model.vision_tower.patch) ** 2 * clip
+    tower, language = costs["vision_tower"], costs["language_model"]
+    return Cost(
+        patch=tower.token + tower.pair * patches + costs["connector"].token * TOKENS_PER_CLIP / patches,
+        token=language.token,
+        pair=language.pair / 2,
+    )
+
+
+def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str, int]:
+    """Estimated bytes of one rank while it trains on a row of ``tokens`` tokens with ``frames`` frames.
+
+    ``states``: weights, gradients and AdamW's two moments, sharded over ``world`` ranks as far as the ZeRO stage does
+    (weights from 3, gradients from 2, optimiser from 1) and without what is offloaded. ``kept``: what gradient
+    checkpointing keeps of every tower group and layer. ``working``: the largest piece that is recomputed at once (a
+    tower group, a layer or a chunk of logits), counted as 34 values of width d for a transformer token and block.
+    """
+    train, cfg = manifest.train, manifest.model
+    tower, language = cfg.vision_tower, cfg.language_model
+    counts, size = parameters(manifest), 2 if train.dtype == "bf16" else 4
+    learned = sum(counts[name] for name in counts if getattr(train, name).train)
+    # bf16 keeps a float32 master copy beside the two moments
+    weights, gradients, optimiser = sum(counts.values()) * size, learned * size, learned * (12 if size == 2 else 8)
+    states = 0 if train.offload == "all" else weights // (world if train.zero_stage == 3 else 1)
+    states += gradients // (world if train.zero_stage >= 2 else 1)
+    states += 0 if train.offload != "none" else optimiser // world
+
+    clip = manifest.frames.clip_frames
+    patches = (manifest.frames.size // tower.patch) ** 2 * clip
+    clips = frames // clip
+    group = min(clips, tower.group_clips)
+    live = 17 * size  # bytes for each channel of a token in one block: inputs of its norms, products and activations
+    pixels = frames * manifest.frames.size**2 * 3
+    merged = clips * TOKENS_PER_CLIP * (tower.width + 3 * language.hidden_size) * size
+    one_layer = tokens * (10 * language.hidden_size + 4 * language.intermediate_size) * size
+    one_group = group * patches * tower.width * live * (tower.depth - 1) if train.vision_tower.train else 0
+    if train.gradient_checkpointing:
+        kept = pixels + merged + tokens * language.hidden_size * size * language.num_hidden_layers
+        working = max(one_group, one_layer)
+    else:
+        kept = pixels + merged + one_layer * language.num_hidden_layers + one_group * clips // max(group, 1)
+        working = max(group * patches * tower.width * live, one_layer)
+    return {"states": states, "kept": kept, "working": max(working, logits_bytes(tokens, language.vocab_size))}
+
+
+def logits_bytes(tokens: int, vocabulary: int) -> int:
+    """Bytes of one chunk of logits: in the compute dtype, in float32, and their gradient."""
+    from trainer.loss import CHUNK_LOGITS
+
+    return min(tokens * vocabulary, CHUNK_LOGITS) * (2 + 4 + 4)

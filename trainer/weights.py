@@ -1,0 +1,366 @@
+"""Weights in and out: published files and our own, on one process or under ZeRO-3.
+
+Files carry the published names (``published_name``). ``initialise`` fills a new model from the places that the
+manifest names, ``save`` writes a folder, ``load_pretrained`` reads one for inference. Under ZeRO-3 every parameter is
+gathered by itself: rank 0 reads or writes it and no rank holds the whole model. Tensors are read with safetensors or
+``torch.load(weights_only=True)``; nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from pipeline.manifest import Manifest, Model, plain
+from pipeline.schema import build
+from trainer.model.video_llm import VideoLLM
+
+SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
+STD = 0.02  #: of random matrices, as Qwen2's own initialisation
+INDEX = "model.safetensors.index.json"
+
+PUBLISHED = {  #: our prefix -> published prefix; longer published prefixes first, so that the first match is right
+    "vision_tower.": "model.vision_tower.vision_tower.encoder.",
+    "connector.": "model.mm_projector.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+ENCODER_PREFIXES = ("vision_tower.vision_tower.encoder.", "vision_tower.encoder.", "vision_encoder.", "encoder.", "")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, or that do not fit the model; one line with the file and the names."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape is known, its values are read when wanted."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+def published_name(name: str) -> str:
+    """Published name of one of our parameters."""
+    for ours, published in PUBLISHED.items():
+        if name.startswith(ours):
+            return published + name[len(ours) :]
+    raise KeyError(name)
+
+
+def our_name(name: str) -> str | None:
+    """Our name of a tensor with a published name; None for other names."""
+    for ours, published in PUBLISHED.items():
+        if name.startswith(published):
+            return ours + name[len(published) :]
+    return None
+
+
+def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
+    """Our name for every key of a file that belongs to ``part``; keys that fit nothing keep their own name.
+
+    Accepted are whole models with published names (other parts' tensors are passed over), the encoder's own file
+    (any of ``ENCODER_PREFIXES``; its last norm is called ``norm``), ``mm_projector.bin`` (any prefix before
+    ``mm_projector.``) and a connector's or encoder's bare names.
+    """
+    published = {key: our_name(key) for key in keys}
+    if any(name and name.startswith(part + ".") for name in published.values()):
+        names = {key: name or key for key, name in published.items() if not name or name.startswith(part + ".")}
+    elif part == "connector":
+        names = {key: "connector." + key.rpartition("mm_projector.")[2] for key in keys}
+    elif part == "vision_tower":
+        prefix = next(p for p in ENCODER_PREFIXES if any(key.startswith(p) for key in keys))
+        names = {key: re.sub(r"^norm\.", "vision_layernorm.", key.removeprefix(prefix)) for key in keys}
+        names = {key: "vision_tower." + name for key, name in names.items()}
+    else:
+        names = {key: key for key in keys}
+    return {key: name for key, name in names.items() if not name.startswith(_unused(cfg))}
+
+
+def _unused(cfg: Model) -> tuple[str, ...]:
+    """Beginnings of names that files may hold and the model computes, shares or never runs."""
+    positions = ("vision_tower.pos_embed", "vision_tower.img_pos_embed")
+    last_block = (f"vision_tower.blocks.{cfg.vision_tower.depth - 1}.",)
+    tied_head = ("language_model.lm_head.",) if cfg.language_model.tie_word_embeddings else ()
+    return positions + last_block + tied_head
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file or folder by its own name, unread.
+
+    A folder holds a safetensors index, safetensors files, or one torch file (.bin, .pt, .pth).
+
+    Raises:
+        WeightsError: nothing there, a file of another kind, or a damaged one.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in _weight_files(path):
+        try:
+            tensors.update(_safetensors(file) if file.suffix == ".safetensors" else _torch_file(file))
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise WeightsError(f"{file}: not a file of tensors that can be read ({reason}); fetch it again") from error
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if absent := [name for name in names if not (path / name).is_file()]:
+            raise WeightsError(f"{path}: {INDEX} names files that are missing: {', '.join(absent)}")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        files = sorted(file for suffix in ("bin", "pt", "pth") for file in path.glob(f"*.{suffix}"))
+        if len(files) > 1:
+            raise WeightsError(f"{path}: several weights files; name one of {', '.join(file.name for file in files)}")
+    if not files:
+        raise WeightsError(f"{path}: no weights here (*.safetensors, *.bin, *.pt, *.pth)")
+    return files
+
+
+def _safetensors(file: Path) -> dict[str, Stored]:
+    opened = safe_open(file, framework="pt")
+    return {
+        key: Stored(tuple(opened.get_slice(key).get_shape()), lambda key=key: opened.get_tensor(key))
+        for key in opened.keys()  # noqa: SIM118 (not a mapping)
+    }
+
+
+def _torch_file(file: Path) -> dict[str, Stored]:
+    values = torch.load(file, map_location="cpu", weights_only=True)
+    for wrapper in ("module", "model", "state_dict"):
+        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            values = values[wrapper]
+    if not isinstance(values, dict):
+        raise ValueError(f"a {type(values).__name__} instead of named tensors")
+    return {
+        key: Stored(tuple(value.shape), lambda value=value: value)
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, Stored]:
+    """The tensors of one part by our names, complete and of the right shapes.
+
+    Raises:
+        WeightsError: lists missing, unexpected and wrongly shaped tensors by name.
+    """
+    tensors = stored_tensors(path)
+    found = {name: tensors[key] for key, name in names_in_file(part, list(tensors), cfg).items()}
+    wanted = {name: shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
+    wrong = [
+        f"{name} is {list(found[name].shape)}, the model's {list(size)}"
+        for name, size in wanted.items()
+        if name in found and found[name].shape != size
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "wrong shape": wrong,
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
+    return found
+
+
+def locate(place: str) -> Path:
+    """Local path of a file, a folder or a hub repository (OWNER/NAME, downloaded once)."""
+    path = Path(place)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+        raise WeightsError(f"{place}: no such file or folder")
+    try:
+        return Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(f"{place}: no such file or folder, and no such repository could be fetched") from error
+
+
+# ------------------------------------------------------------------------------------------------------- filling
+
+
+def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
+    """float32 start value that depends on the seed, the name and the shape alone.
+
+    Matrices are normal(0, 0.02), norm weights one, biases zero.
+    """
+    if len(size) == 1:
+        return torch.ones(size) if name.endswith(".weight") else torch.zeros(size)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(size, generator=generator) * STD
+
+
+def sources(model: VideoLLM, manifest: Manifest) -> dict[str, Stored]:
+    """Where every parameter starts from: our name -> tensor, following ``manifest.init_from``.
+
+    A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
+    """
+    given, tensors = manifest.init_from, {}
+    for part in model.parts():
+        place = getattr(given, part) or (str(Path(given.run) / "final") if given.run else "random")
+        if place == "random":
+            for name, p in model.named_parameters():
+                if name.startswith(part + "."):
+                    size = shape(p)
+                    tensors[name] = Stored(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
+        else:
+            try:
+                tensors |= read_part(model, part, locate(place), manifest.model)
+            except WeightsError as error:
+                field = part if getattr(given, part) else "run"
+                raise WeightsError(f"init_from.{field}: {error}") from error
+    return tensors
+
+
+def initialise(model: VideoLLM, manifest: Manifest) -> None:
+    """Fill every parameter as ``manifest.init_from`` says. Call before ``deepspeed.initialize``, on every rank.
+
+    Raises:
+        WeightsError: on every rank alike, before anything is filled.
+    """
+    partitioned = any(is_partitioned(p) for p in model.parameters())
+    reads = not partitioned or dist.get_rank() == 0
+    tensors: dict[str, Stored] = {}
+    outcome: list[str | None] = [None]
+    if reads:
+        try:
+            tensors = sources(model, manifest)
+        except WeightsError as error:
+            outcome = [str(error)]
+    if partitioned:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise WeightsError(outcome[0])
+    fill(model, tensors if reads else None)
+
+
+def fill(model: nn.Module, tensors: dict[str, Stored] | None) -> None:
+    """Copy ``tensors`` (our names) into all parameters; a rank that does not read passes None and takes part."""
+    for name, parameter in model.named_parameters():
+        with gathered(parameter, write=True), torch.no_grad():
+            if tensors is not None:
+                parameter.copy_(tensors[name].read())
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds only a part of the parameter on this rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def gathered(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
+    """The whole parameter on every rank for a while; with ``write``, rank 0's values are kept."""
+    if not is_partitioned(parameter):
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0 if write else None):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- saving, loading
+
+
+def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write all parameters under published names, with config.json; call on every rank.
+
+    One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (a larger tensor has a shard of its own)
+    with their index. config.json, written last, holds the manifest's sections that inference needs.
+    """
+    folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+    parameters = dict(model.named_parameters())
+    shards = _split(parameters, shard_bytes)
+    files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, names in zip(files, shards, strict=True):
+        tensors = {}
+        for name in names:
+            with gathered(parameters[name]):
+                if writes:
+                    tensors[published_name(name)] = parameters[name].detach().cpu().contiguous()
+        if writes:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if not writes:
+        return
+    if len(shards) > 1:
+        located = {published_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(map(_bytes, parameters.values()))}, "weight_map": located}
+        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    sections = {name: plain(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
+    config = {"architectures": ["VideoLLM"], "model_type": "framestream", "dtype": dtype, **sections}
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+
+def _split(parameters: dict[str, nn.Parameter], limit: int) -> list[list[str]]:
+    """Names of each shard, in order, each shard filled up to ``limit`` bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, parameter in parameters.items():
+        size = _bytes(parameter)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def load_pretrained(folder: str | Path) -> VideoLLM:
+    """The model of a folder that ``save`` wrote, on the CPU, in the dtype it was saved in.
+
+    Raises:
+        WeightsError: no config.json there, or its weights do not fit it.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder}: no config.json; name the `final` folder of a finished run")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "framestream":
+        raise WeightsError(f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, not 'framestream'")
+    cfg = build(Model, config["model"], f"{folder / 'config.json'}: model")
+    with no_init_weights():
+        model = VideoLLM(cfg, config["frames"]["size"], config["frames"]["clip_frames"])
+    model.to(getattr(torch, config["dtype"]))
+    fill(model, {name: t for part in model.parts() for name, t in read_part(model, part, folder, cfg).items()})
+    return model.eval()
