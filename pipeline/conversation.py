@@ -137,9 +137,11 @@ class Conversation:
         """Texts to be tokenised one by one, split at their marks; in a text-only dialogue a mark is a literal word."""
         if not turns:
             raise ValueError("the dialogue has no turns")
+        plain = self.text.template == "plain"
+        turns = turns if plain else self._spoken(turns)
         if kinds:
             turns = media_step(turns, messages)
-        segments = self._plain(turns) if self.text.template == "plain" else self._qwen_2(turns)
+        segments = self._plain(turns) if plain else self._qwen_2(turns)
         return [(text.split(MARK) if kinds else [text], learned) for text, learned in segments]
 
     def _plain(self, turns: Turns) -> list[tuple[str, bool]]:
@@ -147,14 +149,15 @@ class Conversation:
             raise ValueError(f"template plain needs two turns, the first with an {MARK} mark")
         return [(MARK, False), (f"{text_of(turns[1])}\n", True)]
 
+    def _spoken(self, turns: Turns) -> Turns:
+        """The turns that are used: a system turn first, and no assistant turn right after it."""
+        first = role_of(turns[0]) == "system"
+        system = turns[0] if first else {"from": "system", "value": self.text.system}
+        rest = turns[1:] if first else turns
+        return [system, *(rest[1:] if rest and role_of(rest[0]) == "assistant" else rest)]
+
     def _qwen_2(self, turns: Turns) -> list[tuple[str, bool]]:
-        system = self.text.system
-        turns = list(turns)
-        if role_of(turns[0]) == "system":
-            system = text_of(turns.pop(0))
-        if turns and role_of(turns[0]) == "assistant":
-            turns = turns[1:]
-        spoken = [("system", system), *((role_of(turn), text_of(turn)) for turn in turns)]
+        spoken = [(role_of(turn), text_of(turn)) for turn in turns]
         return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role not in ("system", "user")) for role, text in spoken]
 
     def tokenize(self, dialogues: Iterable[Segments]) -> list[tuple[np.ndarray, np.ndarray]]:

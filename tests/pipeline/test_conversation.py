@@ -84,6 +84,13 @@ def test_golden_newline(facts):
     assert load_tokenizer(str(FOLDER)).encode("\n") == facts["newline_encodes_to"]
 
 
+def test_a_dropped_first_turn_takes_no_message(qwen):
+    turns = [{"from": "gpt", "value": "<image>"}, {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]
+    ids, _ = qwen.encode(turns, ["video"], ["\n4 frames. "])
+    assert ids.tolist() == qwen.encode(turns[1:], ["video"], ["\n4 frames. "])[0].tolist()
+    assert "4 frames" in qwen.tokenizer.decode(ids[ids != IMAGE])
+
+
 def test_prompt_markers_can_be_masked(qwen):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
     ids, _ = qwen.encode(turns, [], [])
