@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import Manifest, load_manifest
+from pipeline.schema import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "manifests"
 NOT_STAGES = {"base.yaml", "roots.example.yaml"}
@@ -155,3 +156,13 @@ def test_published_annotations_are_files_of_the_hub():
 def test_ablation_is_stage_3_with_fewer_samples():
     whole, part = published("stage3").data.entries, published("ablation").data.entries
     assert [(e.annotation, e.root, e.reader) for e in whole] == [(e.annotation, e.root, e.reader) for e in part]
+
+
+def test_root_map_example_names_everything_that_the_published_manifests_need():
+    example = FOLDER / "roots.example.yaml"
+    places = read_yaml(example)
+    assert all(place.startswith("dir:/") for place in places.values())
+    for name in PUBLISHED:
+        for entry in published(name).data.entries:
+            assert {entry.name, entry.root} & places.keys() or entry.media_type == "text"
+            assert entry.annotation.rpartition(":")[0] in places
