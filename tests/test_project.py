@@ -57,6 +57,7 @@ def tree(text: str) -> dict[str, str]:
 def test_readme_tree_names_every_file_once_and_no_other():
     named = tree(README)
     found = {relative(path) for path in SOURCES if path.stat().st_size}
+    found |= {relative(path) for package in PACKAGES for path in (ROOT / package).rglob("*.j2")}
     found |= {relative(path) for path in (ROOT / "manifests").rglob("*.yaml")}
     found |= {relative(path) for path in (ROOT / "docs").glob("*.md")}
     found |= {relative(path) for path in (ROOT / "benchmarks").glob("*.py")}
