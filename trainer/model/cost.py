@@ -20,6 +20,7 @@ from functools import cache
 import torch
 
 from pipeline.manifest import TOKENS_PER_CLIP, Cost, Manifest, Model
+from trainer.loss import CHUNK_LOGITS
 from trainer.model.video_llm import VideoLLM
 
 
@@ -109,7 +110,7 @@ def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str
     ``states``: weights, gradients and AdamW's two moments, sharded over ``world`` ranks as far as the ZeRO stage does
     (weights from 3, gradients from 2, optimiser from 1) and without what is offloaded. ``kept``: what gradient
     checkpointing keeps of every tower group and layer. ``working``: the largest piece that is recomputed at once (a
-    tower group, a layer or a chunk of logits), counted as 34 values of width d for a transformer token and block.
+    tower group, a layer or a chunk of logits); a tower block keeps 17 values of its width for each patch.
     """
     train, cfg = manifest.train, manifest.model
     tower, language = cfg.vision_tower, cfg.language_model
@@ -140,7 +141,5 @@ def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str
 
 
 def logits_bytes(tokens: int, vocabulary: int) -> int:
-    """Bytes of one chunk of logits: in the compute dtype, in float32, and their gradient."""
-    from trainer.loss import CHUNK_LOGITS
-
+    """Bytes of one chunk of logits: in 16 bit, in float32, and their gradient."""
     return min(tokens * vocabulary, CHUNK_LOGITS) * (2 + 4 + 4)
