@@ -1,0 +1,176 @@
+"""The report page, read back with an HTML parser of the standard library and an XML parser for its charts."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from trainer import report
+from trainer.report_charts import Bar, Line, bar_chart, compact, line_chart, thin, ticks
+
+VOID = {"meta", "img", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Text, attributes and nesting of a page; unbalanced tags fail."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+    def cells(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def jpeg() -> str:
+    stored = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(stored, "JPEG")
+    return base64.b64encode(stored.getvalue()).decode("ascii")
+
+
+def write_run(folder: Path, steps: int = 40, scores: bool = False) -> Path:
+    folder.mkdir()
+    with (folder / "log.jsonl").open("w") as log:
+        for step in range(1, steps + 1):
+            record = {"step": step, "steps": 40, "loss": 4.0 / step, "lr": {"connector": 1e-3 / step}, "seconds": 0.5}
+            record |= {"grad_norm": 1.0, "tokens_per_s": 1234.0, "frames_per_s": 56.0, "data_wait": 0.125}
+            log.write(json.dumps(record | {"dialogues": 16, "skipped": 0}) + "\n")
+    manifest = {"stage": 2, "name": "<short> video", "frames": {"min": 4, "max": 8, "size": 128, "sampler": "middle"}}
+    manifest["train"] = {"zero_stage": 3, "connector": {"train": True}, "language_model": {"train": False}}
+    (folder / "manifest.yaml").write_text(json.dumps(manifest | {"init_from": {"run": "runs/stage1"}}))
+    ledger = [
+        {"dialogue": f"d{i}", "reason": reason, "rank": 0} for i, reason in enumerate(["truncated"] * 3 + ["x<y"])
+    ]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ledger))
+    if scores:
+        row = {"family": "first colour", "questions": 224, "accuracy": 93.3, "low": 90.1, "high": 96.2, "blind": 12.1}
+        row |= {"blind_low": 8.0, "blind_high": 16.5, "gain": 81.2, "gain_low": 76.0, "gain_high": 86.4}
+        example = {
+            "family": "first colour",
+            "question": "Which <b>colour</b>?",
+            "expected": "red",
+            "frames_jpeg": [jpeg()],
+        }
+        examples = [example | {"given": "Red.", "blind_given": "blue"}, example | {"given": "", "blind_given": "</p>"}]
+        evaluation = {"families": [row], "examples": examples, "checkpoint": "runs/final", "command": "python -m x"}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
+    runs = [write_run(tmp_path / "stage1", scores=False), write_run(tmp_path / "stage2", scores=True)]
+    out = tmp_path / "deep" / "report.html"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    text = page.cells()
+    for figure in ("93.3", "90.1 to 96.2", "12.1", "8.0 to 16.5", "81.2", "76.0 to 86.4", "224", "1.23k", "12.5 %"):
+        assert figure in text, figure
+    assert "4 dialogues could not be read: 3 × truncated, 1 × x<y" in text
+    assert "runs/stage1" in text and "20.0 s" in text and "640" in text
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)
+    for link in links:
+        Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))).load()
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
+
+
+def test_text_from_the_data_is_escaped_and_answers_are_judged_as_the_scores_are(tmp_path):
+    page = Page(report.render([report.read_run(write_run(tmp_path / "run", scores=True))]))
+    text = page.cells()
+    assert "Which <b>colour</b>?" in text and "blind: </p>" in text and "<short> video" in text
+    assert "b" not in {tag for tag, _ in page.tags}
+    assert "Red. ✓" in text and "(nothing) ✗" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ("log.jsonl", "train it first")),
+        ("", ("log.jsonl", "no optimiser step")),
+        ('{"step": 1, "seconds": 1}\n', ("log.jsonl", "lacks loss")),
+        ('{"step": 1, "seco\n{"step": 2, "loss": 1, "seconds": 1}\n', ("log.jsonl", "line 1")),
+    ],
+)
+def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "log.jsonl").write_text(content)
+    out = tmp_path / "report.html"
+    assert report.main([str(tmp_path), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(word in message for word in words)
+    assert not out.exists()
+
+
+def test_the_line_that_is_being_written_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run", steps=7)
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 8, "lo')
+    assert report.summary(report.read_run(run))["done"] == 7
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_even_and_cover_the_range(low, span):
+    found = ticks(low, low + span)
+    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    assert 2 <= len(found) <= 8 and max(steps) - min(steps) <= 1e-6 * max(map(abs, [*found, 1.0]))
+    assert found[0] <= low + 1e-6 * span + 1e-9 * abs(low) and found[-1] >= low + span - 1e-6 * span - 1e-9 * abs(low)
+
+
+@given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=2000))
+def test_charts_are_well_formed_and_stay_inside(values):
+    svg = line_chart("a < b", [Line("x & y", range(1, len(values) + 1), values)])
+    root = ElementTree.fromstring(svg)
+    width, height = map(float, root.get("viewBox").split()[2:])
+    for line in root.iter("polyline"):
+        places = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        assert len(places) == min(len(values), 500)
+        assert all(0 <= x <= width and 0 <= y <= height for x, y in places)
+
+
+def test_bars_are_as_long_as_their_values():
+    bars = [Bar(50.0, 40.0, 60.0, "#000", "own"), Bar(25.0, 20.0, 30.0, "#111", "blind")]
+    root = ElementTree.fromstring(bar_chart("t", [("family", bars)]))
+    lengths = [float(rect.get("width")) for rect in root.iter("rect")]
+    assert lengths[0] == pytest.approx(2 * lengths[1], abs=0.2)
+
+
+def test_short_numbers():
+    assert [compact(v) for v in (0, 0.25, 12, 3400, 1e-3, 2.5e-4, 1.2e9)] == [
+        "0",
+        "0.25",
+        "12",
+        "3.4k",
+        "1e-3",
+        "2.5e-4",
+        "1.2G",
+    ]
+    assert thin([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
+    assert [report.duration(s) for s in (3.21, 245, 7380)] == ["3.2 s", "4 min 05 s", "2 h 03 min"]

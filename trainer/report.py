@@ -1,0 +1,235 @@
+"""``python -m trainer.report RUN [RUN ...] --out report.html``: what the runs did, as one page that needs nothing else.
+
+Read from each RUN, where present: ``log.jsonl`` (one object per optimiser step), ``manifest.yaml`` (the resolved
+manifest), ``ledger.jsonl`` (dialogues that could not be read) and ``evaluation.json`` (scores of held-out questions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from trainer.checkpoint import write_atomically
+from trainer.report_charts import COLOURS, Bar, Line, bar_chart, compact, line_chart
+
+PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
+SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
+EDGE_STEPS = 10  #: steps averaged for a first and a last loss
+OWN, BLIND = COLOURS[0], "#b9c0cc"
+
+
+class ReportError(ValueError):
+    """Something that a report needs is missing or broken: one line that names the file and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run's folder, read."""
+
+    folder: Path
+    steps: list[dict]
+    manifest: dict
+    ledger: collections.Counter[str]
+    evaluation: dict | None
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest.get("name") or self.folder.name)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        ReportError: there is no log, or a file is not what it should be.
+    """
+    log = folder / "log.jsonl"
+    if not log.is_file():
+        raise ReportError(f"{folder}: no log.jsonl here; train it first: python -m trainer --manifest M")
+    steps = _json_lines(log)
+    if not steps:
+        raise ReportError(f"{log}: no optimiser step is logged yet; wait for the first one")
+    for record in steps:
+        missing = [name for name in ("step", "loss", "seconds") if name not in record]
+        if missing:
+            raise ReportError(f"{log}: a line lacks {', '.join(missing)}; the file was not written by the trainer")
+    manifest, evaluation = {}, None
+    if (folder / "manifest.yaml").is_file():
+        manifest = yaml.safe_load((folder / "manifest.yaml").read_text(encoding="utf-8"))
+    if (folder / "evaluation.json").is_file():
+        try:
+            evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        except ValueError:
+            raise ReportError(f"{folder / 'evaluation.json'}: not JSON; run python -m trainer.evaluate again") from None
+    ledger = folder / "ledger.jsonl"
+    reasons = collections.Counter(row["reason"] for row in _json_lines(ledger)) if ledger.is_file() else {}
+    return Run(folder, steps, manifest, collections.Counter(reasons), evaluation)
+
+
+def render(runs: list[Run]) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"compact": compact, "duration": duration, "points": "{:.1f}".format, "plain": _plain}
+    scored = [(run, run.evaluation, _family_chart(run.evaluation)) for run in runs if run.evaluation]
+    return environment.get_template("report.html.j2").render(
+        runs=[(run, summary(run), charts(run)) for run in runs],
+        scored=scored,
+        own=OWN,
+        blind=BLIND,
+    )
+
+
+def summary(run: Run) -> dict:
+    """The figures of one run's row in the table of stages."""
+    steps, manifest = run.steps, run.manifest
+    train, frames = manifest.get("train", {}), manifest.get("frames", {})
+    trained = [name.replace("_", " ") for name in PART_COLOURS if train.get(name, {}).get("train")]
+    losses = [record["loss"] for record in steps]
+    seconds = sum(record["seconds"] for record in steps)
+    init = manifest.get("init_from", {})
+    return {
+        "stage": manifest.get("stage", ""),
+        "trained": ", ".join(trained) or "unknown",
+        "frames": _frames(frames) if frames else "unknown",
+        "init": init.get("run") or ", ".join(sorted({str(value) for value in init.values() if value})) or "unknown",
+        "zero_stage": train.get("zero_stage", "unknown"),
+        "done": steps[-1]["step"],
+        "wanted": steps[-1].get("steps", steps[-1]["step"]),
+        "dialogues": sum(record.get("dialogues", 0) for record in steps),
+        "seconds": seconds,
+        "first_loss": statistics.fmean(losses[:EDGE_STEPS]),
+        "last_loss": statistics.fmean(losses[-EDGE_STEPS:]),
+        "tokens_per_s": _per_second(steps, "tokens_per_s", seconds),
+        "frames_per_s": _per_second(steps, "frames_per_s", seconds),
+        "data_wait": 100 * _per_second(steps, "data_wait", seconds),
+        "unreadable": run.ledger.total(),
+    }
+
+
+def charts(run: Run) -> list[Markup]:
+    """A run's curves: loss, learning rates, gradient norm, throughput and waiting for data."""
+    x = [record["step"] for record in run.steps]
+    losses = [record["loss"] for record in run.steps]
+    smooth = [Line("each step", x, losses, "#9db9ea", faint=True), Line("moving average", x, _moving_average(losses))]
+    drawn = [line_chart("loss", smooth, low=0.0 if min(losses) >= 0 else None)]
+    parts = sorted({part for record in run.steps for part in record.get("lr", {})}, key=list(PART_COLOURS).index)
+    if parts:
+        drawn.append(line_chart("learning rate", _rate_lines(run, parts), low=0.0))
+    for key, title, factor in (
+        ("tokens_per_s", "tokens a second", 1),
+        ("frames_per_s", "frames a second", 1),
+        ("data_wait", "waiting for data, % of a step", 100),
+        ("grad_norm", "gradient norm before clipping", 1),
+    ):
+        values = [factor * record.get(key, math.nan) for record in run.steps]
+        if any(math.isfinite(value) for value in values):
+            drawn.append(line_chart(title, [Line("", x, values)], low=0.0))
+    return drawn
+
+
+def duration(seconds: float) -> str:
+    """``3.2 s``, ``4 min 05 s`` or ``2 h 03 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _frames(frames: dict) -> str:
+    count = str(frames["min"]) if frames["min"] == frames["max"] else f"{frames['min']} to {frames['max']}"
+    return f"{count} at {frames['size']} px, {frames['sampler']}"
+
+
+def _rate_lines(run: Run, parts: list[str]) -> list[Line]:
+    """One line for each distinct course of the learning rate, named after all the parts that follow it."""
+    courses: dict[tuple[float, ...], list[str]] = {}
+    for part in parts:
+        courses.setdefault(tuple(record["lr"].get(part, 0.0) for record in run.steps), []).append(part)
+    x = [record["step"] for record in run.steps]
+    return [
+        Line(", ".join(names).replace("_", " "), x, rates, PART_COLOURS[names[0]]) for rates, names in courses.items()
+    ]
+
+
+def _plain(answer: str) -> str:
+    """An answer as ``trainer.evaluate`` compares it: case, surrounding space and a final full stop do not count."""
+    return answer.strip().lower().rstrip(".")
+
+
+def _family_chart(evaluation: dict) -> Markup:
+    groups = [
+        (
+            row["family"],
+            [
+                Bar(row["accuracy"], row["low"], row["high"], OWN, "own frames"),
+                Bar(row["blind"], row["blind_low"], row["blind_high"], BLIND, "blind"),
+            ],
+        )
+        for row in evaluation["families"]
+    ]
+    return bar_chart("accuracy by question family", groups)
+
+
+def _per_second(steps: list[dict], key: str, seconds: float) -> float:
+    """Mean of a rate or share over time: steps weigh as long as they took."""
+    return sum(record.get(key, 0.0) * record["seconds"] for record in steps) / seconds if seconds else 0.0
+
+
+def _moving_average(values: list[float]) -> list[float]:
+    """Exponential moving average, with the correction for its start (Adam, arXiv 1412.6980, section 3)."""
+    total, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        total += SMOOTHING * (value - total)
+        weight += SMOOTHING * (1 - weight)
+        smooth.append(total / weight)
+    return smooth
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines; a torn last line (of a run being written) is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ReportError(f"{path}: line {number} is not JSON; remove it") from None
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (0 done, 2 bad input)."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.report", description="Write one HTML page about runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, in the order of the stages")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        page = render([read_run(folder) for folder in options.runs])
+    except (ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out, page)
+    print(f"{options.out}: {len(options.runs)} runs, {len(page) / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Small SVG charts for the run report: lines over optimiser steps, and bars with intervals. No other library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+COLOURS = ("#2f6fdb", "#d9730d", "#2b8a5b", "#8a4fbf")
+MOST_POINTS = 500  #: of one line; longer ones are thinned to means
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: a name for the legend (or none), x and y of equal length, a colour, and whether it is background."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = COLOURS[0]
+    faint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar of a group: a value between 0 and 100 with its interval."""
+
+    value: float
+    low: float
+    high: float
+    colour: str
+    label: str
+
+
+def compact(value: float) -> str:
+    """A number in few characters: 0, 0.25, 12, 3.4k, 1e-5."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-2:
+        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Round numbers that cover ``low``..``high``, about ``wanted`` of them, the outer ones at or beyond the ends."""
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):
+        high = low + (abs(low) if abs(low) > 1e-9 else 1.0)
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def thin(values: Sequence[float], most: int = MOST_POINTS) -> list[float]:
+    """At most ``most`` values, each the mean of a stretch of ``values``."""
+    if len(values) <= most:
+        return list(values)
+    edges = [len(values) * i // most for i in range(most + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    width: int = 430,
+    height: int = 210,
+    low: float | None = None,
+    show: Callable[[float], str] = compact,
+) -> Markup:
+    """Lines over optimiser steps, as an SVG element.
+
+    Args:
+        title: what the chart shows, with its unit; also its accessible name.
+        lines: drawn in order; at least one must have points.
+        low: where the y axis starts, the smallest value if None.
+        show: how y ticks are written.
+    """
+    left, right, top, bottom = 52, 12, 30, 26
+    xs = [x for line in lines for x in line.x]
+    ys = [y for line in lines for y in line.y if math.isfinite(y)]
+    x_ticks = [t for t in ticks(0, max(xs), 5) if t <= max(xs)]
+    y_ticks = ticks(min(ys) if low is None else low, max(ys))
+    x0, x1, y0, y1 = 0, max(xs), y_ticks[0], y_ticks[-1]
+
+    def across(x: float) -> float:
+        return left + (x - x0) / (x1 - x0 or 1) * (width - left - right)
+
+    def up(y: float) -> float:
+        return height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+
+    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
+    for y in y_ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{show(y)}</text>')
+    for x in x_ticks:
+        parts.append(
+            f'<text class="tick" x="{across(x):.1f}" y="{height - 8}" text-anchor="middle">{compact(x)}</text>'
+        )
+    for line in lines:
+        points = [
+            f"{across(x):.1f},{up(y):.1f}" for x, y in zip(thin(line.x), thin(line.y), strict=True) if math.isfinite(y)
+        ]
+        style = "faint" if line.faint else "line"
+        parts.append(f'<polyline class="{style}" stroke="{line.colour}" points="{" ".join(points)}"/>')
+    at = width - right
+    for line in reversed([line for line in lines if line.name]):
+        at -= 6.2 * len(line.name)
+        parts.append(f'<text class="tick" x="{at:.0f}" y="16">{escape(line.name)}</text>')
+        parts.append(f'<rect x="{at - 13:.0f}" y="9.5" width="9" height="3" rx="1" fill="{line.colour}"/>')
+        at -= 24
+    return _svg(title, width, height, parts)
+
+
+def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], width: int = 900) -> Markup:
+    """Horizontal bars from 0 to 100 with their intervals, in named groups, as an SVG element."""
+    left, right, top, thick, gap = 150, 64, 10, 13, 14
+    height = top + sum(len(bars) * (thick + 3) + gap for _, bars in groups) + 22
+
+    def across(value: float) -> float:
+        return left + value / 100 * (width - left - right)
+
+    parts, y = [], float(top)
+    for value in range(0, 101, 20):
+        parts.append(
+            f'<line class="grid" x1="{across(value):.1f}" x2="{across(value):.1f}" y1="{top - 4}" y2="{height - 20}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{across(value):.1f}" y="{height - 6}" text-anchor="middle">{value} %</text>'
+        )
+    for name, bars in groups:
+        middle = y + len(bars) * (thick + 3) / 2
+        parts.append(
+            f'<text class="group" x="{left - 10}" y="{middle + 3:.1f}" text-anchor="end">{escape(name)}</text>'
+        )
+        for bar in bars:
+            centre = y + thick / 2
+            label = escape(f"{name}, {bar.label}: {bar.value:.1f} % ({bar.low:.1f} to {bar.high:.1f})")
+            parts.append(
+                f'<rect x="{left}" y="{y:.1f}" width="{across(bar.value) - left:.1f}" height="{thick}" rx="2" '
+                f'fill="{bar.colour}"><title>{label}</title></rect>'
+            )
+            whisker = f"M{across(bar.low):.1f} {centre:.1f}H{across(bar.high):.1f}"
+            for end in (bar.low, bar.high):
+                whisker += f"M{across(end):.1f} {centre - 3.5:.1f}v7"
+            parts.append(f'<path class="whisker" d="{whisker}"/>')
+            at = max(across(bar.high), across(bar.value)) + 6
+            parts.append(f'<text class="tick" x="{at:.1f}" y="{centre + 3.5:.1f}">{bar.value:.1f}</text>')
+            y += thick + 3
+        y += gap
+    return _svg(title, width, height, parts)
+
+
+def _svg(title: str, width: int, height: int, parts: list[str]) -> Markup:
+    body = "".join(parts)
+    name = escape(title)
+    return Markup(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">{body}</svg>')  # noqa: S704
