@@ -203,12 +203,14 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     except (av.FFmpegError, ValueError):
         raise explain_unopened(path) from None
     with container:
+        if not len(container.streams):
+            raise explain_unopened(path)
         stream = container.streams.best("video")
         if stream is None:
             raise MediaError("no_video_stream", path, "has no video stream")
         codec = stream.codec_context
         if codec is None:
-            raise MediaError("unsupported", path, "is in a video codec that is not read")
+            raise MediaError("unsupported", path, "its video is damaged or in a codec that is not read")
         if codec.width * codec.height > MAX_PIXELS:
             raise MediaError("unsupported", path, f"{codec.width} x {codec.height} pixels are too many")
         codec.thread_count = 1

@@ -13,8 +13,9 @@ from pipeline.manifest import Images
 from pipeline.media import MAX_PIXELS, MediaError, check_file
 from pipeline.shard_format import decode_jpeg, encode_jpeg
 
+Image.init()  # registers every plugin; Pillow would else look up formats that are not there yet
 #: Formats that are opened; not EPS, PSD and the like, which run or embed other programs' data.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = [f for f in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]
 _ORIENTATION = 0x0112  # EXIF tag
 
 
