@@ -265,7 +265,6 @@ class Manifest:
     loader: Loader = Loader()
     model: Model = Model()
     evaluate: Evaluate = Evaluate()
-    compat: str = field("none", choices=("none", "published"), doc="published: keep the published readers' faults")
 
     def __post_init__(self) -> None:
         patch, size = self.model.vision_tower.patch, self.frames.size

@@ -56,7 +56,7 @@ def tree(text: str) -> dict[str, str]:
 
 def test_readme_tree_names_every_file_once_and_no_other():
     named = tree(README)
-    found = {relative(path) for path in SOURCES if path.stat().st_size}
+    found = {relative(path) for path in SOURCES if path.name != "__init__.py"}
     found |= {relative(path) for package in PACKAGES for path in (ROOT / package).rglob("*.j2")}
     found |= {relative(path) for path in (ROOT / "manifests").rglob("*.yaml")}
     found |= {relative(path) for path in (ROOT / "docs").glob("*.md")}
@@ -129,7 +129,7 @@ def test_every_manifest_field_is_read_somewhere():
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     for name, _, _ in fields(Manifest):
         leaf = name.rpartition(".")[2]
-        assert re.search(rf"\.{leaf}\b(?! ?[:(=])", text), f"{name} is read nowhere"
+        assert re.search(rf"\.{leaf}\b(?! ?[:(]| ?=[^=])", text), f"{name} is read nowhere"
 
 
 def test_the_format_page_names_every_field_column_and_reason():
@@ -185,6 +185,29 @@ def test_constraints_pin_every_dependency_within_its_bounds(python):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), f"{requirement} is not pinned"
 
 
+def test_constraints_pin_what_dependencies_depend_on():
+    """Nothing that `pip install -e .[dev]` brings along is left to chance; torch pins its own CUDA parts exactly."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    options = setup()
+    waiting = requirements(options["options"]["install_requires"] + options["options.extras_require"]["dev"])
+    needed = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in needed or name.startswith(("nvidia-", "cuda-", "triton")):
+            continue
+        needed.add(name)
+        for line in importlib.metadata.requires(name) or []:
+            inner = Requirement(line)
+            extras = [*requirement.extras, ""]
+            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(inner)
+    assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints.txt"
+    unpaired = {pin.name for pin in requirements(text) if pin.marker and "<" in str(pin.marker)}
+    assert pinned <= needed | {canonicalize_name(name) for name in unpaired}, "constraints.txt pins what nothing needs"
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names of the modules that a file imports absolutely."""
     names = set()
@@ -206,6 +229,13 @@ def test_imports_are_declared_dependencies():
         for name in imported(path) - set(PACKAGES) - sys.stdlib_module_names:
             owner = owners.get(name, [optional.get(name, name)])
             assert named & {canonicalize_name(item) for item in owner}, f"{relative(path)} imports {name}"
+
+
+def test_declared_dependencies_are_imported():
+    owners = importlib.metadata.packages_distributions()
+    used = {canonicalize_name(owner) for path in SOURCES for name in imported(path) for owner in owners.get(name, [])}
+    named = {canonicalize_name(item.name) for item in requirements(setup()["options"]["install_requires"])}
+    assert named - used == {"tensorboard"}  # torch.utils.tensorboard needs it
 
 
 def test_arrows_go_one_way():
