@@ -1,0 +1,185 @@
+"""The token cache: every dialogue tokenised once, beside the index, so that all lengths are known before reading.
+
+``ROOT/index/tokens-FINGERPRINT.arrow`` has one row per dialogue of the index, in its order. The fingerprint covers
+the index, the tokenizer's content and every setting that ids or visual tokens depend on, so that another manifest on
+the same root gets a file of its own; limits on length are applied when reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from pipeline.batch import IGNORE, IMAGE
+from pipeline.conversation import Conversation
+from pipeline.index import Index, ShardsError, row_values
+from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest
+from pipeline.visuals import View, Visuals
+
+FORMAT = 1  #: raise it when the meaning of a column changes
+CHUNK = 1024  #: dialogues that are tokenised at once and make one record batch
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.list_(pa.int32())),  # IMAGE stands once for each medium
+        ("labels", pa.list_(pa.int32())),  # IGNORE at the first place and at media
+        ("length", pa.int32()),  # tokens of the dialogue, visual ones included
+        ("clips", pa.int32()),  # clips of its videos
+        ("tiles", pa.int32()),  # tiles of its stills
+        ("learned", pa.int32()),  # labelled places
+        ("error", pa.string()),  # why the dialogue cannot be used, else empty
+    ]
+)
+
+
+def fingerprint(index: Index, manifest: Manifest, conversation: Conversation) -> str:
+    """Sha256 hex over all that the cached rows depend on."""
+    frames, text = manifest.frames, manifest.text
+    content = conversation.tokenizer.backend_tokenizer.to_str()
+    parts = {
+        "format": FORMAT,
+        "index": index.fingerprint,
+        "tokenizer": hashlib.sha256(content.encode()).hexdigest(),
+        "text": [text.template, text.system, text.mask_prompt_markers],
+        "frames": [frames.sampler, frames.min, frames.max, frames.size, frames.clip_frames, frames.time_message],
+        "images": [manifest.images.mode, manifest.images.max_grid],
+        "seed": manifest.seed if frames.sampler == "rand" else 0,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Tokens:
+    """Ids, labels and lengths of every dialogue under the manifest's ``text.max_tokens`` and ``text.over_length``.
+
+    ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,). A dialogue over the limit is cut at
+    its end, where that leaves all of its media and something to learn; else it is refused.
+    """
+
+    def __init__(self, index: Index, manifest: Manifest, conversation: Conversation, visuals: Visuals) -> None:
+        self.fingerprint = fingerprint(index, manifest, conversation)
+        path = index.root / "index" / f"tokens-{self.fingerprint[:32]}.arrow"
+        if not path.is_file():
+            _build(path, index, conversation, visuals)
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        if table.schema != SCHEMA or len(table) != len(index.dialogues):
+            raise ShardsError(f"{path}: not the tokens of this index; remove the file, it is made again")
+        self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
+        numbers = {name: table[name].to_numpy() for name in ("length", "clips", "tiles", "learned")}
+        self.length, self.learned = numbers["length"].copy(), numbers["learned"].copy()
+        self.clips, self.tiles = numbers["clips"], numbers["tiles"]
+        self._keys = index.dialogues["key"]
+        self._limit = manifest.text.max_tokens
+        self._cut: dict[int, int] = {}  # row of a dialogue over the limit -> ids kept
+        self._refused: dict[int, str] = {}
+        self._apply_limit(manifest.text.over_length == "cut")
+        bad = np.flatnonzero(self.learned == 0)
+        self._refused |= {int(row): self._reason(row) for row in bad if row not in self._refused}
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Why each dialogue that is left out is left out, by row."""
+        return self._refused
+
+    @property
+    def cut(self) -> int:
+        """Number of dialogues that lose their end to the limit."""
+        return len(self._cut)
+
+    def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels, int32 (n,), of one dialogue, within the limit; views, not to be written to."""
+        kept = self._cut.get(row)
+        return row_values(self._ids, row)[:kept], row_values(self._labels, row)[:kept]
+
+    def _reason(self, row: int) -> str:
+        return self._error[int(row)].as_py() or "the dialogue has nothing to learn"
+
+    def _apply_limit(self, cut: bool) -> None:
+        for row in np.flatnonzero(self.length > self._limit).tolist():
+            text = f"{self.length[row]} tokens are more than text.max_tokens ({self._limit})"
+            if not cut:
+                self._refused[row] = text
+                continue
+            visual = int(self.clips[row]) * TOKENS_PER_CLIP + int(self.tiles[row]) * TOKENS_PER_TILE
+            ids, labels = self.of(row)
+            media = np.flatnonzero(ids == IMAGE)
+            kept = self._limit - visual + len(media)  # all media lie before the cut, or it is refused
+            learned = int((labels[: max(kept, 0)] != IGNORE).sum())
+            if len(media) and media[-1] >= kept:
+                self._refused[row] = f"{text}, and cutting it would cut its media"
+            elif not learned:
+                self._refused[row] = f"{text}, and nothing to learn lies within them"
+            else:
+                self._cut[row] = kept
+                self.length[row], self.learned[row] = self._limit, learned
+
+
+def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals) -> None:
+    """Write the cache under a name of its own, then rename: several processes may do it at once, with equal bytes."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as file:
+            try:
+                with pa.ipc.new_file(file, SCHEMA) as writer:
+                    for batch in _batches(index, conversation, visuals):
+                        writer.write_batch(batch)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except PermissionError as error:
+        raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
+
+
+def _batches(index: Index, conversation: Conversation, visuals: Visuals) -> Iterator[pa.RecordBatch]:
+    columns = index.dialogues.select(["media", "conversations"])
+    total = len(columns)
+    with tqdm(total=total, desc="tokens", unit="dialogue", disable=total < 20 * CHUNK, dynamic_ncols=True) as bar:
+        for start in range(0, total, CHUNK):
+            chunk = columns.slice(start, CHUNK)
+            media, turns = chunk["media"].to_pylist(), chunk["conversations"].to_pylist()
+            prepared = [_prepare(conversation, visuals, *dialogue) for dialogue in zip(media, turns, strict=True)]
+            encoded = conversation.tokenize([[] if error else segments for segments, _, error in prepared])
+            rows = [
+                _row(conversation, ids, labels, views, error)
+                for (ids, labels), (_, views, error) in zip(encoded, prepared, strict=True)
+            ]
+            yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+            bar.update(len(rows))
+
+
+def _prepare(conversation: Conversation, visuals: Visuals, media: list[int], turns: str) -> tuple[list, list, str]:
+    try:
+        views = visuals.views(media)
+        kinds, messages = [view.kind for view in views], [view.message for view in views]
+        return conversation.segments(json.loads(turns), kinds, messages), views, ""
+    except ValueError as error:
+        return [], [], str(error)
+
+
+def _row(conversation: Conversation, ids: np.ndarray, labels: np.ndarray, views: list[View], error: str) -> dict:
+    if not error:
+        try:
+            conversation.check_marks(ids, views)
+        except ValueError as mismatch:
+            error = str(mismatch)
+    if error:
+        return {"ids": [], "labels": [], "length": 0, "clips": 0, "tiles": 0, "learned": 0, "error": error}
+    labels[:1] = IGNORE
+    return {
+        "ids": ids,
+        "labels": labels,
+        "length": len(ids) - len(views) + sum(view.tokens for view in views),
+        "clips": sum(view.clips for view in views),
+        "tiles": sum(view.tiles for view in views),
+        "learned": int((labels != IGNORE).sum()),
+        "error": "",
+    }
