@@ -5,7 +5,7 @@ Annotation files are read once, as streams, into three Arrow files in a work fol
     dialogues.arrow   one row for each usable dialogue, in plan order (entries as in the manifest, then file order)
     media.arrow       one row for each distinct media item (source, clip, reader), in the order of first naming
     ledger.arrow      one row for each sample that cannot be used
-    tasks.json        the names of the tasks, and counts by entry
+    tasks.json        the names of the tasks, and the number of samples by entry
 
 A task is one shard. What goes into it is decided here from estimated frames and text lengths, never from encoded
 bytes, so that it is the same whoever builds it.
@@ -32,7 +32,8 @@ from pipeline.ledger import LedgerRow
 from pipeline.manifest import Frames, Manifest
 from pipeline.sampling import frame_indices
 from pipeline.shard_format import dialogue_key, json_text, media_key
-from tools.roots import Place
+from tools.roots import BuildError, Origin, Place
+from tools.tables import TableWriter, map_table, write_table
 
 BYTES_PER_PIXEL = 0.37  #: of a stored frame: JPEG of quality 90, measured on 720p footage reduced to 224 pixels
 STILL_BYTES = 150_000  #: assumed for a still
@@ -75,10 +76,11 @@ ALONE = pa.field("dialogues", pa.list_(pa.int64()))
 class EntryCount:
     """What the plan found of one entry."""
 
-    dialogues: int = 0  #: usable
+    samples: int = 0  #: that the sampling strategy takes
+    dialogues: int = 0  #: usable ones
     media: int = 0  #: distinct, named here first
     found: int = 0  #: of those, how many have a file (dry run only)
-    left_out: Counter[str] = field(default_factory=Counter)  #: samples by reason
+    left_out: Counter[str] = field(default_factory=Counter)  #: samples, or the entry itself, by reason
 
 
 def make_plan(
@@ -93,13 +95,14 @@ def make_plan(
         AnnotationFileError: an annotation file is broken.
         BuildError: ``strict``, and an entry's annotation file or media are not here.
     """
+    for origin in found:
+        if strict and origin.annotation.path is None:
+            raise BuildError(_unresolved(origin, origin.annotation))
     plan = _Plan(manifest, folder)
     for origin in found:
         entry = origin.entry
         count = plan.counts[entry.name] = EntryCount()
         if origin.annotation.path is None:
-            if strict:
-                raise BuildError(_unresolved(origin, origin.annotation))
             plan.leave_out(LedgerRow(entry.name, "entry", "unresolved", origin.annotation.missing))
             continue
         samples = read_annotations(
@@ -115,7 +118,7 @@ def make_plan(
                     raise BuildError(_unresolved(origin, origin.media))
                 sample = AnnotationError("unresolved", origin.media.missing, sample.entry, sample.position, sample.id)
             plan.add(origin, sample)
-        if not count.dialogues and not count.left_out:
+        if not count.samples:
             message = f"{origin.annotation.path}: no samples (sampling {entry.sampling})"
             plan.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
     if folder is not None:
@@ -147,6 +150,7 @@ class _Plan:
 
     def add(self, origin: Origin, sample: Annotation | AnnotationError) -> None:
         entry = origin.entry
+        self.counts[entry.name].samples += 1
         source = f"{entry.annotation}#{sample.position}"
         key = dialogue_key(json_text([entry.name, sample.position]))
         if isinstance(sample, AnnotationError):
@@ -186,7 +190,7 @@ class _Plan:
             if self._folder is None:
                 count.found += os.path.exists(origin.media.path / ref.path)
             size = STILL_BYTES if ref.kind == "image" else _video_bytes(self._frames, ref, sample.meta.get("duration"))
-            identity = json_text([ref.root, ref.path, ref.reader, ref.start, ref.end])
+            identity = json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end])
             self._media.add(
                 {
                     "key": media_key(ref.kind, identity),
@@ -214,11 +218,9 @@ class _Plan:
         lists = pa.LargeListArray.from_arrays(starts, dialogues[order]).cast(ALONE.type)
         write_table(self._folder / "media.arrow", media.append_column(ALONE, lists))
         (self._folder / "distinct.arrow").unlink()
-        counts = {
-            name: {"dialogues": count.dialogues, "media": count.media, "left_out": dict(sorted(count.left_out.items()))}
-            for name, count in self.counts.items()
-        }
-        write_atomic(self._folder / "tasks.json", json_text({"tasks": self._tasks.names, "counts": counts}).encode())
+        samples = {name: count.samples for name, count in self.counts.items()}
+        tasks = {"tasks": self._tasks.names, "samples": samples}
+        write_atomic(self._folder / "tasks.json", json_text(tasks).encode())
 
 
 class _Tasks:

@@ -30,6 +30,7 @@ class Place:
     path: Path | None
     origin: str  #: what it is read from, or would come from
     missing: str = ""
+    name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
 
 
 class Roots:
@@ -75,7 +76,7 @@ class Roots:
             return Place(None, entry.root, f"the root is not a folder on this machine; {fix}")
         if not Path(entry.root).is_dir():
             return Place(None, entry.root, f"{entry.root}: no such folder; correct the entry's root")
-        return Place(Path(os.path.realpath(entry.root)), entry.root)
+        return Place(Path(os.path.realpath(entry.root)), entry.root, name=entry.root)
 
     def _folder(self, name: str) -> Place:
         place = self._map[name]
@@ -84,7 +85,7 @@ class Roots:
         folder = Path(place[len("dir:") :])
         if not folder.is_dir():
             return Place(None, place, f"{self._file}: {name}: {folder} is not a folder")
-        return Place(Path(os.path.realpath(folder)), place)
+        return Place(Path(os.path.realpath(folder)), place, name=name)
 
     def _where(self, name: str) -> str:
         file = self._file or "a YAML file named by data.roots"

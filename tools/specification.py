@@ -67,7 +67,7 @@ def _name(value: Any) -> Any:
 
 def _nested(found: Sequence[Origin]) -> list[list[str]]:
     """Roots that are one place or lie within another, as [root, other root, path from one to the other]."""
-    places = {origin.entry.root: origin.media.path for origin in found if origin.media.path}
+    places = {origin.media.name: origin.media.path for origin in found if origin.media.path}
     pairs = []
     for outer, above in places.items():
         for inner, below in places.items():

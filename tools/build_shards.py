@@ -1,0 +1,92 @@
+"""Build the shards of a stage: python tools/build_shards.py --stage 3
+
+Reads the annotation files that the manifest names, decodes every distinct video and still once, and writes
+OUT/stageN/{video,image,dialogue}/*.tar with their index and ledger. Started again after an interruption it goes on;
+started again when finished it does nothing. What cannot be built is in the ledger, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # started by path: the packages lie beside this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.annotations import AnnotationFileError
+from pipeline.manifest import ManifestError, load_manifest
+from tools.builder import build
+from tools.plan import make_plan
+from tools.roots import BuildError, origins
+from tools.summary import build_summary, plan_summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    path = options.manifest or f"manifests/stage{options.stage}.yaml"
+    try:
+        manifest = load_manifest(path, options.set)
+        if manifest.stage != options.stage:
+            raise ManifestError(
+                f"{path}: stage: is {manifest.stage}; give --stage {manifest.stage} or another manifest"
+            )
+        if options.out:
+            manifest = replace(manifest, shards=options.out)
+        if options.dry_run:
+            found = origins(manifest)
+            print(plan_summary(found, make_plan(manifest, found, None, options.limit, strict=False)))
+            return 0
+        record, finished = build(manifest, options.workers, options.limit, options.skip_unresolved)
+    except (ManifestError, BuildError, AnnotationFileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    if finished:
+        print(f"{manifest.shard_root}: finished already, nothing to do")
+        return 0
+    for entry in record["entries"]:
+        if "empty_annotation" in entry["left_out"].get("entry", {}):
+            print(f"warning: entry {entry['name']}: the annotation file has no samples", file=sys.stderr)
+    print(build_summary(record))
+    print(f"shards: {manifest.shard_root}")
+    print(f"left out, with reasons: {manifest.shard_root / 'ledger' / 'ledger.parquet'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="build_shards", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
+    parser.add_argument("--manifest", metavar="PATH", help="default: manifests/stageN.yaml")
+    parser.add_argument("--out", metavar="DIR", help="write OUT/stageN instead of the manifest's shards folder")
+    parser.add_argument("--workers", metavar="K", type=_count, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--limit", metavar="N", type=_count, help="take the first N dialogues of each entry")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built and what is missing")
+    parser.add_argument(
+        "--skip-unresolved", action="store_true", help="leave out, and count, entries that are not here"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="override a field of the manifest, a.b.c=VALUE",
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

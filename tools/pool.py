@@ -1,0 +1,159 @@
+"""Tasks in worker processes, where a decoder that crashes or hangs costs the item it was working on and nothing else.
+
+A task is a list of items that one process works through; it says which item it begins. If it dies, or an item takes
+longer than the limit, the task is started again in a fresh process. An item during which a process died once is tried
+once more, because the cause may lie elsewhere (memory taken by others); after that, or after a time-out, the task is
+told to leave it out. Workers end when the process that started them is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tools.roots import BuildError
+
+CRASHES = 2  #: processes that may die on one item before it is left out
+
+#: What a worker calls: run(task, lost items as {item: [reason, attempts]}, report). ``report(item, counts)`` announces
+#: the item begun (None: between items) and what was finished since the last call.
+Report = Callable[[int | None, Mapping[str, int]], None]
+Run = Callable[[int, Mapping[int, tuple[str, int]], Report], None]
+
+_spawn = multiprocessing.get_context("spawn")
+
+
+def run_tasks(
+    tasks: Iterable[int], make_run: Callable[..., Run], arguments: tuple, workers: int, limit: float
+) -> Iterator[Mapping[str, int]]:
+    """Run ``tasks`` in ``workers`` processes; yields what the workers report as finished, as it comes.
+
+    Args:
+        make_run: called once in each process with ``arguments``; a function of a module, and picklable arguments.
+        limit: seconds that one item may take.
+
+    Raises:
+        BuildError: a worker failed outside an item: no space on the disk, a bug.
+    """
+    waiting = deque((task, {}, {}) for task in tasks)
+    with _closing([]) as pool:
+        while waiting or any(worker.busy for worker in pool):
+            while waiting and sum(worker.busy for worker in pool) < workers:
+                idle = next((worker for worker in pool if not worker.busy), None)
+                if idle is None:
+                    idle = _Worker(make_run, arguments)
+                    pool.append(idle)
+                idle.give(*waiting.popleft())
+            busy = [worker for worker in pool if worker.busy]
+            wake = min((worker.deadline(limit) for worker in busy), default=0.0) - time.monotonic()
+            ready = multiprocessing.connection.wait([w.connection for w in busy], None if wake > 1e9 else max(wake, 0))
+            for worker in busy:
+                reason = ""
+                if worker.connection in ready:
+                    try:
+                        yield worker.listen()
+                    except (EOFError, OSError):
+                        reason = "crashed"
+                elif worker.deadline(limit) <= time.monotonic():
+                    reason = "timeout"
+                if reason:
+                    pool.remove(worker)
+                    worker.end()
+                    waiting.appendleft(worker.after_loss(reason))
+
+
+class _Worker:
+    """One process as its parent sees it."""
+
+    def __init__(self, make_run: Callable[..., Run], arguments: tuple) -> None:
+        self.connection, theirs = _spawn.Pipe()
+        self._process = _spawn.Process(target=_serve, args=(theirs, make_run, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.busy = False
+
+    def give(self, task: int, lost: dict[int, tuple[str, int]], crashes: dict[int, int]) -> None:
+        """Start ``task`` without the ``lost`` items; ``crashes`` counts the processes that died on each item."""
+        self._task, self._lost, self._crashes = task, lost, crashes
+        self.busy, self._item, self._since = True, None, time.monotonic()
+        message = {"task": task, "lost": [[item, *why] for item, why in lost.items()]}
+        with contextlib.suppress(OSError):  # it died while idle; listening will tell
+            self.connection.send_bytes(json.dumps(message).encode())
+
+    def listen(self) -> Mapping[str, int]:
+        """Take one report; EOFError if the process is gone, BuildError if it gave up."""
+        message = json.loads(self.connection.recv_bytes())
+        if "error" in message:
+            raise BuildError(message["error"])
+        self._item, self._since = message["item"], time.monotonic()
+        self.busy = not message["ended"]
+        return message["counts"]
+
+    def deadline(self, limit: float) -> float:
+        """When the current item has taken too long, by time.monotonic()."""
+        return float("inf") if self._item is None else self._since + limit
+
+    def after_loss(self, reason: str) -> tuple[int, dict, dict]:
+        """The task as it is to be given again after this process was lost."""
+        if self._item is None:
+            code = self._process.exitcode
+            raise BuildError(f"a worker ended outside any item (exit code {code}); see its messages above")
+        crashes = {**self._crashes, self._item: self._crashes.get(self._item, 0) + 1}
+        lost = dict(self._lost)
+        if reason == "timeout" or crashes[self._item] == CRASHES:
+            lost[self._item] = (reason, crashes[self._item])
+        return self._task, lost, crashes
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+@contextlib.contextmanager
+def _closing(pool: list[_Worker]) -> Iterator[list[_Worker]]:
+    try:
+        yield pool
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+def _serve(connection: Connection, make_run: Callable[..., Run], arguments: tuple) -> None:
+    """The life of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def send(**message: Any) -> None:
+        connection.send_bytes(json.dumps(message).encode())
+
+    def report(item: int | None, counts: Mapping[str, int]) -> None:
+        send(item=item, counts=counts, ended=False)
+
+    try:
+        run = make_run(*arguments)
+        while True:
+            message = json.loads(connection.recv_bytes())
+            run(message["task"], {item: tuple(why) for item, *why in message["lost"]}, report)
+            send(item=None, counts={}, ended=True)
+    except EOFError:
+        pass
+    except Exception as error:
+        traceback.print_exc()
+        send(error=f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,301 @@
+"""What a worker does: one task, from its rows of the plan to a shard with its index and ledger rows.
+
+A finished task is a folder in the work folder, which appears whole by a rename::
+
+    tasks/video-train-000003/shard.tar      absent if nothing of the task could be built
+                             shard.json     ShardInfo of shard.tar
+                             rows.arrow     index rows in the order of the shard, each with its row in the plan
+                             ledger.arrow   what was left out, or salvaged
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.decode import Decoded, MediaError, decode_video, encode_still
+from pipeline.files import sync_folder, write_atomic
+from pipeline.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, table
+from pipeline.ledger import LedgerRow, ledger_table
+from pipeline.manifest import Frames, Images
+from pipeline.sampling import media_seed
+from pipeline.shard_format import (
+    ShardInfo,
+    ShardWriter,
+    dialogue_json,
+    encode_jpeg,
+    json_text,
+    media_json,
+    mjpeg_frames,
+    mux_mjpeg,
+)
+from tools.pool import Report, Run
+from tools.roots import locate
+from tools.tables import map_table, write_table
+
+PLAN_ROW = pa.field("plan_row", pa.int64())
+#: Of each row of the plan's media: its row in the index or -1, and the reason why it has none.
+OUTCOMES = pa.schema([("row", pa.int32()), ("reason", pa.string())])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """What workers need to know of a build; goes to them once."""
+
+    work: Path
+    tasks: tuple[str, ...]  #: name of each task
+    entries: tuple[str, ...]  #: name of each entry
+    roots: tuple[Path | None, ...]  #: folder of each entry's media, without links
+    frames: Frames
+    images: Images
+    seed: int
+
+
+def task_folder(work: Path, name: str) -> Path:
+    """Where the results of a finished task are."""
+    return work / "tasks" / name
+
+
+def read_shard_info(folder: Path) -> ShardInfo | None:
+    """The shard of a finished task; None if it has none."""
+    path = folder / "shard.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_bytes())
+    return ShardInfo(**{**values, "sample_offsets": tuple(values["sample_offsets"])})
+
+
+def media_worker(job: Job) -> Run:
+    """The worker of tasks that build media."""
+    plan = _Plan(job)
+
+    def run(task: int, lost: Mapping[int, tuple[str, int]], report: Report) -> None:
+        with _result(job, task) as result:
+            for row in plan.rows_of(task):
+                report(row, {})
+                item = plan.media.slice(row, 1).to_pylist()[0]
+                try:
+                    if row in lost:
+                        raise _lost(*lost[row])
+                    members, columns, salvaged = _build(job, item, plan.alone(item))
+                except _Unbuilt as error:
+                    result.leave_out(job, item, error.reason, str(error), attempts=error.attempts)
+                    report(None, {"media": 1, "failed": 1})
+                    continue
+                if salvaged:
+                    message = f"the stream is damaged; {columns['vlen']} frames of it were kept"
+                    result.leave_out(job, item, "truncated", message, kind="salvaged")
+                result.add_media(row, item, members, columns)
+                report(None, {"media": 1, "frames": len(columns["timestamps"])})
+
+    return run
+
+
+def dialogue_worker(job: Job) -> Run:
+    """The worker of tasks that write dialogues; the outcome of every media item is known by then."""
+    plan = _Plan(job)
+    outcomes = map_table(job.work / "outcomes.arrow")
+    index_rows = outcomes["row"].to_numpy()
+
+    def run(task: int, lost: Mapping[int, tuple[str, int]], report: Report) -> None:
+        with _result(job, task) as result:
+            for plan_row, item in plan.dialogues_of(task):
+                media = [int(index_rows[row]) for row in item["media"]]
+                if -1 in media:
+                    row = item["media"][media.index(-1)]
+                    name, reason = plan.media["source"][row].as_py(), outcomes["reason"][row].as_py()
+                    result.leave_out_dialogue(item, reason, f"{name} could not be built")
+                else:
+                    result.add_dialogue(
+                        plan_row, item, media, [plan.media["key"][row].as_py() for row in item["media"]]
+                    )
+            report(None, {"dialogues": len(result.rows)})
+
+    return run
+
+
+class _Unbuilt(Exception):
+    """A media item that cannot be built, with its reason for the ledger."""
+
+    def __init__(self, reason: str, message: str, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.reason, self.attempts = reason, attempts
+
+
+def _lost(reason: str, attempts: int) -> _Unbuilt:
+    texts = {
+        "timeout": "took longer than data.decode_timeout and was stopped",
+        "crashed": f"the process that decoded it died, {attempts} times",
+    }
+    return _Unbuilt(reason, texts[reason], attempts)
+
+
+class _Plan:
+    """A worker's view of the plan, over memory maps."""
+
+    def __init__(self, job: Job) -> None:
+        self.media = map_table(job.work / "plan" / "media.arrow")
+        self._dialogues = map_table(job.work / "plan" / "dialogues.arrow")
+        self._media_tasks = self.media["task"].to_numpy()
+        self._dialogue_tasks = self._dialogues["task"].to_numpy()
+
+    def rows_of(self, task: int) -> list[int]:
+        """Rows of the media of a task."""
+        return np.flatnonzero(self._media_tasks == task).tolist()
+
+    def alone(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The dialogues about a media item alone, as its JSON member shows them."""
+        columns = ("key", "id", "entry", "conversations")
+        found = [{name: self._dialogues[name][row].as_py() for name in columns} for row in item["dialogues"]]
+        return [{**dialogue, "conversations": json.loads(dialogue["conversations"])} for dialogue in found]
+
+    def dialogues_of(self, task: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row and columns of each dialogue of a task."""
+        rows = np.flatnonzero(self._dialogue_tasks == task)
+        first = int(rows[0])
+        for batch in self._dialogues.slice(first, int(rows[-1]) + 1 - first).to_batches():
+            for row, item in enumerate(batch.to_pylist(), first):
+                if item["task"] == task:
+                    yield row, item
+            first += len(batch)
+
+
+class _Result:
+    """The results of a task while it runs."""
+
+    def __init__(self, task: int, shard: ShardWriter) -> None:
+        self._task, self._shard = task, shard
+        self.rows: list[dict[str, Any]] = []
+        self.ledger: list[LedgerRow] = []
+
+    def add_media(
+        self, plan_row: int, item: Mapping[str, Any], members: Mapping[str, bytes], columns: dict[str, Any]
+    ) -> None:
+        places = self._shard.add(item["key"], members)
+        offset, size = next(iter(places.values()))
+        columns = {**columns, "frame_offset": [offset + place for place in columns["frame_offset"]]}
+        place = {"offset": offset, "size": size, "shard": self._task, "split": item["split"]}
+        self.rows.append({**columns, **place, PLAN_ROW.name: plan_row})
+
+    def add_dialogue(self, plan_row: int, item: Mapping[str, Any], media: list[int], keys: list[str]) -> None:
+        texts = {name: item[name] for name in ("key", "id", "entry", "split")}
+        turns, meta = json.loads(item["conversations"]), json.loads(item["meta"])
+        self._shard.add(item["key"], {"json": dialogue_json(**texts, media=keys, conversations=turns, meta=meta)})
+        columns = {name: item[name] for name in DIALOGUE_SCHEMA.names}
+        self.rows.append({**columns, "media": media, PLAN_ROW.name: plan_row})
+
+    def leave_out(
+        self, job: Job, item: Mapping[str, Any], reason: str, message: str, kind: str = "media", attempts: int = 1
+    ) -> None:
+        entry, key, source = job.entries[item["entry"]], item["key"], item["source"]
+        self.ledger.append(LedgerRow(entry, kind, reason, message, key=key, source=source, attempts=attempts))
+
+    def leave_out_dialogue(self, item: Mapping[str, Any], reason: str, message: str) -> None:
+        texts = {"dialogue": item["id"], "key": item["key"], "source": item["source"]}
+        self.ledger.append(LedgerRow(item["entry"], "dialogue", reason, message, **texts))
+
+
+@contextmanager
+def _result(job: Job, task: int) -> Iterator[_Result]:
+    """Gather the results of a task; its folder appears when the block ends."""
+    final = task_folder(job.work, job.tasks[task])
+    scratch = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with ShardWriter(scratch / "shard.tar") as shard:
+        result = _Result(task, shard)
+        yield result
+    schema = DIALOGUE_SCHEMA if final.name.startswith("dialogue-") else MEDIA_SCHEMA
+    write_table(scratch / "rows.arrow", table(schema.append(PLAN_ROW), result.rows))
+    write_table(scratch / "ledger.arrow", ledger_table(result.ledger))
+    if shard.samples:
+        write_atomic(scratch / "shard.json", json_text(dataclasses.asdict(shard.info)).encode())
+    try:
+        os.rename(scratch, final)
+    except OSError:
+        if not final.is_dir():  # else a worker of a build that was killed got there first, with the same bytes
+            raise
+        shutil.rmtree(scratch)
+    sync_folder(final.parent)
+
+
+# Media ----------------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    job: Job, item: Mapping[str, Any], dialogues: list[dict[str, Any]]
+) -> tuple[dict[str, bytes], dict[str, Any], bool]:
+    """Decode and encode one media item: members of its sample, its index columns (frame offsets from the member's
+    start), and whether it was salvaged. Whatever goes wrong becomes an :class:`_Unbuilt`."""
+    encode = _video if item["kind"] == "video" else _still
+    try:
+        path = locate(job.roots[item["entry"]], item["path"])
+        data, columns, salvaged = encode(job, path, item)
+    except MediaError as error:
+        raise _Unbuilt(error.reason, str(error)) from None
+    except Exception as error:  # decoders are other people's code; one item must not end a build
+        message = f"{item['source']}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise _Unbuilt("crashed", message) from error
+    columns |= {"key": item["key"], "kind": item["kind"], "source": item["source"]}
+    columns["sha256"] = hashlib.sha256(data).hexdigest()
+    hidden = ("frame_offset", "frame_size")
+    facts = {name: value for name, value in columns.items() if name not in hidden}
+    extension = "mp4" if item["kind"] == "video" else "jpg"
+    json_member = media_json(**facts, salvaged=salvaged, dialogues=dialogues)
+    return {extension: data, "json": json_member}, columns, salvaged
+
+
+def _video(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
+    seed = media_seed(job.seed, item["key"])
+    decoded: Decoded = decode_video(path, item["reader"], item["start"], item["end"], job.frames, seed)
+    jpegs = [encode_jpeg(frame, job.frames.quality, job.frames.subsampling) for frame in decoded.frames]
+    height, width = decoded.frames.shape[1:3]
+    start = max(item["start"] or 0.0, 0.0)
+    data = mux_mjpeg(jpegs, decoded.timestamps, start + decoded.duration, width, height)
+    offsets, sizes, _ = mjpeg_frames(data)
+    columns = {
+        "width": width,
+        "height": height,
+        "source_width": decoded.source_width,
+        "source_height": decoded.source_height,
+        "vlen": decoded.vlen,
+        "fps": decoded.fps,
+        "duration": decoded.duration,
+        "start": start,
+        "sample": decoded.sample.tolist(),
+        "frame_index": decoded.frame_index.tolist(),
+        "timestamps": decoded.timestamps.tolist(),
+        "frame_offset": offsets.tolist(),
+        "frame_size": sizes.tolist(),
+    }
+    return data, columns, decoded.salvaged
+
+
+def _still(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
+    data, width, height, source_width, source_height = encode_still(path, job.images)
+    columns = {
+        "width": width,
+        "height": height,
+        "source_width": source_width,
+        "source_height": source_height,
+        "vlen": 1,
+        "fps": 0.0,
+        "duration": 0.0,
+        "start": 0.0,
+        "sample": [0],
+        "frame_index": [0],
+        "timestamps": [0.0],
+        "frame_offset": [0],
+        "frame_size": [len(data)],
+    }
+    return data, columns, False
