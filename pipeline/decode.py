@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.manifest import Frames
 from pipeline.media import REASONS, MediaError
 from pipeline.sampling import fit_to_clips, sample_indices
-from pipeline.sources import DistrustError, Source, open_av, open_decord, open_folder, open_gif
+from pipeline.sources import InexactError, Source, open_folder, open_gif, open_straight, open_video
 from pipeline.stills import encode_still, read_image
 
 __all__ = ["REASONS", "Decoded", "MediaError", "decode_video", "encode_still", "read_image"]
@@ -48,8 +48,9 @@ def decode_video(
     """Decode and resize the frames that ``frames.sampler`` takes of a video, or of its clip [start, end].
 
     Args:
-        path: a video (``decord``, ``av``), a GIF (``gif``), or a folder of frames (``img``, ``frame``).
-        reader: decord falls back on PyAV for files that it does not read exactly.
+        path: a video, a GIF, or a folder of frames.
+        reader: as annotations name it: ``decord`` and ``av`` for videos (both are read by PyAV, see
+            :mod:`pipeline.sources`), ``gif``, ``img`` or ``frame`` for folders.
         start: seconds, or None for the beginning.
         end: seconds, or None for the end; a later one than the video's counts as the video's.
         frames: sampler, bounds and size; the sample is padded to whole clips.
@@ -62,15 +63,13 @@ def decode_video(
         MediaError: the file is missing, damaged, not a video, or the clip has no frames.
         ValueError: an unknown reader, or bounds that clips of ``frames.clip_frames`` frames do not divide.
     """
-    if reader == "decord":
-        try:
-            return _take(path, open_decord(path), start, end, frames, seed)
-        except DistrustError:
-            return _take(path, open_av(path), start, end, frames, seed)
-    openers = {"av": open_av, "gif": open_gif, "img": open_folder, "frame": open_folder}
+    openers = {"decord": open_video, "av": open_video, "gif": open_gif, "img": open_folder, "frame": open_folder}
     if reader not in openers:
-        raise ValueError(f"reader {reader!r} is not one of decord, {', '.join(openers)}")
-    return _take(path, openers[reader](path), start, end, frames, seed)
+        raise ValueError(f"reader {reader!r} is not one of {', '.join(openers)}")
+    try:
+        return _take(path, openers[reader](path), start, end, frames, seed)
+    except InexactError:
+        return _take(path, open_straight(path), start, end, frames, seed)
 
 
 def _take(
