@@ -74,7 +74,7 @@ class Questions:
             media_of: the question whose media are shown instead of its own; the time message is of those shown.
 
         Raises:
-            ValueError: the two questions have different numbers of media, or media cannot be decoded.
+            ValueError: the other question has fewer media than this one shows, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
         ids, views = self._prompt(i, media_of)
@@ -94,10 +94,13 @@ class Questions:
 
     def _prompt(self, i: int, media_of: int | None) -> tuple[np.ndarray, list[View]]:
         turns = self._asked[i][0]
-        row = self._rows[i if media_of is None else media_of]
-        views = self._visuals.views(self._value("media", row))
-        if media_of is None or media_of == i:  # media first shown after the question do not belong to it
-            views = views[: sum(text_of(turn).count(MARK) for turn in turns)]
+        media = self._value("media", self._rows[i])
+        shown = min(len(media), sum(text_of(turn).count(MARK) for turn in turns))  # others come after the question
+        if media_of is not None:
+            media = self._value("media", self._rows[media_of])
+        if len(media) < shown:
+            raise ValueError(f"question {i} shows {shown} media, question {media_of} has {len(media)}")
+        views = self._visuals.views(media[:shown])
         kinds, messages = [view.kind for view in views], [view.message for view in views]
         return self._conversation.prompt(turns, kinds, messages), views
 

@@ -67,10 +67,13 @@ class Tokens:
         path = index.root / "index" / f"tokens-{self.fingerprint[:32]}.arrow"
         if not path.is_file():
             _build(path, index, conversation, visuals)
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        if table.schema != SCHEMA or len(table) != len(index.dialogues):
-            raise ShardsError(f"{path}: not the tokens of this index; remove the file, it is made again")
+        try:
+            with pa.memory_map(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+        except (OSError, pa.ArrowException):
+            table = None
+        if table is None or table.schema != SCHEMA or len(table) != len(index.dialogues):
+            raise ShardsError(f"{path}: damaged, or not the tokens of this index; remove the file, it is made again")
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
         numbers = {name: table[name].to_numpy() for name in ("length", "clips", "tiles", "learned")}
         self.length, self.learned = numbers["length"].copy(), numbers["learned"].copy()
@@ -135,7 +138,7 @@ def _build(path: Path, index: Index, conversation: Conversation, visuals: Visual
             except BaseException:
                 os.unlink(file.name)
                 raise
-    except PermissionError as error:
+    except OSError as error:
         raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
 
 

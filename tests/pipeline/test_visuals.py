@@ -1,0 +1,143 @@
+"""What is shown of stored media, and its pixels."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.images import tiles
+from pipeline.index import Index
+from pipeline.sampling import fit_to_clips, sample_indices
+from pipeline.visuals import Visuals, nearest
+from tests.pipeline.small_root import SIZE, Root, colour, manifest
+
+
+@given(st.sets(st.integers(0, 500), min_size=1, max_size=40), st.lists(st.integers(0, 500), min_size=1, max_size=20))
+def test_nearest_is_nearest(stored, wanted):
+    stored = np.array(sorted(stored))
+    got = nearest(stored, np.array(wanted))
+    for number, place in zip(wanted, got.tolist(), strict=True):
+        assert abs(stored[place] - number) == min(abs(s - number) for s in stored.tolist())
+
+
+@given(
+    st.sampled_from(["middle", "dynamic_fps1", "rand", "fps1", "fps0.5"]),
+    st.integers(1, 2000),
+    st.floats(1, 60),
+    st.integers(1, 16),
+    st.integers(0, 5),
+)
+def test_settings_of_the_build_show_the_frames_of_the_build(sampler, vlen, fps, clips, seed):
+    frames = manifest(Path("."), frames={"sampler": sampler, "min": 4, "max": 4 * clips, "size": SIZE}).frames
+    wanted = fit_to_clips(sample_indices(frames, vlen, fps, vlen / fps, np.random.default_rng(seed)), vlen, 4)
+    stored, sample = np.unique(wanted, return_inverse=True)
+    assert nearest(stored, wanted).tolist() == sample.tolist()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = Root(tmp_path_factory.mktemp("visuals"))
+    for vlen, stored in ((90, 90), (90, 12), (3, 3)):
+        made.video(vlen, stored)
+    made.still(150, 60)
+    made.still(50, 50)
+    return made.write()
+
+
+def visuals(root, **over) -> Visuals:
+    made = manifest(root, **over)
+    return Visuals(Index.open(made.shard_root), made)
+
+
+def shown(reader: Visuals, row: int) -> np.ndarray:
+    view = reader.views([row])[0]
+    out = np.empty((len(view.places), reader.frames.size, reader.frames.size, 3), dtype=np.uint8)
+    reader.read_frames(view, 0, out)
+    return out
+
+
+@pytest.mark.parametrize("maximum", [4, 8, 64])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_frames_are_the_nearest_stored_ones(root, row, maximum):
+    reader = visuals(root, frames__max=maximum, frames__min=maximum)
+    vlen = reader.index.media["vlen"][row].as_py()
+    stored = reader.index.media["frame_index"][row].as_py()
+    wanted = sample_indices(reader.frames, vlen, 2.0, vlen / 2.0)
+    pixels = shown(reader, row)
+    assert len(pixels) == maximum
+    for frame, number in zip(pixels, wanted.tolist(), strict=True):
+        best = min(stored, key=lambda s: (abs(s - number), s))
+        assert np.abs(frame.reshape(-1, 3) - np.array(colour(row, best))).max() <= 3
+        assert abs(best - number) <= -(-max(np.diff(stored)) // 2)
+
+
+def test_parts_of_a_video_are_the_whole(root):
+    reader = visuals(root, frames__max=16)
+    view = reader.views([0])[0]
+    whole = shown(reader, 0)
+    part = np.empty((5, SIZE, SIZE, 3), dtype=np.uint8)
+    reader.read_frames(view, 7, part)
+    assert np.array_equal(part, whole[7:12])
+
+
+def test_the_message_names_the_frames_that_are_shown(root):
+    view = visuals(root, frames__time_message="long").views([1])[0]
+    index = Index.open(root / "stage2").media["frame_index"][1].as_py()
+    seconds = ", ".join(str(float(np.around(index[place] / 2.0, 1))) for place in view.places)
+    assert view.message == (
+        f"\nThe video lasts for 45.00 seconds, and 8 frames are uniformly sampled at {seconds} seconds. "
+    )
+    assert visuals(root, frames__time_message="none").views([1])[0].message == ""
+
+
+def test_another_size_is_resized_as_pil_does(root):
+    small, same = visuals(root, frames__size=32, model__vision_tower__patch=4), visuals(root)
+    for got, stored in zip(shown(small, 1), shown(same, 1), strict=True):
+        assert np.array_equal(got, np.asarray(Image.fromarray(stored).resize((32, 32), Image.Resampling.BICUBIC)))
+
+
+@pytest.mark.parametrize("mode", ["square", "anyres_nopad"])
+def test_stills_are_the_tiles_of_the_stored_picture(root, mode):
+    reader = visuals(root, images__mode=mode)
+    media = reader.index.media
+    for rows in ([3], [3, 4]):
+        for view in reader.views(rows):
+            out = np.empty((view.tiles, SIZE, SIZE, 3), dtype=np.uint8)
+            reader.read_still(view, out)
+            with tarfile.open(reader.index.path_of(media["shard"][view.row].as_py())) as tar:
+                data = tar.extractfile(f"{media['key'][view.row].as_py()}.jpg").read()
+            expected, grid = tiles(Image.open(io.BytesIO(data)), mode, SIZE, 2, several=len(rows) > 1)
+            assert view.grid == grid and view.tiles == len(expected)
+            assert np.abs(out.astype(int) - expected).max() <= 2  # two JPEG decoders
+
+
+def test_rand_is_the_same_at_every_reading(root):
+    first, second = (visuals(root, frames__sampler="rand").views([0])[0].places.tolist() for _ in range(2))
+    other = visuals(root, frames__sampler="rand", seed=1).views([0])[0].places.tolist()
+    assert first == second != other
+
+
+def test_a_shard_that_ends_early_is_an_error(tmp_path):
+    made = Root(tmp_path)
+    made.video(8, 8)
+    reader = visuals(made.write())
+    path = reader.index.path_of(0)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ValueError, match="the shard ends within"):
+        shown(reader, 0)
+
+
+def test_more_shards_than_open_files(root, monkeypatch):
+    monkeypatch.setattr("pipeline.visuals.OPEN_FILES", 1)
+    reader = visuals(root)
+    expected = [shown(visuals(root), row) for row in (0, 1)]
+    for _ in range(3):
+        assert all(np.array_equal(shown(reader, row), expected[row]) for row in (0, 1))
+    assert len(reader._files._open) == 1
