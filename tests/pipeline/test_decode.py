@@ -45,6 +45,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_frame_is_the_one_asked_for(videos: Path, name: str, reader: str) -> None:
     decoded = decode_video(videos / name, reader, None, None, SIXTEEN)
     assert (decoded.vlen, decoded.fps, decoded.duration) == (100, 25.0, 4.0)
+    assert (type(decoded.vlen), type(decoded.fps), type(decoded.duration)) == (int, float, float)  # JSON takes no numpy
     assert [number_of(frame) for frame in decoded.frames] == decoded.frame_index.tolist()
     assert decoded.frame_index.tolist() == sample_indices(SIXTEEN, 100, 25.0, 4.0).tolist()
     np.testing.assert_allclose(np.diff(decoded.timestamps), np.diff(decoded.frame_index) / 25, atol=2e-3)
