@@ -23,12 +23,8 @@ from pipeline.tokens import Tokens
 class GlobalBatch:
     """The rows of one optimiser step."""
 
-    rows: list[np.ndarray]  #: R int64 arrays of dialogue rows (of the index), micro-step by micro-step
+    rows: list[np.ndarray]  #: R int64 arrays of index rows; rank r runs row j * world size + r in micro-step j
     total_weight: float  #: loss weight of all dialogues
-
-    def row(self, rank: int, world_size: int, micro: int) -> np.ndarray:
-        """The dialogues that ``rank`` runs in micro-step ``micro``."""
-        return self.rows[micro * world_size + rank]
 
 
 @dataclass(frozen=True, slots=True)

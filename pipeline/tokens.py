@@ -78,7 +78,6 @@ class Tokens:
         numbers = {name: table[name].to_numpy() for name in ("length", "clips", "tiles", "learned")}
         self.length, self.learned = numbers["length"].copy(), numbers["learned"].copy()
         self.clips, self.tiles = numbers["clips"], numbers["tiles"]
-        self._keys = index.dialogues["key"]
         self._limit = manifest.text.max_tokens
         self._cut: dict[int, int] = {}  # row of a dialogue over the limit -> ids kept
         self._refused: dict[int, str] = {}

@@ -63,11 +63,11 @@ class Visuals:
         return [self._still(row, several) if self._value("kind", row) == "image" else self._video(row) for row in rows]
 
     def _still(self, row: int, several: bool) -> View:
-        grid = None
+        grid, count = None, 1
         if not several and self.images.mode != "square":
             size = self._value("width", row), self._value("height", row)
             grid = best_grid(*size, self.frames.size, self.images.max_grid)
-        count = 1 if grid is None else grid[0] * grid[1] + 1
+            count = grid[0] * grid[1] + 1
         return View(row, "image", np.empty(0, dtype=np.int64), "", 0, count, grid, several)
 
     def _video(self, row: int) -> View:
