@@ -285,9 +285,9 @@ def gathered(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
     if not is_partitioned(parameter):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # only a sharded run needs it
 
-    with GatheredParameters([parameter], modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
         yield
 
 

@@ -57,14 +57,17 @@ class ToMeConnector(nn.Module):
 def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
     """Merge (N, P, C) patches to (N, wanted, C) tokens; P = wanted returns them as they are.
 
+    N = 0 runs the same operations as any other N: under ZeRO-3 the backward pass of a rank without clips must meet
+    the tower's hooks in the same order as one with clips.
+
     Raises:
         ValueError: there are fewer patches than wanted tokens.
     """
     count = patches.shape[1]
     if count < wanted:
         raise ValueError(f"{count} patches cannot be merged to {wanted} tokens; use larger frames or a smaller patch")
-    if count == wanted or not len(patches):
-        return patches[:, :wanted]
+    if count == wanted:
+        return patches
     token = assign(patches, wanted, heads)  # (N, P)
     member = token.unsqueeze(1) == torch.arange(wanted, device=patches.device).unsqueeze(1)  # (N, wanted, P)
     # A product instead of scattered additions: its result does not depend on the order of additions on a GPU.

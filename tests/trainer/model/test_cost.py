@@ -1,0 +1,130 @@
+"""Cost formulas against the published figures and against counting products of a real run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.manifest import (
+    Batching,
+    Data,
+    Entry,
+    Frames,
+    InitFrom,
+    LanguageModel,
+    Manifest,
+    Model,
+    Part,
+    Text,
+    Train,
+)
+from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack, small_model
+from trainer.model import cost
+from trainer.model.video_llm import build_model
+
+TRAINED, FROZEN = Part(train=True, lr=1e-5), Part(train=False)
+QWEN_1_5B = LanguageModel(
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+
+
+def manifest(size: int = 224, model: Model | None = None, **train: Part) -> Manifest:
+    """Stage 3's settings around a model; parts not named are trained."""
+    parts = {name: train.get(name, TRAINED) for name in ("vision_tower", "connector", "language_model")}
+    return Manifest(
+        stage=3,
+        output="run",
+        data=Data(entries=(Entry(annotation="a.json"),)),
+        frames=Frames(sampler="dynamic_fps1", min=64, max=512, size=size),
+        text=Text(tokenizer="tokenizer"),
+        batching=Batching(global_batch=256, row_multiple=32),
+        train=Train(**parts, dtype="bf16"),
+        init_from=InitFrom(run="before"),
+        model=model or Model(),
+    )
+
+
+def test_the_published_model_on_meta_tensors():
+    model = build_model(manifest(), device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert len(list(model.vision_tower.parameters())) == 303
+    counts = cost.parameters(manifest())
+    assert counts["vision_tower"] == pytest.approx(290e6, rel=0.005)
+    assert counts["connector"] == pytest.approx(16.5e6, rel=0.005)
+    assert counts["language_model"] == pytest.approx(7.616e9, rel=0.0005)
+    assert sum(counts.values()) == pytest.approx(7.92e9, rel=0.001)
+
+
+def test_tied_embeddings_count_once():
+    counts = cost.parameters(manifest(448, Model(language_model=QWEN_1_5B)))
+    assert counts["language_model"] == pytest.approx(1.544e9, rel=0.0005)
+    assert counts["connector"] == pytest.approx(3.9e6, rel=0.02)
+
+
+def test_published_flops_of_a_512_frame_sample():
+    parts = cost.flops_by_part(manifest(), frames=512, text_tokens=256)
+    assert parts["vision_tower"] == pytest.approx(197e12, rel=0.002)
+    assert parts["language_model"] == pytest.approx(444e12, rel=0.002)
+    assert parts["connector"] == pytest.approx(0.8e12, rel=0.05)
+    assert parts["vision_tower"] + parts["language_model"] == pytest.approx(641e12, rel=0.002)
+    fourth = cost.flops_by_part(manifest(448, language_model=FROZEN), frames=512, text_tokens=256)
+    assert fourth["vision_tower"] == pytest.approx(1055e12, rel=0.002)
+    assert fourth["language_model"] == pytest.approx(325e12, rel=0.002)
+    assert sum(fourth.values()) == pytest.approx(1380e12, rel=0.002)
+
+
+@pytest.mark.parametrize("frozen", [(), ("language_model",), ("vision_tower", "language_model"), ("vision_tower",)])
+def test_coefficients_equal_the_products_that_a_step_runs(frozen):
+    """torch's own counter on a real forward and backward pass (attention counted in full, head on every place)."""
+    settings = manifest(SIZE, SMALL, **dict.fromkeys(frozen, FROZEN))
+    model = small_model()
+    for name in frozen:
+        model.parts()[name].requires_grad_(False)
+    sample = dialogue(0, clips=3, text=40)
+    sample.labels = [5] * len(sample.ids)
+    batch = pack([sample])
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(batch).backward()
+    expected = cost.flops(settings, frames=12, text_tokens=40)
+    # the head skips the last place and is recomputed once; merging adds products that the formula leaves out;
+    # the first layer of a trained part needs no gradient of its inputs
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)
+
+
+def test_coefficients_are_the_same_formula_with_causal_attention():
+    settings = manifest()
+    coefficients = cost.cost_coefficients(settings)
+    patches, tokens = 512 * 196, 8192 + 256
+    estimate = coefficients.patch * patches + coefficients.token * tokens + 2 * coefficients.pair * tokens**2
+    assert estimate == pytest.approx(cost.flops(settings, 512, 256), rel=1e-9)
+
+
+def test_freezing_never_costs_more():
+    whole = cost.flops(manifest(), 64, 100)
+    for names in (["vision_tower"], ["language_model"], ["vision_tower", "language_model"]):
+        assert cost.flops(manifest(**dict.fromkeys(names, FROZEN)), 64, 100) < whole
+
+
+def test_memory_of_model_states_is_sharded_as_the_stage_says():
+    settings = manifest()
+    total = sum(cost.parameters(settings).values())
+    assert cost.memory(settings, 512, 8448, 8)["states"] == pytest.approx(16 * total / 8, rel=1e-6)
+    first = dataclasses.replace(settings, train=dataclasses.replace(settings.train, zero_stage=1))
+    assert cost.memory(first, 512, 8448, 8)["states"] == pytest.approx((4 + 12 / 8) * total, rel=1e-6)
+    assert (
+        cost.memory(settings, 512, 8448, 8)["kept"]
+        < cost.memory(
+            dataclasses.replace(settings, train=dataclasses.replace(settings.train, gradient_checkpointing=False)),
+            512,
+            8448,
+            8,
+        )["kept"]
+    )

@@ -1,0 +1,258 @@
+"""Weights in and out: published layouts, damaged files, random starts, round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.manifest import InitFrom, Manifest, Model
+from tests.golden_data import files
+from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack, small_model
+from tests.trainer.model.test_cost import FROZEN, manifest
+from trainer.model.video_llm import build_model
+from trainer.weights import (
+    INDEX,
+    WeightsError,
+    initialise,
+    load_pretrained,
+    our_name,
+    published_name,
+    random_tensor,
+    save,
+)
+
+ENCODER = "model.vision_tower.vision_tower.encoder."
+
+
+def start(**sources: str) -> Manifest:
+    """A small model's manifest whose parts start from these places, at random where none is given."""
+    given = {"vision_tower": "random", "language_model": "random", **{k: str(v) for k, v in sources.items()}}
+    return dataclasses.replace(manifest(SIZE, SMALL), init_from=InitFrom(**given), seed=3)
+
+
+def initialised(settings: Manifest):
+    model = build_model(settings)
+    initialise(model, settings)
+    return model
+
+
+def published(model) -> dict[str, torch.Tensor]:
+    return {published_name(name): p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_equal(model, expected: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if published_name(name) in expected:
+            assert torch.equal(parameter, expected[published_name(name)]), name
+
+
+def test_names_map_both_ways():
+    names = [name for name, _ in small_model().named_parameters()]
+    assert [our_name(published_name(name)) for name in names] == names
+    assert published_name("vision_tower.blocks.0.attn.q_bias") == ENCODER + "blocks.0.attn.q_bias"
+    assert published_name("connector.mlp.2.bias") == "model.mm_projector.mlp.2.bias"
+    assert published_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert our_name("transformer.wte.weight") is None
+
+
+@pytest.mark.parametrize("path", files("multimodal_sequence/weights.safetensors"), ids=lambda path: path.parent.name)
+def test_golden_names_are_ours(path):
+    with safe_open(path, framework="pt") as file:
+        assert all(published_name(our_name(key)) == key for key in file.keys())  # noqa: SIM118
+
+
+def test_random_start_depends_on_seed_and_name_alone():
+    first, second = initialised(start()), initialised(start())
+    assert_equal(first, published(second))
+    other = initialised(dataclasses.replace(start(), seed=4))
+    assert not torch.equal(first.connector.mlp[0].weight, other.connector.mlp[0].weight)
+    values = dict(first.named_parameters())
+    assert torch.equal(
+        values["connector.mlp.2.weight"],
+        random_tensor("connector.mlp.2.weight", values["connector.mlp.2.weight"].shape, 3),
+    )
+    assert values["vision_tower.blocks.1.norm2.weight"].eq(1).all()
+    assert values["language_model.model.norm.weight"].eq(1).all()
+    assert values["vision_tower.blocks.0.attn.v_bias"].eq(0).all() and values["connector.mlp.0.bias"].eq(0).all()
+    embedding = values["language_model.model.embed_tokens.weight"]
+    assert embedding.std().item() == pytest.approx(0.02, rel=0.1) and abs(embedding.mean().item()) < 0.002
+
+
+def test_a_qwen2_folder_of_transformers_is_read(tmp_path):
+    fields = dataclasses.asdict(SMALL.language_model)
+    fields.pop("rope_theta")
+    theirs = Qwen2ForCausalLM(Qwen2Config(**fields))
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / INDEX).is_file()
+    for folder in ("one", "sharded"):
+        assert_equal(initialised(start(language_model=tmp_path / folder)), theirs.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", [None, "module", "model"])
+@pytest.mark.parametrize("prefix", ["", "encoder.", "vision_encoder.", "vision_tower.vision_tower.encoder.", ENCODER])
+def test_the_encoders_own_file_is_read(tmp_path, wrapper, prefix):
+    source = initialised(dataclasses.replace(start(), seed=9)).vision_tower.state_dict()
+    values = {prefix + name.replace("vision_layernorm", "norm"): value for name, value in source.items()}
+    if prefix == ENCODER:
+        values = {prefix + name: value for name, value in source.items()}
+    last = SMALL.vision_tower.depth - 1
+    values |= {f"{prefix}blocks.{last}.norm1.weight": torch.ones(48), f"{prefix}pos_embed": torch.ones(1, 4, 48)}
+    torch.save({wrapper: values} if wrapper else values, tmp_path / "encoder.pt")
+    model = initialised(start(vision_tower=tmp_path / "encoder.pt"))
+    for name, value in model.vision_tower.state_dict().items():
+        assert torch.equal(value, source[name]), name
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "base_model.model.model.mm_projector.", ""])
+def test_a_stage_1_adapter_file_is_read(tmp_path, prefix):
+    source = initialised(dataclasses.replace(start(), seed=9)).connector.state_dict()
+    torch.save({prefix + name: value for name, value in source.items()}, tmp_path / "mm_projector.bin")
+    for place in (tmp_path, tmp_path / "mm_projector.bin"):
+        model = initialised(start(connector=place))
+        assert all(torch.equal(value, source[name]) for name, value in model.connector.state_dict().items())
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed_by_name(tmp_path):
+    values = published(initialised(start()))
+    del values["model.layers.1.mlp.up_proj.weight"]
+    values["model.norm.weight"] = torch.ones(7)
+    values["model.layers.0.self_attn.rotary.weight"] = torch.ones(3)
+    save_file(values, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as error:
+        initialised(start(language_model=tmp_path))
+    text = str(error.value)
+    assert "\n" not in text and str(tmp_path) in text and text.startswith("init_from.language_model")
+    assert "missing: language_model.model.layers.1.mlp.up_proj.weight" in text
+    assert "unexpected: language_model.model.layers.0.self_attn.rotary.weight" in text
+    assert "wrong shape: language_model.model.norm.weight is [7], the model's [32]" in text
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    save_file({"transformer.h.0.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"unexpected: transformer\.h\.0\.weight"):
+        initialised(start(language_model=tmp_path))
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "connector", "language_model"])
+def test_a_part_is_taken_out_of_a_whole_model(tmp_path, part):
+    source = published(initialised(dataclasses.replace(start(), seed=9)))
+    save_file(source, tmp_path / "model.safetensors")
+    model, fresh = initialised(start(**{part: tmp_path})), initialised(start())
+    for name, parameter in model.named_parameters():
+        expected = source[published_name(name)] if name.startswith(part) else dict(fresh.named_parameters())[name]
+        assert torch.equal(parameter, expected), name
+
+
+def bad_truncated(path):
+    save_file({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def bad_pickle(path):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"model.norm.weight": Trap()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("model.safetensors", bad_truncated),
+        ("model.safetensors", lambda path: path.write_bytes(b"<html>not here</html>")),
+        ("model.bin", lambda path: path.write_bytes(b"")),
+        ("model.bin", lambda path: path.write_bytes(b"<html>not here</html>")),
+        ("model.bin", bad_pickle),
+        ("model.bin", lambda path: torch.save([torch.ones(2)], path)),
+    ],
+    ids=["truncated", "html", "empty", "html_torch", "code", "list"],
+)
+def test_damaged_and_hostile_files_are_one_clear_error(tmp_path, capfd, name, write):
+    write(tmp_path / name)
+    with pytest.raises(WeightsError) as error:
+        initialised(start(language_model=tmp_path / name))
+    assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_absent_places_are_named(tmp_path):
+    with pytest.raises(WeightsError, match="no such file or folder"):
+        initialised(start(vision_tower=tmp_path / "encoder.pt"))
+    with pytest.raises(WeightsError, match="no weights here"):
+        initialised(start(language_model=tmp_path))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
+    with pytest.raises(WeightsError, match="names files that are missing: model-00001"):
+        initialised(start(language_model=tmp_path))
+    run = dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path / "stage1")))
+    with pytest.raises(WeightsError, match=r"init_from\.run.*stage1/final: no such file"):
+        initialised(run)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied"])
+@pytest.mark.parametrize("limit", [10**9, 20_000], ids=["one_file", "shards"])
+def test_saved_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
+    language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=tied)
+    cfg = Model(vision_tower=SMALL.vision_tower, language_model=language)
+    settings = dataclasses.replace(start(), model=cfg)
+    model = initialised(settings).to(torch.bfloat16)
+    save(model, tmp_path / "stage1" / "final", settings, limit)
+    written = sorted((tmp_path / "stage1/final").glob("*.safetensors"))
+    read = {key: value for file in written for key, value in load_file(file).items()}
+    expected = published(model)
+    assert set(read) == set(expected) and ("lm_head.weight" in read) is not tied
+    assert all(torch.equal(read[key], value) for key, value in expected.items())
+    if limit < 10**9:
+        index = json.loads((tmp_path / "stage1/final" / INDEX).read_text())
+        assert set(index["weight_map"].values()) == {file.name for file in written} and len(written) > 2
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+        assert all(file.stat().st_size < limit + 4096 or len(load_file(file)) == 1 for file in written)
+    again = load_pretrained(tmp_path / "stage1/final")
+    assert not again.training and {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert_equal(again, expected)
+    follow = dataclasses.replace(settings, init_from=InitFrom(run=str(tmp_path / "stage1")))
+    assert_equal(initialised(follow).to(torch.bfloat16), expected)
+    batch = pack([dialogue(0, clips=1), dialogue(1)])
+    with torch.no_grad():
+        assert model(batch).item() == again(batch).item()
+
+
+def test_load_pretrained_refuses_other_folders(tmp_path):
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(WeightsError, match="model_type is 'qwen2'"):
+        load_pretrained(tmp_path)
+
+
+def test_frozen_parts_are_saved_too(tmp_path):
+    settings = start()
+    model = initialised(settings)
+    model.language_model.requires_grad_(FROZEN.train)
+    save(model, tmp_path, settings)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(published(model))
+
+
+def test_weights_of_another_size_are_used_with_tables_of_the_new_one(tmp_path):
+    """A tower trained at 128 px goes on at 192 px: positions are computed, not stored."""
+    settings = start()
+    save(initialised(settings), tmp_path / "stage3" / "final", settings)
+    larger = dataclasses.replace(
+        settings,
+        frames=dataclasses.replace(settings.frames, size=192),
+        init_from=InitFrom(run=str(tmp_path / "stage3")),
+    )
+    model = initialised(larger)
+    assert model.vision_tower.still_positions.shape[0] == 144
+    np.testing.assert_array_equal(
+        model.vision_tower.blocks[0].attn.qkv.weight.detach(),
+        initialised(settings).vision_tower.blocks[0].attn.qkv.weight.detach(),
+    )
