@@ -45,14 +45,6 @@ def best_grid(
     return chosen
 
 
-def tile_count(width: int, height: int, mode: str, size: int, max_grid: int, several: bool = False) -> int:
-    """Tiles of a still, overview included; ``several`` stills in its dialogue get one each."""
-    if several or mode == "square":
-        return 1
-    w, h = best_grid(width, height, size, max_grid)
-    return w * h + 1
-
-
 def tiles(
     picture: Image.Image, mode: str, size: int, max_grid: int, several: bool = False
 ) -> tuple[np.ndarray, Grid | None]:
