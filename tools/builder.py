@@ -31,11 +31,11 @@ from pipeline.ledger import write_ledger
 from pipeline.manifest import Manifest
 from pipeline.shard_format import ShardInfo, json_text, write_reader_files
 from tools.plan import make_plan
-from tools.pool import run_tasks
+from tools.pool import Pool
 from tools.roots import BuildError, Origin, origins
 from tools.specification import difference, specification
 from tools.tables import map_table, write_table
-from tools.tasks import OUTCOMES, PLAN_ROW, Job, dialogue_worker, media_worker, read_shard_info, task_folder
+from tools.tasks import OUTCOMES, PLAN_ROW, Job, is_dialogue, make_worker, read_shard_info, task_folder
 
 FOLDERS = ("video", "image", "dialogue")
 SPLITS = ("train", "val")
@@ -133,22 +133,20 @@ def _run(job: Job, workers: int, limit: float) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     media = map_table(job.work / "plan" / "media.arrow")
     left = [task for task, name in enumerate(job.tasks) if not task_folder(job.work, name).is_dir()]
-    first = [task for task in left if not job.tasks[task].startswith("dialogue-")]
+    dialogues = [task for task in left if is_dialogue(job.tasks[task])]
+    left = [task for task in left if not is_dialogue(job.tasks[task])]
     sizes = np.bincount(media["task"].to_numpy(), minlength=len(job.tasks))
-    bar = tqdm(
-        total=len(media), initial=len(media) - int(sizes[first].sum()), unit=" media", desc="media", disable=None
-    )
-    with bar:
-        frames = 0
-        for counts in run_tasks(first, media_worker, (job,), min(workers, len(first)), limit):
-            frames += counts.get("frames", 0)
-            bar.update(counts.get("media", 0))
-            if elapsed := bar.format_dict["elapsed"]:
-                bar.set_postfix_str(f"{frames / elapsed:.0f} frames/s", refresh=False)
-    write_table(job.work / "outcomes.arrow", _outcomes(job, media))
-    second = [task for task in left if job.tasks[task].startswith("dialogue-")]
-    for _ in run_tasks(second, dialogue_worker, (job,), min(workers, len(second)), float("inf")):
-        pass
+    done, frames = len(media) - int(sizes[left].sum()), 0
+    with Pool(make_worker, (job,), workers, limit) as pool:
+        with tqdm(total=len(media), initial=done, unit=" media", desc="media", disable=None) as bar:
+            for counts in pool.run(left):
+                frames += counts.get("frames", 0)
+                bar.update(counts.get("media", 0))
+                if elapsed := bar.format_dict["elapsed"]:
+                    bar.set_postfix_str(f"{frames / elapsed:.0f} frames/s", refresh=False)
+        write_table(job.work / "outcomes.arrow", _outcomes(job, media))
+        for _ in pool.run(dialogues):
+            pass
 
 
 def _ordered(job: Job, folder: str) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,30 +35,42 @@ Run = Callable[[int, Mapping[int, tuple[str, int]], Report], None]
 _spawn = multiprocessing.get_context("spawn")
 
 
-def run_tasks(
-    tasks: Iterable[int], make_run: Callable[..., Run], arguments: tuple, workers: int, limit: float
-) -> Iterator[Mapping[str, int]]:
-    """Run ``tasks`` in ``workers`` processes; yields what the workers report as finished, as it comes.
+class Pool:
+    """Up to ``workers`` processes, started when there is something to do; a context manager that ends them.
 
     Args:
         make_run: called once in each process with ``arguments``; a function of a module, and picklable arguments.
         limit: seconds that one item may take.
-
-    Raises:
-        BuildError: a worker failed outside an item: no space on the disk, a bug.
     """
-    waiting = deque((task, {}, {}) for task in tasks)
-    with _closing([]) as pool:
-        while waiting or any(worker.busy for worker in pool):
-            while waiting and sum(worker.busy for worker in pool) < workers:
-                idle = next((worker for worker in pool if not worker.busy), None)
-                if idle is None:
-                    idle = _Worker(make_run, arguments)
-                    pool.append(idle)
-                idle.give(*waiting.popleft())
-            busy = [worker for worker in pool if worker.busy]
-            wake = min((worker.deadline(limit) for worker in busy), default=0.0) - time.monotonic()
-            ready = multiprocessing.connection.wait([w.connection for w in busy], None if wake > 1e9 else max(wake, 0))
+
+    def __init__(self, make_run: Callable[..., Run], arguments: tuple, workers: int, limit: float) -> None:
+        self._make_run, self._arguments, self._size, self._limit = make_run, arguments, workers, limit
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def run(self, tasks: Iterable[int]) -> Iterator[Mapping[str, int]]:
+        """Run ``tasks``; yields what the workers report as finished, as it comes.
+
+        Raises:
+            BuildError: a worker failed outside an item: no space on the disk, a bug.
+        """
+        waiting = deque((task, {}, {}) for task in tasks)
+        while True:
+            busy = [worker for worker in self._workers if worker.busy]
+            while waiting and len(busy) < self._size:
+                busy.append(self._idle())
+                busy[-1].give(*waiting.popleft())
+            if not busy:
+                return
+            wake = min(worker.deadline(self._limit) for worker in busy) - time.monotonic()
+            timeout = max(wake, 0.0) if math.isfinite(wake) else None
+            ready = multiprocessing.connection.wait([worker.connection for worker in busy], timeout)
             for worker in busy:
                 reason = ""
                 if worker.connection in ready:
@@ -65,12 +78,19 @@ def run_tasks(
                         yield worker.listen()
                     except (EOFError, OSError):
                         reason = "crashed"
-                elif worker.deadline(limit) <= time.monotonic():
+                elif worker.deadline(self._limit) <= time.monotonic():
                     reason = "timeout"
                 if reason:
-                    pool.remove(worker)
+                    self._workers.remove(worker)
                     worker.end()
                     waiting.appendleft(worker.after_loss(reason))
+
+    def _idle(self) -> _Worker:
+        for worker in self._workers:
+            if not worker.busy:
+                return worker
+        self._workers.append(_Worker(self._make_run, self._arguments))
+        return self._workers[-1]
 
 
 class _Worker:
@@ -102,7 +122,7 @@ class _Worker:
 
     def deadline(self, limit: float) -> float:
         """When the current item has taken too long, by time.monotonic()."""
-        return float("inf") if self._item is None else self._since + limit
+        return math.inf if self._item is None else self._since + limit
 
     def after_loss(self, reason: str) -> tuple[int, dict, dict]:
         """The task as it is to be given again after this process was lost."""
@@ -119,15 +139,6 @@ class _Worker:
         self._process.kill()
         self._process.join()
         self.connection.close()
-
-
-@contextlib.contextmanager
-def _closing(pool: list[_Worker]) -> Iterator[list[_Worker]]:
-    try:
-        yield pool
-    finally:
-        for worker in pool:
-            worker.end()
 
 
 def _serve(connection: Connection, make_run: Callable[..., Run], arguments: tuple) -> None:

@@ -75,53 +75,58 @@ def read_shard_info(folder: Path) -> ShardInfo | None:
     return ShardInfo(**{**values, "sample_offsets": tuple(values["sample_offsets"])})
 
 
-def media_worker(job: Job) -> Run:
-    """The worker of tasks that build media."""
+def is_dialogue(name: str) -> bool:
+    """Whether a task writes dialogues; the others build media."""
+    return name.startswith("dialogue-")
+
+
+def make_worker(job: Job) -> Run:
+    """What a worker process does with a task."""
     plan = _Plan(job)
 
     def run(task: int, lost: Mapping[int, tuple[str, int]], report: Report) -> None:
         with _result(job, task) as result:
-            for row in plan.rows_of(task):
-                report(row, {})
-                item = plan.media.slice(row, 1).to_pylist()[0]
-                try:
-                    if row in lost:
-                        raise _lost(*lost[row])
-                    members, columns, salvaged = _build(job, item, plan.alone(item))
-                except _Unbuilt as error:
-                    result.leave_out(job, item, error.reason, str(error), attempts=error.attempts)
-                    report(None, {"media": 1, "failed": 1})
-                    continue
-                if salvaged:
-                    message = f"the stream is damaged; {columns['vlen']} frames of it were kept"
-                    result.leave_out(job, item, "truncated", message, kind="salvaged")
-                result.add_media(row, item, members, columns)
-                report(None, {"media": 1, "frames": len(columns["timestamps"])})
+            if is_dialogue(job.tasks[task]):
+                _write_dialogues(job, plan, task, result)
+            else:
+                _build_media(job, plan, task, result, lost, report)
 
     return run
 
 
-def dialogue_worker(job: Job) -> Run:
-    """The worker of tasks that write dialogues; the outcome of every media item is known by then."""
-    plan = _Plan(job)
+def _build_media(
+    job: Job, plan: _Plan, task: int, result: _Result, lost: Mapping[int, tuple[str, int]], report: Report
+) -> None:
+    for row in plan.rows_of(task):
+        report(row, {})
+        item = plan.media.slice(row, 1).to_pylist()[0]
+        try:
+            if row in lost:
+                raise _lost(*lost[row])
+            members, columns, salvaged = _build(job, item, plan.alone(item))
+        except _Unbuilt as error:
+            result.leave_out(job, item, error.reason, str(error), attempts=error.attempts)
+            report(None, {"media": 1})
+            continue
+        if salvaged:
+            message = f"the stream is damaged; {columns['vlen']} frames of it were kept"
+            result.leave_out(job, item, "truncated", message, kind="salvaged")
+        result.add_media(row, item, members, columns)
+        report(None, {"media": 1, "frames": len(columns["timestamps"])})
+
+
+def _write_dialogues(job: Job, plan: _Plan, task: int, result: _Result) -> None:
+    """The dialogues of a task whose media are all in the index; the outcome of every media item is known by then."""
     outcomes = map_table(job.work / "outcomes.arrow")
     index_rows = outcomes["row"].to_numpy()
-
-    def run(task: int, lost: Mapping[int, tuple[str, int]], report: Report) -> None:
-        with _result(job, task) as result:
-            for plan_row, item in plan.dialogues_of(task):
-                media = [int(index_rows[row]) for row in item["media"]]
-                if -1 in media:
-                    row = item["media"][media.index(-1)]
-                    name, reason = plan.media["source"][row].as_py(), outcomes["reason"][row].as_py()
-                    result.leave_out_dialogue(item, reason, f"{name} could not be built")
-                else:
-                    result.add_dialogue(
-                        plan_row, item, media, [plan.media["key"][row].as_py() for row in item["media"]]
-                    )
-            report(None, {"dialogues": len(result.rows)})
-
-    return run
+    for plan_row, item in plan.dialogues_of(task):
+        media = index_rows[item["media"]].tolist() if item["media"] else []
+        if -1 in media:
+            row = item["media"][media.index(-1)]
+            name, reason = plan.media["source"][row].as_py(), outcomes["reason"][row].as_py()
+            result.leave_out_dialogue(item, reason, f"{name} could not be built")
+        else:
+            result.add_dialogue(plan_row, item, media, [plan.media["key"][row].as_py() for row in item["media"]])
 
 
 class _Unbuilt(Exception):
@@ -215,7 +220,7 @@ def _result(job: Job, task: int) -> Iterator[_Result]:
     with ShardWriter(scratch / "shard.tar") as shard:
         result = _Result(task, shard)
         yield result
-    schema = DIALOGUE_SCHEMA if final.name.startswith("dialogue-") else MEDIA_SCHEMA
+    schema = DIALOGUE_SCHEMA if is_dialogue(final.name) else MEDIA_SCHEMA
     write_table(scratch / "rows.arrow", table(schema.append(PLAN_ROW), result.rows))
     write_table(scratch / "ledger.arrow", ledger_table(result.ledger))
     if shard.samples:

@@ -1,0 +1,397 @@
+"""The command that builds shards: what comes out of good and bad input, and that other readers can read it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import decord
+import numpy as np
+import pytest
+import webdataset
+
+from pipeline.index import Index, row_values
+from pipeline.ledger import read_ledger
+from tests.tools import corpus
+from tests.tools.corpus import TEXT, TURNS
+from tools.build_shards import main
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "build_shards.py"
+
+#: Samples that cannot be built, by id, and the reason that the ledger must give.
+BAD = {
+    "missing": ({"video": "missing.mp4"}, "missing_file"),
+    "truncated": ({"video": "truncated.mp4"}, "truncated"),
+    "sound": ({"video": "sound.mp4"}, "no_video_stream"),
+    "empty": ({"video": "empty.mp4"}, "empty_file"),
+    "page": ({"video": "page.mp4"}, "not_media"),
+    "page-still": ({"image": "page.jpg"}, "not_media"),
+    "late-clip": ({"video": "a.mp4", "start": 50, "end": 60}, "bad_clip"),
+    "link": ({"video": "link.mp4"}, "outside_root"),
+    "link-folder": ({"video": "outside/secret.mp4"}, "outside_root"),
+    "climbs": ({"video": "../secret.mp4"}, "outside_root"),
+    "absolute": ({"video": "/secret.mp4"}, "outside_root"),
+    "one-of-two": (
+        {"image": ["1.png", "page.jpg"], "conversations": [{"from": "human", "value": "<image><image>"}, TURNS[1]]},
+        "not_media",
+    ),
+    "no-conversations": ({"video": "a.mp4", "conversations": None}, "no_conversations"),
+    "bad-mark": ({"image": ["1.png", "1.png"]}, "placeholder_mismatch"),
+}
+
+
+def snapshot(folder):
+    """Digest of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def members(root, folder):
+    """Every sample of a folder as {extension: bytes}, by key, read with webdataset."""
+    shards = sorted(str(path) for path in (root / folder).glob("*.tar"))
+    found = {}
+    for sample in webdataset.WebDataset(shards, shardshuffle=False):
+        assert sample["__key__"] not in found
+        found[sample["__key__"]] = {name: data for name, data in sample.items() if not name.startswith("__")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "media"
+    for seed, name in enumerate("abcdefgh"):
+        corpus.video(folder / f"{name}.mp4", seed=seed)
+    corpus.video(folder / "sub" / "deep.mp4", seconds=1, seed=9)
+    corpus.gif(folder / "wave.gif")
+    for number in range(1, 6):
+        corpus.still(folder / "frames" / f"{number:05d}.jpg", seed=number)
+        corpus.still(folder / f"{number}.png", seed=number)
+    secret = corpus.video(folder.parent / "elsewhere" / "secret.mp4")
+    (folder / "link.mp4").symlink_to(secret)
+    (folder / "outside").symlink_to(secret.parent)
+    (folder / "truncated.mp4").write_bytes((folder / "a.mp4").read_bytes()[:1500])
+    cut = corpus.video(folder / "cut.mp4", seconds=6, seed=20, faststart=True)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 4 // 5])
+    corpus.sound(folder / "sound.mp4")
+    (folder / "empty.mp4").touch()
+    for name in ("page.mp4", "page.jpg"):
+        (folder / name).write_text("<!DOCTYPE html><html><body>404</body></html>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(media):
+    """A build by the command, started by path in another folder: its manifest, root, output and the samples."""
+    base = media.parent
+    two = [{"from": "human", "value": "<image> or <image>?"}, TURNS[1]]
+    samples = {
+        "films.jsonl": [{"id": f"f-{name}", "video": f"{name}.mp4", "conversations": TURNS} for name in "abcdefgh"],
+        "again.json": [
+            {"id": 1, "video": "./a.mp4", "conversations": TURNS, "note": "same as f-a"},
+            {"id": 2, "video": "a.mp4", "start": "0.5", "end": 2.5, "conversations": TURNS},
+            {"id": 3, "video": "cut.mp4", "conversations": TURNS},
+            {"id": 4, "video": "wave.gif", "video_read_type": "gif", "conversations": TURNS},
+            {"id": 5, "video": "frames", "video_read_type": "img", "conversations": TURNS},
+            {"id": 6, "image": "1.png", "conversations": TURNS},
+            {"id": 7, "image": ["2.png", "1.png"], "conversations": two},
+            {"id": 8, "conversations": TEXT},
+        ],
+        "deep.json": [{"id": "d", "video": "deep.mp4", "conversations": TURNS}],
+        "bad.json": [{"id": name, "conversations": TURNS, **fields} for name, (fields, _) in BAD.items()],
+        "held.jsonl": [
+            {"id": "h1", "video": "a.mp4", "conversations": TURNS},
+            {"id": "h2", "video": "sub/deep.mp4", "conversations": TURNS},
+            {"id": "h3", "image": "5.png", "conversations": TURNS},
+        ],
+        "nothing.json": [],
+    }
+    for name, values in samples.items():
+        corpus.annotations(base / name, values)
+    root = str(media)
+    entries = [{"annotation": str(base / name), "root": root} for name in samples]
+    entries[2]["root"] = f"{root}/sub"
+    entries[4]["split"] = "val"
+    path = corpus.manifest(base / "stage2.yaml", entries)
+    command = [sys.executable, str(SCRIPT), "--stage", "2", "--manifest", str(path), "--workers", "2"]
+    ran = subprocess.run(command, cwd=base, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert ran.returncode == 0, ran.stderr
+    return {"manifest": path, "root": base / "shards" / "stage2", "ran": ran, "samples": samples}
+
+
+def test_every_dialogue_is_in_a_shard_or_in_the_ledger(made):
+    written = [json.loads(sample["json"]) for sample in members(made["root"], "dialogue").values()]
+    rows = [row for row in read_ledger(made["root"]).to_pylist() if row["kind"] == "dialogue"]
+    found = Counter((item["entry"], item["id"]) for item in written)
+    found += Counter((row["entry"], row["dialogue"]) for row in rows)
+    planned = {(name.split(".")[0], str(item["id"])) for name, items in made["samples"].items() for item in items}
+    assert found == Counter(planned)
+    assert len({item["key"] for item in [*written, *rows]}) == len(planned)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_has_its_reason(made, name):
+    ledger = [row for row in read_ledger(made["root"]).to_pylist() if row["dialogue"] == name]
+    assert [row["reason"] for row in ledger] == [BAD[name][1]]
+    assert ledger[0]["entry"] == "bad" and ledger[0]["source"].endswith(f"bad.json#{list(BAD).index(name)}")
+
+
+def test_bad_media_have_rows_of_their_own_and_salvaged_ones_are_marked(made):
+    rows = read_ledger(made["root"]).to_pylist()
+    lost = {row["source"].rpartition("/")[2]: row["reason"] for row in rows if row["kind"] == "media"}
+    assert lost["missing.mp4"] == "missing_file" and lost["page.jpg"] == "not_media" and lost["a.mp4"] == "bad_clip"
+    assert [row["source"].rpartition("/")[2] for row in rows if row["kind"] == "salvaged"] == ["cut.mp4"]
+    assert all(row["message"] and "\n" not in row["message"] for row in rows)
+
+
+def test_an_empty_annotation_file_is_a_row_and_a_warning(made):
+    rows = [row for row in read_ledger(made["root"]).to_pylist() if row["kind"] == "entry"]
+    assert [(row["entry"], row["reason"]) for row in rows] == [("nothing", "empty_annotation")]
+    assert "nothing" in made["ran"].stderr
+
+
+def test_each_media_item_is_built_once_and_belongs_to_the_split_that_names_it_first(made):
+    index = Index.open(made["root"])
+    found = Counter(zip(index.media["source"].to_pylist(), index.media["start"].to_pylist(), strict=True))
+    folder = made["manifest"].parent / "media"
+    assert set(found.values()) == {1}
+    assert found[f"{folder}/a.mp4", 0.0] == 1 and found[f"{folder}/a.mp4", 0.5] == 1
+    assert f"{folder}/sub/deep.mp4" in {name for name, _ in found}, "named through the nested root first"
+    splits = dict(zip(index.media["source"].to_pylist(), index.media["split"].to_pylist(), strict=True))
+    assert splits[f"{folder}/a.mp4"] == splits[f"{folder}/sub/deep.mp4"] == "train"
+    assert splits[f"{folder}/5.png"] == "val"
+    assert {path.name for path in (made["root"] / "image").glob("*.tar")} == {"train-000000.tar", "val-000000.tar"}
+    assert len(list((made["root"] / "video").glob("train-*.tar"))) > 1
+
+
+def test_dialogues_name_their_media(made):
+    index = Index.open(made["root"])
+    dialogues = {(row["entry"], row["id"]): row for row in index.dialogues.to_pylist()}
+    source = index.media["source"].to_pylist()
+
+    def names(entry, id):
+        return [source[row].rpartition("/")[2] for row in dialogues[entry, id]["media"]]
+
+    assert names("again", "7") == ["2.png", "1.png"] and names("again", "8") == []
+    assert dialogues["again", "1"]["media"] == dialogues["films", "f-a"]["media"] == dialogues["held", "h1"]["media"]
+    assert dialogues["again", "2"]["media"] != dialogues["again", "1"]["media"]
+    assert json.loads(dialogues["again", "1"]["meta"]) == {"note": "same as f-a"}
+    assert json.loads(dialogues["films", "f-b"]["conversations"]) == TURNS
+    keys = index.media["key"].to_pylist()
+    for sample in members(made["root"], "dialogue").values():
+        value = json.loads(sample["json"])
+        row = dialogues[value["entry"], value["id"]]
+        assert json.loads(value["media"]) == [keys[place] for place in row["media"]]
+
+
+def test_index_points_at_the_bytes_that_webdataset_and_decord_read(made):
+    index = Index.open(made["root"])
+    samples = members(made["root"], "video") | members(made["root"], "image")
+    assert set(samples) == set(index.media["key"].to_pylist())
+    for place, row in enumerate(index.media.to_pylist()):
+        data = samples[row["key"]]["mp4" if row["kind"] == "video" else "jpg"]
+        with open(index.path_of(row["shard"]), "rb") as file:
+            file.seek(row["offset"])
+            assert file.read(row["size"]) == data
+            file.seek(row["frame_offset"][0])
+            assert file.read(2) == b"\xff\xd8"
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]
+        if row["kind"] == "video":
+            assert len(decord.VideoReader(io.BytesIO(data))) == len(row["timestamps"])
+            assert row["width"] == 224 and len(row["sample"]) in (4, 8)
+            assert np.all(np.diff(row_values(index.media["timestamps"], place)) > 0)
+
+
+def test_media_show_the_dialogues_about_them_alone(made):
+    index = Index.open(made["root"])
+    videos = {name: json.loads(sample["json"]) for name, sample in members(made["root"], "video").items()}
+    source = dict(zip(index.media["source"].to_pylist(), index.media["key"].to_pylist(), strict=True))
+    about = json.loads(videos[source[f"{made['manifest'].parent}/media/b.mp4"]]["dialogues"])
+    assert [(item["entry"], item["id"], item["conversations"]) for item in about] == [("films", "f-b", TURNS)]
+
+
+def test_tars_are_plain_and_the_summary_counts(made):
+    for path in made["root"].rglob("*.tar"):
+        with tarfile.open(path, "r:") as tar:
+            assert all(item.isreg() and item.mtime == 0 and item.uid == 0 for item in tar)
+    record = json.loads((made["root"] / "build.json").read_text())
+    total = Counter()
+    for entry in record["entries"]:
+        total.update({name: entry[name] for name in ("planned", "dialogues", "media", "frames")})
+    index = Index.open(made["root"])
+    assert total["dialogues"] == len(index.dialogues) and total["media"] == len(index.media)
+    assert total["frames"] == sum(len(row) for row in index.media["timestamps"].to_pylist())
+    assert total["planned"] == sum(map(len, made["samples"].values()))
+    assert not (made["root"] / "work").exists()
+    assert "outside_root" in made["ran"].stdout
+
+
+def run(made, *options):
+    return main(["--stage", "2", "--manifest", str(made["manifest"]), "--workers", "1", *options])
+
+
+def test_a_finished_root_is_left_alone(made, capsys):
+    before = snapshot(made["root"])
+    assert run(made) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert snapshot(made["root"]) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--set", "frames.max=12"), "frames.max is 8 there and 12 here"),
+        (("--set", "frames.quality=80"), "frames.quality"),
+        (("--set", "seed=3"), "seed"),
+        (("--limit", "1"), "limit"),
+    ],
+)
+def test_another_build_is_refused_where_one_is_finished(made, capsys, options, named):
+    before = snapshot(made["root"])
+    assert run(made, *options) == 1
+    error = capsys.readouterr().err
+    assert named in error and "--out" in error and error.count("\n") == 1
+    assert snapshot(made["root"]) == before
+
+
+def test_other_library_versions_are_refused(made, capsys, monkeypatch):
+    monkeypatch.setattr("tools.specification.LIBRARIES", ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "pyyaml"))
+    assert run(made) == 1
+    assert "libraries." in capsys.readouterr().err
+
+
+def test_settings_of_reading_alone_do_not_matter(made, capsys):
+    assert run(made, "--set", "frames.time_message=long", "--set", "text.max_tokens=99") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing_and_counts(made, tmp_path, capsys):
+    assert run(made, "--dry-run", "--out", str(tmp_path / "new")) == 0
+    assert list(tmp_path.iterdir()) == []
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert table["films"][1:4] == ["8", "8", "8"] and table["again"][1:3] == ["8", "6"]
+    assert table["bad"][1] == str(len(BAD)) and int(table["bad"][3]) == int(table["bad"][2]) - 1, "one file is missing"
+
+
+def test_limit_takes_the_first_dialogues_of_each_entry(made, tmp_path):
+    assert run(made, "--limit", "2", "--out", str(tmp_path)) == 0
+    index = Index.open(tmp_path / "stage2")
+    found = Counter(index.dialogues["entry"].to_pylist())
+    assert found == {"films": 2, "again": 2, "deep": 1, "held": 2}
+
+
+# Entries that cannot be resolved, and manifests that cannot be used --------------------------------------------------
+
+
+@pytest.fixture
+def unresolved(media, tmp_path):
+    films = corpus.annotations(tmp_path / "films.jsonl", [{"id": 1, "video": "a.mp4", "conversations": TURNS}] * 3)
+    text = corpus.annotations(tmp_path / "text.jsonl", [{"id": 1, "conversations": TEXT}])
+    entries = [
+        {"annotation": str(text)},
+        {"annotation": str(films), "root": "https://example.org/films"},
+        {"annotation": "hf:some/set:annotations/x.json", "root": "https://example.org/x"},
+        {"annotation": str(tmp_path / "absent.json"), "root": str(media)},
+    ]
+    return {"entries": entries, "manifest": corpus.manifest(tmp_path / "stage2.yaml", entries), "folder": tmp_path}
+
+
+def test_dry_run_lists_what_is_not_here(unresolved, capsys):
+    assert run(unresolved, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    films, hub, absent = (next(line for line in lines if line.startswith(name)) for name in ("films", "x ", "absent"))
+    assert " 3 " in films and "https://example.org/films" in films and "unresolved: 3" in films
+    assert "unknown" in hub and "hf:some/set" in hub
+    assert "unknown" in absent and "no such annotation file" in absent
+    assert "4 entries, 1 resolved, 3 unresolved" in lines[-1]
+    assert sorted(path.name for path in unresolved["folder"].iterdir()) == ["films.jsonl", "stage2.yaml", "text.jsonl"]
+
+
+@pytest.mark.parametrize(("left", "named"), [(3, "absent.json"), (2, "hf:some/set"), (1, "https|dir:FOLDER")])
+def test_a_build_refuses_what_is_not_here_before_writing(unresolved, capsys, left, named):
+    entries = [unresolved["entries"][0], unresolved["entries"][left]]
+    corpus.manifest(unresolved["manifest"], entries)
+    assert run(unresolved) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and any(part in error for part in named.split("|")) and "entry " in error
+    assert not (unresolved["folder"] / "shards").exists()
+
+
+def test_what_is_not_here_is_left_out_when_asked(unresolved):
+    assert run(unresolved, "--skip-unresolved") == 0
+    root = unresolved["folder"] / "shards" / "stage2"
+    ledger = Counter((row["entry"], row["kind"], row["reason"]) for row in read_ledger(root).to_pylist())
+    assert ledger == {
+        ("films", "dialogue", "unresolved"): 3,
+        ("x", "entry", "unresolved"): 1,
+        ("absent", "entry", "unresolved"): 1,
+    }
+    assert Index.open(root).dialogues["entry"].to_pylist() == ["text"]
+
+
+def test_a_root_map_says_where_things_are(unresolved, media):
+    folder = unresolved["folder"]
+    corpus.annotations(folder / "hub" / "annotations" / "x.json", [{"id": 9, "image": "1.png", "conversations": TURNS}])
+    places = {"https://example.org/films": f"dir:{media}", "x": f"dir:{media}", "hf:some/set": f"dir:{folder / 'hub'}"}
+    (folder / "roots.yaml").write_text(json.dumps(places))
+    data = {"entries": unresolved["entries"][:3], "roots": str(folder / "roots.yaml")}
+    corpus.manifest(unresolved["manifest"], [], data=data)
+    assert run(unresolved) == 0
+    index = Index.open(folder / "shards" / "stage2")
+    assert index.dialogues["entry"].to_pylist() == ["text", "films", "films", "films", "x"]
+    assert index.media["source"].to_pylist() == ["https://example.org/films/a.mp4", "https://example.org/x/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"frames": {"sampler": "middle", "min": "four", "max": 8, "size": 224}}, "frames.min"),
+        ({"data": {"entries": [{"annotation": "a.json", "sampling": "frist:10"}]}}, "sampling"),
+        ({"data": {"entries": [{"annotation": "a.json"}], "roots": "absent.yaml"}}, "absent.yaml"),
+        ({"data": {"entries": "a.json"}}, "data.entries"),
+        ({"stage": 3}, "stage"),
+    ],
+)
+def test_a_bad_manifest_is_one_clear_line(tmp_path, capsys, change, named):
+    path = corpus.manifest(tmp_path / "stage2.yaml", [{"annotation": "a.json"}], **change)
+    assert main(["--stage", "2", "--manifest", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and named in error
+    assert [item.name for item in tmp_path.iterdir()] == ["stage2.yaml"]
+
+
+def test_a_broken_annotation_file_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "a.json").write_text('[{"id": 1,')
+    path = corpus.manifest(tmp_path / "stage2.yaml", [{"annotation": str(tmp_path / "a.json")}])
+    assert main(["--stage", "2", "--manifest", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a.json" in error
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "stage2.yaml"]
+
+
+def test_a_folder_with_other_things_is_refused(made, tmp_path, capsys):
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "thesis.txt").write_text("mine")
+    assert run(made, "--out", str(tmp_path)) == 1
+    assert "thesis.txt" in capsys.readouterr().err
+    assert (tmp_path / "stage2" / "thesis.txt").read_text() == "mine"
+
+
+def test_two_builds_of_one_folder_do_not_meet(made, tmp_path, capsys):
+    (tmp_path / "stage2").mkdir()
+    handle = os.open(tmp_path / "stage2", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert run(made, "--out", str(tmp_path)) == 1
+    os.close(handle)
+    assert "another build is at work here" in capsys.readouterr().err
+    assert list((tmp_path / "stage2").iterdir()) == []
