@@ -66,7 +66,7 @@ class Frames:
     min: int = field(low=1)
     max: int = field(low=1)
     size: int = field(low=16, doc="frames are resized to size x size pixels, aspect not kept")
-    clip_frames: int = field(4, low=1, doc="frames of one clip, the unit of the vision tower")
+    clip_frames: int = field(4, choices=(4,), doc="frames of one clip, the unit of the vision tower")
     time_message: str = field("short", choices=("short", "long", "none"))
     quality: int = field(90, low=1, doc="JPEG quality of stored frames")
     subsampling: str = field("420", choices=("420", "422", "444"))
@@ -144,7 +144,7 @@ class VisionTower:
     patch: int = field(16, low=1)
     mlp_ratio: float = 4.0
     table_side: int = field(14, low=1, doc="patches along a side of the position table before interpolation")
-    group_clips: int = field(32, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once")
+    group_clips: int = field(8, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once")
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -62,6 +62,11 @@ class Questions:
         """What the annotation says beside conversation and media."""
         return json.loads(self._value("meta", self._rows[i]) or "{}")
 
+    def shown(self, i: int) -> int:
+        """How many media the question shows, with its context."""
+        media = self._value("media", self._rows[i])
+        return min(len(media), sum(text_of(turn).count(MARK) for turn in self._asked[i][0]))
+
     def length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
         ids, views = self._prompt(i, media_of)
@@ -93,11 +98,8 @@ class Questions:
         return assemble(Place(groups=groups), [piece], clips, stills, [])
 
     def _prompt(self, i: int, media_of: int | None) -> tuple[np.ndarray, list[View]]:
-        turns = self._asked[i][0]
-        media = self._value("media", self._rows[i])
-        shown = min(len(media), sum(text_of(turn).count(MARK) for turn in turns))  # others come after the question
-        if media_of is not None:
-            media = self._value("media", self._rows[media_of])
+        turns, shown = self._asked[i][0], self.shown(i)  # further media come after the question
+        media = self._value("media", self._rows[i if media_of is None else media_of])
         if len(media) < shown:
             raise ValueError(f"question {i} shows {shown} media, question {media_of} has {len(media)}")
         views = self._visuals.views(media[:shown])

@@ -36,18 +36,19 @@ def normalise(text: str) -> str:
     return text.strip().lower().rstrip(".")
 
 
-def blind_partners(families: list[str], answers: list[str], seed: int) -> list[int | None]:
+def blind_partners(families: list[str], answers: list[str], shown: list[int], seed: int) -> list[int | None]:
     """For each question another one of its family with a different answer, or None where there is none.
 
-    Partners are drawn uniformly among all that qualify.
+    Partners are drawn uniformly among those that show at least as many media; a question without media has none.
     """
     rng = np.random.default_rng(seed)
     by_family: dict[str, list[int]] = {}
     for i, family in enumerate(families):
         by_family.setdefault(family, []).append(i)
     partners: list[int | None] = []
-    for family, answer in zip(families, answers, strict=True):
-        others = [j for j in by_family[family] if normalise(answers[j]) != normalise(answer)]
+    for family, answer, count in zip(families, answers, shown, strict=True):
+        family_others = by_family[family] if count else []
+        others = [j for j in family_others if normalise(answers[j]) != normalise(answer) and shown[j] >= count]
         partners.append(others[rng.integers(len(others))] if others else None)
     return partners
 
@@ -85,10 +86,9 @@ def evaluate(manifest: Manifest, checkpoint: Path, limit: int | None = None) -> 
     chosen = _choose(questions, limit)
     families = [questions.family(i) for i in chosen]
     answers = [questions.answer(i) for i in chosen]
-    partners = blind_partners(families, answers, manifest.seed)
+    partners = blind_partners(families, answers, [questions.shown(i) for i in chosen], manifest.seed)
     asked = [n for n, partner in enumerate(partners) if partner is not None]
     work = [(chosen[n], chosen[n]) for n in asked] + [(chosen[n], chosen[partners[n]]) for n in asked]
-    given: list[str] = []
     size = manifest.evaluate.batch
     order = sorted(range(len(work)), key=lambda w: questions.length(work[w][0], work[w][1]))
     texts: dict[int, str] = {}
@@ -105,7 +105,7 @@ def evaluate(manifest: Manifest, checkpoint: Path, limit: int | None = None) -> 
     return {
         "checkpoint": str(checkpoint),
         "families": _families(asked, families, answers, own, blind, manifest.seed),
-        "left_out": len(chosen) - len(asked),
+        "without_partner": len(chosen) - len(asked),
         "examples": _examples(questions, chosen, asked, families, answers, own, blind),
     }
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -71,6 +71,9 @@ def train(manifest: Manifest) -> Path:
         if state is not None:
             loader.load_state_dict(state["loader"])
             done = state["step"]
+        elif place.first:
+            (run / "ledger.jsonl").unlink(missing_ok=True)
+            _note(loader.left_out(), run, place)
         _steps(manifest, engine, loader, place, run, done)
         _finish(model, manifest, run, place)
         return final
@@ -119,7 +122,7 @@ def _global_batch(engine, rows: Iterator, place: Place, run: Path) -> dict:
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
         engine.backward(loss * (place.world / row.total_weight))
-        _note_skipped(row.skipped, run, place)
+        _note(row.skipped, run, place)
         for i, value in enumerate(
             (
                 loss.item() / row.total_weight,
@@ -161,12 +164,11 @@ def _digest(keys: list[str]) -> int:
     return sum(int.from_bytes(hashlib.sha256(key.encode()).digest()[:5], "big") for key in keys)
 
 
-def _note_skipped(skipped: list[tuple[str, str]], run: Path, place: Place) -> None:
-    """Append dialogues that could not be read to the run's ledger."""
-    if skipped:
+def _note(dialogues: Iterable[tuple[str, str]], run: Path, place: Place) -> None:
+    """Append dialogues that were left out, with the reason, to the run's ledger."""
+    for key, reason in dialogues:
         with open(run / "ledger.jsonl", "a", encoding="utf-8") as ledger:
-            for key, reason in skipped:
-                ledger.write(json.dumps({"dialogue": key, "reason": reason, "rank": place.rank}) + "\n")
+            ledger.write(json.dumps({"dialogue": key, "reason": reason, "rank": place.rank}) + "\n")
 
 
 def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from pipeline.schema import build
 from trainer.model.video_llm import VideoLLM
 
 SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
-STD = 0.02  #: of random matrices, as Qwen2's own initialisation
 INDEX = "model.safetensors.index.json"
 
 PUBLISHED = {  #: our prefix -> published prefix; longer published prefixes first, so that the first match is right
@@ -208,13 +208,14 @@ def locate(place: str) -> Path:
 def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
     """float32 start value that depends on the seed, the name and the shape alone.
 
-    Matrices are normal(0, 0.02), norm weights one, biases zero.
+    Matrices are normal with variance 1 / inputs (LeCun 1998), which trains small models several times faster than
+    Qwen2's fixed 0.02 and is close to it (0.017) at 3,584 inputs; norm weights are one, biases zero.
     """
     if len(size) == 1:
         return torch.ones(size) if name.endswith(".weight") else torch.zeros(size)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(size, generator=generator) * STD
+    return torch.randn(size, generator=generator) * math.prod(size[1:]) ** -0.5
 
 
 def sources(model: VideoLLM, manifest: Manifest) -> dict[str, Stored]:
