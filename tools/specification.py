@@ -14,7 +14,7 @@ from pipeline.manifest import Manifest, plain
 from tools.roots import Origin
 
 FORMAT = 1  #: of the shards; raised whenever a change of the code changes their bytes
-LIBRARIES = ("av", "decord2", "numpy", "pillow", "pyarrow", "simplejpeg")  #: whose versions decide the bytes
+LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg")  #: whose versions decide the bytes
 
 
 def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None) -> dict[str, Any]:
