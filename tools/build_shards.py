@@ -65,8 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
     parser.add_argument("--manifest", metavar="PATH", help="default: manifests/stageN.yaml")
     parser.add_argument("--out", metavar="DIR", help="write OUT/stageN instead of the manifest's shards folder")
-    parser.add_argument("--workers", metavar="K", type=_count, default=os.cpu_count() or 1, help="default: all cores")
-    parser.add_argument("--limit", metavar="N", type=_count, help="take the first N dialogues of each entry")
+    parser.add_argument(
+        "--workers", metavar="K", type=whole_number, default=os.cpu_count() or 1, help="default: all cores"
+    )
+    parser.add_argument("--limit", metavar="N", type=whole_number, help="take the first N dialogues of each entry")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what is missing")
     parser.add_argument(
         "--skip-unresolved", action="store_true", help="leave out, and count, entries that are not here"
@@ -81,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
+    """A count of at least 1."""
     value = int(text)
     if value < 1:
         raise ValueError

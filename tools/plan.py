@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from pipeline.annotations import Annotation, AnnotationError, MediaRef, read_annotations
 from pipeline.files import write_atomic
@@ -99,7 +100,7 @@ def make_plan(
         if strict and origin.annotation.path is None:
             raise BuildError(_unresolved(origin, origin.annotation))
     plan = _Plan(manifest, folder)
-    for origin in found:
+    for origin in tqdm(found, desc="plan", unit=" entries", disable=None, leave=False):
         entry = origin.entry
         count = plan.counts[entry.name] = EntryCount()
         if origin.annotation.path is None:
