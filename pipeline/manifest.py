@@ -78,6 +78,8 @@ class Frames:
             raise ManifestError(f"sampler: {self.sampler!r} is not middle, dynamic_fps1, rand or fpsX such as fps2")
         if self.min > self.max:
             raise ManifestError(f"min: {self.min} is larger than max ({self.max})")
+        if self.sampler == "dynamic_fps1" and self.min > self.clip_frames and self.min % self.clip_frames:
+            raise ManifestError(f"min: {self.min} is not a multiple of clip_frames ({self.clip_frames})")
         if self.max % self.clip_frames:
             raise ManifestError(f"max: {self.max} is not a multiple of clip_frames ({self.clip_frames})")
 
@@ -230,6 +232,9 @@ class Train:
     clip_norm: float = field(1.0, low=0)
     dtype: str = field("bf16", choices=("bf16", "fp32"))
     zero_stage: int = field(3, choices=(1, 2, 3))
+    persistence_threshold: int = field(
+        100_000, low=0, doc="ZeRO-3: parameters with fewer elements stay whole on every rank"
+    )
     offload: str = field("none", choices=("none", "optimizer", "all"))
     gradient_checkpointing: bool = True
     save_every: int = field(500, low=1, doc="optimiser steps between checkpoints")

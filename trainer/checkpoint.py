@@ -31,6 +31,7 @@ FREE = {
     "train.log_every",
     "train.timeout_minutes",
     "train.gradient_checkpointing",
+    "train.persistence_threshold",
 }
 
 

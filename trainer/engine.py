@@ -24,6 +24,8 @@ def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
     """
     train = manifest.train
     zero: dict = {"stage": train.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
+    if train.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = train.persistence_threshold
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     if train.offload == "all" and train.zero_stage == 3:

@@ -115,6 +115,7 @@ def make(folder: Path, videos: int = 8, stage: int = 2, **over: object) -> Path:
             "connector": {"train": True, "lr": 3e-3, "weight_decay": 0.01},
             "language_model": {"train": True, "lr": 2e-3},
             "dtype": "fp32",
+            "persistence_threshold": 0,
             "epochs": 3,
             "save_every": 3,
         },
