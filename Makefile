@@ -4,7 +4,7 @@
 # make clean   removes .venv, caches and the demo's folder
 #
 # Each target prepares .venv first and needs only Python 3.10 or newer. PYTHON=python3.12 chooses the interpreter,
-# PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu' another source of wheels.
+# PIP_FLAGS='--extra-index-url URL' another source of wheels.
 
 SHELL     := /bin/bash
 PYTHON    ?= python3
