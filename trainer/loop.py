@@ -149,6 +149,8 @@ def _global_batch(engine, rows: Iterator, place: Place, run: Path) -> dict:
         "frames_per_s": frames / seconds,
         "data_wait": waited,
         "seconds": seconds,
+        "zero_stage": engine.zero_optimization_stage(),
+        "ranks": place.world,
         "micro_steps": row.micros,
         "dialogues": int(dialogues),
         "skipped": int(skipped),

@@ -40,7 +40,7 @@ class Meter:
             if name == "lr":
                 for part, rate in value.items():
                     self.board.add_scalar(f"lr/{part}", rate, step)
-            elif isinstance(value, (int, float)) and name not in ("step", "steps"):
+            elif isinstance(value, (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
                 self.board.add_scalar(name, value, step)
         rates = " ".join(f"{part.split('_')[0]} {rate:.1e}" for part, rate in record["lr"].items())
         self.bar.set_postfix_str(
