@@ -34,7 +34,7 @@ demo: .venv/ready
 	python -m tools.demo_data --out demo/data
 	$(foreach n,$(STAGES),$(call build,$(n)))
 	$(foreach n,$(STAGES),$(call train,$(n)))
-	python -m trainer.evaluate --manifest manifests/demo/stage4.yaml
+	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml
 	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html
 
 test: lint
