@@ -34,7 +34,7 @@ DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down
 #: Worlds of each kind by split. Held-out counts divide by 8 colours, 4 shapes, 2 sides, and 56 pairs of colours.
 SIZES = {
     "train": {"scene": 640, "order": 448, "count": 448, "motion": 96, "needle": 96, "long": 2},
-    "heldout": {"scene": 224, "order": 224, "count": 224, "motion": 48, "needle": 48, "long": 2},
+    "heldout": {"scene": 224, "order": 224, "count": 224, "motion": 48, "needle": 200, "long": 2},
 }
 
 
