@@ -106,7 +106,7 @@ def test_a_finished_stage_is_left_alone_and_the_next_starts_from_it(
     assert "already trained" in done.stdout
     assert before == {path.name: path.stat().st_mtime_ns for path in (straight / "final").iterdir()}
     run = tmp_path / "next"
-    init = f"init_from={{run: {straight}}}"
+    init = f"init_from={{run: {straight}, vision_tower: '', connector: '', language_model: ''}}"
     frozen = "train.language_model={train: false, lr: 0}"
     corpus.run(*corpus.train_command(manifest, 2, f"output={run}", init, frozen, "train.max_steps=2"))
     ours, theirs = tensors(run), tensors(straight)
@@ -151,7 +151,7 @@ def test_bad_input_is_one_clear_line(manifest: Path, tmp_path: Path, ranks: int,
 def test_dry_run_needs_neither_shards_nor_weights(manifest: Path) -> None:
     done = corpus.run(
         *(sys.executable, "-m", "trainer", "--manifest", str(manifest), "--dry-run"),
-        *("--set", "shards=nowhere", "--set", "text.tokenizer=nowhere", "--set", "init_from={run: nowhere}"),
+        *("--set", "shards=nowhere", "--set", "text.tokenizer=nowhere", "--set", "init_from.vision_tower=nowhere"),
     )
     assert "steps: unknown" in done.stdout and "tools/build_shards.py" in done.stdout
     assert "frozen" not in done.stdout and "language_model" in done.stdout

@@ -36,9 +36,10 @@ def gradients(model, *batches) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in parameters(model)}
 
 
-def assert_same(first: dict, second: dict, tolerance: float = 2e-5) -> None:
+def assert_same(first: dict, second: dict, tolerance: float = 1e-5) -> None:
+    """The difference of each gradient is small beside the gradient."""
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        assert (value - second[name]).norm() <= tolerance * value.norm(), name
 
 
 def test_packed_equals_alone():
