@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.batch import IGNORE, IMAGE
-from pipeline.manifest import ManifestError, Text
+from pipeline.manifest import Manifest, ManifestError, Text
 
 MARK = "<image>"
 NOISE = "QA_GT_caption_based_noisy"
@@ -35,6 +35,10 @@ def load_tokenizer(name: str):
     """A Hugging Face fast tokenizer from a folder or hub name; never runs code that comes with it."""
     from transformers import AutoTokenizer
 
+    path = Path(name)
+    local = name.startswith((".", "/")) or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+    if local and not path.is_dir():  # a folder by its look: the hub is not asked for it
+        raise ManifestError(f"text.tokenizer: {name} is not a folder here")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -190,3 +194,18 @@ class Conversation:
         ids = np.array(ids, dtype=np.int32)
         keep = (np.array(learned, dtype=bool) | np.isin(ids, self._learned)) & (ids != IMAGE)
         return ids, np.where(keep, ids, np.int32(IGNORE))
+
+
+def conversation_of(manifest: Manifest) -> Conversation:
+    """The manifest's tokenizer and template.
+
+    Raises:
+        ManifestError: the tokenizer cannot be loaded, or the language model has no place for some of its ids.
+    """
+    made, size = Conversation(manifest.text), manifest.model.language_model.vocab_size
+    if len(made.tokenizer) > size:
+        raise ManifestError(
+            f"model.language_model.vocab_size: {size} is fewer than the {len(made.tokenizer)} ids of "
+            f"{manifest.text.tokenizer}; raise it, or name another tokenizer"
+        )
+    return made

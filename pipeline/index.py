@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.files import atomic_file
+from pipeline.manifest import Manifest
 
 #: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
 BATCH_ROWS = 4096
@@ -111,6 +112,7 @@ class Index:
     dialogues: pa.Table
     shards: pa.Table
     fingerprint: str  #: sha256 hex over the three files, as the builder recorded it
+    specification: Mapping[str, Any]  #: what decided the bytes, as the builder recorded it; empty if it did not
 
     @classmethod
     def open(cls, root: str | Path) -> Index:
@@ -125,13 +127,47 @@ class Index:
             fingerprint = build["index_fingerprint"]
             tables = {name: _map(root / "index" / f"{name}.arrow", schema) for name, schema in FILES.items()}
         except FileNotFoundError:
+            stage = root.name.removeprefix("stage")
             raise ShardsError(
-                f"{root}: no finished shards here; build them with `python tools/build_shards.py --stage N ...`"
+                f"{root}: no finished shards here; build them with "
+                f"`python tools/build_shards.py --stage {stage} --manifest MANIFEST`"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ShardsError(f"{root}: the index cannot be read ({reason}); build the shards again") from None
-        return cls(root=root, fingerprint=fingerprint, **tables)
+        return cls(root=root, fingerprint=fingerprint, specification=build.get("specification", {}), **tables)
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse shards that are not all there, or that do not hold what ``manifest`` wants of them.
+
+        Shards hold the frames of the manifest that built them: smaller and fewer frames can be had of them, and other
+        samplers that take frames evenly; not larger or more frames, nor other entries.
+
+        Raises:
+            ShardsError: one line that names the file or the field.
+        """
+        for row, size in enumerate(self.shards["bytes"].to_pylist()):
+            path = self.path_of(row)
+            there = path.stat().st_size if path.is_file() else -1
+            if there != size:
+                found = "is missing" if there < 0 else f"has {there:,} of {size:,} bytes"
+                raise ShardsError(f"{path}: {found}; bring the file back, or remove {self.root} and build it again")
+        again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
+        built, wanted = self.specification.get("frames", {}), manifest.frames
+        for name in ("size", "max") + (("min",) if wanted.sampler == "dynamic_fps1" else ()):
+            if getattr(wanted, name) > built.get(name, getattr(wanted, name)):
+                raise ShardsError(f"frames.{name}: is {getattr(wanted, name)}, the shards have {built[name]}; {again}")
+        if wanted.sampler not in (built.get("sampler", wanted.sampler), "middle", "rand"):
+            raise ShardsError(f"frames.sampler: is {wanted.sampler}, the shards have {built['sampler']}; {again}")
+        fields = ("root", "sampling", "reader", "media_type", "split")
+        entries = [(entry.name, *(getattr(entry, name) for name in fields)) for entry in manifest.data.entries]
+        there = [
+            (entry["name"].partition("~")[0], *(entry[name] for name in fields))
+            for entry in self.specification.get("entries", [])
+        ]
+        if there and there != entries:
+            odd = next((b for a, b in itertools.zip_longest(there, entries) if a != b), None) or there[len(entries)]
+            raise ShardsError(f"data.entries: {odd[0]} is not as the shards were built; {again}")
 
     def path_of(self, shard: int) -> Path:
         """The file of row ``shard`` of the shard table."""

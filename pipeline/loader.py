@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.batch import Batch
-from pipeline.conversation import Conversation
+from pipeline.conversation import conversation_of
 from pipeline.index import Index
 from pipeline.manifest import Manifest, ManifestError
 from pipeline.plan import Plan, Report
@@ -57,8 +57,9 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks")
     index = Index.open(manifest.shard_root)
+    index.check(manifest)
     visuals = Visuals(index, manifest)
-    tokens = Tokens(index, manifest, Conversation(manifest.text), visuals)
+    tokens = Tokens(index, manifest, conversation_of(manifest), visuals)
     return Loader(Plan(index, manifest, tokens, split), visuals, rank, world_size, split)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.batch import IGNORE, Batch
-from pipeline.conversation import MARK, Conversation, question_and_answer, text_of
+from pipeline.conversation import MARK, conversation_of, question_and_answer, text_of
 from pipeline.index import Index, ShardsError
 from pipeline.manifest import Manifest
 from pipeline.rows import Piece, Place, assemble
@@ -23,8 +23,9 @@ class Questions:
 
     def __init__(self, manifest: Manifest, split: str = "val") -> None:
         self.index = Index.open(manifest.shard_root)
+        self.index.check(manifest)
         self._visuals = Visuals(self.index, manifest)
-        self._conversation = Conversation(manifest.text)
+        self._conversation = conversation_of(manifest)
         self._frames, self._group_clips = manifest.frames, manifest.model.vision_tower.group_clips
         self._rows: list[int] = []
         self._asked: list[tuple[list[dict], str]] = []

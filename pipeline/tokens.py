@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,18 +125,18 @@ class Tokens:
 
 def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals) -> None:
     """Write the cache under a name of its own, then rename: several processes may do it at once, with equal bytes."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as file:
-            try:
+        try:
+            with open(temporary, "wb") as file:
                 with pa.ipc.new_file(file, SCHEMA) as writer:
                     for batch in _batches(index, conversation, visuals):
                         writer.write_batch(batch)
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
 

@@ -7,6 +7,7 @@ checkpoint; a finished stage is left alone.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from pipeline.index import ShardsError
@@ -14,7 +15,7 @@ from pipeline.manifest import ManifestError, load_manifest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input)."""
+    """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input, 130 stopped by Ctrl-C)."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.split("\n\n")[0])
     parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
@@ -30,8 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return _train(manifest)
     except (ManifestError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _train(manifest) -> int:
@@ -42,10 +45,18 @@ def _train(manifest) -> int:
 
     try:
         train(manifest)
-    except (CheckpointError, TrainingError, WeightsError, LoaderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (CheckpointError, TrainingError, WeightsError) as error:
+        return _failed(error, 1)
+    except LoaderError as error:
+        return _failed(error, 1, all_ranks=False)
     return 0
+
+
+def _failed(error: Exception, status: int, all_ranks: bool = True) -> int:
+    """Say what went wrong, once where all ranks see the same."""
+    if not all_ranks or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

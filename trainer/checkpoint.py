@@ -44,6 +44,21 @@ def settings(manifest: Manifest) -> dict[str, object]:
     return {name: value for name, value in _flat(plain(manifest)) if not _free(name)}
 
 
+def check_settings(then: dict[str, object], manifest: Manifest, made: Path) -> None:
+    """Refuse to go on with ``made``, which was made with the settings ``then``, under other ones.
+
+    Raises:
+        CheckpointError: names up to three fields that differ.
+    """
+    now = settings(manifest)
+    differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if differing:
+        shown = ", ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in differing[:3])
+        raise CheckpointError(
+            f"{made}: made with other settings ({shown}); restore them, remove {manifest.output}, or set another output"
+        )
+
+
 def save(engine, run: Path, step: int, loader_state: dict, manifest: Manifest, place: Place) -> None:
     """Write checkpoint ``step`` (optimiser steps done). Every rank calls this; all leave together."""
     folder = run / "checkpoints"
@@ -88,11 +103,7 @@ def load(engine, run: Path, manifest: Manifest, place: Place) -> dict | None:
     if folder is None:
         return None
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    now, then = settings(manifest), state["settings"]
-    differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    if differing:
-        shown = ", ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in differing[:3])
-        raise CheckpointError(f"{folder}: made with other settings ({shown}); restore them or choose another output")
+    check_settings(state["settings"], manifest, folder)
     if state["world"] != place.world:
         raise CheckpointError(
             f"{folder}: made by {state['world']} ranks, this run has {place.world}; start it with {state['world']}"

@@ -171,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         manifest = load_manifest(options.manifest, options.set)
         checkpoint = options.checkpoint or Path(manifest.output) / "final"
+        if not checkpoint.is_dir():
+            raise WeightsError(f"{checkpoint}: not trained yet; run python -m trainer --manifest {options.manifest}")
         result = evaluate(manifest, checkpoint, options.limit)
     except (ManifestError, ShardsError) as error:
         print(f"error: {error}", file=sys.stderr)

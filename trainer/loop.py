@@ -53,17 +53,18 @@ def train(manifest: Manifest) -> Path:
     final = run / "final"
     place = start(manifest.train.timeout_minutes)
     try:
+        _check_world(manifest, place)
         if final.exists():
+            there = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+            checkpoint.check_settings(there, manifest, final)
             if place.first:
                 print(f"{manifest.name}: already trained; final weights are in {final}")
             return final
-        _check_world(manifest, place)
         if not place.first:
             barrier()  # rank 0 opens the shards first and leaves the token cache for the others
         loader = build_loader(manifest, place.rank, place.world)
         if place.first:
-            run.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
+            _make_folder(run)
             barrier()
         engine, model = build_engine(manifest, place)
         state = checkpoint.load(engine, run, manifest, place)
@@ -74,8 +75,14 @@ def train(manifest: Manifest) -> Path:
         elif place.first:
             (run / "ledger.jsonl").unlink(missing_ok=True)
             _note(loader.left_out(), run, place)
+        if place.first:
+            settings = json.dumps(checkpoint.settings(manifest), indent=1)
+            checkpoint.write_atomically(run / "settings.json", settings)
+            checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
         _steps(manifest, engine, loader, place, run, done)
         _finish(model, manifest, run, place)
+        if place.first:
+            print(f"{manifest.name}: final weights are in {final}")
         return final
     finally:
         stop()
@@ -138,6 +145,8 @@ def _global_batch(engine, rows: Iterator, place: Place, run: Path) -> dict:
             break
         clock.computed()
     loss, tokens, frames, dialogues, skipped, digest = total(sums, place)
+    if not dialogues:
+        raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {run / 'ledger.jsonl'}")
     if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss} in the global batch with {row.keys}; lower the learning rate")
     engine.step()
@@ -184,6 +193,13 @@ def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:
     if place.first:
         part.rename(run / "final")
     barrier()
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"output: {run} cannot be made ({error.strerror}); choose another folder") from None
 
 
 def _check_world(manifest: Manifest, place: Place) -> None:

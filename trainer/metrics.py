@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class Meter:
         self.path = run / "log.jsonl"
         _keep_until(self.path, start)
         self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
-        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
+        self.name = name
+        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict) -> None:
         """Log one optimiser step; ``record`` holds plain numbers, and ``lr`` by part."""
@@ -43,12 +45,15 @@ class Meter:
             elif isinstance(value, (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
                 self.board.add_scalar(name, value, step)
         rates = " ".join(f"{part.split('_')[0]} {rate:.1e}" for part, rate in record["lr"].items())
-        self.bar.set_postfix_str(
+        text = (
             f"loss {record['loss']:.3f}, lr {rates}, {record['tokens_per_s']:.0f} tokens/s, "
             f"{record['frames_per_s']:.0f} frames/s, waiting {record['data_wait']:.0%}, "
-            f"grad {record['grad_norm']:.2f}, skipped {record['skipped']}",
-            refresh=False,
+            f"grad {record['grad_norm']:.2f}, skipped {record['skipped']}"
         )
+        if self.bar.disable:  # a file or a pipe: one line for each step instead of a bar
+            print(f"{self.name}: step {step}/{record['steps']}, {record['seconds']:.2f} s, {text}", file=sys.stderr)
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
     def close(self) -> None:

@@ -317,6 +317,7 @@ def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: i
                     tensors[published_name(name)] = parameters[name].detach().cpu().contiguous()
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
     if not writes:
         return
     if len(shards) > 1:

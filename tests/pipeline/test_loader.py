@@ -380,11 +380,33 @@ def test_a_row_that_loses_everything_is_an_empty_row(tmp_path):
     made = Root(tmp_path)
     made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
     folder = made.write()
+    loader = build_loader(manifest(folder))
     Index.open(folder / "stage2").path_of(0).unlink()
-    rows = list(build_loader(manifest(folder)))
+    rows = list(loader)
     assert [row.input_ids.tolist() for row in rows] == [[0]] * 4
     assert sum(len(row.skipped) for row in rows) == 1 and rows[0].total_weight == 1.0
     assert rows[0].clips.shape == (0, 4, SIZE, SIZE, 3) and "No such file" in rows[0].skipped[0][1]
+
+
+def test_shards_that_are_not_all_there_are_refused(tmp_path):
+    made = Root(tmp_path)
+    made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
+    folder = made.write()
+    path = Index.open(folder / "stage2").path_of(0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ShardsError, match=rf"{path.name}: has [\d,]+ of [\d,]+ bytes"):
+        build_loader(manifest(folder))
+    path.unlink()
+    with pytest.raises(ShardsError, match=f"{path.name}: is missing"):
+        build_loader(manifest(folder))
+    path.write_bytes(whole)
+    assert len(build_loader(manifest(folder))) == 1
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(root):
+    with pytest.raises(ManifestError, match=r"vocab_size: 100 is fewer than the \d+ ids of"):
+        build_loader(manifest(root, model__language_model__vocab_size=100))
 
 
 def test_too_many_unreadable_dialogues_stop_the_run_and_name_files(tmp_path):

@@ -116,6 +116,16 @@ def test_a_finished_stage_is_left_alone_and_the_next_starts_from_it(
     assert corpus.log(run)[0]["loss"] < 0.8 * corpus.log(straight)[0]["loss"]
 
 
+def test_a_finished_stage_with_other_settings_is_refused(manifest: Path, straight: Path) -> None:
+    before = (straight / "manifest.yaml").read_text()
+    command = corpus.train_command(manifest, 1, f"output={straight}", "train.connector.lr=0.5")
+    done = corpus.run(*command, check=False)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "train.connector.lr was 0.003, is 0.5" in line and f"remove {straight}" in line
+    assert (straight / "manifest.yaml").read_text() == before
+
+
 def test_evaluation_asks_every_question_twice(manifest: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation.json"
     corpus.run(
@@ -136,15 +146,23 @@ def test_evaluation_asks_every_question_twice(manifest: Path, straight: Path, tm
         (1, "train.epochs=many", "train.epochs: expected a whole number"),
         (1, "train.epoch=2", "did you mean `epochs`?"),
         (1, "shards=nowhere", "no finished shards here"),
+        (1, "frames.size=160", "frames.size: is 160, the shards have 128"),
+        (1, "frames.max=64", "frames.max: is 64, the shards have 8"),
+        (1, "frames.sampler=fps2", "frames.sampler: is fps2, the shards have dynamic_fps1"),
+        (1, "data.entries=[{annotation: other.json}]", "data.entries: other is not as the shards were built"),
+        (1, "model.language_model.vocab_size=768", "vocab_size: 768 is fewer than the 1003 ids"),
         (2, "batching.row_multiple=3", "row_multiple: 3 is not a multiple of the 2 ranks"),
     ],
 )
 def test_bad_input_is_one_clear_line(manifest: Path, tmp_path: Path, ranks: int, assignment: str, message: str) -> None:
     run = tmp_path / "run"
-    done = corpus.run(*corpus.train_command(manifest, ranks, f"output={run}", assignment), check=False)
-    assert done.returncode != 0
+    command = corpus.train_command(manifest, ranks, f"output={run}", assignment)
+    if ranks == 1:  # without a launcher, and so with the exit status of bad input
+        command = [sys.executable, *command[command.index("-m") :]]
+    done = corpus.run(*command, check=False)
+    assert done.returncode == (2 if ranks == 1 else 1)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines and message in lines[0]
+    assert len(lines) == 1 and message in lines[0]
     assert not (run / "log.jsonl").exists()
 
 
