@@ -17,17 +17,26 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: the packages lie beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.annotations import AnnotationFileError
-from pipeline.manifest import ManifestError, load_manifest
-from tools.builder import build
-from tools.plan import make_plan
-from tools.roots import BuildError, origins
-from tools.summary import build_summary, plan_summary
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns the exit status (0 done, 1 a build that cannot go on, 2 bad input, 130 stopped)."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Imported here, because they take half a second in which the user may press Ctrl-C, too.
+    from pipeline.annotations import AnnotationFileError
+    from pipeline.manifest import ManifestError, load_manifest
+    from tools.builder import build
+    from tools.plan import make_plan
+    from tools.roots import BuildError, WorkError, origins
+    from tools.summary import build_summary, plan_summary, shard_counts
+
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
         manifest = load_manifest(path, options.set)
@@ -42,12 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plan_summary(found, make_plan(manifest, found, None, options.limit, strict=False)))
             return 0
         record, finished = build(manifest, options.workers, options.limit, options.skip_unresolved)
-    except (ManifestError, BuildError, AnnotationFileError) as error:
+    except (ManifestError, BuildError, AnnotationFileError, WorkError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 1 if isinstance(error, WorkError) else 2
     if finished:
         print(f"{manifest.shard_root}: finished already, nothing to do")
         return 0
@@ -55,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "empty_annotation" in entry["left_out"].get("entry", {}):
             print(f"warning: entry {entry['name']}: the annotation file has no samples", file=sys.stderr)
     print(build_summary(record))
-    print(f"shards: {manifest.shard_root}")
-    print(f"left out, with reasons: {manifest.shard_root / 'ledger' / 'ledger.parquet'}")
+    print(f"shards: {manifest.shard_root} ({shard_counts(record)})")
+    if any(entry["left_out"] for entry in record["entries"]):
+        print(f"left out, with reasons: {manifest.shard_root / 'ledger' / 'ledger.parquet'}")
     return 0
 
 

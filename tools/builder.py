@@ -32,7 +32,7 @@ from pipeline.manifest import Manifest
 from pipeline.shard_format import ShardInfo, json_text, write_reader_files
 from tools.plan import make_plan
 from tools.pool import Pool
-from tools.roots import BuildError, Origin, origins
+from tools.roots import BuildError, Origin, WorkError, origins
 from tools.specification import difference, specification
 from tools.tables import map_table, write_table
 from tools.tasks import OUTCOMES, PLAN_ROW, Job, is_dialogue, make_worker, read_shard_info, task_folder
@@ -47,7 +47,8 @@ def build(
     """Build ``manifest.shard_root``; returns the contents of its build.json and whether it was finished before.
 
     Raises:
-        BuildError: something the plan needs is not here, the folder holds another build, or a worker failed.
+        BuildError: something the plan needs is not here, no dialogue can be used, or the folder holds another build.
+        WorkError: a worker failed.
         AnnotationFileError: an annotation file is broken.
     """
     root = manifest.shard_root
@@ -57,7 +58,7 @@ def build(
         work, finished = root / "work", root / "build.json"
         if finished.is_file():
             record = json.loads(finished.read_bytes())
-            _check_same(root, record["specification"], wanted)
+            _check_same(root, record["specification"], wanted, found)
             shutil.rmtree(work, ignore_errors=True)
             return record, True
         _plan(manifest, found, wanted, work, limit, strict=not skip_unresolved)
@@ -98,10 +99,10 @@ def _root_folder(root: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _check_same(root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if found := difference(there, wanted):
+def _check_same(root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], found: list[Origin]) -> None:
+    if other := difference(there, wanted, found):
         fix = f"give another --out, remove {root}, or undo the difference"
-        raise BuildError(f"{root}: holds another build: {found}; {fix}")
+        raise BuildError(f"{root}: holds another build: {other}; {fix}")
 
 
 def _plan(
@@ -110,7 +111,7 @@ def _plan(
     """Make work/plan unless it is there; it appears whole."""
     folder, scratch = work / "plan", work / "plan.tmp"
     if folder.is_dir():
-        _check_same(work.parent, json.loads((folder / "specification.json").read_bytes()), wanted)
+        _check_same(work.parent, json.loads((folder / "specification.json").read_bytes()), wanted, found)
         return
     if strange := [path.name for path in sorted(work.parent.iterdir()) if path != work]:
         raise BuildError(f"{work.parent}: holds {strange[0]}, which no build left here; give another --out")
@@ -250,7 +251,7 @@ def _count(job: Job, media: pa.Table, dialogues: pa.Table, ledger: pa.Table) -> 
         planned = plan[name]
         done = written.get(name, 0) + sum(left_out.get("dialogue", {}).values())
         if done != planned:
-            raise BuildError(f"entry {name}: {planned} dialogues were planned, {done} are in the shards or the ledger")
+            raise WorkError(f"entry {name}: {planned} dialogues were planned, {done} are in the shards or the ledger")
         facts = {key: values[number] for key, values in built.items()}
         counts.append(
             {"name": name, "planned": planned, "dialogues": written.get(name, 0), **facts, "left_out": left_out}

@@ -17,6 +17,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -81,7 +82,9 @@ class EntryCount:
     dialogues: int = 0  #: usable ones
     media: int = 0  #: distinct, named here first
     found: int = 0  #: of those, how many have a file (dry run only)
+    missing: str = ""  #: the first that has none (dry run only)
     left_out: Counter[str] = field(default_factory=Counter)  #: samples, or the entry itself, by reason
+    cause: str = ""  #: why the first of them was left out
 
 
 def make_plan(
@@ -94,7 +97,7 @@ def make_plan(
 
     Raises:
         AnnotationFileError: an annotation file is broken.
-        BuildError: ``strict``, and an entry's annotation file or media are not here.
+        BuildError: ``strict``, and an entry's annotation file or media are not here; no dialogue at all to write.
     """
     for origin in found:
         if strict and origin.annotation.path is None:
@@ -123,12 +126,21 @@ def make_plan(
             message = f"{origin.annotation.path}: no samples (sampling {entry.sampling})"
             plan.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
     if folder is not None:
+        if not any(count.dialogues for count in plan.counts.values()):
+            raise BuildError(f"no dialogue can be used: {_causes(plan.counts)}; correct the files, or data.entries")
         plan.write()
     return plan.counts
 
 
 def _unresolved(origin: Origin, place: Place) -> str:
     return f"entry {origin.entry.name}: {place.missing}; or leave it out with --skip-unresolved"
+
+
+def _causes(counts: Mapping[str, EntryCount], shown: int = 3) -> str:
+    """Why entries give no dialogue: the first cause of the first of them."""
+    texts = [f"entry {name}: {count.cause}" for name, count in counts.items()]
+    more = [f"{len(texts) - shown} more entries"] if len(texts) > shown else []
+    return ", ".join([*texts[:shown], *more])
 
 
 class _Plan:
@@ -146,7 +158,9 @@ class _Plan:
         self._ledger = TableWriter(LEDGER_SCHEMA, folder and folder / "ledger.arrow")
 
     def leave_out(self, row: LedgerRow) -> None:
-        self.counts[row.entry].left_out[row.reason] += 1
+        count = self.counts[row.entry]
+        count.left_out[row.reason] += 1
+        count.cause = count.cause or row.message
         self._ledger.add(row.columns())
 
     def add(self, origin: Origin, sample: Annotation | AnnotationError) -> None:
@@ -189,7 +203,9 @@ class _Plan:
             count = self.counts[origin.entry.name]
             count.media += 1
             if self._folder is None:
-                count.found += os.path.exists(origin.media.path / ref.path)
+                here = os.path.exists(origin.media.path / ref.path)
+                count.found += here
+                count.missing = count.missing or ("" if here else str(origin.media.path / ref.path))
             size = STILL_BYTES if ref.kind == "image" else _video_bytes(self._frames, ref, sample.meta.get("duration"))
             identity = json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end])
             self._media.add(

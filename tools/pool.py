@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tools.roots import BuildError
+from tools.roots import WorkError
 
 CRASHES = 2  #: processes that may die on one item before it is left out
 
@@ -58,7 +58,7 @@ class Pool:
         """Run ``tasks``; yields what the workers report as finished, as it comes.
 
         Raises:
-            BuildError: a worker failed outside an item: no space on the disk, a bug.
+            WorkError: a worker failed outside an item: no space on the disk, a bug.
         """
         waiting = deque((task, {}, {}) for task in tasks)
         while True:
@@ -112,10 +112,10 @@ class _Worker:
             self.connection.send_bytes(json.dumps(message).encode())
 
     def listen(self) -> Mapping[str, int]:
-        """Take one report; EOFError if the process is gone, BuildError if it gave up."""
+        """Take one report; EOFError if the process is gone, WorkError if it gave up."""
         message = json.loads(self.connection.recv_bytes())
         if "error" in message:
-            raise BuildError(message["error"])
+            raise WorkError(message["error"])
         self._item, self._since = message["item"], time.monotonic()
         self.busy = not message["ended"]
         return message["counts"]
@@ -128,7 +128,7 @@ class _Worker:
         """The task as it is to be given again after this process was lost."""
         if self._item is None:
             code = self._process.exitcode
-            raise BuildError(f"a worker ended outside any item (exit code {code}); see its messages above")
+            raise WorkError(f"a worker ended outside any item (exit code {code}); see its messages above")
         crashes = {**self._crashes, self._item: self._crashes.get(self._item, 0) + 1}
         lost = dict(self._lost)
         if reason == "timeout" or crashes[self._item] == CRASHES:

@@ -20,7 +20,11 @@ from pipeline.schema import read_yaml
 
 
 class BuildError(ValueError):
-    """A build that cannot go on: one line that says why, with the fix."""
+    """Input that cannot be built, or another build in its place: one line that says why, with the fix."""
+
+
+class WorkError(RuntimeError):
+    """A build that stopped on its way, whatever the input: one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,12 @@ class Roots:
         self._file = data.roots
         self._map: dict[str, str] = {}
         if data.roots:
+            if not Path(data.roots).is_file():
+                raise ManifestError(f"data.roots: {data.roots}: no such file; name your root map, or none")
             for name, place in read_yaml(data.roots).items():
                 if not isinstance(place, str):
-                    raise ManifestError(f"{data.roots}: {name}: expected text such as dir:/path, got {place!r}")
+                    where = f"data.roots: {data.roots}: {name}"
+                    raise ManifestError(f"{where}: expected text such as dir:/path, got {place!r}")
                 self._map[str(name)] = place
 
     def annotation(self, entry: Entry) -> Place:

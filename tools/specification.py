@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tools.roots import Origin
 
 FORMAT = 1  #: of the shards; raised whenever a change of the code changes their bytes
 LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg")  #: whose versions decide the bytes
+LEFT_OUT = "left out"  #: stands for what an entry names and is not on this machine
 
 
 def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
     entries = [
         {
             "name": origin.entry.name,
-            "annotation": _sha256(origin.annotation.path) if origin.annotation.path else "left out",
-            "media": "found" if origin.media.path else "left out",
+            "annotation": _sha256(origin.annotation.path) if origin.annotation.path else LEFT_OUT,
+            "media": "found" if origin.media.path else LEFT_OUT,
             **{name: getattr(origin.entry, name) for name in ("root", "sampling", "reader", "media_type", "split")},
         }
         for origin in found
@@ -47,10 +48,24 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
     }
 
 
-def difference(there: Any, here: Any, where: str = "") -> str:
-    """The first field in which two specifications differ, as ``FIELD is X there and Y here``; empty if none does."""
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], found: Sequence[Origin]) -> str:
+    """How the specification of a build differs from the one wanted, of the entries ``found``; empty if it does not.
+
+    Names the annotation file that is another one now, or else the first field, as ``FIELD is X there and Y here``.
+    """
+    for origin, old, new in zip(found, there["entries"], here["entries"], strict=False):
+        before, now = old["annotation"], new["annotation"]
+        if old["name"] == new["name"] and before != now:
+            file = origin.annotation.path or origin.entry.annotation
+            if now == LEFT_OUT:
+                return f"{file} was here for the build and is not now"
+            return f"{file} was left out of the build" if before == LEFT_OUT else f"{file} has changed since the build"
+    return _first_difference(there, here)
+
+
+def _first_difference(there: Any, here: Any, where: str = "") -> str:
     if isinstance(there, dict) and isinstance(here, dict):
-        pairs = [(f".{name}", there.get(name), here.get(name)) for name in dict.fromkeys([*there, *here])]
+        pairs = [(f".{name}", there.get(name), here.get(name)) for name in _names(there, here)]
     elif isinstance(there, list) and isinstance(here, list):
         pairs = [(f"[{i}]", *pair) for i, pair in enumerate(itertools.zip_longest(there, here))]
     elif there == here:
@@ -58,7 +73,12 @@ def difference(there: Any, here: Any, where: str = "") -> str:
     else:
         shown = ["absent" if value is None else f"{_name(value)!r:.80}" for value in (there, here)]
         return f"{where} is {shown[0]} there and {shown[1]} here"
-    return next((found for name, a, b in pairs if (found := difference(a, b, f"{where}{name}".lstrip(".")))), "")
+    return next((found for name, a, b in pairs if (found := _first_difference(a, b, f"{where}{name}".lstrip(".")))), "")
+
+
+def _names(*mappings: dict[str, Any]) -> list[str]:
+    """The fields of all; the name first, because an entry with another one differs in everything."""
+    return sorted(dict.fromkeys(name for fields in mappings for name in fields), key=lambda name: name != "name")
 
 
 def _name(value: Any) -> Any:

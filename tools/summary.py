@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.ledger import REASONS
 from tools.plan import EntryCount
 from tools.roots import Origin
 
@@ -12,35 +14,63 @@ from tools.roots import Origin
 def build_summary(record: Mapping[str, Any]) -> str:
     """The table of a finished build, from its build.json: one line by entry, and a total."""
     rows, total = [], dict.fromkeys(("planned", "dialogues", "media", "frames", "bytes"), 0)
+    left_out: dict[str, Counter[str]] = {}
     for entry in record["entries"]:
         for name in total:
             total[name] += entry[name]
+        for kind, reasons in entry["left_out"].items():
+            left_out.setdefault(kind, Counter()).update(reasons)
         numbers = [f"{entry[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
         rows.append([entry["name"], *numbers, _size(entry["bytes"]), _reasons(entry["left_out"])])
     numbers = [f"{total[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-    shards = ", ".join(f"{count} {folder}" for folder, count in sorted(record["shards"].items())) or "no"
-    rows.append(["total", *numbers, _size(total["bytes"]), f"{shards} shards"])
+    rows.append(["total", *numbers, _size(total["bytes"]), _reasons(left_out)])
     return _aligned(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
 
 
 def plan_summary(found: Sequence[Origin], counts: Mapping[str, EntryCount]) -> str:
-    """The table of a dry run: by entry what would be read, from where, and what is missing and why."""
-    rows, missing = [], 0
+    """The table of a dry run: by entry what would be read, and from where; then what is missing, by its cause."""
+    rows, causes = [], {}
+    unresolved = 0
     for origin in found:
-        count = counts[origin.entry.name]
+        count, name = counts[origin.entry.name], _short(origin.entry.name, 50)
         problems = []
         if origin.annotation.path is None:
             problems.append(origin.annotation.missing)
         if origin.media.path is None and (origin.annotation.path is None or "unresolved" in count.left_out):
             problems.append(origin.media.missing)
-        missing += bool(problems)
+        unresolved += bool(problems)
         here = origin.annotation.path is not None
-        numbers = [str(number) if here else "unknown" for number in (count.samples, count.media, count.found)]
-        problems += [f"{reason}: {number}" for reason, number in sorted(count.left_out.items()) if here]
-        source = origin.media.origin or origin.annotation.origin
-        rows.append([origin.entry.name, *numbers, source, "; ".join(problems)])
-    table = _aligned(["entry", "dialogues", "media", "found", "from", "missing or left out"], rows)
-    return f"{table}\n{len(rows)} entries, {len(rows) - missing} resolved, {missing} unresolved"
+        numbers = [f"{number:,}" if here else "?" for number in (count.samples, count.media, count.found)]
+        source = _short(origin.media.origin or origin.annotation.origin, 56)
+        rows.append([name, *numbers, "no" if problems else "yes", source])
+        for problem in problems:
+            causes.setdefault(problem, []).append(name)
+        if count.missing:
+            problem = f"{count.media - count.found:,} of {count.media:,} media have no file"
+            causes.setdefault(f"{problem}; the first is {count.missing}", []).append(name)
+        for reason, number in sorted(count.left_out.items()):
+            if reason != "unresolved":
+                causes.setdefault(f"left out, {reason}: {REASONS[reason]}", []).append(f"{name} ({number:,})")
+    lines = [_aligned(["entry", "dialogues", "media", "found", "resolves", "from"], rows)]
+    for cause, names in causes.items():
+        shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+        lines += ["", f"{len(names)} {'entry' if len(names) == 1 else 'entries'}: {cause}", f"  {', '.join(shown)}"]
+    return "\n".join([*lines, "", f"{len(rows)} entries, {len(rows) - unresolved} resolved, {unresolved} unresolved"])
+
+
+def shard_counts(record: Mapping[str, Any]) -> str:
+    """How many shards a build wrote, by folder."""
+    counts = record["shards"]
+    return (
+        ", ".join(f"{counts[folder]} {folder}" for folder in ("video", "image", "dialogue") if folder in counts)
+        or "none"
+    )
+
+
+def _short(text: str, width: int) -> str:
+    """``text``, cut to ``width`` characters by leaving out some before its last third."""
+    tail = width // 3
+    return text if len(text) <= width else f"{text[: width - tail - 3]}...{text[-tail:]}"
 
 
 def _reasons(left_out: Mapping[str, Mapping[str, int]]) -> str:

@@ -233,7 +233,12 @@ def test_tars_are_plain_and_the_summary_counts(made):
     assert total["frames"] == sum(len(row) for row in index.media["timestamps"].to_pylist())
     assert total["planned"] == sum(map(len, made["samples"].values()))
     assert not (made["root"] / "work").exists()
-    assert "outside_root" in made["ran"].stdout
+    printed = made["ran"].stdout
+    assert "outside_root" in printed and printed.count("shards") == printed.count("shards:") + printed.count("shards/")
+    counts = [f"{len(list((made['root'] / name).glob('*.tar')))} {name}" for name in ("video", "image", "dialogue")]
+    assert f"\nshards: {made['root']} ({', '.join(counts)})\n" in printed
+    assert f"left out, with reasons: {made['root'] / 'ledger' / 'ledger.parquet'}\n" in printed
+    assert "entry empty_annotation 1" in next(line for line in printed.splitlines() if line.startswith("total"))
 
 
 def run(made, *options):
@@ -258,7 +263,7 @@ def test_a_finished_root_is_left_alone(made, capsys):
 )
 def test_another_build_is_refused_where_one_is_finished(made, capsys, options, named):
     before = snapshot(made["root"])
-    assert run(made, *options) == 1
+    assert run(made, *options) == 2
     error = capsys.readouterr().err
     assert named in error and "--out" in error and error.count("\n") == 1
     assert snapshot(made["root"]) == before
@@ -266,7 +271,7 @@ def test_another_build_is_refused_where_one_is_finished(made, capsys, options, n
 
 def test_other_library_versions_are_refused(made, capsys, monkeypatch):
     monkeypatch.setattr("tools.specification.LIBRARIES", ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "pyyaml"))
-    assert run(made) == 1
+    assert run(made) == 2
     assert "libraries." in capsys.readouterr().err
 
 
@@ -278,9 +283,23 @@ def test_settings_of_reading_alone_do_not_matter(made, capsys):
 def test_dry_run_writes_nothing_and_counts(made, tmp_path, capsys):
     assert run(made, "--dry-run", "--out", str(tmp_path / "new")) == 0
     assert list(tmp_path.iterdir()) == []
-    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    printed = capsys.readouterr().out
+    table = {line.split()[0]: line.split() for line in printed.partition("\n\n")[0].splitlines()}
     assert table["films"][1:4] == ["8", "8", "8"] and table["again"][1:3] == ["8", "6"]
     assert table["bad"][1] == str(len(BAD)) and int(table["bad"][3]) == int(table["bad"][2]) - 1, "one file is missing"
+    assert f"media have no file; the first is {made['manifest'].parent / 'media' / 'missing.mp4'}\n  bad\n" in printed
+    assert "outside_root: " in printed and "\n  bad (2)\n" in printed
+    assert table["nothing"][4] == "yes" and "1 entry: left out, empty_annotation: " in printed
+
+
+def test_dry_run_of_the_published_recipe_fits_a_terminal(capsys):
+    path = SCRIPT.parents[1] / "manifests" / "stage3.yaml"
+    assert main(["--stage", "3", "--manifest", str(path), "--dry-run"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    entries = lines[: lines.index("")]
+    assert len({line.split()[0] for line in entries}) == len(entries) == 104
+    assert max(map(len, [head, *entries])) <= 144
+    assert sum("fetch it and map hf:OpenGVLab/VideoChat-Flash-Training-Data to" in line for line in lines) == 1
 
 
 def test_limit_takes_the_first_dialogues_of_each_entry(made, tmp_path):
@@ -288,6 +307,82 @@ def test_limit_takes_the_first_dialogues_of_each_entry(made, tmp_path):
     index = Index.open(tmp_path / "stage2")
     found = Counter(index.dialogues["entry"].to_pylist())
     assert found == {"films": 2, "again": 2, "deep": 1, "held": 2}
+
+
+@pytest.fixture
+def plain_text(tmp_path):
+    """A manifest of one entry, and its annotation file of one dialogue."""
+    path = corpus.annotations(tmp_path / "mine.json", [{"id": 1, "conversations": TEXT}])
+    entries = [{"annotation": str(path)}]
+    return {"annotation": path, "manifest": corpus.manifest(tmp_path / "stage2.yaml", entries), "folder": tmp_path}
+
+
+def test_a_build_that_leaves_nothing_out_names_no_ledger(plain_text, capsys):
+    assert run(plain_text) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"shards: {plain_text['folder'] / 'shards' / 'stage2'} (1 dialogue)\n")
+    assert "ledger" not in printed
+
+
+def test_files_have_the_mode_that_the_umask_gives(plain_text):
+    before = os.umask(0o027)
+    try:
+        assert run(plain_text) == 0
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (plain_text["folder"] / "shards").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_a_changed_annotation_file_is_named(plain_text, capsys):
+    assert run(plain_text) == 0
+    corpus.annotations(plain_text["annotation"], [{"id": 2, "conversations": TEXT}])
+    assert run(plain_text) == 2
+    assert f"{plain_text['annotation']} has changed since the build; " in capsys.readouterr().err
+    plain_text["annotation"].unlink()
+    assert run(plain_text, "--skip-unresolved") == 2
+    assert f"{plain_text['annotation']} was here for the build and is not now; " in capsys.readouterr().err
+
+
+def test_another_entry_in_front_is_named(plain_text, capsys):
+    assert run(plain_text) == 0
+    other = corpus.annotations(plain_text["folder"] / "other.json", [{"id": 1, "conversations": TEXT}])
+    entries = [{"annotation": str(other)}, {"annotation": str(plain_text["annotation"])}]
+    corpus.manifest(plain_text["manifest"], entries)
+    assert run(plain_text) == 2
+    assert "entries[0].name is 'mine' there and 'other' here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [("", "no samples"), ("[]", "no samples"), ('[{"id": 1}]', "list of turns")]
+)
+def test_a_build_without_dialogues_is_refused_before_writing(plain_text, capsys, content, named):
+    plain_text["annotation"].write_text(content)
+    assert run(plain_text) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no dialogue can be used: entry mine: " in error and named in error
+    assert not (plain_text["folder"] / "shards").exists()
+    corpus.annotations(plain_text["annotation"], [{"id": 1, "conversations": TEXT}])
+    assert run(plain_text) == 0, "the folder is free for the corrected file"
+
+
+@pytest.mark.parametrize("module", ["pyarrow", "tools.builder"])
+def test_stopped_while_it_is_imported(plain_text, module):
+    """SIGINT from within the import of a module, as by Ctrl-C in the first half second."""
+    code = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["--stage", "2", "--manifest", {str(plain_text["manifest"])!r}]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    root = SCRIPT.parents[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 130 and ran.stderr == "stopped; the same command goes on from here\n"
 
 
 # Entries that cannot be resolved, and manifests that cannot be used --------------------------------------------------
@@ -310,10 +405,17 @@ def test_dry_run_lists_what_is_not_here(unresolved, capsys):
     assert run(unresolved, "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     films, hub, absent = (next(line for line in lines if line.startswith(name)) for name in ("films", "x ", "absent"))
-    assert " 3 " in films and "https://example.org/films" in films and "unresolved: 3" in films
-    assert "unknown" in hub and "hf:some/set" in hub
-    assert "unknown" in absent and "no such annotation file" in absent
-    assert "4 entries, 1 resolved, 3 unresolved" in lines[-1]
+    assert " 3 " in films and "https://example.org/films" in films
+    assert [films.split()[4], hub.split()[4], absent.split()[4]] == ["no", "no", "no"]
+    assert hub.split()[1:4] == absent.split()[1:4] == ["?", "?", "?"]
+    causes = dict(zip(lines, lines[1:], strict=False))
+    mapped = next(names for cause, names in causes.items() if cause.startswith("2 entries: the root is not a folder"))
+    assert mapped.split() == ["films,", "x"], "one cause of two entries is told once"
+    assert any("hf:some/set" in cause and names == "  x" for cause, names in causes.items())
+    assert any(
+        "absent.json: no such annotation file" in cause and names == "  absent" for cause, names in causes.items()
+    )
+    assert lines[-1] == "4 entries, 1 resolved, 3 unresolved"
     assert sorted(path.name for path in unresolved["folder"].iterdir()) == ["films.jsonl", "stage2.yaml", "text.jsonl"]
 
 
@@ -321,7 +423,7 @@ def test_dry_run_lists_what_is_not_here(unresolved, capsys):
 def test_a_build_refuses_what_is_not_here_before_writing(unresolved, capsys, left, named):
     entries = [unresolved["entries"][0], unresolved["entries"][left]]
     corpus.manifest(unresolved["manifest"], entries)
-    assert run(unresolved) == 1
+    assert run(unresolved) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and any(part in error for part in named.split("|")) and "entry " in error
     assert not (unresolved["folder"] / "shards").exists()
@@ -357,14 +459,14 @@ def test_a_root_map_says_where_things_are(unresolved, media):
     [
         ({"frames": {"sampler": "middle", "min": "four", "max": 8, "size": 224}}, "frames.min"),
         ({"data": {"entries": [{"annotation": "a.json", "sampling": "frist:10"}]}}, "sampling"),
-        ({"data": {"entries": [{"annotation": "a.json"}], "roots": "absent.yaml"}}, "absent.yaml"),
+        ({"data": {"entries": [{"annotation": "a.json"}], "roots": "absent.yaml"}}, "data.roots: absent.yaml: "),
         ({"data": {"entries": "a.json"}}, "data.entries"),
         ({"stage": 3}, "stage"),
     ],
 )
 def test_a_bad_manifest_is_one_clear_line(tmp_path, capsys, change, named):
     path = corpus.manifest(tmp_path / "stage2.yaml", [{"annotation": "a.json"}], **change)
-    assert main(["--stage", "2", "--manifest", str(path)]) == 1
+    assert main(["--stage", "2", "--manifest", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and named in error
     assert [item.name for item in tmp_path.iterdir()] == ["stage2.yaml"]
@@ -373,7 +475,7 @@ def test_a_bad_manifest_is_one_clear_line(tmp_path, capsys, change, named):
 def test_a_broken_annotation_file_is_one_clear_line(tmp_path, capsys):
     (tmp_path / "a.json").write_text('[{"id": 1,')
     path = corpus.manifest(tmp_path / "stage2.yaml", [{"annotation": str(tmp_path / "a.json")}])
-    assert main(["--stage", "2", "--manifest", str(path)]) == 1
+    assert main(["--stage", "2", "--manifest", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "a.json" in error
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.json", "stage2.yaml"]
@@ -382,7 +484,7 @@ def test_a_broken_annotation_file_is_one_clear_line(tmp_path, capsys):
 def test_a_folder_with_other_things_is_refused(made, tmp_path, capsys):
     (tmp_path / "stage2").mkdir()
     (tmp_path / "stage2" / "thesis.txt").write_text("mine")
-    assert run(made, "--out", str(tmp_path)) == 1
+    assert run(made, "--out", str(tmp_path)) == 2
     assert "thesis.txt" in capsys.readouterr().err
     assert (tmp_path / "stage2" / "thesis.txt").read_text() == "mine"
 
@@ -391,7 +493,7 @@ def test_two_builds_of_one_folder_do_not_meet(made, tmp_path, capsys):
     (tmp_path / "stage2").mkdir()
     handle = os.open(tmp_path / "stage2", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    assert run(made, "--out", str(tmp_path)) == 1
+    assert run(made, "--out", str(tmp_path)) == 2
     os.close(handle)
     assert "another build is at work here" in capsys.readouterr().err
     assert list((tmp_path / "stage2").iterdir()) == []

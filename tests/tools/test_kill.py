@@ -103,6 +103,6 @@ def _walk(folder):
 def test_another_manifest_is_refused_where_a_build_is_unfinished(build, whole, tmp_path):
     assert kill_when(build(tmp_path), (tmp_path / "stage2" / "work" / "tasks").exists)
     other = subprocess.run([*build(tmp_path), "--set", "frames.quality=50"], capture_output=True, text=True)
-    assert other.returncode == 1 and "frames.quality is 90 there and 50 here" in other.stderr
+    assert other.returncode == 2 and "frames.quality is 90 there and 50 here" in other.stderr
     subprocess.run(build(tmp_path), check=True, capture_output=True)
     assert snapshot(tmp_path) == whole

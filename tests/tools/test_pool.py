@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tools.pool import Pool
-from tools.roots import BuildError
+from tools.roots import WorkError
 
 ITEMS = range(4)  #: of every task
 
@@ -79,7 +79,7 @@ def test_a_hang_costs_its_item(tmp_path):
 
 
 def test_a_failure_outside_decoding_ends_the_build(tmp_path):
-    with pytest.raises(BuildError, match="OSError: no space left"):
+    with pytest.raises(WorkError, match="OSError: no space left"):
         run(tmp_path, {(1, 0): "fail"}, workers=1)
     assert (tmp_path / "0").exists() and not (tmp_path / "2").exists()
     assert multiprocessing.active_children() == []
