@@ -18,9 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pipeline.annotations import AnnotationError, normalise, read_annotations
 from pipeline.index import FILES
 from pipeline.ledger import REASONS, SCHEMA
-from pipeline.manifest import Manifest
+from pipeline.manifest import Entry, Manifest, load_manifest
 from pipeline.shard_format import dialogue_json, media_json
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,48 @@ def test_the_format_page_names_every_field_column_and_reason():
     assert wanted <= named, f"docs/format.md lacks {sorted(wanted - named)}"
     reasons = re.search(r"\| reason \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)+)", text)[1]
     assert re.findall(r"^\| `(\w+)`", reasons, re.M) == list(REASONS)
+
+
+def fenced(path: Path, language: str) -> str:
+    """The only fenced block of a language in a document."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.S | re.M)
+    assert len(blocks) == 1, f"{relative(path)}: {len(blocks)} blocks of {language}"
+    return blocks[0]
+
+
+def test_the_readmes_manifest_loads(tmp_path):
+    text = fenced(ROOT / "README.md", "yaml").replace("extends: ", f"extends: {ROOT}/")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    manifest = load_manifest(tmp_path / "mine.yaml")
+    assert [entry.split for entry in manifest.data.entries] == ["train", "val"]
+    used = re.findall(r"--stage (\d) --manifest mine\.yaml", README)
+    assert used and set(used) == {str(manifest.stage)}
+
+
+def test_the_annotation_examples_are_read_as_described(tmp_path):
+    (tmp_path / "a.jsonl").write_text(fenced(ROOT / "docs" / "annotations.md", "jsonl"), encoding="utf-8")
+    whole, clip, pair = read_annotations(tmp_path / "a.jsonl", Entry(annotation="a.jsonl", root="r"))
+    assert (whole.id, [(m.path, m.start, m.end) for m in whole.media]) == ("a1", [("a.mp4", None, None)])
+    assert [(m.path, m.start, m.end) for m in clip.media] == [("a.mp4", 2, 5.5)]
+    assert (clip.id, clip.meta, clip.turns[0]) == (
+        "1",
+        {"family": "colour"},
+        {"from": "human", "value": "<image>\nWhich colour?"},
+    )
+    assert [(m.kind, m.path) for m in pair.media] == [("image", "b.jpg"), ("image", "c.jpg")]
+
+
+def test_names_that_the_annotation_page_calls_unread_are_unread():
+    entry, mark = Entry(annotation="a.jsonl", root="r", media_type="video"), "<image>\n"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    marked = [{"from": "human", "value": f"{mark}What?"}, turns[1]]
+    with pytest.raises(AnnotationError) as error:
+        normalise({"messages": turns, "video": "a.mp4"}, entry, 0)
+    assert error.value.reason == "no_conversations"
+    with pytest.raises(AnnotationError) as error:
+        normalise({"conversations": marked, "videos": ["a.mp4"]}, entry, 0)
+    assert error.value.reason == "placeholder_mismatch"
+    assert normalise({"conversations": turns, "videos": ["a.mp4"]}, entry, 0).media == ()
 
 
 # Licence and dependencies ---------------------------------------------------------------------------------------------
