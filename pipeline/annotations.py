@@ -272,6 +272,9 @@ def _turns(value: Any) -> list[dict[str, str]]:
 
 def _media(meta: dict[str, Any], entry: Entry) -> tuple[MediaRef, ...]:
     """The media of a sample; their fields are taken out of ``meta``. ``image`` wins where both are given."""
+    for name in ("images", "videos"):
+        if meta.get(name) and not (meta.get("image") or meta.get("video")):
+            raise AnnotationError("bad_media", f"{name}: is not read; name the media in `{name[:-1]}`")
     image, video = (meta.pop(name, None) for name in ("image", "video"))
     if image not in (None, "", []):
         _check_kind("image", entry)

@@ -183,10 +183,11 @@ def test_names_that_the_annotation_page_calls_unread_are_unread():
     with pytest.raises(AnnotationError) as error:
         normalise({"messages": turns, "video": "a.mp4"}, entry, 0)
     assert error.value.reason == "no_conversations"
-    with pytest.raises(AnnotationError) as error:
-        normalise({"conversations": marked, "videos": ["a.mp4"]}, entry, 0)
-    assert error.value.reason == "placeholder_mismatch"
-    assert normalise({"conversations": turns, "videos": ["a.mp4"]}, entry, 0).media == ()
+    for conversation in (turns, marked):
+        for name in ("images", "videos"):
+            with pytest.raises(AnnotationError) as error:
+                normalise({"conversations": conversation, name: ["a.mp4"]}, entry, 0)
+            assert error.value.reason == "bad_media"
 
 
 # Licence and dependencies ---------------------------------------------------------------------------------------------

@@ -55,8 +55,9 @@ def train(manifest: Manifest) -> Path:
     try:
         _check_world(manifest, place)
         if final.exists():
-            there = json.loads((run / "settings.json").read_text(encoding="utf-8"))
-            checkpoint.check_settings(there, manifest, final)
+            if (run / "settings.json").exists():  # absent where final/ was put there by hand
+                there = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+                checkpoint.check_settings(there, manifest, final)
             if place.first:
                 print(f"{manifest.name}: already trained; final weights are in {final}")
             return final
