@@ -140,7 +140,10 @@ def trained_weights(folder: Path) -> dict[str, Stored]:
             tensors = get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), tag=folder.name, exclude_frozen_parameters=True, lazy_mode=True
             )
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+    except UnpicklingError as error:
+        fault = "its files are damaged, or hold more than tensors and settings"
+        raise CheckpointError(f"{folder}: cannot be read: {fault}; take another checkpoint of the run") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder}: cannot be read ({reason}); take another checkpoint of the run") from error
     return {name: Stored(tuple(tensor.shape), tensor.contiguous) for name, tensor in tensors.items()}
@@ -148,18 +151,19 @@ def trained_weights(folder: Path) -> dict[str, Stored]:
 
 @contextlib.contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Let ``torch.load`` build tensors, plain values and DeepSpeed's two own types only, whatever its caller asks.
+    """Let ``torch.load`` build tensors, plain values and three of DeepSpeed's types only, whatever its caller asks.
 
     DeepSpeed's reader would unpickle anything; a file that wants more than this is refused and nothing of it is run.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             yield
     finally:
         if before is None:

@@ -85,7 +85,7 @@ def export(checkpoint: Path, out: Path, release_files: Path | None = None, shard
         _write_json(part / "generation_config.json", release.generation_config(tokens))
         _write_json(part / "config.json", release.release_config(settings, tokens))
         for path in (*part.iterdir(), part):
-            sync_folder(path)
+            sync_folder(path)  # of files too: their bytes
         os.replace(part, out)
         sync_folder(part.parent)
     except (OSError, SafetensorError) as error:
@@ -118,7 +118,7 @@ def open_checkpoint(folder: Path) -> tuple[Settings, dict[str, Stored]]:
     if (folder / "config.json").is_file():
         return _final(folder)
     if (folder / "state.json").is_file():
-        return _unfinished(folder, folder.resolve().parents[1])
+        return _unfinished(folder, folder.resolve().parent.parent)
     if (folder / "checkpoints" / "latest").is_file():
         return _unfinished(None, folder)
     raise ExportError(f"{folder}: no weights there; name a RUN, its RUN/final or one of its RUN/checkpoints/step-*")
@@ -150,6 +150,8 @@ def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Sto
         tensors = checkpoint.trained_weights(folder)
     except checkpoint.CheckpointError as error:
         raise WeightsError(str(error)) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{folder / 'state.json'}: cannot be read; take another checkpoint of the run") from error
     frozen = [part for part in PARTS if not getattr(manifest.train, part).train]
     tensors |= sources(model, manifest, frozen)
     wrong = [name for name, size in wanted.items() if name not in tensors or tensors[name].shape != size]

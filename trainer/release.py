@@ -103,7 +103,7 @@ def release_config(settings: Settings, tokens: dict[str, int]) -> dict[str, Any]
         "auto_map": {"AutoConfig": f"{CODE}.VideoChatFlashQwenConfig", "AutoModel": f"{CODE}.{ARCHITECTURE}"},
         "torch_dtype": settings.dtype,
         **_qwen2(model.language_model),
-        **tokens,
+        **{name: number for name, number in tokens.items() if name != "pad_token_id"},  # as Qwen2's config.json
         **FIXED,
         "image_aspect_ratio": images.mode,
         "image_grid_pinpoints": grids,
@@ -167,7 +167,7 @@ def architecture(config: dict, where: str) -> tuple[Model, int, int]:
     fields = plain(LanguageModel()).keys()
     if absent := sorted(fields - known.keys()):
         raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release holds all of Qwen2's keys")
-    language = build(LanguageModel, {field: known[field] for field in fields}, where)
+    language = build(LanguageModel, {field: known[field] for field in fields}, f"{where}: ")
     return Model(vision_tower=tower, connector=Connector(), language_model=language), size, 4
 
 
