@@ -21,6 +21,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
@@ -128,8 +129,7 @@ def _final(folder: Path) -> tuple[Settings, dict[str, Stored]]:
     config, where = read_config(folder), str(folder / "config.json")
     if config.get("model_type") != release.OURS:
         raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; name the `final` folder of a run")
-    dtype_of(config, where)
-    settings = Settings.of(config, where)
+    settings = Settings.of(config, _name(dtype_of(config, where)), where)
     model = empty_model(settings.model, settings.frames.size, settings.frames.clip_frames)
     tensors = read_model(model, folder, settings.model)
     return settings, {name: tensors[name] for name, _ in model.named_parameters()}
@@ -138,7 +138,7 @@ def _final(folder: Path) -> tuple[Settings, dict[str, Stored]]:
 def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Stored]]:
     """From DeepSpeed's files (the newest checkpoint if None): float32 weights of the optimiser in the run's dtype."""
     from trainer import checkpoint  # brings DeepSpeed along, which final weights do not need
-    from trainer.engine import DTYPES as TRAINED
+    from trainer.engine import DTYPES as TRAINED_IN
 
     manifest = load_manifest(run / "manifest.yaml")
     model = build_model(manifest, device="meta")
@@ -157,9 +157,13 @@ def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Sto
     wrong = [name for name, size in wanted.items() if name not in tensors or tensors[name].shape != size]
     if wrong:
         raise WeightsError(f"{folder}: missing, or not as {run / 'manifest.yaml'} says: {', '.join(wrong)}")
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == TRAINED[manifest.train.dtype])
+    dtype = _name(TRAINED_IN[manifest.train.dtype])
     settings = Settings(manifest.model, manifest.frames, manifest.images, manifest.text, dtype)
     return settings, {name: tensors[name] for name in wanted}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # -------------------------------------------------------------------------------------------------------- writing

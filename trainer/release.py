@@ -62,11 +62,11 @@ class Settings:
     dtype: str
 
     @classmethod
-    def of(cls, config: dict, where: str) -> Settings:
+    def of(cls, config: dict, dtype: str, where: str) -> Settings:
         """From ``framestream``'s own config.json; ``where`` leads every error (ManifestError)."""
         kinds = {"model": Model, "frames": Frames, "images": Images, "text": Text}
         sections = {name: build(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()}
-        return cls(**sections, dtype=config.get("dtype", "bfloat16"))
+        return cls(**sections, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- writing
@@ -147,8 +147,9 @@ def architecture(config: dict, where: str) -> tuple[Model, int, int]:
         ManifestError: ``where`` and the field that is missing or describes another model.
     """
     if OURS in config:
-        frames = build(Frames, config[OURS].get("frames"), f"{where}: {OURS}.frames")
-        return build(Model, config[OURS].get("model"), f"{where}: {OURS}.model"), frames.size, frames.clip_frames
+        own = config[OURS] if isinstance(config[OURS], dict) else {}
+        frames = build(Frames, own.get("frames"), f"{where}: {OURS}.frames")
+        return build(Model, own.get("model"), f"{where}: {OURS}.model"), frames.size, frames.clip_frames
     name = config.get("mm_vision_tower")
     if name not in TOWERS:
         raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(TOWERS)}")

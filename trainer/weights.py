@@ -382,7 +382,8 @@ def load_pretrained(folder: str | Path) -> VideoLLM:
         cfg = build(Model, config["model"], f"{where}: model")
         size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
     else:
-        raise WeightsError(f"{where}: model_type is {config.get('model_type')!r}, not 'framestream'")
+        kind = config.get("model_type")
+        raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
     with no_init_weights():
         model = VideoLLM(cfg, size, clip_frames)
     model.to(dtype_of(config, where))

@@ -225,6 +225,7 @@ def test_a_released_config_is_the_manifests_model():
         ({"mm_hidden_size": 64}, "mm_hidden_size: 64 is not 1024; this is another model"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: {'type': 'yarn'} is not None"),
         ({"hidden_size": "wide"}, "hidden_size: expected a whole number"),
+        ({"framestream": 5}, "framestream.frames: expected a mapping"),
         ({"framestream": {"frames": {"size": 224}}}, "framestream.frames.sampler: required field is missing"),
     ],
 )
