@@ -127,6 +127,13 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("frames.size=100", "frames.size: 100 is not a multiple of model.vision_tower.patch (16)"),
         ("frames.size=112", "frames.size: 112 gives 49 patches; a tile needs at least 64"),
         ("model.vision_tower.heads=7", "model.vision_tower.heads: 7 does not divide width (1024)"),
+        ("model.vision_tower.type=uml", "model.vision_tower.type: 'uml' (str) is not one of umt, internvideo2"),
+        ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: umt has none"),
+        ("model.vision_tower={type: internvideo2, drop_path: 1.0}", "model.vision_tower.drop_path: 1.0 is a probab"),
+        (
+            "model.vision_tower={type: internvideo2, width: 1400, heads: 8}",
+            "model.vision_tower.width: 1400 is not a mu",
+        ),
         ("init_from.vision_tower=", "init_from.vision_tower: expected text"),
         ("init_from.vision_tower=''", "init_from: name a run, or vision_tower and language_model"),
     ],
