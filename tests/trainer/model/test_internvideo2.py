@@ -15,9 +15,10 @@ from trainer.model.attention import Segments
 from trainer.model.internvideo2 import InternVideo2, drop_path, fit_positions, grid, start_positions
 from trainer.weights import random_tensor
 
+FILES = GOLDEN / "internvideo2_vit"
 ENTRIES = json_file("internvideo2_vit/cases.json") or []
-MODELS = [entry for entry in ENTRIES if "model" in entry]
-RESIZES = [entry for entry in ENTRIES if "position_resize" in entry]
+MODELS = [e for e in ENTRIES if "model" in e and all((FILES / e[key]).is_file() for key in ("weights", "outputs"))]
+RESIZES = [e for e in ENTRIES if "position_resize" in e and (FILES / e["position_resize"]).is_file()]
 
 
 def build(arguments: dict) -> InternVideo2:
@@ -40,7 +41,7 @@ def cases():
 @pytest.mark.parametrize(("model", "case"), cases())
 def test_golden_internvideo2_outputs(model, case):
     tower = build(model["arguments"])
-    tower.load_state_dict(weights(GOLDEN / "internvideo2_vit" / model["weights"]))
+    tower.load_state_dict(weights(FILES / model["weights"]))
     assert len(tower.blocks) == model["blocks_built"]
     assert tower.blocks[0].mlp.fc1.out_features == model["mlp_hidden"]
     pixels = normals(case["input_seed"], case["input_shape"], case["input_sha256"])
@@ -48,13 +49,13 @@ def test_golden_internvideo2_outputs(model, case):
     empty_clips, empty_stills = torch.zeros(0, 3, frames, size, size), torch.zeros(0, 3, 1, size, size)
     with torch.no_grad():
         out = tower(empty_clips, pixels)[1] if case["use_image"] else tower(pixels, empty_stills)[0]
-    expected = np.load(GOLDEN / "internvideo2_vit" / model["outputs"])[case["output_key"]]
+    expected = np.load(FILES / model["outputs"])[case["output_key"]]
     np.testing.assert_allclose(out, expected[:, 1:], atol=ATOL, rtol=RTOL)
 
 
 @pytest.mark.parametrize("model", [pytest.param(m, id=m["model"]) for m in MODELS])
 def test_golden_internvideo2_start_positions(model):
-    outputs = np.load(GOLDEN / "internvideo2_vit" / model["outputs"])
+    outputs = np.load(FILES / model["outputs"])
     for name in ("pos_embed", "img_pos_embed"):
         expected = outputs[f"init_{name}"]
         start = random_tensor(f"vision_tower.{name}", expected.shape, seed=0)
@@ -63,7 +64,7 @@ def test_golden_internvideo2_start_positions(model):
 
 @pytest.mark.parametrize("entry", [pytest.param(e, id=e["position_resize"]) for e in RESIZES])
 def test_golden_internvideo2_position_resize(entry):
-    outputs = np.load(GOLDEN / "internvideo2_vit" / entry["position_resize"])
+    outputs = np.load(FILES / entry["position_resize"])
     for name, seed in entry["seeds"].items():
         values = np.random.default_rng(seed).standard_normal(entry["input_shapes"][name]).astype(np.float32)
         frames = 1 if name.startswith("img") else entry["frames"]
