@@ -137,20 +137,31 @@ class Loader:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTower:
-    """UMT video transformer; the defaults are UMT-L."""
+    """Video transformer; the dimensions' defaults are UMT-L's."""
 
-    type: str = field("umt", choices=("umt",))
+    type: str = field("umt", choices=("umt", "internvideo2"))
     width: int = field(1024, low=1)
     depth: int = field(24, low=2, doc="blocks of the published encoder; the last one is not run")
     heads: int = field(16, low=1)
     patch: int = field(16, low=1)
     mlp_ratio: float = 4.0
-    table_side: int = field(14, low=1, doc="patches along a side of the position table before interpolation")
+    table_side: int = field(14, low=1, doc="umt: patches along a side of the position table before interpolation")
+    drop_path: float | None = field(None, low=0, doc="internvideo2: drop path of the last block; 0.25 if not given")
     group_clips: int = field(8, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once")
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ManifestError(f"heads: {self.heads} does not divide width ({self.width})")
+        if self.type == "umt":
+            if self.drop_path:
+                raise ManifestError("drop_path: umt has none; leave it out or set type to internvideo2")
+            return
+        if self.width % 16:
+            raise ManifestError(f"width: {self.width} is not a multiple of 16, as internvideo2's positions need")
+        if self.drop_path is None:
+            object.__setattr__(self, "drop_path", 0.25)
+        if self.drop_path >= 1:
+            raise ManifestError(f"drop_path: {self.drop_path} is a probability; it must be below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,3 +13,8 @@ settings.register_profile(
     "framestream", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("framestream")
+
+
+def pytest_collection_modifyitems(items):
+    """A golden file that is absent makes no test: golden tests without any case are left out, not skipped."""
+    items[:] = [item for item in items if not (item.name.startswith("test_golden_") and "NOTSET" in item.name)]

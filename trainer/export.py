@@ -80,7 +80,7 @@ def export(checkpoint: Path, out: Path, release_files: Path | None = None, shard
     try:
         part.mkdir(parents=True)
         tokens = _write_tokenizer(part, settings.text.tokenizer)
-        _write_weights(part, tensors, settings.dtype, shard_bytes)
+        _write_weights(part, tensors, settings, shard_bytes)
         for path in code:
             shutil.copyfile(path, part / path.name)
         _write_json(part / "generation_config.json", release.generation_config(tokens))
@@ -169,9 +169,9 @@ def _name(dtype: torch.dtype) -> str:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def _write_weights(folder: Path, tensors: dict[str, Stored], dtype: str, limit: int) -> None:
-    kind = DTYPES[dtype]
-    stored = {published_name(name): tensor for name, tensor in tensors.items()}
+def _write_weights(folder: Path, tensors: dict[str, Stored], settings: Settings, limit: int) -> None:
+    kind, tower = DTYPES[settings.dtype], settings.model.vision_tower.type
+    stored = {published_name(name, tower): tensor for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * kind.itemsize for name, tensor in stored.items()}
     for file, names in shard_files(sizes, limit).items():
         write_shard(folder / file, {name: stored[name].read().to(kind).contiguous() for name in names})

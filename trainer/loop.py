@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 import yaml
 
 from pipeline import build_loader
@@ -102,7 +103,7 @@ def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, done: in
     rows = _rows(loader, manifest.train.epochs)
     while done < steps:
         rates = set_learning_rates(engine.optimizer, done, steps, manifest)
-        record = _global_batch(engine, rows, place, run)
+        record = _global_batch(engine, rows, place, run, manifest.seed)
         done += 1
         if meter and (done % manifest.train.log_every == 0 or done == steps):
             meter.write({"step": done, "steps": steps, "lr": rates, **record})
@@ -120,13 +121,14 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(engine, rows: Iterator, place: Place, run: Path) -> dict:
+def _global_batch(engine, rows: Iterator, place: Place, run: Path, seed: int) -> dict:
     """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
     clock = Clock()
     sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
     while True:
         row = next(rows)
         clock.data_arrived()
+        torch.manual_seed(row_seed(seed, row.epoch, row.step, row.micro * place.world + place.rank))
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
         engine.backward(loss * (place.world / row.total_weight))
@@ -166,6 +168,12 @@ def _global_batch(engine, rows: Iterator, place: Place, run: Path) -> dict:
         "skipped": int(skipped),
         "batch": f"{int(digest):014x}",
     }
+
+
+def row_seed(seed: int, epoch: int, step: int, row: int) -> int:
+    """Seed of what is drawn while a row is computed (drop path): a resumed run draws what it would have drawn."""
+    digest = hashlib.sha256(f"{seed}:{epoch}:{step}:{row}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _digest(keys: list[str]) -> int:

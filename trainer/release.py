@@ -19,7 +19,14 @@ CODE = "modeling_videochat_flash"  #: the release's python file that ``auto_map`
 OURS = "framestream"
 
 #: published towers: name -> pixels along a side of a frame, architecture
-TOWERS = {"umt-large": (224, VisionTower()), "umt-hd-large": (448, VisionTower())}
+TOWERS = {
+    "umt-large": (224, VisionTower()),
+    "umt-hd-large": (448, VisionTower()),
+    "internvideo2": (
+        224,
+        VisionTower(type="internvideo2", width=1408, depth=40, heads=16, patch=14, mlp_ratio=48 / 11),
+    ),
+}
 
 #: the same in every release: the connector, how media become tokens, and settings of parts that are switched off
 FIXED: dict[str, Any] = {
@@ -83,8 +90,8 @@ def differs(settings: Settings) -> str:
     pixels, tower = TOWERS[tower_name(settings.model, settings.frames.size)]
     ours, theirs = plain(settings.model.vision_tower), plain(tower)
     ours["frames.size"], theirs["frames.size"] = settings.frames.size, pixels
-    del ours["group_clips"]  # decides how much runs at once, nothing else
-    return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    names = [name for name in ours if name not in ("group_clips", "drop_path")]  # of training alone
+    return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in names if ours[name] != theirs[name])
 
 
 def release_config(settings: Settings, tokens: dict[str, int]) -> dict[str, Any]:

@@ -30,19 +30,33 @@ from transformers.initialization import no_init_weights
 from pipeline.manifest import Manifest, Model, plain
 from pipeline.schema import build
 from trainer import release
+from trainer.model.internvideo2 import LAYER_SCALE, TABLES, fit_positions, grid, start_positions
 from trainer.model.video_llm import VideoLLM
 
 SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
 INDEX = "model.safetensors.index.json"
 
-PUBLISHED = {  #: our prefix -> published prefix; longer published prefixes first, so that the first match is right
-    "vision_tower.": "model.vision_tower.vision_tower.encoder.",
+TOWERS = {  #: published prefix of the vision tower, by its type
+    "umt": "model.vision_tower.vision_tower.encoder.",
+    "internvideo2": "model.vision_tower.vision_tower.",
+}
+PUBLISHED = {  #: our prefix -> published prefix of the other parts, once the vision tower's has been tried
     "connector.": "model.mm_projector.",
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  #: of weights in files
-ENCODER_PREFIXES = ("vision_tower.vision_tower.encoder.", "vision_tower.encoder.", "vision_encoder.", "encoder.", "")
+ENCODER_PREFIXES = (  #: in an encoder's own file; longer ones first
+    "vision_tower.vision_tower.encoder.",
+    "vision_tower.vision_tower.",
+    "vision_tower.encoder.",
+    "vision_tower.",
+    "vision_encoder.",
+    "encoder.",
+    "",
+)
+#: what files of InternVideo2 may hold for its own pretraining, which compares features with other models'
+PRETRAINING = ("clip_projector.", "clip_decoder.", "final_clip_decoder.", "clip_pos_embed", "clip_img_pos_embed")
 
 
 class WeightsError(ValueError):
@@ -60,37 +74,45 @@ class Stored:
 # ---------------------------------------------------------------------------------------------------------- names
 
 
-def published_name(name: str) -> str:
-    """Published name of one of our parameters."""
-    for ours, published in PUBLISHED.items():
+def published_name(name: str, tower: str = "umt") -> str:
+    """Published name of one of our parameters; ``tower`` is the vision tower's type."""
+    for ours, published in _prefixes(tower):
         if name.startswith(ours):
             return published + name[len(ours) :]
     raise KeyError(name)
 
 
-def our_name(name: str) -> str | None:
+def our_name(name: str, tower: str = "umt") -> str | None:
     """Our name of a tensor with a published name; None for other names."""
-    for ours, published in PUBLISHED.items():
+    for ours, published in _prefixes(tower):
         if name.startswith(published):
             return ours + name[len(published) :]
     return None
+
+
+def _prefixes(tower: str) -> list[tuple[str, str]]:
+    """(ours, published), the first match being right; any other tower's tensors are a vision tower's too."""
+    return [("vision_tower.", TOWERS[tower]), ("vision_tower.", TOWERS["internvideo2"]), *PUBLISHED.items()]
 
 
 def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
     """Our name for every key of a file that belongs to ``part``; keys that fit nothing keep their own name.
 
     Accepted are whole models with published names (other parts' tensors are passed over), the encoder's own file
-    (any of ``ENCODER_PREFIXES``; its last norm is called ``norm``), ``mm_projector.bin`` (any prefix before
+    (any of ``ENCODER_PREFIXES``; UMT's last norm is called ``norm``), ``mm_projector.bin`` (any prefix before
     ``mm_projector.``) and a connector's or encoder's bare names.
     """
-    published = {key: our_name(key) for key in keys}
+    tower = cfg.vision_tower.type
+    published = {key: our_name(key, tower) for key in keys}
     if any(name and name.startswith(part + ".") for name in published.values()):
         names = {key: name or key for key, name in published.items() if not name or name.startswith(part + ".")}
     elif part == "connector":
         names = {key: "connector." + key.rpartition("mm_projector.")[2] for key in keys}
     elif part == "vision_tower":
         prefix = next(p for p in ENCODER_PREFIXES if any(key.startswith(p) for key in keys))
-        names = {key: re.sub(r"^norm\.", "vision_layernorm.", key.removeprefix(prefix)) for key in keys}
+        names = {key: key.removeprefix(prefix) for key in keys}
+        if tower == "umt":
+            names = {key: re.sub(r"^norm\.", "vision_layernorm.", name) for key, name in names.items()}
         names = {key: "vision_tower." + name for key, name in names.items()}
     else:
         names = {key: key for key in keys}
@@ -99,10 +121,11 @@ def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
 
 def _unused(cfg: Model) -> tuple[str, ...]:
     """Beginnings of names that files may hold and the model computes, shares or never runs."""
-    positions = ("vision_tower.pos_embed", "vision_tower.img_pos_embed")
+    computed = tuple(TABLES) if cfg.vision_tower.type == "umt" else PRETRAINING
+    in_tower = tuple("vision_tower." + name for name in computed)
     last_block = (f"vision_tower.blocks.{cfg.vision_tower.depth - 1}.",)
     tied_head = ("language_model.lm_head.",) if cfg.language_model.tie_word_embeddings else ()
-    return positions + last_block + tied_head
+    return in_tower + last_block + tied_head
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -169,12 +192,15 @@ def _torch_file(file: Path) -> dict[str, Stored]:
 def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, Stored]:
     """The tensors of one part by our names, complete and of the right shapes.
 
+    Learned positions for another number of patches or frames are fitted to the model's.
+
     Raises:
         WeightsError: lists missing, unexpected and wrongly shaped tensors by name.
     """
     tensors = stored_tensors(path)
     found = {name: tensors[key] for key, name in names_in_file(part, list(tensors), cfg).items()}
     wanted = {name: shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
+    found = {name: _fitted(name, tensor, wanted[name]) if name in wanted else tensor for name, tensor in found.items()}
     wrong = [
         f"{name} is {list(found[name].shape)}, the model's {list(size)}"
         for name, size in wanted.items()
@@ -189,6 +215,17 @@ def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, S
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
     return found
+
+
+def _fitted(name: str, tensor: Stored, size: tuple[int, ...]) -> Stored:
+    """Learned positions as the model wants them; anything else, and a table that cannot be one, as it is."""
+    frames = TABLES.get(name.removeprefix("vision_tower."))
+    if frames is None or tensor.shape == size or len(tensor.shape) != 3 or tensor.shape[::2] != size[::2]:
+        return tensor
+    wanted = grid(size[1], frames)
+    if wanted is None or grid(tensor.shape[1], frames) is None:
+        return tensor
+    return Stored(size, lambda: fit_positions(tensor.read(), *wanted))
 
 
 def locate(place: str) -> Path:
@@ -211,8 +248,14 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
     """float32 start value that depends on the seed, the name and the shape alone.
 
     Matrices are normal with variance 1 / inputs (LeCun's rule; a deviation of 0.017 at 3,584 inputs, where Qwen2 has
-    0.02, and more in smaller models); norm weights are one, biases zero.
+    0.02, and more in smaller models); norm weights are one, biases zero. InternVideo2's layer scales and positions have
+    the published start values.
     """
+    frames = TABLES.get(name.removeprefix("vision_tower."))
+    if frames is not None and (table := grid(size[1], frames)):
+        return start_positions(size[2], *table)
+    if name.endswith((".ls1.weight", ".ls2.weight")):
+        return torch.full(size, LAYER_SCALE)
     if len(size) == 1:
         return torch.ones(size) if name.endswith(".weight") else torch.zeros(size)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -310,7 +353,8 @@ def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: i
     with their index. config.json, written last, holds the manifest's sections that inference needs.
     """
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    parameters = {published_name(name): p for name, p in model.named_parameters()}
+    tower = manifest.model.vision_tower.type
+    parameters = {published_name(name, tower): p for name, p in model.named_parameters()}
     sizes = {name: _bytes(p) for name, p in parameters.items()}
     if writes:
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,13 @@ def test_defaults_are_resolved(tmp_path):
     assert (manifest.train.dtype, manifest.train.zero_stage, manifest.frames.clip_frames) == ("bf16", 3, 4)
 
 
+def test_drop_path_of_internvideo2_is_the_published_one(tmp_path):
+    path = write(tmp_path, SMALL)
+    for settings, expected in (("{type: internvideo2}", 0.25), ("{type: internvideo2, drop_path: 0.0}", 0.0)):
+        assert load_manifest(path, (f"model.vision_tower={settings}",)).model.vision_tower.drop_path == expected
+    assert load_manifest(path).model.vision_tower.drop_path is None
+
+
 def test_printed_manifest_reads_back_the_same(tmp_path):
     manifest = load_manifest(write(tmp_path, SMALL))
     printed = yaml.safe_dump(plain(manifest))
@@ -127,6 +134,10 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("frames.size=100", "frames.size: 100 is not a multiple of model.vision_tower.patch (16)"),
         ("frames.size=112", "frames.size: 112 gives 49 patches; a tile needs at least 64"),
         ("model.vision_tower.heads=7", "model.vision_tower.heads: 7 does not divide width (1024)"),
+        ("model.vision_tower.type=uml", "model.vision_tower.type: 'uml' (str) is not one of umt, internvideo2"),
+        ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: umt has none"),
+        ("model.vision_tower={type: internvideo2, drop_path: 1.0}", "model.vision_tower.drop_path: 1.0 is a probab"),
+        ("model.vision_tower={type: internvideo2, width: 24, heads: 2}", "model.vision_tower.width: 24 is not a mult"),
         ("init_from.vision_tower=", "init_from.vision_tower: expected text"),
         ("init_from.vision_tower=''", "init_from: name a run, or vision_tower and language_model"),
     ],

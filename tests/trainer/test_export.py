@@ -199,6 +199,22 @@ def test_golden_settings_are_in_config(tmp_path, path):
     assert {name: config[name] for name in wanted.keys() - own} == {n: v for n, v in wanted.items() if n not in own}
 
 
+def test_internvideo2_is_exported_under_its_own_names(tmp_path):
+    tower = VisionTower(type="internvideo2", width=64, depth=3, heads=4, patch=14, mlp_ratio=48 / 11)
+    cfg = Model(vision_tower=tower, language_model=dataclasses.replace(SMALL.language_model, vocab_size=1024))
+    made = dataclasses.replace(settings(size=224), model=cfg)
+    run, model = finished(tmp_path, made)
+    export(run, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["mm_vision_tower"], config["mm_hidden_size"]) == ("internvideo2", 64)
+    names = [name for name in tensors(tmp_path / "out") if "vision_tower" in name]
+    assert len(names) == 5 + 13 * 2 and "model.vision_tower.vision_tower.blocks.1.ls2.weight" in names
+    again = load_pretrained(tmp_path / "out")
+    assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in model.named_parameters())
+    config = released_config(mm_vision_tower="internvideo2", mm_hidden_size=1408)
+    assert release.architecture(config, "config.json")[0].vision_tower.depth == 40
+
+
 # Released folders -----------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.manifest import InitFrom, Manifest, Model
 from tests.golden_data import files
-from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack, small_model
+from tests.trainer.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, small_model
 from tests.trainer.model.test_cost import FROZEN, manifest
 from trainer.model.video_llm import build_model
 from trainer.weights import (
@@ -28,13 +28,14 @@ from trainer.weights import (
     save,
 )
 
-ENCODER = "model.vision_tower.vision_tower.encoder."
+TOWER = "model.vision_tower.vision_tower."
+ENCODER = TOWER + "encoder."
 
 
-def start(**sources: str) -> Manifest:
+def start(cfg: Model = SMALL, **sources: str) -> Manifest:
     """A small model's manifest whose parts start from these places, at random where none is given."""
     given = {"vision_tower": "random", "language_model": "random", **{k: str(v) for k, v in sources.items()}}
-    return dataclasses.replace(manifest(SIZE, SMALL), init_from=InitFrom(**given), seed=3)
+    return dataclasses.replace(manifest(SIZE, cfg), init_from=InitFrom(**given), seed=3)
 
 
 def initialised(settings: Manifest):
@@ -43,14 +44,14 @@ def initialised(settings: Manifest):
     return model
 
 
-def published(model) -> dict[str, torch.Tensor]:
-    return {published_name(name): p.detach().clone() for name, p in model.named_parameters()}
+def published(model, tower: str = "umt") -> dict[str, torch.Tensor]:
+    return {published_name(name, tower): p.detach().clone() for name, p in model.named_parameters()}
 
 
-def assert_equal(model, expected: dict[str, torch.Tensor]) -> None:
+def assert_equal(model, expected: dict[str, torch.Tensor], tower: str = "umt") -> None:
     for name, parameter in model.named_parameters():
-        if published_name(name) in expected:
-            assert torch.equal(parameter, expected[published_name(name)]), name
+        if published_name(name, tower) in expected:
+            assert torch.equal(parameter, expected[published_name(name, tower)]), name
 
 
 def test_names_map_both_ways():
@@ -60,6 +61,22 @@ def test_names_map_both_ways():
     assert published_name("connector.mlp.2.bias") == "model.mm_projector.mlp.2.bias"
     assert published_name("language_model.lm_head.weight") == "lm_head.weight"
     assert our_name("transformer.wte.weight") is None
+
+
+def test_names_of_internvideo2_map_both_ways():
+    names = [name for name, _ in small_model(cfg=INTERNVIDEO2).named_parameters()]
+    assert [our_name(published_name(name, "internvideo2"), "internvideo2") for name in names] == names
+    assert published_name("vision_tower.cls_token", "internvideo2") == "model.vision_tower.vision_tower.cls_token"
+
+
+@pytest.mark.parametrize("path", files("internvideo2_vit/*.safetensors"), ids=lambda path: path.stem)
+def test_golden_names_of_internvideo2_are_ours(path):
+    theirs = set(load_file(path))
+    blocks = {name.split(".")[1] for name in theirs if name.startswith("blocks.")}
+    names = list(small_model(cfg=INTERNVIDEO2).vision_tower.state_dict())
+    each = {name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")}
+    ours = {name for name in names if not name.startswith("blocks.")}
+    assert theirs == ours | {f"blocks.{block}.{name}" for block in blocks for name in each}
 
 
 @pytest.mark.parametrize("path", files("multimodal_sequence/weights.safetensors"), ids=lambda path: path.parent.name)
@@ -110,6 +127,69 @@ def test_the_encoders_own_file_is_read(tmp_path, wrapper, prefix):
     model = initialised(start(vision_tower=tmp_path / "encoder.pt"))
     for name, value in model.vision_tower.state_dict().items():
         assert torch.equal(value, source[name]), name
+
+
+@pytest.mark.parametrize("wrapper", [None, "module"])
+@pytest.mark.parametrize("prefix", ["", "vision_encoder.", "vision_tower.vision_tower.", TOWER])
+def test_internvideo2s_own_file_is_read(tmp_path, wrapper, prefix):
+    source = initialised(dataclasses.replace(start(INTERNVIDEO2), seed=9)).vision_tower.state_dict()
+    values = {prefix + name: value for name, value in source.items()}
+    last = INTERNVIDEO2.vision_tower.depth - 1
+    values |= {prefix + name: torch.ones(48) for name in (f"blocks.{last}.ls1.weight", "clip_projector.norm1_q.weight")}
+    torch.save({wrapper: values} if wrapper else values, tmp_path / "InternVideo2-1B_f4_vision.pt")
+    model = initialised(start(INTERNVIDEO2, vision_tower=tmp_path / "InternVideo2-1B_f4_vision.pt"))
+    for name, value in model.vision_tower.state_dict().items():
+        assert torch.equal(value, source[name]), name
+
+
+def test_learned_positions_of_other_frames_and_sizes_are_fitted(tmp_path):
+    """A file for 8 frames of 12 x 12 patches, with positions that are a plane over time, rows and columns."""
+    source = initialised(start(INTERNVIDEO2)).vision_tower.state_dict()
+
+    def plane(frames: int, side: int) -> torch.Tensor:
+        over_time, over_side = ((torch.arange(n) + 0.5) / n for n in (frames, side))
+        values = over_time.view(-1, 1, 1) + 2 * over_side.view(1, -1, 1) + 4 * over_side.view(1, 1, -1)
+        return torch.cat([torch.tensor([9.0]), values.flatten()]).view(1, -1, 1).repeat(1, 1, 48)
+
+    source |= {"pos_embed": plane(8, 12), "img_pos_embed": plane(1, 12)}
+    torch.save(source, tmp_path / "encoder.pt")
+    tower = initialised(start(INTERNVIDEO2, vision_tower=tmp_path / "encoder.pt")).vision_tower
+    for fitted, frames in ((tower.pos_embed, 4), (tower.img_pos_embed, 1)):
+        expected = plane(frames, 8)
+        assert torch.equal(fitted[:, 0], expected[:, 0])
+        # bicubic resizing bends a plane a little; neighbours differ by 0.25 in time or in rows, 0.5 in columns
+        assert (fitted - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 48), (1, 257, 40), (257, 48)])
+def test_positions_that_cannot_be_fitted_are_named(tmp_path, shape):
+    source = initialised(start(INTERNVIDEO2)).vision_tower.state_dict()
+    torch.save(source | {"pos_embed": torch.zeros(shape)}, tmp_path / "encoder.pt")
+    with pytest.raises(WeightsError) as error:
+        initialised(start(INTERNVIDEO2, vision_tower=tmp_path / "encoder.pt"))
+    wrong = f"wrong shape: vision_tower.pos_embed is {list(shape)}, the model's [1, 257, 48]"
+    assert str(error.value).endswith(wrong)
+
+
+def test_a_random_internvideo2_has_the_published_start_values():
+    tower = initialised(start(INTERNVIDEO2)).vision_tower
+    block = tower.blocks[1]
+    assert torch.equal(block.ls1.weight, torch.full((48,), 1e-5)) and torch.equal(block.ls2.weight, block.ls1.weight)
+    assert block.norm1.weight.eq(1).all() and block.attn.q_norm.weight.eq(1).all() and block.mlp.fc1.bias.eq(0).all()
+    assert tower.cls_token.abs().max() > 0 and tower.pos_embed[:, 0].eq(0).all()
+    time, place = tower.pos_embed[0, 1:].detach().view(4, 64, 48).split([12, 36], dim=-1)
+    assert (time == time[:, :1]).all() and (place == place[:1]).all()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(SMALL, INTERNVIDEO2), (INTERNVIDEO2, SMALL)])
+def test_a_language_model_is_taken_out_of_a_model_with_another_tower(tmp_path, ours, theirs):
+    source = initialised(dataclasses.replace(start(theirs), seed=9))
+    save_file(published(source, theirs.vision_tower.type), tmp_path / "model.safetensors")
+    model = initialised(start(ours, language_model=tmp_path))
+    for name, value in model.language_model.state_dict().items():
+        assert torch.equal(value, source.language_model.state_dict()[name]), name
+    with pytest.raises(WeightsError, match=r"missing: vision_tower\..*unexpected: vision_tower\."):
+        initialised(start(ours, vision_tower=tmp_path))
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "base_model.model.model.mm_projector.", ""])
@@ -224,6 +304,23 @@ def test_saved_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
     batch = pack([dialogue(0, clips=1), dialogue(1)])
     with torch.no_grad():
         assert model(batch).item() == again(batch).item()
+
+
+def test_internvideo2_is_saved_under_its_published_names_and_goes_on_at_another_size(tmp_path):
+    settings = start(INTERNVIDEO2)
+    model = initialised(settings)
+    save(model, tmp_path / "stage3" / "final", settings)
+    written = load_file(tmp_path / "stage3" / "final" / "model.safetensors")
+    assert {name for name in written if name.startswith(TOWER)} == {
+        TOWER + name for name in model.vision_tower.state_dict()
+    }
+    assert_equal(load_pretrained(tmp_path / "stage3" / "final"), written, "internvideo2")
+    following = dataclasses.replace(settings, init_from=InitFrom(run=str(tmp_path / "stage3")))
+    assert_equal(initialised(following), written, "internvideo2")
+    larger = dataclasses.replace(following, frames=dataclasses.replace(following.frames, size=192))
+    tower = initialised(larger).vision_tower
+    assert tower.pos_embed.shape == (1, 1 + 4 * 144, 48) and tower.img_pos_embed.shape == (1, 145, 48)
+    assert torch.equal(tower.blocks[0].attn.qkv.weight, model.vision_tower.blocks[0].attn.qkv.weight)
 
 
 def test_load_pretrained_refuses_other_folders(tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.manifest import InitFrom, Manifest, Model
-from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack
+from pipeline.manifest import InitFrom, Manifest
+from tests.trainer.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack
 from tests.trainer.model.test_cost import FROZEN, manifest
 from trainer.engine import freeze
 from trainer.model.video_llm import build_model
@@ -23,14 +23,21 @@ RATE = 1e-2
 ROOT = Path(__file__).parents[2]
 
 
-def settings(folder: Path, tied: bool = False, **train) -> Manifest:
-    language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=tied)
-    cfg = Model(vision_tower=SMALL.vision_tower, language_model=language)
-    base = manifest(SIZE, cfg, **train)
+STARTS = {  #: folder of the start weights -> architecture
+    "start": SMALL,
+    "tied": dataclasses.replace(
+        SMALL, language_model=dataclasses.replace(SMALL.language_model, tie_word_embeddings=True)
+    ),
+    "internvideo2": INTERNVIDEO2,
+}
+
+
+def settings(folder: Path, start: str = "start", **train) -> Manifest:
+    base = manifest(SIZE, STARTS[start], **train)
     return dataclasses.replace(
         base,
         train=dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0),
-        init_from=InitFrom(run=str(folder / ("tied" if tied else "start"))),
+        init_from=InitFrom(run=str(folder / start)),
     )
 
 
@@ -48,7 +55,8 @@ def cases(folder: Path) -> dict[str, tuple[Manifest, list[tuple]]]:
         "all_trained": (settings(folder), steps),
         "stage_1": (settings(folder, vision_tower=FROZEN, language_model=FROZEN), steps),
         "stage_4": (settings(folder, language_model=FROZEN), steps),
-        "tied_head": (settings(folder, tied=True), steps),
+        "tied_head": (settings(folder, "tied"), steps),
+        "internvideo2_trained": (settings(folder, "internvideo2"), steps),
     }
 
 
@@ -74,13 +82,13 @@ def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float
 def folder(tmp_path_factory) -> Path:
     """Start weights, then one two-rank run of all cases."""
     folder = tmp_path_factory.mktemp("zero3")
-    for tied in (False, True):
+    for start in STARTS:
         random = dataclasses.replace(
-            settings(folder, tied), init_from=InitFrom(vision_tower="random", language_model="random")
+            settings(folder, start), init_from=InitFrom(vision_tower="random", language_model="random")
         )
         model = build_model(random)
         initialise(model, random)
-        save(model, folder / ("tied" if tied else "start") / "final", random)
+        save(model, folder / start / "final", random)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     worker = str(Path(__file__).with_name("zero3_worker.py"))

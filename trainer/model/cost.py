@@ -7,9 +7,9 @@ all heads, S tokens that attend to each other):
 
 so 6 P + 12 L d S where all are needed. A frozen part skips the weights' gradients (attention has no weights: its
 backward pass stays whole), and everything backward where nothing before it is trained. Recomputation under gradient
-checkpointing is not counted, nor are norms, activations, merging and the position tables. S is the whole segment, as
-usual in published figures; ``cost_coefficients`` counts causal attention as the half that is computed, because it
-estimates time.
+checkpointing is not counted, nor are norms, activations, merging and the position tables; drop path saves nothing,
+because every branch is computed. S is the whole segment, as usual in published figures; ``cost_coefficients`` counts
+causal attention as the half that is computed, because it estimates time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ import torch
 from pipeline.manifest import TOKENS_PER_CLIP, Cost, Manifest, Model
 from trainer.loss import CHUNK_LOGITS
 from trainer.model.video_llm import VideoLLM
+
+CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a still, beside its patches
+#: values of its width that a tower block keeps for each token: inputs of its norms, scales, products and activations
+KEPT_VALUES = {"umt": 17, "internvideo2": 22}
 
 
 def parameters(manifest: Manifest) -> dict[str, int]:
@@ -36,6 +40,19 @@ def _parameters(cfg: Model, size: int, clip_frames: int) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
 
 
+def tower_tokens(manifest: Manifest) -> tuple[int, int]:
+    """Patches of a clip, and tokens that its attention spans: those and the class token of a tower that has one."""
+    tower = manifest.model.vision_tower
+    patches = (manifest.frames.size // tower.patch) ** 2 * manifest.frames.clip_frames
+    return patches, patches + CLASS_TOKENS[tower.type]
+
+
+def _learned_positions(manifest: Manifest) -> int:
+    """Parameters of the class token and of the tables for clips and stills, which are added and not multiplied."""
+    (patches, tokens), tower = tower_tokens(manifest), manifest.model.vision_tower
+    return tower.width * (1 + tokens + patches // manifest.frames.clip_frames + 1) if tower.type != "umt" else 0
+
+
 @dataclass(frozen=True)
 class PartCost:
     """FLOPs of one part: ``token`` for each token, ``pair`` for each pair of tokens that attend to each other."""
@@ -45,7 +62,7 @@ class PartCost:
 
 
 def part_costs(manifest: Manifest) -> dict[str, PartCost]:
-    """Training FLOPs of the three parts by the formula above; a vision tower's token is a patch."""
+    """Training FLOPs of the three parts by the formula above; a vision tower's token is a patch or a class token."""
     train, counts = manifest.train, parameters(manifest)
     tower, language = manifest.model.vision_tower, manifest.model.language_model
     before_connector = train.vision_tower.train
@@ -53,8 +70,9 @@ def part_costs(manifest: Manifest) -> dict[str, PartCost]:
     # the embedding is looked up, not multiplied; tied, the same matrix is the head and is multiplied once
     embedding = 0 if language.tie_word_embeddings else language.vocab_size * language.hidden_size
     matmul = counts["language_model"] - embedding
+    in_tower = counts["vision_tower"] - _learned_positions(manifest)
     return {
-        "vision_tower": _part(counts["vision_tower"], tower.depth - 1, tower.width, train.vision_tower.train, False),
+        "vision_tower": _part(in_tower, tower.depth - 1, tower.width, train.vision_tower.train, False),
         "connector": _part(counts["connector"], 0, 0, train.connector.train, before_connector),
         "language_model": _part(
             matmul, language.num_hidden_layers, language.hidden_size, train.language_model.train, before_language_model
@@ -72,13 +90,12 @@ def _part(weights: int, layers: int, width: int, trained: bool, inputs_need_grad
 
 def flops_by_part(manifest: Manifest, frames: int, text_tokens: int) -> dict[str, float]:
     """Training FLOPs of one sample with a video of ``frames`` frames and ``text_tokens`` tokens of text, by part."""
-    costs, clip = part_costs(manifest), manifest.frames.clip_frames
-    patches = (manifest.frames.size // manifest.model.vision_tower.patch) ** 2 * clip  # of a clip
-    clips = frames // clip
+    costs, (_, spanned) = part_costs(manifest), tower_tokens(manifest)
+    clips = frames // manifest.frames.clip_frames
     visual = clips * TOKENS_PER_CLIP
     tokens = visual + text_tokens
     return {
-        "vision_tower": clips * (costs["vision_tower"].token * patches + costs["vision_tower"].pair * patches**2),
+        "vision_tower": clips * (costs["vision_tower"].token * spanned + costs["vision_tower"].pair * spanned**2),
         "connector": costs["connector"].token * visual,
         "language_model": costs["language_model"].token * tokens + costs["language_model"].pair * tokens**2,
     }
@@ -92,13 +109,13 @@ def flops(manifest: Manifest, frames: int, text_tokens: int) -> float:
 def cost_coefficients(manifest: Manifest) -> Cost:
     """Coefficients that balance rows: FLOPs a patch (its share of the connector included), a token, and a pair.
 
-    Patches of a still are counted like those of a clip, which overstates their attention.
+    Patches of a still are counted like those of a clip, which overstates their attention; class tokens are shared out
+    among a clip's patches.
     """
-    costs, clip = part_costs(manifest), manifest.frames.clip_frames
-    patches = (manifest.frames.size // manifest.model.vision_tower.patch) ** 2 * clip
+    costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
     tower, language = costs["vision_tower"], costs["language_model"]
     return Cost(
-        patch=tower.token + tower.pair * patches + costs["connector"].token * TOKENS_PER_CLIP / patches,
+        patch=(tower.token * spanned + tower.pair * spanned**2 + costs["connector"].token * TOKENS_PER_CLIP) / patches,
         token=language.token,
         pair=language.pair / 2,
     )
@@ -110,7 +127,7 @@ def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str
     ``states``: weights, gradients and AdamW's two moments, sharded over ``world`` ranks as far as the ZeRO stage does
     (weights from 3, gradients from 2, optimiser from 1) and without what is offloaded. ``kept``: what gradient
     checkpointing keeps of every tower group and layer. ``working``: the largest piece that is recomputed at once (a
-    tower group, a layer or a chunk of logits); a tower block keeps 17 values of its width for each patch.
+    tower group, a layer or a chunk of logits); a tower block keeps ``KEPT_VALUES`` of its width for each token.
     """
     train, cfg = manifest.train, manifest.model
     tower, language = cfg.vision_tower, cfg.language_model
@@ -123,20 +140,20 @@ def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str
     states += 0 if train.offload != "none" else optimiser // world
 
     clip = manifest.frames.clip_frames
-    patches = (manifest.frames.size // tower.patch) ** 2 * clip
+    _, spanned = tower_tokens(manifest)
     clips = frames // clip
     group = min(clips, tower.group_clips)
-    live = 17 * size  # bytes for each channel of a token in one block: inputs of its norms, products and activations
+    live = KEPT_VALUES[tower.type] * size  # bytes for each channel of a token in one block
     pixels = frames * manifest.frames.size**2 * 3
     merged = clips * TOKENS_PER_CLIP * (tower.width + 3 * language.hidden_size) * size
     one_layer = tokens * (10 * language.hidden_size + 4 * language.intermediate_size) * size
-    one_group = group * patches * tower.width * live * (tower.depth - 1) if train.vision_tower.train else 0
+    one_group = group * spanned * tower.width * live * (tower.depth - 1) if train.vision_tower.train else 0
     if train.gradient_checkpointing:
         kept = pixels + merged + tokens * language.hidden_size * size * language.num_hidden_layers
         working = max(one_group, one_layer)
     else:
         kept = pixels + merged + one_layer * language.num_hidden_layers + one_group * clips // max(group, 1)
-        working = max(group * patches * tower.width * live, one_layer)
+        working = max(group * spanned * tower.width * live, one_layer)
     return {"states": states, "kept": kept, "working": max(working, logits_bytes(tokens, language.vocab_size))}
 
 

@@ -155,12 +155,17 @@ def positions(width: int, table_frames: int, table_side: int, frames: int, side:
     angle = np.arange(table_frames * table_side**2)[:, None] / 10000.0 ** (2 * (channel // 2) / width)
     angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
     table = torch.from_numpy(angle.astype(np.float32)).view(table_frames, table_side, table_side, width)
-    if frames != table_frames:
-        over_time = table.permute(1, 2, 3, 0).flatten(0, 1)  # (places of a frame, width, table_frames)
+    return resize(table, frames, side).reshape(frames * side * side, width).contiguous()
+
+
+def resize(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
+    """Positions (f, s, s, C) for other clips, (frames, side, side, C): linear over time, then bicubic over a frame."""
+    if frames != table.shape[0]:
+        over_time = table.permute(1, 2, 3, 0).flatten(0, 1)  # (places of a frame, C, f)
         resized = F.interpolate(over_time, size=frames, mode="linear", align_corners=False)
-        table = resized.unflatten(0, (table_side, table_side)).permute(3, 0, 1, 2)
-    if side != table_side:
+        table = resized.unflatten(0, table.shape[1:3]).permute(3, 0, 1, 2)
+    if side != table.shape[1]:
         picture = table.permute(0, 3, 1, 2)
         resized = F.interpolate(picture, size=(side, side), mode="bicubic", align_corners=False)
         table = resized.permute(0, 2, 3, 1)
-    return table.reshape(frames * side * side, width).contiguous()
+    return table

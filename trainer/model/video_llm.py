@@ -30,11 +30,13 @@ from pipeline.batch import IMAGE, Batch
 from pipeline.manifest import LanguageModel, Manifest, Model
 from trainer.loss import LossHead
 from trainer.model.attention import PACKED, Segments
+from trainer.model.internvideo2 import InternVideo2
 from trainer.model.tome import ToMeConnector
 from trainer.model.umt import UMT
 
 MEAN = (0.485, 0.456, 0.406)  #: ImageNet
 STD = (0.229, 0.224, 0.225)
+TOWERS = {"umt": UMT, "internvideo2": InternVideo2}
 
 
 class VideoLLM(nn.Module):
@@ -51,7 +53,7 @@ class VideoLLM(nn.Module):
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
         self.recompute = recompute
-        self.vision_tower = UMT(tower, size, clip_frames)
+        self.vision_tower = TOWERS[tower.type](tower, size, clip_frames)
         self.connector = ToMeConnector(tower.width, hidden, tower.heads)
         self.language_model = build_language_model(cfg.language_model)
         if recompute:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -26,11 +27,19 @@ SMALL = Model(
     ),
 )
 
+INTERNVIDEO2 = dataclasses.replace(
+    SMALL,
+    vision_tower=VisionTower(
+        type="internvideo2", width=48, depth=3, heads=4, patch=16, mlp_ratio=48 / 11, group_clips=2, drop_path=0.0
+    ),
+)
+
 
 def small_model(recompute: bool = False, cfg: Model = SMALL, scale: float = 8.0) -> VideoLLM:
     """A model whose start values are ``scale`` times those of training, so that outputs differ visibly."""
     model = VideoLLM(cfg, SIZE, 4, recompute)
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
+    values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
     fill(model, {name: Stored(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
     return model
 

@@ -20,8 +20,9 @@ from pipeline.manifest import (
     Part,
     Text,
     Train,
+    VisionTower,
 )
-from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack, small_model
+from tests.trainer.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, small_model
 from trainer.model import cost
 from trainer.model.video_llm import build_model
 
@@ -34,6 +35,8 @@ QWEN_1_5B = LanguageModel(
     vocab_size=151936,
     tie_word_embeddings=True,
 )
+
+INTERNVIDEO2_1B = VisionTower(type="internvideo2", width=1408, depth=40, patch=14, mlp_ratio=48 / 11)
 
 
 def manifest(size: int = 224, model: Model | None = None, **train: Part) -> Manifest:
@@ -63,6 +66,17 @@ def test_the_published_model_on_meta_tensors():
     assert sum(counts.values()) == pytest.approx(7.92e9, rel=0.001)
 
 
+def test_the_published_internvideo2_on_meta_tensors():
+    settings = manifest(model=Model(vision_tower=INTERNVIDEO2_1B))
+    tower = build_model(settings, device="meta").vision_tower
+    assert len(list(tower.parameters())) == 39 * 13 + 5
+    assert tower.blocks[0].mlp.fc1.weight.shape == (6144, 1408) and tower.pos_embed.shape == (1, 1025, 1408)
+    counts = cost.parameters(settings)
+    assert counts["vision_tower"] == sum(p.numel() for p in tower.parameters()) == pytest.approx(985e6, rel=0.005)
+    assert counts["connector"] == pytest.approx(17.9e6, rel=0.005)
+    assert cost.flops_by_part(settings, 512, 256)["vision_tower"] == pytest.approx(864e12, rel=0.001)
+
+
 def test_tied_embeddings_count_once():
     counts = cost.parameters(manifest(448, Model(language_model=QWEN_1_5B)))
     assert counts["language_model"] == pytest.approx(1.544e9, rel=0.0005)
@@ -81,11 +95,12 @@ def test_published_flops_of_a_512_frame_sample():
     assert sum(fourth.values()) == pytest.approx(1380e12, rel=0.002)
 
 
+@pytest.mark.parametrize("cfg", [SMALL, INTERNVIDEO2], ids=["umt", "internvideo2"])
 @pytest.mark.parametrize("frozen", [(), ("language_model",), ("vision_tower", "language_model"), ("vision_tower",)])
-def test_coefficients_equal_the_products_that_a_step_runs(frozen):
+def test_coefficients_equal_the_products_that_a_step_runs(frozen, cfg):
     """torch's own counter on a real forward and backward pass (attention counted in full, head on every place)."""
-    settings = manifest(SIZE, SMALL, **dict.fromkeys(frozen, FROZEN))
-    model = small_model()
+    settings = manifest(SIZE, cfg, **dict.fromkeys(frozen, FROZEN))
+    model = small_model(cfg=cfg)
     for name in frozen:
         model.parts()[name].requires_grad_(False)
     sample = dialogue(0, clips=3, text=40)
@@ -99,10 +114,11 @@ def test_coefficients_equal_the_products_that_a_step_runs(frozen):
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)
 
 
-def test_coefficients_are_the_same_formula_with_causal_attention():
-    settings = manifest()
+@pytest.mark.parametrize("tower", [VisionTower(), INTERNVIDEO2_1B], ids=["umt", "internvideo2"])
+def test_coefficients_are_the_same_formula_with_causal_attention(tower):
+    settings = manifest(model=Model(vision_tower=tower))
     coefficients = cost.cost_coefficients(settings)
-    patches, tokens = 512 * 196, 8192 + 256
+    patches, tokens = 512 * (224 // tower.patch) ** 2, 8192 + 256
     estimate = coefficients.patch * patches + coefficients.token * tokens + 2 * coefficients.pair * tokens**2
     assert estimate == pytest.approx(cost.flops(settings, 512, 256), rel=1e-9)
 
