@@ -208,7 +208,7 @@ class Model:
 class InitFrom:
     """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins."""
 
-    run: str = field("", doc="output folder of the run that this stage continues")
+    run: str = field("", doc="output folder of the run that this stage continues, or a published checkpoint")
     vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
     connector: str = field("", doc="mm_projector.bin, folder, or `random`")
     language_model: str = field("", doc="Qwen2 folder, hub name, or `random`")

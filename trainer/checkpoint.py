@@ -10,13 +10,20 @@ at any moment finds either the new checkpoint or the one before. Frozen paramete
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
 
 from pipeline.manifest import Manifest, plain
 from trainer.distributed import Place, barrier
+from trainer.weights import Stored
 
 #: fields of the manifest that may differ between a checkpoint and the run that goes on from it
 FREE = {
@@ -114,6 +121,55 @@ def load(engine, run: Path, manifest: Manifest, place: Place) -> dict | None:
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint files there; remove the folder")
     return state
+
+
+def trained_weights(folder: Path) -> dict[str, Stored]:
+    """The trained parameters of a checkpoint of any number of ranks: our names -> float32, read when wanted.
+
+    Under ZeRO-3 the ranks' files stay on the disk and one parameter at a time is joined; under ZeRO-1 and 2 all are
+    joined at once, in float32.
+
+    Raises:
+        CheckpointError: files that are missing, damaged, or hold anything but tensors and settings.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # only an export needs it
+
+    silent = io.StringIO()
+    try:
+        with _tensors_only(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            tensors = get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), tag=folder.name, exclude_frozen_parameters=True, lazy_mode=True
+            )
+    except UnpicklingError as error:
+        fault = "its files are damaged, or hold more than tensors and settings"
+        raise CheckpointError(f"{folder}: cannot be read: {fault}; take another checkpoint of the run") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{folder}: cannot be read ({reason}); take another checkpoint of the run") from error
+    return {name: Stored(tuple(tensor.shape), tensor.contiguous) for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Let ``torch.load`` build tensors, plain values and three of DeepSpeed's types only, whatever its caller asks.
+
+    DeepSpeed's reader would unpickle anything; a file that wants more than this is refused and nothing of it is run.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def write_atomically(path: Path, text: str) -> None:

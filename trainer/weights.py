@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 
 from pipeline.manifest import Manifest, Model, plain
 from pipeline.schema import build
+from trainer import release
 from trainer.model.internvideo2 import LAYER_SCALE, TABLES, fit_positions, grid, start_positions
 from trainer.model.video_llm import VideoLLM
 
@@ -44,6 +45,7 @@ PUBLISHED = {  #: our prefix -> published prefix of the other parts, once the vi
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  #: of weights in files
 ENCODER_PREFIXES = (  #: in an encoder's own file; longer ones first
     "vision_tower.vision_tower.encoder.",
     "vision_tower.vision_tower.",
@@ -261,14 +263,14 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(size, generator=generator) * math.prod(size[1:]) ** -0.5
 
 
-def sources(model: VideoLLM, manifest: Manifest) -> dict[str, Stored]:
-    """Where every parameter starts from: our name -> tensor, following ``manifest.init_from``.
+def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None = None) -> dict[str, Stored]:
+    """Where every parameter of ``parts`` (all if None) starts from: our name -> tensor, as ``manifest.init_from`` says.
 
     A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
     """
     given, tensors = manifest.init_from, {}
-    for part in model.parts():
-        place = getattr(given, part) or (str(Path(given.run) / "final") if given.run else "random")
+    for part in model.parts() if parts is None else parts:
+        place = getattr(given, part) or (_weights_of(Path(given.run)) if given.run else "random")
         if place == "random":
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
@@ -281,6 +283,12 @@ def sources(model: VideoLLM, manifest: Manifest) -> dict[str, Stored]:
                 field = part if getattr(given, part) else "run"
                 raise WeightsError(f"init_from.{field}: {error}") from error
     return tensors
+
+
+def _weights_of(run: Path) -> str:
+    """Folder of the weights of a run, or of a released checkpoint: that itself."""
+    released = not (run / "final").exists() and (run / "config.json").is_file()
+    return str(run if released else run / "final")
 
 
 def initialise(model: VideoLLM, manifest: Manifest) -> None:
@@ -345,32 +353,25 @@ def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: i
     with their index. config.json, written last, holds the manifest's sections that inference needs.
     """
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    parameters = dict(model.named_parameters())
-    names_out = {name: published_name(name, manifest.model.vision_tower.type) for name in parameters}
-    shards = _split(parameters, shard_bytes)
-    files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
+    tower = manifest.model.vision_tower.type
+    parameters = {published_name(name, tower): p for name, p in model.named_parameters()}
+    sizes = {name: _bytes(p) for name, p in parameters.items()}
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-    for file, names in zip(files, shards, strict=True):
+    for file, names in shard_files(sizes, shard_bytes).items():
         tensors = {}
         for name in names:
             with gathered(parameters[name]):
                 if writes:
-                    tensors[names_out[name]] = parameters[name].detach().cpu().contiguous()
+                    tensors[name] = parameters[name].detach().cpu().contiguous()
         if writes:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+            write_shard(folder / file, tensors)
     if not writes:
         return
-    if len(shards) > 1:
-        located = {names_out[name]: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(map(_bytes, parameters.values()))}, "weight_map": located}
-        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+    write_index(folder, sizes, shard_bytes)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     sections = {name: plain(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
-    config = {"architectures": ["VideoLLM"], "model_type": "framestream", "dtype": dtype, **sections}
+    config = {"architectures": ["VideoLLM"], "model_type": release.OURS, "dtype": dtype, **sections}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -378,35 +379,90 @@ def _bytes(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
-def _split(parameters: dict[str, nn.Parameter], limit: int) -> list[list[str]]:
-    """Names of each shard, in order, each shard filled up to ``limit`` bytes."""
+def shard_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> its tensors' names, in the order of ``sizes`` (bytes); each file is filled up to ``limit`` bytes."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, parameter in parameters.items():
-        size = _bytes(parameter)
+    for name, size in sizes.items():
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
         filled += size
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, readable by whoever may read its folder."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+
+
+def write_index(folder: Path, sizes: dict[str, int], limit: int) -> None:
+    """The index of the files that ``shard_files`` names, where there is more than one."""
+    shards = shard_files(sizes, limit)
+    if len(shards) > 1:
+        located = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": located}
+        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def load_pretrained(folder: str | Path) -> VideoLLM:
-    """The model of a folder that ``save`` wrote, on the CPU, in the dtype it was saved in.
+    """The model of a folder that ``save`` or ``trainer.export`` wrote, or of a released checkpoint, on the CPU.
+
+    It has the dtype that config.json names.
 
     Raises:
         WeightsError: no config.json there, or its weights do not fit it.
+        ManifestError: config.json describes a model that cannot be built here.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"{folder}: no config.json; name the `final` folder of a finished run")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "framestream":
-        raise WeightsError(f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, not 'framestream'")
-    cfg = build(Model, config["model"], f"{folder / 'config.json'}: model")
+    config, where = read_config(folder), str(folder / "config.json")
+    if release.is_release(config):
+        cfg, size, clip_frames = release.architecture(config, where)
+    elif config.get("model_type") == release.OURS:
+        cfg = build(Model, config["model"], f"{where}: model")
+        size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
+    else:
+        kind = config.get("model_type")
+        raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
     with no_init_weights():
-        model = VideoLLM(cfg, config["frames"]["size"], config["frames"]["clip_frames"])
-    model.to(getattr(torch, config["dtype"]))
-    fill(model, {name: t for part in model.parts() for name, t in read_part(model, part, folder, cfg).items()})
+        model = VideoLLM(cfg, size, clip_frames)
+    model.to(dtype_of(config, where))
+    fill(model, read_model(model, folder, cfg))
     return model.eval()
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a folder of weights; WeightsError where it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder}: no config.json; name the `final` folder of a finished run")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: a {type(config).__name__} instead of an object; fetch it again")
+    return config
+
+
+def dtype_of(config: dict, where: str) -> torch.dtype:
+    """dtype that a config.json names (``dtype``, or ``torch_dtype`` as before transformers 5)."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name not in DTYPES:
+        raise WeightsError(f"{where}: dtype: {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def empty_model(cfg: Model, size: int, clip_frames: int) -> VideoLLM:
+    """A model without storage (``meta``), for its parameters' names and shapes."""
+    with torch.device("meta"), no_init_weights():
+        return VideoLLM(cfg, size, clip_frames)
+
+
+def read_model(model: VideoLLM, folder: Path, cfg: Model) -> dict[str, Stored]:
+    """The tensors of all parts by our names; WeightsError as from ``read_part``."""
+    return {name: tensor for part in model.parts() for name, tensor in read_part(model, part, folder, cfg).items()}
