@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,15 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` whole or not at all, see :func:`atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def sha256(path: str | Path) -> bytes:
+    """Digest of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.files import atomic_file
+from pipeline.files import atomic_file, sha256
 from pipeline.manifest import Manifest
 
 #: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
@@ -99,7 +99,7 @@ def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: 
         with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
             for batch in rows.cast(schema).to_batches(max_chunksize=BATCH_ROWS):
                 writer.write_batch(batch)
-        fingerprint.update(_digest(path))
+        fingerprint.update(sha256(path))
     return fingerprint.hexdigest()
 
 
@@ -186,11 +186,3 @@ def _map(path: Path, schema: pa.Schema) -> pa.Table:
     if mapped.schema != schema:
         raise ValueError(f"{path.name} has other columns than this version of framestream")
     return mapped
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()

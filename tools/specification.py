@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import itertools
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from pipeline.files import sha256
 from pipeline.manifest import Manifest, plain
 from tools.roots import Origin
 
@@ -27,7 +26,7 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
     entries = [
         {
             "name": origin.entry.name,
-            "annotation": _sha256(origin.annotation.path) if origin.annotation.path else LEFT_OUT,
+            "annotation": sha256(origin.annotation.path).hex() if origin.annotation.path else LEFT_OUT,
             "media": "found" if origin.media.path else LEFT_OUT,
             **{name: getattr(origin.entry, name) for name in ("root", "sampling", "reader", "media_type", "split")},
         }
@@ -94,11 +93,3 @@ def _nested(found: Sequence[Origin]) -> list[list[str]]:
             if outer != inner and below.is_relative_to(above):
                 pairs.append([outer, inner, str(below.relative_to(above))])
     return sorted(pairs)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

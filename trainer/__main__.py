@@ -41,7 +41,7 @@ def _train(manifest) -> int:
     from pipeline.loader import LoaderError
     from trainer.checkpoint import CheckpointError
     from trainer.loop import TrainingError, train
-    from trainer.weights import WeightsError
+    from trainer.weight_files import WeightsError
 
     try:
         train(manifest)

@@ -23,7 +23,7 @@ import torch
 
 from pipeline.manifest import Manifest, plain
 from trainer.distributed import Place, barrier
-from trainer.weights import Stored
+from trainer.weight_files import Stored
 
 #: fields of the manifest that may differ between a checkpoint and the run that goes on from it
 FREE = {

@@ -25,7 +25,8 @@ from pipeline.questions import Questions
 from pipeline.shard_format import encode_jpeg
 from trainer.checkpoint import write_atomically
 from trainer.generate import generate
-from trainer.weights import WeightsError, load_pretrained
+from trainer.weight_files import WeightsError
+from trainer.weights import load_pretrained
 
 RESAMPLES = 2000  #: bootstrap resamples
 EXAMPLES = 3  #: questions of each family shown with their frames

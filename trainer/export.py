@@ -32,22 +32,17 @@ from trainer import release
 from trainer.model.video_llm import build_model
 from trainer.release import Settings
 from trainer.stages import PARTS
-from trainer.weights import (
+from trainer.weight_files import (
     DTYPES,
     SHARD_BYTES,
     Stored,
     WeightsError,
-    dtype_of,
-    empty_model,
     published_name,
-    read_config,
-    read_model,
-    shape,
     shard_files,
-    sources,
     write_index,
     write_shard,
 )
+from trainer.weights import dtype_of, empty_model, read_config, read_model, shape, sources
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -33,7 +33,8 @@ from tests.trainer.model.test_cost import QWEN_1_5B, manifest
 from trainer import release
 from trainer.export import export, main
 from trainer.model.video_llm import VideoLLM, build_model
-from trainer.weights import INDEX, WeightsError, initialise, load_pretrained, published_name, save
+from trainer.weight_files import INDEX, WeightsError, published_name
+from trainer.weights import initialise, load_pretrained, save
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "golden" / "tokens_labels" / "tokenizer"

@@ -17,16 +17,8 @@ from tests.golden_data import files
 from tests.trainer.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, small_model
 from tests.trainer.model.test_cost import FROZEN, manifest
 from trainer.model.video_llm import build_model
-from trainer.weights import (
-    INDEX,
-    WeightsError,
-    initialise,
-    load_pretrained,
-    our_name,
-    published_name,
-    random_tensor,
-    save,
-)
+from trainer.weight_files import INDEX, WeightsError, our_name, published_name
+from trainer.weights import initialise, load_pretrained, random_tensor, save
 
 TOWER = "model.vision_tower.vision_tower."
 ENCODER = TOWER + "encoder."

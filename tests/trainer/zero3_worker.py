@@ -20,7 +20,8 @@ from tests.trainer.test_zero3 import RATE, cases
 from trainer.distributed import start, stop
 from trainer.engine import build_engine
 from trainer.model.video_llm import build_model
-from trainer.weights import WeightsError, initialise, save
+from trainer.weight_files import WeightsError
+from trainer.weights import initialise, save
 
 
 def run_case(name: str, settings, steps, folder: Path, place) -> None:

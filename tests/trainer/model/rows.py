@@ -10,7 +10,8 @@ import torch
 from pipeline.batch import IGNORE, IMAGE, Batch
 from pipeline.manifest import LanguageModel, Model, VisionTower
 from trainer.model.video_llm import VideoLLM
-from trainer.weights import Stored, fill, random_tensor
+from trainer.weight_files import Stored
+from trainer.weights import fill, random_tensor
 
 SIZE = 128
 SMALL = Model(

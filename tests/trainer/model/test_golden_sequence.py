@@ -12,7 +12,8 @@ from tests.golden_data import GOLDEN, json_file
 from tests.trainer.model.golden_model import normals
 from tests.trainer.model.rows import Dialogue, no_clips, no_stills, pack
 from trainer.model.video_llm import VideoLLM
-from trainer.weights import fill, published_name, read_part
+from trainer.weight_files import published_name
+from trainer.weights import fill, read_part
 
 FILES = GOLDEN / "multimodal_sequence"
 CASES = json_file("multimodal_sequence/cases.json") or []
