@@ -42,7 +42,11 @@ REASONS = {
     "bad_clip": "start and end are no numbers, or lie outside the video",
     "unsupported": "a kind of file that cannot be read",
     "too_few_frames": "fewer frames than one clip of the stage can be made of",
-    "timeout": "took longer than data.decode_timeout",
+    "timeout": "took longer than data.decode_timeout or data.fetch_timeout",
+    "unreachable": "the server could not be reached or broke off, after all retries",
+    "denied": "the server wants a login, a token or an accepted licence",
+    "too_large": "larger than data.fetch_mb, on the server or once unpacked",
+    "bad_checksum": "arrived with another checksum or length than its place states",
     "crashed": "the decoder's process died or failed without saying why",
 }
 
