@@ -17,7 +17,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from pipeline.ledger import LedgerRow
 from pipeline.manifest import Frames, Manifest
 from pipeline.sampling import frame_indices
 from pipeline.shard_format import dialogue_key, json_text, media_key
+from tools.previous import Known, Selection
 from tools.roots import BuildError, Origin, Place
 from tools.tables import TableWriter, map_table, write_table
 
@@ -67,7 +68,10 @@ MEDIA = pa.schema(
         ("start", pa.float64()),
         ("end", pa.float64()),
         ("source", pa.string()),
-        ("task", pa.int32()),
+        ("task", pa.int32()),  # -1 where nothing is to be built
+        ("built", pa.int32()),  # row in the index of the root that the plan adds to; -1: not in it
+        ("failed", pa.string()),  # why that root has not built it, if that is final; else empty
+        ("attempts", pa.int32()),  # made by then
     ]
 )
 #: Last column of media.arrow: rows of dialogues.arrow that are about this media item alone.
@@ -88,21 +92,31 @@ class EntryCount:
 
 
 def make_plan(
-    manifest: Manifest, found: list[Origin], folder: Path | None, limit: int | None = None, strict: bool = True
+    manifest: Manifest,
+    found: Sequence[Origin],
+    folder: Path | None,
+    limit: int | None = None,
+    strict: bool = True,
+    selection: Selection | None = None,
 ) -> dict[str, EntryCount]:
     """Read all annotation files and write the plan to ``folder``; with None only count (and look for the media).
 
     Args:
         strict: refuse entries that cannot be resolved; otherwise their dialogues with media become ledger rows.
+        selection: what of the samples an addition to a finished root takes; all if None.
+
+    Returns:
+        What was found of each entry; of those that ``selection`` takes none of, nothing.
 
     Raises:
         AnnotationFileError: an annotation file is broken.
         BuildError: ``strict``, and an entry's annotation file or media are not here; no dialogue at all to write.
     """
+    found = [origin for origin in found if selection is None or selection.entry(origin.entry.name)]
     for origin in found:
         if strict and origin.annotation.path is None:
             raise BuildError(_unresolved(origin, origin.annotation))
-    plan = _Plan(manifest, folder)
+    plan = _Plan(manifest, folder, selection)
     for origin in tqdm(found, desc="plan", unit=" entries", disable=None, leave=False):
         entry = origin.entry
         count = plan.counts[entry.name] = EntryCount()
@@ -126,6 +140,9 @@ def make_plan(
             message = f"{origin.annotation.path}: no samples (sampling {entry.sampling})"
             plan.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
     if folder is not None:
+        retried = selection is not None and not any(selection.is_new(name) for name in plan.counts)
+        if retried and not any(count.samples for count in plan.counts.values()):
+            return {}
         if not any(count.dialogues for count in plan.counts.values()):
             raise BuildError(f"no dialogue can be used: {_causes(plan.counts)}; correct the files, or data.entries")
         plan.write()
@@ -146,7 +163,8 @@ def _causes(counts: Mapping[str, EntryCount], shown: int = 3) -> str:
 class _Plan:
     """A plan while annotations are read."""
 
-    def __init__(self, manifest: Manifest, folder: Path | None) -> None:
+    def __init__(self, manifest: Manifest, folder: Path | None, selection: Selection | None) -> None:
+        self._selection = selection
         self._frames = manifest.frames
         self._folder = folder
         self.counts: dict[str, EntryCount] = {}
@@ -165,9 +183,11 @@ class _Plan:
 
     def add(self, origin: Origin, sample: Annotation | AnnotationError) -> None:
         entry = origin.entry
-        self.counts[entry.name].samples += 1
         source = f"{entry.annotation}#{sample.position}"
         key = dialogue_key(json_text([entry.name, sample.position]))
+        if self._selection and not self._selection.dialogue(entry.name, key):
+            return
+        self.counts[entry.name].samples += 1
         if isinstance(sample, AnnotationError):
             self.leave_out(
                 LedgerRow(
@@ -207,10 +227,12 @@ class _Plan:
                 count.found += here
                 count.missing = count.missing or ("" if here else str(origin.media.path / ref.path))
             size = STILL_BYTES if ref.kind == "image" else _video_bytes(self._frames, ref, sample.meta.get("duration"))
-            identity = json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end])
+            key = media_key(ref.kind, json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end]))
+            known = self._selection.media(key) if self._selection else Known()
+            settled = known.built >= 0 or known.failed
             self._media.add(
                 {
-                    "key": media_key(ref.kind, identity),
+                    "key": key,
                     "kind": ref.kind,
                     "split": origin.entry.split,
                     "entry": origin.number,
@@ -219,7 +241,10 @@ class _Plan:
                     "start": ref.start,
                     "end": ref.end,
                     "source": ref.source,
-                    "task": self._tasks.put(ref.kind, origin.entry.split, size),
+                    "task": -1 if settled else self._tasks.put(ref.kind, origin.entry.split, size),
+                    "built": known.built,
+                    "failed": known.failed,
+                    "attempts": known.attempts,
                 }
             )
         return row

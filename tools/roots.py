@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.manifest import Data, Entry, Manifest, ManifestError
-from pipeline.media import MediaError
 from pipeline.schema import read_yaml
+from tools.fetch.source import FetchError, Source
 
 
 class BuildError(ValueError):
@@ -35,6 +35,27 @@ class Place:
     origin: str  #: what it is read from, or would come from
     missing: str = ""
     name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
+
+    def open(self) -> Source:
+        """The source of the files below it; for places that are known."""
+        return Folder(self.path)
+
+
+class Folder:
+    """Files of a folder of this machine, without links out of it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self.origin = root, f"dir:{root}"
+
+    def find(self, path: str, tree: bool = False) -> int | None:
+        return os.path.getsize(self._root / path) if os.path.exists(self._root / path) else None
+
+    def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
+        named = self._root / path
+        real = os.path.realpath(named)
+        if os.path.commonpath((real, self._root)) != str(self._root):
+            raise FetchError("outside_root", named, f"a link leads out of its root to {real}")
+        return named
 
 
 class Roots:
@@ -120,16 +141,3 @@ def origins(manifest: Manifest) -> list[Origin]:
             entry = replace(entry, name=f"{entry.name}~{seen[entry.name]}")
         found.append(Origin(number, entry, annotation, media))
     return found
-
-
-def locate(root: Path, path: str) -> Path:
-    """``path`` below ``root``, a folder without links.
-
-    Raises:
-        MediaError: a link leads out of the root (``outside_root``).
-    """
-    named = root / path
-    real = os.path.realpath(named)
-    if os.path.commonpath((real, root)) != str(root):
-        raise MediaError("outside_root", named, f"a link leads out of its root to {real}")
-    return named
