@@ -355,7 +355,7 @@ def scan_shard(path: str | Path) -> ShardInfo:
 
 
 def read_reader_files(folder: str | Path) -> list[ShardInfo]:
-    """The shards that :func:`write_reader_files` described in ``folder``, in order of name; their ``sha256`` is empty."""
+    """The shards that ``write_reader_files`` described in ``folder``, in order of name; ``sha256`` is empty."""
     folder, shards = Path(folder), []
     for path in folder.glob("shardindex*.json"):
         for part in json.loads(path.read_bytes())["shardlist"]:

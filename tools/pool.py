@@ -28,7 +28,7 @@ from tools.roots import WorkError
 CRASHES = 2  #: processes that may die on one item before it is left out
 
 #: What a worker calls: run(task, lost items as {item: [reason, attempts]}, report). ``report(item, counts, seconds)``
-#: announces the item begun (None: between items), what was finished since the last call, and how long the item may take.
+#: announces the item begun (None: between items), what was finished since the last call, and the item's time limit.
 Report = Callable[[int | None, Mapping[str, int], float], None]
 Run = Callable[[int, Mapping[int, tuple[str, int]], Report], None]
 
