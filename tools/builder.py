@@ -72,7 +72,7 @@ def build(manifest: Manifest, executor: Executor, options: Options) -> Outcome:
         with step(root):
             if not _plan(manifest, found, wanted, root, options):
                 return Outcome(_record(root), built=False)
-        job = _job(manifest, found, root / "work")
+        job = job_of(manifest, found, root / "work")
         _run_media(job, executor, options)
         with step(root):
             if not (job.work / "plan").is_dir():  # another machine was done last
@@ -131,7 +131,8 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
     return True
 
 
-def _job(manifest: Manifest, found: Sequence[Origin], work: Path) -> Job:
+def job_of(manifest: Manifest, found: Sequence[Origin], work: Path) -> Job:
+    """What workers need to know of the build whose plan is in ``work``."""
     return Job(
         work=work,
         tasks=tuple(json.loads((work / "plan" / "tasks.json").read_bytes())["tasks"]),
