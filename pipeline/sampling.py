@@ -52,9 +52,7 @@ def frame_indices(
     if sampler in ("middle", "rand"):
         wanted = max(low, high)
     elif sampler == "dynamic_fps1":
-        if vlen < low:
-            low = vlen // clip * clip
-        wanted = max(min(int(duration // clip) * clip or clip, high), low)
+        wanted = fps1_count(duration, vlen, low, high, clip)
     else:
         return _at_rate(float(sampler[3:]), vlen, fps, duration, high)
     edges = np.linspace(0, vlen, min(wanted, vlen) + 1).astype(np.int64)
@@ -65,6 +63,13 @@ def frame_indices(
     else:
         taken = rng.integers(edges[:-1], edges[1:])
     return _repeat_last(taken, wanted)
+
+
+def fps1_count(duration: float, frames: float, low: int, high: int, clip: int) -> int:
+    """How many frames ``dynamic_fps1`` wants of ``frames`` frames that last ``duration`` seconds."""
+    if frames < low:
+        low = int(frames // clip) * clip
+    return max(min(int(duration // clip) * clip or clip, high), low)
 
 
 def _at_rate(rate: float, vlen: int, fps: float, duration: float, high: int) -> np.ndarray:
