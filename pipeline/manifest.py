@@ -278,6 +278,7 @@ class Manifest:
     name: str = ""
     seed: int = field(0, low=0)
     shards: str = field("shards", doc="stage N is read from SHARDS/stageN")
+    compat: str = field("none", choices=("none", "published"), doc="published: with the published readers' faults")
     images: Images = Images()
     loader: Loader = Loader()
     model: Model = Model()

@@ -115,7 +115,7 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
             there = _record(root)["specification"]
             _check_same(root, there, without_additions(there, wanted), found)
             keep(root, scratch / "previous")
-        selection = Selection(Previous.open(scratch / "previous"), wanted, options.retry_failed)
+        selection = Selection(Previous.open(scratch / "previous", manifest.compat), wanted, options.retry_failed)
         planned = selection.wants_any() and make_plan(
             manifest, found, scratch, options.limit, not options.skip_unresolved, selection
         )
@@ -141,6 +141,7 @@ def job_of(manifest: Manifest, found: Sequence[Origin], work: Path) -> Job:
         frames=manifest.frames,
         images=manifest.images,
         seed=manifest.seed,
+        compat=manifest.compat,
         fetch_seconds=manifest.data.fetch_timeout,
         decode_seconds=manifest.data.decode_timeout,
     )

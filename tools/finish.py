@@ -102,7 +102,7 @@ def finish(root: Path, job: Job, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _previous(job: Job) -> Previous:
-    return Previous.open(job.work / "plan" / "previous")
+    return Previous.open(job.work / "plan" / "previous", job.compat)
 
 
 def _ordered(job: Job, folder: str) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA
+from pipeline.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, media_schema
 from pipeline.ledger import RETRYABLE
 from pipeline.ledger import SCHEMA as LEDGER_SCHEMA
 from tools.specification import LEFT_OUT
@@ -41,10 +41,10 @@ class Previous:
     ledger: pa.Table
 
     @classmethod
-    def open(cls, folder: Path) -> Previous:
+    def open(cls, folder: Path, compat: str) -> Previous:
         """From the links that :func:`keep` made; empty where it was not called."""
         if not (folder / "build.json").is_file():
-            schemas = (MEDIA_SCHEMA, DIALOGUE_SCHEMA, SHARD_SCHEMA, LEDGER_SCHEMA)
+            schemas = (media_schema(compat), DIALOGUE_SCHEMA, SHARD_SCHEMA, LEDGER_SCHEMA)
             return cls({}, *(schema.empty_table() for schema in schemas))
         return cls(
             json.loads((folder / "build.json").read_bytes()),
