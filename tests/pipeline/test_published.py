@@ -343,7 +343,7 @@ def test_held_out_clips_are_read_as_outside_of_training(root):
 
 def test_members_of_the_shards_have_the_fields_of_any_build(root, tmp_path):
     entries = [{"annotation": str(root / "train.json"), "root": str(root)}]
-    build(made(tmp_path, compat="none", data__entries=entries), workers=1)
+    build(made(tmp_path, compat="none", data__entries=entries), local(1), Options())
     fields, columns = [], []
     for place in (root, tmp_path):
         with tarfile.open(place / "stage2" / "video" / "train-000000.tar") as tar:
