@@ -21,6 +21,7 @@ TOKENS_PER_TILE = 64  #: tokens of one tile of a still
 READERS = ("decord", "img", "frame", "gif", "av")  #: of a video; img and frame are folders of frames
 SAMPLING = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
+ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: of an epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Batching:
     global_batch: int = field(low=1, doc="dialogues in one optimiser step")
     row_multiple: int = field(low=1, doc="a global batch has a multiple of this many rows; world size divides it")
     loss_weight: str = field("dialogue", choices=("dialogue", "token"))
-    shuffle: bool = True
+    order: str = field("shuffle", choices=ORDERS, doc="of an epoch, slice k of which is global batch k")
     cost: Cost | None = field(None, doc="balances rows; the trainer computes it from the model where it is missing")
 
 
