@@ -312,7 +312,8 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
         vision_tower=VisionTower(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
         language_model=LanguageModel(**language),
     )
-    made = dataclasses.replace(settings(size=tower["size"]), model=cfg)
+    made = settings(size=tower["size"])
+    made = dataclasses.replace(made, model=cfg, text=dataclasses.replace(made.text, max_tokens=4096))
     parts = dict.fromkeys(("vision_tower", "connector", "language_model"), str(folder / "released"))
     started = build_model(made)
     initialise(started, dataclasses.replace(made, init_from=InitFrom(**parts)))
