@@ -5,8 +5,8 @@
     hf:OWNER/NAME[@REVISION]        the same, at a branch, tag or commit
     hf:OWNER/NAME[@REVISION]:FILE   one file of a repository, such as an encoder's .pt or mm_projector.bin
 
-``HF_HOME`` says where fetched files are kept, ``HF_TOKEN`` opens gated repositories, ``HF_HUB_OFFLINE=1`` reads what was
-fetched before.
+``HF_HOME`` says where fetched files are kept, ``HF_TOKEN`` opens gated repositories, ``HF_HUB_OFFLINE=1`` reads only
+what was fetched before.
 """
 
 from __future__ import annotations
