@@ -152,7 +152,7 @@ def test_what_cannot_be_fetched_is_one_line_each(hub, tmp_path):
         assert line.startswith(f"error: {place}: ") and message in line
 
 
-@pytest.mark.parametrize(("offline", "places"), [("0", ["hf:a/b:c.pt"]), ("1", ["hf:a/b:c.pt", "hf:a/b@v1", "a/b"])])
+@pytest.mark.parametrize(("offline", "places"), [("0", ["hf:a/b"]), ("1", ["hf:a/b:c.pt", "hf:a/b@v1", "a/b"])])
 def test_without_a_network_or_a_copy_the_line_says_so(tmp_path, offline, places):
     done = run(LOCATE, *places, home=tmp_path, endpoint="http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
     for place, line in zip(places, done.stdout.splitlines(), strict=True):
