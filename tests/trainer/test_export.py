@@ -295,7 +295,8 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
         language_model=LanguageModel(**language),
     )
     made = settings(size=tower["size"])
-    made = dataclasses.replace(made, model=cfg, text=dataclasses.replace(made.text, max_tokens=4096))
+    text = dataclasses.replace(made.text, max_tokens=language["max_position_embeddings"])
+    made = dataclasses.replace(made, model=cfg, text=text)
     parts = dict.fromkeys(("vision_tower", "connector", "language_model"), str(folder / "released"))
     started = build_model(made)
     initialise(started, dataclasses.replace(made, init_from=InitFrom(**parts)))
