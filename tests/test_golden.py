@@ -14,6 +14,7 @@ from tests.golden_data import COMMITTED
 
 ROOT = Path(__file__).parents[1]
 SAMPLING, IMAGES, GROUPING = (f"tests/pipeline/test_{name}.py" for name in ("sampling", "images", "grouping"))
+PUBLISHED = "tests/pipeline/test_published.py"
 CONVERSATION, ROWS = "tests/pipeline/test_conversation.py", "tests/pipeline/test_rows.py"
 TOME, UMT, INTERNVIDEO2 = (f"tests/trainer/model/test_{name}.py" for name in ("tome", "umt", "internvideo2"))
 SEQUENCE, EXPORT = "tests/trainer/model/test_golden_sequence.py", "tests/trainer/test_export.py"
@@ -21,13 +22,16 @@ SEQUENCE, EXPORT = "tests/trainer/model/test_golden_sequence.py", "tests/trainer
 #: Every kind of golden file, and the tests that compare its rows, cases and arrays.
 READ_BY = {
     "frame_indices/table.jsonl": (SAMPLING, "frame_indices"),
-    "frame_indices/decord.jsonl": (SAMPLING, "whole_videos"),
-    "frame_indices/*.jsonl": (SAMPLING, "time_messages"),
+    **{f"frame_indices/{name}.jsonl": (PUBLISHED, name) for name in ("decord", "folder", "gif", "lazy")},
     "anyres/grids.json": (IMAGES, "grids", "grids_among_others", "unsupported_tiles"),
     "anyres/pictures.json": (IMAGES, "tiles", "frames"),
     "anyres/sources.npz": (IMAGES, "tiles", "frames"),
     "anyres/pixels_after_resize.npz": (IMAGES, "pixels"),
-    "tokens_labels/cases.jsonl": (CONVERSATION, "ids_and_labels", "refused", "first_turns_accepted_as_what_they_say"),
+    "tokens_labels/cases.jsonl": (
+        CONVERSATION,
+        *("ids_and_labels", "second_fetch", "refused"),
+        *("first_turns_fail_when_published", "first_turns_accepted_as_what_they_say"),
+    ),
     "tokens_labels/facts.json": (CONVERSATION, "tokenizer_facts"),
     "tokens_labels/tokenizer/tokenizer*.json": (CONVERSATION, "tokenizer_facts"),
     "tokens_labels/collate.json": (ROWS, "collate", "collate_packed"),
@@ -86,7 +90,7 @@ def test_the_module_that_reads_a_file_names_it(pattern):
     parts = pattern.split("/")
     if pattern in NAMED_ELSEWHERE:
         assert parts.pop() in (COMMITTED / parts[0] / "cases.json").read_text(encoding="utf-8")
-    assert not [part for part in parts if "*" not in part and part not in source]
+    assert not [part for part in parts if "*" not in part and Path(part).stem not in source]
 
 
 def test_every_golden_test_has_cases_in_the_committed_set():

@@ -15,6 +15,7 @@ from pipeline.conversation import (
     IMAGE,
     MARK,
     Conversation,
+    fetched,
     load_tokenizer,
     media_step,
     question_and_answer,
@@ -27,6 +28,7 @@ FOLDER = GOLDEN / "tokens_labels" / "tokenizer"
 HERE = present("tokens_labels/tokenizer/tokenizer.json", "tokens_labels/tokenizer/tokenizer_config.json")
 ROWS = json_lines("tokens_labels/cases.jsonl") if HERE else []
 FACTS = json_file("tokens_labels/facts.json") if HERE else None
+NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def conversation(template: str = "qwen_2", folder: Path = TOKENIZER, **settings) -> Conversation:
@@ -38,51 +40,75 @@ def qwen() -> Conversation:
     return conversation()
 
 
-def accepted(row: dict) -> bool:
-    """Whether the published code fails on a mere name of the first turn, which ours accepts as what it says."""
-    first = [turn.get("from", turn.get("role")) for turn in row["conversation"][:1]]
-    return row["version"] == "qwen_2" and first in (["system"], ["user"], ["assistant"])
-
-
 def cases(rows: Iterable[dict]) -> list:
     return [pytest.param(row, id=f"{row['version']}-{row['case']}") for row in rows]
 
 
-def encode(row: dict, turns: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+def encode(row: dict, turns: list[dict], fetch: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels without the check that marks and media agree, which the published code does not make."""
     coder = conversation(row["version"], FOLDER)
     kinds = [] if row["media"] == "text" else [row["media"]] * sum(text_of(turn).count(MARK) for turn in turns)
     kinds = kinds or ([] if row["media"] == "text" else [row["media"]])
-    return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds))])[0]
+    return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds), fetch)])[0]
 
 
+def assert_encoded(got: tuple[np.ndarray, np.ndarray], ids: list[int], labels: list[int]) -> None:
+    assert got[0].dtype == got[1].dtype == np.int32
+    assert got[0].tolist() == ids
+    # The label of a mark in an answer is a passing state there: it becomes -100 when the picture is put in.
+    assert got[1].tolist() == [IGNORE if i == IMAGE else x for i, x in zip(ids, labels, strict=True)]
+
+
+def accepted(row: dict) -> bool:
+    """Whether the published code fails on a name of the first turn; ours accepts them."""
+    turns = row["conversation"]
+    first = turns[0].get("from", turns[0].get("role")) if turns else None
+    return row["version"] == "qwen_2" and first in NAMES and turns[0].get("from") not in ("human", "gpt")
+
+
+@pytest.mark.parametrize("fetch", [0, 1], ids=["meant", "published"])
 @pytest.mark.parametrize("row", cases(row for row in ROWS if "error" not in row))
-def test_golden_ids_and_labels(row):
+def test_golden_ids_and_labels(row, fetch):
     turns = row["conversation"]
     if row["media"] != "text":
         marks = sum(text_of(turn).count(MARK) for turn in turns)
         assert media_step(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
-    ids, labels = encode(row, turns)
-    assert ids.dtype == labels.dtype == np.int32
-    assert ids.tolist() == row["input_ids"]
-    # The label of a mark in an answer is a passing state there: it becomes -100 when the picture is put in.
-    assert labels.tolist() == [IGNORE if i == IMAGE else x for i, x in zip(ids, row["labels"], strict=True)]
+    ids, labels = encode(row, turns, fetch)
+    assert_encoded((ids, labels), row["input_ids"], row["labels"])
     assert load_tokenizer(str(FOLDER)).decode(labels[labels >= 0]) == row["learned_text"]
     assert turns == row["conversation"], "the dialogue was changed in place"
 
 
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "second_fetch_conversation" in row))
+def test_golden_second_fetch(row):
+    """Published: the dialogue as its first fetch left it goes through the media step again. Meant: nothing changes."""
+    turns = row["conversation"]
+    messages = [row["time_message"]] * sum(text_of(turn).count(MARK) for turn in turns)
+    assert fetched(turns, messages, row["version"], 1) == row["conversation_after_media_step"]
+    assert fetched(turns, messages, row["version"], 2) == row["second_fetch_conversation"]
+    assert_encoded(encode(row, turns, 2), row["second_fetch_input_ids"], row["second_fetch_labels"])
+    first, second = encode(row, turns), encode(row, turns)
+    assert first[0].tolist() == second[0].tolist() == row["input_ids"]
+
+
+@pytest.mark.parametrize("fetch", [0, 1], ids=["meant", "published"])
 @pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and not accepted(row)))
-def test_golden_refused(row):
+def test_golden_refused(row, fetch):
     with pytest.raises(ValueError, match="turns"):
-        encode(row, row["conversation"])
+        encode(row, row["conversation"], fetch)
+
+
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
+def test_golden_first_turns_fail_when_published(row):
+    with pytest.raises(ValueError, match="first of the turns is from human or gpt"):
+        encode(row, row["conversation"], fetch=1)
 
 
 @pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
 def test_golden_first_turns_accepted_as_what_they_say(row):
     ids, labels = encode(row, row["conversation"])
     tokenizer = load_tokenizer(str(FOLDER))
-    names = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-    spoken = [(names[turn.get("from", turn.get("role"))], text_of(turn)) for turn in row["conversation"]]
+    spoken = [(NAMES[turn.get("from", turn.get("role"))], text_of(turn)) for turn in row["conversation"]]
     if spoken[0][0] != "system":
         spoken.insert(0, ("system", "You are a helpful assistant."))
     assert tokenizer.decode(ids) == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
