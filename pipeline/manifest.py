@@ -21,6 +21,7 @@ TOKENS_PER_TILE = 64  #: tokens of one tile of a still
 READERS = ("decord", "img", "frame", "gif", "av")  #: of a video; img and frame are folders of frames
 SAMPLING = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
+ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: of an epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ class Batching:
     global_batch: int = field(low=1, doc="dialogues in one optimiser step")
     row_multiple: int = field(low=1, doc="a global batch has a multiple of this many rows; world size divides it")
     loss_weight: str = field("dialogue", choices=("dialogue", "token"))
-    shuffle: bool = True
+    order: str = field("shuffle", choices=ORDERS, doc="of an epoch, slice k of which is global batch k")
     cost: Cost | None = field(None, doc="balances rows; the trainer computes it from the model where it is missing")
 
 
@@ -207,7 +208,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins."""
+    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins.
+
+    Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
+    """
 
     run: str = field("", doc="output folder of the run that this stage continues, or a published checkpoint")
     vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
@@ -290,6 +294,10 @@ class Manifest:
             raise ManifestError(f"frames.size: {size} is not a multiple of model.vision_tower.patch ({patch})")
         if (size // patch) ** 2 < TOKENS_PER_TILE:
             raise ManifestError(f"frames.size: {size} gives {(size // patch) ** 2} patches; a tile needs at least 64")
+        longest, positions = self.text.max_tokens, self.model.language_model.max_position_embeddings
+        if longest > positions:
+            limit = f"model.language_model.max_position_embeddings ({positions})"
+            raise ManifestError(f"text.max_tokens: {longest} is more than {limit}; lower it or raise that")
         named = self.init_from
         if not named.run and not (named.vision_tower and named.language_model):
             raise ManifestError("init_from: name a run, or vision_tower and language_model")

@@ -8,20 +8,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.golden_data import GOLDEN, json_file
+from tests.golden_data import GOLDEN, json_file, present
 from tests.trainer.model.golden_model import ATOL, RTOL, normals, weights
+from trainer.model import tome
 from trainer.model.tome import ToMeConnector, assign, merge
 
-CASES = json_file("tome_connector/cases.json") or {"cases": []}
 FILES = GOLDEN / "tome_connector"
+TABLE = json_file("tome_connector/cases.json") or {}
+CASES = TABLE["cases"] if TABLE and present("tome_connector/weights.safetensors", "tome_connector/outputs.npz") else []
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES["cases"]])
-def test_golden_tome_connector(case):
-    connector = ToMeConnector(CASES["mm_hidden_size"], CASES["hidden_size"], CASES["num_heads"])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES])
+def test_golden_tome_connector(case, monkeypatch):
+    connector = ToMeConnector(TABLE["mm_hidden_size"], TABLE["hidden_size"], TABLE["num_heads"])
     connector.load_state_dict(weights(FILES / "weights.safetensors"))
     rows = normals(case["input_seed"], case["input_shape"], case["input_sha256"])
     empty, call = rows[:0], case["call"]
+    rounds, match = [], tome.match
+
+    def counted(keys: torch.Tensor, removed: int) -> torch.Tensor:
+        if len(keys):
+            rounds.append([keys.shape[1], removed])
+        return match(keys, removed)
+
+    monkeypatch.setattr(tome, "match", counted)
     with torch.no_grad():
         if not call.get("compress"):
             out = connector(empty, rows)
@@ -31,8 +41,21 @@ def test_golden_tome_connector(case):
             # all frames as one clip merge to 16 tokens a frame; the connector's own clips have 4 frames
             whole = frames != 4
             out = connector.mlp(merge(clips, 16 * frames, connector.heads)) if whole else connector(clips, empty)
+    assert rounds == case["merge_rounds_tokens_and_removed"]
     expected = np.load(FILES / "outputs.npz")[case["output_key"]]
     np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=ATOL, rtol=RTOL)
+
+
+@pytest.mark.parametrize("error", [pytest.param(e, id=e["what"]) for e in TABLE.get("errors", [])])
+def test_golden_tome_connector_refused(error):
+    """There, a video that is not compressed and a wrong number of patches fail; here a clip is always compressed."""
+    connector = ToMeConnector(TABLE["mm_hidden_size"], TABLE["hidden_size"], TABLE["num_heads"])
+    clips, stills = torch.randn(1, 256, TABLE["mm_hidden_size"]), torch.zeros(0, 64, TABLE["mm_hidden_size"])
+    if "compress" in error["what"]:
+        assert connector(clips, stills).shape == (64, TABLE["hidden_size"])
+    else:
+        with pytest.raises(ValueError, match="63 patches cannot be merged to 64 tokens"):
+            connector(clips[:, :63], stills)
 
 
 def one_by_one(patches: np.ndarray, wanted: int, heads: int) -> np.ndarray:
