@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -24,9 +25,8 @@ from hypothesis import strategies as st
 
 from pipeline.index import FILES, Index, write_index
 from pipeline.ledger import read_ledger, write_ledger
-from tests.tools import corpus
-from tests.tools.corpus import TEXT, TURNS
-from tools import build_shards, verify_shards
+from tests.tools.small_build import build_root
+from tools import verify_shards
 from tools.verify.root import verify
 from tools.verify.tar import plain_header
 
@@ -36,27 +36,7 @@ VIDEOS, IMAGES, DIALOGUES = "video/train-000000.tar", "image/train-000000.tar", 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A root with videos, a clip, stills, text, held-out samples and a ledger."""
-    folder = tmp_path_factory.mktemp("verified")
-    media = folder / "media"
-    for number in range(3):
-        corpus.video(media / f"{number}.mp4", seed=number)
-        corpus.still(media / f"{number}.png", seed=number)
-    (media / "page.mp4").write_text("<html>")
-    two = [{"from": "human", "value": "<image> or <image>?"}, TURNS[1]]
-    samples = [{"id": f"v{number}", "video": f"{number}.mp4", "conversations": TURNS} for number in range(3)]
-    samples += [{"id": "two", "image": ["0.png", "1.png"], "conversations": two}, {"id": "t", "conversations": TEXT}]
-    samples += [{"id": "clip", "video": "0.mp4", "start": 0.5, "end": 2, "conversations": TURNS}]
-    samples += [{"id": "page", "video": "page.mp4", "conversations": TURNS}, {"id": "bad"}]
-    corpus.annotations(folder / "all.jsonl", samples)
-    corpus.annotations(folder / "held.json", [{"id": "h", "image": "2.png", "conversations": TURNS}])
-    entries = [{"annotation": str(folder / "all.jsonl"), "root": str(media)}]
-    entries += [{"annotation": str(folder / "held.json"), "root": str(media), "split": "val"}]
-    frames = {"sampler": "dynamic_fps1", "min": 4, "max": 4, "size": 64}
-    model = {"vision_tower": {"patch": 8}}
-    manifest = corpus.manifest(folder / "stage2.yaml", entries, frames=frames, model=model)
-    assert build_shards.main(["--stage", "2", "--manifest", str(manifest), "--workers", "1"]) == 0
-    return folder / "shards" / "stage2"
+    return build_root(tmp_path_factory.mktemp("verified"))
 
 
 @pytest.fixture
@@ -74,7 +54,7 @@ def found(root: Path, deep: bool = False) -> list[str]:
 def test_nothing_is_found_in_a_sound_root(built, capsys, options):
     assert verify_shards.main([str(built), *options]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{built}: 5 shards, 14 samples, 19 frames") and out.endswith("0 findings\n")
+    assert out.startswith(f"{built}: 5 shards, 15 samples, 19 frames") and out.endswith("0 findings\n")
 
 
 def test_started_by_path_it_lists_what_it_finds(root):
@@ -178,7 +158,7 @@ def promised(name: str, data: bytes) -> Any:
     """What the format promises of a small file, apart from how it is written down; None if it cannot be read."""
     try:
         if name.endswith(".parquet"):
-            return read_ledger_of(data)
+            return pq.read_table(io.BytesIO(data))
         value = yaml.safe_load(data) if name.endswith(".yaml") else json.loads(data)
     except (ValueError, yaml.YAMLError):
         return None
@@ -186,10 +166,6 @@ def promised(name: str, data: bytes) -> Any:
         if free in value:
             value[free] = type(value[free]).__name__
     return value
-
-
-def read_ledger_of(data: bytes) -> pa.Table:
-    return pa.parquet.read_table(io.BytesIO(data))
 
 
 @st.composite
