@@ -206,7 +206,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins."""
+    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins.
+
+    Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
+    """
 
     run: str = field("", doc="output folder of the run that this stage continues, or a published checkpoint")
     vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
@@ -277,6 +280,7 @@ class Manifest:
     name: str = ""
     seed: int = field(0, low=0)
     shards: str = field("shards", doc="stage N is read from SHARDS/stageN")
+    compat: str = field("none", choices=("none", "published"), doc="published: with the published readers' faults")
     images: Images = Images()
     loader: Loader = Loader()
     model: Model = Model()
@@ -288,6 +292,10 @@ class Manifest:
             raise ManifestError(f"frames.size: {size} is not a multiple of model.vision_tower.patch ({patch})")
         if (size // patch) ** 2 < TOKENS_PER_TILE:
             raise ManifestError(f"frames.size: {size} gives {(size // patch) ** 2} patches; a tile needs at least 64")
+        longest, positions = self.text.max_tokens, self.model.language_model.max_position_embeddings
+        if longest > positions:
+            limit = f"model.language_model.max_position_embeddings ({positions})"
+            raise ManifestError(f"text.max_tokens: {longest} is more than {limit}; lower it or raise that")
         named = self.init_from
         if not named.run and not (named.vision_tower and named.language_model):
             raise ManifestError("init_from: name a run, or vision_tower and language_model")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from pipeline.annotations import AnnotationFileError
 from pipeline.files import sync_folder, write_atomic
-from pipeline.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, table, write_index
+from pipeline.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, media_schema, table, write_index
 from pipeline.ledger import SCHEMA as LEDGER_SCHEMA
 from pipeline.ledger import write_ledger
 from pipeline.manifest import Manifest
@@ -71,6 +71,7 @@ def build(
             frames=manifest.frames,
             images=manifest.images,
             seed=manifest.seed,
+            compat=manifest.compat,
         )
         _run(job, workers, manifest.data.decode_timeout)
         record = _finish(root, job, wanted)
@@ -202,7 +203,7 @@ def _finish(root: Path, job: Job, wanted: Mapping[str, Any]) -> dict[str, Any]:
             infos.append(info)
         if infos:
             write_reader_files(root / folder, infos)
-    media = pa.concat_tables([MEDIA_SCHEMA.empty_table(), *tables["media"]])
+    media = pa.concat_tables([media_schema(job.compat).empty_table(), *tables["media"]])
     dialogues = pa.concat_tables([DIALOGUE_SCHEMA.empty_table(), *tables["dialogues"]])
     ledger = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *ledgers])
     fingerprint = write_index(root, media, dialogues, table(SHARD_SCHEMA, shards))

@@ -115,6 +115,7 @@ def make_plan(
             placeholder=manifest.data.text_placeholder,
             seed=manifest.seed,
             limit=limit,
+            compat=manifest.compat,
         )
         for sample in samples:
             if isinstance(sample, Annotation) and sample.media and origin.media.path is None:

@@ -32,8 +32,10 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
         }
         for origin in found
     ]
+    compat = {} if manifest.compat == "none" else {"compat": manifest.compat}
     return {
         "format": FORMAT,
+        **compat,
         "stage": manifest.stage,
         "seed": manifest.seed,
         "limit": limit or 0,

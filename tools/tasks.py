@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pipeline.decode import Decoded, MediaError, decode_video, encode_still
 from pipeline.files import sync_folder, write_atomic
-from pipeline.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, table
+from pipeline.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, table
 from pipeline.ledger import LedgerRow, ledger_table
 from pipeline.manifest import Frames, Images
 from pipeline.sampling import media_seed
@@ -59,6 +59,7 @@ class Job:
     frames: Frames
     images: Images
     seed: int
+    compat: str
 
 
 def task_folder(work: Path, name: str) -> Path:
@@ -220,7 +221,7 @@ def _result(job: Job, task: int) -> Iterator[_Result]:
     with ShardWriter(scratch / "shard.tar") as shard:
         result = _Result(task, shard)
         yield result
-    schema = DIALOGUE_SCHEMA if is_dialogue(final.name) else MEDIA_SCHEMA
+    schema = DIALOGUE_SCHEMA if is_dialogue(final.name) else media_schema(job.compat)
     write_table(scratch / "rows.arrow", table(schema.append(PLAN_ROW), result.rows))
     write_table(scratch / "ledger.arrow", ledger_table(result.ledger))
     if shard.samples:
@@ -253,7 +254,7 @@ def _build(
         raise _Unbuilt("crashed", message) from error
     columns |= {"key": item["key"], "kind": item["kind"], "source": item["source"]}
     columns["sha256"] = hashlib.sha256(data).hexdigest()
-    hidden = ("frame_offset", "frame_size")
+    hidden = ("frame_offset", "frame_size", NOMINAL.name)
     facts = {name: value for name, value in columns.items() if name not in hidden}
     extension = "mp4" if item["kind"] == "video" else "jpg"
     json_member = media_json(**facts, salvaged=salvaged, dialogues=dialogues)
@@ -262,11 +263,11 @@ def _build(
 
 def _video(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
     seed = media_seed(job.seed, item["key"])
-    decoded: Decoded = decode_video(path, item["reader"], item["start"], item["end"], job.frames, seed)
+    bounds = item["start"], item["end"]
+    decoded: Decoded = decode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, item["split"])
     jpegs = [encode_jpeg(frame, job.frames.quality, job.frames.subsampling) for frame in decoded.frames]
     height, width = decoded.frames.shape[1:3]
-    start = max(item["start"] or 0.0, 0.0)
-    data = mux_mjpeg(jpegs, decoded.timestamps, start + decoded.duration, width, height)
+    data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, width, height)
     offsets, sizes, _ = mjpeg_frames(data)
     columns = {
         "width": width,
@@ -276,12 +277,13 @@ def _video(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[s
         "vlen": decoded.vlen,
         "fps": decoded.fps,
         "duration": decoded.duration,
-        "start": start,
+        "start": decoded.start,
         "sample": decoded.sample.tolist(),
         "frame_index": decoded.frame_index.tolist(),
         "timestamps": decoded.timestamps.tolist(),
         "frame_offset": offsets.tolist(),
         "frame_size": sizes.tolist(),
+        NOMINAL.name: decoded.nominal.tolist(),
     }
     return data, columns, decoded.salvaged
 
@@ -302,5 +304,6 @@ def _still(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[s
         "timestamps": [0.0],
         "frame_offset": [0],
         "frame_size": [len(data)],
+        NOMINAL.name: [],
     }
     return data, columns, False
