@@ -11,8 +11,8 @@ from tools import build_shards
 HOSTILE = "<image>\n</span><script>alert(1)</script><img src=x onerror=alert(1)> \u202egnp.exe"
 
 
-def build_root(folder: Path) -> Path:
-    """Build the root below ``folder``; five shards, 15 samples, 19 frames."""
+def build_root(folder: Path, **fields: object) -> Path:
+    """Build the root below ``folder``; five shards, 15 samples, 19 frames. ``fields`` are more of its manifest."""
     media = folder / "media"
     for number in range(3):
         corpus.video(media / f"{number}.mp4", seed=number)
@@ -33,6 +33,6 @@ def build_root(folder: Path) -> Path:
     entries += [{"annotation": str(folder / "held.json"), "root": str(media), "split": "val"}]
     frames = {"sampler": "dynamic_fps1", "min": 4, "max": 4, "size": 64}
     model = {"vision_tower": {"patch": 8}}
-    manifest = corpus.manifest(folder / "stage2.yaml", entries, frames=frames, model=model)
+    manifest = corpus.manifest(folder / "stage2.yaml", entries, frames=frames, model=model, **fields)
     assert build_shards.main(["--stage", "2", "--manifest", str(manifest), "--workers", "1"]) == 0
     return folder / "shards" / "stage2"

@@ -57,6 +57,10 @@ def test_nothing_is_found_in_a_sound_root(built, capsys, options):
     assert out.startswith(f"{built}: 5 shards, 15 samples, 19 frames") and out.endswith("0 findings\n")
 
 
+def test_nothing_is_found_in_a_root_of_the_published_readers(tmp_path):
+    assert found(build_root(tmp_path, compat="published"), deep=True) == []
+
+
 def test_started_by_path_it_lists_what_it_finds(root):
     os.remove(root / VIDEOS)
     (root / IMAGES).write_bytes(b"")

@@ -171,8 +171,6 @@ def _wrong_counts(
             yield f"its entries have {said:,} {name}, the index {total:,}"
     if record.get("shards") != dict(Counter(tables.shards["folder"].to_pylist())):
         yield "shards does not count the shards of the index"
-    if not isinstance(record.get("specification"), dict):
-        yield "specification is no object"
 
 
 def _is_entry(entry: Any) -> bool:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.files import sha256
-from pipeline.index import FILES
+from pipeline.index import FILES, media_schema
 from tools.verify.findings import Findings
 from tools.verify.shard import MEMBERS, Shard
 
@@ -60,9 +60,14 @@ def check_index(root: Path, record: Mapping[str, Any], findings: Findings) -> Ta
     if digest.hexdigest() != record.get("index_fingerprint"):
         findings.add("index", f"its files are not those that index_fingerprint of build.json names{ALONE}")
         return None
+    specification = record.get("specification")
+    if not isinstance(specification, dict):
+        findings.add("build.json", f"its specification is no object{ALONE}")
+        return None
     try:
         tables = Tables.map(root)
-        for (name, schema), table in zip(FILES.items(), tables, strict=True):
+        schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
+        for (name, schema), table in zip(schemas.items(), tables, strict=True):
             if table.schema != schema:
                 raise ValueError(f"{name}.arrow has other columns than the format")
             table.validate(full=True)
