@@ -122,7 +122,7 @@ def member(root: Path, shard: str, extension: str, number: int = 0) -> tarfile.T
         (lambda r: flip(r / DIALOGUES, -1), "what follows its last member"),
         (lambda r: flip(r / DIALOGUES, member(r, DIALOGUES, "json").offset_data + 40), "its sha256 is not the one"),
         (lambda r: shutil.copy(r / VIDEOS, r / "video/train-000009.tar"), "train-000009.tar: is no shard of the index"),
-        (lambda r: (r / "video/train-000000.tar.tmp").touch(), "train-000000.tar.tmp: was left by a process"),
+        (lambda r: (r / "video/train-000000.tar.tmp").touch(), "train-000000.tar.tmp: was not finished"),
         (lambda r: (r / "work").mkdir(), "work: a build of this root has not ended"),
         (lambda r: flip(r / f"{VIDEOS}.idx", 8), ".tar.idx: does not hold the offsets"),
         (lambda r: os.remove(r / f"{VIDEOS}.idx"), ".tar.idx: cannot be read (No such file"),

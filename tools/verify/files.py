@@ -52,7 +52,7 @@ def check_leftovers(root: Path, shards: Sequence[Shard], findings: Findings) -> 
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             name = path.relative_to(root).as_posix()
             if path.suffix == ".tmp":
-                findings.add(name, "was left by a process that was killed", REMOVE)
+                findings.add(name, "was not finished by what wrote it", "remove it, unless that still runs")
             elif path.suffix == ".tar" and path not in named:
                 findings.add(name, "is no shard of the index", REMOVE)
             elif path.name.endswith(".tar.idx") and path.with_suffix("") not in named:
