@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,6 +33,7 @@ THUMBNAIL = 176  #: longer side of a frame on the page, in pixels
 MAX_FRAME = 1 << 26  #: bytes of a JPEG that is read
 DIALOGUES, TURNS, CHARACTERS = 3, 6, 600  #: shown of a media item, of a dialogue, of a turn
 DISTINCT, LINEAR, SPAN = 12, 20, 100  #: values shown one by one; linear bins; max / min from which bins grow
+VERIFY = "; run tools/verify_shards.py"
 SMALLEST = 1e-9  #: of the largest value; what is smaller shares a bin
 
 
@@ -60,19 +62,23 @@ def inspection_page(root: Path, media: int, frames: int, seed: int) -> str:
     record = json.loads((root / "build.json").read_text(encoding="utf-8"))
     use = _uses(index)
     rng = np.random.default_rng(seed)
-    return render_page(
-        Path(__file__).parent / "inspection.html.j2",
-        {"duration": duration, "size": _size},
-        root=root,
-        seed=seed,
-        facts=_facts(index),
-        entries=record.get("entries", []),
-        left_out=_left_out(root),
-        charts=_charts(index, use, record.get("specification", {})),
-        sheets=[_sheet(index, use, row, frames) for row in _sample_media(use, media, rng)],
-        texts=[_dialogue(index, row) for row in _sample_texts(use, media // 6, rng)],
-        dialogues=DIALOGUES,
-    )
+    values = {
+        "root": root,
+        "seed": seed,
+        "facts": _facts(index),
+        "entries": record.get("entries", []),
+        "left_out": _left_out(root),
+        "charts": _charts(index, use),
+        "sheets": [_sheet(index, use, row, frames) for row in _sample_media(use, media, rng)],
+        "texts": [_dialogue(index, row) for row in _sample_texts(use, media // 6, rng)],
+        "dialogues": DIALOGUES,
+    }
+    try:
+        return render_page(
+            Path(__file__).parent / "inspection.html.j2", {"duration": duration, "size": _size}, **values
+        )
+    except (TypeError, jinja2.UndefinedError) as error:
+        raise ShardsError(f"{root / 'build.json'}: its entries are not those of the format ({error}){VERIFY}") from None
 
 
 def _uses(index: Index) -> Use:
@@ -91,7 +97,7 @@ def _uses(index: Index) -> Use:
     if not columns:
         columns = [np.empty(0, np.int32)] * 3
     if len(columns[0]) and not 0 <= columns[0].min() <= columns[0].max() < len(index.media):
-        raise ShardsError(f"{index.root}: dialogues.arrow names media that are not there; run tools/verify_shards.py")
+        raise ShardsError(f"{index.root}: dialogues.arrow names media that are not there{VERIFY}")
     return Use(*columns, media_count=np.concatenate([np.empty(0, np.int32), *counts]))
 
 
@@ -134,13 +140,13 @@ def _left_out(root: Path) -> list[dict[str, Any]]:
 # Histograms -----------------------------------------------------------------------------------------------------------
 
 
-def _charts(index: Index, use: Use, specification: Mapping[str, Any]) -> list[tuple[Markup, str]]:
+def _charts(index: Index, use: Use) -> list[tuple[Markup, str]]:
     """Histograms, each with a line of figures that says the same in words."""
     media = index.media
     video = pc.equal(media["kind"], "video").to_numpy()
     stored = pc.list_value_length(media["timestamps"]).to_numpy()
     size = media["size"].to_numpy()
-    tokens, source = _tokens(index, use, video, specification)
+    tokens, source = _tokens(index, use, video)
     measured = [
         ("videos by duration, seconds", media["duration"].to_numpy()[video], ""),
         ("videos by stored frames", stored[video], ""),
@@ -158,7 +164,7 @@ def _charts(index: Index, use: Use, specification: Mapping[str, Any]) -> list[tu
     return charts
 
 
-def _tokens(index: Index, use: Use, video: np.ndarray, specification: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+def _tokens(index: Index, use: Use, video: np.ndarray) -> tuple[np.ndarray, str]:
     """Tokens of each dialogue and where the numbers are from: the newest token cache, or visual tokens alone."""
     for path in sorted((index.root / "index").glob("tokens-*.arrow"), key=os.path.getmtime, reverse=True):
         try:
@@ -171,7 +177,7 @@ def _tokens(index: Index, use: Use, video: np.ndarray, specification: Mapping[st
         except (OSError, KeyError, pa.ArrowException):
             continue  # the loader makes it again
     sampled = pc.list_value_length(index.media["sample"]).to_numpy()
-    clips = sampled // specification.get("frames", {}).get("clip_frames", 4)
+    clips = sampled // index.specification.get("frames", {}).get("clip_frames", 4)
     visual = np.where(video, clips * TOKENS_PER_CLIP, TOKENS_PER_TILE)
     counts = np.bincount(use.dialogue, weights=visual[use.media], minlength=len(index.dialogues))
     return counts, "Visual tokens alone, a still counted as one tile: there is no token cache yet."
@@ -192,6 +198,7 @@ def bins(values: np.ndarray) -> list[Bin]:
         edges = [0.0] * (low < edges[0]) + edges[: int(np.searchsorted(edges, high, "right")) + 1]
     else:
         edges = ticks(low, high, LINEAR)
+        edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # ticks are rounded
     counts, _ = np.histogram(values, edges)
     return [Bin(*edge, int(count)) for edge, count in zip(zip(edges, edges[1:], strict=False), counts, strict=True)]
 
@@ -254,13 +261,18 @@ def _thumbnail(index: Index, item: Mapping[str, Any], place: int) -> str:
 def _dialogue(index: Index, row: int) -> dict[str, Any]:
     """A dialogue, shortened."""
     item = index.dialogues.slice(row, 1).to_pylist()[0]
-    turns: Sequence[Mapping[str, str]] = json.loads(item["conversations"])
+    try:
+        turns = [(turn["from"], _short(turn["value"], CHARACTERS)) for turn in json.loads(item["conversations"])]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ShardsError(
+            f"{index.root}: dialogues.arrow: {item['key']}: conversations of another form{VERIFY}"
+        ) from None
     return {
         "id": _short(item["id"], 80),
         "entry": item["entry"],
         "split": item["split"],
         "media": len(item["media"]),
-        "turns": [(turn["from"], _short(turn["value"], CHARACTERS)) for turn in turns[:TURNS]],
+        "turns": turns[:TURNS],
         "more": max(len(turns) - TURNS, 0),
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -128,6 +128,7 @@ def test_frames_that_cannot_be_read_are_said_to_be(root, tmp_path):
         (lambda root: (root / "ledger" / "ledger.parquet").unlink(), "ledger.parquet"),
         (lambda root: (root / "ledger" / "ledger.parquet").write_bytes(b"PAR1"), "Parquet"),
         (lambda root: (root / "index" / "media.arrow").write_bytes(b"ARROW1"), "cannot be read"),
+        (lambda root: (root / "build.json").write_text('{"index_fingerprint": "", "entries": [{}]}'), "its entries"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_and_no_page(root, tmp_path, capsys, change, words):
@@ -162,6 +163,7 @@ def test_a_root_of_text_alone_has_a_page(tmp_path):
     assert "Nothing: the ledger is empty" in text and all(f"Question {number}?" in text for number in range(5))
 
 
+@settings(max_examples=300)
 @given(st.lists(st.one_of(st.integers(0, 10**10), st.floats(0, 1e7, allow_subnormal=False)), min_size=1, max_size=300))
 def test_every_value_is_in_one_bin(values):
     found = bins(np.array(values))
@@ -171,6 +173,18 @@ def test_every_value_is_in_one_bin(values):
     for number, item in enumerate(found):
         last = number == len(found) - 1 or item.low == item.high
         assert item.count == sum(item.low <= value < item.high or (last and value == item.high) for value in values)
+
+
+@pytest.mark.parametrize("said", ["[", "[1]", '[{"from": "gpt"}]', "[" * 10_000])
+def test_conversations_of_another_form_are_one_line(tmp_path, capsys, said):
+    folder = Root(tmp_path)
+    folder.dialogue(turns("Question?", "Answer."))
+    folder.dialogues[0]["conversations"] = said
+    root = folder.write() / "stage2"
+    write_ledger(root / "ledger" / "ledger.parquet", LEDGER_SCHEMA.empty_table())
+    assert main([str(root), "--html", str(tmp_path / "page.html")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "conversations of another form; run tools/verify_shards.py" in message
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 9))
