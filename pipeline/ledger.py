@@ -105,7 +105,7 @@ def write_ledger(path: str | Path, table: pa.Table) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        pq.write_table(table.cast(SCHEMA), file)
+        pq.write_table(table.cast(SCHEMA), file, write_page_checksum=True)
 
 
 def read_ledger(root: str | Path) -> pa.Table:
