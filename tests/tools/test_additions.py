@@ -17,6 +17,7 @@ from tests.tools import corpus
 from tests.tools.corpus import TEXT, TURNS
 from tests.tools.test_build_shards import members, snapshot
 from tests.tools.test_kill import kill_when
+from tools.verify_shards import main as verify
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "build_shards.py"
 
@@ -84,6 +85,10 @@ def test_an_addition_rewrites_no_shard_and_no_row(first, grown):
     for name in ("media", "dialogues", "shards"):
         was = getattr(old, name)
         assert getattr(new, name).slice(0, len(was)).equals(was)
+
+
+def test_the_grown_root_is_as_the_format_says(grown, capsys):
+    assert verify([str(grown / "stage2"), "--deep", "--workers", "1"]) == 0, capsys.readouterr().out
 
 
 def test_an_addition_builds_known_media_once(grown):
