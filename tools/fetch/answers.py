@@ -43,7 +43,7 @@ class Facts:
     def same(self, other: Facts) -> bool:
         """Whether both describe one file unchanged."""
         sizes = self.size == other.size or UNKNOWN in (self.size, other.size)
-        return sizes and (self.etag, self.modified) == (other.etag, other.modified)
+        return sizes and (self.etag or self.modified) == (other.etag or other.modified)
 
 
 def check(response: httpx2.Response, place: object, login: str = "", expect: int = 0) -> None:

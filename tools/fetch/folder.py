@@ -40,13 +40,10 @@ class FolderSource:
         """Where the file or folder is; ``scratch`` stays empty."""
         try:
             named = self._locate(path, tree)
-        except (OSError, ValueError):
-            named = Path(self._root, path)
-        try:
             named.stat()
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or str(error)
-            raise FetchError("missing_file", named, f"cannot be opened ({text})") from None
+            raise FetchError("missing_file", Path(self._root, path), f"cannot be opened ({text})") from None
         return named
 
     def _locate(self, path: str, tree: bool) -> Path:

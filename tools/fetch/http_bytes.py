@@ -42,7 +42,7 @@ class HttpBytes:
         facts = http.probe(url, name)
         if facts is None:
             raise FetchError("missing_file", name, "the server has no such file")
-        if not facts.ranges or facts.size == UNKNOWN:
+        if facts.size == UNKNOWN or (facts.size and not facts.ranges):
             raise FetchError("unsupported", name, "the server cannot send parts of a file; fetch it and map dir:PATH")
         return cls(http, lambda: url, name, facts.size, facts.identity)
 

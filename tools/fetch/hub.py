@@ -41,7 +41,7 @@ class Repository:
     def files(self, folder: str) -> Iterator[tuple[str, Item]]:
         """Name and item of each file directly in ``folder``."""
         api = f"{self._endpoint}/api/{self._kind}/{self._name}/tree/{self.commit}"
-        url = f"{api}/{quote(folder)}" if folder else api
+        url = first = f"{api}/{quote(folder)}" if folder else api
         place = f"hf:{self._name}:{folder}"
         while url:
             try:
@@ -53,7 +53,8 @@ class Repository:
             for entry in entries:
                 if entry.get("type") == "file":
                     yield entry["path"].rpartition("/")[2], _item(entry)
-            url = self._next(headers.get("link", ""))
+            page = re.search(r"<[^>?]*\?([^>]*)>\s*;\s*rel=\"?next\"?", headers.get("link", ""))
+            url = f"{first}?{page[1]}" if page else ""  # of this endpoint, whatever host the link names
 
     def url(self, path: str) -> str:
         """Address of a file."""
@@ -81,11 +82,6 @@ class Repository:
             return json.loads(body), headers
         except ValueError:
             raise FetchError("unreachable", place, "the hub answered with something that is not JSON") from None
-
-    def _next(self, link: str) -> str:
-        """Address of the next page; only one of the hub itself."""
-        found = re.search(r'<([^>]*)>\s*;\s*rel="?next"?', link)
-        return found[1] if found and found[1].startswith(f"{self._endpoint}/") else ""
 
 
 def open_hub(place: str, limits: Limits, endpoint: str = "") -> ListedSource:

@@ -69,7 +69,7 @@ class ListedSource:
             return item.identity if item else ""
         digest = hashlib.sha256()
         for name, item in sorted(self._tree(path).items()):
-            digest.update(f"{name}\0{item.identity}\0".encode("utf-8", "surrogatepass"))
+            digest.update(f"{name}\0{item.identity}\0".encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
 
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
@@ -104,7 +104,7 @@ class ListedSource:
         target.mkdir()
         for name, item in items.items():
             check_path(f"{self.origin} {path}", name)
-            if set(name) & set("/\0") or len(name.encode("utf-8", "surrogatepass")) > 255:
+            if set(name) & set("/\0") or not _is_text(name) or len(name.encode()) > 255:
                 raise FetchError("outside_root", f"{self.origin} {path}", f"{name!r} is no name of a file")
             self._download(f"{path}/{name}", item, target / name, done, started)
             done += item.size
@@ -116,12 +116,14 @@ class ListedSource:
         http.download(self._store.url(self._full(path)), target, place, Expected(item.size, item.digests), limits)
 
     def _tree(self, path: str) -> dict[str, Item]:
-        items = self._list(self._full(path))
+        items = self._list(self._full(path)) if _is_text(path) else {}
         if items is None:
             raise FetchError("too_large", f"{self.origin} {path}", f"the folder has more than {KEPT} files")
         return items
 
     def _item(self, path: str) -> Item | None:
+        if not _is_text(path):
+            return None
         full = self._full(path)
         folder, _, name = full.rpartition("/")
         items = self._list(folder)
@@ -150,6 +152,15 @@ class ListedSource:
 
     def _full(self, path: str) -> str:
         return f"{self._folder}/{path}".lstrip("/")
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path can be sent: not one with parts of characters, as JSON may hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _weight(items: dict[str, Item] | None) -> int:

@@ -69,6 +69,8 @@ class PageSource:
 
     def _try(self, path: str, place: str, scratch: Path, deadline: float) -> Path:
         limits = self._limits
+        for item in scratch.iterdir():  # of an earlier try
+            item.unlink()
         with tempfile.TemporaryFile(dir=scratch) as said:
             command = _command(self._template.address(path), scratch, limits)
             paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -89,7 +91,7 @@ class PageSource:
                 process.stdin.close()
             said.seek(0)
             text = said.read(1 << 20).decode("utf-8", "replace")
-        found = [item for item in scratch.iterdir() if item.is_file() and item.suffix != ".part"]
+        found = [item for item in scratch.iterdir() if item.suffix not in (".part", ".ytdl")]
         if process.returncode == 0 and len(found) == 1:
             if found[0].stat().st_size > limits.bytes:
                 raise FetchError("too_large", place, too_large(limits))

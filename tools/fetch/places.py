@@ -80,8 +80,7 @@ def _matching(place: str, limits: Limits) -> list[Bytes]:
         parent = Path(folder + slash)
         if not parent.is_dir():
             raise ValueError(f"{parent} is not a folder")
-        return [
-            LocalBytes(item) for item in parent.iterdir() if item.name == name or fnmatch.fnmatchcase(item.name, name)
-        ]
+        found = [item for item in parent.iterdir() if item.name == name or fnmatch.fnmatchcase(item.name, name)]
+        return [LocalBytes(item) for item in found if item.is_file()]
     opened = open_hub(f"hf:{folder}", limits) if kind == "hf" else open_s3(f"s3:{folder}", limits)
     return opened.matching(name)

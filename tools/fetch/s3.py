@@ -57,7 +57,7 @@ class Bucket:
 
     def _connect(self, anonymous: bool) -> Any:
         stall = self._limits.stall
-        settings = {"connect_timeout": stall, "read_timeout": stall, "retries": {"max_attempts": 1}}
+        settings = {"connect_timeout": stall, "read_timeout": stall, "retries": {"mode": "standard", "max_attempts": 1}}
         if not anonymous:
             settings["signature_version"] = "s3v4"
         system = self._s3fs.S3FileSystem(

@@ -22,7 +22,8 @@ class FetchError(Exception):
     def __init__(self, reason: str, place: object, message: str) -> None:
         if reason not in REASONS:
             raise ValueError(f"{reason!r} is not a reason of pipeline/ledger.py; add it there")
-        super().__init__(f"{place}: {' '.join(message.split())}")
+        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(place))
+        super().__init__(f"{shown}: {' '.join(message.split())}")
         self.reason = reason
 
 

@@ -85,6 +85,7 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # clients hang up on what they need no more
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def ranges(self, path):

@@ -123,6 +123,8 @@ def test_servers_without_ranges_and_files_that_change(server, remote):
     with pytest.raises(FetchError, match="dir:PATH") as error:
         HttpBytes.open(Http(QUICK), server.url + "/file", "file")
     assert error.value.reason == "unsupported"
+    server.routes["/file"] = lambda request: request.serve(b"")
+    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").read(0, 5) == b""
     with pytest.raises(FetchError) as error:
         HttpBytes.open(Http(QUICK), server.url + "/none", "file")
     assert error.value.reason == "missing_file"

@@ -195,11 +195,24 @@ def test_names_that_a_hub_makes_up_write_nothing_outside(hub, tmp_path, name):
     assert [item.name for item in tmp_path.iterdir()] == ["scratch"]
 
 
-def test_the_next_page_is_only_asked_of_the_hub(hub):
-    hub.routes[f"/api/datasets/me/data/tree/{COMMIT}/none"] = lambda request: request.answer(
-        body=b"[]", Link='<http://127.0.0.2:9/x>; rel="next"'
+def test_the_next_page_is_asked_of_the_same_endpoint(hub):
+    """Mirrors hand on links to the hub they mirror."""
+    api = f"/api/datasets/me/data/tree/{COMMIT}/none"
+    pages = [[], [{"type": "file", "path": "none/x", "oid": blob(b"x"), "size": 1}]]
+    hub.routes[api] = lambda request: request.answer(
+        body=json.dumps(pages["cursor=1" in request.path]).encode(),
+        **({} if "cursor" in request.path else {"Link": f'<http://127.0.0.2:9{api}?cursor=1>; rel="next"'}),
     )
-    assert opened(hub, "hf:me/data").find("none/x") is None
+    assert opened(hub, "hf:me/data").find("none/x") == 1
+
+
+@pytest.mark.parametrize("path", ["a\ud800/b.mp4", "\udc80.mp4"])
+def test_paths_that_are_no_text_are_not_there(hub, tmp_path, path):
+    source = opened(hub)
+    assert source.find(path) is None and source.find(path, tree=True) is None
+    with pytest.raises(FetchError) as error:
+        source.fetch(path, tmp_path)
+    assert error.value.reason == "missing_file" and str(error.value).isprintable()
 
 
 def test_models_and_the_endpoint_of_the_environment(hub, tmp_path):

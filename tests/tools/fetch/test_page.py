@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tools.fetch.page
-from tests.tools.fetch.servers import QUICK, Server
+from tests.tools.fetch.servers import QUICK
 from tools.fetch.page import PageSource
 from tools.fetch.source import UNKNOWN, FetchError
 
@@ -126,32 +127,29 @@ def test_a_full_disk_is_not_the_fault_of_the_file(fake):
         PageSource("https://h/{stem}", QUICK).fetch("x", scratch)
 
 
-def test_yt_dlp_ends_with_the_process_that_started_it(tmp_path):
-    """The parent is killed while the server lets yt-dlp wait."""
+def test_yt_dlp_ends_with_the_process_that_started_it(fake, tmp_path):
+    scratch = fake(f"import os; open({str(tmp_path / 'number')!r}, 'w').write(f'{{os.getpid()}}.'); time.sleep(60)")
     program = """
 import pathlib, sys
 from tests.tools.fetch.servers import QUICK
 from tools.fetch.page import PageSource
-PageSource(sys.argv[1], QUICK).fetch("x", pathlib.Path(sys.argv[2]))
+PageSource("https://h/{stem}", QUICK).fetch("x", pathlib.Path(sys.argv[1]))
 """
-    with Server() as server:
-        server.routes["/watch"] = lambda request: request.stall()
-        command = [sys.executable, "-c", program, f"{server.url}/watch?v={{stem}}", str(tmp_path)]
-        parent = subprocess.Popen(command)
-        while not server.asked:
-            assert parent.poll() is None
-            time.sleep(0.02)
-        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        parent.kill()
-        parent.wait()
-        end = time.monotonic() + 20
-        while page_process(child):
-            assert time.monotonic() < end, "yt-dlp goes on alone"
-            time.sleep(0.02)
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", program, str(scratch)], env=paths)
+    while not (tmp_path / "number").exists() or not (number := (tmp_path / "number").read_text()).endswith("."):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while is_yt_dlp(number[:-1]):
+        assert time.monotonic() < end, "yt-dlp goes on alone"
+        time.sleep(0.02)
 
 
-def page_process(number):
-    """Whether a process is there and is yt-dlp's."""
+def is_yt_dlp(number):
+    """Whether a process is there and is the one that runs yt-dlp."""
     try:
         return b"page_process" in Path(f"/proc/{number}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

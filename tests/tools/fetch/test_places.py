@@ -29,6 +29,7 @@ def test_places_that_are_none(place):
 def test_files_come_in_name_order_place_by_place(tmp_path, server):
     for name in ("p_10.zip", "p_2.zip", "p_1.txt", "[x].zip"):
         (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "p_3.zip").mkdir()
     server.routes["/a.zip"] = lambda request: request.serve(b"from the web")
     files = open_files([f"url:{server.url}/a.zip", f"dir:{tmp_path}/p_*.zip", f"dir:{tmp_path}/[x].zip"], QUICK)
     assert [file.read(0, 99) for file in files] == [b"from the web", b"p_2.zip", b"p_10.zip", b"[x].zip"]
