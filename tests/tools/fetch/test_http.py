@@ -9,6 +9,7 @@ import itertools
 import random
 import time
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -335,6 +336,27 @@ def test_redirects_stay_within_http(server, tmp_path, target):
     server.routes["/file"] = redirect(target)
     assert failure(server, tmp_path) == "unreachable"
     assert len(server.asked) == 1 and not (tmp_path / "file").read_bytes()
+
+
+@pytest.mark.parametrize(("first", "then"), [("https", "http"), ("http", "https")])
+def test_redirects_may_become_safer_only(tmp_path, first, then):
+    """Of a client whose network is a function."""
+    asked = []
+
+    def network(request):
+        asked.append(request.url.scheme)
+        status, headers = (302, {"location": f"{then}://h/x"}) if len(asked) == 1 else (200, {})
+        return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(b""))
+
+    http = Http(QUICK)
+    http._client = httpx2.Client(transport=httpx2.MockTransport(network))
+    if then == "https":
+        http.download(f"{first}://h/x", tmp_path / "file", "x")
+        assert asked == ["http", "https"]
+    else:
+        with pytest.raises(FetchError, match="from https: to http:"):
+            http.download(f"{first}://h/x", tmp_path / "file", "x")
+        assert asked == ["https"]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://", "nothing"])
