@@ -53,7 +53,8 @@ class Data:
     text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
     shard_mb: int = field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
     decode_timeout: int = field(600, low=1, doc="seconds that building one media item may take")
-    fetch_timeout: int = field(1800, low=1, doc="seconds that bringing one file to this machine may take")
+    fetch_timeout: int = field(1800, low=1, doc="seconds that fetching one media file may take, with all retries")
+    fetch_mb: int = field(8192, low=1, doc="megabytes of the largest media file that is fetched")
 
     def __post_init__(self) -> None:
         if not self.entries:
