@@ -50,7 +50,7 @@ def test_a_folder_is_no_file(root):
 
 @pytest.mark.parametrize(
     ("path", "tree"),
-    [("out.mp4", False), ("out/s.jpg", False), ("out", True), ("mixed", True), ("../secret/s.jpg", False), ("/etc/passwd", False)],
+    [("out.mp4", False), ("out/s.jpg", False), ("out", True), ("mixed", True), ("../secret/s.jpg", False), ("/x", False)],
 )  # fmt: skip
 def test_ways_out(root, tmp_path, path, tree):
     for ask in (lambda: root.find(path, tree), lambda: root.fetch(path, tmp_path, tree)):

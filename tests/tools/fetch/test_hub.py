@@ -158,9 +158,9 @@ def test_listings_that_are_kept_are_bounded(hub, monkeypatch):
 
 
 def test_refusals(hub, tmp_path):
-    hub.routes["/api/datasets/me/data/revision/main"] = turns(
-        lambda request: request.answer(404), lambda request: request.answer(401), lambda request: request.answer(body=b"<html>")
-    )  # fmt: skip
+    answers = [(404, b""), (401, b""), (200, b"<html>")]
+    routes = [lambda request, answer=answer: request.answer(*answer) for answer in answers]
+    hub.routes["/api/datasets/me/data/revision/main"] = turns(*routes)
     reasons = []
     for _ in range(3):
         with pytest.raises(FetchError) as error:

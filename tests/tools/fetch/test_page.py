@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -76,7 +76,7 @@ def fake(tmp_path, monkeypatch):
 
     def make(program):
         (tmp_path / "fake").mkdir(exist_ok=True)
-        (tmp_path / "fake" / "yt_dlp.py").write_text(f"import pathlib, sys, time\ndef main(options):\n    {program}\n")
+        (tmp_path / "fake" / "yt_dlp.py").write_text(f"import sys, time\ndef main(options):\n    {program}\n")
         (tmp_path / "scratch").mkdir(exist_ok=True)
         return tmp_path / "scratch"
 
@@ -90,7 +90,7 @@ LINES = {
     "ERROR: [youtube] x: Private video. Sign in if you've been granted access to this video": ("denied", 1),
     "ERROR: [youtube] x: Sign in to confirm your age": ("denied", 1),
     "ERROR: Unsupported URL: http://h/x": ("unsupported", 1),
-    "ERROR: [youtube] x: Requested format is not available. Use --list-formats": ("missing_file", 1),
+    "ERROR: [youtube] x: Requested format is not available. Use --list-formats": ("unsupported", 1),
     "ERROR: unable to download video data: HTTP Error 403: Forbidden": ("denied", 3),
     "ERROR: [generic] Unable to download webpage: HTTP Error 503: Service Unavailable": ("unreachable", 4),
     "ERROR: [generic] Unable to download webpage: The read operation timed out": ("unreachable", 4),
@@ -108,9 +108,7 @@ def test_what_yt_dlp_says(fake, tmp_path, line):
 
 
 def test_more_than_was_said_ends_at_the_size_limit(fake):
-    endless = (
-        "file = open(pathlib.Path(options[options.index('--paths') + 1], 'media.mp4.part'), 'wb')\n    while True: "
-    )
+    endless = "file = open(options[options.index('--paths') + 1] + '/media.mp4.part', 'wb')\n    while True: "
     scratch = fake(endless + "file.write(bytes(4096)); file.flush(); time.sleep(0.001)")
     assert failure(PageSource("https://h/{stem}", QUICK), scratch) == "too_large"
     assert (scratch / "media.mp4.part").stat().st_size < 4 * QUICK.bytes
@@ -143,15 +141,21 @@ PageSource(sys.argv[1], QUICK).fetch("x", pathlib.Path(sys.argv[2]))
         while not server.asked:
             assert parent.poll() is None
             time.sleep(0.02)
-        (child,) = open(f"/proc/{parent.pid}/task/{parent.pid}/children").read().split()
+        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         parent.kill()
         parent.wait()
         end = time.monotonic() + 20
-        while (
-            os.path.exists(f"/proc/{child}/cmdline") and b"page_process" in open(f"/proc/{child}/cmdline", "rb").read()
-        ):
+        while page_process(child):
             assert time.monotonic() < end, "yt-dlp goes on alone"
             time.sleep(0.02)
+
+
+def page_process(number):
+    """Whether a process is there and is yt-dlp's."""
+    try:
+        return b"page_process" in Path(f"/proc/{number}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_without_yt_dlp_the_line_says_what_to_install(monkeypatch):

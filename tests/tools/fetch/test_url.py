@@ -12,7 +12,7 @@ from tests.tools.fetch.servers import QUICK
 from tools.fetch.source import UNKNOWN, FetchError
 from tools.fetch.url import Template, UrlSource
 
-part = st.text(min_size=1).filter(lambda text: "/" not in text and text not in (".", ".."))
+part = st.text(min_size=1, max_size=9).filter(lambda text: "/" not in text and text not in (".", ".."))
 
 
 @given(parts=st.lists(part, min_size=1, max_size=3))
