@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 from tools.fetch.answers import DENIED_RETRIES
-from tools.fetch.http import redacted
 from tools.fetch.limits import Again, Limits, out_of_time, persist, too_large
 from tools.fetch.source import UNKNOWN, FetchError, check_path
 from tools.fetch.url import Template
@@ -27,12 +26,15 @@ from tools.fetch.url import Template
 #: Frames alone are wanted, and not larger than any model takes them; one file, so that nothing needs to be merged.
 FORMAT = "bv*[height<=?720]/bv*"
 POLL = 0.1  #: seconds between two looks at what has been written
-#: What yt-dlp says of pages that cannot be had, in small letters, with the reason for the ledger.
+#: What yt-dlp says of pages that cannot be had, in small letters, with the reason for the ledger; the first that fits.
 ANSWERS = (
+    ("http error (408|425|429|5..)|timed out", "unreachable"),
+    ("http error 403", "denied"),  # said by busy servers, too
+    ("unsupported url|requested format", "unsupported"),
     ("private|sign in|log ?in|members|payment|your age|age-restricted|http error 401", "denied"),
     ("unavailable|not available|removed|does not exist|http error 404|http error 410", "missing_file"),
-    ("unsupported url|requested format", "unsupported"),
 )
+BUSY = 2  #: so many of them may pass
 
 
 class PageSource:
@@ -114,14 +116,14 @@ def _written(folder: Path) -> int:
 
 
 def _failure(text: str, place: str) -> Exception:
-    """What yt-dlp's last error means."""
+    """What yt-dlp's last error means; its line without the queries and logins of addresses."""
     lines = [line for line in text.splitlines() if line.startswith("ERROR")] or text.splitlines() or ["no message"]
-    line = re.sub(r"https?://\S+", lambda found: redacted(found[0]), lines[-1])[:500]
+    line = re.sub(r"\?\S+", "?...", re.sub(r"//[^/\s@]*@", "//", lines[-1]))[:500]
     if "no space left on device" in text.lower():
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if "http error 403" in line.lower():  # how busy servers answer, too
-        return Again("denied", line, retries=DENIED_RETRIES)
-    for pattern, reason in ANSWERS:
+    for number, (pattern, reason) in enumerate(ANSWERS):
         if re.search(pattern, line.lower()):
-            return FetchError(reason, place, line)
+            if number >= BUSY:
+                return FetchError(reason, place, line)
+            return Again(reason, line, retries=DENIED_RETRIES if reason == "denied" else None)
     return Again("unreachable", line)

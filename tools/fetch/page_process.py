@@ -15,7 +15,7 @@ import yt_dlp
 
 def end_with_parent() -> None:
     """Wait for the end of standard input, then kill this process group."""
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

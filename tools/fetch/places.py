@@ -33,8 +33,8 @@ def open_source(place: str, limits: Limits) -> Source:
     """
     kind, _, rest = place.partition(":")
     if kind == "dir":
-        if not Path(rest).is_dir():
-            raise ValueError(f"{rest} is not a folder")
+        if not rest or not Path(rest).is_dir():
+            raise ValueError(f"{place} is not a folder")
         return FolderSource(rest)
     if kind == "hf":
         return open_hub(place, limits)

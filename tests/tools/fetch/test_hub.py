@@ -1,0 +1,223 @@
+"""Hub repositories against a small hub on the loopback interface that answers as the real one does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+import tools.fetch.listing
+from tests.tools.fetch.servers import QUICK, turns
+from tools.fetch.hub import open_hub
+from tools.fetch.source import FetchError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "video/a b.mp4": b"small",
+    "video/large.mp4": b"large" * 20_000,
+    "video/frames/2.jpg": b"two",
+    "video/frames/10.jpg": b"ten!",
+    "video/frames/deep/3.jpg": b"not directly",
+    "zip/part_2.zip": b"2",
+    "zip/part_10.zip": b"10",
+    "zip/readme.md": b"",
+    "top.json": b"[]",
+}
+
+
+def blob(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@pytest.fixture
+def hub(server):
+    """Serves FILES as datasets/me/data; two files a page; `large` is in LFS behind a redirect."""
+    server.files = dict(FILES)
+    api, resolve = "/api/datasets/me/data", f"/datasets/me/data/resolve/{COMMIT}"
+
+    def revision(request):
+        request.answer(body=json.dumps({"sha": COMMIT}).encode())
+
+    def tree(request):
+        url = urlsplit(request.path)
+        folder = url.path.removeprefix(f"{api}/tree/{COMMIT}").strip("/").replace("%20", " ")
+        inside = {name.removeprefix(f"{folder}/") if folder else name: data for name, data in server.files.items()
+                  if not folder or name.startswith(f"{folder}/")}  # fmt: skip
+        if not inside:
+            return request.answer(404, b"{}")
+        prefix, entries = f"{folder}/" if folder else "", []
+        for name, data in inside.items():
+            if "/" in name:
+                entry = {"type": "directory", "path": prefix + name.partition("/")[0], "oid": "0" * 40, "size": 0}
+            else:
+                entry = {"type": "file", "path": prefix + name, "oid": blob(data), "size": len(data)}
+                if len(data) > 1000:
+                    sha = hashlib.sha256(data).hexdigest()
+                    entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
+            if entry not in entries:
+                entries.append(entry)
+        start = int(parse_qs(url.query).get("cursor", ["0"])[0])
+        more = {"Link": f'<{server.url}{url.path}?cursor={start + 2}>; rel="next"'} if start + 2 < len(entries) else {}
+        request.answer(body=json.dumps(entries[start : start + 2]).encode(), **more)
+
+    def content(request):
+        name = urlsplit(request.path).path.removeprefix(f"{resolve}/").replace("%20", " ")
+        if name == "video/large.mp4":
+            return request.answer(302, Location=f"{server.url}/cdn/large?signature=secret")
+        request.serve(server.files[name])
+
+    folders = ("", "/video", "/video/frames", "/none", "/zip", "/video/none")
+    server.routes |= {f"{api}/tree/{COMMIT}{folder}": tree for folder in folders}
+    server.routes |= {f"{api}/revision/{name}": revision for name in ("main", "refs%2Fpr%2F1")}
+    server.routes |= {f"{resolve}/{name.replace(' ', '%20')}": content for name in FILES}
+    server.routes["/cdn/large"] = lambda request: request.serve(server.files["video/large.mp4"])
+    return server
+
+
+def opened(hub, place="hf:me/data:video"):
+    return open_hub(place, QUICK, hub.url)
+
+
+def test_files_are_found_by_one_listing_a_folder_and_fetched(hub, tmp_path):
+    source = opened(hub)
+    assert source.origin == f"hf:me/data@{COMMIT}:video"
+    before = len(hub.asked)
+    for _ in range(20):
+        assert source.find("a b.mp4") == 5 and source.find("large.mp4") == 100_000
+        assert source.find("c.mp4") is None and source.find("none/x.mp4") is None
+    assert len(hub.asked) - before == 3  # two pages of one folder, and one folder that is not there
+    for name in ("a b.mp4", "large.mp4"):
+        (tmp_path / name).mkdir()
+        path = source.fetch(name, tmp_path / name)
+        assert path.read_bytes() == FILES[f"video/{name}"] and path.suffix == ".mp4"
+    assert source.identity("large.mp4") == hashlib.sha256(FILES["video/large.mp4"]).hexdigest()
+    assert source.identity("a b.mp4") == blob(b"small")
+
+
+def test_folders_of_frames(hub, tmp_path):
+    source = opened(hub)
+    assert source.find("frames", tree=True) == 7 and source.find("none", tree=True) is None
+    folder = source.fetch("frames", tmp_path, tree=True)
+    assert {item.name: item.read_bytes() for item in folder.iterdir()} == {"2.jpg": b"two", "10.jpg": b"ten!"}
+    identity = source.identity("frames", tree=True)
+    hub.files["video/frames/2.jpg"] = b"TWO"
+    assert opened(hub).identity("frames", tree=True) != identity
+
+
+def test_the_commit_is_asked_for_once_and_named_in_the_origin(hub):
+    source = opened(hub, "hf:me/data@refs/pr/1:video")
+    again = opened(hub, source.origin)
+    assert again.origin == source.origin and again.find("a b.mp4") == 5
+    assert [path for path, _ in hub.asked if "/revision/" in path] == ["/api/datasets/me/data/revision/refs%2Fpr%2F1"]
+
+
+def test_contents_are_checked(hub, tmp_path):
+    source = opened(hub)
+    assert source.find("a b.mp4") and source.find("large.mp4")
+    hub.files |= {"video/a b.mp4": b"smell", "video/large.mp4": b"Large" * 20_000}
+    for name in ("a b.mp4", "large.mp4"):
+        with pytest.raises(FetchError) as error:
+            source.fetch(name, tmp_path)
+        assert error.value.reason == "bad_checksum" and "secret" not in str(error.value)
+
+
+def test_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.routes["/cdn/large"] = lambda request: request.answer(403)
+    with pytest.raises(FetchError) as error:
+        opened(hub).fetch("large.mp4", tmp_path)
+    assert error.value.reason == "denied" and "HF_TOKEN" in str(error.value) and "hf_secret" not in str(error.value)
+    sent = {headers.get("authorization") for path, headers in hub.asked if path.startswith("/api")}
+    assert sent == {"Bearer hf_secret"}
+
+
+def test_a_folder_with_more_files_than_are_kept_is_asked_for_one_by_one(hub, monkeypatch):
+    monkeypatch.setattr(tools.fetch.listing, "KEPT", 1)
+    source = opened(hub)
+    assert source.find("a b.mp4") == 5 and source.find("large.mp4") == 100_000 and source.find("c.mp4") is None
+    with pytest.raises(FetchError) as error:
+        source.find("frames", tree=True)
+    assert error.value.reason == "too_large"
+
+
+def test_listings_that_are_kept_are_bounded(hub, monkeypatch):
+    monkeypatch.setattr(tools.fetch.listing, "KEPT", 4)
+    source = opened(hub, "hf:me/data")
+    for _ in range(3):
+        assert (
+            source.find("video/a b.mp4") == 5
+            and source.find("video/frames/2.jpg") == 3
+            and source.find("top.json") == 2
+        )
+        assert sum(1 + len(items) for items in source._listings.values()) <= 4
+
+
+def test_refusals(hub, tmp_path):
+    answers = [(404, b""), (401, b""), (200, b"<html>")]
+    routes = [lambda request, answer=answer: request.answer(*answer) for answer in answers]
+    hub.routes["/api/datasets/me/data/revision/main"] = turns(*routes)
+    reasons = []
+    for _ in range(3):
+        with pytest.raises(FetchError) as error:
+            opened(hub)
+        reasons.append(error.value.reason)
+    assert reasons == ["denied", "denied", "unreachable"]
+    with pytest.raises(FetchError) as error:
+        opened(hub, f"hf:me/data@{COMMIT}:video").fetch("c.mp4", tmp_path)
+    assert error.value.reason == "missing_file"
+    for bad in ("hf:data", "hf:me/data/video", "hf:me/../x", "hf:me/data@a b"):
+        with pytest.raises(ValueError):
+            opened(hub, bad)
+
+
+@pytest.mark.parametrize("path", ["../top.json", "/etc/passwd", "a//b", "frames/../../top.json", "."])
+def test_paths_stay_below_the_folder(hub, tmp_path, path):
+    with pytest.raises(FetchError) as error:
+        opened(hub).fetch(path, tmp_path)
+    assert error.value.reason == "outside_root"
+
+
+@pytest.mark.parametrize("name", ["..", "x\0y", "n" * 300])
+def test_names_that_a_hub_makes_up_write_nothing_outside(hub, tmp_path, name):
+    entry = {"type": "file", "path": "video/frames/" + name, "oid": blob(b"x"), "size": 1}
+    hub.routes[f"/api/datasets/me/data/tree/{COMMIT}/video/frames"] = lambda request: request.answer(
+        body=json.dumps([entry]).encode()
+    )
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(FetchError) as error:
+        opened(hub).fetch("frames", tmp_path / "scratch", tree=True)
+    assert error.value.reason == "outside_root"
+    assert [item.name for item in tmp_path.iterdir()] == ["scratch"]
+
+
+def test_the_next_page_is_only_asked_of_the_hub(hub):
+    hub.routes[f"/api/datasets/me/data/tree/{COMMIT}/none"] = lambda request: request.answer(
+        body=b"[]", Link='<http://127.0.0.2:9/x>; rel="next"'
+    )
+    assert opened(hub, "hf:me/data").find("none/x") is None
+
+
+def test_models_and_the_endpoint_of_the_environment(hub, tmp_path):
+    hub.routes |= {
+        "/api/models/me/net/revision/main": hub.routes["/api/datasets/me/data/revision/main"],
+        f"/api/models/me/net/tree/{COMMIT}": lambda request: request.answer(
+            body=json.dumps([{"type": "file", "path": "a", "oid": blob(b"A"), "size": 1}]).encode()
+        ),
+        f"/me/net/resolve/{COMMIT}/a": lambda request: request.serve(b"A"),
+    }
+    program = """
+import pathlib, sys
+from tools.fetch.limits import Limits
+from tools.fetch.places import open_source
+source = open_source("hf:models/me/net", Limits())
+print(source.origin, source.fetch("a", pathlib.Path(sys.argv[1])).read_text())
+"""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.stdout.split() == [f"hf:models/me/net@{COMMIT}:", "A"], ran.stderr
