@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import ManifestError
-from tests.tools.server import serving
+from tests.tools.fetch.servers import QUICK, Server
 from tools.annotation_files import AnnotationFiles, remote_file
-from tools.fetch.limits import Limits
 from tools.fetch.source import FetchError
 from tools.hosts import Opened
 
 HUB = "https://huggingface.co/datasets"
-LIMITS = Limits(retries=0, stall=2)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +46,13 @@ def test_local_names(name):
 
 @pytest.fixture
 def server():
-    with serving({"/d/x%20y.json?v=2": b"[1, 2, 3]"}) as server:
+    with Server() as server:
+        server.routes["/d/x%20y.json"] = lambda request: request.serve(b"[1, 2, 3]")
         yield server
 
 
 def fetch(server, folder: Path, name: str = "d/x%20y.json?v=2") -> Path:
-    return AnnotationFiles(str(folder), Opened(LIMITS), LIMITS).fetch(*remote_file(f"{server.address}/{name}"))
+    return AnnotationFiles(str(folder), Opened(QUICK), QUICK).fetch(*remote_file(f"{server.url}/{name}"))
 
 
 def test_a_file_is_fetched_once_and_kept_under_its_name(server, tmp_path):
@@ -68,7 +67,7 @@ def test_a_file_is_fetched_once_and_kept_under_its_name(server, tmp_path):
 
 def test_a_kept_file_needs_no_server(server, tmp_path):
     path = fetch(server, tmp_path)
-    server.files.clear()
+    server.routes.clear()
     assert fetch(server, tmp_path) == path
 
 
@@ -92,6 +91,6 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
 
 
 def test_two_files_of_one_name_are_two(server, tmp_path):
-    server.files["/e/x%20y.json?v=2"] = b"[]"
+    server.routes["/e/x%20y.json"] = lambda request: request.serve(b"[]")
     assert fetch(server, tmp_path).read_bytes() == b"[1, 2, 3]"
     assert fetch(server, tmp_path, "e/x%20y.json?v=2").read_bytes() == b"[]"

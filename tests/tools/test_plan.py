@@ -13,7 +13,7 @@ import pytest
 from pipeline.manifest import Data, Entry, load_manifest
 from tests.tools import corpus
 from tests.tools.corpus import TEXT, TURNS
-from tests.tools.server import serving
+from tests.tools.fetch.servers import Server
 from tools import hosts, plan, roots
 from tools.build_shards import main
 from tools.fetch.source import UNKNOWN, FetchError
@@ -188,20 +188,23 @@ def test_places_travel_to_other_processes(tmp_path, far):
 
 def test_annotation_files_are_fetched_and_planned(tmp_path):
     lines = "".join(json.dumps({"id": number, "conversations": TEXT}) + "\n" for number in range(3)).encode()
-    with serving({"/sets/a.jsonl": lines}) as server:
-        entries = [{"annotation": f"{server.address}/sets/{name}.jsonl"} for name in ("a", "gone")]
+    with Server() as server:
+        server.routes["/sets/a.jsonl"] = lambda request: request.serve(lines)
+        entries = [{"annotation": f"{server.url}/sets/{name}.jsonl"} for name in ("a", "gone")]
         wanted = manifest(tmp_path, entries, cache=str(tmp_path / "cache"))
         found = origins(wanted)
         assert [item.annotation.resolved for item in found] == [True, False]
-        assert "nothing at the path" in found[1].annotation.missing and server.address in found[1].annotation.missing
+        assert "nothing at the path" in found[1].annotation.missing and server.url in found[1].annotation.missing
         counts = make_plan(wanted, found, None, strict=False)
     assert counts["a"].dialogues == 3
     assert Path(found[0].annotation.path).is_relative_to(tmp_path / "cache")
 
 
 def test_annotation_files_below_a_mapped_place(tmp_path):
-    with serving({"/mirror/d/x.jsonl": json.dumps({"conversations": TEXT}).encode()}) as server:
-        (tmp_path / "roots.yaml").write_text(f"hf:o/n: 'url:{server.address}/mirror/{{path}}'\n")
+    with Server() as server:
+        line = json.dumps({"conversations": TEXT}).encode()
+        server.routes["/mirror/d/x.jsonl"] = lambda request: request.serve(line)
+        (tmp_path / "roots.yaml").write_text(f"hf:o/n: 'url:{server.url}/mirror/{{path}}'\n")
         data = Data(
             entries=(Entry(annotation="hf:o/n:d/x.jsonl"), Entry(annotation="hf:o/n@main:d/y.jsonl")),
             roots=str(tmp_path / "roots.yaml"),
