@@ -109,7 +109,13 @@ def select(strategy: str, n: int, seed: int = 0) -> Sequence[int]:
 
 
 def read_annotations(
-    path: str | Path, entry: Entry, *, placeholder: str = "convert", seed: int = 0, limit: int | None = None
+    path: str | Path,
+    entry: Entry,
+    *,
+    placeholder: str = "convert",
+    seed: int = 0,
+    limit: int | None = None,
+    compat: str = "none",
 ) -> Iterator[Annotation | AnnotationError]:
     """The samples of ``entry`` that its sampling strategy takes, in the order of the file ``path``.
 
@@ -119,6 +125,7 @@ def read_annotations(
         placeholder: ``convert`` makes ``<video>`` an ``<image>`` mark, ``refuse`` makes it an error of the sample.
         seed: of ``random:N``.
         limit: take only the first so many of the samples that were selected.
+        compat: ``published`` makes a first turn that is not ``from`` human or gpt an error of the sample.
 
     Raises:
         AnnotationFileError: the file cannot be read, is of no known kind, or is broken.
@@ -131,7 +138,7 @@ def read_annotations(
         try:
             if isinstance(sample, AnnotationError):
                 raise sample
-            yield normalise(sample, entry, position, placeholder)
+            yield normalise(sample, entry, position, placeholder, compat)
         except AnnotationError as error:
             error.entry, error.position = entry.name, position
             error.id = _id(sample, position)
@@ -240,7 +247,9 @@ def _picked(samples: Iterator[tuple[int, Any]], positions: Sequence[int]) -> Ite
 # Samples --------------------------------------------------------------------------------------------------------------
 
 
-def normalise(sample: Any, entry: Entry, position: int, placeholder: str = "convert") -> Annotation:
+def normalise(
+    sample: Any, entry: Entry, position: int, placeholder: str = "convert", compat: str = "none"
+) -> Annotation:
     """One sample as an :class:`Annotation`.
 
     Raises:
@@ -250,7 +259,11 @@ def normalise(sample: Any, entry: Entry, position: int, placeholder: str = "conv
     if not isinstance(sample, dict):
         raise AnnotationError("bad_sample", f"a sample must be a mapping of fields, found {_kind(sample)}")
     meta = dict(sample)
-    turns = _turns(meta.pop("conversations", None))
+    conversations = meta.pop("conversations", None)
+    turns = _turns(conversations)
+    if compat == "published" and conversations[0].get("from") not in ("human", "gpt"):
+        message = "conversations[0]: with compat: published the first turn is `from` human or gpt, by these names"
+        raise AnnotationError("bad_turn", message)
     media = _media(meta, entry)
     meta.pop("id", None)
     if placeholder == "refuse" and any(VIDEO_MARK in turn["value"] for turn in turns):

@@ -11,6 +11,10 @@ itself:
 * ``plain`` (stage 1): two turns; the human one is reduced to its mark, then the caption and a newline are learned.
 
 Marks become the id ``IMAGE``, once per medium; the loader repeats it for every visual token.
+
+``fetch`` brings back two faults of the published code (``compat: published``). It edits a dialogue in place, so that
+the k-th time it is fetched the media step is made for the k-th time, and a qwen_2 dialogue fails unless its first turn
+is ``from`` human or gpt. ``fetch`` is k there, and 0 for what was meant.
 """
 
 from __future__ import annotations
@@ -82,6 +86,15 @@ def media_step(turns: Turns, messages: Sequence[str]) -> list[dict]:
     return done
 
 
+def fetched(turns: Turns, messages: Sequence[str], template: str, fetch: int) -> list[dict]:
+    """Turns after ``fetch`` media steps, in between which template ``plain`` reduces the first turn to its mark."""
+    for _ in range(fetch - 1):
+        turns = media_step(turns, messages)
+        if template == "plain":
+            turns = [{**turns[0], "value": MARK}, *turns[1:]]
+    return media_step(turns, messages)
+
+
 def question_and_answer(turns: Turns) -> tuple[list[dict], str]:
     """The turns up to the last human one that is answered, and that answer; ValueError where there is none."""
     for i in range(len(turns) - 2, -1, -1):
@@ -103,18 +116,21 @@ class Conversation:
         learned = [] if text.template == "plain" or text.mask_prompt_markers else [*newline, *markers]
         self._learned = np.array(learned, dtype=np.int32)
 
-    def encode(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, int32 (n,), of one dialogue; one ``IMAGE`` per medium, its label ``IGNORE``.
 
         Args:
             turns: ``{"from", "value"}`` or ``{"role", "content"}``, in order.
             kinds: ``image`` or ``video`` for every medium, in order of use; empty for text.
             messages: the time message of every medium, empty for stills.
+            fetch: 0, or the number of the published code's fetch of the dialogue, from 1.
 
         Raises:
             ValueError: the turns do not fit the template, or the marks do not fit the media.
         """
-        ids, labels = self.tokenize([self.segments(turns, kinds, messages)])[0]
+        ids, labels = self.tokenize([self.segments(turns, kinds, messages, fetch)])[0]
         self.check_marks(ids, kinds)
         return ids, labels
 
@@ -137,14 +153,16 @@ class Conversation:
                 f"{marks} {MARK} marks are left for {len(kinds)} media under template {self.text.template}"
             )
 
-    def segments(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str]) -> Segments:
+    def segments(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0) -> Segments:
         """Texts to be tokenised one by one, split at their marks; in a text-only dialogue a mark is a literal word."""
         if not turns:
             raise ValueError("the dialogue has no turns")
         plain = self.text.template == "plain"
+        if fetch and not plain and turns[0].get("from") not in ("human", "gpt"):
+            raise ValueError("with compat: published the first of the turns is from human or gpt")
         turns = turns if plain else self._spoken(turns)
         if kinds:
-            turns = media_step(turns, messages)
+            turns = fetched(turns, messages, self.text.template, max(fetch, 1))
         segments = self._plain(turns) if plain else self._qwen_2(turns)
         return [(text.split(MARK) if kinds else [text], learned) for text, learned in segments]
 

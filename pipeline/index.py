@@ -70,7 +70,14 @@ SHARD_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
+#: Last column of the media of a root built with ``compat: published``; other roots do not have it.
+NOMINAL = pa.field("nominal", pa.list_(pa.int64()))  # the frame numbers that the time message counts
 FILES = {"media": MEDIA_SCHEMA, "dialogues": DIALOGUE_SCHEMA, "shards": SHARD_SCHEMA}
+
+
+def media_schema(compat: str) -> pa.Schema:
+    """The columns of the media table."""
+    return MEDIA_SCHEMA.append(NOMINAL) if compat == "published" else MEDIA_SCHEMA
 
 
 class ShardsError(ValueError):
@@ -95,6 +102,8 @@ def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: 
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = hashlib.sha256()
     for (name, schema), rows in zip(FILES.items(), (media, dialogues, shards), strict=True):
+        if NOMINAL.name in rows.column_names:  # of the media alone
+            schema = media_schema("published")
         path = folder / f"{name}.arrow"
         with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
             for batch in rows.cast(schema).to_batches(max_chunksize=BATCH_ROWS):
@@ -124,8 +133,9 @@ class Index:
         root = Path(root)
         try:
             build = json.loads((root / "build.json").read_text(encoding="utf-8"))
-            fingerprint = build["index_fingerprint"]
-            tables = {name: _map(root / "index" / f"{name}.arrow", schema) for name, schema in FILES.items()}
+            fingerprint, specification = build["index_fingerprint"], build.get("specification", {})
+            schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
+            tables = {name: _map(root / "index" / f"{name}.arrow", schema) for name, schema in schemas.items()}
         except FileNotFoundError:
             stage = root.name.removeprefix("stage")
             raise ShardsError(
@@ -135,13 +145,14 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ShardsError(f"{root}: the index cannot be read ({reason}); build the shards again") from None
-        return cls(root=root, fingerprint=fingerprint, specification=build.get("specification", {}), **tables)
+        return cls(root=root, fingerprint=fingerprint, specification=specification, **tables)
 
     def check(self, manifest: Manifest) -> None:
         """Refuse shards that are not all there, or that do not hold what ``manifest`` wants of them.
 
         Shards hold the frames of the manifest that built them: smaller and fewer frames can be had of them, and other
-        samplers that take frames evenly; not larger or more frames, nor other entries.
+        samplers that take frames evenly; not larger or more frames, nor other entries. Shards built with ``compat:
+        published`` hold the frames that are shown, and serve no other sampler, bounds or ``compat``.
 
         Raises:
             ShardsError: one line that names the file or the field.
@@ -154,6 +165,13 @@ class Index:
                 raise ShardsError(f"{path}: {found}; bring the file back, or remove {self.root} and build it again")
         again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
         built, wanted = self.specification.get("frames", {}), manifest.frames
+        compat = self.specification.get("compat", "none")
+        if compat != manifest.compat:
+            raise ShardsError(f"compat: is {manifest.compat}, the shards have {compat}; {again}")
+        for name in ("sampler", "min", "max", "clip_frames") if compat == "published" else ():
+            if getattr(wanted, name) != built[name]:
+                here = f"is {getattr(wanted, name)}, the shards have {built[name]}"
+                raise ShardsError(f"frames.{name}: {here}, as compat: published needs it; {again}")
         for name in ("size", "max") + (("min",) if wanted.sampler == "dynamic_fps1" else ()):
             if getattr(wanted, name) > built.get(name, getattr(wanted, name)):
                 raise ShardsError(f"frames.{name}: is {getattr(wanted, name)}, the shards have {built[name]}; {again}")

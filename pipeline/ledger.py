@@ -50,6 +50,12 @@ REASONS = {
     "crashed": "the decoder's process died or failed without saying why",
 }
 
+#: Reasons that may have passed; `build_shards --retry-failed` takes what has one of these.
+RETRYABLE = (
+    *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
+    *("missing_file", "empty_file", "not_media", "corrupt", "truncated"),  # the file may have been fetched again
+)
+
 SCHEMA = pa.schema(
     [
         ("entry", pa.string()),

@@ -60,6 +60,8 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
     index.check(manifest)
     visuals = Visuals(index, manifest)
     tokens = Tokens(index, manifest, conversation_of(manifest), visuals)
+    for epoch in range(manifest.train.epochs):
+        tokens.at(epoch)  # all caches are made here, where the first rank is alone
     return Loader(Plan(index, manifest, tokens, split), visuals, rank, world_size, split)
 
 
@@ -146,7 +148,7 @@ class Loader:
                 yield self._row(place, side_by_side[self._rank].tolist())
 
     def _row(self, place: Place, dialogues: list[int]) -> _Row:
-        frames, tokens = self._plan.manifest.frames, self._plan.tokens
+        frames, tokens = self._plan.manifest.frames, self._plan.tokens.at(place.epoch)
         views = [self._visuals.views(self._media[row].as_py()) for row in dialogues]
         clips = [sum(view.clips for view in shown) for shown in views]
         tiles = [sum(view.tiles for view in shown) for shown in views]
@@ -154,7 +156,7 @@ class Loader:
             place=place,
             keys=[self._keys[row].as_py() for row in dialogues],
             texts=[tokens.of(row) for row in dialogues],
-            weights=[self._plan.weight(row) for row in dialogues],
+            weights=[self._plan.weight(row, place.epoch) for row in dialogues],
             views=views,
             clip_edges=np.cumsum([0, *clips]),
             tile_edges=np.cumsum([0, *tiles]),

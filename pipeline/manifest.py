@@ -54,6 +54,8 @@ class Data:
     text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
     shard_mb: int = field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
     decode_timeout: int = field(600, low=1, doc="seconds that building one media item may take")
+    fetch_timeout: int = field(1800, low=1, doc="seconds that bringing one file to this machine may take")
+    fetch_mb: int = field(8192, low=1, doc="largest file that is brought to this machine, in units of 2**20 bytes")
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -279,6 +281,7 @@ class Manifest:
     name: str = ""
     seed: int = field(0, low=0)
     shards: str = field("shards", doc="stage N is read from SHARDS/stageN")
+    compat: str = field("none", choices=("none", "published"), doc="published: with the published readers' faults")
     images: Images = Images()
     loader: Loader = Loader()
     model: Model = Model()

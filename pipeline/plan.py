@@ -101,16 +101,18 @@ class Plan:
             self._epoch = epoch
         batching, size = self.manifest.batching, self.manifest.batching.global_batch
         members = self._order[step * size : (step + 1) * size]
-        lengths = self.tokens.length[members].astype(np.int64)
+        tokens = self.tokens.at(epoch)
+        lengths = tokens.length[members].astype(np.int64)
         flops = costs(batching.cost, self.pictures(members) * self._patches, lengths)
         packed = pack(lengths, flops, self.manifest.text.max_tokens, batching.row_multiple)
         by_token = batching.loss_weight == "token"
-        weight = float(self.tokens.learned[members].sum()) if by_token else float(len(members))
+        weight = float(tokens.learned[members].sum()) if by_token else float(len(members))
         return GlobalBatch([members[row] for row in packed], weight)
 
-    def weight(self, row: int) -> float:
+    def weight(self, row: int, epoch: int) -> float:
         """Loss weight of each labelled place of one dialogue."""
-        return 1.0 if self.manifest.batching.loss_weight == "token" else 1.0 / float(self.tokens.learned[row])
+        by_token = self.manifest.batching.loss_weight == "token"
+        return 1.0 if by_token else 1.0 / float(self.tokens.at(epoch).learned[row])
 
     def groups(self, rows: list[np.ndarray]) -> int:
         """Tower groups of a micro-step whose ranks run ``rows``: the maximum over them, at least 1."""

@@ -4,8 +4,8 @@ The rules are the published recipe's (arXiv 2501.00574 and its training code), c
 tables. With ``vlen`` frames at ``fps`` frames a second, ``duration`` seconds, bounds ``low`` and ``high`` and clips of
 ``clip`` frames:
 
-* ``middle``: N = max(low, high); [0, vlen) is cut into n = min(N, vlen) intervals with truncated edges, the floor of
-  each interval's middle is taken, and the last frame is repeated up to N.
+* ``middle``: N = high, or low (vlen at most) if that is more; [0, vlen) is cut into n = min(N, vlen) intervals with
+  truncated edges, the floor of each interval's middle is taken, and the last frame is repeated up to N.
 * ``dynamic_fps1``: N = clip * floor(duration / clip), at least ``clip``, then at most ``high``, then at least ``low``
   (which falls to clip * floor(vlen / clip) for a video with fewer than ``low`` frames); then as ``middle``.
 * ``fpsX``: times 1/(2X), 3/(2X), 5/(2X) ... seconds; time * fps rounded half to even; cut after ``high``, not padded.
@@ -50,11 +50,9 @@ def frame_indices(
     if vlen < 1:
         raise ValueError(f"a video of {vlen} frames cannot be sampled")
     if sampler in ("middle", "rand"):
-        wanted = max(low, high)
+        wanted = max(min(low, vlen), high)
     elif sampler == "dynamic_fps1":
-        if vlen < low:
-            low = vlen // clip * clip
-        wanted = max(min(int(duration // clip) * clip or clip, high), low)
+        wanted = fps1_count(duration, vlen, low, high, clip)
     else:
         return _at_rate(float(sampler[3:]), vlen, fps, duration, high)
     edges = np.linspace(0, vlen, min(wanted, vlen) + 1).astype(np.int64)
@@ -65,6 +63,13 @@ def frame_indices(
     else:
         taken = rng.integers(edges[:-1], edges[1:])
     return _repeat_last(taken, wanted)
+
+
+def fps1_count(duration: float, frames: float, low: int, high: int, clip: int) -> int:
+    """How many frames ``dynamic_fps1`` wants of ``frames`` frames that last ``duration`` seconds."""
+    if frames < low:
+        low = int(frames // clip) * clip
+    return max(min(int(duration // clip) * clip or clip, high), low)
 
 
 def _at_rate(rate: float, vlen: int, fps: float, duration: float, high: int) -> np.ndarray:

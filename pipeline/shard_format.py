@@ -355,6 +355,17 @@ def scan_shard(path: str | Path) -> ShardInfo:
     return ShardInfo(path.name, len(offsets), path.stat().st_size, sha256, md5, (*offsets, end))
 
 
+def read_reader_files(folder: str | Path) -> list[ShardInfo]:
+    """The shards that ``write_reader_files`` described in ``folder``, in order of name; ``sha256`` is empty."""
+    folder, shards = Path(folder), []
+    for path in folder.glob("shardindex*.json"):
+        for part in json.loads(path.read_bytes())["shardlist"]:
+            offsets = np.frombuffer((folder / f"{part['url']}.idx").read_bytes(), dtype="<u8")
+            numbers = (part["nsamples"], part["filesize"], "", part["md5sum"])
+            shards.append(ShardInfo(part["url"], *numbers, tuple(offsets.tolist())))
+    return sorted(shards, key=lambda shard: shard.name)
+
+
 def write_reader_files(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
     """Write what Megatron-Energon and wids expect beside the shards of one folder (video, image or dialogue).
 

@@ -18,6 +18,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -41,6 +42,15 @@ class InexactError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Clock:
+    """Times of a video's N frames as the file has them."""
+
+    ticks: np.ndarray  #: int64 (N,), ascending: presentation times in units of ``base``
+    base: Fraction  #: seconds of a tick
+    rate: Fraction  #: frames a second as the container states them
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """An opened video of N frames."""
 
@@ -49,6 +59,7 @@ class Source:
     end: float  #: second at which the last frame stops being shown
     salvaged: bool  #: fewer frames could be read than the file promises
     pictures: Callable[[np.ndarray], Iterator[Image.Image]]  #: RGB pictures of ascending, distinct frame numbers
+    clock: Clock | None = None  #: None for a GIF, a folder, or a file without times or a rate
 
 
 def open_video(path: str | Path) -> Source:
@@ -75,6 +86,7 @@ def open_video(path: str | Path) -> Source:
         seconds -= _origin(container)
         last = _last_duration(stream, seconds)
         fps = _rate(stream, seconds, last)
+        clock = _clock(stream, ticks)
 
     def pictures(wanted: np.ndarray) -> Iterator[Image.Image]:
         with _open(path) as (container, stream):
@@ -91,7 +103,7 @@ def open_video(path: str | Path) -> Source:
                 shown = tick
                 yield _picture(frame)
 
-    return Source(seconds, fps, seconds[-1] + last, early, pictures)
+    return Source(seconds, fps, seconds[-1] + last, early, pictures, clock)
 
 
 def open_straight(path: str | Path) -> Source:
@@ -102,9 +114,10 @@ def open_straight(path: str | Path) -> Source:
     """
     path = check_file(path)
     with _open(path) as (container, stream):
-        promise, origin, times, errors = _promised_frames(stream), _origin(container), [], []
+        promise, origin, times, ticks, errors = _promised_frames(stream), _origin(container), [], [], []
         for frame in _decode(container, stream, errors):
             times.append(frame.time)
+            ticks.append(frame.pts)
         if not times:
             raise MediaError("corrupt", path, "has a video stream but no frame of it decodes; fetch the file again")
         if len(times) < promise * KEPT_SHARE:
@@ -115,8 +128,10 @@ def open_straight(path: str | Path) -> Source:
         if not (np.diff(seconds, prepend=-np.inf) > 0).all():  # no times, or times that run backwards
             rate = stream.average_rate or stream.guessed_rate
             seconds = np.arange(len(times)) / float(rate or 1)
+            ticks = [None]
         last = _last_duration(stream, seconds)
         fps = _rate(stream, seconds, last)
+        clock = None if None in ticks else _clock(stream, np.array(ticks, dtype=np.int64))
 
     def pictures(wanted: np.ndarray) -> Iterator[Image.Image]:
         rest = iter(wanted.tolist())
@@ -129,7 +144,7 @@ def open_straight(path: str | Path) -> Source:
                 if target is None:
                     return
 
-    return Source(seconds, fps, seconds[-1] + last, bool(errors) or early or len(times) < promise, pictures)
+    return Source(seconds, fps, seconds[-1] + last, bool(errors) or early or len(times) < promise, pictures, clock)
 
 
 def open_gif(path: str | Path) -> Source:
@@ -166,8 +181,14 @@ def open_gif(path: str | Path) -> Source:
     return Source(np.arange(count, dtype=np.float64), 1.0, float(count), broken, pictures)
 
 
-def open_folder(path: str | Path) -> Source:
-    """Open a folder of jpg, jpeg and png frames, in the order of the last number in their names.
+def last_number(name: str) -> int:
+    """What orders the files of a folder: the last number in a name, -1 where there is none."""
+    numbers = re.findall(r"\d+", Path(name).stem)
+    return int(numbers[-1]) if numbers else -1
+
+
+def open_folder(path: str | Path, order: Callable[[str], int] = last_number) -> Source:
+    """Open a folder of jpg, jpeg and png frames, ordered by what ``order`` makes of their names, then by name.
 
     Raises:
         MediaError: no such folder, or no pictures in it. ``pictures`` raises it for a broken picture.
@@ -179,7 +200,7 @@ def open_folder(path: str | Path) -> Source:
         raise MediaError("missing_file", path, f"the folder of frames cannot be read ({error.strerror})") from None
     if not names:
         raise MediaError("not_media", path, "the folder has no jpg, jpeg or png files")
-    names.sort(key=_number)
+    names.sort(key=order)
     fps = 3.0 if "tvqa" in str(path) else 1.0
 
     def pictures(wanted: np.ndarray) -> Iterator[Image.Image]:
@@ -250,6 +271,11 @@ def _origin(container: InputContainer) -> float:
     return max(container.start_time or 0, 0) / av.time_base
 
 
+def _clock(stream: VideoStream, ticks: np.ndarray) -> Clock | None:
+    rate = stream.average_rate
+    return Clock(ticks, stream.time_base, rate) if rate and stream.time_base else None
+
+
 def _last_duration(stream: VideoStream, seconds: np.ndarray) -> float:
     """How long the last frame is shown: the mean distance of frames, or that of the nominal rate."""
     if len(seconds) > 1:
@@ -273,8 +299,3 @@ def _ends_early(stream: VideoStream, last: float) -> bool:
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - last > 1 + 2 / float(stream.average_rate or 1)
     except ValueError:
         return False
-
-
-def _number(name: str) -> int:
-    numbers = re.findall(r"\d+", Path(name).stem)
-    return int(numbers[-1]) if numbers else -1

@@ -2,7 +2,8 @@
 
 ``ROOT/index/tokens-FINGERPRINT.arrow`` has one row per dialogue of the index, in its order. The fingerprint covers
 the index, the tokenizer's content and every setting that ids or visual tokens depend on, so that another manifest on
-the same root gets a file of its own; limits on length are applied when reading.
+the same root gets a file of its own; limits on length are applied when reading. With ``compat: published`` the time
+message is said once more in every epoch, and every epoch has a file of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from pipeline.batch import IGNORE, IMAGE
 from pipeline.conversation import Conversation
 from pipeline.index import Index, ShardsError, row_values
-from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest
+from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest, ManifestError
 from pipeline.visuals import View, Visuals
 
 FORMAT = 1  #: raise it when the meaning of a column changes
@@ -39,8 +40,8 @@ SCHEMA = pa.schema(
 )
 
 
-def fingerprint(index: Index, manifest: Manifest, conversation: Conversation) -> str:
-    """Sha256 hex over all that the cached rows depend on."""
+def fingerprint(index: Index, manifest: Manifest, conversation: Conversation, fetch: int = 0) -> str:
+    """Sha256 hex over all that the cached rows depend on; ``fetch`` as of :class:`Conversation`."""
     frames, text = manifest.frames, manifest.text
     content = conversation.tokenizer.backend_tokenizer.to_str()
     parts = {
@@ -51,6 +52,7 @@ def fingerprint(index: Index, manifest: Manifest, conversation: Conversation) ->
         "frames": [frames.sampler, frames.min, frames.max, frames.size, frames.clip_frames, frames.time_message],
         "images": [manifest.images.mode, manifest.images.max_grid],
         "seed": manifest.seed if frames.sampler == "rand" else 0,
+        **({"fetch": fetch} if fetch else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -60,13 +62,27 @@ class Tokens:
 
     ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,). A dialogue over the limit is cut at
     its end, where that leaves all of its media and something to learn; else it is refused.
+
+    With ``compat: published`` dialogues grow with the epoch: these are the tokens of ``epoch``, by default the last of
+    ``train.epochs``, in which the fewest dialogues can be used, and :meth:`at` gives those of the others.
     """
 
-    def __init__(self, index: Index, manifest: Manifest, conversation: Conversation, visuals: Visuals) -> None:
-        self.fingerprint = fingerprint(index, manifest, conversation)
+    def __init__(
+        self,
+        index: Index,
+        manifest: Manifest,
+        conversation: Conversation,
+        visuals: Visuals,
+        epoch: int | None = None,
+    ) -> None:
+        self._made_of = (index, manifest, conversation, visuals)
+        self._epoch = manifest.train.epochs - 1 if epoch is None else epoch
+        self._other: Tokens | None = None
+        fetch = self._epoch + 1 if manifest.compat == "published" else 0
+        self.fingerprint = fingerprint(index, manifest, conversation, fetch)
         path = index.root / "index" / f"tokens-{self.fingerprint[:32]}.arrow"
         if not path.is_file():
-            _build(path, index, conversation, visuals)
+            _build(path, index, conversation, visuals, fetch)
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
@@ -84,6 +100,21 @@ class Tokens:
         self._apply_limit(manifest.text.over_length == "cut")
         bad = np.flatnonzero(self.learned == 0)
         self._refused |= {int(row): self._reason(row) for row in bad if row not in self._refused}
+
+    def at(self, epoch: int) -> Tokens:
+        """The tokens of one epoch; they differ with ``compat: published`` only.
+
+        Raises:
+            ManifestError: an epoch after the last of ``train.epochs``, with ``compat: published``.
+        """
+        manifest = self._made_of[1]
+        if manifest.compat == "none" or epoch == self._epoch:
+            return self
+        if epoch >= manifest.train.epochs:
+            raise ManifestError(f"train.epochs: is {manifest.train.epochs}, and compat: published has none after them")
+        if self._other is None or self._other._epoch != epoch:
+            self._other = Tokens(*self._made_of, epoch)
+        return self._other
 
     @property
     def refused(self) -> dict[int, str]:
@@ -123,14 +154,14 @@ class Tokens:
                 self.length[row], self.learned[row] = self._limit, learned
 
 
-def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals) -> None:
+def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> None:
     """Write the cache under a name of its own, then rename: several processes may do it at once, with equal bytes."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         try:
             with open(temporary, "wb") as file:
                 with pa.ipc.new_file(file, SCHEMA) as writer:
-                    for batch in _batches(index, conversation, visuals):
+                    for batch in _batches(index, conversation, visuals, fetch):
                         writer.write_batch(batch)
                 file.flush()
                 os.fsync(file.fileno())
@@ -141,14 +172,15 @@ def _build(path: Path, index: Index, conversation: Conversation, visuals: Visual
         raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
 
 
-def _batches(index: Index, conversation: Conversation, visuals: Visuals) -> Iterator[pa.RecordBatch]:
+def _batches(index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> Iterator[pa.RecordBatch]:
     columns = index.dialogues.select(["media", "conversations"])
     total = len(columns)
     with tqdm(total=total, desc="tokens", unit="dialogue", disable=total < 20 * CHUNK, dynamic_ncols=True) as bar:
         for start in range(0, total, CHUNK):
             chunk = columns.slice(start, CHUNK)
             media, turns = chunk["media"].to_pylist(), chunk["conversations"].to_pylist()
-            prepared = [_prepare(conversation, visuals, *dialogue) for dialogue in zip(media, turns, strict=True)]
+            dialogues = zip(media, turns, strict=True)
+            prepared = [_prepare(conversation, visuals, *dialogue, fetch) for dialogue in dialogues]
             encoded = conversation.tokenize([[] if error else segments for segments, _, error in prepared])
             rows = [
                 _row(conversation, ids, labels, views, error)
@@ -158,11 +190,13 @@ def _batches(index: Index, conversation: Conversation, visuals: Visuals) -> Iter
             bar.update(len(rows))
 
 
-def _prepare(conversation: Conversation, visuals: Visuals, media: list[int], turns: str) -> tuple[list, list, str]:
+def _prepare(
+    conversation: Conversation, visuals: Visuals, media: list[int], turns: str, fetch: int
+) -> tuple[list, list, str]:
     try:
         views = visuals.views(media)
         kinds, messages = [view.kind for view in views], [view.message for view in views]
-        return conversation.segments(json.loads(turns), kinds, messages), views, ""
+        return conversation.segments(json.loads(turns), kinds, messages, fetch), views, ""
     except ValueError as error:
         return [], [], str(error)
 

@@ -1,9 +1,10 @@
 """Stored media as a stage sees them: which frames are shown, what is said about them, and their pixels.
 
-The frames of a video are those the manifest's sampler takes of the source (its ``vlen``, ``fps`` and ``duration``
-stand in the index), each replaced by the nearest stored one. With the settings of the build these are exactly the
-frames of the build; otherwise a frame is off by at most half the gap between stored frames, and the time message
-names the frames that are really shown. Pixels are read frame by frame, by byte offset, and decoded in place; frames
+The frames of a video are those the manifest's sampler takes of the source (its ``vlen``, ``fps`` and ``duration`` stand
+in the index), each replaced by the nearest stored one. With the settings of the build these are exactly the frames of
+the build; otherwise a frame is off by at most half the gap between stored frames, and the time message names the frames
+that are really shown. With ``compat: published`` the frames are the build's and the message counts what the published
+readers count (:mod:`pipeline.published`). Pixels are read frame by frame, by byte offset, and decoded in place; frames
 stored at another size are resized with PIL's bicubic filter.
 """
 
@@ -31,7 +32,7 @@ class View:
 
     row: int  #: of the media table
     kind: str  #: image or video
-    places: np.ndarray  #: int64 (F,) stored frames of a video in time order, with repeats; empty for a still
+    places: np.ndarray  #: int64 (F,) stored frames of a video as they are shown, with repeats; empty for a still
     message: str  #: time message of a video, else empty
     clips: int  #: clips of a video
     tiles: int  #: tiles of a still
@@ -50,6 +51,7 @@ class Visuals:
     def __init__(self, index: Index, manifest: Manifest) -> None:
         self.index = index
         self.frames, self.images, self.seed = manifest.frames, manifest.images, manifest.seed
+        self._published = manifest.compat == "published"
         self._column = {name: index.media[name] for name in index.media.column_names}
         self._files = _Files(index)
 
@@ -72,13 +74,18 @@ class Visuals:
 
     def _video(self, row: int) -> View:
         vlen, fps, duration = (self._value(name, row) for name in ("vlen", "fps", "duration"))
-        rng = None
-        if self.frames.sampler == "rand":
-            rng = np.random.default_rng(media_seed(self.seed, self._value("key", row)))
-        wanted = fit_to_clips(sample_indices(self.frames, vlen, fps, duration, rng), vlen, self.frames.clip_frames)
-        stored = row_values(self._column["frame_index"], row)
-        places = nearest(stored, wanted)
-        message = time_message(self.frames.time_message, duration, stored[places], fps)
+        if self._published:
+            places = row_values(self._column["sample"], row).astype(np.int64)
+            counted = row_values(self._column["nominal"], row)
+        else:
+            rng = None
+            if self.frames.sampler == "rand":
+                rng = np.random.default_rng(media_seed(self.seed, self._value("key", row)))
+            wanted = fit_to_clips(sample_indices(self.frames, vlen, fps, duration, rng), vlen, self.frames.clip_frames)
+            stored = row_values(self._column["frame_index"], row)
+            places = nearest(stored, wanted)
+            counted = stored[places]
+        message = time_message(self.frames.time_message, duration, counted, fps)
         return View(row, "video", places, message, len(places) // self.frames.clip_frames, 0)
 
     def read_frames(self, view: View, start: int, out: np.ndarray) -> None:

@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.report and not options.dry_run:
         parser.error("--report goes with --dry-run")
+    if not 0 <= options.rank < options.of:
+        parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, one below --of")
     try:
         return _run(options)
     except KeyboardInterrupt:
@@ -35,7 +37,8 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here, because they take half a second in which the user may press Ctrl-C, too.
     from pipeline.annotations import AnnotationFileError
     from pipeline.manifest import ManifestError, load_manifest
-    from tools.builder import build
+    from tools import executors
+    from tools.builder import Options, build
     from tools.plan import make_plan
     from tools.plan_report import plan_rows, plan_summary, write_report
     from tools.roots import BuildError, WorkError, origins
@@ -58,13 +61,29 @@ def _run(options: argparse.Namespace) -> int:
                 write_report(Path(options.report), str(path), rows)
                 print(f"report: {options.report}/plan.html, {options.report}/plan.parquet")
             return 0
-        record, finished = build(manifest, options.workers, options.limit, options.skip_unresolved)
+        executor = executors.ray(options.address) if options.executor == "ray" else executors.local(options.workers)
+        outcome = build(
+            manifest,
+            executor,
+            Options(
+                limit=options.limit,
+                skip_unresolved=options.skip_unresolved,
+                retry_failed=options.retry_failed,
+                rank=options.rank,
+                ranks=options.of,
+            ),
+        )
     except (ManifestError, BuildError, AnnotationFileError, WorkError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, WorkError) else 2
-    if finished:
-        print(f"{manifest.shard_root}: finished already, nothing to do")
+    if not outcome.built:
+        what = "nothing to try again" if options.retry_failed else "nothing to do"
+        print(f"{manifest.shard_root}: finished already, {what}")
         return 0
+    if outcome.record is None:
+        print(f"{manifest.shard_root}: this machine is done; {outcome.left:,} media are left to the others")
+        return 0
+    record = outcome.record
     for entry in record["entries"]:
         if "empty_annotation" in entry["left_out"].get("entry", {}):
             print(f"warning: entry {entry['name']}: the annotation file has no samples", file=sys.stderr)
@@ -89,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-unresolved", action="store_true", help="leave out, and count, entries that are not here"
     )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="add to finished shards what failed for a reason that may have passed",
+    )
+    parser.add_argument("--rank", metavar="I", type=int, default=0, help="of this machine, from 0; with --of")
+    parser.add_argument("--of", metavar="N", type=whole_number, default=1, help="machines that share this build")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: on a Ray cluster")
+    parser.add_argument("--address", metavar="HOST:PORT", default="", help="of the Ray cluster")
     parser.add_argument(
         "--set",
         metavar="FIELD=VALUE",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from pipeline.sampling import frame_indices
 from pipeline.shard_format import dialogue_key, json_text, media_key
 from tools.distinct import Distinct
 from tools.fetch.source import UNKNOWN
+from tools.previous import Known, Selection
 from tools.roots import BuildError, Origin, Place
 from tools.survey import Survey
 from tools.tables import TableWriter, map_table, write_table
@@ -69,7 +70,10 @@ MEDIA = pa.schema(
         ("start", pa.float64()),
         ("end", pa.float64()),
         ("source", pa.string()),
-        ("task", pa.int32()),
+        ("task", pa.int32()),  # -1 where nothing is to be built
+        ("built", pa.int32()),  # row in the index of the root that the plan adds to; -1: not in it
+        ("failed", pa.string()),  # why that root has not built it, if that is final; else empty
+        ("attempts", pa.int32()),  # made by then
     ]
 )
 #: Last column of media.arrow: rows of dialogues.arrow that are about this media item alone.
@@ -93,27 +97,40 @@ class EntryCount:
 
 
 def make_plan(
-    manifest: Manifest, found: list[Origin], folder: Path | None, limit: int | None = None, strict: bool = True
+    manifest: Manifest,
+    found: Sequence[Origin],
+    folder: Path | None,
+    limit: int | None = None,
+    strict: bool = True,
+    selection: Selection | None = None,
 ) -> dict[str, EntryCount]:
     """Read all annotation files and write the plan to ``folder``; with None only count, and look for the media.
 
     Args:
         strict: refuse entries that cannot be resolved; otherwise their dialogues with media become ledger rows.
+        selection: what of the samples an addition to a finished root takes; all if None.
+
+    Returns:
+        What was found of each entry; of those that ``selection`` takes none of, nothing.
 
     Raises:
         AnnotationFileError: an annotation file is broken.
         BuildError: ``strict``, and an entry's annotation file or media are not here; no dialogue at all to write.
     """
+    found = [origin for origin in found if selection is None or selection.entry(origin.entry.name)]
     for origin in found:
         if strict and not origin.annotation.resolved:
             raise BuildError(_unresolved(origin, origin.annotation))
     with Survey() as survey:
-        tables = folder and _Tables(manifest, folder)
-        plan = _Plan(tables, survey)
+        tables = folder and _Tables(manifest, folder, selection)
+        plan = _Plan(tables, survey, selection)
         for origin in tqdm(found, desc="plan", unit=" entries", disable=None, leave=False):
             _read_entry(plan, manifest, origin, limit, strict)
         plan.work_off()
     if tables:
+        retried = selection is not None and not any(selection.is_new(name) for name in plan.counts)
+        if retried and not any(count.samples for count in plan.counts.values()):
+            return {}
         if not any(count.dialogues for count in plan.counts.values()):
             raise BuildError(f"no dialogue can be used: {_causes(plan.counts)}; correct the files, or data.entries")
         tables.write({name: count.samples for name, count in plan.counts.items()})
@@ -126,8 +143,15 @@ def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | No
     if file is None:
         plan.leave_out(LedgerRow(entry.name, "entry", "unresolved", origin.annotation.missing))
         return
-    placeholder = manifest.data.text_placeholder
-    for sample in read_annotations(file, entry, placeholder=placeholder, seed=manifest.seed, limit=limit):
+    samples = read_annotations(
+        file,
+        entry,
+        placeholder=manifest.data.text_placeholder,
+        seed=manifest.seed,
+        limit=limit,
+        compat=manifest.compat,
+    )
+    for sample in samples:
         if strict and isinstance(sample, Annotation) and sample.media and not origin.media.resolved:
             raise BuildError(_unresolved(origin, origin.media))
         plan.add(origin, sample)
@@ -153,8 +177,9 @@ class _Plan:
     With ``tables`` it is written; without, the media are looked for.
     """
 
-    def __init__(self, tables: _Tables | None, survey: Survey) -> None:
+    def __init__(self, tables: _Tables | None, survey: Survey, selection: Selection | None) -> None:
         self._tables = tables
+        self._selection = selection
         self._survey = survey
         self._distinct = Distinct()
         self._gathered: list[tuple[Origin, Annotation]] = []
@@ -169,6 +194,8 @@ class _Plan:
 
     def add(self, origin: Origin, sample: Annotation | AnnotationError) -> None:
         entry = origin.entry
+        if self._selection and not self._selection.dialogue(entry.name, _key(entry, sample.position)):
+            return
         self.counts[entry.name].samples += 1
         error = sample if isinstance(sample, AnnotationError) else None
         if not error and sample.media and not origin.media.resolved:
@@ -240,7 +267,8 @@ def _source(entry: Entry, sample: Annotation | AnnotationError) -> str:
 class _Tables:
     """The files of a plan while they are written."""
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, selection: Selection | None) -> None:
+        self._selection = selection
         self._frames = manifest.frames
         self._folder = folder
         self._tasks = _Tasks(manifest.data.shard_mb * 1_000_000)
@@ -274,10 +302,12 @@ class _Tables:
     def add_media(self, origin: Origin, ref: MediaRef, duration: Any) -> None:
         """Add a media item, of which its annotation says that it lasts ``duration`` seconds, or something else."""
         size = STILL_BYTES if ref.kind == "image" else _video_bytes(self._frames, ref, duration)
-        identity = json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end])
+        key = media_key(ref.kind, json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end]))
+        known = self._selection.media(key) if self._selection else Known()
+        settled = known.built >= 0 or known.failed
         self._media.add(
             {
-                "key": media_key(ref.kind, identity),
+                "key": key,
                 "kind": ref.kind,
                 "split": origin.entry.split,
                 "entry": origin.number,
@@ -286,7 +316,10 @@ class _Tables:
                 "start": ref.start,
                 "end": ref.end,
                 "source": ref.source,
-                "task": self._tasks.put(ref.kind, origin.entry.split, size),
+                "task": -1 if settled else self._tasks.put(ref.kind, origin.entry.split, size),
+                "built": known.built,
+                "failed": known.failed,
+                "attempts": known.attempts,
             }
         )
 

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from pipeline.manifest import Data, Entry, Manifest, ManifestError
-from pipeline.media import MediaError
 from pipeline.schema import read_yaml
 from pipeline.shard_format import json_text
 from tools.annotation_files import AnnotationFiles, remote_file
@@ -175,7 +174,7 @@ def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
     Raises:
         ManifestError: the root map cannot be used.
     """
-    limits = Limits()
+    limits = Limits.of(manifest.data)
     roots = Roots(manifest.data, limits, replace(limits, retries=1, stall=5.0) if quick else limits)
     entries = manifest.data.entries
     media = _in_threads(roots.media, entries, "places")
@@ -187,19 +186,6 @@ def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
             entry = replace(entry, name=f"{entry.name}~{seen[entry.name]}")
         found.append(Origin(number, entry, annotation, place))
     return found
-
-
-def locate(root: Path, path: str) -> Path:
-    """``path`` below ``root``, a folder without links.
-
-    Raises:
-        MediaError: a link leads out of the root (``outside_root``).
-    """
-    named = root / path
-    real = os.path.realpath(named)
-    if os.path.commonpath((real, root)) != str(root):
-        raise MediaError("outside_root", named, f"a link leads out of its root to {real}")
-    return named
 
 
 def _in_threads(call: Callable[[Entry], T], entries: tuple[Entry, ...], what: str) -> list[T]:

@@ -315,3 +315,23 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(SAMPLES).encode())
     assert len(list(read_annotations(path, entry()))) == len(SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("turn", "good"),
+    [
+        ({"from": "human", "value": "Hi"}, True),
+        ({"from": "gpt", "value": "Hi"}, True),
+        ({"from": "user", "value": "Hi"}, False),
+        ({"role": "user", "content": "Hi"}, False),
+        ({"from": "system", "value": "Be brief."}, False),
+    ],
+)
+def test_compat_published_takes_first_turns_by_two_names_alone(tmp_path, turn, good):
+    rest = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": [turn, *rest]}]))
+    entry = Entry(annotation="a.json")
+    (meant,) = read_annotations(tmp_path / "a.json", entry)
+    (found,) = read_annotations(tmp_path / "a.json", entry, compat="published")
+    assert isinstance(meant, Annotation)
+    assert (found == meant) if good else (found.reason == "bad_turn" and "human or gpt" in str(found))

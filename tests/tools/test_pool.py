@@ -18,13 +18,13 @@ from tools.roots import WorkError
 ITEMS = range(4)  #: of every task
 
 
-def make_run(folder: Path, trouble: dict[tuple[int, int], str]):
+def make_run(folder: Path, trouble: dict[tuple[int, int], str], limit: float):
     """Writes the items of a task that it did not lose to FOLDER/TASK, when it comes to the end."""
 
     def run(task, lost, report):
         done = []
         for item in ITEMS:
-            report(item, {})
+            report(item, {}, limit)
             what = trouble.get((task, item))
             if item in lost:
                 done.append(f"{item}:{lost[item][0]}:{lost[item][1]}")
@@ -44,7 +44,7 @@ def make_run(folder: Path, trouble: dict[tuple[int, int], str]):
 
 
 def run(folder, trouble, workers=2, limit=60.0):
-    with Pool(make_run, (folder, trouble), workers, limit) as pool:
+    with Pool(make_run, (folder, trouble, limit), workers) as pool:
         return list(pool.run(range(3)))
 
 
