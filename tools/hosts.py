@@ -40,7 +40,7 @@ class Hosts:
         for name in (host, origin):
             error, times = self._failed.get(name, (None, 0))
             if times >= patience:
-                raise error
+                raise error.with_traceback(None)  # which would grow with every raise
         try:
             answer = function()
         except FetchError as error:
@@ -49,7 +49,7 @@ class Hosts:
                 with self._lock:
                     first, times = self._failed.get(name, (error, 0))
                     self._failed[name] = first, times + 1
-                raise first from None
+                raise first.with_traceback(None) from None
             raise
         with self._lock:
             self._failed.pop(host, None)
@@ -89,7 +89,7 @@ class Opened:
         if waiting:
             try:
                 waiting.set_result(self._open(given, limits))
-            except (FetchError, ValueError) as error:
+            except Exception as error:  # whatever it is, other threads wait for it
                 waiting.set_exception(error)
         return opened.result()
 

@@ -148,10 +148,14 @@ def plan_summary(rows: Sequence[Row]) -> str:
     lines = [aligned(["entry", "dialogues", "media", "found", "bytes", "resolves", "from"], cells)]
     for cause, names in causes(rows):
         shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
-        lines += ["", f"{len(names)} {'entry' if len(names) == 1 else 'entries'}: {cause}", f"  {', '.join(shown)}"]
+        lines += ["", f"{_entries(len(names))}: {cause}", f"  {', '.join(shown)}"]
     resolved = sum(row.resolved for row in rows)
-    counts = f"{len(rows)} entries, {resolved} resolved, {len(rows) - resolved} unresolved"
+    counts = f"{_entries(len(rows))}, {resolved} resolved, {len(rows) - resolved} unresolved"
     return "\n".join([*lines, "", totals(rows), counts])
+
+
+def _entries(number: int) -> str:
+    return "1 entry" if number == 1 else f"{number} entries"
 
 
 def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
