@@ -106,9 +106,10 @@ class Roots:
             if file and not file.is_file():
                 return Place(None, folder.origin, f"{file}: no such annotation file")
             return Place(file, folder.origin, folder.missing)
-        shown = given if isinstance(given, str) else mapped
         try:
-            return Place(self._annotations.fetch(given, path), shown)
+            return Place(self._annotations.fetch(given, path), mapped or name)
+        except ManifestError:
+            raise
         except (FetchError, ValueError) as error:
             fix = f"fetch it and map {hub} to dir:FOLDER{self._where}" if hub else "fetch it and name the local file"
             return Place(None, name, f"the annotation file is not on this machine: {error}; {fix}")
@@ -143,7 +144,7 @@ class Roots:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
             return Place(None, given, f"{self._file}: {error}", name)
-        return Place(None, origin, "", name, origin, limits)
+        return Place(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
 
     @property
     def _where(self) -> str:

@@ -200,6 +200,21 @@ def test_annotation_files_are_fetched_and_planned(tmp_path):
     assert Path(found[0].annotation.path).is_relative_to(tmp_path / "cache")
 
 
+def test_a_login_in_an_address_is_used_and_never_shown(tmp_path):
+    with Server() as server:
+        server.routes["/v/a.mp4"] = lambda request: request.serve(b"1234")
+        host = server.url.removeprefix("http://")
+        (tmp_path / "roots.yaml").write_text(f"r: 'url:http://me:secret@{host}/v/{{path}}'\n")
+        corpus.annotations(tmp_path / "a.jsonl", [{"video": "a.mp4", "conversations": TURNS}])
+        wanted = manifest(
+            tmp_path, [{"annotation": str(tmp_path / "a.jsonl"), "root": "r"}], roots=str(tmp_path / "roots.yaml")
+        )
+        found = origins(wanted)
+        counts = make_plan(wanted, found, None)
+        assert server.asked and all("authorization" in headers for _, headers in server.asked)
+    assert counts["a"].found == 1 and counts["a"].bytes == 4 and "secret" not in found[0].media.origin
+
+
 def test_annotation_files_below_a_mapped_place(tmp_path):
     with Server() as server:
         line = json.dumps({"conversations": TEXT}).encode()
