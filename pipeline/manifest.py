@@ -18,7 +18,8 @@ __all__ = ["Manifest", "ManifestError", "load_manifest", "plain"]
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 TOKENS_PER_TILE = 64  #: tokens of one tile of a still
-READERS = ("decord", "img", "frame", "gif", "av")  #: of a video; img and frame are folders of frames
+READERS = ("decord", "img", "frame", "gif", "av")  #: of a video
+FOLDER_READERS = ("img", "frame")  #: of those, the ones that read a folder of frames
 SAMPLING = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
 ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: of an epoch
@@ -50,6 +51,7 @@ class Data:
 
     entries: tuple[Entry, ...]
     roots: str = field("", doc="YAML file that maps an entry's root to a place that can be read")
+    cache: str = field("", doc="folder of fetched annotation files; ~/.cache/framestream if empty")
     text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
     shard_mb: int = field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
     decode_timeout: int = field(600, low=1, doc="seconds that building one media item may take")

@@ -39,6 +39,7 @@ BLOCK, RECORD = 512, 10_240  #: sizes in bytes that USTAR rounds members and fil
 MAX_MEMBER = 8**11 - 1  #: largest member in bytes that a USTAR header can state
 ENERGON_VERSION = "7.4.1"  #: the Megatron-Energon release whose folder layout is written
 
+_COMPACT = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 EXTENSION = re.compile(r"[a-z][a-z0-9]*")
 #: extensions that webdataset or datasets decode, unpack or unpickle by themselves
@@ -62,7 +63,7 @@ def dialogue_key(identity: str) -> str:
 
 def json_text(value: Any) -> str:
     """``value`` as compact JSON with sorted keys; the same value gives the same text."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _COMPACT.encode(value)
 
 
 def media_json(

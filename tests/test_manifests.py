@@ -184,11 +184,23 @@ def test_ablation_is_stage_3_with_fewer_samples():
     assert [(e.annotation, e.root, e.reader) for e in whole] == [(e.annotation, e.root, e.reader) for e in part]
 
 
-def test_root_map_example_names_everything_that_the_published_manifests_need():
-    example = FOLDER / "roots.example.yaml"
-    places = read_yaml(example)
-    assert all(place.startswith("dir:/") for place in places.values())
+def test_root_map_example_names_a_place_for_everything_that_the_published_manifests_need():
+    places = read_yaml(FOLDER / "roots.example.yaml")
+    used = set()
     for name in PUBLISHED:
         for entry in published(name).data.entries:
-            assert {entry.name, entry.root} & places.keys() or entry.media_type == "text"
-            assert entry.annotation.rpartition(":")[0] in places
+            named = {entry.name, entry.root} & places.keys()
+            assert named or entry.media_type == "text", f"{name}: {entry.name}"
+            used |= named
+    assert used == places.keys(), "a key that no entry has"
+    for place in places.values():
+        archives = place["archives"] if isinstance(place, dict) else []
+        assert isinstance(place, str) or (archives and place.keys() <= {"archives", "join", "inside"})
+        for text in archives or [place]:
+            assert re.fullmatch(r"dir:/\S+|hf:[\w-]+/[\w-]+:\S+", text)
+
+
+def test_root_map_example_reads_the_split_zips_of_the_long_videos():
+    places = read_yaml(FOLDER / "roots.example.yaml")
+    entries = [entry for entry in published("stage3").data.entries if entry.root.endswith("/longvid_subset")]
+    assert len(entries) == 4 and all(places[entry.name]["join"] is True for entry in entries)

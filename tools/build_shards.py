@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (0 done, 1 a build that cannot go on, 2 bad input, 130 stopped)."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.report and not options.dry_run:
+        parser.error("--report goes with --dry-run")
     if not 0 <= options.rank < options.of:
         parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, one below --of")
     try:
@@ -38,8 +40,9 @@ def _run(options: argparse.Namespace) -> int:
     from tools import executors
     from tools.builder import Options, build
     from tools.plan import make_plan
+    from tools.plan_report import plan_rows, plan_summary, write_report
     from tools.roots import BuildError, WorkError, origins
-    from tools.summary import build_summary, plan_summary, shard_counts
+    from tools.summary import build_summary, shard_counts
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
@@ -51,8 +54,12 @@ def _run(options: argparse.Namespace) -> int:
         if options.out:
             manifest = replace(manifest, shards=options.out)
         if options.dry_run:
-            found = origins(manifest)
-            print(plan_summary(found, make_plan(manifest, found, None, options.limit, strict=False)))
+            found = origins(manifest, quick=True)
+            rows = plan_rows(found, make_plan(manifest, found, None, options.limit, strict=False))
+            print(plan_summary(rows))
+            if options.report:
+                write_report(Path(options.report), str(path), rows)
+                print(f"report: {options.report}/plan.html, {options.report}/plan.parquet")
             return 0
         executor = executors.ray(options.address) if options.executor == "ray" else executors.local(options.workers)
         outcome = build(
@@ -97,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", metavar="N", type=whole_number, help="take the first N dialogues of each entry")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what is missing")
+    parser.add_argument("--report", metavar="DIR", help="write what --dry-run says to DIR/plan.html and plan.parquet")
     parser.add_argument(
         "--skip-unresolved", action="store_true", help="leave out, and count, entries that are not here"
     )

@@ -27,7 +27,7 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
         {
             "name": origin.entry.name,
             "annotation": sha256(origin.annotation.path).hex() if origin.annotation.path else LEFT_OUT,
-            "media": "found" if origin.media.path else LEFT_OUT,
+            "media": "found" if origin.media.resolved else LEFT_OUT,
             **{name: getattr(origin.entry, name) for name in ("root", "sampling", "reader", "media_type", "split")},
         }
         for origin in found

@@ -30,7 +30,7 @@ from pipeline.decode import Decoded, MediaError, decode_video, encode_still
 from pipeline.files import sync_folder, write_atomic
 from pipeline.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, table
 from pipeline.ledger import LedgerRow, ledger_table
-from pipeline.manifest import Frames, Images
+from pipeline.manifest import FOLDER_READERS, Frames, Images
 from pipeline.sampling import media_seed
 from pipeline.shard_format import (
     ShardInfo,
@@ -48,7 +48,6 @@ from tools.pool import Report, Run
 from tools.roots import Place
 from tools.tables import map_table, write_table
 
-FOLDER_READERS = ("img", "frame")  #: whose videos are folders of pictures
 GRACE = 60.0  #: seconds that fetching gets beyond its own limit before the process is stopped
 
 PLAN_ROW = pa.field("plan_row", pa.int64())

@@ -94,6 +94,8 @@ def open_hub(place: str, limits: Limits, endpoint: str = "") -> ListedSource:
     found = PLACE.fullmatch(place)
     if not found:
         raise ValueError(f"{place} is not hf:OWNER/NAME[@REVISION]:FOLDER")
+    if constants.HF_HUB_OFFLINE and not endpoint:
+        raise FetchError("unreachable", place, "the hub is not asked while HF_HUB_OFFLINE is set")
     kind, name, revision, folder = (text or "" for text in found.groups())
     repository = Repository(kind or "datasets", name, revision, limits, endpoint)
     prefix = f"{kind}/" if kind else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -45,12 +46,14 @@ class Store(Protocol):
 
 
 class ListedSource:
-    """The files below ``folder`` of a store (see ``tools.fetch.source.Source``)."""
+    """The files below ``folder`` of a store (see ``tools.fetch.source.Source``). Threads may share one."""
 
     def __init__(self, origin: str, store: Store, folder: str) -> None:
         self.origin, self._store, self._folder = origin, store, folder.strip("/")
         self._listings: OrderedDict[str, dict[str, Item] | None] = OrderedDict()
         self._kept = 0
+        self._lock = threading.Lock()
+        self._waiting: dict[str, threading.Lock] = {}  # one thread lists a folder, the others wait for it
 
     def find(self, path: str, tree: bool = False) -> int | None:
         """Bytes of a file or a folder of frames."""
@@ -134,20 +137,34 @@ class ListedSource:
 
     def _list(self, folder: str) -> dict[str, Item] | None:
         """The files of a folder by name; None if they are too many to keep."""
-        if folder in self._listings:
-            self._listings.move_to_end(folder)
-            return self._listings[folder]
+        with self._lock:
+            if folder in self._listings:
+                return self._use(folder)
+            waiting = self._waiting.setdefault(folder, threading.Lock())
+        with waiting:
+            with self._lock:
+                if folder in self._listings:
+                    return self._use(folder)
+            return self._ask(folder)
+
+    def _use(self, folder: str) -> dict[str, Item] | None:
+        self._listings.move_to_end(folder)
+        return self._listings[folder]
+
+    def _ask(self, folder: str) -> dict[str, Item] | None:
         items: dict[str, Item] | None = {}
         for name, item in self._store.files(folder):
             items[name] = item
             if len(items) > KEPT:
                 items = None
                 break
-        self._listings[folder] = items
-        self._kept += _weight(items)
-        while self._kept > KEPT and len(self._listings) > 1:
-            _, old = self._listings.popitem(last=False)
-            self._kept -= _weight(old)
+        with self._lock:
+            self._waiting.pop(folder, None)
+            self._listings[folder] = items
+            self._kept += _weight(items)
+            while self._kept > KEPT and len(self._listings) > 1:
+                _, old = self._listings.popitem(last=False)
+                self._kept -= _weight(old)
         return items
 
     def _full(self, path: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -97,6 +98,14 @@ def test_files_are_found_by_one_listing_a_folder_and_fetched(hub, tmp_path):
         assert path.read_bytes() == FILES[f"video/{name}"] and path.suffix == ".mp4"
     assert source.identity("large.mp4") == hashlib.sha256(FILES["video/large.mp4"]).hexdigest()
     assert source.identity("a b.mp4") == blob(b"small")
+
+
+def test_threads_share_a_listing(hub):
+    source = opened(hub)
+    before = len(hub.asked)
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(source.find, ["a b.mp4", "large.mp4", "c.mp4"] * 16)) == [5, 100_000, None] * 16
+    assert len(hub.asked) - before == 2, "the pages of one folder"
 
 
 def test_folders_of_frames(hub, tmp_path):
