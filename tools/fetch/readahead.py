@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 
-from tools.fetch.source import Bytes, FetchError
+from tools.fetch.source import Bytes
 
 FIRST = 1 << 16  #: bytes read after a jump
 MOST = 1 << 23  #: bytes read at once, unless more are asked for
@@ -43,10 +43,10 @@ class ReadAhead(io.RawIOBase):
         """``size`` bytes from the current place, fewer only at the end of the file.
 
         Raises:
-            FetchError: corrupt, where more than 8 MiB are asked for at once: only a forged header makes readers do so.
+            ValueError: more than 8 MiB at once, which only a forged header makes its readers ask for.
         """
         if not 0 <= size <= MOST:
-            raise FetchError("corrupt", self._file.name, f"a header at byte {self._place} claims {size} bytes")
+            raise ValueError(f"{size} bytes are asked for at once")
         data = self._at(self._place, size)
         self._place += len(data)
         return data

@@ -21,6 +21,7 @@ from tools.fetch.source import Bytes, FetchError
 
 BLOCK = tarfile.BLOCKSIZE
 PIECE = 1 << 20  #: bytes handed on at once
+DAMAGED = "the gzip file is damaged or cut; fetch it again, or unpack by hand what can be"
 RATIO, SPARE = 20, 1 << 30  #: a gzip file may unpack to RATIO times its size and SPARE bytes
 
 
@@ -42,16 +43,18 @@ def list_tar_gz(file: Bytes, index: BinaryIO, notes: list[str]) -> Iterator[tupl
     """The same for a gzip file; what :func:`gunzip` needs is written into ``index``.
 
     Raises:
-        FetchError: unsupported, where no tar archive is in it; too_large; bad_checksum, of the whole file.
+        FetchError: unsupported, where no tar archive is in it; too_large; corrupt or bad_checksum, of the whole file.
     """
     bound = RATIO * file.size + SPARE
     with _Unpacked(file) as stream:
         if not is_tar(stream.read(BLOCK)):
             raise FetchError("unsupported", file.name, "is a gzip file, but no tar archive is in it")
-        yield from _walk(stream, file.name, GZIPPED, notes, bound)
-        if not notes:  # read on to the end, where the checksum of the whole is
-            while stream.read(PIECE):
-                _check_bound(file.name, stream.tell(), bound)
+        for path, member in _walk(stream, file.name, GZIPPED, notes, bound):
+            if member.refusal == "cut":
+                raise FetchError("corrupt", file.name, DAMAGED)
+            yield path, member
+        while stream.read(PIECE):  # to the end, where the checksum of the whole is
+            _check_bound(file.name, stream.tell(), bound)
         stream.write_index(index)
 
 
@@ -94,7 +97,7 @@ class _Unpacked(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if size > MOST:
-            raise FetchError("corrupt", self._name, f"a header claims {size} bytes")
+            raise ValueError(f"{size} bytes are asked for at once")
         with self._errors():
             return self._stream.read(size)
 
@@ -112,8 +115,7 @@ class _Unpacked(io.RawIOBase):
             yield
         except (ValueError, RuntimeError) as error:
             reason = "bad_checksum" if "CRC32" in str(error) else "corrupt"
-            message = f"the gzip file is damaged ({error}); fetch it again"
-            raise FetchError(reason, self._name, message) from None
+            raise FetchError(reason, self._name, DAMAGED) from None
 
 
 # Headers --------------------------------------------------------------------------------------------------------------
@@ -135,9 +137,7 @@ def _walk(
             held, place = _member(info, method), info.offset_data
             if bound:
                 _check_bound(name, place + info.size, bound)
-    except (FetchError, *_BROKEN) as error:
-        if isinstance(error, FetchError) and error.reason != "corrupt":
-            raise
+    except _BROKEN as error:
         notes.append(f"{name}: breaks behind byte {place} ({error}); members from there on are lost; fetch it again")
         if held and not _ends_behind(stream, held[1]):
             held = held[0], held[1]._replace(refusal="cut")
@@ -151,8 +151,8 @@ def _infos(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         last = -1
         while info := tar.next():
             tar.members.clear()  # tarfile would keep them all
-            if info.offset <= last or info.size < 0:
-                raise tarfile.ReadError("a header that leads backwards")
+            if info.offset <= last or not 0 <= info.size < 1 << 62:
+                raise tarfile.ReadError("a header that leads nowhere")
             last = info.offset
             yield info
         stream.seek(tar.offset)
@@ -164,16 +164,11 @@ def _infos(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
 def _ends_behind(stream: BinaryIO, member: Member) -> bool:
     """Whether an archive that breaks after this member holds all of it: where it just ends, behind the member."""
     end = member.offset + member.size
-    try:
-        stream.seek(-(-end // BLOCK) * BLOCK)
-        if len(stream.read(BLOCK)) == BLOCK:  # there is something, but no header: the member may be wrong as well
-            return False
-        stream.seek(max(end - 1, 0))
-        return bool(stream.read(1))
-    except FetchError as error:
-        if error.reason != "corrupt":
-            raise
+    stream.seek(-(-end // BLOCK) * BLOCK)
+    if len(stream.read(BLOCK)) == BLOCK:  # there is something, but no header: the member may be wrong as well
         return False
+    stream.seek(max(end - 1, 0))
+    return bool(stream.read(1))
 
 
 def _member(info: tarfile.TarInfo, method: int) -> tuple[str, Member] | None:

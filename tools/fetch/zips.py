@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import stat
 import struct
 import zlib
@@ -37,6 +38,7 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _END_MARK = b"PK\5\6"
+_ENDS = re.compile(rb"PK\x05\x06(?=.{16}(..))", re.S)  # with the length of the comment that follows
 _UTF8, _ENCRYPTED = 1 << 11, 1 << 0
 _FAT, _UNIX = 0, 3  # systems that an archive was made on
 
@@ -52,7 +54,7 @@ def list_zip(file: Bytes) -> Iterator[tuple[str, Member]]:
     links, first = 0, {}  # first: the first member that begins in each part
     for path, member, is_link in _entries(file, directory):
         part = bisect_right(borders, member.offset)
-        if part not in first or member.offset < first[part][1].offset:
+        if not member.refusal and (part not in first or member.offset < first[part][1].offset):
             first[part] = path, member
         if is_link and not member.refusal:
             links += 1
@@ -176,11 +178,14 @@ def _tail(file: Bytes) -> bytes:
 def _find_directory(file: Bytes) -> _Directory:
     fix = "it was cut, or its last part is missing or not the last one; fetch it again, and name all parts in order"
     tail = _tail(file)
-    place = tail.rfind(_END_MARK)
-    while place >= 0 and place + _END.size + int.from_bytes(tail[place + 20 : place + 22], "little") > len(tail):
-        place = tail.rfind(_END_MARK, 0, place)
-    if place < 0:
+    ends = {  # of comments
+        match.start(): match.start() + _END.size + int.from_bytes(match[1], "little") for match in _ENDS.finditer(tail)
+    }
+    whole = [place for place, end in ends.items() if end == len(tail)]  # others may stand in a comment
+    fitting = [place for place, end in ends.items() if end < len(tail)]  # something was added behind the archive
+    if not whole + fitting:
         raise FetchError("truncated", file.name, f"the zip archive has no directory at its end: {fix}")
+    place = whole[0] if whole else fitting[-1]
     _, disk, first_disk, _, _, size, offset, _ = _END.unpack_from(tail, place)
     if tail[max(place - _LOCATOR64.size, 0) : place].startswith(b"PK\6\7"):
         place -= _LOCATOR64.size + _END64.size
