@@ -21,7 +21,8 @@ class ReadAhead(io.RawIOBase):
     def __init__(self, file: Bytes, stop: int | None = None) -> None:
         self._file, self._stop = file, file.size if stop is None else stop
         self._place = 0
-        self._start, self._block, self._buffer = 0, FIRST, b""
+        self._size = FIRST  # of the next block
+        self._blocks = [(0, b"")]  # the last two, newest first, with their offsets: gzip is read back and forth
 
     def readable(self) -> bool:
         return True
@@ -52,14 +53,14 @@ class ReadAhead(io.RawIOBase):
         return data
 
     def _at(self, offset: int, size: int) -> bytes:
-        end = self._start + len(self._buffer)
-        if not self._start <= offset <= offset + size <= end:
-            near = self._start <= offset <= end + GAP and self._buffer
-            self._block = min(2 * max(self._block, size), MOST) if near else FIRST
-            kept = self._buffer[offset - self._start :] if near else b""
-            ahead = min(self._block, self._stop - offset)
-            place = offset + len(kept)
-            self._buffer = kept + self._file.read(place, max(size, ahead) - len(kept))
-            self._start = offset
-        start = offset - self._start
-        return self._buffer[start : start + size]
+        for start, block in self._blocks:
+            if start <= offset and offset + size <= start + len(block):
+                return block[offset - start : offset - start + size]
+        start, block = self._blocks[0]
+        near = bool(block) and start <= offset <= start + len(block) + GAP
+        self._size = min(2 * max(self._size, size), MOST) if near else FIRST
+        kept = block[offset - start :] if near else b""
+        ahead = min(self._size, self._stop - offset)
+        block = kept + self._file.read(offset + len(kept), max(size, ahead) - len(kept))
+        self._blocks = [(offset, block), self._blocks[0]]
+        return block[:size]

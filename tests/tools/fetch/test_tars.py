@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import tarfile
 
+import numpy as np
 import pytest
 
 from tests.tools.fetch.memory import Memory, opened, pack, pack_tar, tar_info
 from tests.tools.fetch.test_archives import content, failure, refused
 from tools.fetch import tars
+from tools.fetch.archives import open_archives
 from tools.fetch.tars import BLOCK, is_tar, list_tar
 
 
@@ -123,3 +125,14 @@ def test_a_gzip_file_with_a_bad_end(extra):
 def test_what_starts_like_a_tar():
     assert is_tar(pack({"a": b""}, "ustar")) and is_tar(bytes(1024))
     assert not is_tar(bytes(100)) and not is_tar(b"") and not is_tar(b"x" * 512)
+
+
+def test_a_tar_gz_is_read_once_and_then_near_its_members(tmp_path):
+    words = np.random.default_rng(0).integers(0, 10**6, (24, 150_000))
+    files = {str(number): " ".join(map(str, row)).encode() for number, row in enumerate(words)}
+    file = Memory(pack(files, "tar.gz"))
+    source = open_archives([file], False, "", tmp_path, 1 << 30, "here")
+    assert file.size > 10 << 20 and file.moved < 1.1 * file.size
+    file.reads.clear()
+    assert content(source, "20", tmp_path) == files["20"]
+    assert file.moved < 0.8 * file.size
