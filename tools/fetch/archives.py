@@ -219,7 +219,7 @@ def _kind(file: Bytes) -> str:
 def _safe_name(name: str, rank: int) -> str:
     """A name for a file of a folder that is harmless on any file system. The last number in it, by which frames are
     ordered, stays the last one; where there is none it becomes the file's rank by name."""
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_. ()+=@,-]{0,199}", name):
+    if re.fullmatch(r"(?!\d{7}_)[A-Za-z0-9_][A-Za-z0-9_. ()+=@,-]{0,199}", name):
         return name
     return f"{rank:07d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-100:]}"
 

@@ -156,6 +156,12 @@ def test_frames_keep_their_order_under_safe_names(tmp_path):
     assert [frame.getpixel((0, 0))[0] for frame in frames] == [0, 40, 80, 120, 160, 200]
 
 
+def test_safe_names_are_distinct(tmp_path):
+    names = ["0000001_a_.png", "a*.png", "a?.png", "0000002_a_.png"]
+    source = opened(pack({f"v/{name}": name.encode() for name in names}, "ustar"))
+    assert sorted(folder(source, "v", tmp_path).values()) == sorted(name.encode() for name in names)
+
+
 # What is read ---------------------------------------------------------------------------------------------------------
 
 
