@@ -52,12 +52,17 @@ def remote_file(name: str) -> tuple[str, str] | None:
     return None
 
 
-class AnnotationFiles:
-    """The fetched files below ``folder`` (``~/.cache/framestream`` if empty); threads and processes may share it."""
+def cache_folder(given: str) -> Path:
+    """The folder that ``data.cache`` names; ``~/.cache/framestream`` if it names none."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framestream"
+    return Path(given or default).expanduser()
 
-    def __init__(self, folder: str, opened: Opened, limits: Limits) -> None:
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framestream"
-        self._folder = Path(folder or default).expanduser() / "annotations"
+
+class AnnotationFiles:
+    """The fetched files below ``folder``; threads and processes may share it."""
+
+    def __init__(self, folder: Path, opened: Opened, limits: Limits) -> None:
+        self._folder = folder / "annotations"
         self._opened, self._limits = opened, limits
 
     def fetch(self, given: str | Mapping[str, Any], path: str) -> Path:

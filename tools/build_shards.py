@@ -71,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
                 retry_failed=options.retry_failed,
                 rank=options.rank,
                 ranks=options.of,
+                cache_bytes=round(options.cache_gb * 1e9),
             ),
         )
     except (ManifestError, BuildError, AnnotationFileError, WorkError) as error:
@@ -113,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="add to finished shards what failed for a reason that may have passed",
     )
+    parser.add_argument(
+        "--cache-gb",
+        metavar="GB",
+        type=size,
+        default=20.0,
+        help="disk space for fetched files that several clips are cut from; default: 20",
+    )
     parser.add_argument("--rank", metavar="I", type=int, default=0, help="of this machine, from 0; with --of")
     parser.add_argument("--of", metavar="N", type=whole_number, default=1, help="machines that share this build")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: on a Ray cluster")
@@ -131,6 +139,14 @@ def whole_number(text: str) -> int:
     """A count of at least 1."""
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def size(text: str) -> float:
+    """A number that is at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
         raise ValueError
     return value
 

@@ -46,6 +46,7 @@ class Options:
     retry_failed: bool = False  #: plan again what failed for a reason that may have passed
     rank: int = 0
     ranks: int = 1  #: machines that share this build
+    cache_bytes: int = 0  #: of fetched files that are kept while media are built from them
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def build(manifest: Manifest, executor: Executor, options: Options) -> Outcome:
         with step(root):
             if not _plan(manifest, found, wanted, root, options):
                 return Outcome(_record(root), built=False)
-        job = job_of(manifest, found, root / "work")
+        job = job_of(manifest, found, root / "work", options.cache_bytes)
         _run_media(job, executor, options)
         with step(root):
             if not (job.work / "plan").is_dir():  # another machine was done last
@@ -131,7 +132,7 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
     return True
 
 
-def job_of(manifest: Manifest, found: Sequence[Origin], work: Path) -> Job:
+def job_of(manifest: Manifest, found: Sequence[Origin], work: Path, cache_bytes: int = 0) -> Job:
     """What workers need to know of the build whose plan is in ``work``."""
     return Job(
         work=work,
@@ -142,6 +143,7 @@ def job_of(manifest: Manifest, found: Sequence[Origin], work: Path) -> Job:
         images=manifest.images,
         seed=manifest.seed,
         compat=manifest.compat,
+        cache_bytes=cache_bytes,
         fetch_seconds=manifest.data.fetch_timeout,
         decode_seconds=manifest.data.decode_timeout,
     )

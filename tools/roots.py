@@ -25,9 +25,9 @@ from tqdm import tqdm
 from pipeline.manifest import Data, Entry, Manifest, ManifestError
 from pipeline.schema import read_yaml
 from pipeline.shard_format import json_text
-from tools.annotation_files import AnnotationFiles, remote_file
+from tools.annotation_files import AnnotationFiles, cache_folder, remote_file
 from tools.fetch.limits import Limits
-from tools.fetch.places import open_source
+from tools.fetch.places import check_archives, open_source, shown
 from tools.fetch.source import FetchError, Source
 from tools.hosts import Opened
 
@@ -54,6 +54,7 @@ class Place:
     name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
     given: str | Mapping[str, Any] = ""  #: opens it: a value of a root map, a hub repository's with its commit
     limits: Limits = Limits()
+    lists: Path | None = None  #: folder where lists of what archives hold are kept
 
     @property
     def resolved(self) -> bool:
@@ -67,7 +68,7 @@ class Place:
             FetchError: the place cannot be asked, or is none.
         """
         try:
-            return open_source(self.given, self.limits)
+            return open_source(self.given, self.limits, self.lists)
         except ValueError as error:
             raise FetchError("unresolved", self.name, str(error)) from None
 
@@ -78,7 +79,8 @@ class Roots:
     def __init__(self, data: Data, limits: Limits, quick: Limits) -> None:
         self._file = data.roots
         self._opened = Opened(quick)
-        self._annotations = AnnotationFiles(data.cache, self._opened, limits)
+        self._cache = cache_folder(data.cache)
+        self._annotations = AnnotationFiles(self._cache, self._opened, limits)
         self._map: dict[str, str | dict[str, Any]] = {}
         if data.roots:
             if not Path(data.roots).is_file():
@@ -132,7 +134,7 @@ class Roots:
         """What the root map says of ``name``."""
         given, limits = self._map[name], self._opened.limits
         if not isinstance(given, str):  # archives, which take long to open
-            return Place(None, json_text(given), "", name, given, limits)
+            return self._archives(name, given)
         if given.startswith("dir:"):
             folder = Path(given[len("dir:") :])
             if not folder.is_dir():
@@ -145,6 +147,24 @@ class Roots:
         except FetchError as error:
             return Place(None, given, f"{self._file}: {error}", name)
         return Place(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
+
+    def _archives(self, name: str, given: Mapping[str, Any]) -> Place:
+        """Archives at the commits that their hub repositories are at now."""
+        try:
+            check_archives(given)
+            files = [given["archives"]] if isinstance(given["archives"], str) else given["archives"]
+            pinned = {**given, "archives": [self._pinned(file) for file in files]}
+        except ValueError as error:
+            raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
+        except FetchError as error:
+            return Place(None, shown(given), f"{self._file}: {error}", name)
+        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, self._cache / "archives")
+
+    def _pinned(self, file: str) -> str:
+        if not file.startswith("hf:"):
+            return file
+        repository, _, path = file.removeprefix("hf:").partition(":")
+        return self._opened.source(f"hf:{repository}:").origin + path
 
     @property
     def _where(self) -> str:

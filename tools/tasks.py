@@ -43,6 +43,7 @@ from pipeline.shard_format import (
     mux_mjpeg,
 )
 from tools.ahead import fetched_ahead
+from tools.fetch.cache import Cache, CachedSource, DiskFull
 from tools.fetch.source import FetchError, Source
 from tools.pool import Report, Run
 from tools.roots import Place
@@ -67,6 +68,7 @@ class Job:
     images: Images
     seed: int
     compat: str
+    cache_bytes: int  #: of fetched files that are kept, because several media may be clips of one
     fetch_seconds: float  #: that bringing one file here may take
     decode_seconds: float  #: that decoding and encoding one media item may take
 
@@ -169,14 +171,17 @@ class _Sources:
 
     def __init__(self, job: Job) -> None:
         self._places = job.places
+        self._cache = Cache(job.work / "cache", job.cache_bytes)
         self._open: dict[str, Source] = {}
         self._lock = threading.Lock()
 
     def fetch(self, item: Mapping[str, Any], scratch: Path) -> Path:
+        """Called by several threads; ``scratch`` lies on the cache's file system."""
         place = self._places[item["entry"]]
         with self._lock:
             if place.name not in self._open:
-                self._open[place.name] = place.open()
+                source = place.open()
+                self._open[place.name] = source if place.path else CachedSource(source, self._cache)
         return self._open[place.name].fetch(item["path"], scratch, tree=item["reader"] in FOLDER_READERS)
 
 
@@ -185,6 +190,8 @@ def _arrived(item: Mapping[str, Any], file: Future[Path]) -> Path:
         return file.result()
     except FetchError as error:
         raise _Unbuilt(error.reason, str(error)) from None
+    except DiskFull:
+        raise
     except Exception as error:  # what reads archives and answers of servers is other people's code, too
         raise _Unbuilt("crashed", _described(item, error)) from error
 

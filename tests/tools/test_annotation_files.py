@@ -52,7 +52,7 @@ def server():
 
 
 def fetch(server, folder: Path, name: str = "d/x%20y.json?v=2") -> Path:
-    return AnnotationFiles(str(folder), Opened(QUICK), QUICK).fetch(*remote_file(f"{server.url}/{name}"))
+    return AnnotationFiles(folder, Opened(QUICK), QUICK).fetch(*remote_file(f"{server.url}/{name}"))
 
 
 def test_a_file_is_fetched_once_and_kept_under_its_name(server, tmp_path):

@@ -1,11 +1,14 @@
-"""Places as a root map words them: ``dir:``, ``hf:``, ``url:``, ``page:`` and ``s3://``."""
+"""Places as a root map words them: ``dir:``, ``hf:``, ``url:``, ``page:``, ``s3://``, and archives in such places."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pipeline.shard_format import json_text
+from tools.fetch.archives import open_archives
 from tools.fetch.folder import FolderSource, LocalBytes
 from tools.fetch.http import Http, redacted
 from tools.fetch.http_bytes import HttpBytes
@@ -21,16 +24,18 @@ FORMS = "dir:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https:/
 FILES = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"
 
 
-def open_source(place: str, limits: Limits) -> Source:
-    """The source of a place.
+def open_source(place: str | Mapping[str, Any], limits: Limits, work: Path | None = None) -> Source:
+    """The source of a place: text, or ``{archives: FILES, join: BOOL, inside: FOLDER}`` for what is in archives.
 
-    A hub place without a commit is looked up; the source's ``origin`` names the commit, and opening that instead gives
+    ``work`` is a folder where lists of what archives hold are kept. A hub place without a commit is looked up; the source's ``origin`` names the commit, and opening that instead gives
     the same files in another process or later.
 
     Raises:
         ValueError: one line that says what is wrong with the place.
         FetchError: the place cannot be asked, or needs a package that is not installed.
     """
+    if not isinstance(place, str):
+        return _open_archives(place, limits, work)
     kind, _, rest = place.partition(":")
     if kind == "dir":
         if not rest or not Path(rest).is_dir():
@@ -45,6 +50,37 @@ def open_source(place: str, limits: Limits) -> Source:
     if kind == "page":
         return PageSource(rest, limits)
     raise ValueError(f"{redacted(place)} cannot be read; give {FORMS}")
+
+
+def check_archives(place: Mapping[str, Any]) -> None:
+    """Refuse a mapping that does not say where archives are (ValueError with one line)."""
+    files = place.get("archives")
+    if unknown := sorted(set(map(str, place)) - {"archives", "join", "inside"}):
+        raise ValueError(f"{unknown[0]}: unknown field; give archives, join and inside")
+    if not files or not all(isinstance(file, str) for file in ([files] if isinstance(files, str) else files)):
+        raise ValueError(f"archives: expected files such as {FILES}, or a list of them, got {files!r:.80}")
+    if not isinstance(place.get("join", False), bool):
+        raise ValueError(f"join: expected true for the parts of one archive, or false, got {place['join']!r:.80}")
+    if not isinstance(place.get("inside", ""), str):
+        raise ValueError(f"inside: expected a folder within the archives, got {place['inside']!r:.80}")
+
+
+def _open_archives(place: Mapping[str, Any], limits: Limits, work: Path | None) -> Source:
+    check_archives(place)
+    files = open_files(place["archives"], limits)
+    join, inside = place.get("join", False), place.get("inside", "")
+    return open_archives(files, join, inside, work, limits.bytes, shown(place))
+
+
+def shown(place: str | Mapping[str, Any]) -> str:
+    """A place for tables and messages, without credentials."""
+    if not isinstance(place, str):
+        files = place.get("archives", ())
+        return json_text(
+            {**place, "archives": [shown(file) for file in ([files] if isinstance(files, str) else files)]}
+        )
+    kind, colon, rest = place.partition(":")
+    return f"{kind}:{redacted(rest)}" if kind in ("url", "page") else place
 
 
 def open_files(places: str | Sequence[str], limits: Limits) -> list[Bytes]:
