@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from pipeline.manifest import Data, Entry, Manifest, ManifestError
 from pipeline.schema import read_yaml
-from pipeline.shard_format import json_text
 from tools.annotation_files import AnnotationFiles, cache_folder, remote_file
 from tools.fetch.limits import Limits
 from tools.fetch.places import check_archives, open_source, shown

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa

@@ -27,8 +27,8 @@ FILES = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH
 def open_source(place: str | Mapping[str, Any], limits: Limits, work: Path | None = None) -> Source:
     """The source of a place: text, or ``{archives: FILES, join: BOOL, inside: FOLDER}`` for what is in archives.
 
-    ``work`` is a folder where lists of what archives hold are kept. A hub place without a commit is looked up; the source's ``origin`` names the commit, and opening that instead gives
-    the same files in another process or later.
+    ``work`` is a folder where lists of what archives hold are kept. A hub place without a commit is looked up; the
+    source's ``origin`` names the commit, and opening that instead gives the same files in another process or later.
 
     Raises:
         ValueError: one line that says what is wrong with the place.
