@@ -157,7 +157,12 @@ class Roots:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
             return Place(None, shown(given), f"{self._file}: {error}", name)
-        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, self._cache / "archives")
+        lists = self._cache / "archives"
+        try:
+            lists.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ManifestError(f"data.cache: {lists}: cannot be made ({error.strerror})") from None
+        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, lists)
 
     def _pinned(self, file: str) -> str:
         if not file.startswith("hf:"):

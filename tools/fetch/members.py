@@ -201,6 +201,7 @@ def kept(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table
         return make()
     path = work / f"{name}.arrow"
     if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():
