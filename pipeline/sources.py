@@ -37,7 +37,9 @@ from pipeline.media import MAX_PIXELS, MediaError, check_file, ends_early, expla
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,rm,h264,hevc,m4v,ivf,mxf,nut,dv"
 )
-SEEK_FRAMES = 8  #: a seek costs about as much as decoding so many frames
+#: A seek costs about as much as decoding so many frames: those that a decoder holds back to reorder are lost by it.
+SEEK_FRAMES, SEEK_FRAMES_IN_ORDER = 6, 1
+BY_DECODING_TIME = ("mpegts", "mpeg")  #: formats in which a seek leads to the packet with that decoding time
 #: Decoders that can leave out pictures on which no other depends, whatever the stream is made of.
 SKIPPING = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 _NO_TIME = -(2**63)
@@ -99,13 +101,13 @@ def open_video(path: str | Path, shrink: Shrink = whole) -> Source:
         keys = np.maximum(np.searchsorted(starts, targets, "right") - 1, 0)  # the key frame to begin at, for each
         with _open(path, strict=True) as (container, stream):
             needed, shown = frozenset(targets), -1
+            limit = SEEK_FRAMES if stream.codec_context.has_b_frames else SEEK_FRAMES_IN_ORDER
             frames = _decode(container, stream, needed)
             for number, tick, key in zip(wanted.tolist(), targets, keys.tolist(), strict=True):
-                near = places[key] - shown <= SEEK_FRAMES
-                frame = _at(frames, tick) if near else None
+                frame = _at(frames, tick) if places[key] - shown <= limit else None
                 for begin in (key, key - 1):  # pictures shown before a key frame may need the one before it
                     if frame is None and begin >= 0:
-                        container.seek(int(starts[begin]), stream=stream)
+                        container.seek(int(scan.seeks[begin]), stream=stream)
                         frames = _decode(container, stream, needed)
                         frame = _at(frames, tick)
                 if frame is None:
@@ -170,6 +172,7 @@ class _Scan:
 
     ticks: np.ndarray  #: int64 (N,), ascending: presentation times of the packets
     keys: np.ndarray  #: int64 (K,), ascending: those of the key frames
+    seeks: np.ndarray  #: int64 (K,): the times to which a seek leads to them
     timed: bool  #: every packet has a time of its own
     damaged: bool  #: a packet is damaged, or fewer are there than the container or its length promise
     origin: float  #: second that players show as 0
@@ -180,8 +183,9 @@ class _Scan:
 
 def _scan(path: Path) -> _Scan:
     """Times are gathered in arrays, 8 bytes a frame: a video of 10 hours has a million."""
-    times, keys, broken, limit = array("q"), array("q"), False, None
+    times, keys, seeks, broken, limit = array("q"), array("q"), array("q"), False, None
     with _open(path) as (container, stream):
+        by_decoding_time = container.format.name in BY_DECODING_TIME
         try:
             for packet in container.demux(stream):
                 limit = limit if packet.dts is None else packet.dts
@@ -192,16 +196,19 @@ def _scan(path: Path) -> _Scan:
                     times.append(_NO_TIME if packet.pts is None else packet.pts)
                     if packet.is_keyframe:
                         keys.append(times[-1])
+                        seeks.append(packet.dts if by_decoding_time and packet.dts is not None else times[-1])
         except av.FFmpegError as error:
             broken = not isinstance(error, EOFError)
-        ticks, starts = (np.sort(np.array(values, dtype=np.int64)) for values in (times, keys))
+        ticks, starts = np.sort(np.array(times, dtype=np.int64)), np.array(keys, dtype=np.int64)
+        order = np.argsort(starts)
         timed = _NO_TIME not in ticks[:1] and bool((np.diff(ticks) > 0).all())
         damaged = broken or len(ticks) < _promised_frames(stream, len(ticks)) or ends_early(path)
         if damaged and timed and limit is not None:  # what was to come may be shown before what is there
-            ticks, starts = ticks[ticks <= limit], starts[starts <= limit]
+            ticks, order = ticks[ticks <= limit], order[starts[order] <= limit]
         return _Scan(
             ticks=ticks,
-            keys=starts,
+            keys=starts[order],
+            seeks=np.array(seeks, dtype=np.int64)[order],
             timed=timed,
             damaged=damaged,
             origin=max(container.start_time or 0, 0) / av.time_base,  # transport streams begin anywhere
