@@ -41,7 +41,7 @@ REASONS = {
     "truncated": "ends before its first frame, or early",
     "bad_clip": "start and end are no numbers, or lie outside the video",
     "unsupported": "a kind of file that cannot be read",
-    "too_few_frames": "fewer frames than one clip of the stage can be made of",
+    "too_few_frames": "damaged, with fewer frames before that than frames.min or one clip; or too few for whole clips",
     "timeout": "took longer than data.decode_timeout",
     "crashed": "the decoder's process died or failed without saying why",
 }
