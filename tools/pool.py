@@ -3,8 +3,8 @@
 A task is a list of items that one process works through; it says which item it begins and how long that may take. If
 it dies, or takes longer, the task is started again in a fresh process. An item during which a process died once is
 tried once more, because the cause may lie elsewhere (memory taken by others); after that, or after a time-out, the task
-is told to leave it out. Two processes that die of one task outside any item end the run. Workers end when the process
-that started them is gone.
+is told to leave it out. Two processes that are lost with one task outside any item end the run. Workers end when the
+process that started them is gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 
 from tools.roots import WorkError
 
-CRASHES = 2  #: processes that may die on one item before it is left out, or of one task outside any item
+CRASHES = 2  #: processes that may die on one item before it is left out, or be lost with one task outside any item
+OUTSIDE = 3600.0  #: seconds that a process may be outside any item: starting, writing a shard
 
 #: What a worker calls: run(task, lost items as {item: [reason, attempts]}, careful, report). ``careful``: a process was
 #: lost with this task before; work on one item at a time, so that the right one is blamed. ``report(item, counts,
@@ -70,9 +71,8 @@ class Pool:
                 busy[-1].give(*waiting.popleft())
             if not busy:
                 return
-            wake = min(worker.deadline for worker in busy) - time.monotonic()
-            timeout = max(wake, 0.0) if math.isfinite(wake) else None
-            ready = multiprocessing.connection.wait([worker.connection for worker in busy], timeout)
+            wake = max(min(worker.deadline for worker in busy) - time.monotonic(), 0.0)
+            ready = multiprocessing.connection.wait([worker.connection for worker in busy], wake)
             for worker in busy:
                 reason = ""
                 if worker.connection in ready:
@@ -104,13 +104,13 @@ class _Worker:
         self._process.start()
         theirs.close()
         self.busy = False
-        self.deadline = math.inf  #: when the current item has taken too long, by time.monotonic()
+        self.deadline = math.inf  #: when the current item, or what is outside any, takes too long (time.monotonic())
 
     def give(self, task: int, lost: dict[int, tuple[str, int]], crashes: dict[int | None, int]) -> None:
         """Start ``task`` without the ``lost`` items; ``crashes`` counts the processes that died on each item, and
         under None those that died outside any."""
         self._task, self._lost, self._crashes = task, lost, crashes
-        self.busy, self._item, self.deadline = True, None, math.inf
+        self.busy, self._item, self.deadline = True, None, time.monotonic() + OUTSIDE
         message = {"task": task, "lost": [[item, *why] for item, why in lost.items()], "careful": bool(crashes)}
         with contextlib.suppress(OSError):  # it died while idle; listening will tell
             self.connection.send_bytes(json.dumps(message).encode())
@@ -121,7 +121,7 @@ class _Worker:
         if "error" in message:
             raise WorkError(message["error"])
         self._item, self.busy = message["item"], not message["ended"]
-        self.deadline = math.inf if self._item is None else time.monotonic() + message["seconds"]
+        self.deadline = time.monotonic() + (OUTSIDE if self._item is None else message["seconds"])
         return message["counts"]
 
     def after_loss(self, reason: str) -> tuple[int, dict, dict]:
@@ -130,8 +130,12 @@ class _Worker:
         lost = dict(self._lost)
         if self._item is None:
             if crashes[None] == CRASHES:
-                code = self._process.exitcode
-                raise WorkError(f"a worker ended outside any item (exit code {code}); see its messages above")
+                how = (
+                    f"took over {OUTSIDE:g} s"
+                    if reason == "timeout"
+                    else f"ended with exit code {self._process.exitcode}"
+                )
+                raise WorkError(f"a worker {how} outside any item; see its messages above")
         elif reason == "timeout" or crashes[self._item] == CRASHES:
             lost[self._item] = (reason, crashes[self._item])
         return self._task, lost, crashes

@@ -122,14 +122,19 @@ def _build_media(
         report(row, {}, OPENING)
         with contextlib.suppress(Exception):  # the items will meet it again
             sources.open(entry)
-    items = (plan.media_item(row) for row in rows)
+
+    def items() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            if careful:  # before anything is done about it
+                report(row, {}, job.fetch_seconds + GRACE)
+            yield plan.media_item(row)
 
     def fetch(item: Mapping[str, Any], folder: Path) -> Path:
         if item["row"] in lost:
             raise _lost(*lost[item["row"]])
         return sources.fetch(item, folder)
 
-    for item, file in fetched_ahead(items, fetch, result.scratch / "fetched", 1 if careful else AHEAD):
+    for item, file in fetched_ahead(items(), fetch, result.scratch / "fetched", 1 if careful else AHEAD):
         row = item["row"]
         try:
             report(row, {}, job.fetch_seconds + GRACE)

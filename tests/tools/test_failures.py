@@ -69,69 +69,40 @@ def outcomes(root: Path) -> dict[str, tuple[str, int]]:
 
 # Decoders -------------------------------------------------------------------------------------------------------------
 
-
-def signals(job, told):
-    """A worker that sends itself a signal instead of decoding some videos, and instead of fetching others."""
-    decode, fetch = tools.tasks.decode_video, tools.tasks._Sources.fetch
-
-    def decode_video(*arguments, name, **options):
-        if sent := told.get(Path(name).stem):
-            os.kill(os.getpid(), sent)
-        return decode(*arguments, name=name, **options)
-
-    def fetch_file(self, item, scratch):
-        if sent := told.get(f"fetch {Path(item['path']).stem}"):
-            os.kill(os.getpid(), sent)
-        return fetch(self, item, scratch)
-
-    tools.tasks.decode_video, tools.tasks._Sources.fetch = decode_video, fetch_file
-    return make_worker(job)
+STOPPED = signal.SIGSTOP  # which a process cannot answer in any way
 
 
 def worse(job):
-    return signals(job, {"b": signal.SIGSTOP, "d": signal.SIGSEGV})
+    """A worker with files that hang or crash it: while they are fetched, ahead of others, or while they are decoded."""
+    told = {"fetch b": signal.SIGSEGV, "decode c": STOPPED, "decode e": signal.SIGSEGV, "fetch g": STOPPED}
+    decode, fetch = tools.tasks.decode_video, tools.tasks._Sources.fetch
+
+    def trouble(what):
+        if sent := told.get(what):
+            os.kill(os.getpid(), sent)
+
+    def decode_video(*arguments, name, **options):
+        trouble(f"decode {Path(name).stem}")
+        return decode(*arguments, name=name, **options)
+
+    def fetch_file(self, item, scratch):
+        trouble(f"fetch {Path(item['path']).stem}")
+        return fetch(self, item, scratch)
+
+    tools.tasks.decode_video, tools.tasks._Sources.fetch, tools.tasks.GRACE = decode_video, fetch_file, 1
+    return make_worker(job)
 
 
-def crashes_ahead(job):
-    return signals(job, {"fetch d": signal.SIGSEGV})
-
-
-def test_decoders_that_hang_or_crash_cost_their_item(folder, whole, monkeypatch, capfd):
-    """By SIGSTOP, which a process cannot answer in any way, and by SIGSEGV."""
+def test_what_hangs_or_crashes_costs_its_item_alone(folder, whole, monkeypatch, capfd):
     monkeypatch.setattr(tools.executors, "make_worker", worse)
-    assert build_shards.main(command(folder, "worse", decode_timeout=3)) == 0
-    root = folder / "worse" / "stage2"
-    assert outcomes(root) == {"b": ("timeout", 1), "d": ("crashed", 2)}
-    assert set(Index.open(root).dialogues["id"].to_pylist()) == {*NAMES, "text"} - {"b", "d"}
+    assert build_shards.main(command(folder, "worse", decode_timeout=3, fetch_timeout=2)) == 0
+    root, crashed, hung = folder / "worse" / "stage2", ("crashed", 2), ("timeout", 1)
+    assert outcomes(root) == {"b": crashed, "c": hung, "e": crashed, "g": hung}
+    assert set(Index.open(root).dialogues["id"].to_pylist()) == {*NAMES, "text"} - {"b", "c", "e", "g"}
     monkeypatch.undo()
     assert build_shards.main(command(folder, "worse", "--retry-failed")) == 0
     assert outcomes(root) == {} and len(Index.open(root).dialogues) == len(NAMES) + 1
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_crash_while_files_are_fetched_ahead_costs_the_right_item(folder, whole, monkeypatch):
-    monkeypatch.setattr(tools.executors, "make_worker", crashes_ahead)
-    assert build_shards.main(command(folder, "ahead")) == 0
-    assert outcomes(folder / "ahead" / "stage2") == {"d": ("crashed", 2)}
-
-
-def hangs_fetching(job):
-    """As a library would that keeps to no limit."""
-    fetch = tools.tasks._Sources.fetch
-
-    def fetch_file(self, item, scratch):
-        if item["path"] in ("c.mp4", "d.mp4"):
-            time.sleep(3600)
-        return fetch(self, item, scratch)
-
-    tools.tasks._Sources.fetch, tools.tasks.GRACE = fetch_file, 1
-    return make_worker(job)
-
-
-def test_files_that_never_come_cost_their_items(folder, whole, monkeypatch):
-    monkeypatch.setattr(tools.executors, "make_worker", hangs_fetching)
-    assert build_shards.main(command(folder, "never", fetch_timeout=2)) == 0
-    assert outcomes(folder / "never" / "stage2") == {"c": ("timeout", 1), "d": ("timeout", 1)}
 
 
 # Disks ----------------------------------------------------------------------------------------------------------------
@@ -188,7 +159,7 @@ def until(ready, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("step", ["work/plan.tmp", "work/tasks", "work/tasks/*.tmp/shard.tar", "work/outcomes.arrow"])
+@pytest.mark.parametrize("step", ["work/plan.tmp", "work/tasks", "work/tasks/*.tmp/shard.tar"])
 def test_ctrl_c_says_one_line_and_the_build_goes_on(folder, whole, tmp_path, step):
     """Sent to the whole process group, as a terminal does it."""
     root = tmp_path / "stage2"

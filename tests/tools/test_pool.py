@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import tools.pool
 from tools.pool import Pool
 from tools.roots import WorkError
 
@@ -24,6 +25,8 @@ def make_run(folder: Path, trouble: dict[tuple[int, int], str], limit: float):
 
     def run(task, lost, careful, report):
         done = []
+        if trouble.get((task, -1)) == "hang":
+            time.sleep(3600)
         if trouble.get((task, -1)) == "crash" or (trouble.get((task, -1)) == "crash once" and not careful):
             os.kill(os.getpid(), signal.SIGKILL)
         for item in ITEMS:
@@ -78,8 +81,14 @@ def test_a_crash_that_does_not_come_again_costs_nothing(tmp_path):
 def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
     run(tmp_path, {(1, -1): "crash once"})
     assert results(tmp_path) == [GOOD] * 3
-    with pytest.raises(WorkError, match=r"outside any item \(exit code -9\)"):
+    with pytest.raises(WorkError, match="ended with exit code -9 outside any item"):
         run(tmp_path, {(1, -1): "crash"})
+
+
+def test_a_hang_outside_any_item_does_not_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.pool, "OUTSIDE", 4.0)
+    with pytest.raises(WorkError, match="took over 4 s outside any item"):
+        run(tmp_path, {(1, -1): "hang"})
 
 
 def test_a_hang_costs_its_item(tmp_path):
