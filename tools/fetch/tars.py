@@ -47,7 +47,10 @@ def list_tar_gz(file: Bytes, index: BinaryIO, notes: list[str]) -> Iterator[tupl
     """
     bound = RATIO * file.size + SPARE
     with _Unpacked(file) as stream:
-        if not is_tar(stream.read(BLOCK)):
+        head = stream.read(BLOCK)
+        if len(head) < BLOCK:  # which is what comes of one that is cut, too
+            raise FetchError("corrupt", file.name, "unpacks to less than any tar archive is; fetch it again")
+        if not is_tar(head):
             raise FetchError("unsupported", file.name, "is a gzip file, but no tar archive is in it")
         for path, member in _walk(stream, file.name, GZIPPED, notes, bound):
             if member.refusal == "cut":
