@@ -148,25 +148,37 @@ def read_annotations(
 def count_samples(path: str | Path) -> int:
     """Number of samples in an annotation file (AnnotationFileError as :func:`read_annotations`)."""
     path = Path(path)
-    if path.suffix == ".parquet":
-        with _explained(path):
+    with _explained(path):
+        if _kind_of_file(path) == ".parquet":
             return pq.read_metadata(path).num_rows
+        if _kind_of_file(path) == ".jsonl":
+            with _opened(path) as file:
+                return sum(1 for line in file if line.strip())
     return sum(1 for _ in _samples(path))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
+def _kind_of_file(path: Path) -> str:
+    """The suffix that says what is in a file, compressed or not."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), 1 << 20)
+
+
 def _samples(path: Path) -> Iterator[Any]:
     """Every sample as a plain value; a line of JSON lines that is no JSON comes as an AnnotationError."""
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    kind = _kind_of_file(path)
     with _explained(path):
-        if suffix == ".parquet":
+        if kind == ".parquet":
             for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-        elif suffix in (".json", ".jsonl"):
-            with io.BufferedReader(pa.input_stream(str(path), compression="detect"), 1 << 20) as file:
-                yield from _json_list(path, file) if suffix == ".json" else _json_lines(file)
+        elif kind in (".json", ".jsonl"):
+            with _opened(path) as file:
+                yield from _json_list(path, file) if kind == ".json" else _json_lines(file)
         else:
             raise AnnotationFileError(f"{path}: unknown kind of annotation file; give .json, .jsonl or .parquet")
 
@@ -257,27 +269,33 @@ def normalise(
     if placeholder == "refuse" and any(VIDEO_MARK in turn["value"] for turn in turns):
         message = f"a turn holds {VIDEO_MARK}, which would stay text; set data.text_placeholder: convert"
         raise AnnotationError("placeholder_refused", message)
-    annotation = Annotation(entry.name, position, _id(sample, position), media, _marked(turns, media), _clean(meta))
-    _check_text(annotation)
-    return annotation
+    turns = _marked(turns, media)
+    try:
+        for text in (*(turn["value"] for turn in turns), *(item.path for item in media)):
+            _whole(text)
+        return Annotation(entry.name, position, _whole(_id(sample, position)), media, turns, _clean(meta))
+    except UnicodeEncodeError:
+        raise AnnotationError("bad_sample", "the text holds half a UTF-16 pair, which is no character") from None
 
 
 def _turns(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, (list, tuple)) or not value:
         found = "nothing" if value is None or value == [] else _kind(value)
         raise AnnotationError("no_conversations", f"conversations: expected a list of turns, found {found}")
-    turns = []
+    turns, kinds = [], []
     for number, turn in enumerate(value):
-        where = f"conversations[{number}]"
         if not isinstance(turn, dict):
-            raise AnnotationError("bad_turn", f"{where}: expected a mapping with from and value, found {_kind(turn)}")
+            message = f"conversations[{number}]: expected a mapping with from and value, found {_kind(turn)}"
+            raise AnnotationError("bad_turn", message)
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise AnnotationError("bad_turn", f"{where}: from is {role!r:.40}; expected one of {', '.join(ROLES)}")
+        kind = ROLES.get(role) or ROLES.get(role.lower()) if isinstance(role, str) else None
+        if kind is None:
+            message = f"conversations[{number}]: from is {role!r:.40}; expected one of {', '.join(ROLES)}"
+            raise AnnotationError("bad_turn", message)
         if not isinstance(text, str):
-            raise AnnotationError("bad_turn", f"{where}: value: expected text, found {_kind(text)}")
-        turns.append({"from": ROLES[role.lower()], "value": text})
-    kinds = [turn["from"] for turn in turns]
+            raise AnnotationError("bad_turn", f"conversations[{number}]: value: expected text, found {_kind(text)}")
+        turns.append({"from": kind, "value": text})
+        kinds.append(kind)
     if "human" not in kinds or "gpt" not in kinds[kinds.index("human") :]:
         raise AnnotationError("no_answer", "conversations: no human turn is followed by an answer; nothing to learn")
     return turns
@@ -334,12 +352,15 @@ def _seconds(name: str, value: Any) -> float | None:
 
 
 def _marked(turns: list[dict[str, str]], media: tuple[MediaRef, ...]) -> tuple[dict[str, str], ...]:
-    """The turns with one mark for each media item. A gpt turn that opens a dialogue is never used, so not counted."""
-    turns = [{**turn, "value": turn["value"].replace(VIDEO_MARK, MARK)} for turn in turns]
-    used = turns[1:] if turns[0]["from"] == "gpt" else turns
-    marks = sum(turn["value"].count(MARK) for turn in used)
+    """The turns with one mark for each media item, changed in place. A gpt turn that opens a dialogue is never used,
+    so its marks are not counted."""
+    marks = 0
+    for number, turn in enumerate(turns):
+        turn["value"] = turn["value"].replace(VIDEO_MARK, MARK)
+        if number or turn["from"] != "gpt":
+            marks += turn["value"].count(MARK)
     if len(media) == 1 and not marks:
-        first = next(turn for turn in used if turn["from"] == "human")
+        first = next(turn for turn in turns if turn["from"] == "human")
         first["value"] = f"{MARK}\n{first['value']}"
     elif marks != len(media):
         message = f"conversations: {marks} {MARK} or {VIDEO_MARK} marks for {len(media)} media"
@@ -348,22 +369,29 @@ def _marked(turns: list[dict[str, str]], media: tuple[MediaRef, ...]) -> tuple[d
 
 
 def _clean(value: Any) -> Any:
-    """``value`` as JSON can hold it: NaN and infinities (missing numbers in tables) become null, the unknown text."""
+    """``value`` as JSON can hold it: NaN and infinities (missing numbers in tables) become null, the unknown text.
+
+    Raises:
+        UnicodeEncodeError: as :func:`_whole`.
+    """
+    if isinstance(value, str):
+        return _whole(value)
+    if value is None or isinstance(value, int):
+        return value
     if isinstance(value, dict):
-        return {str(name): _clean(item) for name, item in value.items()}
+        return {_whole(str(name)): _clean(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
+    return _whole(str(value))
 
 
-def _check_text(annotation: Annotation) -> None:
-    try:
-        paths = [item.path for item in annotation.media]
-        json.dumps([annotation.id, paths, annotation.turns, annotation.meta], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise AnnotationError("bad_sample", "the text holds half a UTF-16 pair, which is no character") from None
+def _whole(text: str) -> str:
+    """``text``; UnicodeEncodeError if it holds half a UTF-16 pair."""
+    if not text.isascii():
+        text.encode()
+    return text
 
 
 def _id(sample: Any, position: int) -> str:

@@ -61,6 +61,7 @@ def decode_video(
     seed: int = 0,
     compat: str = "none",
     split: str = "train",
+    name: str = "",
 ) -> Decoded:
     """Decode and resize the frames that ``frames.sampler`` takes of a video, or of its clip [start, end].
 
@@ -74,6 +75,7 @@ def decode_video(
         seed: of the ``rand`` sampler.
         compat: ``none``, or ``published`` for the frames of the published readers.
         split: published: clips of ``train`` are read as in training, others as outside of it.
+        name: what the annotations call a folder of frames that may lie elsewhere for now: TVQA's are known by it.
 
     Frames are resized one at a time, as ``frames.resize`` says (:mod:`pipeline.resize`): at most one in full size is
     held, however long the video.
@@ -90,6 +92,8 @@ def decode_video(
     if compat == "published":
         choose = partial(_choose_published, path, reader, start, end, frames, seed, split)
         opener = partial(open_folder, order=published.file_number) if opener is open_folder else opener
+    if openers[reader] is open_folder:
+        opener = partial(opener, name=name)
     shrink = _Shrink(path, frames)
     try:
         source = opener(path, shrink)

@@ -42,9 +42,19 @@ REASONS = {
     "bad_clip": "start and end are no numbers, or lie outside the video",
     "unsupported": "a kind of file that cannot be read",
     "too_few_frames": "damaged, with fewer frames before that than frames.min or one clip; or too few for whole clips",
-    "timeout": "took longer than data.decode_timeout",
+    "timeout": "took longer than data.decode_timeout or data.fetch_timeout",
+    "unreachable": "the server could not be reached or broke off, after all retries",
+    "denied": "the server wants a login, a token or an accepted licence",
+    "too_large": "larger than data.fetch_mb, on the server or once unpacked",
+    "bad_checksum": "arrived with another checksum or length than its place states",
     "crashed": "the decoder's process died or failed without saying why",
 }
+
+#: Reasons that may have passed; `build_shards --retry-failed` takes what has one of these.
+RETRYABLE = (
+    *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
+    *("missing_file", "empty_file", "not_media", "corrupt", "truncated"),  # the file may have been fetched again
+)
 
 SCHEMA = pa.schema(
     [
@@ -95,7 +105,7 @@ def write_ledger(path: str | Path, table: pa.Table) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        pq.write_table(table.cast(SCHEMA), file)
+        pq.write_table(table.cast(SCHEMA), file, write_page_checksum=True)
 
 
 def read_ledger(root: str | Path) -> pa.Table:

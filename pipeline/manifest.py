@@ -18,9 +18,11 @@ __all__ = ["Manifest", "ManifestError", "load_manifest", "plain"]
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 TOKENS_PER_TILE = 64  #: tokens of one tile of a still
-READERS = ("decord", "img", "frame", "gif", "av")  #: of a video; img and frame are folders of frames
+READERS = ("decord", "img", "frame", "gif", "av")  #: of a video
+FOLDER_READERS = ("img", "frame")  #: of those, the ones that read a folder of frames
 SAMPLING = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
+ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: of an epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,12 @@ class Data:
 
     entries: tuple[Entry, ...]
     roots: str = field("", doc="YAML file that maps an entry's root to a place that can be read")
+    cache: str = field("", doc="folder of fetched annotation files; ~/.cache/framestream if empty")
     text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
     shard_mb: int = field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
     decode_timeout: int = field(600, low=1, doc="seconds that building one media item may take")
+    fetch_timeout: int = field(1800, low=1, doc="seconds that fetching one media file may take, with all retries")
+    fetch_mb: int = field(8192, low=1, doc="megabytes of the largest media file that is fetched")
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -129,7 +134,7 @@ class Batching:
     global_batch: int = field(low=1, doc="dialogues in one optimiser step")
     row_multiple: int = field(low=1, doc="a global batch has a multiple of this many rows; world size divides it")
     loss_weight: str = field("dialogue", choices=("dialogue", "token"))
-    shuffle: bool = True
+    order: str = field("shuffle", choices=ORDERS, doc="of an epoch, slice k of which is global batch k")
     cost: Cost | None = field(None, doc="balances rows; the trainer computes it from the model where it is missing")
 
 
@@ -213,7 +218,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins."""
+    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins.
+
+    Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
+    """
 
     run: str = field("", doc="output folder of the run that this stage continues, or a published checkpoint")
     vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
@@ -296,6 +304,10 @@ class Manifest:
             raise ManifestError(f"frames.size: {size} is not a multiple of model.vision_tower.patch ({patch})")
         if (size // patch) ** 2 < TOKENS_PER_TILE:
             raise ManifestError(f"frames.size: {size} gives {(size // patch) ** 2} patches; a tile needs at least 64")
+        longest, positions = self.text.max_tokens, self.model.language_model.max_position_embeddings
+        if longest > positions:
+            limit = f"model.language_model.max_position_embeddings ({positions})"
+            raise ManifestError(f"text.max_tokens: {longest} is more than {limit}; lower it or raise that")
         named = self.init_from
         if not named.run and not (named.vision_tower and named.language_model):
             raise ManifestError("init_from: name a run, or vision_tower and language_model")

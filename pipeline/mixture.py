@@ -1,21 +1,44 @@
-"""Order of an epoch: a pure function of the dialogues, the seed and the epoch's number."""
+"""Order of an epoch: a pure function of the dialogues, their lengths, the seed and the epoch's number."""
 
 from __future__ import annotations
 
 import hashlib
 
 import numpy as np
+import torch
+
+from pipeline import grouping
+from pipeline.manifest import Batching
 
 
-def epoch_order(rows: np.ndarray, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """``rows`` (numbers of dialogues, ascending) in the order of one epoch, same dtype and length.
+def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: Batching, seed: int, epoch: int) -> np.ndarray:
+    """``rows`` (numbers of dialogues, ascending) in the order of one epoch, same dtype; see ``batching.order``.
 
-    Every row gets a 64-bit hash of (seed, epoch, row) and rows are sorted by it, so that the order depends on no
-    library's random numbers and takes O(n log n) whatever the epoch.
+    ``modality_length`` alone leaves some out, as many in every epoch.
+
+    Args:
+        lengths: int (n,), tokens of each dialogue, negative for text without media.
     """
-    if not shuffle:
-        return rows
     start = int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
+    size, shares = batching.global_batch, batching.row_multiple
+    generator = torch.Generator().manual_seed(start)
+    match batching.order:
+        case "shuffle":
+            return shuffled(rows, start)
+        case "sequential":
+            return rows
+        case "length":
+            return rows[grouping.length(np.abs(lengths), size, shares, generator)]
+        case "length_windows":
+            return rows[grouping.length_windows(np.abs(lengths), size, generator)]
+        case "modality":
+            return rows[grouping.modality(lengths, size, shares, generator)]
+        case _:  # modality_length
+            return rows[grouping.modality_length(lengths, size, shares, generator)]
+
+
+def shuffled(rows: np.ndarray, start: int) -> np.ndarray:
+    """A permutation of ``rows`` that no library's random numbers decide: sorted by a hash of ``start`` + row."""
     return rows[np.argsort(_mixed(rows.astype(np.uint64) + np.uint64(start)), kind="stable")]
 
 

@@ -66,10 +66,13 @@ def last_number(name: str) -> int:
     return int(numbers[-1]) if numbers else -1
 
 
-def open_folder(path: str | Path, shrink: Shrink = whole, order: Callable[[str], int] = last_number) -> Source:
+def open_folder(
+    path: str | Path, shrink: Shrink = whole, order: Callable[[str], int] = last_number, name: str = ""
+) -> Source:
     """Open a folder of jpg, jpeg and png frames, ordered by what ``order`` makes of their names, then by name.
 
-    Numbers order the frames and do not time them: a gap in the numbers is no gap in time.
+    Numbers order the frames and do not time them: a gap in the numbers is no gap in time. There are 3 frames a second
+    if ``name`` (``path``, if it is empty) contains tvqa.
 
     Raises:
         MediaError: no such folder, or no pictures in it. ``pictures`` raises it for a broken picture.
@@ -85,7 +88,7 @@ def open_folder(path: str | Path, shrink: Shrink = whole, order: Callable[[str],
     if not names:
         raise MediaError("empty_file", path, "the folder has no jpg, jpeg or png files")
     names.sort(key=order)
-    fps = 3.0 if "tvqa" in str(path) else 1.0
+    fps = 3.0 if "tvqa" in (name or str(path)) else 1.0
 
     def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
         return (shrink(np.asarray(read_image(path / names[number]))) for number in wanted.tolist())

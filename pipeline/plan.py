@@ -44,6 +44,7 @@ class Report:
 
     entries: list[EntryShare]
     left_out: int  #: dialogues of the split that cannot be used, see ``Loader.left_out``
+    dropped: int  #: usable dialogues that ``batching.order`` leaves out of an epoch, others in each
     cut: int  #: dialogues of the root that lose their end to text.max_tokens
 
     def __str__(self) -> str:
@@ -54,7 +55,9 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
         lines = [form.format(*line) for line in table]
-        return "\n".join([*lines, f"left out: {self.left_out:,} dialogues; cut to text.max_tokens: {self.cut:,}"])
+        ends = f"left out: {self.left_out:,} dialogues; cut to text.max_tokens: {self.cut:,}"
+        dropped = f"; batching.order drops {self.dropped:,} of all in each epoch" if self.dropped else ""
+        return "\n".join([*lines, ends + dropped])
 
 
 class Plan:
@@ -69,7 +72,15 @@ class Plan:
         self.left_out = np.flatnonzero(in_split & ~usable)
         if not len(self.members):
             raise ShardsError(f"{index.root}: no dialogue of split {split} can be used; {self._why()}")
-        self._epoch, self._order = -1, self.members
+        # With compat: published lengths grow with the epoch; those of the last one group the dialogues of all.
+        pictures = tokens.clips[self.members] + tokens.tiles[self.members]
+        self._signed = np.where(pictures > 0, 1, -1) * tokens.length[self.members].astype(np.int64)
+        self._epoch, self._order = 0, self._order_of(0)
+        if not len(self._order):
+            raise ShardsError(
+                f"{index.root}: batching.order modality_length leaves out the last global batch of either kind, and "
+                f"split {split} has no others; use modality, or a smaller batching.global_batch"
+            )
         side = manifest.frames.size // manifest.model.vision_tower.patch
         self._patches = side * side
 
@@ -82,7 +93,10 @@ class Plan:
     @property
     def batches(self) -> int:
         """Global batches of an epoch; the last may be smaller than the others."""
-        return -(-len(self.members) // self.manifest.batching.global_batch)
+        return -(-len(self._order) // self.manifest.batching.global_batch)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.members, self._signed, self.manifest.batching, self.manifest.seed, epoch)
 
     def units(self, rows: np.ndarray) -> int:
         """Clips and tiles of dialogues together: what goes through the vision tower one by one."""
@@ -96,9 +110,7 @@ class Plan:
     def global_batch(self, epoch: int, step: int) -> GlobalBatch:
         """Slice ``step`` of the epoch's order, as rows."""
         if epoch != self._epoch:
-            batching = self.manifest.batching
-            self._order = epoch_order(self.members, self.manifest.seed, epoch, batching.shuffle)
-            self._epoch = epoch
+            self._epoch, self._order = epoch, self._order_of(epoch)
         batching, size = self.manifest.batching, self.manifest.batching.global_batch
         members = self._order[step * size : (step + 1) * size]
         tokens = self.tokens.at(epoch)
@@ -132,7 +144,7 @@ class Plan:
             "text.over_length": manifest.text.over_length,
             "batching.global_batch": batching.global_batch,
             "batching.row_multiple": batching.row_multiple,
-            "batching.shuffle": batching.shuffle,
+            "batching.order": batching.order,
             "batching.cost": None if cost is None else [cost.patch, cost.token, cost.pair],
             "patches of a frame": self._patches,
         }
@@ -152,4 +164,4 @@ class Plan:
         grouped = table.group_by("entry").aggregate([("entry", "count"), *sums]).sort_by("entry").to_pylist()
         names = ("entry", "entry_count", "frames_sum", "tokens_sum", "learned_sum")
         shares = [EntryShare(*(share[name] for name in names)) for share in grouped]
-        return Report(shares, len(self.left_out), tokens.cut)
+        return Report(shares, len(self.left_out), len(rows) - len(self._order), tokens.cut)

@@ -53,7 +53,10 @@ def build(cls: type, value: Any, where: str) -> Any:
 
 
 def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
-    """Read a YAML mapping; ``extends: OTHER`` (relative to the file) is read first and overlaid, mappings merged."""
+    """Read a YAML mapping, overlaid (``merge``) on the files that ``extends`` names, if any.
+
+    ``extends: OTHER`` or ``extends: [FIRST, SECOND]``, relative to the file: each is overlaid on those before it.
+    """
     path = Path(path)
     if path.resolve() in seen:
         raise ManifestError(f"{path}: extends: the file extends itself; remove the loop")
@@ -68,12 +71,16 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ManifestError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ManifestError(f"{path}: expected a mapping of fields at the top level, got {_show(value)}")
-    base = value.pop("extends", None)
-    if base is None:
+    named = value.pop("extends", None)
+    if named is None:
         return value
-    if not isinstance(base, str):
-        raise ManifestError(f"{path}: extends: expected a file name, got {_show(base)}")
-    return merge(read_yaml(path.parent / base, (*seen, path.resolve())), value)
+    bases = named if isinstance(named, list) else [named]
+    if not bases or not all(isinstance(base, str) for base in bases):
+        raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {_show(named)}")
+    merged: dict = {}
+    for base in bases:
+        merged = merge(merged, read_yaml(path.parent / base, (*seen, path.resolve())))
+    return merge(merged, value)
 
 
 def merge(base: dict, over: dict) -> dict:

@@ -7,7 +7,8 @@ folder with the same extensions::
     image/train-000000.tar      KEY.jpg KEY.json    a still
     dialogue/train-000000.tar   KEY.json            a conversation with the keys of its media
 
-Nothing else in the project knows how these bytes are laid out. The same input gives the same bytes.
+Nothing else in the project writes these bytes, and ``tools/verification.py`` checks them from docs/format.md. The same
+input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ BLOCK, RECORD = 512, 10_240  #: sizes in bytes that USTAR rounds members and fil
 MAX_MEMBER = 8**11 - 1  #: largest member in bytes that a USTAR header can state
 ENERGON_VERSION = "7.4.1"  #: the Megatron-Energon release whose folder layout is written
 
+_COMPACT = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 EXTENSION = re.compile(r"[a-z][a-z0-9]*")
 #: extensions that webdataset or datasets decode, unpack or unpickle by themselves
@@ -61,7 +63,7 @@ def dialogue_key(identity: str) -> str:
 
 def json_text(value: Any) -> str:
     """``value`` as compact JSON with sorted keys; the same value gives the same text."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _COMPACT.encode(value)
 
 
 def media_json(
@@ -154,11 +156,33 @@ def decode_jpeg(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """
     if out is None:
         return simplejpeg.decode_jpeg(data, "RGB")
-    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    width, height = jpeg_size(data)
     if out.shape != (height, width, 3):
         raise ValueError(f"a JPEG of {width} x {height} does not fit an array of shape {out.shape}")
     simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     return out
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header of a JPEG.
+
+    Raises:
+        ValueError: no JPEG header.
+    """
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    return width, height
+
+
+def frame_ticks(seconds: np.ndarray, end: float) -> tuple[np.ndarray, int]:
+    """Presentation times int64 (T,) of frames at ``seconds`` (T,) up to ``end``, and how many of them make a second.
+
+    The nearest ticks; where two frames would share one, the later moves on by one tick.
+    """
+    gaps = np.diff(seconds, append=max(end, seconds[-1]))
+    scale = TIME_SCALE if gaps.max() * TIME_SCALE < 2**31 - TIME_SCALE else COARSE_TIME_SCALE
+    # the distance to its own index never falls, so that ticks rise by at least one a frame
+    index = np.arange(len(seconds))
+    return np.maximum.accumulate(np.rint(seconds * scale).astype(np.int64) - index) + index, scale
 
 
 def mux_mjpeg(jpegs: Sequence[bytes], timestamps: np.ndarray, end: float, width: int, height: int) -> bytes:
@@ -183,11 +207,7 @@ def mux_mjpeg(jpegs: Sequence[bytes], timestamps: np.ndarray, end: float, width:
         raise ValueError(f"{len(jpegs)} frames with timestamps of shape {seconds.shape}; give one timestamp a frame")
     if not (np.isfinite(seconds).all() and np.isfinite(end) and seconds[0] >= 0 and (np.diff(seconds) >= 0).all()):
         raise ValueError("timestamps must be finite, ascending and at least 0")
-    gaps = np.diff(seconds, append=max(end, seconds[-1]))
-    scale = TIME_SCALE if gaps.max() * TIME_SCALE < 2**31 - TIME_SCALE else COARSE_TIME_SCALE
-    # the distance to its own index never falls, so that ticks rise by at least one a frame
-    index = np.arange(len(jpegs))
-    ticks = np.maximum.accumulate(np.rint(seconds * scale).astype(np.int64) - index) + index
+    ticks, scale = frame_ticks(seconds, end)
     durations = np.diff(ticks, append=max(round(end * scale), int(ticks[-1]) + 1))
 
     buffer = io.BytesIO()
@@ -211,6 +231,8 @@ def mjpeg_frames(mp4: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     try:
         with av.open(io.BytesIO(mp4)) as container:
+            if len(container.streams) != 1:
+                raise ValueError(f"expected one track, found {len(container.streams)}")
             stream = container.streams.video[0]
             if stream.codec_context.name != "mjpeg":
                 raise ValueError(f"expected MJPEG frames, found {stream.codec_context.name}")
@@ -325,33 +347,15 @@ class ShardWriter:
             digest.update(data)
 
 
-def scan_shard(path: str | Path) -> ShardInfo:
-    """Describe a finished shard from its bytes alone (reads the whole file).
-
-    Raises:
-        ValueError: not a shard, or the members of a sample are not side by side.
-    """
-    path = Path(path)
-    offsets, keys, end, last = [], set(), 0, None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key = member.name.partition(".")[0]
-                if key != last:
-                    if key in keys:
-                        raise ValueError(f"{path}: {key}: its members are not side by side; build the shard again")
-                    keys.add(key)
-                    offsets.append(member.offset)
-                last, end = key, member.offset_data + member.size + -member.size % BLOCK
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a shard ({error}); build it again") from None
-    digests = (hashlib.sha256(), hashlib.md5(usedforsecurity=False))
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            for digest in digests:
-                digest.update(chunk)
-    sha256, md5 = (digest.hexdigest() for digest in digests)
-    return ShardInfo(path.name, len(offsets), path.stat().st_size, sha256, md5, (*offsets, end))
+def read_reader_files(folder: str | Path) -> list[ShardInfo]:
+    """The shards that ``write_reader_files`` described in ``folder``, in order of name; ``sha256`` is empty."""
+    folder, shards = Path(folder), []
+    for path in folder.glob("shardindex*.json"):
+        for part in json.loads(path.read_bytes())["shardlist"]:
+            offsets = np.frombuffer((folder / f"{part['url']}.idx").read_bytes(), dtype="<u8")
+            numbers = (part["nsamples"], part["filesize"], "", part["md5sum"])
+            shards.append(ShardInfo(part["url"], *numbers, tuple(offsets.tolist())))
+    return sorted(shards, key=lambda shard: shard.name)
 
 
 def write_reader_files(folder: str | Path, shards: Sequence[ShardInfo]) -> None:

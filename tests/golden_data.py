@@ -7,12 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+COMMITTED = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("GOLDEN_DIR") or COMMITTED)
+TOKENIZER = COMMITTED / "tokens_labels" / "tokenizer"  #: for tests that compare with no golden file
 
 
 def files(pattern: str) -> list[Path]:
     """Golden files that match a glob relative to the folder, in order of name."""
     return sorted(GOLDEN.glob(pattern))
+
+
+def present(*names: str) -> bool:
+    """Whether all these files are there, for tests that need several."""
+    return all((GOLDEN / name).is_file() for name in names)
 
 
 def json_lines(pattern: str) -> list[dict]:

@@ -6,6 +6,7 @@ sampling, and the samples that the names of LLaVA-Video's annotation files state
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -20,6 +21,12 @@ FOLDER = Path(__file__).parents[1] / "manifests"
 NOT_STAGES = {"base.yaml", "roots.example.yaml"}
 STAGES = sorted(path for path in FOLDER.rglob("*.yaml") if path.name not in NOT_STAGES)
 PUBLISHED = ("stage1", "stage2", "stage3", "stage4", "ablation")
+#: folder of a published variant -> pixels, encoder file, language model
+VARIANTS = {
+    "1m": (224, "UMT-L_f4_vision.pt", "Qwen/Qwen2.5-7B-Instruct-1M"),
+    "2b": (448, "UMT-L_f4_vision.pt", "Qwen/Qwen2.5-1.5B-Instruct"),
+    "internvideo2": (224, "InternVideo2-1B_f4_vision.pt", "Qwen/Qwen2.5-7B-Instruct"),
+}
 
 
 @functools.cache
@@ -39,13 +46,15 @@ def test_loads_and_outputs_stay_apart(path):
     for other in STAGES:
         if other != path:
             assert load(other).output != manifest.output
-            assert load(other).shard_root != manifest.shard_root
+            if load(other).shard_root == manifest.shard_root:  # models of one resolution share what is built
+                for section in ("stage", "seed", "data", "frames", "images"):
+                    assert getattr(load(other), section) == getattr(manifest, section)
 
 
-@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "demo"], ids=["published", "demo"])
+@pytest.mark.parametrize("folder", [".", "demo", *VARIANTS])
 def test_stages_continue_one_another(folder):
-    stages = [load(folder / f"stage{number}.yaml") for number in (1, 2, 3, 4)]
-    assert [stage.stage for stage in stages] == [1, 2, 3, 4]
+    stages = [load(path) for path in sorted((FOLDER / folder).glob("stage*.yaml"))]
+    assert [stage.stage for stage in stages] == ([1, 2, 3] if folder in VARIANTS else [1, 2, 3, 4])
     assert not stages[0].init_from.run
     for before, after in zip(stages, stages[1:], strict=False):
         assert after.init_from.run == before.output
@@ -55,10 +64,11 @@ def test_stages_continue_one_another(folder):
         "".join(part[0] for part in ("vision_tower", "connector", "language_model") if getattr(stage.train, part).train)
         for stage in stages
     ]
-    assert trained == ["c", "vcl", "vcl", "vc"]
-    assert [stage.text.template for stage in stages] == ["plain", "qwen_2", "qwen_2", "qwen_2"]
-    assert [stage.frames.sampler for stage in stages] == ["middle"] + ["dynamic_fps1"] * 3
-    assert [stage.images.mode for stage in stages] == ["square"] + ["anyres_nopad"] * 3
+    later = len(stages) - 1
+    assert trained == ["c", "vcl", "vcl", "vc"][: len(stages)]
+    assert [stage.text.template for stage in stages] == ["plain"] + ["qwen_2"] * later
+    assert [stage.frames.sampler for stage in stages] == ["middle"] + ["dynamic_fps1"] * later
+    assert [stage.images.mode for stage in stages] == ["square"] + ["anyres_nopad"] * later
     assert {stage.train.zero_stage for stage in stages} == {3}
 
 
@@ -89,6 +99,22 @@ def test_published_hyper_parameters():
         high = {"vision_tower": 2e-6, "connector": 1e-5}
         assert rates == {"stage1": {"connector": 1e-3}, "stage4": high}.get(name, {**high, "language_model": 1e-5})
         assert all(getattr(train, part).weight_decay == 0 for part in rates)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_the_published_stages_with_another_model(name):
+    """Every other setting is that of the published stage."""
+    size, encoder, language_model = VARIANTS[name]
+    for stage in ("stage1", "stage2", "stage3"):
+        manifest, same = published(f"{name}/{stage}"), published(stage)
+        assert manifest.frames.size == size and manifest.text.tokenizer == language_model
+        own = {field: getattr(same, field) for field in ("output", "shards", "model", "init_from")}
+        text = dataclasses.replace(manifest.text, tokenizer=same.text.tokenizer)
+        frames = dataclasses.replace(manifest.frames, size=same.frames.size)
+        assert dataclasses.replace(manifest, **own, text=text, frames=frames) == same
+    start = published(f"{name}/stage1").init_from
+    assert start.vision_tower == f"hf:OpenGVLab/Video_Encoders_for_Training_VideoChat-Flash:{encoder}"
+    assert (start.connector, start.language_model) == ("random", language_model)
 
 
 def test_published_world_sizes_divide_the_rows():
@@ -158,11 +184,23 @@ def test_ablation_is_stage_3_with_fewer_samples():
     assert [(e.annotation, e.root, e.reader) for e in whole] == [(e.annotation, e.root, e.reader) for e in part]
 
 
-def test_root_map_example_names_everything_that_the_published_manifests_need():
-    example = FOLDER / "roots.example.yaml"
-    places = read_yaml(example)
-    assert all(place.startswith("dir:/") for place in places.values())
+def test_root_map_example_names_a_place_for_everything_that_the_published_manifests_need():
+    places = read_yaml(FOLDER / "roots.example.yaml")
+    used = set()
     for name in PUBLISHED:
         for entry in published(name).data.entries:
-            assert {entry.name, entry.root} & places.keys() or entry.media_type == "text"
-            assert entry.annotation.rpartition(":")[0] in places
+            named = {entry.name, entry.root} & places.keys()
+            assert named or entry.media_type == "text", f"{name}: {entry.name}"
+            used |= named
+    assert used == places.keys(), "a key that no entry has"
+    for place in places.values():
+        archives = place["archives"] if isinstance(place, dict) else []
+        assert isinstance(place, str) or (archives and place.keys() <= {"archives", "join", "inside"})
+        for text in archives or [place]:
+            assert re.fullmatch(r"dir:/\S+|hf:[\w-]+/[\w-]+:\S+", text)
+
+
+def test_root_map_example_reads_the_split_zips_of_the_long_videos():
+    places = read_yaml(FOLDER / "roots.example.yaml")
+    entries = [entry for entry in published("stage3").data.entries if entry.root.endswith("/longvid_subset")]
+    assert len(entries) == 4 and all(places[entry.name]["join"] is True for entry in entries)

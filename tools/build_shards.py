@@ -20,7 +20,12 @@ if __package__ in (None, ""):  # started by path: the packages lie beside this f
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (0 done, 1 a build that cannot go on, 2 bad input, 130 stopped)."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.report and not options.dry_run:
+        parser.error("--report goes with --dry-run")
+    if not 0 <= options.rank < options.of:
+        parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, one below --of")
     try:
         return _run(options)
     except KeyboardInterrupt:
@@ -32,10 +37,12 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here, because they take half a second in which the user may press Ctrl-C, too.
     from pipeline.annotations import AnnotationFileError
     from pipeline.manifest import ManifestError, load_manifest
-    from tools.builder import build
+    from tools import executors
+    from tools.builder import Options, build
     from tools.plan import make_plan
+    from tools.plan_report import plan_rows, plan_summary, write_report
     from tools.roots import BuildError, WorkError, origins
-    from tools.summary import build_summary, plan_summary, shard_counts
+    from tools.summary import build_summary, shard_counts
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
@@ -47,16 +54,37 @@ def _run(options: argparse.Namespace) -> int:
         if options.out:
             manifest = replace(manifest, shards=options.out)
         if options.dry_run:
-            found = origins(manifest)
-            print(plan_summary(found, make_plan(manifest, found, None, options.limit, strict=False)))
+            found = origins(manifest, quick=True)
+            rows = plan_rows(found, make_plan(manifest, found, None, options.limit, strict=False))
+            print(plan_summary(rows))
+            if options.report:
+                write_report(Path(options.report), str(path), rows)
+                print(f"report: {options.report}/plan.html, {options.report}/plan.parquet")
             return 0
-        record, finished = build(manifest, options.workers, options.limit, options.skip_unresolved)
+        executor = executors.ray(options.address) if options.executor == "ray" else executors.local(options.workers)
+        outcome = build(
+            manifest,
+            executor,
+            Options(
+                limit=options.limit,
+                skip_unresolved=options.skip_unresolved,
+                retry_failed=options.retry_failed,
+                rank=options.rank,
+                ranks=options.of,
+                cache_bytes=round(options.cache_gb * 1e9),
+            ),
+        )
     except (ManifestError, BuildError, AnnotationFileError, WorkError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, WorkError) else 2
-    if finished:
-        print(f"{manifest.shard_root}: finished already, nothing to do")
+    if not outcome.built:
+        what = "nothing to try again" if options.retry_failed else "nothing to do"
+        print(f"{manifest.shard_root}: finished already, {what}")
         return 0
+    if outcome.record is None:
+        print(f"{manifest.shard_root}: this machine is done; {outcome.left:,} media are left to the others")
+        return 0
+    record = outcome.record
     for entry in record["entries"]:
         if "empty_annotation" in entry["left_out"].get("entry", {}):
             print(f"warning: entry {entry['name']}: the annotation file has no samples", file=sys.stderr)
@@ -77,9 +105,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", metavar="N", type=whole_number, help="take the first N dialogues of each entry")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what is missing")
+    parser.add_argument("--report", metavar="DIR", help="write what --dry-run says to DIR/plan.html and plan.parquet")
     parser.add_argument(
         "--skip-unresolved", action="store_true", help="leave out, and count, entries that are not here"
     )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="add to finished shards what failed for a reason that may have passed",
+    )
+    parser.add_argument(
+        "--cache-gb",
+        metavar="GB",
+        type=size,
+        default=20.0,
+        help="disk space for fetched files that several clips are cut from; default: 20",
+    )
+    parser.add_argument("--rank", metavar="I", type=int, default=0, help="of this machine, from 0; with --of")
+    parser.add_argument("--of", metavar="N", type=whole_number, default=1, help="machines that share this build")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: on a Ray cluster")
+    parser.add_argument("--address", metavar="HOST:PORT", default="", help="of the Ray cluster")
     parser.add_argument(
         "--set",
         metavar="FIELD=VALUE",
@@ -94,6 +139,14 @@ def whole_number(text: str) -> int:
     """A count of at least 1."""
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def size(text: str) -> float:
+    """A number that is at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
         raise ValueError
     return value
 

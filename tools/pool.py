@@ -1,9 +1,10 @@
 """Tasks in worker processes, where a decoder that crashes or hangs costs the item it was working on and nothing else.
 
-A task is a list of items that one process works through; it says which item it begins. If it dies, or an item takes
-longer than the limit, the task is started again in a fresh process. An item during which a process died once is tried
-once more, because the cause may lie elsewhere (memory taken by others); after that, or after a time-out, the task is
-told to leave it out. Workers end when the process that started them is gone.
+A task is a list of items that one process works through; it says which item it begins and how long that may take. If
+it dies, or takes longer, the task is started again in a fresh process. An item during which a process died once is
+tried once more, because the cause may lie elsewhere (memory taken by others); after that, or after a time-out, the task
+is told to leave it out. Two processes that die of one task outside any item end the run. Workers end when the process
+that started them is gone.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from typing import Any
 
 from tools.roots import WorkError
 
-CRASHES = 2  #: processes that may die on one item before it is left out
+CRASHES = 2  #: processes that may die on one item before it is left out, or of one task outside any item
 
-#: What a worker calls: run(task, lost items as {item: [reason, attempts]}, report). ``report(item, counts)`` announces
-#: the item begun (None: between items) and what was finished since the last call.
-Report = Callable[[int | None, Mapping[str, int]], None]
-Run = Callable[[int, Mapping[int, tuple[str, int]], Report], None]
+#: What a worker calls: run(task, lost items as {item: [reason, attempts]}, careful, report). ``careful``: a process was
+#: lost with this task before; work on one item at a time, so that the right one is blamed. ``report(item, counts,
+#: seconds)`` announces the item begun (None: between items), what was finished since the last call, and the item's time
+#: limit.
+Report = Callable[[int | None, Mapping[str, int], float], None]
+Run = Callable[[int, Mapping[int, tuple[str, int]], bool, Report], None]
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -40,11 +43,10 @@ class Pool:
 
     Args:
         make_run: called once in each process with ``arguments``; a function of a module, and picklable arguments.
-        limit: seconds that one item may take.
     """
 
-    def __init__(self, make_run: Callable[..., Run], arguments: tuple, workers: int, limit: float) -> None:
-        self._make_run, self._arguments, self._size, self._limit = make_run, arguments, workers, limit
+    def __init__(self, make_run: Callable[..., Run], arguments: tuple, workers: int) -> None:
+        self._make_run, self._arguments, self._size = make_run, arguments, workers
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -68,7 +70,7 @@ class Pool:
                 busy[-1].give(*waiting.popleft())
             if not busy:
                 return
-            wake = min(worker.deadline(self._limit) for worker in busy) - time.monotonic()
+            wake = min(worker.deadline for worker in busy) - time.monotonic()
             timeout = max(wake, 0.0) if math.isfinite(wake) else None
             ready = multiprocessing.connection.wait([worker.connection for worker in busy], timeout)
             for worker in busy:
@@ -78,7 +80,7 @@ class Pool:
                         yield worker.listen()
                     except (EOFError, OSError):
                         reason = "crashed"
-                elif worker.deadline(self._limit) <= time.monotonic():
+                elif worker.deadline <= time.monotonic():
                     reason = "timeout"
                 if reason:
                     self._workers.remove(worker)
@@ -102,12 +104,14 @@ class _Worker:
         self._process.start()
         theirs.close()
         self.busy = False
+        self.deadline = math.inf  #: when the current item has taken too long, by time.monotonic()
 
-    def give(self, task: int, lost: dict[int, tuple[str, int]], crashes: dict[int, int]) -> None:
-        """Start ``task`` without the ``lost`` items; ``crashes`` counts the processes that died on each item."""
+    def give(self, task: int, lost: dict[int, tuple[str, int]], crashes: dict[int | None, int]) -> None:
+        """Start ``task`` without the ``lost`` items; ``crashes`` counts the processes that died on each item, and
+        under None those that died outside any."""
         self._task, self._lost, self._crashes = task, lost, crashes
-        self.busy, self._item, self._since = True, None, time.monotonic()
-        message = {"task": task, "lost": [[item, *why] for item, why in lost.items()]}
+        self.busy, self._item, self.deadline = True, None, math.inf
+        message = {"task": task, "lost": [[item, *why] for item, why in lost.items()], "careful": bool(crashes)}
         with contextlib.suppress(OSError):  # it died while idle; listening will tell
             self.connection.send_bytes(json.dumps(message).encode())
 
@@ -116,22 +120,19 @@ class _Worker:
         message = json.loads(self.connection.recv_bytes())
         if "error" in message:
             raise WorkError(message["error"])
-        self._item, self._since = message["item"], time.monotonic()
-        self.busy = not message["ended"]
+        self._item, self.busy = message["item"], not message["ended"]
+        self.deadline = math.inf if self._item is None else time.monotonic() + message["seconds"]
         return message["counts"]
-
-    def deadline(self, limit: float) -> float:
-        """When the current item has taken too long, by time.monotonic()."""
-        return math.inf if self._item is None else self._since + limit
 
     def after_loss(self, reason: str) -> tuple[int, dict, dict]:
         """The task as it is to be given again after this process was lost."""
-        if self._item is None:
-            code = self._process.exitcode
-            raise WorkError(f"a worker ended outside any item (exit code {code}); see its messages above")
         crashes = {**self._crashes, self._item: self._crashes.get(self._item, 0) + 1}
         lost = dict(self._lost)
-        if reason == "timeout" or crashes[self._item] == CRASHES:
+        if self._item is None:
+            if crashes[None] == CRASHES:
+                code = self._process.exitcode
+                raise WorkError(f"a worker ended outside any item (exit code {code}); see its messages above")
+        elif reason == "timeout" or crashes[self._item] == CRASHES:
             lost[self._item] = (reason, crashes[self._item])
         return self._task, lost, crashes
 
@@ -149,19 +150,21 @@ def _serve(connection: Connection, make_run: Callable[..., Run], arguments: tupl
     def send(**message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
-    def report(item: int | None, counts: Mapping[str, int]) -> None:
-        send(item=item, counts=counts, ended=False)
+    def report(item: int | None, counts: Mapping[str, int], seconds: float = 0.0) -> None:
+        send(item=item, counts=counts, seconds=seconds, ended=False)
 
     try:
         run = make_run(*arguments)
         while True:
             message = json.loads(connection.recv_bytes())
-            run(message["task"], {item: tuple(why) for item, *why in message["lost"]}, report)
-            send(item=None, counts={}, ended=True)
+            lost = {item: tuple(why) for item, *why in message["lost"]}
+            run(message["task"], lost, message["careful"], report)
+            send(item=None, counts={}, seconds=0.0, ended=True)
     except EOFError:
         pass
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, OSError):  # whose line says it all: no space, no such folder
+            traceback.print_exc()
         send(error=f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
 

@@ -27,7 +27,7 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
         {
             "name": origin.entry.name,
             "annotation": sha256(origin.annotation.path).hex() if origin.annotation.path else LEFT_OUT,
-            "media": "found" if origin.media.path else LEFT_OUT,
+            "media": "found" if origin.media.resolved else LEFT_OUT,
             **{name: getattr(origin.entry, name) for name in ("root", "sampling", "reader", "media_type", "split")},
         }
         for origin in found
@@ -47,6 +47,17 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
         "libraries": {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES},
         "machine": platform.machine(),
     }
+
+
+def without_additions(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """``here`` less what it adds to the finished build ``there``: new entries, and entries that were left out."""
+    named = {entry["name"]: entry for entry in here["entries"]}
+    entries = []
+    for old in there["entries"]:
+        if new := named.get(old["name"]):
+            entries.append({**new, **{name: LEFT_OUT for name in ("annotation", "media") if old[name] == LEFT_OUT}})
+    roots = [pair for pair in here["nested_roots"] if pair in there["nested_roots"]]
+    return {**here, "entries": entries, "nested_roots": roots}
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], found: Sequence[Origin]) -> str:

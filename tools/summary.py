@@ -1,14 +1,10 @@
-"""Tables for the terminal: what a build made of each entry, and what a dry run found of it."""
+"""Tables for the terminal: what a build made of each entry."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from pipeline.ledger import REASONS
-from tools.plan import EntryCount
-from tools.roots import Origin
 
 
 def build_summary(record: Mapping[str, Any]) -> str:
@@ -21,41 +17,10 @@ def build_summary(record: Mapping[str, Any]) -> str:
         for kind, reasons in entry["left_out"].items():
             left_out.setdefault(kind, Counter()).update(reasons)
         numbers = [f"{entry[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-        rows.append([entry["name"], *numbers, _size(entry["bytes"]), _reasons(entry["left_out"])])
+        rows.append([entry["name"], *numbers, size_text(entry["bytes"]), _reasons(entry["left_out"])])
     numbers = [f"{total[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-    rows.append(["total", *numbers, _size(total["bytes"]), _reasons(left_out)])
-    return _aligned(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
-
-
-def plan_summary(found: Sequence[Origin], counts: Mapping[str, EntryCount]) -> str:
-    """The table of a dry run: by entry what would be read, and from where; then what is missing, by its cause."""
-    rows, causes = [], {}
-    unresolved = 0
-    for origin in found:
-        count, name = counts[origin.entry.name], _short(origin.entry.name, 50)
-        problems = []
-        if origin.annotation.path is None:
-            problems.append(origin.annotation.missing)
-        if origin.media.path is None and (origin.annotation.path is None or "unresolved" in count.left_out):
-            problems.append(origin.media.missing)
-        unresolved += bool(problems)
-        here = origin.annotation.path is not None
-        numbers = [f"{number:,}" if here else "?" for number in (count.samples, count.media, count.found)]
-        source = _short(origin.media.origin or origin.annotation.origin, 56)
-        rows.append([name, *numbers, "no" if problems else "yes", source])
-        for problem in problems:
-            causes.setdefault(problem, []).append(name)
-        if count.missing:
-            problem = f"{count.media - count.found:,} of {count.media:,} media have no file"
-            causes.setdefault(f"{problem}; the first is {count.missing}", []).append(name)
-        for reason, number in sorted(count.left_out.items()):
-            if reason != "unresolved":
-                causes.setdefault(f"left out, {reason}: {REASONS[reason]}", []).append(f"{name} ({number:,})")
-    lines = [_aligned(["entry", "dialogues", "media", "found", "resolves", "from"], rows)]
-    for cause, names in causes.items():
-        shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
-        lines += ["", f"{len(names)} {'entry' if len(names) == 1 else 'entries'}: {cause}", f"  {', '.join(shown)}"]
-    return "\n".join([*lines, "", f"{len(rows)} entries, {len(rows) - unresolved} resolved, {unresolved} unresolved"])
+    rows.append(["total", *numbers, size_text(total["bytes"]), _reasons(left_out)])
+    return aligned(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
 
 
 def shard_counts(record: Mapping[str, Any]) -> str:
@@ -67,7 +32,7 @@ def shard_counts(record: Mapping[str, Any]) -> str:
     )
 
 
-def _short(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
     """``text``, cut to ``width`` characters by leaving out some before its last third."""
     tail = width // 3
     return text if len(text) <= width else f"{text[: width - tail - 3]}...{text[-tail:]}"
@@ -80,7 +45,8 @@ def _reasons(left_out: Mapping[str, Mapping[str, int]]) -> str:
     return ", ".join(parts)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """``count`` bytes in the largest fitting unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -88,7 +54,8 @@ def _size(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal; numbers are at the right of their columns."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     numbers = {
         i for i, name in enumerate(head) if name in ("planned", "dialogues", "media", "found", "frames", "bytes")

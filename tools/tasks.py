@@ -10,13 +10,16 @@ A finished task is a folder in the work folder, which appears whole by a rename:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import socket
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from pipeline.decode import Decoded, MediaError, decode_video, encode_still
 from pipeline.files import sync_folder, write_atomic
 from pipeline.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, table
 from pipeline.ledger import LedgerRow, ledger_table
-from pipeline.manifest import Frames, Images
+from pipeline.manifest import FOLDER_READERS, Frames, Images
 from pipeline.sampling import media_seed
 from pipeline.shard_format import (
     ShardInfo,
@@ -39,9 +42,15 @@ from pipeline.shard_format import (
     mjpeg_frames,
     mux_mjpeg,
 )
+from tools.ahead import AHEAD, fetched_ahead
+from tools.fetch.cache import FULL, Cache, CachedSource, DiskFull
+from tools.fetch.source import FetchError, Source
 from tools.pool import Report, Run
-from tools.roots import locate
+from tools.roots import Place
 from tools.tables import map_table, write_table
+
+GRACE = 60.0  #: seconds that fetching gets beyond its own limit before the process is stopped
+OPENING = 6 * 3600.0  #: seconds that opening a place may take: archives are read through once to list what they hold
 
 PLAN_ROW = pa.field("plan_row", pa.int64())
 #: Of each row of the plan's media: its row in the index or -1, and the reason why it has none.
@@ -55,11 +64,14 @@ class Job:
     work: Path
     tasks: tuple[str, ...]  #: name of each task
     entries: tuple[str, ...]  #: name of each entry
-    roots: tuple[Path | None, ...]  #: folder of each entry's media, without links
+    places: tuple[Place, ...]  #: where each entry's media are
     frames: Frames
     images: Images
     seed: int
     compat: str
+    cache_bytes: int  #: of fetched files that are kept, because several media may be clips of one
+    fetch_seconds: float  #: that bringing one file here may take
+    decode_seconds: float  #: that decoding and encoding one media item may take
 
 
 def task_folder(work: Path, name: str) -> Path:
@@ -83,28 +95,47 @@ def is_dialogue(name: str) -> bool:
 
 def make_worker(job: Job) -> Run:
     """What a worker process does with a task."""
-    plan = _Plan(job)
+    plan, sources = _Plan(job), _Sources(job)
 
-    def run(task: int, lost: Mapping[int, tuple[str, int]], report: Report) -> None:
+    def run(task: int, lost: Mapping[int, tuple[str, int]], careful: bool, report: Report) -> None:
         with _result(job, task) as result:
             if is_dialogue(job.tasks[task]):
                 _write_dialogues(job, plan, task, result)
             else:
-                _build_media(job, plan, task, result, lost, report)
+                _build_media(job, plan, sources, task, result, lost, careful, report)
 
     return run
 
 
 def _build_media(
-    job: Job, plan: _Plan, task: int, result: _Result, lost: Mapping[int, tuple[str, int]], report: Report
+    job: Job,
+    plan: _Plan,
+    sources: _Sources,
+    task: int,
+    result: _Result,
+    lost: Mapping[int, tuple[str, int]],
+    careful: bool,
+    report: Report,
 ) -> None:
-    for row in plan.rows_of(task):
-        report(row, {})
-        item = plan.media.slice(row, 1).to_pylist()[0]
+    rows = plan.rows_of(task)
+    for entry, row in plan.first_of_entries(row for row in rows if row not in lost):
+        report(row, {}, OPENING)
+        with contextlib.suppress(Exception):  # the items will meet it again
+            sources.open(entry)
+    items = (plan.media_item(row) for row in rows)
+
+    def fetch(item: Mapping[str, Any], folder: Path) -> Path:
+        if item["row"] in lost:
+            raise _lost(*lost[item["row"]])
+        return sources.fetch(item, folder)
+
+    for item, file in fetched_ahead(items, fetch, result.scratch / "fetched", 1 if careful else AHEAD):
+        row = item["row"]
         try:
-            if row in lost:
-                raise _lost(*lost[row])
-            members, columns, salvaged = _build(job, item, plan.alone(item))
+            report(row, {}, job.fetch_seconds + GRACE)
+            path = _arrived(item, file)
+            report(row, {}, job.decode_seconds)
+            members, columns, salvaged = _build(job, path, item, plan.alone(item))
         except _Unbuilt as error:
             result.leave_out(job, item, error.reason, str(error), attempts=error.attempts)
             report(None, {"media": 1})
@@ -140,10 +171,50 @@ class _Unbuilt(Exception):
 
 def _lost(reason: str, attempts: int) -> _Unbuilt:
     texts = {
-        "timeout": "took longer than data.decode_timeout and was stopped",
+        "timeout": "took longer than data.decode_timeout, or than data.fetch_timeout to arrive, and was stopped",
         "crashed": f"the process that decoded it died, {attempts} times",
     }
     return _Unbuilt(reason, texts[reason], attempts)
+
+
+class _Sources:
+    """The sources of a worker's media, opened when first used and shared by the threads that fetch."""
+
+    def __init__(self, job: Job) -> None:
+        self._places = job.places
+        self._cache = Cache(job.work / "cache", job.cache_bytes)
+        self._opened: dict[str, Source] = {}
+        self._locks = {place.name: threading.Lock() for place in job.places}
+
+    def open(self, entry: int) -> Source:
+        """The source of an entry's media; one thread opens it while others wait."""
+        place = self._places[entry]
+        with self._locks[place.name]:
+            if place.name not in self._opened:
+                source = place.open()
+                self._opened[place.name] = source if place.path else CachedSource(source, self._cache)
+        return self._opened[place.name]
+
+    def fetch(self, item: Mapping[str, Any], scratch: Path) -> Path:
+        """Called by several threads; ``scratch`` lies on the cache's file system."""
+        return self.open(item["entry"]).fetch(item["path"], scratch, tree=item["reader"] in FOLDER_READERS)
+
+
+def _arrived(item: Mapping[str, Any], file: Future[Path]) -> Path:
+    try:
+        return file.result()
+    except _Unbuilt:
+        raise
+    except FetchError as error:
+        raise _Unbuilt(error.reason, str(error)) from None
+    except Exception as error:  # what reads archives and answers of servers is other people's code, too
+        if isinstance(error, OSError) and (isinstance(error, DiskFull) or error.errno in FULL):
+            raise
+        raise _Unbuilt("crashed", _described(item, error)) from error
+
+
+def _described(item: Mapping[str, Any], error: Exception) -> str:
+    return f"{item['source']}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Plan:
@@ -158,6 +229,17 @@ class _Plan:
     def rows_of(self, task: int) -> list[int]:
         """Rows of the media of a task."""
         return np.flatnonzero(self._media_tasks == task).tolist()
+
+    def first_of_entries(self, rows: Iterable[int]) -> list[tuple[int, int]]:
+        """Each entry that names one of the media ``rows`` first, with the first such row."""
+        found: dict[int, int] = {}
+        for row in rows:
+            found.setdefault(self.media["entry"][row].as_py(), row)
+        return list(found.items())
+
+    def media_item(self, row: int) -> dict[str, Any]:
+        """Columns of a media item, and its ``row`` in the plan."""
+        return {**self.media.slice(row, 1).to_pylist()[0], "row": row}
 
     def alone(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The dialogues about a media item alone, as its JSON member shows them."""
@@ -179,8 +261,9 @@ class _Plan:
 class _Result:
     """The results of a task while it runs."""
 
-    def __init__(self, task: int, shard: ShardWriter) -> None:
+    def __init__(self, task: int, shard: ShardWriter, scratch: Path) -> None:
         self._task, self._shard = task, shard
+        self.scratch = scratch  #: folder for what is needed on the way
         self.rows: list[dict[str, Any]] = []
         self.ledger: list[LedgerRow] = []
 
@@ -204,6 +287,7 @@ class _Result:
         self, job: Job, item: Mapping[str, Any], reason: str, message: str, kind: str = "media", attempts: int = 1
     ) -> None:
         entry, key, source = job.entries[item["entry"]], item["key"], item["source"]
+        attempts += item["attempts"]
         self.ledger.append(LedgerRow(entry, kind, reason, message, key=key, source=source, attempts=attempts))
 
     def leave_out_dialogue(self, item: Mapping[str, Any], reason: str, message: str) -> None:
@@ -211,15 +295,15 @@ class _Result:
         self.ledger.append(LedgerRow(item["entry"], "dialogue", reason, message, **texts))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _result(job: Job, task: int) -> Iterator[_Result]:
     """Gather the results of a task; its folder appears when the block ends."""
     final = task_folder(job.work, job.tasks[task])
-    scratch = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    scratch = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     with ShardWriter(scratch / "shard.tar") as shard:
-        result = _Result(task, shard)
+        result = _Result(task, shard, scratch)
         yield result
     schema = DIALOGUE_SCHEMA if is_dialogue(final.name) else media_schema(job.compat)
     write_table(scratch / "rows.arrow", table(schema.append(PLAN_ROW), result.rows))
@@ -239,19 +323,18 @@ def _result(job: Job, task: int) -> Iterator[_Result]:
 
 
 def _build(
-    job: Job, item: Mapping[str, Any], dialogues: list[dict[str, Any]]
+    job: Job, path: Path, item: Mapping[str, Any], dialogues: list[dict[str, Any]]
 ) -> tuple[dict[str, bytes], dict[str, Any], bool]:
     """Decode and encode one media item: members of its sample, its index columns (frame offsets from the member's
     start), and whether it was salvaged. Whatever goes wrong becomes an :class:`_Unbuilt`."""
     encode = _video if item["kind"] == "video" else _still
     try:
-        path = locate(job.roots[item["entry"]], item["path"])
         data, columns, salvaged = encode(job, path, item)
     except MediaError as error:
-        raise _Unbuilt(error.reason, str(error)) from None
+        local = path if job.places[item["entry"]].path else item["source"]  # fetched files have names of the moment
+        raise _Unbuilt(error.reason, str(error).replace(str(path), str(local))) from None
     except Exception as error:  # decoders are other people's code; one item must not end a build
-        message = f"{item['source']}: {type(error).__name__}: {' '.join(str(error).split())}"
-        raise _Unbuilt("crashed", message) from error
+        raise _Unbuilt("crashed", _described(item, error)) from error
     columns |= {"key": item["key"], "kind": item["kind"], "source": item["source"]}
     columns["sha256"] = hashlib.sha256(data).hexdigest()
     hidden = ("frame_offset", "frame_size", NOMINAL.name)
@@ -263,8 +346,8 @@ def _build(
 
 def _video(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
     seed = media_seed(job.seed, item["key"])
-    bounds = item["start"], item["end"]
-    decoded: Decoded = decode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, item["split"])
+    bounds, names = (item["start"], item["end"]), {"split": item["split"], "name": item["source"]}
+    decoded: Decoded = decode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, **names)
     jpegs = [encode_jpeg(frame, job.frames.quality, job.frames.subsampling) for frame in decoded.frames]
     height, width = decoded.frames.shape[1:3]
     data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, width, height)

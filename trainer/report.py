@@ -15,12 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
+from pipeline.charts import COLOURS, Bar, Line, bar_chart, compact, duration, line_chart
+from pipeline.page import render_page
 from trainer.checkpoint import write_atomically
-from trainer.report_charts import COLOURS, Bar, Line, bar_chart, compact, line_chart
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
@@ -78,16 +78,10 @@ def read_run(folder: Path) -> Run:
 
 def render(runs: list[Run]) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"compact": compact, "duration": duration, "points": "{:.1f}".format, "plain": _plain}
     scored = [(run, run.evaluation, _family_chart(run.evaluation)) for run in runs if run.evaluation]
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        Path(__file__).parent / "report.html.j2",
+        {"compact": compact, "duration": duration, "points": "{:.1f}".format, "plain": _plain},
         runs=[(run, summary(run), charts(run)) for run in runs],
         scored=scored,
         own=OWN,
@@ -142,14 +136,6 @@ def charts(run: Run) -> list[Markup]:
         if any(math.isfinite(value) for value in values):
             drawn.append(line_chart(title, [Line("", x, values)], low=0.0))
     return drawn
-
-
-def duration(seconds: float) -> str:
-    """``3.2 s``, ``4 min 05 s`` or ``2 h 03 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _frames(frames: dict) -> str:

@@ -14,8 +14,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -176,19 +174,6 @@ def _torch_file(file: Path) -> dict[str, Stored]:
         for key, value in values.items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def locate(place: str) -> Path:
-    """Local path of a file, a folder or a hub repository (OWNER/NAME, downloaded once)."""
-    path = Path(place)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-        raise WeightsError(f"{place}: no such file or folder")
-    try:
-        return Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(f"{place}: no such file or folder, and no such repository could be fetched") from error
 
 
 # -------------------------------------------------------------------------------------------------------- writing

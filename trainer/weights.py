@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from pipeline.manifest import Manifest, Model, plain
 from pipeline.schema import build
 from trainer import release
+from trainer.hub import locate
 from trainer.model.internvideo2 import LAYER_SCALE, TABLES, fit_positions, grid, start_positions
 from trainer.model.video_llm import VideoLLM
 from trainer.weight_files import (
@@ -29,7 +30,6 @@ from trainer.weight_files import (
     SHARD_BYTES,
     Stored,
     WeightsError,
-    locate,
     names_in_file,
     published_name,
     shard_files,
@@ -105,27 +105,45 @@ def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None =
 
     A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
     """
-    given, tensors = manifest.init_from, {}
+    given, tensors, places = manifest.init_from, {}, {}
     for part in model.parts() if parts is None else parts:
-        place = getattr(given, part) or (_weights_of(Path(given.run)) if given.run else "random")
+        place = getattr(given, part) or (_weights_of(given.run) if given.run else "random")
         if place == "random":
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
                     size = shape(p)
                     tensors[name] = Stored(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
         else:
+            field = f"init_from.{part if getattr(given, part) else 'run'}: "
             try:
-                tensors |= read_part(model, part, locate(place), manifest.model)
+                places[part] = (field, locate(place))
             except WeightsError as error:
-                field = part if getattr(given, part) else "run"
-                raise WeightsError(f"init_from.{field}: {error}") from error
+                raise WeightsError(f"{field}{error}") from error
+    return tensors | _read_parts(model, places, manifest.model)
+
+
+def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: Model) -> dict[str, Stored]:
+    """The tensors of several parts by our names; ``places``: part -> how its errors begin, file or folder.
+
+    Raises:
+        WeightsError: one, with the faults of all parts.
+    """
+    tensors, faults = {}, {}
+    for part, (where, path) in places.items():
+        try:
+            tensors |= read_part(model, part, path, cfg)
+        except WeightsError as error:
+            faults[f"{where}{error}"] = None  # a damaged folder of all parts is one fault
+    if faults:
+        raise WeightsError("; ".join(faults))
     return tensors
 
 
-def _weights_of(run: Path) -> str:
-    """Folder of the weights of a run, or of a released checkpoint: that itself."""
-    released = not (run / "final").exists() and (run / "config.json").is_file()
-    return str(run if released else run / "final")
+def _weights_of(run: str) -> str:
+    """Place of the weights of a run, or of a released checkpoint, also one of the hub (``hf:``): that itself."""
+    folder = Path(run)
+    released = not (folder / "final").exists() and (folder / "config.json").is_file()
+    return run if released or run.startswith("hf:") else str(folder / "final")
 
 
 def initialise(model: VideoLLM, manifest: Manifest) -> None:
@@ -271,5 +289,5 @@ def empty_model(cfg: Model, size: int, clip_frames: int) -> VideoLLM:
 
 
 def read_model(model: VideoLLM, folder: Path, cfg: Model) -> dict[str, Stored]:
-    """The tensors of all parts by our names; WeightsError as from ``read_part``."""
-    return {name: tensor for part in model.parts() for name, tensor in read_part(model, part, folder, cfg).items()}
+    """The tensors of all parts by our names; one WeightsError as from ``read_part``, with the faults of all parts."""
+    return _read_parts(model, {part: ("", folder) for part in model.parts()}, cfg)

@@ -14,7 +14,7 @@ from pipeline.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, table, w
 from pipeline.manifest import Manifest
 from pipeline.schema import build
 from pipeline.shard_format import ShardWriter, dialogue_key, encode_jpeg, media_key, mjpeg_frames, mux_mjpeg
-from tests.golden_data import GOLDEN
+from tests.golden_data import TOKENIZER
 
 SIZE = 64
 
@@ -38,7 +38,7 @@ def manifest(root: Path, **over) -> Manifest:
         "data": {"entries": [{"annotation": "a.json"}]},
         "frames": {"sampler": "middle", "min": 8, "max": 8, "size": SIZE},
         "images": {"max_grid": 2},
-        "text": {"tokenizer": str(GOLDEN / "tokens_labels" / "tokenizer"), "max_tokens": 1024},
+        "text": {"tokenizer": str(TOKENIZER), "max_tokens": 1024},
         "batching": {"global_batch": 6, "row_multiple": 4},
         "loader": {"threads": 2, "prefetch_mb": 4, "max_unreadable": 2},
         "model": {"vision_tower": {"patch": 8, "group_clips": 2}},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,14 +22,17 @@ from pipeline.conversation import (
     text_of,
 )
 from pipeline.manifest import ManifestError, Text
-from tests.golden_data import GOLDEN, json_file, json_lines
+from tests.golden_data import GOLDEN, TOKENIZER, json_file, json_lines, present
 
 FOLDER = GOLDEN / "tokens_labels" / "tokenizer"
+HERE = present("tokens_labels/tokenizer/tokenizer.json", "tokens_labels/tokenizer/tokenizer_config.json")
+ROWS = json_lines("tokens_labels/cases.jsonl") if HERE else []
+FACTS = json_file("tokens_labels/facts.json") if HERE else None
 NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def conversation(template: str = "qwen_2", **settings) -> Conversation:
-    return Conversation(Text(tokenizer=str(FOLDER), template=template, **settings))
+def conversation(template: str = "qwen_2", folder: Path = TOKENIZER, **settings) -> Conversation:
+    return Conversation(Text(tokenizer=str(folder), template=template, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +40,13 @@ def qwen() -> Conversation:
     return conversation()
 
 
-def cases(want_error: bool) -> list:
-    rows = [row for row in json_lines("tokens_labels/cases.jsonl") if ("error" in row) == want_error]
+def cases(rows: Iterable[dict]) -> list:
     return [pytest.param(row, id=f"{row['version']}-{row['case']}") for row in rows]
 
 
 def encode(row: dict, turns: list[dict], fetch: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels without the check that marks and media agree, which the published code does not make."""
-    coder = conversation(row["version"])
+    coder = conversation(row["version"], FOLDER)
     kinds = [] if row["media"] == "text" else [row["media"]] * sum(text_of(turn).count(MARK) for turn in turns)
     kinds = kinds or ([] if row["media"] == "text" else [row["media"]])
     return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds), fetch)])[0]
@@ -62,17 +67,19 @@ def accepted(row: dict) -> bool:
 
 
 @pytest.mark.parametrize("fetch", [0, 1], ids=["meant", "published"])
-@pytest.mark.parametrize("row", cases(want_error=False))
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" not in row))
 def test_golden_ids_and_labels(row, fetch):
     turns = row["conversation"]
     if row["media"] != "text":
         marks = sum(text_of(turn).count(MARK) for turn in turns)
         assert media_step(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
-    assert_encoded(encode(row, turns, fetch), row["input_ids"], row["labels"])
+    ids, labels = encode(row, turns, fetch)
+    assert_encoded((ids, labels), row["input_ids"], row["labels"])
+    assert load_tokenizer(str(FOLDER)).decode(labels[labels >= 0]) == row["learned_text"]
     assert turns == row["conversation"], "the dialogue was changed in place"
 
 
-@pytest.mark.parametrize("row", [case for case in cases(False) if "second_fetch_conversation" in case.values[0]])
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "second_fetch_conversation" in row))
 def test_golden_second_fetch(row):
     """Published: the dialogue as its first fetch left it goes through the media step again. Meant: nothing changes."""
     turns = row["conversation"]
@@ -85,19 +92,19 @@ def test_golden_second_fetch(row):
 
 
 @pytest.mark.parametrize("fetch", [0, 1], ids=["meant", "published"])
-@pytest.mark.parametrize("row", [case for case in cases(want_error=True) if not accepted(case.values[0])])
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and not accepted(row)))
 def test_golden_refused(row, fetch):
     with pytest.raises(ValueError, match="turns"):
         encode(row, row["conversation"], fetch)
 
 
-@pytest.mark.parametrize("row", [case for case in cases(want_error=True) if accepted(case.values[0])])
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
 def test_golden_first_turns_fail_when_published(row):
     with pytest.raises(ValueError, match="first of the turns is from human or gpt"):
         encode(row, row["conversation"], fetch=1)
 
 
-@pytest.mark.parametrize("row", [case for case in cases(want_error=True) if accepted(case.values[0])])
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
 def test_golden_first_turns_accepted_as_what_they_say(row):
     ids, labels = encode(row, row["conversation"])
     tokenizer = load_tokenizer(str(FOLDER))
@@ -108,9 +115,17 @@ def test_golden_first_turns_accepted_as_what_they_say(row):
     assert tokenizer.decode(labels[labels >= 0]).endswith(f"assistant\n{spoken[-1][1]}<|im_end|>\n")
 
 
-@pytest.mark.parametrize("facts", [facts for facts in [json_file("tokens_labels/facts.json")] if facts])
-def test_golden_newline(facts):
-    assert load_tokenizer(str(FOLDER)).encode("\n") == facts["newline_encodes_to"]
+@pytest.mark.parametrize("facts", [pytest.param(facts, id="tokenizer") for facts in [FACTS] if facts])
+def test_golden_tokenizer_facts(facts):
+    tokenizer = load_tokenizer(str(FOLDER))
+    assert len(tokenizer) == facts["vocabulary"]
+    assert tokenizer.convert_ids_to_tokens(198) == facts["id_198"]
+    assert tokenizer.encode("\n") == facts["newline_encodes_to"]
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in facts["special"]} == facts["special"]
+    for name in ("eos", "pad", "bos", "unk"):
+        assert getattr(tokenizer, f"{name}_token") == facts[name], name
+    # There the mark is added as a token to find its place; here it never is one, and its id is IMAGE in both.
+    assert facts["image_token_id_when_added"] == len(tokenizer) and IMAGE < 0
 
 
 def test_a_dropped_first_turn_takes_no_message(qwen):

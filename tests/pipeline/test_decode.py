@@ -316,6 +316,10 @@ def test_tvqa_folders_have_three_frames_a_second(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(folder / f"{number:05d}.jpg")
     decoded = decode_video(folder, "frame", None, None, FRAMES)
     assert (decoded.vlen, decoded.fps, decoded.duration, len(decoded.sample)) == (30, 3.0, 10.0, 8)
+    elsewhere = folder.rename(tmp_path / "frames")
+    named = decode_video(elsewhere, "img", None, None, FRAMES, name="https://a.org/tvqa/s01")
+    assert (named.vlen, named.fps, named.timestamps.tolist()) == (30, 3.0, decoded.timestamps.tolist())
+    assert decode_video(elsewhere, "img", None, None, FRAMES, name="https://a.org/s01").fps == 1.0
 
 
 def test_broken_folders_say_why(tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.decode import decode_video
 from pipeline.images import best_grid, grids, pad_square, raster_order, tiles
-from tests.golden_data import GOLDEN, files, json_file
+from pipeline.manifest import Frames
+from tests.golden_data import GOLDEN, files, json_file, present
 
 table = json_file("anyres/grids.json") or {}
-pictures = json_file("anyres/pictures.json") or {}
+pictures = (json_file("anyres/pictures.json") or {}) if present("anyres/sources.npz") else {}
 
 
 @pytest.mark.parametrize("rows", [rows for rows in [table.get("table")] if rows])
 def test_golden_grids(rows):
+    assert pinpoints(table["pinpoints"], 1) == list(grids(6))
     for row in rows:
         (width, height), size = row["size_w_h"], row["tile"]
         grid = best_grid(width, height, size, 6)
@@ -48,6 +51,14 @@ def test_golden_grids_among_others(rows):
         assert list(best_grid(*row["size_w_h"], row["tile"], 6, among=among)) == row["grid_w_h"], row
 
 
+@pytest.mark.parametrize("row", [pytest.param(row, id=str(row["tile"])) for row in table.get("unsupported_tiles", [])])
+def test_golden_unsupported_tiles(row):
+    """There, tiles are of a few sizes and others fail; here all sizes have the same grids."""
+    assert row["error"]
+    got, grid = tiles(Image.new("RGB", (3 * row["tile"], row["tile"])), "anyres_nopad", row["tile"], 6)
+    assert grid == (3, 1) and got.shape == (4, row["tile"], row["tile"], 3)
+
+
 def picture(name: str) -> Image.Image:
     return Image.fromarray(np.load(GOLDEN / "anyres" / "sources.npz")[name])
 
@@ -62,7 +73,12 @@ def cut(name: str, how: str, size: int) -> np.ndarray:
     [pytest.param(row, id=f"{row['picture']}-{row['how']}-{row['tile']}") for row in pictures.get("pictures", [])],
 )
 def test_golden_tiles(row):
-    got = cut(row["picture"], row["how"], row["tile"])
+    source = picture(row["picture"])
+    assert (source.mode, [*source.size]) == (row["mode"], row["size_w_h"])
+    compare(cut(row["picture"], row["how"], row["tile"]), row)
+
+
+def compare(got: np.ndarray, row: dict) -> None:
     n, channels, height, width = row["shape"]
     assert got.shape == (n, height, width, channels) and got.dtype == np.uint8
     pixels = (got / 255 - np.array(pictures["image_mean"])) / np.array(pictures["image_std"])
@@ -72,7 +88,23 @@ def test_golden_tiles(row):
     np.testing.assert_allclose(pixels[t, y, x, c], row["sample_values"], atol=0.018)
 
 
-@pytest.mark.parametrize("path", files("anyres/pixels_after_resize.npz"), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=f"{row['video']}-{row['tile']}") for row in pictures.get("videos", [])]
+)
+def test_golden_frames(tmp_path, row):
+    """The frames of a folder, decoded and resized as the builder does it."""
+    frames = np.load(GOLDEN / "anyres" / "sources.npz")[row["video"]]
+    assert [*frames.shape[:3]] == row["frames_h_w"]
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{number:05d}.png")
+    every = -(-len(frames) // 4) * 4
+    settings = Frames(sampler="middle", min=every, max=every, size=row["tile"])
+    compare(decode_video(tmp_path, "img", None, None, settings).frames, row)
+
+
+@pytest.mark.parametrize(
+    "path", files("anyres/pixels_after_resize.npz") if present("anyres/sources.npz") else [], ids=lambda path: path.stem
+)
 def test_golden_pixels(path):
     for name, expected in np.load(path).items():
         source, _, how = name.partition("_")

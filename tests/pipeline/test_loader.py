@@ -23,7 +23,7 @@ from pipeline.conversation import Conversation
 from pipeline.images import best_grid, tiles
 from pipeline.index import Index, ShardsError
 from pipeline.loader import Loader, StateError, UnreadableError
-from pipeline.manifest import Manifest, ManifestError
+from pipeline.manifest import ORDERS, Manifest, ManifestError
 from pipeline.plan import Plan
 from pipeline.sampling import sample_indices, time_message
 from pipeline.tokens import Tokens
@@ -189,11 +189,13 @@ def test_batches_move_as_one(root):
 
 
 @functools.lru_cache(maxsize=64)
-def parts(root: Path, batch: int, multiple: int, limit: int, squared: bool) -> tuple[Plan, Visuals]:
+def parts(
+    root: Path, batch: int, multiple: int, limit: int, squared: bool, order: str = "shuffle"
+) -> tuple[Plan, Visuals]:
     cost = {"patch": 1.0, "token": 10.0, "pair": 0.1 if squared else 0.0}
     made = manifest(
         root,
-        batching={"global_batch": batch, "row_multiple": multiple, "cost": cost},
+        batching={"global_batch": batch, "row_multiple": multiple, "cost": cost, "order": order},
         text__max_tokens=limit,
     )
     index = Index.open(made.shard_root)
@@ -244,10 +246,11 @@ class Fleet:
     batch=st.integers(1, 9),
     limit=st.sampled_from([500, 1024]),
     squared=st.booleans(),
+    order=st.sampled_from(ORDERS),
     stops=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 4)), min_size=1, max_size=4),
 )
-def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit, squared, stops):
-    plan, visuals = parts(root, batch, 4, limit, squared)
+def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit, squared, order, stops):
+    plan, visuals = parts(root, batch, 4, limit, squared, order)
     got, state = [], None
     for world, count in [*stops, (2, 10**6)]:
         fleet = Fleet(plan, visuals, world, state)
@@ -261,7 +264,7 @@ def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit
     assert [place for *place, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
     for epoch in range(state["epoch"]):
         keys = [key for e, _, rows in whole if e == epoch for row in rows for key in row]
-        assert len(keys) == len(set(keys)) == 21
+        assert len(keys) == len(set(keys)) == 21 - plan.report().dropped
 
 
 def test_a_row_within_a_global_batch_is_not_counted(root):
@@ -276,13 +279,31 @@ def test_a_row_within_a_global_batch_is_not_counted(root):
     assert loader.state_dict()["step"] == 1
 
 
-def test_epochs_differ_and_no_shuffle_keeps_the_order_of_the_index(root):
+def test_epochs_differ_and_sequential_keeps_the_order_of_the_index(root):
     loader = build_loader(manifest(root))
     first, second = ([b.keys for b in loader] for _ in range(2))
     assert first != second
-    plain = build_loader(manifest(root, batching={"global_batch": 1, "row_multiple": 1, "shuffle": False}))
+    plain = build_loader(manifest(root, batching={"global_batch": 1, "row_multiple": 1, "order": "sequential"}))
     wanted = [d["key"] for d in Index.open(root / "stage2").dialogues.to_pylist() if d["split"] == "train"]
     assert [key for batch in plain for key in batch.keys] == wanted
+
+
+def test_modality_makes_global_batches_of_one_kind(root):
+    plan, _ = parts(root, 4, 4, 1024, False, "modality")
+    kinds = []
+    for step in range(plan.batches):
+        rows = np.concatenate(plan.global_batch(0, step).rows)
+        kinds.append({plan.units(np.array([row])) > 0 for row in rows})
+    assert [len(kind) for kind in kinds] == [1, 1, 1, 1, 2, 1]  # 18 with media, 3 of text; left over: 2 and 3
+    assert not plan.report().dropped
+
+
+def test_modality_length_says_what_it_drops(root):
+    plan, _ = parts(root, 2, 4, 1024, False, "modality_length")
+    assert plan.batches == 8 + 1 and plan.report().dropped == 2 + 1
+    assert str(plan.report()).endswith("; batching.order drops 3 of all in each epoch")
+    with pytest.raises(ShardsError, match="split train has no others; use modality"):
+        parts(root, 18, 4, 1024, False, "modality_length")
 
 
 def test_threads_and_prefetch_change_nothing(root):

@@ -138,6 +138,10 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: umt has none"),
         ("model.vision_tower={type: internvideo2, drop_path: 1.0}", "model.vision_tower.drop_path: 1.0 is a probab"),
         ("model.vision_tower={type: internvideo2, width: 24, heads: 2}", "model.vision_tower.width: 24 is not a mult"),
+        (
+            "model.language_model.max_position_embeddings=4096",
+            "text.max_tokens: 32768 is more than model.language_model.max_position_embeddings (4096); lower it",
+        ),
         ("init_from.vision_tower=", "init_from.vision_tower: expected text"),
         ("init_from.vision_tower=''", "init_from: name a run, or vision_tower and language_model"),
     ],
@@ -161,9 +165,12 @@ def test_missing_field_is_named(tmp_path, name):
         ("- stage: 1", "expected a mapping of fields at the top level"),
         ("", "expected a mapping of fields at the top level"),
         ("stage: 1\nseed: 1\nstage: 2\n", "`stage` stands twice"),
-        ("extends: [a.yaml]", "extends: expected a file name"),
+        ("extends: []", "extends: expected a file name or a list of them, got [] (list)"),
+        ("extends: [3]", "extends: expected a file name or a list of them"),
         ("extends: nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
+        ("extends: [nowhere.yaml]", "nowhere.yaml: cannot be read (No such file or directory)"),
         ("extends: m.yaml", "extends: the file extends itself"),
+        ("extends: [m.yaml]", "extends: the file extends itself"),
     ],
 )
 def test_unreadable_file(tmp_path, text, part):
@@ -192,6 +199,25 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path):
     assert (manifest.frames.min, manifest.frames.max, manifest.frames.size) == (4, 16, 160)
     assert [entry.annotation for entry in manifest.data.entries] == ["b.json"]
     assert manifest.name == "top"
+
+
+def test_extends_overlays_a_list_of_files_in_order(tmp_path):
+    """Two branches may share a base; what the later one says wins, and the file itself over both."""
+    write(tmp_path, SMALL, "base.yaml")
+    write(tmp_path, {"extends": "base.yaml", "frames": {"max": 16, "size": 160}, "seed": 1}, "first.yaml")
+    write(tmp_path, {"extends": "base.yaml", "frames": {"size": 192}, "seed": 2}, "second.yaml")
+    manifest = load_manifest(write(tmp_path, {"extends": ["first.yaml", "second.yaml"], "seed": 3}, "top.yaml"))
+    assert (manifest.frames.max, manifest.frames.size, manifest.seed) == (SMALL["frames"]["max"], 192, 3)
+    write(tmp_path, {"frames": {"size": 192}}, "second.yaml")
+    manifest = load_manifest(write(tmp_path, {"extends": ["first.yaml", "second.yaml"]}, "top.yaml"))
+    assert (manifest.frames.max, manifest.frames.size, manifest.seed) == (16, 192, 1)
+
+
+def test_extends_of_a_list_that_comes_back_is_refused(tmp_path):
+    write(tmp_path, SMALL, "base.yaml")
+    write(tmp_path, {"extends": ["base.yaml", "top.yaml"]}, "second.yaml")
+    path = write(tmp_path, {"extends": ["base.yaml", "second.yaml"]}, "top.yaml")
+    assert "top.yaml: extends: the file extends itself; remove the loop" in refusal(path)
 
 
 def test_overrides_win_over_the_file_and_come_in_order(tmp_path):

@@ -38,7 +38,8 @@ from pipeline.visuals import Visuals
 from tests.golden_data import json_lines
 from tests.pipeline.footage import BIKES, all_frames, number_of, write_video
 from tests.pipeline.small_root import manifest, turns
-from tools.builder import build
+from tools.builder import Options, build
+from tools.executors import local
 
 # Golden rows ----------------------------------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ def root(tmp_path_factory):
     train.append({"id": "system", "conversations": [{"from": "system", "value": "Be brief."}, *turns("Hi", "Hi.")]})
     (folder / "train.json").write_text(json.dumps(train))
     (folder / "val.json").write_text(json.dumps([sample("held out", {"video": "bikes.mp4", "start": 4, "end": 9})]))
-    build(made(folder), workers=1)
+    build(made(folder), local(1), Options())
     return folder
 
 
@@ -342,7 +343,7 @@ def test_held_out_clips_are_read_as_outside_of_training(root):
 
 def test_members_of_the_shards_have_the_fields_of_any_build(root, tmp_path):
     entries = [{"annotation": str(root / "train.json"), "root": str(root)}]
-    build(made(tmp_path, compat="none", data__entries=entries), workers=1)
+    build(made(tmp_path, compat="none", data__entries=entries), local(1), Options())
     fields, columns = [], []
     for place in (root, tmp_path):
         with tarfile.open(place / "stage2" / "video" / "train-000000.tar") as tar:

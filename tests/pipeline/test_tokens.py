@@ -112,7 +112,7 @@ def long_root(tmp_path_factory):
 
 def test_text_over_the_limit_is_cut_and_media_never(long_root):
     limit = 260
-    tokens, whole = open_tokens(long_root, text__max_tokens=limit), open_tokens(long_root, text__max_tokens=100_000)
+    tokens, whole = open_tokens(long_root, text__max_tokens=limit), open_tokens(long_root, text__max_tokens=32_768)
     for row in (0, 1):
         ids, labels = tokens.of(row)
         full_ids, full_labels = whole.of(row)

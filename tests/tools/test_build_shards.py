@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from pathlib import Path
 
 import decord
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import webdataset
+from huggingface_hub import constants
 
 from pipeline.index import Index, row_values
 from pipeline.ledger import read_ledger
@@ -286,20 +291,86 @@ def test_dry_run_writes_nothing_and_counts(made, tmp_path, capsys):
     printed = capsys.readouterr().out
     table = {line.split()[0]: line.split() for line in printed.partition("\n\n")[0].splitlines()}
     assert table["films"][1:4] == ["8", "8", "8"] and table["again"][1:3] == ["8", "6"]
-    assert table["bad"][1] == str(len(BAD)) and int(table["bad"][3]) == int(table["bad"][2]) - 1, "one file is missing"
-    assert f"media have no file; the first is {made['manifest'].parent / 'media' / 'missing.mp4'}\n  bad\n" in printed
+    assert table["bad"][1] == str(len(BAD)) and int(table["bad"][3]) == int(table["bad"][2]) - 3
+    place = made["manifest"].parent / "media"
+    assert f"1 of {table['bad'][2]} media cannot be had (missing_file); first {place}/missing.mp4: " in printed
+    assert f"2 of {table['bad'][2]} media cannot be had (outside_root); first {place}/link.mp4: " in printed
     assert "outside_root: " in printed and "\n  bad (2)\n" in printed
-    assert table["nothing"][4] == "yes" and "1 entry: left out, empty_annotation: " in printed
+    assert table["nothing"][6] == "yes" and "1 entry: left out, empty_annotation: " in printed
 
 
-def test_dry_run_of_the_published_recipe_fits_a_terminal(capsys):
+def published_dry_run(capsys, *options):
     path = SCRIPT.parents[1] / "manifests" / "stage3.yaml"
-    assert main(["--stage", "3", "--manifest", str(path), "--dry-run"]) == 0
-    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert main(["--stage", "3", "--manifest", str(path), "--dry-run", *options]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """The hub is not asked, and nothing was fetched before."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_offline_dry_run_of_the_published_recipe_fits_a_terminal(offline, capsys):
+    head, _, *lines = published_dry_run(capsys)
     entries = lines[: lines.index("")]
     assert len({line.split()[0] for line in entries}) == len(entries) == 104
     assert max(map(len, [head, *entries])) <= 144
     assert sum("fetch it and map hf:OpenGVLab/VideoChat-Flash-Training-Data to" in line for line in lines) == 1
+    assert sum("HF_HUB_OFFLINE is set" in line for line in lines) == 2, "one cause for each hub repository"
+    assert lines[-1] == "104 entries, 0 resolved, 104 unresolved"
+
+
+def test_offline_dry_run_with_the_example_of_a_root_map(offline, capsys):
+    lines = published_dry_run(capsys, "--set", f"data.roots={SCRIPT.parents[1] / 'manifests' / 'roots.example.yaml'}")
+    assert lines[-1] == "104 entries, 0 resolved, 104 unresolved"
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_for_every_entry(capsys, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asked = []
+
+        def hang_up():
+            with contextlib.suppress(OSError):
+                while True:
+                    asked.append(listener.accept()[0].close())
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        lines = published_dry_run(capsys)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert lines[-1] == "104 entries, 0 resolved, 104 unresolved"
+    assert 0 < len(asked) <= 20
+
+
+def test_a_report_of_a_dry_run(made, tmp_path, capsys):
+    folder = tmp_path / "report"
+    assert run(made, "--dry-run", "--report", str(folder)) == 0
+    assert capsys.readouterr().out.endswith(f"report: {folder}/plan.html, {folder}/plan.parquet\n")
+    assert {path.name for path in folder.iterdir()} == {"plan.html", "plan.parquet"}
+    rows = {row["entry"]: row for row in pq.read_table(folder / "plan.parquet").to_pylist()}
+    media = made["manifest"].parent / "media"
+    films = rows["films"]
+    assert (films["dialogues"], films["usable"], films["media"], films["found"]) == (8, 8, 8, 8)
+    assert films["bytes"] == sum((media / f"{name}.mp4").stat().st_size for name in "abcdefgh")
+    assert films["place"] == str(media) and films["resolved"] and films["problems"] == []
+    problems = {(item["about"], item["reason"]): item["count"] for item in rows["bad"]["problems"]}
+    expected = Counter(reason for _, reason in BAD.values())
+    assert problems["dialogue", "outside_root"] == 2 and problems["media", "missing_file"] == 1
+    assert problems["dialogue", "placeholder_mismatch"] == expected["placeholder_mismatch"]
+    page = (folder / "plan.html").read_text()
+    assert all(f"<td>{name}</td>" in page for name in rows) and "missing.mp4" in page
+
+
+def test_a_report_goes_with_a_dry_run(made, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        run(made, "--report", str(tmp_path))
+    assert caught.value.code == 2
 
 
 def test_limit_takes_the_first_dialogues_of_each_entry(made, tmp_path):
@@ -344,13 +415,12 @@ def test_a_changed_annotation_file_is_named(plain_text, capsys):
     assert f"{plain_text['annotation']} was here for the build and is not now; " in capsys.readouterr().err
 
 
-def test_another_entry_in_front_is_named(plain_text, capsys):
+def test_an_entry_that_is_gone_is_named(plain_text, capsys):
     assert run(plain_text) == 0
     other = corpus.annotations(plain_text["folder"] / "other.json", [{"id": 1, "conversations": TEXT}])
-    entries = [{"annotation": str(other)}, {"annotation": str(plain_text["annotation"])}]
-    corpus.manifest(plain_text["manifest"], entries)
+    corpus.manifest(plain_text["manifest"], [{"annotation": str(other)}])
     assert run(plain_text) == 2
-    assert "entries[0].name is 'mine' there and 'other' here" in capsys.readouterr().err
+    assert "entries[0] is 'mine' there and absent here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -389,7 +459,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 
 @pytest.fixture
-def unresolved(media, tmp_path):
+def unresolved(media, tmp_path, offline):
     films = corpus.annotations(tmp_path / "films.jsonl", [{"id": 1, "video": "a.mp4", "conversations": TURNS}] * 3)
     text = corpus.annotations(tmp_path / "text.jsonl", [{"id": 1, "conversations": TEXT}])
     entries = [
@@ -406,8 +476,9 @@ def test_dry_run_lists_what_is_not_here(unresolved, capsys):
     lines = capsys.readouterr().out.splitlines()
     films, hub, absent = (next(line for line in lines if line.startswith(name)) for name in ("films", "x ", "absent"))
     assert " 3 " in films and "https://example.org/films" in films
-    assert [films.split()[4], hub.split()[4], absent.split()[4]] == ["no", "no", "no"]
-    assert hub.split()[1:4] == absent.split()[1:4] == ["?", "?", "?"]
+    assert [films.split()[6], hub.split()[5], absent.split()[5]] == ["no", "no", "no"]
+    assert films.split()[1:4] == ["3", "1", "0"]
+    assert hub.split()[1:5] == absent.split()[1:5] == ["?", "?", "?", "?"]
     causes = dict(zip(lines, lines[1:], strict=False))
     mapped = next(names for cause, names in causes.items() if cause.startswith("2 entries: the root is not a folder"))
     assert mapped.split() == ["films,", "x"], "one cause of two entries is told once"
@@ -419,7 +490,7 @@ def test_dry_run_lists_what_is_not_here(unresolved, capsys):
     assert sorted(path.name for path in unresolved["folder"].iterdir()) == ["films.jsonl", "stage2.yaml", "text.jsonl"]
 
 
-@pytest.mark.parametrize(("left", "named"), [(3, "absent.json"), (2, "hf:some/set"), (1, "https|dir:FOLDER")])
+@pytest.mark.parametrize(("left", "named"), [(3, "absent.json"), (2, "hf:some/set"), (1, "roots.example.yaml")])
 def test_a_build_refuses_what_is_not_here_before_writing(unresolved, capsys, left, named):
     entries = [unresolved["entries"][0], unresolved["entries"][left]]
     corpus.manifest(unresolved["manifest"], entries)
@@ -491,9 +562,9 @@ def test_a_folder_with_other_things_is_refused(made, tmp_path, capsys):
 
 def test_two_builds_of_one_folder_do_not_meet(made, tmp_path, capsys):
     (tmp_path / "stage2").mkdir()
-    handle = os.open(tmp_path / "stage2", os.O_RDONLY)
+    handle = os.open(tmp_path / "stage2" / "build.lock", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert run(made, "--out", str(tmp_path)) == 2
     os.close(handle)
     assert "another build is at work here" in capsys.readouterr().err
-    assert list((tmp_path / "stage2").iterdir()) == []
+    assert [path.name for path in (tmp_path / "stage2").iterdir()] == ["build.lock"]

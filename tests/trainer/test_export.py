@@ -27,9 +27,11 @@ from pipeline.manifest import (
 )
 from tests.golden_data import files
 from tests.trainer import corpus
+from tests.trainer import published as shapes
 from tests.trainer.model import test_golden_sequence as golden
 from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack
-from tests.trainer.model.test_cost import QWEN_1_5B, manifest
+from tests.trainer.model.test_cost import manifest
+from tests.trainer.published import Shapes
 from trainer import release
 from trainer.export import export, main
 from trainer.model.video_llm import VideoLLM, build_model
@@ -73,26 +75,12 @@ def published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {published_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def reference_keys(blocks: int, layers: int, tied: bool) -> set[str]:
+def reference(made: Manifest) -> Shapes:
     """The tensors of a UMT release, written out."""
-    tower = "model.vision_tower.vision_tower.encoder."
-    keys = {f"{tower}{name}.{kind}" for name in ("patch_embed.proj", "vision_layernorm") for kind in ("weight", "bias")}
-    for n in range(blocks):
-        keys |= {f"{tower}blocks.{n}.{name}.{kind}" for name in ("norm1", "norm2") for kind in ("weight", "bias")}
-        keys |= {f"{tower}blocks.{n}.attn.{name}" for name in ("qkv.weight", "q_bias", "v_bias")}
-        keys |= {f"{tower}blocks.{n}.attn.proj.{kind}" for kind in ("weight", "bias")}
-        keys |= {f"{tower}blocks.{n}.mlp.fc{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")}
-    assert len(keys) == 4 + 13 * blocks
-    keys |= {f"model.mm_projector.mlp.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
-    for n in range(layers):
-        layer = f"model.layers.{n}."
-        keys |= {f"{layer}self_attn.{name}_proj.{kind}" for name in "qkv" for kind in ("weight", "bias")}
-        keys |= {f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-        keys |= {
-            f"{layer}{name}.weight" for name in ("self_attn.o_proj", "input_layernorm", "post_attention_layernorm")
-        }
-    keys |= {"model.embed_tokens.weight", "model.norm.weight"}
-    return keys if tied else keys | {"lm_head.weight"}
+    width, language = made.model.vision_tower.width, made.model.language_model
+    tower = shapes.umt(width, made.model.vision_tower.depth - 1)
+    config = dataclasses.asdict(language)
+    return tower | shapes.connector(width, language.hidden_size) | shapes.language_model(config)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied"])
@@ -101,7 +89,8 @@ def test_exported_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
     run, model = finished(tmp_path, settings(tied))
     export(run, tmp_path / "out", shard_bytes=limit)
     written = tensors(tmp_path / "out")
-    assert set(written) == reference_keys(SMALL.vision_tower.depth - 1, SMALL.language_model.num_hidden_layers, tied)
+    assert {name: tuple(value.shape) for name, value in written.items()} == reference(settings(tied))
+    assert ("lm_head.weight" in written) is not tied
     assert_same(written, published(model))
     if limit < 10**9:
         index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -116,13 +105,6 @@ def test_exported_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
         assert torch.equal(
             again.language_model.lm_head(again.hidden(batch)), model.language_model.lm_head(model.hidden(batch))
         )
-
-
-@pytest.mark.parametrize(("language", "tied"), [(LanguageModel(), False), (QWEN_1_5B, True)], ids=["7B", "1.5B"])
-def test_full_size_key_sets(language, tied):
-    made = manifest(448, Model(language_model=language))
-    names = {published_name(name) for name, _ in build_model(made, device="meta").named_parameters()}
-    assert names == reference_keys(23, 28, tied) and sum("vision_tower" in name for name in names) == 303
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied"])
@@ -312,7 +294,9 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
         vision_tower=VisionTower(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
         language_model=LanguageModel(**language),
     )
-    made = dataclasses.replace(settings(size=tower["size"]), model=cfg)
+    made = settings(size=tower["size"])
+    text = dataclasses.replace(made.text, max_tokens=language["max_position_embeddings"])
+    made = dataclasses.replace(made, model=cfg, text=text)
     parts = dict.fromkeys(("vision_tower", "connector", "language_model"), str(folder / "released"))
     started = build_model(made)
     initialise(started, dataclasses.replace(made, init_from=InitFrom(**parts)))
@@ -335,7 +319,7 @@ def test_golden_logits_of_a_released_folder(golden_models, case):
     tail = torch.from_numpy(outputs[f"{case['case']}.logits_tail"])[0]
     with torch.no_grad():
         logits = [model.language_model.lm_head(model.hidden(batch)) for model in golden_models]
-    torch.testing.assert_close(logits[0][-len(tail) :], tail, atol=5e-4, rtol=5e-4)
+    torch.testing.assert_close(logits[0][-len(tail) :], tail, atol=5e-4, rtol=0)
     assert torch.equal(*logits)
 
 

@@ -1,53 +1,17 @@
-"""The report page, read back with an HTML parser of the standard library and an XML parser for its charts."""
+"""The report page, read back with an HTML parser of the standard library."""
 
 from __future__ import annotations
 
 import base64
-import html.parser
 import io
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
+from tests.html_page import Page
 from trainer import report
-from trainer.report_charts import Bar, Line, bar_chart, compact, line_chart, thin, ticks
-
-VOID = {"meta", "img", "link"}
-
-
-class Page(html.parser.HTMLParser):
-    """Text, attributes and nesting of a page; unbalanced tags fail."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.text.append(data)
-
-    def cells(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def jpeg() -> str:
@@ -134,43 +98,3 @@ def test_the_line_that_is_being_written_is_left_out(tmp_path):
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 8, "lo')
     assert report.summary(report.read_run(run))["done"] == 7
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_even_and_cover_the_range(low, span):
-    found = ticks(low, low + span)
-    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
-    assert 2 <= len(found) <= 8 and max(steps) - min(steps) <= 1e-6 * max(map(abs, [*found, 1.0]))
-    assert found[0] <= low + 1e-6 * span + 1e-9 * abs(low) and found[-1] >= low + span - 1e-6 * span - 1e-9 * abs(low)
-
-
-@given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=2000))
-def test_charts_are_well_formed_and_stay_inside(values):
-    svg = line_chart("a < b", [Line("x & y", range(1, len(values) + 1), values)])
-    root = ElementTree.fromstring(svg)
-    width, height = map(float, root.get("viewBox").split()[2:])
-    for line in root.iter("polyline"):
-        places = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
-        assert len(places) == min(len(values), 500)
-        assert all(0 <= x <= width and 0 <= y <= height for x, y in places)
-
-
-def test_bars_are_as_long_as_their_values():
-    bars = [Bar(50.0, 40.0, 60.0, "#000", "own"), Bar(25.0, 20.0, 30.0, "#111", "blind")]
-    root = ElementTree.fromstring(bar_chart("t", [("family", bars)]))
-    lengths = [float(rect.get("width")) for rect in root.iter("rect")]
-    assert lengths[0] == pytest.approx(2 * lengths[1], abs=0.2)
-
-
-def test_short_numbers():
-    assert [compact(v) for v in (0, 0.25, 12, 3400, 1e-3, 2.5e-4, 1.2e9)] == [
-        "0",
-        "0.25",
-        "12",
-        "3.4k",
-        "1e-3",
-        "2.5e-4",
-        "1.2G",
-    ]
-    assert thin([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
-    assert [report.duration(s) for s in (3.21, 245, 7380)] == ["3.2 s", "4 min 05 s", "2 h 03 min"]

@@ -193,6 +193,61 @@ def test_a_stage_1_adapter_file_is_read(tmp_path, prefix):
         assert all(torch.equal(value, source[name]) for name, value in model.connector.state_dict().items())
 
 
+def test_a_stage_1_adapter_wins_over_the_run_beside_it(tmp_path):
+    settings = start()
+    run, adapter = initialised(settings), initialised(dataclasses.replace(settings, seed=9)).connector.state_dict()
+    save(run, tmp_path / "stage1" / "final", settings)
+    torch.save({f"model.mm_projector.{name}": value for name, value in adapter.items()}, tmp_path / "mm_projector.bin")
+    init = InitFrom(run=str(tmp_path / "stage1"), connector=str(tmp_path / "mm_projector.bin"))
+    model = initialised(dataclasses.replace(settings, init_from=init, seed=5))
+    expected = published(run) | {f"model.mm_projector.{name}": value for name, value in adapter.items()}
+    assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("cfg", [SMALL, INTERNVIDEO2], ids=["umt", "internvideo2"])
+def test_faults_of_an_encoder_and_an_adapter_are_listed_together(tmp_path, cfg):
+    model = initialised(start(cfg))
+    encoder, adapter = model.vision_tower.state_dict(), model.connector.state_dict()
+    for values, missing, wrong in (
+        (encoder, "blocks.1.mlp.fc2.bias", "patch_embed.proj.weight"),
+        (adapter, "mlp.0.bias", "mlp.2.weight"),
+    ):
+        del values[missing]
+        values |= {wrong: torch.ones(2, 3), "blocks.0.odd": torch.ones(1)}
+    torch.save(encoder, tmp_path / "encoder.pt")
+    torch.save({f"model.mm_projector.{name}": value for name, value in adapter.items()}, tmp_path / "mm_projector.bin")
+    places = {"vision_tower": tmp_path / "encoder.pt", "connector": tmp_path / "mm_projector.bin"}
+    with pytest.raises(WeightsError) as error:
+        initialised(start(cfg, **places))
+    text = str(error.value)
+    assert "\n" not in text
+    for part, missing, wrong in (
+        ("vision_tower", "blocks.1.mlp.fc2.bias", "patch_embed.proj.weight"),
+        ("connector", "mlp.0.bias", "mlp.2.weight"),
+    ):
+        assert (
+            f"init_from.{part}: {places[part]}: does not fit the manifest's {part}: missing: {part}.{missing};" in text
+        )
+        assert f"unexpected: {part}.blocks.0.odd; wrong shape: {part}.{wrong} is [2, 3], the model's [" in text
+
+
+def test_faults_of_a_whole_folder_are_listed_together(tmp_path):
+    values = published(initialised(start()))
+    del values["lm_head.weight"], values[ENCODER + "blocks.0.norm1.bias"]
+    values["model.mm_projector.mlp.4.bias"] = torch.ones(2)
+    (tmp_path / "config.json").write_text("{}")
+    save_file(values, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as error:
+        initialised(dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path))))
+    text = str(error.value)
+    names = ("missing: language_model.lm_head", "missing: vision_tower.blocks.0.norm1", "unexpected: connector.mlp.4")
+    assert all(name in text for name in names) and text.count("init_from.run: ") == 3
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(WeightsError) as error:
+        initialised(dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path))))
+    assert str(error.value).count("init_from.run: ") == 1  # a damaged file is one fault
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_listed_by_name(tmp_path):
     values = published(initialised(start()))
     del values["model.layers.1.mlp.up_proj.weight"]

@@ -2,13 +2,15 @@
 
     torchrun --nproc_per_node 2 zero3_worker.py FOLDER
 
-FOLDER/cases.pt holds the cases that ``test_zero3.cases`` made; results go to FOLDER/NAME/.
+The cases are those of ``test_zero3.cases``, whose first weights lie in FOLDER; results go to FOLDER/NAME/. Rank 0 works
+in FOLDER and the others in an empty folder, so that only rank 0 finds what the manifests name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -64,8 +66,11 @@ def check_errors(settings) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     place = start(timeout_minutes=2)
+    nothing = folder / f"rank-{place.rank}"
+    nothing.mkdir()
+    os.chdir(nothing if place.rank else folder)
     try:
-        for name, (settings, steps) in cases(folder).items():
+        for name, (settings, steps) in cases().items():
             run_case(name, settings, steps, folder, place)
         check_constants(settings)
         check_errors(settings)

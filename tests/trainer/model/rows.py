@@ -23,7 +23,6 @@ SMALL = Model(
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=96,
-        max_position_embeddings=2048,
         rms_norm_eps=1e-6,
     ),
 )

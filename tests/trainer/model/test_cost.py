@@ -14,7 +14,6 @@ from pipeline.manifest import (
     Entry,
     Frames,
     InitFrom,
-    LanguageModel,
     Manifest,
     Model,
     Part,
@@ -24,18 +23,8 @@ from pipeline.manifest import (
 )
 from tests.trainer.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, small_model
 from trainer.model import cost
-from trainer.model.video_llm import build_model
 
 TRAINED, FROZEN = Part(train=True, lr=1e-5), Part(train=False)
-QWEN_1_5B = LanguageModel(
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-)
-
 INTERNVIDEO2_1B = VisionTower(type="internvideo2", width=1408, depth=40, patch=14, mlp_ratio=48 / 11)
 
 
@@ -55,34 +44,6 @@ def manifest(size: int = 224, model: Model | None = None, **train: Part) -> Mani
     )
 
 
-def test_the_published_model_on_meta_tensors():
-    model = build_model(manifest(), device="meta")
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert len(list(model.vision_tower.parameters())) == 303
-    counts = cost.parameters(manifest())
-    assert counts["vision_tower"] == pytest.approx(290e6, rel=0.005)
-    assert counts["connector"] == pytest.approx(16.5e6, rel=0.005)
-    assert counts["language_model"] == pytest.approx(7.616e9, rel=0.0005)
-    assert sum(counts.values()) == pytest.approx(7.92e9, rel=0.001)
-
-
-def test_the_published_internvideo2_on_meta_tensors():
-    settings = manifest(model=Model(vision_tower=INTERNVIDEO2_1B))
-    tower = build_model(settings, device="meta").vision_tower
-    assert len(list(tower.parameters())) == 39 * 13 + 5
-    assert tower.blocks[0].mlp.fc1.weight.shape == (6144, 1408) and tower.pos_embed.shape == (1, 1025, 1408)
-    counts = cost.parameters(settings)
-    assert counts["vision_tower"] == sum(p.numel() for p in tower.parameters()) == pytest.approx(985e6, rel=0.005)
-    assert counts["connector"] == pytest.approx(17.9e6, rel=0.005)
-    assert cost.flops_by_part(settings, 512, 256)["vision_tower"] == pytest.approx(864e12, rel=0.001)
-
-
-def test_tied_embeddings_count_once():
-    counts = cost.parameters(manifest(448, Model(language_model=QWEN_1_5B)))
-    assert counts["language_model"] == pytest.approx(1.544e9, rel=0.0005)
-    assert counts["connector"] == pytest.approx(3.9e6, rel=0.02)
-
-
 def test_published_flops_of_a_512_frame_sample():
     parts = cost.flops_by_part(manifest(), frames=512, text_tokens=256)
     assert parts["vision_tower"] == pytest.approx(197e12, rel=0.002)
@@ -93,6 +54,8 @@ def test_published_flops_of_a_512_frame_sample():
     assert fourth["vision_tower"] == pytest.approx(1055e12, rel=0.002)
     assert fourth["language_model"] == pytest.approx(325e12, rel=0.002)
     assert sum(fourth.values()) == pytest.approx(1380e12, rel=0.002)
+    other = cost.flops_by_part(manifest(model=Model(vision_tower=INTERNVIDEO2_1B)), frames=512, text_tokens=256)
+    assert other["vision_tower"] == pytest.approx(864e12, rel=0.001)
 
 
 @pytest.mark.parametrize("cfg", [SMALL, INTERNVIDEO2], ids=["umt", "internvideo2"])

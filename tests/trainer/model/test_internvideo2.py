@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.manifest import VisionTower
-from tests.golden_data import GOLDEN, json_file
+from tests.golden_data import GOLDEN, json_file, present
 from tests.trainer.model.golden_model import ATOL, RTOL, normals, weights
 from trainer.model.attention import Segments
 from trainer.model.internvideo2 import InternVideo2, drop_path, fit_positions, grid, start_positions
@@ -17,8 +17,12 @@ from trainer.weights import random_tensor
 
 FILES = GOLDEN / "internvideo2_vit"
 ENTRIES = json_file("internvideo2_vit/cases.json") or []
-MODELS = [e for e in ENTRIES if "model" in e and all((FILES / e[key]).is_file() for key in ("weights", "outputs"))]
-RESIZES = [e for e in ENTRIES if "position_resize" in e and (FILES / e["position_resize"]).is_file()]
+MODELS = [
+    e
+    for e in ENTRIES
+    if "model" in e and present(f"internvideo2_vit/{e['weights']}", f"internvideo2_vit/{e['outputs']}")
+]
+RESIZES = [e for e in ENTRIES if present(f"internvideo2_vit/{e.get('position_resize', '')}")]
 
 
 def build(arguments: dict) -> InternVideo2:

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from pipeline.manifest import VisionTower
-from tests.golden_data import GOLDEN, json_file
+from tests.golden_data import GOLDEN, json_file, present
 from tests.trainer.model.golden_model import ATOL, RTOL, normals, weights
 from trainer.model.umt import UMT, positions
 
-MODELS = json_file("umt_vit/cases.json") or []
+FILES = GOLDEN / "umt_vit"
+MODELS = [
+    m for m in json_file("umt_vit/cases.json") or [] if present(f"umt_vit/{m['weights']}", f"umt_vit/{m['outputs']}")
+]
 
 
 def build(arguments: dict) -> UMT:
@@ -30,7 +33,7 @@ def cases():
 
 @pytest.mark.parametrize("model", [pytest.param(m, id=m["model"]) for m in MODELS])
 def test_golden_umt_positions(model):
-    outputs, tower = np.load(GOLDEN / "umt_vit" / model["outputs"]), build(model["arguments"])
+    outputs, tower = np.load(FILES / model["outputs"]), build(model["arguments"])
     np.testing.assert_allclose(tower.clip_positions, outputs["pos_embed_video"][0], atol=1e-5)
     np.testing.assert_allclose(tower.still_positions, outputs["pos_embed_image"][0], atol=1e-5)
 
@@ -38,14 +41,14 @@ def test_golden_umt_positions(model):
 @pytest.mark.parametrize(("model", "case"), cases())
 def test_golden_umt_outputs(model, case):
     tower = build(model["arguments"])
-    tower.load_state_dict(weights(GOLDEN / "umt_vit" / model["weights"], "encoder."))
+    tower.load_state_dict(weights(FILES / model["weights"], "encoder."))
     assert len(tower.blocks) == model["blocks_built"]
     pixels = normals(case["input_seed"], case["input_shape"], case["input_sha256"])
     frames, size = model["arguments"]["num_frames"], model["arguments"]["img_size"]
     empty_clips, empty_stills = torch.zeros(0, 3, frames, size, size), torch.zeros(0, 3, 1, size, size)
     with torch.no_grad():
         out = tower(empty_clips, pixels)[1] if case["use_image"] else tower(pixels, empty_stills)[0]
-    expected = np.load(GOLDEN / "umt_vit" / model["outputs"])[case["output_key"]]
+    expected = np.load(FILES / model["outputs"])[case["output_key"]]
     np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=ATOL, rtol=RTOL)
 
 

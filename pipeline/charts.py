@@ -1,4 +1,4 @@
-"""Small SVG charts for the run report: lines over optimiser steps, and bars with intervals. No other library."""
+"""Small SVG charts for HTML pages: lines over steps, bars with intervals, histograms. No other library."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ class Bar:
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """How many values lie from ``low`` up to ``high``; of one value alone where these are equal."""
+
+    low: float
+    high: float
+    count: int
+
+    @property
+    def label(self) -> str:
+        """The range in words."""
+        return f"{self.low:,.6g}" if self.low == self.high else f"{self.low:,.6g} to {self.high:,.6g}"
+
+
 def compact(value: float) -> str:
     """A number in few characters: 0, 0.25, 12, 3.4k, 1e-5."""
     size = abs(value)
@@ -45,6 +59,14 @@ def compact(value: float) -> str:
         if size >= unit:
             return f"{value / unit:.3g}{name}"
     return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``3.2 s``, ``4 min 05 s`` or ``2 h 03 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -154,6 +176,40 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], width: in
             parts.append(f'<text class="tick" x="{at:.1f}" y="{centre + 3.5:.1f}">{bar.value:.1f}</text>')
             y += thick + 3
         y += gap
+    return _svg(title, width, height, parts)
+
+
+def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 210) -> Markup:
+    """Counts in neighbouring bins, drawn equally wide however far they reach, as an SVG element.
+
+    Args:
+        title: what is counted, with its unit; also the chart's accessible name.
+        bins: in ascending order, at least one.
+    """
+    left, right, top, bottom = 52, 12, 30, 26
+    y_ticks = [tick for tick in ticks(0, max(1, *(bin.count for bin in bins))) if tick == int(tick)]
+    step = (width - left - right) / len(bins)
+
+    def up(count: float) -> float:
+        return height - bottom - count / y_ticks[-1] * (height - top - bottom)
+
+    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
+    for y in y_ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{compact(y)}</text>')
+    every = -(-len(bins) // 8)
+    for number, bin in enumerate(bins):
+        x = left + number * step
+        label = escape(f"{bin.label}: {bin.count:,}")
+        parts.append(
+            f'<rect x="{x + 0.5:.1f}" y="{up(bin.count):.1f}" width="{max(step - 1, 0.5):.1f}" '
+            f'height="{height - bottom - up(bin.count):.1f}" fill="{COLOURS[0]}"><title>{label}</title></rect>'
+        )
+        if number % every == 0:
+            middle = x + step / 2 if bin.low == bin.high else x
+            parts.append(
+                f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{compact(bin.low)}</text>'
+            )
     return _svg(title, width, height, parts)
 
 

@@ -1,0 +1,48 @@
+"""Look at a shard root: python tools/inspect_shards.py shards/stage3 --html inspection.html
+
+Writes one HTML page that needs nothing else: counts by data set, histograms, what was left out and why, and contact
+sheets of a sample of the media with their dialogues. Reads the index and that sample alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started by path: the packages lie beside this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (0 done, 2 bad input)."""
+    parser = argparse.ArgumentParser(prog="inspect_shards", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
+    parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="page to write")
+    parser.add_argument("--media", metavar="N", type=int, default=24, help="media on the contact sheets (24)")
+    parser.add_argument("--frames", metavar="N", type=int, default=8, help="frames shown of each, at most (8)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="which media are shown (0)")
+    options = parser.parse_args(arguments)
+    if options.media < 0 or options.frames < 1 or options.seed < 0:
+        parser.error("--media and --seed must be at least 0, --frames at least 1")
+
+    import pyarrow as pa
+
+    from pipeline.files import write_atomic
+    from pipeline.index import ShardsError
+    from tools.inspection import inspection_page
+
+    try:
+        page = inspection_page(options.root, options.media, options.frames, options.seed).encode()
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.html, page)
+    except (ShardsError, OSError, pa.ArrowException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.html}: {len(page) / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checking a shard root against docs/format.md."""
