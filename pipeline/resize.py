@@ -34,6 +34,8 @@ def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """
     if pixels.shape[:2] == (height, width):
         return pixels
+    if height < pixels.shape[0] and width > pixels.shape[1]:
+        pixels = resize(pixels, pixels.shape[1], height)  # a side that shrinks goes before one that grows, as in Pillow
     import torch  # here, because it takes a second that planning a build need not spend
 
     planes = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)[None]
