@@ -45,7 +45,8 @@ FILES = {
 
 def settings(init: InitFrom, start: str = "start", **train) -> Manifest:
     base = manifest(SIZE, STARTS[start], **train)
-    return dataclasses.replace(base, train=dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, epsilon=EPSILON), init_from=init)
+    plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, epsilon=EPSILON)
+    return dataclasses.replace(base, train=plain, init_from=init)
 
 
 def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
