@@ -163,7 +163,7 @@ def open_straight(
                 if target is None:
                     return
 
-    return _source(scan, run.ticks, pictures, scan.damaged or run.broken)
+    return _source(scan, run.ticks, pictures, scan.damaged or run.broken or run.faults)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,20 +250,21 @@ class _Run:
 
     ticks: np.ndarray  #: int64 (N,): times of the frames, _NO_TIME where they have none
     broken: bool  #: up to a damaged place
+    faults: bool  #: something before the first frame did not decode
     kept: dict[int, np.ndarray]  #: shrunk pictures by frame number
 
 
 def _run(path: Path, strict: bool, shrink: Shrink, keep: Collection[int]) -> _Run:
-    ticks, kept, broken = array("q"), {}, False
+    ticks, kept, broken, faults = array("q"), {}, False, []
     with _open(path, strict) as (container, stream):
         try:
-            for number, frame in enumerate(_decode(container, stream)):
+            for number, frame in enumerate(_decode(container, stream, faults=faults)):
                 ticks.append(_NO_TIME if frame.pts is None else frame.pts)
                 if number in keep:
                     kept[number] = shrink(_pixels(frame))
         except _BrokenError:
             broken = True
-    return _Run(np.array(ticks, dtype=np.int64), broken, kept)
+    return _Run(np.array(ticks, dtype=np.int64), broken, bool(faults), kept)
 
 
 @contextlib.contextmanager
@@ -311,7 +312,10 @@ def _at(frames: Iterator[av.VideoFrame], tick: int) -> av.VideoFrame | None:
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, needed: Collection[int] | None = None
+    container: InputContainer,
+    stream: VideoStream,
+    needed: Collection[int] | None = None,
+    faults: list[Exception] | None = None,
 ) -> Iterator[av.VideoFrame]:
     """Frames in display order from where the container stands, up to its end.
 
@@ -319,6 +323,7 @@ def _decode(
 
     Args:
         needed: times of the frames that will be looked at: others need not come.
+        faults: gets the errors of what is left out at the beginning.
 
     Raises:
         _BrokenError: after the last frame before a damaged place.
@@ -339,8 +344,10 @@ def _decode(
                 codec.skip_frame = "NONREF" if skipping else "DEFAULT"
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
+            except av.FFmpegError as error:
                 if packet.pts is not None and (not begun or _before(packet.pts, key)):
+                    if faults is not None:
+                        faults.append(error)
                     continue
                 broken = True
                 break
