@@ -1,6 +1,7 @@
 # make demo    the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
 # make test    ruff and the test suite
 # make lint    ruff alone
+# make soak    builds that are killed 50 times; SEED=7 KILLS=200 for another campaign (docs/reliability.md)
 # make clean   removes .venv, caches and the demo's folder
 #
 # Each target prepares .venv first and needs only Python 3.10 or newer. PYTHON=python3.12 chooses the interpreter,
@@ -10,6 +11,8 @@ SHELL     := /bin/bash
 PYTHON    ?= python3
 PIP_FLAGS ?=
 STAGES    := 1 2 3 4
+SEED      ?= 0
+KILLS     ?= 50
 
 python := $(shell command -v $(PYTHON))
 pip    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
@@ -18,7 +21,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -43,6 +46,9 @@ test: lint
 lint: .venv/ready
 	ruff check .
 	ruff format --check .
+
+soak: .venv/ready
+	python -m benchmarks.soak_build --seed $(SEED) --kills $(KILLS)
 
 clean:
 	rm -rf .venv demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
