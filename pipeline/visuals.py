@@ -5,7 +5,7 @@ in the index), each replaced by the nearest stored one. With the settings of the
 the build; otherwise a frame is off by at most half the gap between stored frames, and the time message names the frames
 that are really shown. With ``compat: published`` the frames are the build's and the message counts what the published
 readers count (:mod:`pipeline.published`). Pixels are read frame by frame, by byte offset, and decoded in place; frames
-stored at another size are resized with PIL's bicubic filter.
+stored at another size, or with their aspect kept, are stretched to S x S by the filter of :mod:`pipeline.resize`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline.images import Grid, best_grid, tiles
 from pipeline.index import Index, row_values
 from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest
+from pipeline.resize import resize
 from pipeline.sampling import fit_to_clips, media_seed, sample_indices, time_message
 from pipeline.shard_format import decode_jpeg
 
@@ -106,8 +107,7 @@ class Visuals:
             if (height, width) == out.shape[1:3]:
                 decode_jpeg(data, out=out[k])
             else:
-                picture = Image.fromarray(decode_jpeg(data))
-                out[k] = picture.resize(out.shape[2:0:-1], Image.Resampling.BICUBIC)
+                out[k] = resize(decode_jpeg(data), out.shape[2], out.shape[1])
 
     def read_still(self, view: View, out: np.ndarray) -> None:
         """Decode a still and cut it into ``out`` (view.tiles, S, S, 3) uint8.

@@ -43,7 +43,7 @@ from pipeline.shard_format import (
     mux_mjpeg,
 )
 from tools.ahead import AHEAD, fetched_ahead
-from tools.fetch.cache import FULL, Cache, CachedSource, DiskFull
+from tools.fetch.cache import Cache, CachedSource, disk_full_at, is_full
 from tools.fetch.source import FetchError, Source
 from tools.pool import Report, Run
 from tools.roots import Place
@@ -98,7 +98,7 @@ def make_worker(job: Job) -> Run:
     plan, sources = _Plan(job), _Sources(job)
 
     def run(task: int, lost: Mapping[int, tuple[str, int]], careful: bool, report: Report) -> None:
-        with _result(job, task) as result:
+        with disk_full_at(job.work), _result(job, task) as result:
             if is_dialogue(job.tasks[task]):
                 _write_dialogues(job, plan, task, result)
             else:
@@ -208,7 +208,7 @@ def _arrived(item: Mapping[str, Any], file: Future[Path]) -> Path:
     except FetchError as error:
         raise _Unbuilt(error.reason, str(error)) from None
     except Exception as error:  # what reads archives and answers of servers is other people's code, too
-        if isinstance(error, OSError) and (isinstance(error, DiskFull) or error.errno in FULL):
+        if is_full(error):
             raise
         raise _Unbuilt("crashed", _described(item, error)) from error
 

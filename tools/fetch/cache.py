@@ -35,7 +35,23 @@ NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EML
 
 
 class DiskFull(OSError):
-    """No space is left for fetched files: one line with the fix."""
+    """No space is left: one line with the fix."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether no space is left."""
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+@contextlib.contextmanager
+def disk_full_at(folder: Path) -> Iterator[None]:
+    """Lack of space in the block becomes a DiskFull that names ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DiskFull(f"{folder}: no space left on the disk; free some and repeat the command") from None
 
 
 @dataclass(frozen=True, slots=True)
