@@ -139,7 +139,7 @@ def make_plan(
 
 def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | None, strict: bool) -> None:
     entry, file = origin.entry, origin.annotation.path
-    count = plan.counts[entry.name] = EntryCount()
+    plan.counts[entry.name] = EntryCount()
     if file is None:
         plan.leave_out(LedgerRow(entry.name, "entry", "unresolved", origin.annotation.missing))
         return
@@ -151,11 +151,13 @@ def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | No
         limit=limit,
         compat=manifest.compat,
     )
+    empty = True
     for sample in samples:
+        empty = False
         if strict and isinstance(sample, Annotation) and sample.media and not origin.media.resolved:
             raise BuildError(_unresolved(origin, origin.media))
         plan.add(origin, sample)
-    if not count.samples:
+    if empty:
         message = f"{file}: no samples (sampling {entry.sampling})"
         plan.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
 

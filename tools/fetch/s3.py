@@ -112,4 +112,4 @@ def _item(item: dict[str, Any]) -> Item:
 
 def _line(error: Exception) -> str:
     """An error of botocore without the addresses it may hold."""
-    return re.sub(r"https?://\S+", "the server", str(error)) or type(error).__name__
+    return re.sub(r"\"?https?://[^\s\"]+\"?", "the server", str(error)) or type(error).__name__
