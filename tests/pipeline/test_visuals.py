@@ -135,7 +135,7 @@ def test_a_shard_that_ends_early_is_an_error(tmp_path):
 
 
 def test_more_shards_than_open_files(root, monkeypatch):
-    monkeypatch.setattr("pipeline.visuals.OPEN_FILES", 1)
+    monkeypatch.setattr("pipeline.pixels.OPEN_FILES", 1)
     reader = visuals(root)
     expected = [shown(visuals(root), row) for row in (0, 1)]
     for _ in range(3):
