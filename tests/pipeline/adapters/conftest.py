@@ -1,0 +1,15 @@
+"""One root of real footage for all tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.adapters.real_root import build
+
+
+@pytest.fixture(scope="session")
+def footage_root(tmp_path_factory) -> Path:
+    """ROOT/shards/stage2, as :mod:`tests.pipeline.adapters.real_root` builds it."""
+    return build(tmp_path_factory.mktemp("footage"))
