@@ -361,8 +361,7 @@ def read_reader_files(folder: str | Path) -> list[ShardInfo]:
 def write_reader_files(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
     """Write what Megatron-Energon and wids expect beside the shards of one folder (video, image or dialogue).
 
-    ``.nv-meta/`` and ``NAME.tar.idx`` are Energon's (its parsers refuse unknown keys, so nothing of ours is added;
-    ``info.yaml`` is there because its command ``info`` cannot read the ``dataset.yaml`` of a crude data set);
+    ``.nv-meta/`` and ``NAME.tar.idx`` are Energon's (its parsers refuse unknown keys, so nothing of ours is added);
     ``shardindex.json`` (train) and ``shardindex-val.json`` are wids shard indexes.
     """
     folder = Path(folder)
@@ -392,5 +391,3 @@ def write_reader_files(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
     write_atomic(meta / ".info.json", (json.dumps(info, indent=1) + "\n").encode())
     write_atomic(meta / "split.yaml", yaml.safe_dump({"exclude": [], "split_parts": parts}, sort_keys=False).encode())
     write_atomic(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())
-    sample = {"sample_type": {"__module__": "megatron.energon", "__class__": "CrudeSample"}}
-    write_atomic(meta / "info.yaml", yaml.safe_dump(sample, sort_keys=False).encode())

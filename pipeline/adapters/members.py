@@ -22,7 +22,7 @@ from pipeline.shard_format import decode_jpeg, mjpeg_frames
 def read_members(members: Mapping[str, Any], frames: Choice = None) -> Sample:
     """The sample whose members a reader gave by extension (``mp4`` or ``jpg``, and ``json``; other names are ignored).
 
-    A member may be bytes, an open file, or what ``datasets`` gives undecoded; ``json`` may be parsed already. A
+    A member may be bytes, an open file, or what ``datasets`` gives undecoded; ``json`` may be text, or parsed already. A
     dialogue has no media here: they are in the other two folders, under the keys that its JSON names.
 
     Args:
@@ -37,7 +37,8 @@ def read_members(members: Mapping[str, Any], frames: Choice = None) -> Sample:
     key = found.get("__key__", "a sample")
     try:
         facts = found["json"]
-        facts = facts if isinstance(facts, Mapping) else json.loads(_bytes(facts))
+        if not isinstance(facts, Mapping):
+            facts = json.loads(facts if isinstance(facts, str) else _bytes(facts))
         key = facts["key"]
         if "conversations" in facts:
             return Sample([], [_dialogue(facts)])

@@ -336,8 +336,6 @@ def test_energon_and_wids_files_describe_the_shards(tmp_path: Path) -> None:
     assert yaml.safe_load((meta / "split.yaml").read_text()) == {"exclude": [], "split_parts": parts}
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     assert yaml.safe_load((meta / "dataset.yaml").read_text()) == dataset
-    sample = {"__module__": "megatron.energon", "__class__": "CrudeSample"}
-    assert yaml.safe_load((meta / "info.yaml").read_text()) == {"sample_type": sample}
 
     for name, count in zip(names, (3, 2, 1), strict=True):
         offsets = np.fromfile(folder / f"{name}.idx", "<u8")
