@@ -22,8 +22,8 @@ from pipeline.shard_format import decode_jpeg, mjpeg_frames
 def read_members(members: Mapping[str, Any], frames: Choice = None) -> Sample:
     """The sample whose members a reader gave by extension (``mp4`` or ``jpg``, and ``json``; other names are ignored).
 
-    A member may be bytes, an open file, or what ``datasets`` gives undecoded; ``json`` may be text, or parsed already. A
-    dialogue has no media here: they are in the other two folders, under the keys that its JSON names.
+    A member may be bytes, an open file, or what ``datasets`` gives undecoded; ``json`` may be text, or parsed already.
+    A dialogue has no media here: they are in the other two folders, under the keys that its JSON names.
 
     Args:
         members: such as a sample of ``webdataset``; names may begin with a dot, as those of ``wids`` do.
