@@ -140,4 +140,4 @@ def test_more_shards_than_open_files(root, monkeypatch):
     expected = [shown(visuals(root), row) for row in (0, 1)]
     for _ in range(3):
         assert all(np.array_equal(shown(reader, row), expected[row]) for row in (0, 1))
-    assert len(reader._files._open) == 1
+    assert len(reader._pixels._files._open) == 1
