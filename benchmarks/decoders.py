@@ -43,7 +43,7 @@ def with_framestream(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
         list(source.pictures(np.arange(0, FRAMES, 7)))
     except InexactError:
         source = open_straight(path)
-    return lambda numbers: [np.asarray(picture) for picture in source.pictures(numbers)]
+    return lambda numbers: list(source.pictures(numbers))
 
 
 def main() -> None:

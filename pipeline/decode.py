@@ -1,27 +1,32 @@
 """Media files to the frames that a sampler wants, resized: for building shards and for answering about a video.
 
     decoded = decode_video("clip.mp4", "decord", 12.4, 27.9, manifest.frames)
-    decoded.frames[decoded.sample]      # (n, S, S, 3), what the model sees
+    decoded.frames[decoded.sample]      # (n, H, W, 3), what the model sees
 
 A clip is the frames shown within [start, end] seconds. It is sampled as if it were a video of its own, with its own
-count of frames and its own duration (end - start). Broken files raise :class:`MediaError` with a reason. With
-``compat="published"`` the frames are those that the published readers take (:mod:`pipeline.published`).
+count of frames and its own duration (end - start). With ``compat="published"`` the frames are those that the published
+readers take (:mod:`pipeline.published`).
+
+Files that cannot be used raise :class:`MediaError` with a reason. A damaged video is read up to the damage and marked
+as salvaged, if it has ``frames.min`` frames (at least a clip) until there; a clip that ends before it is not touched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pipeline import published
 from pipeline.manifest import Frames
 from pipeline.media import REASONS, MediaError
+from pipeline.picture_sources import open_folder, open_gif
+from pipeline.resize import resize, stored_size
 from pipeline.sampling import fit_to_clips, sample_indices
-from pipeline.sources import InexactError, Source, open_folder, open_gif, open_straight, open_video
+from pipeline.sources import InexactError, Source, open_straight, open_video
 from pipeline.stills import encode_still, read_image
 
 __all__ = ["REASONS", "Decoded", "MediaError", "decode_video", "encode_still", "read_image"]
@@ -33,7 +38,7 @@ _SLACK = 1e-6  #: seconds by which a frame may miss a clip's edge: times are sum
 class Decoded:
     """The sampled frames of one video or clip."""
 
-    frames: np.ndarray  #: uint8 (T, S, S, 3) RGB, distinct frames in time order
+    frames: np.ndarray  #: uint8 (T, H, W, 3) RGB, distinct frames in time order; the size of ``frames.resize``
     sample: np.ndarray  #: int32 (n,) places in ``frames``, in the sampler's order and with its repeats
     frame_index: np.ndarray  #: int64 (T,) source frame numbers, counted from the clip's first (published: the file's)
     timestamps: np.ndarray  #: float64 (T,) seconds in the source, from the start of the file
@@ -56,6 +61,7 @@ def decode_video(
     seed: int = 0,
     compat: str = "none",
     split: str = "train",
+    name: str = "",
 ) -> Decoded:
     """Decode and resize the frames that ``frames.sampler`` takes of a video, or of its clip [start, end].
 
@@ -69,8 +75,9 @@ def decode_video(
         seed: of the ``rand`` sampler.
         compat: ``none``, or ``published`` for the frames of the published readers.
         split: published: clips of ``train`` are read as in training, others as outside of it.
+        name: what the annotations call a folder of frames that may lie elsewhere for now: TVQA's are known by it.
 
-    Frames are stretched to size x size by Pillow's bicubic filter, one at a time: at most one frame in full size is
+    Frames are resized one at a time, as ``frames.resize`` says (:mod:`pipeline.resize`): at most one in full size is
     held, however long the video.
 
     Raises:
@@ -85,12 +92,34 @@ def decode_video(
     if compat == "published":
         choose = partial(_choose_published, path, reader, start, end, frames, seed, split)
         opener = partial(open_folder, order=published.file_number) if opener is open_folder else opener
+    if openers[reader] is open_folder:
+        opener = partial(opener, name=name)
+    shrink = _Shrink(path, frames)
     try:
-        source = opener(path)
-        return _take(path, source, choose(source), frames.size)
+        source = opener(path, shrink)
+        choice = choose(source)
+        return _take(path, source, choice, _salvaged(path, source, choice, end, frames), shrink)
     except InexactError:
-        source = open_straight(path)
-        return _take(path, source, choose(source), frames.size)
+        source = open_straight(path, shrink, partial(_likely, choose), _least(frames))
+        choice = choose(source)
+        return _take(path, source, choice, _salvaged(path, source, choice, end, frames), shrink)
+
+
+class _Shrink:
+    """Resizes the pictures of one video, all to the size that follows from the first."""
+
+    def __init__(self, path: str | Path, frames: Frames) -> None:
+        self._path, self._frames = path, frames
+        self.source = self._stored = (0, 0)
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        if not self._stored[0]:
+            self.source = picture.shape[1::-1]
+            try:
+                self._stored = stored_size(self._frames.resize, self._frames.size, *self.source)
+            except ValueError as error:
+                raise MediaError("unsupported", self._path, str(error)) from None
+        return resize(picture, *self._stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +169,43 @@ def _choose_published(
     return _Choice(choice.read, 0, len(source.seconds), choice.fps, begin, choice.duration, choice.nominal)
 
 
-def _take(path: str | Path, source: Source, choice: _Choice, size: int) -> Decoded:
+def _likely(choose: Callable[[Source], _Choice], promised: Source) -> list[int]:
+    """Numbers of the frames that will be wanted if the file keeps its promise."""
+    try:
+        choice = choose(promised)
+    except MediaError:
+        return []
+    return (choice.indices + choice.first).tolist()
+
+
+def _least(frames: Frames) -> int:
+    """Frames that must come before the damage of a damaged video."""
+    return max(frames.min, frames.clip_frames)
+
+
+def _salvaged(path: str | Path, source: Source, choice: _Choice, end: float | None, frames: Frames) -> bool:
+    """Whether a damaged file's damage concerns the choice; MediaError if too little comes before it."""
+    if not source.salvaged or (end is not None and end <= source.end):
+        return False
+    if choice.vlen < (least := _least(frames)):
+        text = f"is damaged, and has only {choice.vlen} frames before that; {least} are needed; fetch the file again"
+        raise MediaError("too_few_frames", path, text)
+    return True
+
+
+def _take(path: str | Path, source: Source, choice: _Choice, salvaged: bool, shrink: _Shrink) -> Decoded:
     """Decode and resize the frames of a choice."""
     distinct, sample = np.unique(choice.indices, return_inverse=True)
-    side = (size, size)
-    resized = np.empty((len(distinct), *side, 3), dtype=np.uint8)
-    count, width, height = 0, 0, 0
+    count, taken = 0, None
     for picture in source.pictures(distinct + choice.first):
-        width, height = (width, height) if count else picture.size
-        resized[count] = picture.resize(side, Image.Resampling.BICUBIC)
+        if taken is None:
+            taken = np.empty((len(distinct), *picture.shape), dtype=np.uint8)
+        taken[count] = picture
         count += 1
     if count < len(distinct):
         raise MediaError("corrupt", path, f"only {count} of {len(distinct)} frames decode the second time")
     return Decoded(
-        frames=resized,
+        frames=taken,
         sample=sample.astype(np.int32),
         frame_index=distinct,
         timestamps=source.seconds[distinct + choice.first],
@@ -162,9 +214,9 @@ def _take(path: str | Path, source: Source, choice: _Choice, size: int) -> Decod
         fps=float(choice.fps),
         start=choice.start,
         duration=float(choice.duration),
-        source_width=width,
-        source_height=height,
-        salvaged=source.salvaged,
+        source_width=shrink.source[0],
+        source_height=shrink.source[1],
+        salvaged=salvaged,
     )
 
 
@@ -177,5 +229,7 @@ def _clip(path: str | Path, source: Source, start: float | None, end: float | No
     first = int(np.searchsorted(source.seconds, low - _SLACK, "left"))
     stop = int(np.searchsorted(source.seconds, high + _SLACK, "right"))
     if not low < high or first >= stop:  # also for times that are not numbers
-        raise MediaError("bad_clip", path, f"no frames from {start} s to {end} s; the video ends at {source.end:.2f} s")
+        lost = source.salvaged and low >= source.end and (end is None or end > low)
+        where = f"the file is damaged at {source.end:.2f} s" if lost else f"the video ends at {source.end:.2f} s"
+        raise MediaError("truncated" if lost else "bad_clip", path, f"no frames from {start} s to {end} s; {where}")
     return first, stop, round(high - low, 6)

@@ -41,7 +41,7 @@ REASONS = {
     "truncated": "ends before its first frame, or early",
     "bad_clip": "start and end are no numbers, or lie outside the video",
     "unsupported": "a kind of file that cannot be read",
-    "too_few_frames": "fewer frames than one clip of the stage can be made of",
+    "too_few_frames": "damaged, with fewer frames before that than frames.min or one clip; or too few for whole clips",
     "timeout": "took longer than data.decode_timeout or data.fetch_timeout",
     "unreachable": "the server could not be reached or broke off, after all retries",
     "denied": "the server wants a login, a token or an accepted licence",

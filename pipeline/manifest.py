@@ -70,7 +70,12 @@ class Frames:
     sampler: str = field(doc="middle, dynamic_fps1, rand, or fpsX with X frames a second")
     min: int = field(low=1)
     max: int = field(low=1)
-    size: int = field(low=16, doc="frames are resized to size x size pixels, aspect not kept")
+    size: int = field(low=16, doc="pixels of a side of a frame as the model sees it")
+    resize: str = field(
+        "stretch",
+        choices=("stretch", "short_side", "long_side"),
+        doc="how frames are stored: size x size, or with the aspect kept and the short or long side of size pixels",
+    )
     clip_frames: int = field(4, choices=(4,), doc="frames of one clip, the unit of the vision tower")
     time_message: str = field("short", choices=("short", "long", "none"))
     quality: int = field(90, low=1, doc="JPEG quality of stored frames")
@@ -81,6 +86,8 @@ class Frames:
         rate = self.sampler[3:] if self.sampler.startswith("fps") else ""
         if not named and not (rate.replace(".", "", 1).isdigit() and float(rate) > 0):
             raise ManifestError(f"sampler: {self.sampler!r} is not middle, dynamic_fps1, rand or fpsX such as fps2")
+        if self.resize != "stretch" and self.size % 2:
+            raise ManifestError(f"size: {self.size} is odd; {self.resize} needs an even one")
         if self.min > self.max:
             raise ManifestError(f"min: {self.min} is larger than max ({self.max})")
         if self.sampler == "dynamic_fps1" and self.min > self.clip_frames and self.min % self.clip_frames:

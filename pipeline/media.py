@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,20 +83,56 @@ def explain_unopened(path: Path) -> MediaError:
     return MediaError("not_media", path, f"is {kind}, whatever its name says")
 
 
+def ends_early(path: Path) -> bool:
+    """Whether an MP4, Matroska or AVI file is shorter than its own structure says; False where it does not say."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        head = file.read(64)
+        if head[4:8] in _BOXES:
+            return any(end > size and kind in (b"mdat", b"moov", b"moof") for kind, end in _boxes(file))
+        if head.startswith(b"RIFF"):  # the first of several where the file is large
+            return 8 + int.from_bytes(head[4:8], "little") > size
+        if head.startswith(b"\x1aE\xdf\xa3"):
+            return _segment_end(head) > size
+    return False
+
+
 def _has_index(file: BinaryIO) -> bool:
-    """Whether a whole moov box stands among the top-level boxes of an MP4 (ISO/IEC 14496-12, section 4.2)."""
-    end = file.seek(0, 2)
+    """Whether a whole moov box stands among the top-level boxes of an MP4."""
+    size = file.seek(0, 2)
+    return any(kind == b"moov" and end <= size for kind, end in _boxes(file))
+
+
+def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Type and end of the top-level boxes of an MP4 (ISO/IEC 14496-12, section 4.2), to the first that is cut."""
+    total = file.seek(0, 2)
     place = 0
-    while place + 8 <= end:
+    while place + 8 <= total:
         file.seek(place)
         size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
         if size == 1:  # a 64-bit size follows
             size = int.from_bytes(file.read(8), "big")
         elif size == 0:  # up to the end of the file
-            size = end - place
-        if size < 8 or place + size > end:
-            return False
-        if kind == b"moov":
-            return True
+            size = total - place
+        if size < 8:
+            return
         place += size
-    return False
+        yield kind, place
+
+
+def _segment_end(head: bytes) -> int:
+    """Where the Segment of a Matroska file ends, of its first bytes (RFC 8794, section 6.2); 0 if it does not say."""
+    place, size = _element_size(head, 4)
+    place += size  # past the EBML header
+    if head[place : place + 4] != b"\x18S\x80g":
+        return 0
+    place, size = _element_size(head, place + 4)
+    return place + size if size else 0
+
+
+def _element_size(data: bytes, place: int) -> tuple[int, int]:
+    """The end of a size field at ``place``, and the size; 0 where it is not known."""
+    length = 9 - data[place].bit_length() if place < len(data) and data[place] else 1
+    value = int.from_bytes(data[place : place + length], "big") & (1 << 7 * length) - 1
+    return place + length, 0 if value == (1 << 7 * length) - 1 else value

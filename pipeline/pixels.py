@@ -7,9 +7,9 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from pipeline.index import Index, row_values
+from pipeline.resize import resize
 from pipeline.shard_format import decode_jpeg
 
 OPEN_FILES = 128  #: shards a process keeps open
@@ -26,7 +26,7 @@ class Pixels:
     def read_frames(self, row: int, places: Sequence[int], out: np.ndarray) -> None:
         """Decode the stored frames ``places`` of video ``row`` into ``out`` (len(places), H, W, 3) uint8.
 
-        Frames stored at another size are resized with PIL's bicubic filter.
+        Frames stored at another size are resized by the filter of :mod:`pipeline.resize`.
 
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
@@ -75,7 +75,7 @@ def decode_into(jpeg: bytes, size: tuple[int, int], out: np.ndarray) -> None:
     picture = decode_jpeg(jpeg)
     if picture.shape[:2] != size:
         raise ValueError(f"a JPEG is {picture.shape[:2]} (height, width), not {size} as stated")
-    out[:] = Image.fromarray(picture).resize(out.shape[1::-1], Image.Resampling.BICUBIC)
+    out[:] = resize(picture, out.shape[1], out.shape[0])
 
 
 class _File:

@@ -16,6 +16,7 @@ from pipeline.shard_format import decode_jpeg, encode_jpeg
 Image.init()  # registers every plugin; Pillow would else look up formats that are not there yet
 #: Formats that are opened; not EPS, PSD and the like, which run or embed other programs' data.
 FORMATS = [f for f in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF") if f in Image.OPEN]
+MAX_BYTES = 1 << 29  #: of a picture's file; a larger one is not read into memory
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -26,7 +27,7 @@ def read_image(path: str | Path) -> Image.Image:
         MediaError: missing_file, empty_file, not_media, unsupported (too many pixels), truncated or corrupt.
     """
     path = check_file(path)
-    return _load(path, path.read_bytes())[0]
+    return _load(path, _read(path))[0]
 
 
 def encode_still(path: str | Path, images: Images) -> tuple[bytes, int, int, int, int]:
@@ -40,7 +41,7 @@ def encode_still(path: str | Path, images: Images) -> tuple[bytes, int, int, int
         MediaError: as :func:`read_image`.
     """
     path = check_file(path)
-    data = path.read_bytes()
+    data = _read(path)
     picture, plain = _load(path, data)
     width, height = picture.size
     if plain and max(width, height) <= images.max_side and _turbo_reads(data):
@@ -50,6 +51,14 @@ def encode_still(path: str | Path, images: Images) -> tuple[bytes, int, int, int
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     return encode_jpeg(np.asarray(picture), images.quality, "444"), *picture.size, width, height
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise MediaError("unsupported", path, f"has more than {MAX_BYTES >> 20} MB, too many for a picture")
+    return data
 
 
 def _load(path: Path, data: bytes) -> tuple[Image.Image, bool]:

@@ -5,7 +5,7 @@ in the index), each replaced by the nearest stored one. With the settings of the
 the build; otherwise a frame is off by at most half the gap between stored frames, and the time message names the frames
 that are really shown. With ``compat: published`` the frames are the build's and the message counts what the published
 readers count (:mod:`pipeline.published`). Pixels are read frame by frame, by byte offset, and decoded in place; frames
-stored at another size are resized with PIL's bicubic filter.
+stored at another size, or with their aspect kept, are stretched to S x S by the filter of :mod:`pipeline.resize`.
 """
 
 from __future__ import annotations

@@ -14,21 +14,22 @@ AHEAD = 4  #: files that wait, or are on their way, while one is decoded
 
 
 def fetched_ahead(
-    items: Iterable[Item], fetch: Callable[[Item, Path], Path], scratch: Path
+    items: Iterable[Item], fetch: Callable[[Item, Path], Path], scratch: Path, ahead: int = AHEAD
 ) -> Iterator[tuple[Item, Future[Path]]]:
     """Each item with its file, in order; the file goes when the next item is asked for.
 
     Args:
         fetch: called in a thread with the item and an empty folder of its own below ``scratch``.
         scratch: removed at the end.
+        ahead: files under way or waiting; with 1 nothing is under way while an item is worked on.
     """
     waiting: deque[tuple[Item, Path, Future[Path]]] = deque()
     left = enumerate(items)
     scratch.mkdir()
-    pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch")
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
     try:
         while True:
-            while len(waiting) < AHEAD and (upcoming := next(left, None)):
+            while len(waiting) < ahead and (upcoming := next(left, None)):
                 number, item = upcoming
                 folder = scratch / str(number)
                 folder.mkdir()

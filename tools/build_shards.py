@@ -39,6 +39,7 @@ def _run(options: argparse.Namespace) -> int:
     from pipeline.manifest import ManifestError, load_manifest
     from tools import executors
     from tools.builder import Options, build
+    from tools.fetch.cache import DiskFull, disk_full_at
     from tools.plan import make_plan
     from tools.plan_report import plan_rows, plan_summary, write_report
     from tools.roots import BuildError, WorkError, origins
@@ -62,21 +63,19 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"report: {options.report}/plan.html, {options.report}/plan.parquet")
             return 0
         executor = executors.ray(options.address) if options.executor == "ray" else executors.local(options.workers)
-        outcome = build(
-            manifest,
-            executor,
-            Options(
-                limit=options.limit,
-                skip_unresolved=options.skip_unresolved,
-                retry_failed=options.retry_failed,
-                rank=options.rank,
-                ranks=options.of,
-                cache_bytes=round(options.cache_gb * 1e9),
-            ),
+        settings = Options(
+            limit=options.limit,
+            skip_unresolved=options.skip_unresolved,
+            retry_failed=options.retry_failed,
+            rank=options.rank,
+            ranks=options.of,
+            cache_bytes=round(options.cache_gb * 1e9),
         )
-    except (ManifestError, BuildError, AnnotationFileError, WorkError) as error:
+        with disk_full_at(manifest.shard_root):
+            outcome = build(manifest, executor, settings)
+    except (ManifestError, BuildError, AnnotationFileError, WorkError, DiskFull) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, WorkError) else 2
+        return 1 if isinstance(error, (WorkError, DiskFull)) else 2
     if not outcome.built:
         what = "nothing to try again" if options.retry_failed else "nothing to do"
         print(f"{manifest.shard_root}: finished already, {what}")

@@ -3,7 +3,8 @@
 A task is a list of items that one process works through; it says which item it begins and how long that may take. If
 it dies, or takes longer, the task is started again in a fresh process. An item during which a process died once is
 tried once more, because the cause may lie elsewhere (memory taken by others); after that, or after a time-out, the task
-is told to leave it out. Workers end when the process that started them is gone.
+is told to leave it out. Two processes that die of one task outside any item end the run. Workers end when the process
+that started them is gone.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from typing import Any
 
 from tools.roots import WorkError
 
-CRASHES = 2  #: processes that may die on one item before it is left out
+CRASHES = 2  #: processes that may die on one item before it is left out, or of one task outside any item
 
-#: What a worker calls: run(task, lost items as {item: [reason, attempts]}, report). ``report(item, counts, seconds)``
-#: announces the item begun (None: between items), what was finished since the last call, and the item's time limit.
+#: What a worker calls: run(task, lost items as {item: [reason, attempts]}, careful, report). ``careful``: a process was
+#: lost with this task before; work on one item at a time, so that the right one is blamed. ``report(item, counts,
+#: seconds)`` announces the item begun (None: between items), what was finished since the last call, and the item's time
+#: limit.
 Report = Callable[[int | None, Mapping[str, int], float], None]
-Run = Callable[[int, Mapping[int, tuple[str, int]], Report], None]
+Run = Callable[[int, Mapping[int, tuple[str, int]], bool, Report], None]
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -103,11 +106,12 @@ class _Worker:
         self.busy = False
         self.deadline = math.inf  #: when the current item has taken too long, by time.monotonic()
 
-    def give(self, task: int, lost: dict[int, tuple[str, int]], crashes: dict[int, int]) -> None:
-        """Start ``task`` without the ``lost`` items; ``crashes`` counts the processes that died on each item."""
+    def give(self, task: int, lost: dict[int, tuple[str, int]], crashes: dict[int | None, int]) -> None:
+        """Start ``task`` without the ``lost`` items; ``crashes`` counts the processes that died on each item, and
+        under None those that died outside any."""
         self._task, self._lost, self._crashes = task, lost, crashes
         self.busy, self._item, self.deadline = True, None, math.inf
-        message = {"task": task, "lost": [[item, *why] for item, why in lost.items()]}
+        message = {"task": task, "lost": [[item, *why] for item, why in lost.items()], "careful": bool(crashes)}
         with contextlib.suppress(OSError):  # it died while idle; listening will tell
             self.connection.send_bytes(json.dumps(message).encode())
 
@@ -122,12 +126,13 @@ class _Worker:
 
     def after_loss(self, reason: str) -> tuple[int, dict, dict]:
         """The task as it is to be given again after this process was lost."""
-        if self._item is None:
-            code = self._process.exitcode
-            raise WorkError(f"a worker ended outside any item (exit code {code}); see its messages above")
         crashes = {**self._crashes, self._item: self._crashes.get(self._item, 0) + 1}
         lost = dict(self._lost)
-        if reason == "timeout" or crashes[self._item] == CRASHES:
+        if self._item is None:
+            if crashes[None] == CRASHES:
+                code = self._process.exitcode
+                raise WorkError(f"a worker ended outside any item (exit code {code}); see its messages above")
+        elif reason == "timeout" or crashes[self._item] == CRASHES:
             lost[self._item] = (reason, crashes[self._item])
         return self._task, lost, crashes
 
@@ -152,12 +157,14 @@ def _serve(connection: Connection, make_run: Callable[..., Run], arguments: tupl
         run = make_run(*arguments)
         while True:
             message = json.loads(connection.recv_bytes())
-            run(message["task"], {item: tuple(why) for item, *why in message["lost"]}, report)
+            lost = {item: tuple(why) for item, *why in message["lost"]}
+            run(message["task"], lost, message["careful"], report)
             send(item=None, counts={}, seconds=0.0, ended=True)
     except EOFError:
         pass
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, OSError):  # whose line says it all: no space, no such folder
+            traceback.print_exc()
         send(error=f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
 

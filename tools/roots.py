@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from tools.fetch.limits import Limits
 from tools.fetch.places import check_archives, open_source, shown
 from tools.fetch.source import FetchError, Source
 from tools.hosts import Opened
+from tools.threads import Threads
 
 THREADS = 8  #: places opened and annotation files fetched at once
 
@@ -157,7 +157,12 @@ class Roots:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
             return Place(None, shown(given), f"{self._file}: {error}", name)
-        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, self._cache / "archives")
+        lists = self._cache / "archives"
+        try:
+            lists.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ManifestError(f"data.cache: {lists}: cannot be made ({error.strerror})") from None
+        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, lists)
 
     def _pinned(self, file: str) -> str:
         if not file.startswith("hf:"):
@@ -209,8 +214,5 @@ def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
 
 
 def _in_threads(call: Callable[[Entry], T], entries: tuple[Entry, ...], what: str) -> list[T]:
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        return list(tqdm(pool.map(call, entries), desc=what, total=len(entries), disable=None, leave=False))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Threads(THREADS) as threads:
+        return list(tqdm(threads.map(call, entries), desc=what, total=len(entries), disable=None, leave=False))

@@ -12,8 +12,8 @@ from pipeline.files import sha256
 from pipeline.manifest import Manifest, plain
 from tools.roots import Origin
 
-FORMAT = 1  #: of the shards; raised whenever a change of the code changes their bytes
-LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg")  #: whose versions decide the bytes
+FORMAT = 2  #: of the shards; raised whenever a change of the code changes their bytes
+LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "torch")  #: whose versions decide the bytes
 LEFT_OUT = "left out"  #: stands for what an entry names and is not on this machine
 
 
@@ -44,7 +44,7 @@ def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None
         "data": {name: getattr(manifest.data, name) for name in ("text_placeholder", "shard_mb")},
         "entries": entries,
         "nested_roots": _nested(found),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES},
         "machine": platform.machine(),
     }
 

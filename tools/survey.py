@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from tools.distinct import Distinct
 from tools.fetch.source import UNKNOWN, FetchError, Source
 from tools.hosts import Hosts
 from tools.roots import Place
+from tools.threads import Threads
 
 THREADS = 16  #: requests under way at once
 _REASONS = tuple(REASONS)
@@ -39,13 +39,13 @@ class Survey:
         self._answers = array("q")  # by number of the file: its size, or UNKNOWN - 1 - number of the reason
         self._hosts = Hosts()
         self._sources: dict[str, Source] = {}
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._threads = Threads(THREADS)
 
     def __enter__(self) -> Survey:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._threads.__exit__(kind, error, trace)
 
     def ask(self, wanted: Sequence[Wanted]) -> list[Answer]:
         """An answer for each file."""
@@ -78,7 +78,7 @@ class Survey:
                 opening.append(number)
         with tqdm(total=len(opening) + len(others), desc="look", unit=" files", disable=None, leave=False) as bar:
             for group in (opening, others):
-                found = self._pool.map(self._ask, [wanted[number] for number in group])
+                found = self._threads.map(self._ask, [wanted[number] for number in group])
                 for number, answer in zip(group, found, strict=True):
                     answers[number] = answer
                     bar.update()

@@ -10,6 +10,7 @@ A finished task is a folder in the work folder, which appears whole by a rename:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,9 +18,8 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,15 @@ from pipeline.shard_format import (
     mjpeg_frames,
     mux_mjpeg,
 )
-from tools.ahead import fetched_ahead
-from tools.fetch.cache import Cache, CachedSource, DiskFull
+from tools.ahead import AHEAD, fetched_ahead
+from tools.fetch.cache import Cache, CachedSource, disk_full_at, is_full
 from tools.fetch.source import FetchError, Source
 from tools.pool import Report, Run
 from tools.roots import Place
 from tools.tables import map_table, write_table
 
 GRACE = 60.0  #: seconds that fetching gets beyond its own limit before the process is stopped
+OPENING = 6 * 3600.0  #: seconds that opening a place may take: archives are read through once to list what they hold
 
 PLAN_ROW = pa.field("plan_row", pa.int64())
 #: Of each row of the plan's media: its row in the index or -1, and the reason why it has none.
@@ -96,12 +97,12 @@ def make_worker(job: Job) -> Run:
     """What a worker process does with a task."""
     plan, sources = _Plan(job), _Sources(job)
 
-    def run(task: int, lost: Mapping[int, tuple[str, int]], report: Report) -> None:
-        with _result(job, task) as result:
+    def run(task: int, lost: Mapping[int, tuple[str, int]], careful: bool, report: Report) -> None:
+        with disk_full_at(job.work), _result(job, task) as result:
             if is_dialogue(job.tasks[task]):
                 _write_dialogues(job, plan, task, result)
             else:
-                _build_media(job, plan, sources, task, result, lost, report)
+                _build_media(job, plan, sources, task, result, lost, careful, report)
 
     return run
 
@@ -113,14 +114,24 @@ def _build_media(
     task: int,
     result: _Result,
     lost: Mapping[int, tuple[str, int]],
+    careful: bool,
     report: Report,
 ) -> None:
-    items = (plan.media_item(row) for row in plan.rows_of(task))
-    for item, file in fetched_ahead(items, sources.fetch, result.scratch / "fetched"):
+    rows = plan.rows_of(task)
+    for entry, row in plan.first_of_entries(row for row in rows if row not in lost):
+        report(row, {}, OPENING)
+        with contextlib.suppress(Exception):  # the items will meet it again
+            sources.open(entry)
+    items = (plan.media_item(row) for row in rows)
+
+    def fetch(item: Mapping[str, Any], folder: Path) -> Path:
+        if item["row"] in lost:
+            raise _lost(*lost[item["row"]])
+        return sources.fetch(item, folder)
+
+    for item, file in fetched_ahead(items, fetch, result.scratch / "fetched", 1 if careful else AHEAD):
         row = item["row"]
         try:
-            if row in lost:
-                raise _lost(*lost[row])
             report(row, {}, job.fetch_seconds + GRACE)
             path = _arrived(item, file)
             report(row, {}, job.decode_seconds)
@@ -172,27 +183,33 @@ class _Sources:
     def __init__(self, job: Job) -> None:
         self._places = job.places
         self._cache = Cache(job.work / "cache", job.cache_bytes)
-        self._open: dict[str, Source] = {}
-        self._lock = threading.Lock()
+        self._opened: dict[str, Source] = {}
+        self._locks = {place.name: threading.Lock() for place in job.places}
+
+    def open(self, entry: int) -> Source:
+        """The source of an entry's media; one thread opens it while others wait."""
+        place = self._places[entry]
+        with self._locks[place.name]:
+            if place.name not in self._opened:
+                source = place.open()
+                self._opened[place.name] = source if place.path else CachedSource(source, self._cache)
+        return self._opened[place.name]
 
     def fetch(self, item: Mapping[str, Any], scratch: Path) -> Path:
         """Called by several threads; ``scratch`` lies on the cache's file system."""
-        place = self._places[item["entry"]]
-        with self._lock:
-            if place.name not in self._open:
-                source = place.open()
-                self._open[place.name] = source if place.path else CachedSource(source, self._cache)
-        return self._open[place.name].fetch(item["path"], scratch, tree=item["reader"] in FOLDER_READERS)
+        return self.open(item["entry"]).fetch(item["path"], scratch, tree=item["reader"] in FOLDER_READERS)
 
 
 def _arrived(item: Mapping[str, Any], file: Future[Path]) -> Path:
     try:
         return file.result()
+    except _Unbuilt:
+        raise
     except FetchError as error:
         raise _Unbuilt(error.reason, str(error)) from None
-    except DiskFull:
-        raise
     except Exception as error:  # what reads archives and answers of servers is other people's code, too
+        if is_full(error):
+            raise
         raise _Unbuilt("crashed", _described(item, error)) from error
 
 
@@ -212,6 +229,13 @@ class _Plan:
     def rows_of(self, task: int) -> list[int]:
         """Rows of the media of a task."""
         return np.flatnonzero(self._media_tasks == task).tolist()
+
+    def first_of_entries(self, rows: Iterable[int]) -> list[tuple[int, int]]:
+        """Each entry that names one of the media ``rows`` first, with the first such row."""
+        found: dict[int, int] = {}
+        for row in rows:
+            found.setdefault(self.media["entry"][row].as_py(), row)
+        return list(found.items())
 
     def media_item(self, row: int) -> dict[str, Any]:
         """Columns of a media item, and its ``row`` in the plan."""
@@ -271,7 +295,7 @@ class _Result:
         self.ledger.append(LedgerRow(item["entry"], "dialogue", reason, message, **texts))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _result(job: Job, task: int) -> Iterator[_Result]:
     """Gather the results of a task; its folder appears when the block ends."""
     final = task_folder(job.work, job.tasks[task])
@@ -307,7 +331,8 @@ def _build(
     try:
         data, columns, salvaged = encode(job, path, item)
     except MediaError as error:
-        raise _Unbuilt(error.reason, str(error)) from None
+        local = path if job.places[item["entry"]].path else item["source"]  # fetched files have names of the moment
+        raise _Unbuilt(error.reason, str(error).replace(str(path), str(local))) from None
     except Exception as error:  # decoders are other people's code; one item must not end a build
         raise _Unbuilt("crashed", _described(item, error)) from error
     columns |= {"key": item["key"], "kind": item["kind"], "source": item["source"]}
@@ -321,8 +346,8 @@ def _build(
 
 def _video(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
     seed = media_seed(job.seed, item["key"])
-    bounds = item["start"], item["end"]
-    decoded: Decoded = decode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, item["split"])
+    bounds, names = (item["start"], item["end"]), {"split": item["split"], "name": item["source"]}
+    decoded: Decoded = decode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, **names)
     jpegs = [encode_jpeg(frame, job.frames.quality, job.frames.subsampling) for frame in decoded.frames]
     height, width = decoded.frames.shape[1:3]
     data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, width, height)

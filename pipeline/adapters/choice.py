@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.manifest import Frames
+from pipeline.resize import stored_size
 from pipeline.sampling import fit_to_clips, frame_indices, sample_indices
 from pipeline.visuals import nearest
 
@@ -22,7 +23,8 @@ def choose(choice: Choice, stored: np.ndarray, vlen: int, fps: float, duration: 
     """Places in ``stored``, int64 (T,), ascending, with repeats where fewer frames are stored than wanted.
 
     A number N takes the middles of N equal parts of the video, as the sampler ``middle``; ``Frames`` goes by its own
-    rules, and its counts are whole clips. A frame is off by at most half the gap between stored frames.
+    rules, and its counts are whole clips. Between the first and the last stored frame, what is shown is off by at most
+    half the gap there.
 
     Args:
         stored: int64 (n,), numbers of the stored frames in the source, ascending from the clip's first.
@@ -41,6 +43,10 @@ def choose(choice: Choice, stored: np.ndarray, vlen: int, fps: float, duration: 
     return nearest(stored, wanted)
 
 
-def side(choice: Choice) -> int | None:
-    """Pixels of a side that frames are resized to; None: as stored."""
-    return choice.size if isinstance(choice, Frames) else None
+def shown_size(choice: Choice, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of what is shown of frames stored at ``width`` x ``height``: as stored, or as ``Frames`` says.
+
+    Raises:
+        ValueError: the frames are too narrow to keep their proportions at that size.
+    """
+    return stored_size(choice.resize, choice.size, width, height) if isinstance(choice, Frames) else (width, height)

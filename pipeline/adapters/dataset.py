@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from pipeline.adapters.choice import Choice, check_choice, choose, side
+from pipeline.adapters.choice import Choice, check_choice, choose, shown_size
 from pipeline.adapters.samples import Dialogue, Media, Sample, SampleError
 from pipeline.index import Index, ShardsError, row_values
 from pipeline.pixels import Pixels
@@ -111,7 +111,7 @@ class ShardDataset(Dataset[Sample]):
         stored, seconds = (row_values(self.index.media[name], row) for name in ("frame_index", "timestamps"))
         seed = media_seed(self.index.specification.get("seed", 0), key)
         places = choose(self.frames, stored, vlen, fps, duration, seed)
-        height, width = (side(self.frames) or self._value(name, row) for name in ("height", "width"))
+        width, height = shown_size(self.frames, self._value("width", row), self._value("height", row))
         frames = np.empty((len(places), height, width, 3), dtype=np.uint8)
         self._pixels.read_frames(row, places.tolist(), frames)
         return frames, seconds[places]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adapters.choice import Choice, check_choice, choose, side
+from pipeline.adapters.choice import Choice, check_choice, choose, shown_size
 from pipeline.adapters.samples import Dialogue, Media, Sample, SampleError
 from pipeline.pixels import decode_into
 from pipeline.sampling import media_seed
@@ -59,7 +59,7 @@ def _video(mp4: bytes, facts: Mapping[str, Any], choice: Choice) -> Media:
     if len(offsets) != len(stored):
         raise ValueError(f"the mp4 has {len(offsets)} frames, the json {len(stored)}")
     size = facts["height"], facts["width"]
-    out = np.empty((len(places), *(side(choice) or pixels for pixels in size), 3), dtype=np.uint8)
+    out = np.empty((len(places), *shown_size(choice, *size[::-1])[::-1], 3), dtype=np.uint8)
     for k, place in enumerate(places.tolist()):
         decode_into(mp4[offsets[place] : offsets[place] + sizes[place]], size, out[k])
     return _medium(out, seconds[places], facts)

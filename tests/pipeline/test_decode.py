@@ -85,7 +85,8 @@ def test_pixels_are_those_of_a_plain_reading_and_pillow() -> None:
         assert decoded.frame_index[decoded.sample].tolist() == expected.tolist()
         for frame, second, index in zip(decoded.frames, decoded.timestamps, decoded.frame_index, strict=True):
             resized = Image.fromarray(pixels[index]).resize((64, 64), Image.Resampling.BICUBIC)
-            np.testing.assert_array_equal(frame, np.asarray(resized))
+            off = np.abs(frame - np.asarray(resized).astype(int))
+            assert (off == 0).mean() > 0.98 and off.max() <= 1
             assert abs(second - seconds[index]) < 1e-6
         assert (decoded.source_width, decoded.source_height) == (640, 272)
 
@@ -227,8 +228,8 @@ def test_fewer_frames_than_promised_are_counted_or_refused(tmp_path: Path) -> No
 
     index = whole.index(b"mdat")
     (tmp_path / "little.mp4").write_bytes(whole[: index + (len(whole) - index) // 5])
-    with pytest.raises(MediaError, match="of 200 frames decode") as caught:
-        decode_video(tmp_path / "little.mp4", "decord", None, None, SIXTEEN)
+    with pytest.raises(MediaError, match="only [0-9]+ frames before that; 64 are needed") as caught:
+        decode_video(tmp_path / "little.mp4", "decord", None, None, Frames(sampler="middle", min=64, max=64, size=64))
     assert caught.value.reason == "too_few_frames"
 
 
@@ -315,6 +316,10 @@ def test_tvqa_folders_have_three_frames_a_second(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(folder / f"{number:05d}.jpg")
     decoded = decode_video(folder, "frame", None, None, FRAMES)
     assert (decoded.vlen, decoded.fps, decoded.duration, len(decoded.sample)) == (30, 3.0, 10.0, 8)
+    elsewhere = folder.rename(tmp_path / "frames")
+    named = decode_video(elsewhere, "img", None, None, FRAMES, name="https://a.org/tvqa/s01")
+    assert (named.vlen, named.fps, named.timestamps.tolist()) == (30, 3.0, decoded.timestamps.tolist())
+    assert decode_video(elsewhere, "img", None, None, FRAMES, name="https://a.org/s01").fps == 1.0
 
 
 def test_broken_folders_say_why(tmp_path: Path) -> None:
@@ -323,7 +328,7 @@ def test_broken_folders_say_why(tmp_path: Path) -> None:
     assert caught.value.reason == "missing_file"
     with pytest.raises(MediaError) as caught:
         decode_video(tmp_path, "img", None, None, FRAMES)
-    assert caught.value.reason == "not_media"
+    assert caught.value.reason == "empty_file"
     (tmp_path / "0.jpg").write_bytes(_picture_bytes("JPEG")[:400])
     with pytest.raises(MediaError) as caught:
         decode_video(tmp_path, "img", None, None, FRAMES)

@@ -97,10 +97,11 @@ def test_the_message_names_the_frames_that_are_shown(root):
     assert visuals(root, frames__time_message="none").views([1])[0].message == ""
 
 
-def test_another_size_is_resized_as_pil_does(root):
+def test_another_size_is_resized_as_pil_does_within_a_level(root):
     small, same = visuals(root, frames__size=32, model__vision_tower__patch=4), visuals(root)
     for got, stored in zip(shown(small, 1), shown(same, 1), strict=True):
-        assert np.array_equal(got, np.asarray(Image.fromarray(stored).resize((32, 32), Image.Resampling.BICUBIC)))
+        expected = np.asarray(Image.fromarray(stored).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(got - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["square", "anyres_nopad"])

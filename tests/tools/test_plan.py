@@ -121,7 +121,7 @@ def far(monkeypatch):
     sources = {"hf:o/n:x": Far("hf:o/n@77:x", files), "hf:o/n@77:x": Far("hf:o/n@77:x", files)}
     asked = []
 
-    def open_source(given, limits):
+    def open_source(given, limits, work=None):
         asked.append(given)
         if given not in sources:
             raise FetchError("unreachable", given, "no route")

@@ -19,18 +19,20 @@ ITEMS = range(4)  #: of every task
 
 
 def make_run(folder: Path, trouble: dict[tuple[int, int], str], limit: float):
-    """Writes the items of a task that it did not lose to FOLDER/TASK, when it comes to the end."""
+    """Writes the items of a task that it did not lose to FOLDER/TASK, when it comes to the end. Item -1 stands for what
+    comes before the first item."""
 
-    def run(task, lost, report):
+    def run(task, lost, careful, report):
         done = []
+        if trouble.get((task, -1)) == "crash" or (trouble.get((task, -1)) == "crash once" and not careful):
+            os.kill(os.getpid(), signal.SIGKILL)
         for item in ITEMS:
             report(item, {}, limit)
             what = trouble.get((task, item))
             if item in lost:
                 done.append(f"{item}:{lost[item][0]}:{lost[item][1]}")
                 continue
-            if what == "crash" or (what == "crash once" and not (folder / "crashed").exists()):
-                (folder / "crashed").touch()
+            if what == "crash" or (what == "crash once" and not careful):
                 os.kill(os.getpid(), signal.SIGSEGV)
             if what == "hang":
                 time.sleep(3600)
@@ -71,6 +73,13 @@ def test_a_crash_costs_its_item_after_a_second_try(tmp_path):
 def test_a_crash_that_does_not_come_again_costs_nothing(tmp_path):
     run(tmp_path, {(1, 2): "crash once"})
     assert results(tmp_path) == [GOOD] * 3
+
+
+def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
+    run(tmp_path, {(1, -1): "crash once"})
+    assert results(tmp_path) == [GOOD] * 3
+    with pytest.raises(WorkError, match=r"outside any item \(exit code -9\)"):
+        run(tmp_path, {(1, -1): "crash"})
 
 
 def test_a_hang_costs_its_item(tmp_path):

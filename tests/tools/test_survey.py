@@ -40,7 +40,7 @@ class Far:
 @pytest.fixture
 def far(monkeypatch):
     source = Far({"a.mp4": 7, "b.mp4": UNKNOWN, "c.mp4": FetchError("denied", "c.mp4", "not for you")})
-    monkeypatch.setattr(roots, "open_source", lambda given, limits: source)
+    monkeypatch.setattr(roots, "open_source", lambda given, limits, work: source)
     return source
 
 

@@ -23,6 +23,7 @@ from trainer.weight_files import INDEX, published_name
 from trainer.weights import initialise, load_pretrained, save
 
 RATE = 1e-2
+EPSILON = 1e-4  #: of AdamW: large enough that a gradient which is but rounding makes no step
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,7 +45,8 @@ FILES = {
 
 def settings(init: InitFrom, start: str = "start", **train) -> Manifest:
     base = manifest(SIZE, STARTS[start], **train)
-    return dataclasses.replace(base, train=dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0), init_from=init)
+    plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, epsilon=EPSILON)
+    return dataclasses.replace(base, train=plain, init_from=init)
 
 
 def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
@@ -75,7 +77,7 @@ def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float
     freeze(model.parts(), settings.train)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, eps=EPSILON, weight_decay=0.0)
     losses = []
     for rows in steps:
         optimizer.zero_grad()

@@ -19,7 +19,9 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,23 @@ NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EML
 
 
 class DiskFull(OSError):
-    """No space is left for fetched files: one line with the fix."""
+    """No space is left: one line with the fix."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether no space is left."""
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+@contextlib.contextmanager
+def disk_full_at(folder: Path) -> Iterator[None]:
+    """Lack of space in the block becomes a DiskFull that names ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DiskFull(f"{folder}: no space left on the disk; free some and repeat the command") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,7 @@ class Cache:
     """A cache below ``folder`` of at most ``bound`` bytes, 0 for none.
 
     Between two measurements other processes may exceed the bound by what they add, each by a 256th of it or one file;
-    beyond it there is what is in scratch folders, one file of each process.
+    beyond it there is what is in scratch folders, the files that each process has fetched and not yet used.
     """
 
     def __init__(self, folder: str | Path, bound: int) -> None:
@@ -180,11 +198,16 @@ class Cache:
 
 
 class CachedSource:
-    """A source whose files are kept in a cache (see ``tools.fetch.source.Source``)."""
+    """A source whose files are kept in a cache (see ``tools.fetch.source.Source``).
+
+    A file that several threads ask for at once is fetched by one of them, whose failure is also that of the others.
+    """
 
     def __init__(self, source: Source, cache: Cache) -> None:
         self.origin = source.origin
         self._source, self._cache = source, cache
+        self._coming: dict[str, Future[None]] = {}  # by key
+        self._lock = threading.Lock()
 
     def find(self, path: str, tree: bool = False) -> int | None:
         """As the source says."""
@@ -203,6 +226,25 @@ class CachedSource:
         if not self._cache.bound:
             return self._fetch(path, scratch, tree)
         key = "\0".join((self.origin, self._source.identity(path, tree), path, "tree" if tree else "file"))
+        with self._lock:
+            coming = self._coming.get(key)
+            if coming is None:
+                mine = self._coming[key] = Future()
+        if coming:
+            coming.result()
+            return self._take(key, path, scratch, tree)
+        try:
+            found = self._take(key, path, scratch, tree)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._coming[key]
+        mine.set_result(None)
+        return found
+
+    def _take(self, key: str, path: str, scratch: Path, tree: bool) -> Path:
         found = self._cache.take(key, scratch, tree)
         if found is None:
             found = self._fetch(path, scratch, tree)

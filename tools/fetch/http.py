@@ -10,6 +10,7 @@ and never fall back from https to http; a login is not sent on to another server
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Expected:
 
 
 class Http:
-    """A client with its connections, for one thread.
+    """A client with its connections; threads may share it.
 
     Args:
         headers: sent to the server that a request names, and of these a login to no other.
@@ -47,7 +48,8 @@ class Http:
     def __init__(self, limits: Limits, headers: Mapping[str, str] | None = None, login: str = "") -> None:
         self.limits, self._headers, self._login = limits, dict(headers or {}), login
         self._client = httpx2.Client(headers={"accept-encoding": "identity", "user-agent": "framestream"})
-        self._moved: dict[str, tuple[str, float]] = {}
+        self._moved: dict[str, tuple[str, float]] = {}  # where addresses redirected to, and until when that counts
+        self._lock = threading.Lock()
 
     def probe(self, url: str, place: object) -> Facts | None:
         """What the server says about a file, or None if it has none. Asks for the first byte rather than by HEAD, which
@@ -149,21 +151,19 @@ class Http:
         """The answer to GET after redirects, unread. With ``keep`` the last redirect is remembered for a while."""
         try:
             response = None
-            if keep and url in self._moved:
-                target, until = self._moved.pop(url)
-                if time.monotonic() < until:
-                    response = self._send(target, headers, deadline, login=_same_server(url, target))
-                    if response.is_success:
-                        self._moved[url] = target, until
-                    else:  # most likely no longer valid
-                        response.close()
-                        response = None
+            with self._lock:
+                target, until = self._moved.pop(url, ("", 0.0)) if keep else ("", 0.0)
+            if time.monotonic() < until:
+                response = self._send(target, headers, deadline, login=_same_server(url, target))
+                if response.is_success:
+                    self._remember(url, target, until)
+                else:  # most likely no longer valid
+                    response.close()
+                    response = None
             if response is None:
                 response = self._follow(url, headers, deadline)
                 if keep and response.is_success and str(response.url) != url:
-                    while len(self._moved) >= 1000:
-                        del self._moved[next(iter(self._moved))]
-                    self._moved[url] = str(response.url), time.monotonic() + KEPT_REDIRECT
+                    self._remember(url, str(response.url), time.monotonic() + KEPT_REDIRECT)
         except httpx2.TransportError as error:
             raise _again(error, self.limits) from None
         try:
@@ -172,6 +172,12 @@ class Http:
             raise _again(error, self.limits) from None
         finally:
             response.close()
+
+    def _remember(self, url: str, target: str, until: float) -> None:
+        with self._lock:
+            while len(self._moved) >= 1000:
+                del self._moved[next(iter(self._moved))]
+            self._moved[url] = target, until
 
     def _follow(self, url: str, headers: Mapping[str, str], deadline: float) -> httpx2.Response:
         target, login = url, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ class HttpBytes:
     """A file of a web server, the hub or a bucket, for reading archives (see ``tools.fetch.source.Bytes``).
 
     Neighbouring blocks that are missing come in one request. Reading forwards doubles what is asked for, up to
-    ``READ_AHEAD``; a read of more than half of ``CACHED`` goes past the cache. Not for threads.
+    ``READ_AHEAD``; a read of more than half of ``CACHED`` goes past the cache. Threads may share it.
 
     Args:
         url: gives the address, which may be a signed one that does not last.
@@ -31,6 +32,7 @@ class HttpBytes:
         self._known: Facts | None = None
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._next, self._ahead = -1, 0
+        self._lock = threading.Lock()  # on the three above; not held while bytes are under way
 
     @classmethod
     def open(cls, http: Http, url: str, name: str) -> HttpBytes:
@@ -51,36 +53,40 @@ class HttpBytes:
         end = min(offset + size, self.size)
         if offset >= end:
             return b""
-        self._ahead = min(max(2 * self._ahead, BLOCK), READ_AHEAD) if offset == self._next else 0
-        self._next = end
+        with self._lock:
+            self._ahead = ahead = min(max(2 * self._ahead, BLOCK), READ_AHEAD) if offset == self._next else 0
+            self._next = end
         if end - offset > CACHED // 2:
             return self._ask(offset, end)
         data, place = bytearray(), offset
         for number in range(offset // BLOCK, (end - 1) // BLOCK + 1):
-            block = self._blocks.get(number)
+            with self._lock:
+                block = self._blocks.get(number)
+                if block is not None:
+                    self._blocks.move_to_end(number)
             if block is None:
-                block = self._load(number, end)
-            self._blocks.move_to_end(number)
+                block = self._load(number, end, ahead)
             start = number * BLOCK
             data += block[place - start : end - start]
             place = start + BLOCK
         return bytes(data)
 
-    def _load(self, first: int, end: int) -> bytes:
+    def _load(self, first: int, end: int, ahead: int) -> bytes:
         """Fetch block ``first`` and those after it that are missing, up to byte ``end`` and what is read ahead."""
-        last = min(end + self._ahead, self.size)
+        last = min(end + ahead, self.size)
         stop = first + 1
-        while stop * BLOCK < last and stop not in self._blocks:
-            stop += 1
+        with self._lock:
+            while stop * BLOCK < last and stop not in self._blocks:
+                stop += 1
         data = self._ask(first * BLOCK, min(stop * BLOCK, self.size))
-        for number in range(first, stop):
-            start = (number - first) * BLOCK
-            self._blocks[number] = data[start : start + BLOCK]
-        block = self._blocks[first]
-        while len(self._blocks) > CACHED // BLOCK:
-            self._blocks.popitem(last=False)
-        self._blocks.setdefault(first, block)
-        return block
+        with self._lock:
+            for number in reversed(range(first, stop)):
+                start = (number - first) * BLOCK
+                self._blocks[number] = data[start : start + BLOCK]
+                self._blocks.move_to_end(number)
+            while len(self._blocks) > CACHED // BLOCK:
+                self._blocks.popitem(last=False)
+        return data[:BLOCK]
 
     def _ask(self, offset: int, end: int) -> bytes:
         data, facts = self._http.read(self._url(), self.name, offset, end - offset, self._known)

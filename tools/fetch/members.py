@@ -7,6 +7,7 @@ file, made once, and a name is found by binary search; no process holds more tha
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -200,9 +201,11 @@ def kept(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table
         return make()
     path = work / f"{name}.arrow"
     if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():
+                _remove_parts(work, name)
                 part = own_name(path)
                 write_table(part, make())
                 os.replace(part, path)
@@ -212,3 +215,9 @@ def kept(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table
 def own_name(path: Path) -> Path:
     """A name beside ``path`` that no other process on any machine uses: locks do not reach over every file system."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
+
+
+def _remove_parts(work: Path, name: str) -> None:
+    """Remove what processes of this machine that were killed have left of ``name``, whose lock is held."""
+    for part in work.glob(f"{name}.*.{glob.escape(platform.node())}.*"):
+        part.unlink(missing_ok=True)

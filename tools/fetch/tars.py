@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -47,7 +48,10 @@ def list_tar_gz(file: Bytes, index: BinaryIO, notes: list[str]) -> Iterator[tupl
     """
     bound = RATIO * file.size + SPARE
     with _Unpacked(file) as stream:
-        if not is_tar(stream.read(BLOCK)):
+        head = stream.read(BLOCK)
+        if len(head) < BLOCK and _is_cut(file):
+            raise FetchError("corrupt", file.name, DAMAGED)
+        if not is_tar(head):
             raise FetchError("unsupported", file.name, "is a gzip file, but no tar archive is in it")
         for path, member in _walk(stream, file.name, GZIPPED, notes, bound):
             if member.refusal == "cut":
@@ -56,6 +60,14 @@ def list_tar_gz(file: Bytes, index: BinaryIO, notes: list[str]) -> Iterator[tupl
         while stream.read(PIECE):  # to the end, where the checksum of the whole is
             _check_bound(file.name, stream.tell(), bound)
         stream.write_index(index)
+
+
+def _is_cut(file: Bytes) -> bool:
+    """Whether a gzip file breaks off in its first block, of which rapidgzip makes nothing and no error."""
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    with contextlib.suppress(zlib.error):
+        unpacker.decompress(file.read(0, MOST), BLOCK)
+    return not unpacker.eof
 
 
 def gunzip(file: Bytes, index: BinaryIO) -> BinaryIO:

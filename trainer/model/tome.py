@@ -9,8 +9,9 @@ t tokens removes r = min(floor(t / 2), t - wanted) of them:
       each token already stands for;
     - new order: the even tokens left, by falling similarity, then all odd tokens in place.
 
-Keys are linear in the tokens and the choices carry no gradient. So the rounds run on the keys alone, without
-gradient, and only decide which patches end up in which token; the tokens are then one weighted average of patches.
+Keys are linear in the tokens, their length plays no part, and the choices carry no gradient. So the rounds run on
+sums of keys alone, without gradient, and only decide which patches end up in which token; a token is then the average
+of its patches.
 """
 
 from __future__ import annotations
@@ -68,35 +69,28 @@ def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
         raise ValueError(f"{count} patches cannot be merged to {wanted} tokens; use larger frames or a smaller patch")
     if count == wanted:
         return patches
-    token = assign(patches, wanted, heads)  # (N, P)
-    member = token.unsqueeze(1) == torch.arange(wanted, device=patches.device).unsqueeze(1)  # (N, wanted, P)
-    # A product instead of scattered additions: its result does not depend on the order of additions on a GPU.
-    return member.to(patches.dtype) @ patches / member.sum(-1, keepdim=True).to(patches.dtype)
+    return pool(patches, assign(patches, wanted, heads), wanted, "mean")
 
 
 @torch.no_grad()
 def assign(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
     """Which of the ``wanted`` tokens each of (N, P, C) patches is merged into: int64 (N, P).
 
-    Runs on all N at once and never waits for the device. Sums are kept in float64, so that the order of additions
-    (which a GPU does not fix) cannot turn one choice into another.
+    Runs on all N at once and never waits for the device.
     """
-    sums = patches.unflatten(-1, (heads, -1)).mean(2, dtype=torch.float32).double()  # (N, t, C / heads)
-    sizes = torch.ones_like(sums[..., :1])  # (N, t, 1) patches in each token
+    keys = patches.unflatten(-1, (heads, -1)).mean(2, dtype=torch.float32)  # (N, t, C / heads), summed over a token
     token = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (N, P)
-    while sums.shape[1] > wanted:
-        tokens = sums.shape[1]
+    while keys.shape[1] > wanted:
+        tokens = keys.shape[1]
         removed = min(tokens // 2, tokens - wanted)
-        moved = match((sums / sizes).float(), removed)  # (N, t) new place of every token
-        left = sums.new_zeros(len(sums), tokens - removed, sums.shape[2])
-        sums = left.scatter_add(1, moved.unsqueeze(-1).expand_as(sums), sums)
-        sizes = left[..., :1].scatter_add(1, moved.unsqueeze(-1), sizes)
+        moved = match(keys, removed)  # (N, t) new place of every token
+        keys = pool(keys, moved, tokens - removed, "sum")
         token = moved.gather(1, token)
     return token
 
 
 def match(keys: torch.Tensor, removed: int) -> torch.Tensor:
-    """One round of matching on (N, t, c) float32 keys: the place of every token among the t - removed left, (N, t)."""
+    """One round on (N, t, c) float32 keys of any length: the place of each token among the t - removed left, (N, t)."""
     keys = F.normalize(keys, dim=-1)
     even, odd = keys[:, 0::2], keys[:, 1::2]
     similarity, choice = (even @ odd.mT).max(dim=-1)  # (N, evens)
@@ -107,3 +101,22 @@ def match(keys: torch.Tensor, removed: int) -> torch.Tensor:
     place[:, 0::2] = torch.where(rank < removed, kept + choice, rank - removed)
     place[:, 1::2] = kept + torch.arange(odd.shape[1], device=keys.device)
     return place
+
+
+def pool(rows: torch.Tensor, group: torch.Tensor, groups: int, mode: str) -> torch.Tensor:
+    """The "sum" or "mean" of the rows of each group: (N, P, C) -> (N, groups, C).
+
+    Rows of a group are added in their order, on GPUs too, so a result never depends on timing. Nothing waits for the
+    device. Gradients flow to the rows.
+
+    Args:
+        rows: (N, P, C).
+        group: int64 (N, P), the group of each row, below ``groups``.
+        groups: how many groups each of the N has.
+        mode: "sum" or "mean"; a group without rows gives zeros.
+    """
+    ordered, order = group.sort(dim=1, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(groups, device=group.device).repeat(len(group), 1))  # (N, groups)
+    before = rows.shape[1] * torch.arange(len(rows), device=group.device).unsqueeze(1)  # rows of the clips before
+    pooled = F.embedding_bag((order + before).flatten(), rows.flatten(0, 1), (first + before).flatten(), mode=mode)
+    return pooled.unflatten(0, (len(rows), groups))

@@ -119,15 +119,22 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Projection(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q + self.q_bias, k, v + self.v_bias))
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = self.qkv(x, bias).unflatten(-1, (3, self.heads, -1)).unbind(1)
         return self.proj(attend(q, k, v, segments, causal=False).flatten(1))
+
+
+class Projection(nn.Linear):
+    """A linear layer whose bias is given in the call, so that adding it takes no pass of its own over the tokens."""
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 class Mlp(nn.Module):

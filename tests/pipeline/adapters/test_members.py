@@ -11,6 +11,7 @@ import torch
 
 from pipeline.adapters import SampleError, ShardDataset, read_members
 from pipeline.manifest import Frames
+from tests.pipeline.adapters.real_root import build
 
 SMALL = Frames(sampler="dynamic_fps1", min=4, max=8, size=64)
 
@@ -37,6 +38,22 @@ def test_media_are_what_the_data_set_gives(footage_root, frames):
         assert torch.equal(read.media[0].frames, medium.frames)
         assert torch.equal(read.media[0].timestamps, medium.timestamps)
         assert read.media[0][2:] == medium[2:] and read.dialogues == sample.dialogues
+
+
+def test_frames_keep_their_aspect_where_they_are_stored_so(tmp_path):
+    stored = {"sampler": "middle", "min": 4, "max": 8, "size": 112, "resize": "short_side"}
+    root = build(tmp_path, frames=stored)
+    found = members_of(root, "video")
+    half = Frames(**{**stored, "size": 56, "max": 4})
+    square = Frames(sampler="middle", min=4, max=4, size=56)
+    shapes = {None: (8, 112, 264, 3), half: (4, 56, 132, 3), square: (4, 56, 56, 3)}  # 640 x 272 pixels
+    for frames, shape in shapes.items():
+        dataset = ShardDataset(root, by="media", frames=frames)
+        assert dataset[0].media[0].frames.shape == shape
+        for sample in dataset:
+            (medium,) = sample.media
+            if medium.kind == "video":
+                assert torch.equal(read_members(found[medium.key], frames).media[0].frames, medium.frames)
 
 
 def test_dialogues_are_what_the_data_set_gives(footage_root):

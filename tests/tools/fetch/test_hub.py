@@ -8,16 +8,15 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 import tools.fetch.listing
+from tests.tools.fetch.hubs import COMMIT, blob, serve_hub
 from tests.tools.fetch.servers import QUICK, turns
 from tools.fetch.hub import open_hub
 from tools.fetch.source import FetchError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "video/a b.mp4": b"small",
     "video/large.mp4": b"large" * 20_000,
@@ -31,52 +30,11 @@ FILES = {
 }
 
 
-def blob(data):
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
 @pytest.fixture
 def hub(server):
     """Serves FILES as datasets/me/data; two files a page; `large` is in LFS behind a redirect."""
     server.files = dict(FILES)
-    api, resolve = "/api/datasets/me/data", f"/datasets/me/data/resolve/{COMMIT}"
-
-    def revision(request):
-        request.answer(body=json.dumps({"sha": COMMIT}).encode())
-
-    def tree(request):
-        url = urlsplit(request.path)
-        folder = url.path.removeprefix(f"{api}/tree/{COMMIT}").strip("/").replace("%20", " ")
-        inside = {name.removeprefix(f"{folder}/") if folder else name: data for name, data in server.files.items()
-                  if not folder or name.startswith(f"{folder}/")}  # fmt: skip
-        if not inside:
-            return request.answer(404, b"{}")
-        prefix, entries = f"{folder}/" if folder else "", []
-        for name, data in inside.items():
-            if "/" in name:
-                entry = {"type": "directory", "path": prefix + name.partition("/")[0], "oid": "0" * 40, "size": 0}
-            else:
-                entry = {"type": "file", "path": prefix + name, "oid": blob(data), "size": len(data)}
-                if len(data) > 1000:
-                    sha = hashlib.sha256(data).hexdigest()
-                    entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
-            if entry not in entries:
-                entries.append(entry)
-        start = int(parse_qs(url.query).get("cursor", ["0"])[0])
-        more = {"Link": f'<{server.url}{url.path}?cursor={start + 2}>; rel="next"'} if start + 2 < len(entries) else {}
-        request.answer(body=json.dumps(entries[start : start + 2]).encode(), **more)
-
-    def content(request):
-        name = urlsplit(request.path).path.removeprefix(f"{resolve}/").replace("%20", " ")
-        if name == "video/large.mp4":
-            return request.answer(302, Location=f"{server.url}/cdn/large?signature=secret")
-        request.serve(server.files[name])
-
-    folders = ("", "/video", "/video/frames", "/none", "/zip", "/video/none")
-    server.routes |= {f"{api}/tree/{COMMIT}{folder}": tree for folder in folders}
-    server.routes |= {f"{api}/revision/{name}": revision for name in ("main", "refs%2Fpr%2F1")}
-    server.routes |= {f"{resolve}/{name.replace(' ', '%20')}": content for name in FILES}
-    server.routes["/cdn/large"] = lambda request: request.serve(server.files["video/large.mp4"])
+    serve_hub(server, server.files)
     return server
 
 
@@ -137,7 +95,7 @@ def test_contents_are_checked(hub, tmp_path):
 
 def test_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.routes["/cdn/large"] = lambda request: request.answer(403)
+    hub.routes["/cdn/video/large.mp4"] = lambda request: request.answer(403)
     with pytest.raises(FetchError) as error:
         opened(hub).fetch("large.mp4", tmp_path)
     assert error.value.reason == "denied" and "HF_TOKEN" in str(error.value) and "hf_secret" not in str(error.value)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.golden_data import GOLDEN, json_file, present
 from tests.trainer.model.golden_model import ATOL, RTOL, normals, weights
 from trainer.model import tome
-from trainer.model.tome import ToMeConnector, assign, merge
+from trainer.model.tome import ToMeConnector, assign, merge, pool
 
 FILES = GOLDEN / "tome_connector"
 TABLE = json_file("tome_connector/cases.json") or {}
@@ -115,3 +115,35 @@ def test_gradient_of_a_patch_is_its_share_of_the_token():
     merge(patches, 64, heads=4).sum().backward()
     share = 1.0 / torch.bincount(token[0], minlength=64)[token[0]]
     torch.testing.assert_close(patches.grad[0], share.unsqueeze(1).expand(-1, 16))
+
+
+def test_connector_never_waits_for_the_device():
+    """Tensors on ``meta`` have no values: whatever copies one to the host (item, nonzero, a mask as index) raises."""
+    connector = ToMeConnector(16, 8, 4).to("meta")
+    clips, stills = torch.empty(3, 784, 16, device="meta"), torch.empty(2, 196, 16, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        clips[clips > 0]
+    out = connector(clips.requires_grad_(), stills.requires_grad_())
+    out.sum().backward()
+    assert out.shape == (320, 8) and clips.grad.shape == clips.shape and stills.grad.shape == stills.shape
+
+
+def test_results_depend_neither_on_the_other_clips_nor_on_the_run():
+    clips = torch.randn(5, 300, 16, generator=torch.Generator().manual_seed(0))
+    together = merge(clips, 64, heads=4)
+    assert torch.equal(together, merge(clips, 64, heads=4))
+    for n in range(5):
+        torch.testing.assert_close(together[n : n + 1], merge(clips[n : n + 1], 64, heads=4))
+
+
+@given(rows=st.integers(1, 40), groups=st.integers(1, 12), clips=st.integers(0, 3), seed=st.integers(0, 2**32 - 1))
+def test_pooling_equals_adding_one_row_at_a_time(rows, groups, clips, seed):
+    rng = np.random.default_rng(seed)
+    values, group = rng.standard_normal((clips, rows, 6)), rng.integers(0, groups, (clips, rows))
+    expected, counts = np.zeros((clips, groups, 6)), np.zeros((clips, groups, 1))
+    for n, r in np.ndindex(clips, rows):
+        expected[n, group[n, r]] += values[n, r]
+        counts[n, group[n, r]] += 1
+    values, group = torch.from_numpy(values), torch.from_numpy(group)
+    np.testing.assert_allclose(pool(values, group, groups, "sum"), expected, atol=1e-12)
+    np.testing.assert_allclose(pool(values, group, groups, "mean"), expected / counts.clip(1), atol=1e-12)

@@ -1,0 +1,38 @@
+"""What benchmarks/model.py compares is the same arithmetic, and it notices where results differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import model
+from pipeline.manifest import VisionTower
+from trainer.model.tome import ToMeConnector
+
+
+@pytest.mark.parametrize("ways", [model.merging, model.connecting, model.learning], ids=lambda ways: ways.__name__)
+def test_connectors_agree(ways):
+    torch.manual_seed(0)
+    model.compare(ways(ToMeConnector(48, 24, heads=4), torch.randn(3, 196, 48)))
+
+
+@pytest.mark.parametrize(("clips", "stills"), [(2, 1), (1, 0)])
+def test_towers_agree(clips, stills):
+    torch.manual_seed(0)
+    cfg = VisionTower(width=48, depth=3, heads=4, patch=16, table_side=8)
+    pixels = torch.randn(clips, 3, 4, 128, 128), torch.randn(stills, 3, 1, 128, 128)
+    with torch.no_grad():
+        model.compare(model.encoding(cfg, 128, *pixels))
+
+
+def test_results_that_differ_are_refused():
+    ways = {"framestream": lambda: torch.zeros(4, 2), "other": lambda: torch.eye(4)[:, :2]}
+    model.compare(ways, flips=0.5)
+    with pytest.raises(SystemExit, match="other and framestream differ in 2 of 4"):
+        model.compare(ways, flips=0.4)
+
+
+def test_rows_name_every_implementation(capsys):
+    model.measure("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "framestream" in first and "other" in second

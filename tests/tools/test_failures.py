@@ -1,0 +1,230 @@
+"""The command when a decoder hangs or crashes, the disk is full, or somebody stops it: nothing else is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tools.builder
+import tools.executors
+import tools.fetch.archives
+import tools.tasks
+from pipeline.index import Index
+from pipeline.ledger import read_ledger
+from tests.tools import corpus
+from tests.tools.corpus import TEXT, TURNS
+from tests.tools.fetch.memory import pack
+from tests.tools.fetch.servers import Server
+from tests.tools.test_build_shards import snapshot
+from tools import build_shards
+from tools.tasks import make_worker
+
+SCRIPT = Path(build_shards.__file__)
+NAMES = tuple("abcdefgh")
+
+
+def command(folder: Path, out: str, *options: str, roots: dict | None = None, **data: object) -> list[str]:
+    """Arguments of a build of the films in FOLDER/films.zip to FOLDER/OUT/stage2."""
+    root = "https://example.org/films"
+    places = {root: {"archives": f"dir:{folder}/films.zip"}, **(roots or {})}
+    (folder / "roots.yaml").write_text(yaml.safe_dump(places))
+    fields = {"roots": str(folder / "roots.yaml"), "cache": str(folder / "cache"), "shard_mb": 1, **data}
+    fields.setdefault("entries", [{"annotation": str(folder / "films.json"), "root": root}])
+    frames = {"sampler": "middle", "min": 4, "max": 4, "size": 64}
+    manifest = corpus.manifest(folder / "m.yaml", [], data=fields, frames=frames, model={"vision_tower": {"patch": 8}})
+    return ["--stage", "2", "--manifest", str(manifest), "--workers", "1", "--out", str(folder / out), *options]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("failures")
+    films = {f"{name}.mp4": corpus.video(made / "v.mp4", 1, seed=n).read_bytes() for n, name in enumerate(NAMES)}
+    (made / "films.zip").write_bytes(pack(films, "stored"))
+    samples = [{"id": name, "video": f"{name}.mp4", "conversations": TURNS} for name in NAMES]
+    corpus.annotations(made / "films.json", [*samples, {"id": "text", "conversations": TEXT}])
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """What an undisturbed build leaves."""
+    assert build_shards.main(command(folder, "whole")) == 0
+    return snapshot(folder / "whole")
+
+
+def outcomes(root: Path) -> dict[str, tuple[str, int]]:
+    """Reason and attempts of each media item that was left out, by name."""
+    rows = read_ledger(root).to_pylist()
+    return {Path(row["source"]).stem: (row["reason"], row["attempts"]) for row in rows if row["kind"] == "media"}
+
+
+# Decoders -------------------------------------------------------------------------------------------------------------
+
+
+def signals(job, told):
+    """A worker that sends itself a signal instead of decoding some videos, and instead of fetching others."""
+    decode, fetch = tools.tasks.decode_video, tools.tasks._Sources.fetch
+
+    def decode_video(*arguments, name, **options):
+        if sent := told.get(Path(name).stem):
+            os.kill(os.getpid(), sent)
+        return decode(*arguments, name=name, **options)
+
+    def fetch_file(self, item, scratch):
+        if sent := told.get(f"fetch {Path(item['path']).stem}"):
+            os.kill(os.getpid(), sent)
+        return fetch(self, item, scratch)
+
+    tools.tasks.decode_video, tools.tasks._Sources.fetch = decode_video, fetch_file
+    return make_worker(job)
+
+
+def worse(job):
+    return signals(job, {"b": signal.SIGSTOP, "d": signal.SIGSEGV})
+
+
+def crashes_ahead(job):
+    return signals(job, {"fetch d": signal.SIGSEGV})
+
+
+def test_decoders_that_hang_or_crash_cost_their_item(folder, whole, monkeypatch, capfd):
+    """By SIGSTOP, which a process cannot answer in any way, and by SIGSEGV."""
+    monkeypatch.setattr(tools.executors, "make_worker", worse)
+    assert build_shards.main(command(folder, "worse", decode_timeout=3)) == 0
+    root = folder / "worse" / "stage2"
+    assert outcomes(root) == {"b": ("timeout", 1), "d": ("crashed", 2)}
+    assert set(Index.open(root).dialogues["id"].to_pylist()) == {*NAMES, "text"} - {"b", "d"}
+    monkeypatch.undo()
+    assert build_shards.main(command(folder, "worse", "--retry-failed")) == 0
+    assert outcomes(root) == {} and len(Index.open(root).dialogues) == len(NAMES) + 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_crash_while_files_are_fetched_ahead_costs_the_right_item(folder, whole, monkeypatch):
+    monkeypatch.setattr(tools.executors, "make_worker", crashes_ahead)
+    assert build_shards.main(command(folder, "ahead")) == 0
+    assert outcomes(folder / "ahead" / "stage2") == {"d": ("crashed", 2)}
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for_files(job):
+    tools.fetch.archives.Archives.fetch = full
+    return make_worker(job)
+
+
+def full_for_shards(job):
+    tools.tasks.ShardWriter.add = full
+    return make_worker(job)
+
+
+@pytest.mark.parametrize("what", [full_for_files, full_for_shards, "finish"])
+def test_a_full_disk_ends_the_build_with_one_line_and_it_goes_on(folder, whole, monkeypatch, capfd, what):
+    out = getattr(what, "__name__", "finish")
+    if what == "finish":
+        monkeypatch.setattr(tools.builder, "finish", full)
+    else:
+        monkeypatch.setattr(tools.executors, "make_worker", what)
+    assert build_shards.main(command(folder, out)) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "\r" not in line]
+    assert line.startswith("error: ") and "no space left" in line and "free some and repeat the command" in line
+    monkeypatch.undo()
+    assert build_shards.main(command(folder, out)) == 0
+    assert snapshot(folder / out) == whole
+
+
+# Stopped --------------------------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+    kept = {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.Popen(
+        command,
+        env=kept | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(ready, process: subprocess.Popen) -> None:
+    while not ready():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("step", ["work/plan.tmp", "work/tasks", "work/tasks/*.tmp/shard.tar", "work/outcomes.arrow"])
+def test_ctrl_c_says_one_line_and_the_build_goes_on(folder, whole, tmp_path, step):
+    """Sent to the whole process group, as a terminal does it."""
+    root = tmp_path / "stage2"
+    arguments = command(folder, str(tmp_path))
+    process = start(arguments)
+    until(lambda: list(root.glob(step)), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "stopped; the same command goes on from here\n"
+    assert build_shards.main(arguments) == 0
+    assert snapshot(tmp_path) == whole
+
+
+def test_ctrl_c_while_a_server_says_nothing(folder, tmp_path):
+    with Server() as server:
+        server.routes["/notes.json"] = lambda request: request.stall()
+        entry = {"annotation": f"{server.url}/notes.json", "root": "https://example.org/films"}
+        process = start(command(folder, str(tmp_path), entries=[entry]))
+        until(lambda: server.asked, process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=15)
+    assert process.returncode == 130 and said == "stopped; the same command goes on from here\n"
+
+
+def marked(text: str) -> list[int]:
+    """Processes with a text in their environment."""
+    found = []
+    for item in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text.encode() in item.read_bytes():
+                found.append(int(item.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_nothing_outlives_a_parent_that_is_killed(folder, tmp_path):
+    """Workers, the threads in which they fetch, and yt-dlp, all of which wait for a server that says nothing."""
+    mark = uuid.uuid4().hex
+    with Server() as server:
+        names = [f"{number}.mp4" for number in range(3)]
+        server.routes |= {f"/{kind}/{name}": lambda r: r.stall() for kind in ("page", "file") for name in names}
+        roots, entries = {}, []
+        for kind in ("page", "file"):
+            samples = [{"video": name, "conversations": TURNS} for name in names]
+            split = {"page": "train", "file": "val"}[kind]
+            file = corpus.annotations(tmp_path / f"{kind}.json", samples)
+            entries.append({"annotation": str(file), "root": f"https://example.org/{kind}", "split": split})
+        roots["https://example.org/page"] = f"page:{server.url}/page/{{path}}"
+        roots["https://example.org/file"] = f"url:{server.url}/file/{{path}}"
+        arguments = command(folder, str(tmp_path / "out"), "--workers", "2", roots=roots, entries=entries)
+        process = start(arguments, FRAMESTREAM_TEST=mark)
+        until(lambda: len({path for path, _ in server.asked}) == 6, process)
+        assert len(marked(mark)) >= 1 + 2 + 3, "the command, two workers and a yt-dlp for each page"
+        process.kill()
+        process.wait()
+        while marked(mark):
+            time.sleep(0.01)
