@@ -54,7 +54,7 @@ test: lint
 	pytest -q -n 2 --dist loadfile
 
 peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest -q -m peers
+	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/test_reuse.py tests/test_project.py
 
 lint: .venv/ready
 	ruff check .

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.adapters.real_root import build
+from tests.pipeline.adapters.torchvision_import import import_torchvision
+
+import_torchvision()  # before anything imports transformers
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")
@@ -32,12 +35,11 @@ EXAMPLES = [
     ("datasets", "datasets", ["3 " + SHOWN]),
     ("Megatron-Energon", "megatron", [SHOWN + r" torch.Size\(\[8\]\) [12]"] * 3),
 ]
-#: runs example.py; torchvision is imported first, because its wheel may be of another build than torch
+#: runs example.py, in the peers' environment with torchvision imported first
 RUN = """
-import runpy, sys
-if sys.argv[1] == "torchvision":
-    from tests.pipeline.adapters.processors import import_torchvision
-    import_torchvision()
+import runpy
+from tests.pipeline.adapters.torchvision_import import import_torchvision
+import_torchvision()
 runpy.run_path("example.py", run_name="__main__")
 """
 PEERS = ("torchvision", "datasets", "megatron")
@@ -80,7 +82,7 @@ def test_example(place, heading, needs, printed):
         code = code.replace(HUB_NAME, '"processor"')
     (place / "example.py").write_text(code, encoding="utf-8")
     cache = {"HF_HOME": str(place / "cache"), "WIDS_CACHE": str(place / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RUN, needs]
+    command = [sys.executable, "-c", RUN]
     run = subprocess.run(command, cwd=place, env={**os.environ, **cache}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.adapters.real_root import build
+from tests.pipeline.adapters.torchvision_import import import_torchvision
+
+import_torchvision()  # before anything imports transformers
 
 
 @pytest.fixture(scope="session")
