@@ -653,3 +653,14 @@ def test_two_builds_of_one_folder_do_not_meet(made, tmp_path, capsys):
     os.close(handle)
     assert "another build is at work here" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "stage2").iterdir()] == ["build.lock"]
+
+
+def test_held_out_dialogues_are_not_told_with_media_to_train_on(made):
+    told = {}
+    for folder in ("video", "image"):
+        for sample in members(made["root"], folder).values():
+            item = json.loads(sample["json"])
+            about = told.setdefault(Path(item["source"]).name, set())
+            about |= {dialogue["id"] for dialogue in json.loads(item["dialogues"])}
+    assert told["a.mp4"] == {"f-a", "1", "2"}, "h1 of the held-out entry asks about it, too"
+    assert told["5.png"] == {"h3"}
