@@ -104,7 +104,8 @@ def open_video(path: str | Path, shrink: Shrink = whole) -> Source:
             limit = SEEK_FRAMES if stream.codec_context.has_b_frames else SEEK_FRAMES_IN_ORDER
             frames, back = _decode(container, stream, needed), 0
             for number, tick, key in zip(wanted.tolist(), targets, keys.tolist(), strict=True):
-                frame = _at(frames, tick) if places[key] - shown <= limit else None
+                near = places[max(key - back, 0)] - shown <= limit
+                frame = _at(frames, tick) if near else None
                 while frame is None and back < 2:  # in open groups of pictures what follows a key frame refers back
                     container.seek(int(scan.seeks[max(key - back, 0)]), stream=stream)
                     frames = _decode(container, stream, needed, int(starts[key]))
