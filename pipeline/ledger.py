@@ -54,6 +54,7 @@ REASONS = {
 RETRYABLE = (
     *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
     *("missing_file", "empty_file", "not_media", "corrupt", "truncated"),  # the file may have been fetched again
+    "too_large",  # where data.fetch_mb is another one now
 )
 
 SCHEMA = pa.schema(
