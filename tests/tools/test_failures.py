@@ -115,6 +115,25 @@ def test_a_crash_while_files_are_fetched_ahead_costs_the_right_item(folder, whol
     assert outcomes(folder / "ahead" / "stage2") == {"d": ("crashed", 2)}
 
 
+def hangs_fetching(job):
+    """As a library would that keeps to no limit."""
+    fetch = tools.tasks._Sources.fetch
+
+    def fetch_file(self, item, scratch):
+        if item["path"] in ("c.mp4", "d.mp4"):
+            time.sleep(3600)
+        return fetch(self, item, scratch)
+
+    tools.tasks._Sources.fetch, tools.tasks.GRACE = fetch_file, 1
+    return make_worker(job)
+
+
+def test_files_that_never_come_cost_their_items(folder, whole, monkeypatch):
+    monkeypatch.setattr(tools.executors, "make_worker", hangs_fetching)
+    assert build_shards.main(command(folder, "never", fetch_timeout=2)) == 0
+    assert outcomes(folder / "never" / "stage2") == {"c": ("timeout", 1), "d": ("timeout", 1)}
+
+
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak_build import Campaign
 from tests.tools import corpus
 from tests.tools.corpus import TEXT, TURNS
+from tests.tools.fetch.servers import Server
 from tests.tools.test_build_shards import snapshot
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "build_shards.py"
@@ -94,6 +96,14 @@ def test_killed_at_random_moments(build, whole, tmp_path, seed):
     ran = subprocess.run(build(tmp_path), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert snapshot(tmp_path) == whole
+
+
+def test_folders_archives_and_a_web_server(tmp_path):
+    """A short campaign of benchmarks/soak_build.py, which compares, counts and verifies what comes out."""
+    with Server() as server:
+        campaign = Campaign(tmp_path, server, media=2, workers=2)
+        campaign.run(seed=0, kills=4)
+    assert campaign.kills.total() == 4 and campaign.kills["all"]
 
 
 def _walk(folder):

@@ -21,6 +21,7 @@ from pipeline.picture_sources import open_folder
 from tests.tools.fetch.memory import KINDS, LIMIT, Memory, opened, pack, pack_tar, pack_zip, tar_info
 from tools.fetch import archives as archives_module
 from tools.fetch.archives import Archives, open_archives
+from tools.fetch.members import own_name
 from tools.fetch.source import FetchError
 from tools.fetch.zips import list_zip
 
@@ -227,6 +228,21 @@ def test_listing_that_breaks_off_leaves_nothing_behind(tmp_path, kind):
         open_archives([Broken(data)], False, "", tmp_path, LIMIT, "here")
     assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
     assert content(open_archives([Memory(data)], False, "", tmp_path, LIMIT, "here"), "1", tmp_path)[:1]
+
+
+@pytest.mark.parametrize("kind", ["deflate", "tar.gz"])
+def test_what_a_killed_process_has_left_of_its_list_goes(tmp_path, kind):
+    data = pack({"a": b"A"}, kind)
+    assert content(opened(data, work=tmp_path), "a", tmp_path)
+    (table,) = tmp_path.glob("*.arrow")
+    table.unlink()
+    left = [own_name(table), own_name(table.with_suffix(".gzip"))]
+    left = [path.with_name(path.name.rpartition(".")[0] + end) for path in left for end in (".999", ".999.tmp")]
+    other = table.with_name(f"{table.name}.elsewhere.999")  # may still be at work
+    for path in (*left, other):
+        path.write_bytes(b"part")
+    assert content(opened(data, work=tmp_path), "a", tmp_path)
+    assert table.exists() and other.exists() and not [path for path in left if path.exists()]
 
 
 def sums(source: Archives, paths: list[str], scratch: str) -> list[int]:

@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -236,6 +238,38 @@ def test_scratch_folders_of_others_are_swept_when_they_are_old(tmp_path):
     with cache.scratch() as mine:
         cache.sweep()
         assert {item.name for item in left(tmp_path)} == {"elsewhere-1-a", mine.name}
+
+
+class Together(Made):
+    """Lets nobody pass before ``count`` have asked for the identity, and one fetch at a time."""
+
+    def __init__(self, sizes, count):
+        super().__init__(sizes)
+        self._asked, self._alone = threading.Barrier(count), threading.Lock()
+
+    def identity(self, path, tree=False):
+        self._asked.wait(60)
+        return super().identity(path, tree)
+
+    def fetch(self, path, scratch, tree=False):
+        assert self._alone.acquire(blocking=False), "two threads fetch at once"
+        try:
+            time.sleep(0.05)
+            return super().fetch(path, scratch, tree)
+        finally:
+            self._alone.release()
+
+
+def test_threads_that_want_one_file_fetch_it_once(tmp_path):
+    cache = Cache(tmp_path, 10_000)
+    made = Together({"a": 1000}, 4)
+    source = CachedSource(made, cache)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: read(source, cache, "a"), range(4))) == [contents("a", 1000)] * 4
+        assert made.fetched == ["a"] and not left(tmp_path)
+        failed = [pool.submit(read, source, cache, "b") for _ in range(4)]
+        assert [future.exception().reason for future in failed] == ["missing_file"] * 4
+    assert made.fetched.count("b") < 4, "each has waited for another, and failed with it"
 
 
 def test_keys_are_told_apart(tmp_path):

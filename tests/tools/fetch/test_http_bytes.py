@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -51,6 +53,27 @@ def test_reads_are_slices_and_nothing_is_asked_for_twice(size, reads):
         number for start, length in memory.asked for number in range(start // BLOCK, -(-(start + length) // BLOCK))
     ]
     assert len(blocks) == len(set(blocks))
+
+
+def test_threads_share_a_file():
+    """Eight read at random places, more than the blocks that are kept, and one from front to end."""
+    remote = HttpBytes(Memory(DATA), lambda: "", "x", len(DATA), "")
+
+    def read(seed):
+        places = random.Random(seed)
+        for step in range(400):
+            offset = step * 50_000 if seed == 0 else places.randrange(len(DATA))
+            size = places.randrange(BLOCK)
+            assert remote.read(offset, size) == DATA[offset : offset + size]
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(8)))
+    finally:
+        sys.setswitchinterval(switching)
+    assert len(remote._blocks) <= CACHED // BLOCK
 
 
 def test_reading_forwards_asks_for_more_and_more():
