@@ -55,6 +55,7 @@ RETRYABLE = (
     *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
     # the file may have been fetched again
     *("missing_file", "empty_file", "not_media", "corrupt", "truncated", "too_few_frames"),
+    "too_large",  # where data.fetch_mb is another one now
 )
 
 SCHEMA = pa.schema(

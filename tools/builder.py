@@ -173,13 +173,15 @@ def _tasks_left(job: Job, dialogues: bool = False) -> list[int]:
 def _run_media(job: Job, executor: Executor, options: Options) -> None:
     """Run this machine's tasks that are not finished."""
     (job.work / "tasks").mkdir(exist_ok=True)
-    mine = range(options.rank, len(job.tasks), options.ranks)
-    for task in mine:
-        for scratch in (job.work / "tasks").glob(f"{job.tasks[task]}.*.tmp"):
+    media = [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
+    mine = media[options.rank :: options.ranks]
+    names = {job.tasks[task] for task in mine}
+    for scratch in (job.work / "tasks").glob("*.tmp"):
+        if scratch.name.partition(".")[0] in names:
             shutil.rmtree(scratch, ignore_errors=True)
-    left = [task for task in _tasks_left(job) if task in mine]
+    left = sorted(set(_tasks_left(job)).intersection(mine))
     sizes = _sizes(job)
-    total, frames = int(sizes[list(mine)].sum()), 0
+    total, frames = int(sizes[mine].sum()), 0
     done = total - int(sizes[left].sum())
     with tqdm(total=total, initial=done, unit=" media", desc="media", disable=None) as bar:
         for counts in executor(job, left):

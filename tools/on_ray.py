@@ -16,7 +16,7 @@ from tools.tasks import Job, make_worker
 try:
     import ray
 except ImportError:
-    raise BuildError("--executor ray needs Ray: pip install framestream[ray]") from None
+    raise BuildError("--executor ray needs Ray: pip install -e '.[ray]'") from None
 
 RETRIES = 20  #: machines that may be lost under one task
 WAIT = 10.0  #: seconds for a first answer of the cluster
