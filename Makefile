@@ -1,11 +1,12 @@
 # make demo    the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
 # make test    ruff and the test suite
+# make peers   the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision), in .venv-peers
 # make lint    ruff alone
 # make soak    builds that are killed 50 times; SEED=7 KILLS=200 for another campaign (docs/reliability.md)
-# make clean   removes .venv, caches and the demo's folder
+# make clean   removes .venv, .venv-peers, caches and the demo's folder
 #
-# Each target prepares .venv first and needs only Python 3.10 or newer. PYTHON=python3.12 chooses the interpreter,
-# PIP_FLAGS='--extra-index-url URL' another source of wheels.
+# Each target prepares .venv (or .venv-peers) first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
+# chooses the interpreter, PIP_FLAGS='--extra-index-url URL' another source of wheels.
 
 SHELL     := /bin/bash
 PYTHON    ?= python3
@@ -15,13 +16,14 @@ SEED      ?= 0
 KILLS     ?= 50
 
 python := $(shell command -v $(PYTHON))
-pip    := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
+pip    := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
+comma  := ,
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test peers lint soak clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -31,6 +33,17 @@ endef
 define train
 	torchrun --standalone --nproc_per_node 2 -m trainer --manifest manifests/demo/stage$(1).yaml
 
+endef
+
+# folder, least version of Python 3, more constraints, extras
+define environment
+@test -n "$(python)" || { echo "$(PYTHON): not found; name a Python 3.$(2) or newer: make PYTHON=python3.12"; exit 1; }
+@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, $(2)) and "needs Python 3.$(2) or newer: make PYTHON=python3.12")'
+@echo "preparing $(1) (once, a few minutes)"
+@"$(python)" -m venv $(1)
+@$(1)/bin/python $(pip) torch
+@$(1)/bin/python $(pip) $(3) --editable '.[$(4)]'
+@touch $@
 endef
 
 demo: .venv/ready
@@ -43,6 +56,9 @@ demo: .venv/ready
 test: lint
 	pytest -q -n 2 --dist loadfile
 
+peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/test_reuse.py tests/test_project.py
+
 lint: .venv/ready
 	ruff check .
 	ruff format --check .
@@ -51,14 +67,11 @@ soak: .venv/ready
 	python -m benchmarks.soak_build --seed $(SEED) --kills $(KILLS)
 
 clean:
-	rm -rf .venv demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
-	@test -n "$(python)" || { echo "$(PYTHON): not found; name a Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
-	@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer: make PYTHON=python3.12")'
-	@echo "preparing .venv (once, a few minutes)"
-	@"$(python)" -m venv .venv
-	@$(pip) torch
-	@$(pip) --editable '.[dev]'
-	@touch $@
+	$(call environment,.venv,10,,dev)
+
+.venv-peers/ready: setup.cfg pyproject.toml constraints.txt constraints-peers.txt
+	$(call environment,.venv-peers,11,--constraint constraints-peers.txt,dev$(comma)peers)

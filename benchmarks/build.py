@@ -127,7 +127,7 @@ def decode(path: Path, numbers: np.ndarray) -> None:
 def bare(path: Path, numbers: np.ndarray) -> None:
     """The frames decoded, resized and encoded."""
     for picture in open_video(path).pictures(numbers):
-        encode_jpeg(np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)), 90, "420")
+        encode_jpeg(np.asarray(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC)), 90, "420")
 
 
 def ffmpeg(path: Path, numbers: np.ndarray) -> None:

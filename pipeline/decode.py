@@ -9,6 +9,8 @@ readers take (:mod:`pipeline.published`).
 
 Files that cannot be used raise :class:`MediaError` with a reason. A damaged video is read up to the damage and marked
 as salvaged, if it has ``frames.min`` frames (at least a clip) until there; a clip that ends before it is not touched.
+Damage counts where the container or the decoder notices it: packets that a Matroska or FLV demuxer passes over in
+silence, or changed bytes in a codec without checks, are not seen.
 """
 
 from __future__ import annotations

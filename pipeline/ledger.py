@@ -53,7 +53,9 @@ REASONS = {
 #: Reasons that may have passed; `build_shards --retry-failed` takes what has one of these.
 RETRYABLE = (
     *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
-    *("missing_file", "empty_file", "not_media", "corrupt", "truncated"),  # the file may have been fetched again
+    # the file may have been fetched again
+    *("missing_file", "empty_file", "not_media", "corrupt", "truncated", "too_few_frames"),
+    "too_large",  # where data.fetch_mb is another one now
 )
 
 SCHEMA = pa.schema(

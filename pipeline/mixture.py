@@ -19,7 +19,7 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: Batching, seed:
     Args:
         lengths: int (n,), tokens of each dialogue, negative for text without media.
     """
-    start = int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
+    start = epoch_start(seed, epoch)
     size, shares = batching.global_batch, batching.row_multiple
     generator = torch.Generator().manual_seed(start)
     match batching.order:
@@ -35,6 +35,11 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: Batching, seed:
             return rows[grouping.modality(lengths, size, shares, generator)]
         case _:  # modality_length
             return rows[grouping.modality_length(lengths, size, shares, generator)]
+
+
+def epoch_start(seed: int, epoch: int) -> int:
+    """The 64-bit number that all of an epoch's order comes from."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
 
 
 def shuffled(rows: np.ndarray, start: int) -> np.ndarray:

@@ -35,6 +35,8 @@ def open_gif(path: str | Path, shrink: Shrink = whole) -> Source:
                 count += 1
     except MediaError:
         raise
+    except Image.DecompressionBombError as error:
+        raise MediaError("unsupported", path, str(error)) from None
     except Exception as error:  # Pillow's decoders raise OSError, EOFError, ValueError, struct.error ...
         if not count:
             raise _no_gif(path, error) from None

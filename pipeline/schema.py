@@ -68,7 +68,10 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     try:
         value = _Yaml(text).get_single_data()
     except yaml.YAMLError as error:
-        raise ManifestError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        text = str(error).replace('in "<unicode string>", ', "at ")
+        raise ManifestError(f"{path}: not valid YAML: {' '.join(text.split())}") from None
+    if value is None:
+        raise ManifestError(f"{path}: is empty; expected a mapping of fields at the top level")
     if not isinstance(value, dict):
         raise ManifestError(f"{path}: expected a mapping of fields at the top level, got {_show(value)}")
     named = value.pop("extends", None)

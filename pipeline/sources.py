@@ -102,14 +102,15 @@ def open_video(path: str | Path, shrink: Shrink = whole) -> Source:
         with _open(path, strict=True) as (container, stream):
             needed, shown = frozenset(targets), -1
             limit = SEEK_FRAMES if stream.codec_context.has_b_frames else SEEK_FRAMES_IN_ORDER
-            frames = _decode(container, stream, needed)
+            frames, back = _decode(container, stream, needed), 0
             for number, tick, key in zip(wanted.tolist(), targets, keys.tolist(), strict=True):
-                frame = _at(frames, tick) if places[key] - shown <= limit else None
-                for begin in (key, key - 1):  # pictures shown before a key frame may need the one before it
-                    if frame is None and begin >= 0:
-                        container.seek(int(scan.seeks[begin]), stream=stream)
-                        frames = _decode(container, stream, needed)
-                        frame = _at(frames, tick)
+                near = places[max(key - back, 0)] - shown <= limit
+                frame = _at(frames, tick) if near else None
+                while frame is None and back < 2:  # in open groups of pictures what follows a key frame refers back
+                    container.seek(int(scan.seeks[max(key - back, 0)]), stream=stream)
+                    frames = _decode(container, stream, needed, int(starts[key]))
+                    frame = _at(frames, tick)
+                    back += frame is None
                 if frame is None:
                     raise InexactError(f"no frame at {tick}")
                 shown = number
@@ -163,7 +164,7 @@ def open_straight(
                 if target is None:
                     return
 
-    return _source(scan, run.ticks, pictures, scan.damaged or run.broken)
+    return _source(scan, run.ticks, pictures, scan.damaged or run.broken or run.faults)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,20 +251,21 @@ class _Run:
 
     ticks: np.ndarray  #: int64 (N,): times of the frames, _NO_TIME where they have none
     broken: bool  #: up to a damaged place
+    faults: bool  #: something before the first frame did not decode
     kept: dict[int, np.ndarray]  #: shrunk pictures by frame number
 
 
 def _run(path: Path, strict: bool, shrink: Shrink, keep: Collection[int]) -> _Run:
-    ticks, kept, broken = array("q"), {}, False
+    ticks, kept, broken, faults = array("q"), {}, False, []
     with _open(path, strict) as (container, stream):
         try:
-            for number, frame in enumerate(_decode(container, stream)):
+            for number, frame in enumerate(_decode(container, stream, faults=faults)):
                 ticks.append(_NO_TIME if frame.pts is None else frame.pts)
                 if number in keep:
                     kept[number] = shrink(_pixels(frame))
         except _BrokenError:
             broken = True
-    return _Run(np.array(ticks, dtype=np.int64), broken, kept)
+    return _Run(np.array(ticks, dtype=np.int64), broken, bool(faults), kept)
 
 
 @contextlib.contextmanager
@@ -311,21 +313,27 @@ def _at(frames: Iterator[av.VideoFrame], tick: int) -> av.VideoFrame | None:
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, needed: Collection[int] | None = None
+    container: InputContainer,
+    stream: VideoStream,
+    needed: Collection[int] | None = None,
+    since: int | None = None,
+    faults: list[Exception] | None = None,
 ) -> Iterator[av.VideoFrame]:
     """Frames in display order from where the container stands, up to its end.
 
-    What precedes the first key frame in the file, or in time, may lack what it refers to, and is left out.
+    What precedes the first key frame in the file or is shown before it may lack what it refers to, and is left out.
 
     Args:
         needed: times of the frames that will be looked at: others need not come.
+        since: time before which faults do not matter; that of the first key frame if None.
+        faults: gets the errors of what is left out at the beginning.
 
     Raises:
         _BrokenError: after the last frame before a damaged place.
     """
     codec = stream.codec_context
     skips, skipping = needed is not None and codec.name in SKIPPING, None
-    begun, broken, key, limit = False, False, None, None  # key: time of the first key frame
+    begun, broken, limit = False, False, None
     try:
         for packet in container.demux(stream):
             limit = packet.dts  # no frame from here on is shown before
@@ -333,21 +341,23 @@ def _decode(
                 broken = True
                 break
             if packet.is_keyframe and not begun:
-                begun, key = True, packet.pts
+                begun, since = True, packet.pts if since is None else since
             if skips and packet.size and skipping != (packet.pts not in needed):
                 skipping = packet.pts not in needed
                 codec.skip_frame = "NONREF" if skipping else "DEFAULT"
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
-                if packet.pts is not None and (not begun or _before(packet.pts, key)):
+            except av.FFmpegError as error:
+                if packet.pts is not None and (not begun or _before(packet.pts, since)):
+                    if faults is not None:
+                        faults.append(error)
                     continue
                 broken = True
                 break
             for frame in frames:
                 if not frame.is_corrupt:
                     yield frame
-                elif begun and not _before(frame.pts, key):
+                elif begun and not _before(frame.pts, since):
                     raise _BrokenError
     except av.FFmpegError:
         broken = True

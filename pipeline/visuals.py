@@ -10,8 +10,6 @@ stored at another size, or with their aspect kept, are stretched to S x S by the
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +18,8 @@ from PIL import Image
 from pipeline.images import Grid, best_grid, tiles
 from pipeline.index import Index, row_values
 from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest
-from pipeline.resize import resize
+from pipeline.pixels import Pixels
 from pipeline.sampling import fit_to_clips, media_seed, sample_indices, time_message
-from pipeline.shard_format import decode_jpeg
-
-OPEN_FILES = 128  #: shards a process keeps open
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +49,7 @@ class Visuals:
         self.frames, self.images, self.seed = manifest.frames, manifest.images, manifest.seed
         self._published = manifest.compat == "published"
         self._column = {name: index.media[name] for name in index.media.column_names}
-        self._files = _Files(index)
+        self._pixels = Pixels(index)
 
     def views(self, rows: list[int]) -> list[View]:
         """Views of all media of one dialogue; several stills are padded and get one tile each.
@@ -95,19 +90,7 @@ class Visuals:
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
         """
-        offsets, sizes = (row_values(self._column[name], view.row) for name in ("frame_offset", "frame_size"))
-        shard, width, height = (self._value(name, view.row) for name in ("shard", "width", "height"))
-        places = view.places[start : start + len(out)].tolist()
-        file = self._files.open(shard)
-        for k, place in enumerate(places):
-            if k and place == places[k - 1]:
-                out[k] = out[k - 1]
-                continue
-            data = file.read(int(offsets[place]), int(sizes[place]))
-            if (height, width) == out.shape[1:3]:
-                decode_jpeg(data, out=out[k])
-            else:
-                out[k] = resize(decode_jpeg(data), out.shape[2], out.shape[1])
+        self._pixels.read_frames(view.row, view.places[start : start + len(out)].tolist(), out)
 
     def read_still(self, view: View, out: np.ndarray) -> None:
         """Decode a still and cut it into ``out`` (view.tiles, S, S, 3) uint8.
@@ -115,21 +98,15 @@ class Visuals:
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
         """
-        offset, size, shard = (self._value(name, view.row) for name in ("offset", "size", "shard"))
-        pixels = decode_jpeg(self._files.open(shard).read(offset, size))
-        stated = self._value("height", view.row), self._value("width", view.row)
-        if pixels.shape[:2] != stated:
-            raise ValueError(f"the still is {pixels.shape[:2]} (height, width), the index says {stated}")
-        picture = Image.fromarray(pixels)
+        picture = Image.fromarray(self._pixels.read_still(view.row))
         out[:] = tiles(picture, self.images.mode, out.shape[1], self.images.max_grid, view.padded)[0]
 
     def where(self, row: int) -> str:
         """Shard and member of a medium, for messages."""
-        extension = "jpg" if self._value("kind", row) == "image" else "mp4"
-        return f"{self.index.path_of(self._value('shard', row))}: {self._value('key', row)}.{extension}"
+        return self._pixels.where(row)
 
     def _value(self, name: str, row: int):
-        return self._column[name][row].as_py()
+        return self._pixels.value(name, row)
 
 
 def nearest(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -138,41 +115,3 @@ def nearest(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return np.zeros(len(wanted), dtype=np.int64)
     after = np.searchsorted(stored, wanted).clip(1, len(stored) - 1)
     return np.where(wanted - stored[after - 1] <= stored[after] - wanted, after - 1, after).astype(np.int64)
-
-
-class _File:
-    """A shard open for ranged reads; closed when its last user lets go of it."""
-
-    def __init__(self, path: os.PathLike) -> None:
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        while len(data) < size:
-            more = os.pread(self._descriptor, size - len(data), offset + len(data))
-            if not more:
-                raise ValueError(f"the shard ends within the {size} bytes at {offset}; build it again")
-            data += more
-        return data
-
-
-class _Files:
-    """The last shards used, kept open; a shard pushed out is closed after its readers are done."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        self._open: dict[int, _File] = {}
-        self._lock = threading.Lock()
-
-    def open(self, shard: int) -> _File:
-        with self._lock:
-            file = self._open.pop(shard, None) or _File(self._index.path_of(shard))
-            self._open[shard] = file
-            if len(self._open) > OPEN_FILES:
-                del self._open[next(iter(self._open))]
-            return file

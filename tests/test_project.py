@@ -59,7 +59,7 @@ def test_readme_tree_names_every_file_once_and_no_other():
     named = tree(README)
     found = {relative(path) for path in SOURCES if path.name != "__init__.py"}
     found |= {relative(path) for package in PACKAGES for path in (ROOT / package).rglob("*.j2")}
-    found |= {relative(path) for path in (ROOT / "manifests").rglob("*.yaml")}
+    found |= {relative(path) for kind in ("yaml", "sbatch") for path in (ROOT / "manifests").rglob(f"*.{kind}")}
     found |= {relative(path) for path in (ROOT / "docs").glob("*.md")}
     found |= {relative(path) for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"}
     assert set(named) == found
@@ -229,12 +229,8 @@ def test_constraints_pin_every_dependency_within_its_bounds(python):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), f"{requirement} is not pinned"
 
 
-def test_constraints_pin_what_dependencies_depend_on():
-    """Nothing that `pip install -e .[dev]` brings along is left to chance; torch pins its own CUDA parts exactly."""
-    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
-    options = setup()
-    waiting = requirements(options["options"]["install_requires"] + options["options.extras_require"]["dev"])
+def brought_along(waiting: list[Requirement]) -> set[str]:
+    """Requirements and what they depend on here; torch pins its own CUDA parts exactly."""
     needed = set()
     while waiting:
         requirement = waiting.pop()
@@ -247,9 +243,41 @@ def test_constraints_pin_what_dependencies_depend_on():
             extras = [*requirement.extras, ""]
             if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
                 waiting.append(inner)
+    return needed
+
+
+def test_constraints_pin_what_dependencies_depend_on():
+    """Nothing that `pip install -e .[dev]` brings along is left to chance."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    options = setup()
+    needed = brought_along(
+        requirements(options["options"]["install_requires"] + options["options.extras_require"]["dev"])
+    )
     assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints.txt"
     unpaired = {pin.name for pin in requirements(text) if pin.marker and "<" in str(pin.marker)}
     assert pinned <= needed | {canonicalize_name(name) for name in unpaired}, "constraints.txt pins what nothing needs"
+
+
+def test_constraints_of_the_peers_are_exact_and_within_bounds():
+    pins = requirements((ROOT / "constraints-peers.txt").read_text(encoding="utf-8"))
+    exact = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
+    assert len(exact) == len(pins) and all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    for requirement in requirements(setup()["options.extras_require"]["peers"]):
+        assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), (
+            f"{requirement} is not pinned"
+        )
+    both = {canonicalize_name(pin.name) for pin in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8"))}
+    assert not both & exact.keys(), "constraints.txt has it already"
+
+
+@pytest.mark.peers
+def test_constraints_pin_what_the_peers_depend_on():
+    pytest.importorskip("megatron.energon")
+    needed = brought_along(requirements(setup()["options.extras_require"]["peers"]))
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "constraints-peers.txt"))
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints-peers.txt"
 
 
 def imported(path: Path) -> set[str]:
@@ -268,7 +296,7 @@ def test_imports_are_declared_dependencies():
     declared = [options["options"]["install_requires"], *options["options.extras_require"].values()]
     named = {canonicalize_name(requirement.name) for text in declared for requirement in requirements(text)}
     owners = importlib.metadata.packages_distributions()
-    optional = {"flash_attn": "flash-attn"}
+    optional = {"flash_attn": "flash-attn", "megatron": "megatron-energon"}
     for path in SOURCES:
         for name in imported(path) - set(PACKAGES) - sys.stdlib_module_names:
             owner = owners.get(name, [optional.get(name, name)])

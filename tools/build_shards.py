@@ -24,8 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.report and not options.dry_run:
         parser.error("--report goes with --dry-run")
+    if options.address and options.executor != "ray":
+        parser.error("--address goes with --executor ray")
+    if (options.rank is None) != (options.of is None):
+        parser.error("--rank and --of go together: machine I, counted from 0, of N")
+    if options.retry_failed and options.of:
+        parser.error("--retry-failed is for one machine, or a Ray cluster; leave out --rank and --of")
+    options.rank, options.of = options.rank or 0, options.of or 1
     if not 0 <= options.rank < options.of:
-        parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, one below --of")
+        parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, because --of is {options.of}")
     try:
         return _run(options)
     except KeyboardInterrupt:
@@ -36,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     # Imported here, because they take half a second in which the user may press Ctrl-C, too.
     from pipeline.annotations import AnnotationFileError
+    from pipeline.ledger import read_ledger
     from pipeline.manifest import ManifestError, load_manifest
     from tools import executors
     from tools.builder import Options, build
@@ -43,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
     from tools.plan import make_plan
     from tools.plan_report import plan_rows, plan_summary, write_report
     from tools.roots import BuildError, WorkError, origins
-    from tools.summary import build_summary, shard_counts
+    from tools.summary import build_summary, first_of_reasons, shard_counts
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
@@ -91,6 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     print(f"shards: {manifest.shard_root} ({shard_counts(record)})")
     if any(entry["left_out"] for entry in record["entries"]):
         print(f"left out, with reasons: {manifest.shard_root / 'ledger' / 'ledger.parquet'}")
+        print(first_of_reasons(read_ledger(manifest.shard_root)))
     return 0
 
 
@@ -100,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--manifest", metavar="PATH", help="default: manifests/stageN.yaml")
     parser.add_argument("--out", metavar="DIR", help="write OUT/stageN instead of the manifest's shards folder")
     parser.add_argument(
-        "--workers", metavar="K", type=whole_number, default=os.cpu_count() or 1, help="default: all cores"
+        "--workers",
+        metavar="K",
+        type=whole_number,
+        default=len(os.sched_getaffinity(0)),
+        help="default: the cores that this process may use",
     )
     parser.add_argument("--limit", metavar="N", type=whole_number, help="take the first N dialogues of each entry")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and what is missing")
@@ -120,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         default=20.0,
         help="disk space for fetched files that several clips are cut from; default: 20",
     )
-    parser.add_argument("--rank", metavar="I", type=int, default=0, help="of this machine, from 0; with --of")
-    parser.add_argument("--of", metavar="N", type=whole_number, default=1, help="machines that share this build")
+    parser.add_argument("--rank", metavar="I", type=int, help="of this machine, from 0; with --of")
+    parser.add_argument("--of", metavar="N", type=whole_number, help="machines that share this build")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: on a Ray cluster")
     parser.add_argument("--address", metavar="HOST:PORT", default="", help="of the Ray cluster")
     parser.add_argument(
@@ -136,17 +149,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def whole_number(text: str) -> int:
     """A count of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+    return int(text)
 
 
 def size(text: str) -> float:
     """A number that is at least 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a number of gigabytes, at least 0, not {text!r}")
     return value
 
 

@@ -92,17 +92,20 @@ def _record(root: Path) -> dict[str, Any]:
     return json.loads((root / "build.json").read_bytes())
 
 
-def _check_same(root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], found: Sequence[Origin]) -> None:
+def _check_same(
+    root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], found: Sequence[Origin], finished: bool
+) -> None:
     if other := difference(there, wanted, found):
-        fix = f"give another --out, remove {root}, or undo the difference"
-        raise BuildError(f"{root}: holds another build: {other}; {fix}")
+        what = "another build" if finished else "another build, which is not finished"
+        undo = "undo the difference" if finished else "finish it with what it was begun with"
+        raise BuildError(f"{root}: holds {what}: {other}; give another --out, remove {root}, or {undo}")
 
 
 def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any], root: Path, options: Options) -> bool:
     """Make work/plan unless it is there; it appears whole. False if the root is finished and nothing is to be added."""
     work, folder, scratch = root / "work", root / "work" / "plan", root / "work" / "plan.tmp"
     if folder.is_dir():
-        _check_same(root, json.loads((folder / "specification.json").read_bytes()), wanted, found)
+        _check_same(root, json.loads((folder / "specification.json").read_bytes()), wanted, found, finished=False)
         return True
     for leftover in (work, root / "work.done"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -114,7 +117,7 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
     try:
         if adds:
             there = _record(root)["specification"]
-            _check_same(root, there, without_additions(there, wanted), found)
+            _check_same(root, there, without_additions(there, wanted), found, finished=True)
             keep(root, scratch / "previous")
         selection = Selection(Previous.open(scratch / "previous", manifest.compat), wanted, options.retry_failed)
         planned = selection.wants_any() and make_plan(
@@ -170,13 +173,15 @@ def _tasks_left(job: Job, dialogues: bool = False) -> list[int]:
 def _run_media(job: Job, executor: Executor, options: Options) -> None:
     """Run this machine's tasks that are not finished."""
     (job.work / "tasks").mkdir(exist_ok=True)
-    mine = range(options.rank, len(job.tasks), options.ranks)
-    for task in mine:
-        for scratch in (job.work / "tasks").glob(f"{job.tasks[task]}.*.tmp"):
+    media = [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
+    mine = media[options.rank :: options.ranks]
+    names = {job.tasks[task] for task in mine}
+    for scratch in (job.work / "tasks").glob("*.tmp"):
+        if scratch.name.partition(".")[0] in names:
             shutil.rmtree(scratch, ignore_errors=True)
-    left = [task for task in _tasks_left(job) if task in mine]
+    left = sorted(set(_tasks_left(job)).intersection(mine))
     sizes = _sizes(job)
-    total, frames = int(sizes[list(mine)].sum()), 0
+    total, frames = int(sizes[mine].sum()), 0
     done = total - int(sizes[left].sum())
     with tqdm(total=total, initial=done, unit=" media", desc="media", disable=None) as bar:
         for counts in executor(job, left):

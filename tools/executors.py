@@ -6,6 +6,7 @@ bytes of a task do not depend on where it ran.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -36,7 +37,9 @@ def ray(address: str) -> Executor:
         BuildError: Ray is not installed, or there is no cluster at the address.
         WorkError: a task failed outside an item, or its machines were lost too often.
     """
-    from tools.on_ray import run_tasks  # needs the extra `ray`
+    from tools.on_ray import check_address, run_tasks  # needs the extra `ray`
+
+    check_address(address or os.environ.get("RAY_ADDRESS", ""))
 
     def run(job: Job, tasks: Sequence[int]) -> Iterator[Counts]:
         return run_tasks(address, job, tasks)

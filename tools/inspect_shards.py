@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started by path: the packages lie beside this f
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (0 done, 2 bad input)."""
+    """Run the command; returns the exit status (0 done, 2 bad input, 130 stopped)."""
     parser = argparse.ArgumentParser(prog="inspect_shards", description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="page to write")
@@ -26,7 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.media < 0 or options.frames < 1 or options.seed < 0:
         parser.error("--media and --seed must be at least 0, --frames at least 1")
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("stopped; no page was written", file=sys.stderr)
+        return 130
 
+
+def _run(options: argparse.Namespace) -> int:
     import pyarrow as pa
 
     from pipeline.files import write_atomic

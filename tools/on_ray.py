@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +16,23 @@ from tools.tasks import Job, make_worker
 try:
     import ray
 except ImportError:
-    raise BuildError("--executor ray needs Ray: pip install framestream[ray]") from None
+    raise BuildError("--executor ray needs Ray: pip install -e '.[ray]'") from None
 
 RETRIES = 20  #: machines that may be lost under one task
+WAIT = 10.0  #: seconds for a first answer of the cluster
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would wait for many minutes.
+
+    Raises:
+        BuildError: nothing answers at ``address``, HOST:PORT or what else Ray takes.
+    """
+    if found := re.fullmatch(r"(?:ray://)?([^/:]+):(\d{1,5})", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=WAIT).close()
+        except (OSError, OverflowError) as error:
+            raise BuildError(f"--address {address}: no Ray cluster ({error})") from None
 
 
 def run_tasks(address: str, job: Job, tasks: Sequence[int]) -> Iterator[Mapping[str, int]]:

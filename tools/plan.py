@@ -76,7 +76,7 @@ MEDIA = pa.schema(
         ("attempts", pa.int32()),  # made by then
     ]
 )
-#: Last column of media.arrow: rows of dialogues.arrow that are about this media item alone.
+#: Last column of media.arrow: rows of dialogues.arrow that are about this media item alone, and of its split.
 ALONE = pa.field("dialogues", pa.list_(pa.int64()))
 
 
@@ -139,7 +139,7 @@ def make_plan(
 
 def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | None, strict: bool) -> None:
     entry, file = origin.entry, origin.annotation.path
-    count = plan.counts[entry.name] = EntryCount()
+    plan.counts[entry.name] = EntryCount()
     if file is None:
         plan.leave_out(LedgerRow(entry.name, "entry", "unresolved", origin.annotation.missing))
         return
@@ -151,11 +151,13 @@ def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | No
         limit=limit,
         compat=manifest.compat,
     )
+    empty = True
     for sample in samples:
+        empty = False
         if strict and isinstance(sample, Annotation) and sample.media and not origin.media.resolved:
             raise BuildError(_unresolved(origin, origin.media))
         plan.add(origin, sample)
-    if not count.samples:
+    if empty:
         message = f"{file}: no samples (sampling {entry.sampling})"
         plan.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
 
@@ -272,7 +274,8 @@ class _Tables:
         self._frames = manifest.frames
         self._folder = folder
         self._tasks = _Tasks(manifest.data.shard_mb * 1_000_000)
-        self._alone = (array("q"), array("q"))  # rows of media and of the dialogues about them alone
+        self._alone = (array("q"), array("q"))  # rows of media and of the dialogues of their split about them alone
+        self._held_out = array("b")  # whether each media item is
         self._dialogues = TableWriter(DIALOGUES, folder / "dialogues.arrow")
         self._media = TableWriter(MEDIA, folder / "distinct.arrow")
         self._ledger = TableWriter(LEDGER_SCHEMA, folder / "ledger.arrow")
@@ -282,7 +285,7 @@ class _Tables:
 
     def add_dialogue(self, entry: Entry, sample: Annotation, media: list[int]) -> None:
         conversations = json_text(sample.turns)
-        if len(media) == 1:
+        if len(media) == 1 and self._held_out[media[0]] == (entry.split == "val"):
             self._alone[0].append(media[0])
             self._alone[1].append(self._dialogues.rows)
         self._dialogues.add(
@@ -301,6 +304,7 @@ class _Tables:
 
     def add_media(self, origin: Origin, ref: MediaRef, duration: Any) -> None:
         """Add a media item, of which its annotation says that it lasts ``duration`` seconds, or something else."""
+        self._held_out.append(origin.entry.split == "val")
         size = STILL_BYTES if ref.kind == "image" else _video_bytes(self._frames, ref, duration)
         key = media_key(ref.kind, json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end]))
         known = self._selection.media(key) if self._selection else Known()

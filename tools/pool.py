@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -101,7 +102,8 @@ class _Worker:
     def __init__(self, make_run: Callable[..., Run], arguments: tuple) -> None:
         self.connection, theirs = _spawn.Pipe()
         self._process = _spawn.Process(target=_serve, args=(theirs, make_run, arguments), daemon=True)
-        self._process.start()
+        with _no_interrupts():
+            self._process.start()
         theirs.close()
         self.busy = False
         self.deadline = math.inf  #: when the current item, or what is outside any, takes too long (time.monotonic())
@@ -146,9 +148,19 @@ class _Worker:
         self.connection.close()
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes started meanwhile never get SIGINT, from their first moment on: their parent ends them."""
+    multiprocessing.resource_tracker.ensure_running()  # whose own start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, make_run: Callable[..., Run], arguments: tuple) -> None:
     """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(**message: Any) -> None:

@@ -25,7 +25,7 @@ from pipeline.manifest import Data, Entry, Manifest, ManifestError
 from pipeline.schema import read_yaml
 from tools.annotation_files import AnnotationFiles, cache_folder, remote_file
 from tools.fetch.limits import Limits
-from tools.fetch.places import check_archives, open_source, shown
+from tools.fetch.places import check_archives, open_files, open_source, shown
 from tools.fetch.source import FetchError, Source
 from tools.hosts import Opened
 from tools.threads import Threads
@@ -123,10 +123,11 @@ class Roots:
         if not entry.root:
             return Place(None, "", "the entry has media but no root; set its root to their folder")
         if "://" in entry.root or entry.root.startswith("hf:"):
-            fix = f"map the root to a place{self._where}, see manifests/roots.example.yaml"
+            fix = f"map the root to a place{self._where}, see manifests/roots.example.yaml{self._near(entry.root)}"
             return Place(None, entry.root, f"the root is not a folder on this machine; {fix}")
         if not Path(entry.root).is_dir():
-            return Place(None, entry.root, f"{entry.root}: no such folder; correct the entry's root")
+            fix = f"correct the entry's root{f', or map it{self._where}' if self._file else ''}{self._near(entry.root)}"
+            return Place(None, entry.root, f"{entry.root}: no such folder; {fix}")
         return _folder(Path(entry.root), entry.root, entry.root)
 
     def _place(self, name: str) -> Place:
@@ -144,19 +145,20 @@ class Roots:
         except ValueError as error:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
-            return Place(None, given, f"{self._file}: {error}", name)
+            return Place(None, given, f"{self._file}: {name}: {error}", name)
         return Place(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
 
     def _archives(self, name: str, given: Mapping[str, Any]) -> Place:
-        """Archives at the commits that their hub repositories are at now."""
+        """Archives that are there, at the commits that their hub repositories are at now."""
         try:
             check_archives(given)
             files = [given["archives"]] if isinstance(given["archives"], str) else given["archives"]
             pinned = {**given, "archives": [self._pinned(file) for file in files]}
+            open_files(pinned["archives"], self._opened.limits)
         except ValueError as error:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
-            return Place(None, shown(given), f"{self._file}: {error}", name)
+            return Place(None, shown(given), f"{self._file}: {name}: {error}", name)
         lists = self._cache / "archives"
         try:
             lists.mkdir(parents=True, exist_ok=True)
@@ -173,6 +175,11 @@ class Roots:
     @property
     def _where(self) -> str:
         return f" in {self._file or 'a YAML file named by data.roots'}"
+
+    def _near(self, name: str) -> str:
+        """Names the key that is ``name`` but for small letters and slashes at its ends."""
+        near = (key for key in self._map if key.strip("/").casefold() == name.strip("/").casefold())
+        return next((f"; it has `{key}`" for key in near), "")
 
 
 def _folder(path: Path, origin: str, name: str) -> Place:

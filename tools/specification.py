@@ -63,16 +63,32 @@ def without_additions(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], found: Sequence[Origin]) -> str:
     """How the specification of a build differs from the one wanted, of the entries ``found``; empty if it does not.
 
-    Names the annotation file that is another one now, or else the first field, as ``FIELD is X there and Y here``.
+    Names the entry or annotation file that is another one now, or else the first field, as ``FIELD is X there and Y
+    here``.
     """
-    for origin, old, new in zip(found, there["entries"], here["entries"], strict=False):
-        before, now = old["annotation"], new["annotation"]
-        if old["name"] == new["name"] and before != now:
-            file = origin.annotation.path or origin.entry.annotation
-            if now == LEFT_OUT:
-                return f"{file} was here for the build and is not now"
-            return f"{file} was left out of the build" if before == LEFT_OUT else f"{file} has changed since the build"
+    places = {origin.entry.name: origin for origin in found}
+    named = {entry["name"]: entry for entry in here["entries"]}
+    for old in there["entries"]:
+        new = named.pop(old["name"], None)
+        if new is None:
+            return f"entry {old['name']} is there and not in the manifest"
+        if other := _entry_difference(old, new, places[old["name"]]):
+            return other
+    if named:
+        return f"entry {next(iter(named))} is in the manifest and not there"
     return _first_difference(there, here)
+
+
+def _entry_difference(old: Mapping[str, Any], new: Mapping[str, Any], origin: Origin) -> str:
+    before, now, file = old["annotation"], new["annotation"], origin.annotation.path or origin.entry.annotation
+    if before != now:
+        if now == LEFT_OUT:
+            return f"{file} was here for the build and is not now"
+        return f"{file} was left out of the build" if before == LEFT_OUT else f"{file} has changed since the build"
+    if old["media"] != new["media"] == LEFT_OUT:
+        return f"the media of entry {old['name']} were found for the build and are not now ({origin.media.missing})"
+    other = _first_difference(old, new)
+    return other and f"entry {old['name']}: {other}"
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
+
+import pyarrow as pa
+
+#: What rows of the ledger are about, by their kind.
+NAMES = {"entry": "entries", "dialogue": "dialogues", "media": "media", "salvaged": "media kept in part"}
 
 
 def build_summary(record: Mapping[str, Any]) -> str:
@@ -21,6 +27,24 @@ def build_summary(record: Mapping[str, Any]) -> str:
     numbers = [f"{total[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
     rows.append(["total", *numbers, size_text(total["bytes"]), _reasons(left_out)])
     return aligned(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
+
+
+def first_of_reasons(ledger: pa.Table) -> str:
+    """One line for each reason in a ledger: how many media, dialogues or entries have it, and what was said of the
+    first. Dialogues that are left out because of their media are not told again."""
+    columns = [("message", "count"), ("source", "first"), ("message", "first")]
+    groups = ledger.group_by(["kind", "reason"], use_threads=False).aggregate(columns).to_pylist()
+    other = {group["reason"] for group in groups if group["kind"] in ("media", "entry")}
+    lines = []
+    for group in groups:
+        kind, reason, count = group["kind"], group["reason"], group["message_count"]
+        if kind == "dialogue" and reason in other:
+            continue
+        source, message = group["source_first"], group["message_first"]
+        first = message if PurePosixPath(source).name in message else f"{source}: {message}"
+        what = kind if count == 1 and kind in ("entry", "dialogue") else NAMES[kind]
+        lines.append(f"  {reason}: {count:,} {what}, {'' if count == 1 else 'first '}{first}")
+    return "\n".join(sorted(lines))
 
 
 def shard_counts(record: Mapping[str, Any]) -> str:

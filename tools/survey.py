@@ -54,7 +54,7 @@ class Survey:
         fresh = iter(self._ask_new([item for item, new in zip(wanted, first, strict=True) if new]))
         answers = []
         for (place, path, _), number, new in zip(wanted, numbers, first, strict=True):
-            message = f"{place.path or place.origin}/{path}"
+            message = _shown(place, path)
             if new:
                 answer = next(fresh)
                 failed = isinstance(answer, FetchError)
@@ -86,7 +86,7 @@ class Survey:
 
     def _ask(self, wanted: Wanted) -> int | FetchError:
         place, path, tree = wanted
-        name = f"{place.path or place.origin}/{path}"
+        name = _shown(place, path)
         try:
             if not place.resolved:
                 raise FetchError("unresolved", name, place.missing)
@@ -100,3 +100,7 @@ class Survey:
         if at not in self._sources:
             self._sources[at] = place.open()
         return self._sources[at]
+
+
+def _shown(place: Place, path: str) -> str:
+    return f"{place.path}/{path}" if place.path else f"{place.origin} {path}"

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--deep", action="store_true", help="decode every frame, too")
-    parser.add_argument("--workers", metavar="K", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", metavar="K", type=int, default=cores, help="default: the cores it may use")
     parser.add_argument("--show", metavar="N", type=int, default=100, help="findings that are printed (100)")
     options = parser.parse_args(arguments)
     if options.workers < 1 or options.show < 1:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from tools.summary import size_text
     from tools.verify.root import VerifyError, verify
 
     try:
@@ -48,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"... and {findings.count - len(findings.kept):,} more; --show {findings.count} prints all")
     looked = "decoded" if options.deep else "found whole"
     counts = f"{outcome.shards:,} shards, {outcome.samples:,} samples, {outcome.frames:,} frames {looked}"
-    print(f"{options.root}: {counts}, {outcome.bytes / 1e9:.3g} GB, {findings.count:,} findings")
+    print(f"{options.root}: {counts}, {size_text(outcome.bytes)}, {findings.count:,} findings")
     return 1 if findings.count else 0
 
 

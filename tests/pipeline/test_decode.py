@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pickle
 import subprocess
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import decord
 import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import sources
 from pipeline.decode import MediaError, decode_video, encode_still, read_image
 from pipeline.manifest import Frames, Images
 from pipeline.sampling import sample_indices
@@ -380,3 +384,105 @@ def test_broken_stills_say_why(tmp_path: Path, broken: Path) -> None:
             with pytest.raises(MediaError) as caught:
                 read(path)
             assert caught.value.reason == reason, path
+
+
+# How much is decoded and held -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded_frames(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many frames came out of each run of the decoder."""
+    counts: list[int] = []
+
+    def counting(*arguments: object, **named: object) -> Iterator[av.VideoFrame]:
+        counts.append(0)
+        run = len(counts) - 1
+        for frame in original(*arguments, **named):
+            counts[run] += 1
+            yield frame
+
+    original = sources._decode
+    monkeypatch.setattr(sources, "_decode", counting)
+    return counts
+
+
+def test_few_frames_are_reached_by_seeking_and_many_by_decoding_on(videos: Path, decoded_frames: list[int]) -> None:
+    few = Frames(sampler="middle", min=4, max=4, size=32)
+    for name in ("h264.mp4", "hevc.mkv", "vp9.webm", "h264_open.ts"):
+        decoded_frames.clear()
+        decode_video(videos / name, "decord", None, None, few)
+        assert sum(decoded_frames) < 50, name
+        decoded_frames.clear()
+        decode_video(videos / name, "decord", None, None, Frames(sampler="middle", min=64, max=64, size=32))
+        assert sum(decoded_frames) <= 101, name
+
+
+def test_a_file_without_times_is_decoded_once(tmp_path: Path, decoded_frames: list[int]) -> None:
+    path = write_video(tmp_path / "bare.h264", 100, options={"g": "12", "bf": "2"})
+    decoded = decode_video(path, "decord", 1.0, 3.0, SIXTEEN)
+    assert decoded_frames == [100] and not decoded.salvaged
+    assert [number_of(frame) for frame in decoded.frames] == (decoded.frame_index + 25).tolist()
+
+
+def test_a_long_video_costs_a_few_bytes_a_frame(tmp_path: Path) -> None:
+    write_video(tmp_path / "once.mp4", 250, options={"g": "250", "bf": "2"})
+    with av.open(str(tmp_path / "once.mp4")) as once, av.open(str(tmp_path / "long.mp4"), "w") as long:
+        stream = once.streams.video[0]
+        target, length = long.add_stream_from_template(stream), round(10 / stream.time_base)
+        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in once.demux(stream) if p.dts is not None]
+        for turn in range(40):
+            for data, pts, dts, key in packets:
+                packet = av.Packet(data)
+                packet.pts, packet.dts, packet.time_base = pts + turn * length, dts + turn * length, stream.time_base
+                packet.stream, packet.is_keyframe = target, key
+                long.mux(packet)
+    for read in (open_video, open_straight):
+        tracemalloc.start()
+        source = read(tmp_path / "long.mp4")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(source.seconds) == 10_000 and peak < 10_000 * 80
+    wanted = np.array([7, 4_999, 9_990])
+    pictures = open_video(tmp_path / "long.mp4").pictures(wanted)
+    assert [number_of(picture) for picture in pictures] == (wanted % 250).tolist()
+
+
+def test_a_stream_that_only_a_strict_decoder_refuses_is_read_as_players_do(tmp_path: Path) -> None:
+    """The header says four reference frames, the stream uses five: some cameras write such files."""
+    options = {"g": "25", "bf": "0", "refs": "5", "profile": "main", "preset": "slow"}
+    data = bytearray(write_video(tmp_path / "refs.mp4", 100, options=options).read_bytes())
+    place = data.index(b"avcC") + 4 + 8 + 4  # past the lengths, and profile and level of its parameter set
+    bits = "".join(f"{byte:08b}" for byte in data[place : place + 8])
+    assert bits.startswith("1101100110")  # 0, 0, 2 and 5 in Exp-Golomb: ITU-T H.264, sections 7.3.2.1.1, 9.1
+    bits = bits[:5] + "00101" + bits[10:]
+    data[place : place + 8] = int(bits, 2).to_bytes(8, "big")
+    path = tmp_path / "refs.mp4"
+    path.write_bytes(data)
+    pixels, _ = all_frames(path)
+    decoded = decode_video(path, "decord", None, None, SIXTEEN)
+    assert (decoded.vlen, decoded.salvaged) == (100, False)
+    for frame, index in zip(decoded.frames, decoded.frame_index, strict=True):
+        assert number_of(frame) == number_of(pixels[index])
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "size"), [("short_side", (150, 64)), ("long_side", (64, 28)), ("stretch", (64, 64))])
+def test_frames_keep_their_aspect_where_asked(mode: str, size: tuple[int, int]) -> None:
+    frames = Frames(sampler="middle", min=4, max=4, size=64, resize=mode)
+    decoded = decode_video(BIKES, "decord", None, None, frames)
+    assert decoded.frames.shape[1:3] == size[::-1] and (decoded.source_width, decoded.source_height) == (640, 272)
+    pixels, _ = all_frames(BIKES)
+    for frame, index in zip(decoded.frames, decoded.frame_index, strict=True):
+        expected = Image.fromarray(pixels[index]).resize(size, Image.Resampling.BICUBIC)
+        assert np.abs(frame - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_a_strip_too_narrow_to_keep_its_aspect_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    Image.new("RGB", (1000, 10)).save(tmp_path / "f" / "1.png")
+    frames = Frames(sampler="middle", min=4, max=4, size=64, resize="short_side")
+    with pytest.raises(MediaError, match="too narrow") as caught:
+        decode_video(tmp_path / "f", "img", None, None, frames)
+    assert caught.value.reason == "unsupported"

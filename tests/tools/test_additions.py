@@ -159,6 +159,39 @@ def test_failures_are_tried_again(data, first, tmp_path):
     assert snapshot(tmp_path).items() >= old.items()
 
 
+def test_the_file_that_has_changed_is_named_wherever_it_stands(data, first, tmp_path):
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    film = data.folder / "films.jsonl"
+    text = film.read_text()
+    film.write_text(text.replace("f1", "g1"))
+    try:
+        ran = subprocess.run(data.command(tmp_path, "stills", "films"), capture_output=True, text=True)
+    finally:
+        film.write_text(text)
+    assert ran.returncode == 2 and f"{film} has changed since the build; " in ran.stderr
+
+
+def test_what_a_root_was_built_from_stays_in_its_manifest(data, first, tmp_path):
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    before = snapshot(tmp_path)
+    gone = subprocess.run(data.command(tmp_path, "stills"), capture_output=True, text=True)
+    assert gone.returncode == 2 and "entry films is there and not in the manifest; " in gone.stderr
+    (data.folder / "media").rename(data.folder / "hidden")
+    try:
+        lost = subprocess.run(data.command(tmp_path, "films", "both"), capture_output=True, text=True)
+    finally:
+        (data.folder / "hidden").rename(data.folder / "media")
+    assert lost.returncode == 2 and "the media of entry films were found for the build and are not now (" in lost.stderr
+    assert f"{data.folder}/media: no such folder" in lost.stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_an_unfinished_build_takes_no_more_entries(data, tmp_path):
+    data.build(tmp_path, "films", options=("--rank", "1", "--of", "2"))
+    more = subprocess.run(data.command(tmp_path, "films", "stills"), capture_output=True, text=True)
+    assert more.returncode == 2 and "not finished: entry stills is in the manifest and not there; " in more.stderr
+
+
 def test_nothing_to_try_again(data, tmp_path):
     data.build(tmp_path, "stills")
     before = snapshot(tmp_path)

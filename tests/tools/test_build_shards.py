@@ -8,11 +8,13 @@ import hashlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -420,7 +422,7 @@ def test_an_entry_that_is_gone_is_named(plain_text, capsys):
     other = corpus.annotations(plain_text["folder"] / "other.json", [{"id": 1, "conversations": TEXT}])
     corpus.manifest(plain_text["manifest"], [{"annotation": str(other)}])
     assert run(plain_text) == 2
-    assert "entries[0] is 'mine' there and absent here" in capsys.readouterr().err
+    assert "entry mine is there and not in the manifest; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -453,6 +455,67 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     root = SCRIPT.parents[1]
     ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert ran.returncode == 130 and ran.stderr == "stopped; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_stopped_while_workers_start(made, tmp_path, seconds):
+    """SIGINT to all processes of the terminal: workers say nothing, wherever in their imports they are."""
+    command = [sys.executable, str(SCRIPT), "--stage", "2", "--manifest", str(made["manifest"]), "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "stage2" / "work" / "tasks").is_dir():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "stopped; the same command goes on from here\n"
+    assert process.returncode == 130
+
+
+def test_trying_again_touches_only_the_rows_of_what_failed(plain_text, capsys):
+    """An entry without failures gets no row, and an annotation file without samples keeps its own."""
+    nothing = corpus.annotations(plain_text["folder"] / "nothing.json", [])
+    lost = corpus.annotations(plain_text["folder"] / "lost.json", [{"image": "no.png", "conversations": TURNS}])
+    entries = [{"annotation": str(path)} for path in (nothing, plain_text["annotation"], lost)]
+    entries[2]["root"] = str(plain_text["folder"])
+    corpus.manifest(plain_text["manifest"], entries)
+    root = plain_text["folder"] / "shards" / "stage2"
+    found = {}
+    for attempts, options in ((1, ()), (2, ("--retry-failed",))):
+        assert run(plain_text, *options) == 0
+        found[attempts] = [tuple(row.values()) for row in read_ledger(root).to_pylist()]
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split(", ")[0] for line in printed if line.startswith("  ")] == [
+            "  empty_annotation: 1 entry",
+            "  missing_file: 1 media",
+        ]
+    kinds = {("nothing", "entry", "empty_annotation"), ("lost", "media", "missing_file")}
+    for attempts, rows in found.items():
+        assert {(row[0], row[4], row[5]) for row in rows} == kinds | {("lost", "dialogue", "missing_file")}
+        assert [row[7] for row in rows if row[4] == "media"] == [attempts] and len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--cache-gb", "lots"), "--cache-gb: must be a number of gigabytes, at least 0, not 'lots'"),
+        (("--cache-gb", "-1"), "--cache-gb: must be a number of gigabytes, at least 0, not '-1'"),
+        (("--cache-gb", "nan"), "--cache-gb: must be a number of gigabytes, at least 0, not 'nan'"),
+        (("--workers", "0"), "--workers: must be a whole number, at least 1, not '0'"),
+        (("--limit", "1.5"), "--limit: must be a whole number, at least 1, not '1.5'"),
+        (("--rank", "1"), "--rank and --of go together"),
+        (("--of", "4"), "--rank and --of go together"),
+        (("--rank", "5", "--of", "2"), "--rank 5: must be from 0 to 1, because --of is 2"),
+        (("--rank", "-1", "--of", "2"), "--rank -1: must be from 0 to 1, because --of is 2"),
+        (("--address", "host:1"), "--address goes with --executor ray"),
+        (("--report", "plan"), "--report goes with --dry-run"),
+        (("--retry-failed", "--rank", "0", "--of", "2"), "--retry-failed is for one machine"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(plain_text, capsys, options, named):
+    with pytest.raises(SystemExit) as stopped:
+        run(plain_text, *options)
+    assert stopped.value.code == 2 and named in capsys.readouterr().err
+    assert not (plain_text["folder"] / "shards").exists()
 
 
 # Entries that cannot be resolved, and manifests that cannot be used --------------------------------------------------
@@ -526,6 +589,28 @@ def test_a_root_map_says_where_things_are(unresolved, media):
 
 
 @pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        ({"HTTPS://example.org/films/": "dir:."}, "; it has `HTTPS://example.org/films/`"),
+        ({"films": "dir:absent"}, "roots.yaml: films: absent is not a folder"),
+        ({"films": {"archives": "dir:absent/a.zip"}}, "films: dir:absent/a.zip: absent is not a folder"),
+        ({"films": {"archives": ["dir:*.zip"]}}, "roots.yaml: films: dir:*.zip: no file matches"),
+        ({"films": {"archives": "dir:*/a.zip"}}, "data.roots: "),
+        ({"films": {"archives": "url:ftp://a"}}, "films: "),
+        ({}, "map the root to a place in "),
+    ],
+)
+def test_a_root_map_that_leads_nowhere_is_refused(unresolved, capsys, places, named):
+    (unresolved["folder"] / "roots.yaml").write_text(json.dumps(places))
+    data = {"roots": str(unresolved["folder"] / "roots.yaml"), "cache": str(unresolved["folder"] / "cache")}
+    corpus.manifest(unresolved["manifest"], [], data={**data, "entries": unresolved["entries"][1:2]})
+    assert run(unresolved) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and named in error
+    assert not (unresolved["folder"] / "shards").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"frames": {"sampler": "middle", "min": "four", "max": 8, "size": 224}}, "frames.min"),
@@ -568,3 +653,14 @@ def test_two_builds_of_one_folder_do_not_meet(made, tmp_path, capsys):
     os.close(handle)
     assert "another build is at work here" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "stage2").iterdir()] == ["build.lock"]
+
+
+def test_held_out_dialogues_are_not_told_with_media_to_train_on(made):
+    told = {}
+    for folder in ("video", "image"):
+        for sample in members(made["root"], folder).values():
+            item = json.loads(sample["json"])
+            about = told.setdefault(Path(item["source"]).name, set())
+            about |= {dialogue["id"] for dialogue in json.loads(item["dialogues"])}
+    assert told["a.mp4"] == {"f-a", "1", "2"}, "h1 of the held-out entry asks about it, too"
+    assert told["5.png"] == {"h3"}

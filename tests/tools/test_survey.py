@@ -60,7 +60,7 @@ def test_each_file_is_asked_for_once_and_each_answer_remembered(far):
         (UNKNOWN, True, "missing_file"),
         (7, False, ""),
     ]
-    assert "not for you" in found[2].message and "{path}/d.mp4" in found[3].message
+    assert "not for you" in found[2].message and "{path} d.mp4" in found[3].message
     assert [(item.size, item.reason) for item in again] == [(item.size, item.reason) for item in found]
     assert not any(item.new for item in again) and "c.mp4" in again[2].message
 

@@ -1,4 +1,4 @@
-"""Video pages through yt-dlp: ``page:https://HOST/watch?v={stem}`` (``pip install 'framestream[pages]'``).
+"""Video pages through yt-dlp: ``page:https://HOST/watch?v={stem}`` (``pip install -e '.[pages]'``).
 
 yt-dlp runs in a process of its own, which is ended with all it started when it takes too long, writes too much or its
 parent is gone. It reads no settings of the user, runs no commands and writes into ``scratch`` alone.
@@ -44,7 +44,7 @@ class PageSource:
         self._template, self._limits = Template("page", template), limits
         self.origin = self._template.shown
         if importlib.util.find_spec("yt_dlp") is None:
-            raise FetchError("unsupported", self.origin, "needs yt-dlp: pip install 'framestream[pages]'")
+            raise FetchError("unsupported", self.origin, "needs yt-dlp: pip install -e '.[pages]'")
 
     def find(self, path: str, tree: bool = False) -> int | None:
         """UNKNOWN: whether a page still has its video shows when it is fetched."""

@@ -115,7 +115,7 @@ def _matching(place: str, limits: Limits) -> list[Bytes]:
     if kind == "dir":
         parent = Path(folder + slash)
         if not parent.is_dir():
-            raise ValueError(f"{parent} is not a folder")
+            raise FetchError("missing_file", place, f"{parent} is not a folder")
         found = [item for item in parent.iterdir() if item.name == name or fnmatch.fnmatchcase(item.name, name)]
         return [LocalBytes(item) for item in found if item.is_file()]
     opened = open_hub(f"hf:{folder}", limits) if kind == "hf" else open_s3(f"s3:{folder}", limits)

@@ -1,4 +1,4 @@
-"""Buckets: ``s3://BUCKET/FOLDER``, through s3fs (``pip install 'framestream[s3]'``).
+"""Buckets: ``s3://BUCKET/FOLDER``, through s3fs (``pip install -e '.[s3]'``).
 
 s3fs lists folders and signs addresses, with credentials, region and AWS_ENDPOINT_URL as botocore finds them; without
 credentials the bucket is asked as anybody. Files come through ``tools.fetch.http``.
@@ -32,7 +32,7 @@ class Bucket:
         try:
             import s3fs
         except ImportError:
-            raise FetchError("unsupported", f"s3://{name}", "needs s3fs: pip install 'framestream[s3]'") from None
+            raise FetchError("unsupported", f"s3://{name}", "needs s3fs: pip install -e '.[s3]'") from None
         self._name, self._limits, self._s3fs = name, limits, s3fs
         self.http = Http(limits, login=LOGIN)
         self._system = self._connect(anonymous=False)
@@ -112,4 +112,4 @@ def _item(item: dict[str, Any]) -> Item:
 
 def _line(error: Exception) -> str:
     """An error of botocore without the addresses it may hold."""
-    return re.sub(r"https?://\S+", "the server", str(error)) or type(error).__name__
+    return re.sub(r"\"?https?://[^\s\"]+\"?", "the server", str(error)) or type(error).__name__

@@ -25,7 +25,7 @@ from trainer.model.video_llm import VideoLLM
 
 CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a still, beside its patches
 #: values of its width that a tower block keeps for each token: inputs of its norms, scales, products and activations
-KEPT_VALUES = {"umt": 17, "internvideo2": 22}
+KEPT_VALUES = {"umt": 16, "internvideo2": 22}
 
 
 def parameters(manifest: Manifest) -> dict[str, int]:

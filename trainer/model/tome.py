@@ -106,8 +106,8 @@ def match(keys: torch.Tensor, removed: int) -> torch.Tensor:
 def pool(rows: torch.Tensor, group: torch.Tensor, groups: int, mode: str) -> torch.Tensor:
     """The "sum" or "mean" of the rows of each group: (N, P, C) -> (N, groups, C).
 
-    Rows of a group are added in their order, on GPUs too, so a result never depends on timing, and no more is moved
-    than the rows themselves. Gradients flow to the rows.
+    Rows of a group are added in their order, on GPUs too, so a result never depends on timing. Nothing waits for the
+    device. Gradients flow to the rows.
 
     Args:
         rows: (N, P, C).

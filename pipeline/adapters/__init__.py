@@ -1,0 +1,33 @@
+"""Shards for other trainers: PyTorch data sets, chat inputs of Hugging Face processors, Megatron-Energon.
+
+    from pipeline.adapters import ShardDataset
+    sample = ShardDataset("shards/stage3", frames=64)[0]
+
+docs/reuse.md has an example for each. Names are imported when first used; what belongs to another package is imported
+by the file that needs it alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "ChatCollator": "pipeline.adapters.chat",
+    "chats": "pipeline.adapters.chat",
+    "Dialogue": "pipeline.adapters.samples",
+    "Media": "pipeline.adapters.samples",
+    "Sample": "pipeline.adapters.samples",
+    "SampleError": "pipeline.adapters.samples",
+    "ShardDataset": "pipeline.adapters.dataset",
+    "ShardStream": "pipeline.adapters.stream",
+    "StreamBatch": "pipeline.adapters.stream",
+    "read_members": "pipeline.adapters.members",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipeline.adapters' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
