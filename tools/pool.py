@@ -132,12 +132,8 @@ class _Worker:
         lost = dict(self._lost)
         if self._item is None:
             if crashes[None] == CRASHES:
-                how = (
-                    f"took over {OUTSIDE:g} s"
-                    if reason == "timeout"
-                    else f"ended with exit code {self._process.exitcode}"
-                )
-                raise WorkError(f"a worker {how} outside any item; see its messages above")
+                how = f"with exit code {self._process.exitcode}" if reason == "crashed" else f"after {OUTSIDE:g} s"
+                raise WorkError(f"a worker ended {how} outside any item; see its messages above")
         elif reason == "timeout" or crashes[self._item] == CRASHES:
             lost[self._item] = (reason, crashes[self._item])
         return self._task, lost, crashes

@@ -87,7 +87,7 @@ def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
 
 def test_a_hang_outside_any_item_does_not_last(tmp_path, monkeypatch):
     monkeypatch.setattr(tools.pool, "OUTSIDE", 4.0)
-    with pytest.raises(WorkError, match="took over 4 s outside any item"):
+    with pytest.raises(WorkError, match="ended after 4 s outside any item"):
         run(tmp_path, {(1, -1): "hang"})
 
 
