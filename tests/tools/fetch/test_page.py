@@ -158,7 +158,7 @@ def is_yt_dlp(number):
 
 def test_without_yt_dlp_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(tools.fetch.page.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FetchError, match=r"pip install 'framestream\[pages\]'"):
+    with pytest.raises(FetchError, match=r"pip install -e '.\[pages\]'"):
         PageSource("https://h/{stem}", QUICK)
     with pytest.raises(ValueError):
         PageSource("https://h/x", QUICK)

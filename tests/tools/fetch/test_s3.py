@@ -132,7 +132,7 @@ def test_no_such_bucket_and_no_server(bucket, monkeypatch):
 
 def test_without_s3fs_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(FetchError, match=r"pip install 'framestream\[s3\]'"):
+    with pytest.raises(FetchError, match=r"pip install -e '.\[s3\]'"):
         open_s3("s3://videos/v", QUICK)
     with pytest.raises(ValueError):
         open_s3("s3:/videos", QUICK)
