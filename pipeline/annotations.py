@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.json_text import NO_CHARACTER, PairedEscapes
 from pipeline.manifest import READERS, SAMPLING, SAMPLING_HELP, Entry, ManifestError
 
 MARK = "<image>"  #: stands where a media item belongs, an image or a video
@@ -191,7 +192,7 @@ def _json_list(path: Path, file: io.BufferedReader) -> Iterator[Any]:
         return
     if not head.startswith(b"["):
         raise AnnotationFileError(f"{path}: expected a JSON list of samples; name a file of JSON lines .jsonl")
-    yield from ijson.items(_Chained(head, file), "item", use_float=True)
+    yield from ijson.items(PairedEscapes(head, file), "item", use_float=True)
 
 
 def _json_lines(file: io.BufferedReader) -> Iterator[Any]:
@@ -202,19 +203,6 @@ def _json_lines(file: io.BufferedReader) -> Iterator[Any]:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
             yield AnnotationError("bad_sample", f"the line is not JSON ({_one_line(error)})")
-
-
-class _Chained:
-    """A readable made of some bytes and the rest of a file."""
-
-    def __init__(self, head: bytes, file: io.BufferedReader) -> None:
-        self._head, self._file = head, file
-
-    def read(self, size: int = -1) -> bytes:
-        if self._head and size:
-            head, self._head = self._head, b""
-            return head
-        return self._file.read(size)
 
 
 class _explained:
@@ -390,7 +378,7 @@ def _clean(value: Any) -> Any:
 def _whole(text: str) -> str:
     """``text``; UnicodeEncodeError if it holds half a UTF-16 pair."""
     if not text.isascii():
-        text.encode()
+        text.replace(NO_CHARACTER, "\ud800").encode()
     return text
 
 

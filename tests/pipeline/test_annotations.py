@@ -168,6 +168,18 @@ def test_reason(value, expected):
     assert reason(value) == expected
 
 
+def test_half_a_utf16_pair_costs_its_sample_alone(tmp_path):
+    whole = sample(image="a.jpg")
+    half = sample(image="b.jpg", conversations=[HUMAN, {"from": "gpt", "value": "\ud83d"}])
+    for name, text in (
+        ("a.json", json.dumps([half, whole, half])),
+        ("a.jsonl", f"{json.dumps(half)}\n{json.dumps(whole)}"),
+    ):
+        (tmp_path / name).write_text(text)
+        read = list(read_annotations(tmp_path / name, entry(media_type="image")))
+        assert [getattr(item, "reason", "") for item in read] == ["bad_sample", "", "bad_sample"][: len(read)]
+
+
 @pytest.mark.parametrize(("media_type", "field"), [("text", "image"), ("image", "video"), ("video", "image")])
 def test_media_that_the_entry_does_not_allow(media_type, field):
     assert reason(sample(**{field: "a.b"}), media_type=media_type) == "wrong_media"

@@ -11,8 +11,6 @@ import pytest
 from tests.tools.test_additions import Corpus
 from tests.tools.test_build_shards import snapshot
 
-pytest.importorskip("ray", reason="needs the extra `ray`")
-
 
 @pytest.fixture(scope="module")
 def cluster():
