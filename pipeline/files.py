@@ -28,7 +28,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -46,9 +46,9 @@ def sha256(path: str | Path) -> bytes:
     return digest.digest()
 
 
-def sync_folder(folder: str | Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Make a file, or the renames inside a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

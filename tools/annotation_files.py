@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline.files import sha256, sync_folder, write_atomic
+from pipeline.files import sha256, sync, write_atomic
 from pipeline.manifest import ManifestError
 from pipeline.shard_format import json_text
 from tools.fetch.limits import Limits
@@ -108,7 +108,7 @@ def _keep(file: Path, kept: Path, record: dict[str, Any]) -> None:
     write_atomic(named.parent / RECORD, json_text(record).encode())
     shutil.rmtree(kept.parent, ignore_errors=True)  # one that has been damaged
     os.rename(named.parent, kept.parent)
-    sync_folder(kept.parent.parent)
+    sync(kept.parent.parent)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.annotations import AnnotationFileError
-from pipeline.files import sync_folder, write_atomic
+from pipeline.files import sync, write_atomic
 from pipeline.manifest import Manifest
 from pipeline.shard_format import json_text
 from tools.executors import Executor
@@ -131,7 +131,7 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
         raise
     write_atomic(scratch / "specification.json", json_text(wanted).encode())
     os.rename(scratch, folder)
-    sync_folder(work)
+    sync(work)
     return True
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.files import sync_folder, write_atomic
+from pipeline.files import sync, write_atomic
 from pipeline.index import SHARD_SCHEMA, table, write_index
 from pipeline.ledger import write_ledger
 from pipeline.shard_format import ShardInfo, read_reader_files, write_reader_files
@@ -116,7 +116,7 @@ def _move(path: Path, place: Path) -> None:
     if path.is_file():
         place.parent.mkdir(exist_ok=True)
         os.replace(path, place)
-        sync_folder(place.parent)
+        sync(place.parent)
 
 
 def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:

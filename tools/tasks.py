@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.decode import Decoded, MediaError, decode_video, encode_still
-from pipeline.files import sync_folder, write_atomic
+from pipeline.files import sync, write_atomic
 from pipeline.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, table
 from pipeline.ledger import LedgerRow, ledger_table
 from pipeline.manifest import FOLDER_READERS, Frames, Images
@@ -321,7 +321,7 @@ def _result(job: Job, task: int) -> Iterator[_Result]:
         if not final.is_dir():  # else a worker of a build that was killed got there first, with the same bytes
             raise
         shutil.rmtree(scratch)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 # Media ----------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pickle import UnpicklingError
 
 import torch
 
+from pipeline.files import sync
 from pipeline.manifest import Manifest, plain
 from trainer.distributed import Place, barrier
 from trainer.weight_files import Stored
@@ -80,10 +81,10 @@ def save(engine, run: Path, step: int, loader_state: dict, manifest: Manifest, p
         state = {"step": step, "world": place.world, "loader": loader_state, "settings": settings(manifest)}
         (folder / part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in sorted((folder / part).rglob("*")):
-            _sync(path)
+            sync(path)
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(folder / part, folder / name)
-        _sync(folder)
+        sync(folder)
         write_atomically(folder / "latest", name)
         _prune(folder, name, manifest.train.keep_last)
     barrier()
@@ -176,9 +177,9 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step, synced to disk."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
-    _sync(part)
+    sync(part)
     os.replace(part, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
@@ -186,14 +187,6 @@ def _prune(folder: Path, newest: str, keep: int) -> None:
     whole = sorted(path for path in folder.glob("step-*") if path.name <= newest)
     for path in [*whole[:-keep], *folder.glob("part-*")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _flat(value: dict, prefix: str = "") -> list[tuple[str, object]]:

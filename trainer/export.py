@@ -26,7 +26,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from pipeline.conversation import load_tokenizer
-from pipeline.files import sync_folder
+from pipeline.files import sync
 from pipeline.manifest import ManifestError, load_manifest
 from trainer import release
 from trainer.model.video_llm import build_model
@@ -81,9 +81,9 @@ def export(checkpoint: Path, out: Path, release_files: Path | None = None, shard
         _write_json(part / "generation_config.json", release.generation_config(tokens))
         _write_json(part / "config.json", release.release_config(settings, tokens))
         for path in (*part.iterdir(), part):
-            sync_folder(path)  # of files too: their bytes
+            sync(path)
         os.replace(part, out)
-        sync_folder(part.parent)
+        sync(part.parent)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:

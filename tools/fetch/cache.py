@@ -25,6 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files import sync
 from tools.fetch.source import Source
 
 ABANDONED = 24 * 3600  #: seconds after which the scratch folder of another machine counts as left behind
@@ -162,7 +163,7 @@ class Cache:
             ready.mkdir()
             for file in files:
                 _place(file, ready / file.name)
-                _sync(ready / file.name)
+                sync(ready / file.name)
             try:
                 os.rename(ready, kept)
             except OSError as error:
@@ -279,14 +280,6 @@ def _place(source: str | Path, target: Path) -> None:
         if error.errno not in NO_LINKS:
             raise
         shutil.copyfile(source, target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
