@@ -1,0 +1,328 @@
+"""Pictures in parquet files, as data sets of the hub hold them: a row, a picture.
+
+A file has a column ``image`` of {bytes: binary, path: string} and mostly a column ``id``. Of each row group the small
+columns of names are read once; a picture then costs the column of pictures of its row group, up to its row. Writers
+mostly put all of that column into one page, so pages are unpacked whole, and the next pictures come out of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tools.fetch.members import ROW, Member
+from tools.fetch.rows import listed
+from tools.fetch.source import UNKNOWN, Bytes, FetchError
+from tools.threads import Threads
+
+MARK = b"PAR1"  #: first and last bytes of a file
+FOOTER = 32 << 20  #: most bytes of the directory at a file's end
+ROWS = 1 << 26  #: most rows of a file
+PAGE = 1 << 30  #: most bytes read at once, which is a packed page
+RATIO, SPARE = 20, 1 << 28  #: names and pictures may unpack to RATIO times their packed size and SPARE bytes
+
+_BUFFER = 1 << 18  # bytes; pages that are larger are read at once
+_BATCH = 4096  # rows of names
+_AHEAD, _THREADS, _SMALL = 16, 8, 1 << 20  # row groups whose names are read at once, by so many; bytes of a column
+_OPEN, _RECENT = 3, 32 << 20  # row groups of this process that are open; bytes of pictures kept of each
+_DAMAGED = "the parquet file is damaged; fetch it again"
+
+#: What pyarrow raises on files that are none.
+_BROKEN = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
+
+
+def list_parquet(file: Bytes, mark: str, notes: list[str]) -> Iterator[tuple[str, Member]]:
+    """The names of every row that has a picture, as :func:`tools.fetch.rows.listed` makes them, and its member, whose
+    offset is the row; what is wrong with single row groups into ``notes``.
+
+    Raises:
+        FetchError: truncated, corrupt, too_large; unsupported, where the file has no such columns.
+    """
+    table = _Table(file)
+    bound, nameless = RATIO * file.size + SPARE, 0
+    with Threads(_THREADS) as threads:
+        for first in range(0, table.groups, _AHEAD):
+            groups = range(first, min(first + _AHEAD, table.groups))
+            for group, pieces in zip(groups, threads.map(table.small_pieces, groups), strict=True):
+                try:
+                    for row, path, name in table.names(group, pieces):
+                        paths = list(listed(path, name, mark, row))
+                        nameless += not paths
+                        bound -= sum(map(len, paths)) + 64 * len(paths)
+                        if bound < 0:
+                            text = f"its names are over {RATIO} times its size; split the file"
+                            raise FetchError("too_large", file.name, text)
+                        for listed_path in paths:
+                            yield listed_path, Member(0, row, UNKNOWN, 0, 0, ROW)
+                except _BROKEN as error:
+                    text = f"the names of row group {group} cannot be read ({_line(error)})"
+                    notes.append(f"{file.name}: {text}; its pictures are lost; fetch it again")
+    if nameless:
+        notes.append(f"{file.name}: {nameless} pictures have neither a path nor an id to be found by")
+
+
+class Pictures:
+    """The pictures of parquet files, by file and row; threads may share it.
+
+    Of the row groups that were read last, 3 in this process, the page that is being read and 32 MiB of its pictures are
+    kept for neighbours.
+    """
+
+    def __init__(self, files: Sequence[Bytes], names: Sequence[str], limit: int) -> None:
+        self._files, self._names, self._limit = files, names, limit
+        self._lock = threading.Lock()  # on the next
+        self._table: tuple[int, _Table] | None = None  # of the last file
+
+    def read(self, number: int, row: int, place: str) -> bytes | None:
+        """The picture in a row of file ``number``; None where the row has none.
+
+        Raises:
+            FetchError: too_large, for a picture over ``limit`` bytes; corrupt; and what reading the file raises.
+        """
+        with self._lock:
+            if self._table is None or self._table[0] != number:
+                self._table = number, _Table(self._files[number])
+            table = self._table[1]
+        number_of_group, row = table.locate(row)
+        key = self._names[number], number_of_group
+        group = _open_groups.get(key, lambda: _Group(lambda: table.pictures(number_of_group)))
+        try:
+            picture = group.picture(row)
+        except BaseException as error:
+            _open_groups.drop(key)
+            if isinstance(error, _BROKEN):
+                raise FetchError("corrupt", place, f"{_DAMAGED} ({_line(error)})") from None
+            raise
+        if picture is not None and len(picture) > self._limit:
+            raise FetchError("too_large", place, f"{len(picture)} bytes, where {self._limit} are allowed (data.fetch_mb)")
+        return picture
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+class _Table:
+    """The directory of a file, checked.
+
+    Raises:
+        FetchError: as :func:`list_parquet`.
+    """
+
+    def __init__(self, file: Bytes) -> None:
+        self._file = file
+        end = file.read(max(file.size - 8, 0), 8)
+        if file.size < 12 or not end.endswith(MARK):
+            raise FetchError("truncated", file.name, "the parquet file has no directory at its end; fetch it again")
+        footer = int.from_bytes(end[:4], "little")
+        if footer > file.size - 12:
+            raise FetchError("corrupt", file.name, f"{_DAMAGED}: its directory is longer than the file")
+        if footer > FOOTER:
+            raise FetchError("too_large", file.name, f"its directory has {footer} bytes, over {FOOTER}; split the file")
+        try:
+            opened = self._open({})
+            self._metadata, schema = opened.metadata, opened.schema_arrow
+            counts = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+        except _BROKEN as error:
+            raise FetchError("corrupt", file.name, f"{_DAMAGED} ({_line(error)})") from None
+        self._starts = [0, *accumulate(counts)]
+        self.groups = len(counts)
+        if min(counts, default=0) < 0 or self._starts[-1] != self._metadata.num_rows:
+            raise FetchError("corrupt", file.name, f"{_DAMAGED}: its row groups have another number of rows than it")
+        if self._starts[-1] > ROWS:
+            raise FetchError("too_large", file.name, f"has {self._starts[-1]} rows, over {ROWS}; split the file")
+        self._wanted = _columns(file, schema)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The row group of a row, and the row's place in it."""
+        group = bisect_right(self._starts, row) - 1
+        return group, row - self._starts[group]
+
+    def small_pieces(self, group: int) -> dict[int, bytes]:
+        """The columns of names of a row group, by their places; none where they are not small, or are nowhere."""
+        pieces = {}
+        for start, size, _ in self._chunks(group, self._wanted):
+            if 0 <= start and 0 < size <= _SMALL and start + size <= self._file.size:
+                pieces[start] = self._file.read(start, size)
+        return pieces
+
+    def names(self, group: int, pieces: dict[int, bytes]) -> Iterator[tuple[int, str | None, str | None]]:
+        """Row, path and id of each picture of a row group."""
+        row = self._starts[group]
+        self._check_ratio(group, self._wanted)
+        for batch in self._batches(group, self._wanted, _BATCH, pieces):
+            columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+            there = columns["image"].is_valid().to_pylist() if "image" in columns else [True] * len(batch)
+            paths = _texts(columns["image"].field("path")) if "image" in columns else [None] * len(batch)
+            names = _texts(columns["id"]) if "id" in columns else [None] * len(batch)
+            for number, (valid, path, name) in enumerate(zip(there, paths, names, strict=True), row):
+                if valid:
+                    yield number, path, name
+            row += len(batch)
+        if row != self._starts[group + 1]:
+            raise ValueError(f"rows end at {row}, not {self._starts[group + 1]}")
+
+    def pictures(self, group: int) -> Iterator[bytes | None]:
+        """The pictures of a row group, row by row; None for a row without one."""
+        self._check_ratio(group, ("image.bytes",))
+        for batch in self._batches(group, ("image.bytes",), 1, {}):
+            value = batch.column(0)[0].as_py()
+            yield None if value is None else value["bytes"]
+
+    def _batches(
+        self, group: int, columns: Sequence[str], rows: int, pieces: dict[int, bytes]
+    ) -> Iterator[pa.RecordBatch]:
+        opened = self._open(pieces, self._metadata)
+        return opened.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
+
+    def _open(self, pieces: dict[int, bytes], metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            _Handle(self._file, pieces),
+            metadata=metadata,
+            buffer_size=_BUFFER,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
+
+    def _check_ratio(self, group: int, columns: Sequence[str]) -> None:
+        for _, packed, size in self._chunks(group, columns):
+            if size > RATIO * max(packed, 0) + SPARE:
+                raise FetchError("too_large", self._file.name, f"row group {group} unpacks to {size} bytes; pack it anew")
+
+    def _chunks(self, group: int, columns: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+        """Start, packed and unpacked size of columns of a row group, as the directory states them."""
+        row_group = self._metadata.row_group(group)
+        for number in range(row_group.num_columns):
+            chunk = row_group.column(number)
+            if chunk.path_in_schema in columns:
+                starts = [place for place in (chunk.dictionary_page_offset, chunk.data_page_offset) if place is not None]
+                yield min(starts), chunk.total_compressed_size, chunk.total_uncompressed_size
+
+
+def _columns(file: Bytes, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that names are in."""
+    found = [field.name for field in schema]
+    image = schema.field("image").type if found.count("image") == 1 else None
+    inner = {} if image is None or not pa.types.is_struct(image) else {field.name: field.type for field in image}
+    if "bytes" not in inner or not (pa.types.is_binary(inner["bytes"]) or pa.types.is_large_binary(inner["bytes"])):
+        text = f"the parquet file has no column image of {{bytes, path}}; its columns are {', '.join(found)[:200]}"
+        raise FetchError("unsupported", file.name, text)
+    wanted = ["image.path"] if "path" in inner and _is_text(inner["path"]) else []
+    wanted += ["id"] if found.count("id") == 1 and _is_text(schema.field("id").type) else []
+    if not wanted:
+        raise FetchError("unsupported", file.name, "the parquet file has neither image.path nor id to find pictures by")
+    return tuple(wanted)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+
+
+def _texts(column: pa.Array) -> list[str | None]:
+    """Texts or integers as texts; bytes that are no UTF-8 are kept as paths keep them."""
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.string())
+    binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+    return [None if text is None else text.decode("utf-8", "surrogateescape") for text in binary.to_pylist()]
+
+
+class _Handle(io.RawIOBase):
+    """A file for pyarrow; what lies in ``pieces`` (bytes by offset) is not read again."""
+
+    def __init__(self, file: Bytes, pieces: dict[int, bytes]) -> None:
+        self._file, self._pieces, self._place = file, pieces, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
+        if self._place < 0:
+            raise ValueError(f"seek to {self._place}")
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= PAGE:
+            raise FetchError("too_large", self._file.name, f"{size} bytes are to be read at once, over {PAGE}")
+        start = self._place
+        for first, piece in self._pieces.items():
+            if first <= start and start + size <= first + len(piece):
+                data = piece[start - first : start - first + size]
+                break
+        else:
+            data = self._file.read(start, size)
+        self._place += len(data)
+        return data
+
+
+# Row groups -----------------------------------------------------------------------------------------------------------
+
+
+class _Group:
+    """A row group whose pictures are taken one by one; those that were passed last are kept."""
+
+    def __init__(self, begin: Callable[[], Iterator[bytes | None]]) -> None:
+        self._begin, self._left, self._next = begin, iter(()), 0  # what is left, beginning with row _next
+        self._kept: OrderedDict[int, bytes | None] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def picture(self, row: int) -> bytes | None:
+        with self._lock:
+            if row in self._kept:
+                return self._kept[row]
+            if not self._next or row < self._next:
+                self._left, self._next = self._begin(), 0
+            for picture in islice(self._left, row + 1 - self._next):
+                self._keep(picture)
+                if self._next > row:
+                    return picture
+            raise ValueError(f"the row group ends before row {row}")
+
+    def _keep(self, picture: bytes | None) -> None:
+        self._size -= len(self._kept.pop(self._next, None) or b"")
+        self._kept[self._next] = picture
+        self._next += 1
+        self._size += len(picture or b"")
+        while self._size > _RECENT:
+            self._size -= len(self._kept.popitem(last=False)[1] or b"")
+
+
+class _Groups:
+    """The row groups of a process that were used last. There is one for all places, since their pages are what takes
+    memory, and a build goes from place to place."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._groups: OrderedDict[tuple[str, int], _Group] = OrderedDict()
+
+    def get(self, key: tuple[str, int], make: Callable[[], _Group]) -> _Group:
+        with self._lock:
+            self._groups[key] = group = self._groups.pop(key, None) or make()
+            while len(self._groups) > self._most:
+                self._groups.popitem(last=False)
+            return group
+
+    def drop(self, key: tuple[str, int]) -> None:
+        with self._lock, contextlib.suppress(KeyError):
+            del self._groups[key]
+
+
+_open_groups = _Groups(_OPEN)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
