@@ -7,7 +7,6 @@ mostly put all of that column into one page, so pages are unpacked whole, and th
 
 from __future__ import annotations
 
-import contextlib
 import io
 import threading
 from bisect import bisect_right
@@ -96,13 +95,11 @@ class Pictures:
         group = _open_groups.get(key, lambda: _Group(lambda: table.pictures(number_of_group)))
         try:
             picture = group.picture(row)
-        except BaseException as error:
-            _open_groups.drop(key)
-            if isinstance(error, _BROKEN):
-                raise FetchError("corrupt", place, f"{_DAMAGED} ({_line(error)})") from None
-            raise
+        except _BROKEN as error:
+            raise FetchError("corrupt", place, f"{_DAMAGED} ({_line(error)})") from None
         if picture is not None and len(picture) > self._limit:
-            raise FetchError("too_large", place, f"{len(picture)} bytes, where {self._limit} are allowed (data.fetch_mb)")
+            text = f"{len(picture)} bytes, where {self._limit} are allowed (data.fetch_mb)"
+            raise FetchError("too_large", place, text)
         return picture
 
 
@@ -129,7 +126,14 @@ class _Table:
         try:
             opened = self._open({})
             self._metadata, schema = opened.metadata, opened.schema_arrow
-            counts = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+            groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
+            counts = [group.num_rows for group in groups]
+            leaves = {self._metadata.schema.column(n).path: n for n in range(self._metadata.num_columns)}
+            self._wanted = _columns(file, schema)
+            self._chunks = {  # of each row group
+                name: [_chunk(group.column(leaves[name])) for group in groups]
+                for name in (*self._wanted, "image.bytes")
+            }
         except _BROKEN as error:
             raise FetchError("corrupt", file.name, f"{_DAMAGED} ({_line(error)})") from None
         self._starts = [0, *accumulate(counts)]
@@ -138,7 +142,6 @@ class _Table:
             raise FetchError("corrupt", file.name, f"{_DAMAGED}: its row groups have another number of rows than it")
         if self._starts[-1] > ROWS:
             raise FetchError("too_large", file.name, f"has {self._starts[-1]} rows, over {ROWS}; split the file")
-        self._wanted = _columns(file, schema)
 
     def locate(self, row: int) -> tuple[int, int]:
         """The row group of a row, and the row's place in it."""
@@ -148,8 +151,8 @@ class _Table:
     def small_pieces(self, group: int) -> dict[int, bytes]:
         """The columns of names of a row group, by their places; none where they are not small, or are nowhere."""
         pieces = {}
-        for start, size, _ in self._chunks(group, self._wanted):
-            if 0 <= start and 0 < size <= _SMALL and start + size <= self._file.size:
+        for start, size, _ in (self._chunks[name][group] for name in self._wanted):
+            if start >= 0 and 0 < size <= _SMALL and start + size <= self._file.size:
                 pieces[start] = self._file.read(start, size)
         return pieces
 
@@ -192,18 +195,17 @@ class _Table:
         )
 
     def _check_ratio(self, group: int, columns: Sequence[str]) -> None:
-        for _, packed, size in self._chunks(group, columns):
+        for _, packed, size in (self._chunks[name][group] for name in columns):
             if size > RATIO * max(packed, 0) + SPARE:
-                raise FetchError("too_large", self._file.name, f"row group {group} unpacks to {size} bytes; pack it anew")
+                text = f"row group {group} unpacks to {size} bytes, over {RATIO} times its size"
+                raise FetchError("too_large", self._file.name, text)
 
-    def _chunks(self, group: int, columns: Sequence[str]) -> Iterator[tuple[int, int, int]]:
-        """Start, packed and unpacked size of columns of a row group, as the directory states them."""
-        row_group = self._metadata.row_group(group)
-        for number in range(row_group.num_columns):
-            chunk = row_group.column(number)
-            if chunk.path_in_schema in columns:
-                starts = [place for place in (chunk.dictionary_page_offset, chunk.data_page_offset) if place is not None]
-                yield min(starts), chunk.total_compressed_size, chunk.total_uncompressed_size
+
+def _chunk(column: pq.ColumnChunkMetaData) -> tuple[int, int, int]:
+    """Start, packed and unpacked size of a column of a row group, as the directory states them."""
+    starts = (column.dictionary_page_offset, column.data_page_offset)
+    start = min(place for place in starts if place is not None)
+    return start, column.total_compressed_size, column.total_uncompressed_size
 
 
 def _columns(file: Bytes, schema: pa.Schema) -> tuple[str, ...]:
@@ -222,11 +224,14 @@ def _columns(file: Bytes, schema: pa.Schema) -> tuple[str, ...]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
 
 
 def _texts(column: pa.Array) -> list[str | None]:
     """Texts or integers as texts; bytes that are no UTF-8 are kept as paths keep them."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if pa.types.is_integer(column.type):
         column = column.cast(pa.string())
     binary = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
@@ -286,11 +291,15 @@ class _Group:
                 return self._kept[row]
             if not self._next or row < self._next:
                 self._left, self._next = self._begin(), 0
-            for picture in islice(self._left, row + 1 - self._next):
-                self._keep(picture)
-                if self._next > row:
-                    return picture
-            raise ValueError(f"the row group ends before row {row}")
+            try:
+                for picture in islice(self._left, row + 1 - self._next):
+                    self._keep(picture)
+                    if self._next > row:
+                        return picture
+                raise ValueError(f"the row group ends before row {row}")
+            except BaseException:
+                self._next = 0  # to begin anew, if the server is there again
+                raise
 
     def _keep(self, picture: bytes | None) -> None:
         self._size -= len(self._kept.pop(self._next, None) or b"")
@@ -315,10 +324,6 @@ class _Groups:
             while len(self._groups) > self._most:
                 self._groups.popitem(last=False)
             return group
-
-    def drop(self, key: tuple[str, int]) -> None:
-        with self._lock, contextlib.suppress(KeyError):
-            del self._groups[key]
 
 
 _open_groups = _Groups(_OPEN)
