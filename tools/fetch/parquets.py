@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from tools.fetch.members import ROW, Member
 from tools.fetch.rows import listed
 from tools.fetch.source import UNKNOWN, Bytes, FetchError
+from tools.fetch.thrift import read_directory
 from tools.threads import Threads
 
 MARK = b"PAR1"  #: first and last bytes of a file
@@ -28,6 +29,7 @@ ROWS = 1 << 26  #: most rows of a file
 PAGE = 1 << 30  #: most bytes read at once, which is a packed page
 RATIO, SPARE = 20, 1 << 28  #: names and pictures may unpack to RATIO times their packed size and SPARE bytes
 
+_TAIL = 1 << 16  # bytes; what pyarrow reads first
 _BUFFER = 1 << 18  # bytes; pages that are larger are read at once
 _BATCH = 4096  # rows of names
 _AHEAD, _THREADS, _SMALL = 16, 8, 1 << 20  # row groups whose names are read at once, by so many; bytes of a column
@@ -115,33 +117,31 @@ class _Table:
 
     def __init__(self, file: Bytes) -> None:
         self._file = file
-        end = file.read(max(file.size - 8, 0), 8)
-        if file.size < 12 or not end.endswith(MARK):
+        tail = file.read(max(file.size - _TAIL, 0), _TAIL)
+        if file.size < 12 or not tail.endswith(MARK):
             raise FetchError("truncated", file.name, "the parquet file has no directory at its end; fetch it again")
-        footer = int.from_bytes(end[:4], "little")
+        footer = int.from_bytes(tail[-8:-4], "little")
         if footer > file.size - 12:
             raise FetchError("corrupt", file.name, f"{_DAMAGED}: its directory is longer than the file")
         if footer > FOOTER:
             raise FetchError("too_large", file.name, f"its directory has {footer} bytes, over {FOOTER}; split the file")
+        if footer + 8 > len(tail):
+            tail = file.read(file.size - footer - 8, footer + 8)
         try:
-            opened = self._open({})
-            self._metadata, schema = opened.metadata, opened.schema_arrow
-            groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
-            counts = [group.num_rows for group in groups]
-            leaves = {self._metadata.schema.column(n).path: n for n in range(self._metadata.num_columns)}
-            self._wanted = _columns(file, schema)
-            self._chunks = {  # of each row group
-                name: [_chunk(group.column(leaves[name])) for group in groups]
-                for name in (*self._wanted, "image.bytes")
-            }
+            opened = self._open({file.size - len(tail): tail})
+            self._metadata, self._wanted = opened.metadata, _columns(file, opened.schema_arrow)
+            needed = {*self._wanted, "image.bytes"}
+            rows, self._groups = read_directory(tail[-8 - footer : -8], needed)
+            if any(group.chunks.keys() != needed for group in self._groups):
+                raise ValueError("a row group lacks a column")
         except _BROKEN as error:
             raise FetchError("corrupt", file.name, f"{_DAMAGED} ({_line(error)})") from None
-        self._starts = [0, *accumulate(counts)]
-        self.groups = len(counts)
-        if min(counts, default=0) < 0 or self._starts[-1] != self._metadata.num_rows:
+        self.groups = len(self._groups)
+        self._starts = [0, *accumulate(group.rows for group in self._groups)]
+        if self._starts[-1] != rows or self._metadata.num_row_groups != self.groups:
             raise FetchError("corrupt", file.name, f"{_DAMAGED}: its row groups have another number of rows than it")
-        if self._starts[-1] > ROWS:
-            raise FetchError("too_large", file.name, f"has {self._starts[-1]} rows, over {ROWS}; split the file")
+        if rows > ROWS:
+            raise FetchError("too_large", file.name, f"has {rows} rows, over {ROWS}; split the file")
 
     def locate(self, row: int) -> tuple[int, int]:
         """The row group of a row, and the row's place in it."""
@@ -151,9 +151,10 @@ class _Table:
     def small_pieces(self, group: int) -> dict[int, bytes]:
         """The columns of names of a row group, by their places; none where they are not small, or are nowhere."""
         pieces = {}
-        for start, size, _ in (self._chunks[name][group] for name in self._wanted):
-            if start >= 0 and 0 < size <= _SMALL and start + size <= self._file.size:
-                pieces[start] = self._file.read(start, size)
+        for name in self._wanted:
+            chunk = self._groups[group].chunks[name]
+            if chunk.packed <= _SMALL and chunk.start + chunk.packed <= self._file.size:
+                pieces[chunk.start] = self._file.read(chunk.start, chunk.packed)
         return pieces
 
     def names(self, group: int, pieces: dict[int, bytes]) -> Iterator[tuple[int, str | None, str | None]]:
@@ -195,17 +196,10 @@ class _Table:
         )
 
     def _check_ratio(self, group: int, columns: Sequence[str]) -> None:
-        for _, packed, size in (self._chunks[name][group] for name in columns):
-            if size > RATIO * max(packed, 0) + SPARE:
-                text = f"row group {group} unpacks to {size} bytes, over {RATIO} times its size"
+        for chunk in map(self._groups[group].chunks.get, columns):
+            if chunk.size > RATIO * chunk.packed + SPARE:
+                text = f"row group {group} unpacks to {chunk.size} bytes, over {RATIO} times its size"
                 raise FetchError("too_large", self._file.name, text)
-
-
-def _chunk(column: pq.ColumnChunkMetaData) -> tuple[int, int, int]:
-    """Start, packed and unpacked size of a column of a row group, as the directory states them."""
-    starts = (column.dictionary_page_offset, column.data_page_offset)
-    start = min(place for place in starts if place is not None)
-    return start, column.total_compressed_size, column.total_uncompressed_size
 
 
 def _columns(file: Bytes, schema: pa.Schema) -> tuple[str, ...]:
