@@ -31,9 +31,10 @@ RATIO, SPARE = 20, 1 << 28  #: names and pictures may unpack to RATIO times thei
 
 _TAIL = 1 << 16  # bytes; what pyarrow reads first
 _BUFFER = 1 << 18  # bytes; pages that are larger are read at once
-_BATCH = 4096  # rows of names
+_BATCH, _PICTURES = 4096, 1 << 20  # rows taken out of a page at once: of names; of pictures, bytes together
 _AHEAD, _THREADS, _SMALL = 16, 8, 1 << 20  # row groups whose names are read at once, by so many; bytes of a column
-_OPEN, _RECENT = 3, 32 << 20  # row groups of this process that are open; bytes of pictures kept of each
+_OPEN, _RECENT = 2, 32 << 20  # row groups of this process that are open; bytes of pictures kept of each
+_TABLES = 4  # directories kept
 _DAMAGED = "the parquet file is damaged; fetch it again"
 
 #: What pyarrow raises on files that are none.
@@ -73,14 +74,14 @@ def list_parquet(file: Bytes, mark: str, notes: list[str]) -> Iterator[tuple[str
 class Pictures:
     """The pictures of parquet files, by file and row; threads may share it.
 
-    Of the row groups that were read last, 3 in this process, the page that is being read and 32 MiB of its pictures are
-    kept for neighbours.
+    Of the two row groups of this process that were read last, the page that is being read and 32 MiB of the pictures
+    before it are kept for neighbours.
     """
 
     def __init__(self, files: Sequence[Bytes], names: Sequence[str], limit: int) -> None:
         self._files, self._names, self._limit = files, names, limit
         self._lock = threading.Lock()  # on the next
-        self._table: tuple[int, _Table] | None = None  # of the last file
+        self._tables: OrderedDict[int, _Table] = OrderedDict()  # of the files that were read last
 
     def read(self, number: int, row: int, place: str) -> bytes | None:
         """The picture in a row of file ``number``; None where the row has none.
@@ -88,13 +89,11 @@ class Pictures:
         Raises:
             FetchError: too_large, for a picture over ``limit`` bytes; corrupt; and what reading the file raises.
         """
-        with self._lock:
-            if self._table is None or self._table[0] != number:
-                self._table = number, _Table(self._files[number])
-            table = self._table[1]
+        table = self._table(number)
         number_of_group, row = table.locate(row)
         key = self._names[number], number_of_group
-        group = _open_groups.get(key, lambda: _Group(lambda: table.pictures(number_of_group)))
+        count = table.rows(number_of_group)
+        group = _open_groups.get(key, lambda: _Group(lambda: table.pictures(number_of_group), count))
         try:
             picture = group.picture(row)
         except _BROKEN as error:
@@ -103,6 +102,16 @@ class Pictures:
             text = f"{len(picture)} bytes, where {self._limit} are allowed (data.fetch_mb)"
             raise FetchError("too_large", place, text)
         return picture
+
+    def _table(self, number: int) -> _Table:
+        with self._lock:
+            if number in self._tables:
+                self._tables.move_to_end(number)
+            else:
+                self._tables[number] = _Table(self._files[number])
+                if len(self._tables) > _TABLES:
+                    self._tables.popitem(last=False)
+            return self._tables[number]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -148,6 +157,10 @@ class _Table:
         group = bisect_right(self._starts, row) - 1
         return group, row - self._starts[group]
 
+    def rows(self, group: int) -> int:
+        """Rows of a row group."""
+        return self._groups[group].rows
+
     def small_pieces(self, group: int) -> dict[int, bytes]:
         """The columns of names of a row group, by their places; none where they are not small, or are nowhere."""
         pieces = {}
@@ -176,9 +189,11 @@ class _Table:
     def pictures(self, group: int) -> Iterator[bytes | None]:
         """The pictures of a row group, row by row; None for a row without one."""
         self._check_ratio(group, ("image.bytes",))
-        for batch in self._batches(group, ("image.bytes",), 1, {}):
-            value = batch.column(0)[0].as_py()
-            yield None if value is None else value["bytes"]
+        rows, (_, _, size) = self._groups[group].rows, self._groups[group].chunks["image.bytes"]
+        many = min(max(rows * _PICTURES // max(size, 1), 1), _BATCH)
+        for batch in self._batches(group, ("image.bytes",), many, {}):
+            for value in batch.column(0):
+                yield value["bytes"].as_py() if value.is_valid else None
 
     def _batches(
         self, group: int, columns: Sequence[str], rows: int, pieces: dict[int, bytes]
@@ -273,8 +288,9 @@ class _Handle(io.RawIOBase):
 class _Group:
     """A row group whose pictures are taken one by one; those that were passed last are kept."""
 
-    def __init__(self, begin: Callable[[], Iterator[bytes | None]]) -> None:
-        self._begin, self._left, self._next = begin, iter(()), 0  # what is left, beginning with row _next
+    def __init__(self, begin: Callable[[], Iterator[bytes | None]], rows: int) -> None:
+        self._begin, self._rows = begin, rows
+        self._left, self._next = iter(()), 0  # what is left, beginning with row _next
         self._kept: OrderedDict[int, bytes | None] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
@@ -296,12 +312,20 @@ class _Group:
                 raise
 
     def _keep(self, picture: bytes | None) -> None:
-        self._size -= len(self._kept.pop(self._next, None) or b"")
+        if self._next in self._kept:
+            self._size -= _weight(self._kept.pop(self._next))
         self._kept[self._next] = picture
-        self._next += 1
-        self._size += len(picture or b"")
+        self._size += _weight(picture)
         while self._size > _RECENT:
-            self._size -= len(self._kept.popitem(last=False)[1] or b"")
+            self._size -= _weight(self._kept.popitem(last=False)[1])
+        self._next += 1
+        if self._next == self._rows:
+            self._left = iter(())  # lets go of the page
+
+
+def _weight(picture: bytes | None) -> int:
+    """Bytes that keeping a picture takes."""
+    return 100 + len(picture or b"")
 
 
 class _Groups:
