@@ -45,7 +45,7 @@ from tools.fetch.zips import ends_zip, list_zip, starts_zip, unpack, zip_stream
 #: First bytes of archives that are not read, with their names.
 OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7z", b"Rar!": "RAR"}
 
-
+#: What to do about rows of parquet files that share a name.
 UNIQUE = "name them by the paths they are stored with, or write them to files and map dir:PATH"
 
 

@@ -26,8 +26,8 @@ from tools.threads import Threads
 MARK = b"PAR1"  #: first and last bytes of a file
 FOOTER = 32 << 20  #: most bytes of the directory at a file's end
 ROWS = 1 << 26  #: most rows of a file
-PAGE = 1 << 30  #: most bytes read at once, which is a packed page
-RATIO, SPARE = 20, 1 << 28  #: names and pictures may unpack to RATIO times their packed size and SPARE bytes
+PAGE = 1 << 30  #: most bytes read at once, which is a packed page; unpacked it has less than 2 GiB, by the format
+RATIO, SPARE = 20, 1 << 28  #: a column of a row group, and all names, may unpack to RATIO times their size and SPARE
 
 _TAIL = 1 << 16  # bytes; what pyarrow reads first
 _BUFFER = 1 << 18  # bytes; pages that are larger are read at once
