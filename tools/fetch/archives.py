@@ -1,7 +1,9 @@
-"""The files inside zip, tar and tar.gz archives as a source, taken one by one without unpacking the archives.
+"""The files inside zip, tar and tar.gz archives, and the pictures inside parquet files, as a source, taken one by one
+without unpacking the archives.
 
-Of an archive its directory (zip) or its headers (tar) are read once, in the first process that opens it; a file then
-costs the bytes it has in the archive. A tar.gz is read through once, and then costs a few MiB for each file.
+Of an archive its directory (zip), its headers (tar) or its columns of names (parquet) are read once, in the first
+process that opens it; a file then costs the bytes it has in the archive. A tar.gz is read through once, and then costs
+a few MiB for each file; a picture of a parquet file costs those of its row group, which its neighbours share.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tools.fetch.members import (
     GZIPPED,
     PLAIN,
     REFUSALS,
+    ROW,
     Member,
     Members,
     clean,
@@ -32,13 +35,18 @@ from tools.fetch.members import (
     own_name,
     unite,
 )
+from tools.fetch.parquets import MARK, Pictures, list_parquet
 from tools.fetch.readahead import ReadAhead
-from tools.fetch.source import Bytes, FetchError, local_name
+from tools.fetch.rows import ALIKE, rows_of
+from tools.fetch.source import UNKNOWN, Bytes, FetchError, local_name
 from tools.fetch.tars import copy, gunzip, is_tar, list_tar, list_tar_gz
 from tools.fetch.zips import ends_zip, list_zip, starts_zip, unpack, zip_stream
 
 #: First bytes of archives that are not read, with their names.
 OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7z", b"Rar!": "RAR"}
+
+#: What to do about rows of parquet files that share a name.
+UNIQUE = "name them by the paths they are stored with, or write them to files and map dir:PATH"
 
 
 def open_archives(
@@ -71,6 +79,7 @@ class Archives:
         self._files, self._inside, self._work, self._limit = tuple(files), folder, work, limit
         self._names = [digest(file.name, file.size, file.identity) for file in self._files]
         self._indexes: dict[int, bytes] = {}  # of gzip files, if there is no work folder
+        self._pictures = Pictures(self._files, self._names, limit)
         self._members = Members(self._table())
 
     def __reduce__(self) -> tuple:
@@ -84,6 +93,8 @@ class Archives:
     def find(self, path: str, tree: bool = False) -> int | None:
         """See :meth:`tools.fetch.source.Source.find`."""
         members = [member for _, member in self._wanted(path, tree) if member.refusal != "dangling"]
+        if members and members[0].method == ROW:
+            return UNKNOWN
         return sum(member.size for member in members) if members else None
 
     def identity(self, path: str, tree: bool = False) -> str:
@@ -105,6 +116,8 @@ class Archives:
             if member.refusal:
                 reason, text = REFUSALS[member.refusal]
                 raise FetchError(reason, f"{path}/{name}" if tree else path, f"{text} ({self._place(member)})")
+        if wanted[0][1].method == ROW:
+            return self._take_row(path, [member for _, member in wanted], scratch / local_name(path))
         size = sum(member.size for _, member in wanted)
         if size > self._limit:
             raise FetchError("too_large", path, f"{size} bytes, where {self._limit} are allowed (data.fetch_mb)")
@@ -120,14 +133,14 @@ class Archives:
     # Members ----------------------------------------------------------------------------------------------------------
 
     def _wanted(self, path: str, tree: bool) -> list[tuple[str, Member]]:
-        """The file, or the files directly in the folder, with their names."""
+        """The file, or the files directly in the folder, with their names; rows may be several of one name."""
         if clean(path) != path:
             raise FetchError("outside_root", f"{self.origin} {path!r}", "is not a path below the archives' folder")
         inner = f"{self._inside}/{path}" if self._inside else path
         if tree:
             return list(self._members.inside(inner))
         member = self._members.get(inner)
-        return [] if member is None else [(path, member)]
+        return [(path, member) for member in (rows_of(self._members, inner) if member is None else [member])]
 
     def _place(self, member: Member) -> str:
         return f"in {self._files[member.archive].name}"
@@ -147,6 +160,8 @@ class Archives:
         if kind == "tar.gz":
             with self._new_index(number) as index:
                 return make_table(list_tar_gz(file, index, notes), notes)
+        if kind == "parquet":
+            return make_table(list_parquet(file, self._names[number], notes), notes)
         return make_table(list_zip(file) if kind == "zip" else list_tar(file, notes), notes)
 
     # Contents ---------------------------------------------------------------------------------------------------------
@@ -162,6 +177,21 @@ class Archives:
                     with open(target, "xb") as out:
                         for piece in pieces(stream, member, f"{path} {self._place(member)}"):
                             out.write(piece)
+
+    def _take_row(self, path: str, rows: list[Member], target: Path) -> Path:
+        """Write the picture of rows, which must be the same one in all of them, into a file."""
+        if len(rows) > ALIKE:
+            raise FetchError("bad_media", path, f"{len(rows)} rows of {self.origin} have this name; {UNIQUE}")
+        read = (self._pictures.read(row.archive, row.offset, f"{path} {self._place(row)}") for row in rows)
+        pictures = {picture for picture in read if picture is not None}
+        if not pictures:
+            raise FetchError("missing_file", path, f"the row of this name has no picture ({self._place(rows[0])})")
+        if len(pictures) > 1:
+            text = f"{len(pictures)} different pictures of {self.origin} have this name; {UNIQUE}"
+            raise FetchError("bad_media", path, text)
+        with open(target, "xb") as out:
+            out.write(pictures.pop())
+        return target
 
     @contextlib.contextmanager
     def _open(self, number: int, last: Member) -> Iterator[BinaryIO]:
@@ -195,12 +225,14 @@ class Archives:
 
 
 def _kind(file: Bytes) -> str:
-    """zip, tar or tar.gz, judged from the contents; names lie."""
+    """zip, tar, tar.gz or parquet, judged from the contents; names lie."""
     head = file.read(0, 512)
     if not head:
         raise FetchError("empty_file", file.name, "has no bytes")
     if head.startswith(b"\x1f\x8b"):
         return "tar.gz"
+    if head.startswith(MARK):
+        return "parquet"
     if starts_zip(head):
         return "zip"
     if is_tar(head):
@@ -213,7 +245,7 @@ def _kind(file: Bytes) -> str:
     if ends_zip(file):  # behind a program that unpacks it
         return "zip"
     hint = "; its first part may be missing or not the first one" if isinstance(file, Joined) else ""
-    raise FetchError("unsupported", file.name, f"is no zip, tar or tar.gz archive{hint}")
+    raise FetchError("unsupported", file.name, f"is no zip, tar or tar.gz archive and no parquet file{hint}")
 
 
 def _safe_name(name: str, rank: int) -> str:

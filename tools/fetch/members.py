@@ -39,17 +39,17 @@ REFUSALS = {
     "cut": ("truncated", "the archive ends or breaks within this member or right behind it; fetch the archive again"),
 }
 
-#: ``Member.method`` of members that stand in the archive, or in what a gzip file unpacks to, as they are. Others have
-#: the zip format's number.
-PLAIN, GZIPPED = -1, -2
+#: ``Member.method`` of members that stand in the archive, or in what a gzip file unpacks to, as they are, and of those
+#: in the rows of a parquet file. Others have the zip format's number.
+PLAIN, GZIPPED, ROW = -1, -2, -3
 
 
 class Member(NamedTuple):
     """Where a member is; sizes in bytes."""
 
     archive: int  #: position in the list of archives
-    offset: int  #: zip: of the local header, otherwise of the data
-    size: int  #: unpacked
+    offset: int  #: zip: of the local header; parquet: the row; otherwise of the data
+    size: int  #: unpacked; parquet: UNKNOWN
     packed: int  #: within the archive
     crc: int  #: of the unpacked bytes; zip alone
     method: int
