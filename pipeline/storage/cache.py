@@ -42,7 +42,8 @@ class RangeCache:
             os.utime(path)
         except OSError:
             return None
-        if int.from_bytes(data[:CRC_BYTES], "little") != zlib.crc32(data[CRC_BYTES:]):  # of a power cut, or a bad disk
+        check = int.from_bytes(data[:CRC_BYTES], "little")
+        if len(data) < CRC_BYTES or check != zlib.crc32(data[CRC_BYTES:]):  # after a power cut, or of a bad disk
             path.unlink(missing_ok=True)
             return None
         return data[CRC_BYTES:]

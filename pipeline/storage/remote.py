@@ -77,7 +77,7 @@ class RemoteStorage:
 
     def local(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         if not re.fullmatch(r"\w{1,128}", version):  # it comes from the other machine
-            raise ValueError(f"{self.root}: {version!r} is no fingerprint")
+            raise ValueError(f"{version!r} is no fingerprint")
         folder = self.folder / version
         with self._writing(), _locked(self._folder / "lock"):
             if not folder.is_dir():
