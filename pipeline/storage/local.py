@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.storage.settings import Shard
@@ -26,9 +26,9 @@ class LocalStorage:
     def folder(self) -> Path:
         return self.root / "index"
 
-    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         file = self._file(shard.name)
-        return [file.read(offset, size) for offset, size in ranges]
+        return (file.read(offset, size) for offset, size in ranges)  # one at a time stays in the processor's cache
 
     def whole(self, name: str) -> bytes:
         return (self.root / name).read_bytes()

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GAP = 32 << 10  #: bytes that are read for nothing to save a request
+GAP = 64 << 10  #: bytes that are read for nothing to save a request
 LARGEST = 1 << 20  #: bytes of a request of several ranges, so that long reads come over several connections
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -42,8 +42,8 @@ class Storage(Protocol):
     remote: bool  #: whether reading asks another machine
     folder: Path  #: local folder for what is derived from the root, such as token caches; made when first asked for
 
-    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
-        """The ranges (offset, size) of a file, in the order asked.
+    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterable[bytes | memoryview]:
+        """The ranges (offset, size) of a file, in the order asked; of a folder each is read when its turn comes.
 
         Raises:
             OSError, ValueError: one line that names the file; TimeoutError after ``Reading.timeout``.

@@ -63,13 +63,13 @@ def test_damage_is_a_miss(tmp_path):
         assert not path.exists()
 
 
-@pytest.mark.parametrize("count", [b"", b"x", b"0", b"99999999999"])
+@pytest.mark.parametrize("count", [b"", b"x", b"99999999999"])
 def test_a_count_that_is_lost_or_wrong_is_made_anew(tmp_path, count):
     folder = tmp_path / "ranges"
     cache = RangeCache(folder, BOUND)
     for key in range(20):
         cache.put(str(key), [content(key)])
-    (folder / "total").write_bytes(b"99999999999" if count == b"0" else count)
+    (folder / "total").write_bytes(count)
     for key in range(20, 60):
         cache.put(str(key), [content(key)])
         assert stored(folder) <= BOUND
