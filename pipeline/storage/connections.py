@@ -119,10 +119,10 @@ def _ask(
     connection.timeout = ticket.stall()
     if connection.sock is not None:
         connection.sock.settimeout(connection.timeout)
-    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    if parts.scheme == "http" and connection.host != parts.hostname:  # a proxy is told the whole address
-        target = urlunsplit((parts.scheme, parts.netloc, parts.path or "/", parts.query, ""))
-    connection.request("GET", target, headers={**headers, **getattr(connection, "proxy_headers", {})})
+    proxied = getattr(connection, "proxy_headers", None)
+    server = (parts.scheme, parts.netloc) if proxied is not None else ("", "")  # a proxy is told the whole address
+    target = urlunsplit((*server, parts.path or "/", parts.query, ""))
+    connection.request("GET", target, headers={**headers, **(proxied or {})})
     return connection.getresponse()
 
 

@@ -20,6 +20,7 @@ from pipeline.storage.headers import asked_wait, count, first_byte, total
 REDIRECTS = 10  #: followed one after another
 REDIRECTING = (301, 302, 303, 307, 308)
 KEPT_REDIRECT = 600.0  #: seconds for which reads of a file go straight to where it was found
+KEPT_REDIRECTS = 10_000  #: files
 BACKOFF = 0.25  #: seconds; the wait before retry n is drawn evenly from 0 to BACKOFF * 2**n
 LONGEST_BACKOFF = 10.0  #: seconds
 REFUSALS = 2  #: retries of 403, which means no, but is how some servers say that they are busy
@@ -104,6 +105,8 @@ class Client:
                     else:
                         part = _part(address, response, offset, size)
                         if target != address.url and not known:
+                            if len(self._moved) >= KEPT_REDIRECTS:
+                                self._moved.clear()
                             self._moved[address.url] = target, time.monotonic() + KEPT_REDIRECT
                         return part
             except (OSError, http.client.HTTPException) as error:

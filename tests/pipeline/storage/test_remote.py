@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
 import random
+import ssl
 import threading
 import time
 import zlib
@@ -12,13 +14,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline import ManifestError, ShardsError, build_loader
 from pipeline.batch import Batch
 from pipeline.index import Index
 from pipeline.pixels import Pixels
 from pipeline.shard_format import encode_jpeg, mux_mjpeg
-from pipeline.storage import Reading, Shard, open_storage
+from pipeline.storage import Reading, Shard, connections, open_storage
 from tests.pipeline.small_root import Root, manifest
 from tests.pipeline.storage.conftest import serve_folder
 from tests.tools.fetch.servers import Server, turns
@@ -158,6 +163,11 @@ def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(server, tmp_
         (lambda request: request.answer(401), PermissionError, "401 Unauthorized"),
         (lambda request: request.answer(403), PermissionError, r"403 Forbidden.*\(try 3\)"),
         (lambda request: request.answer(418), ValueError, "418"),
+        (
+            lambda request: request.answer(301, x_amz_bucket_region="eu-1"),
+            ValueError,
+            "region eu-1; set AWS_REGION=eu-1",
+        ),
         (lambda request: request.answer(500), ConnectionError, r"500 Internal Server Error \(try 3\)"),
         (lambda request: request.answer(429, Retry_After="60"), ConnectionError, "loader.read_timeout"),
         (lambda request: request.reset(), ConnectionError, "the connection broke"),
@@ -266,6 +276,43 @@ def test_the_proxy_of_the_environment_is_asked(server, tmp_path, monkeypatch):
     assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
     headers = server.asked[0][1]
     assert headers["host"] == "shards.example" and headers["proxy-authorization"] == "Basic bWU6c2VjcmV0"
+
+
+def certificate(folder):
+    """A key with a certificate for localhost, in one file."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "me")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path = folder / "server.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, *plain)
+        + made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+def test_https_reads_from_servers_with_a_good_certificate_alone(server, tmp_path, monkeypatch):
+    path = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
+    server.routes["/file.tar"] = lambda request: request.serve(DATA)
+    address = server.url.replace("http://127.0.0.1", "https://localhost")
+    storage = open_storage(address, Reading(cache=str(tmp_path / "cache")))
+    connections._tls.cache_clear()
+    with pytest.raises(ConnectionError, match="the server's certificate is not good"):
+        storage.read(FILE, RANGES)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    connections._tls.cache_clear()
+    assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
+    server.routes["/file.tar"] = lambda request: request.answer(302, Location=server.url)
+    with pytest.raises(ConnectionError, match="redirects from https: to http:"):
+        storage.read(FILE, RANGES)
+    connections._tls.cache_clear()
 
 
 # The index --------------------------------------------------------------------------------------------------------
