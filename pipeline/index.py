@@ -229,7 +229,7 @@ def _unreadable(root: str | os.PathLike, error: Exception) -> str:
     """Why there is no index to open, and the fix."""
     reason = " ".join(str(error).split())
     if is_remote(root):
-        shown = re.sub(r"(?<=://)[^/@]*@", "", str(root))
+        shown = re.sub(r"(?<=://)[^/@]*@", "", str(root)).rstrip("/")
         if isinstance(error, OSError):
             missing = isinstance(error, FileNotFoundError)
             return f"{reason}; there are no finished shards" if missing else reason

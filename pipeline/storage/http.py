@@ -15,7 +15,7 @@ from http import HTTPStatus
 from urllib.parse import urljoin, urlsplit
 
 from pipeline.storage.connections import Connections, Ticket
-from pipeline.storage.headers import asked_wait, count, first_byte, total
+from pipeline.storage.headers import UNKNOWN, asked_wait, count, first_byte, total
 
 REDIRECTS = 10  #: followed one after another
 REDIRECTING = (301, 302, 303, 307, 308)
@@ -41,7 +41,7 @@ class Part:
     """A range of a file, as it came."""
 
     data: bytes
-    total: int  #: bytes of the whole file, or UNKNOWN
+    total: int  #: bytes of the whole file
     identity: str  #: ETag or date: another text where the file is another
 
 
@@ -80,7 +80,7 @@ class Client:
             except Again as again:
                 tries += 1
                 allowed = retries if again.retries is None else min(retries, again.retries)
-                wait = again.wait or random.uniform(0, min(BACKOFF * 2**tries, LONGEST_BACKOFF))
+                wait = again.wait + random.uniform(0, min(BACKOFF * 2**tries, LONGEST_BACKOFF))
                 if tries > allowed:
                     raise again.error(f"{address.shown}: {again} (try {tries})") from None
                 if wait >= ticket.left:
@@ -124,10 +124,12 @@ def _part(address: Address, response: http.client.HTTPResponse, offset: int, siz
     _check(address, status, headers)
     if first_byte(headers) != offset:
         raise Again(ConnectionError, f"the server sent another part than byte {offset}")
-    wanted = min(size, whole - offset) if whole >= 0 else size
+    if whole == UNKNOWN:
+        raise ValueError(f"{address.shown}: the server does not tell how large the file is")
+    wanted = min(size, whole - offset)
     data = response.read(wanted)
     stated = count(headers.get("content-length", ""))
-    if len(data) != wanted or stated not in (-1, wanted):
+    if len(data) != wanted or stated not in (UNKNOWN, wanted):
         raise Again(ConnectionError, f"the server sent {len(data)} of {wanted} bytes")
     if not response.isclosed():
         response.read(1)  # the end of a body in chunks

@@ -59,7 +59,7 @@ class RemoteStorage:
         requests = coalesce(ranges)
         parts = self._fetch(shard.name, requests)
         for part, request in zip(parts, requests, strict=True):
-            if part.total not in (-1, shard.size):
+            if part.total != shard.size:
                 there = f"has {part.total:,} of {shard.size:,} bytes"
                 raise ValueError(f"{self.place(shard.name)}: {there}; copy the file there again")
             if len(part.data) < request.size:

@@ -172,6 +172,11 @@ def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(server, tmp_
         (lambda request: request.answer(429, Retry_After="60"), ConnectionError, "loader.read_timeout"),
         (lambda request: request.reset(), ConnectionError, "the connection broke"),
         (lambda request: request.serve(DATA[:-1]), ValueError, "has 299,999 of 300,000 bytes; copy"),
+        (
+            lambda request: request.answer(206, b"x", Content_Range=f"bytes {request.wanted(DATA)[0]}-/*"),
+            ValueError,
+            "how large",
+        ),
         (lambda request: request.serve(DATA, Content_Encoding="gzip"), ValueError, r"compressed \(gzip\)"),
         (lambda request: request.answer(302, Location="file:///etc/passwd"), ConnectionError, "from http: to file:"),
         (lambda request: request.answer(302, Location="/file.tar"), ValueError, "redirects more than"),
@@ -352,6 +357,18 @@ def test_a_copy_that_was_broken_off_or_is_of_two_builds_is_not_used(served, root
     served.routes["/stage2/index/media.arrow"] = good
     assert len(Index.open(address, reading).media) == len(Index.open(root / "stage2").media)
     assert not left.exists()
+
+
+def test_large_files_are_copied_in_pieces_that_must_be_of_one_file(served, root, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.storage.remote.PIECE", 700)
+    name, reading = "/stage2/index/media.arrow", Reading(cache=str(tmp_path / "cache"))
+    data, good = (root / "stage2" / "index" / "media.arrow").read_bytes(), served.routes[name]
+    served.routes[name] = turns(good, lambda request: request.serve(data, ETag='"another"'))
+    with pytest.raises(ShardsError, match="media.arrow: has changed while it was being read"):
+        Index.open(f"{served.url}/stage2", reading)
+    served.routes[name], served.asked[:] = good, []
+    Index.open(f"{served.url}/stage2", reading)  # compared with the fingerprint
+    assert len(served.ranges(name)) == -(-len(data) // 700) > 8
 
 
 @pytest.mark.parametrize("build", [b"{", b"[]", b"{}", b'{"index_fingerprint": "../../etc"}'])
