@@ -1,11 +1,11 @@
-"""What benchmarks/model.py compares is the same arithmetic, and it notices where results differ."""
+"""Benchmarks run; what benchmarks/model.py compares is the same arithmetic, and it notices where results differ."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import model
+from benchmarks import model, remote
 from pipeline.manifest import VisionTower
 from trainer.model.tome import ToMeConnector
 
@@ -36,3 +36,11 @@ def test_rows_name_every_implementation(capsys):
     model.measure("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
     first, second = capsys.readouterr().out.splitlines()
     assert "framestream" in first and "other" in second
+
+
+def test_remote_reads_are_measured_over_every_client(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["remote", "--requests", "80"])
+    remote.main()
+    text = capsys.readouterr().out
+    assert all(f"| {name} |" in text for name in ("http.client", "urllib3", "httpx2", "1", "32"))
+    assert "kB of a request of 1 MiB" in text

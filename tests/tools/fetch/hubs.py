@@ -25,7 +25,7 @@ def serve_hub(server: Server, files: MutableMapping[str, bytes], name: str = "me
     api, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/{COMMIT}"
 
     def revision(request):
-        request.answer(body=json.dumps({"sha": COMMIT}).encode())
+        request.answer(body=json.dumps({"id": name, "sha": COMMIT}).encode())
 
     def tree(request):
         url = urlsplit(request.path)

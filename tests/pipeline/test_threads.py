@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.threads import Threads
+from pipeline.threads import Threads
 
 
 def test_results_come_in_order_from_several_threads_at_once():
@@ -44,10 +44,27 @@ def test_an_error_comes_when_it_is_its_turn_and_ends_what_is_left():
     assert set(done) <= {0, 2}
 
 
+def test_a_call_can_be_cancelled_until_a_thread_takes_it():
+    gate, taken, ran = threading.Event(), threading.Event(), []
+
+    def call(item):
+        taken.set()
+        gate.wait(60)
+        ran.append(item)
+
+    with Threads(1) as threads:
+        futures = [threads.submit(call, item) for item in range(3)]
+        taken.wait(60)
+        assert [future.cancel() for future in futures[:2]] == [False, True]
+        gate.set()
+        futures[2].result(60)
+    assert ran == [0, 2]
+
+
 def test_a_program_ends_while_threads_wait():
     code = """
 import threading, time
-from tools.threads import Threads
+from pipeline.threads import Threads
 begun = threading.Event()
 def call(item):
     begun.set()
