@@ -9,6 +9,8 @@ same on every processor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pipeline.manifest import Cost
@@ -66,10 +68,14 @@ def pack(lengths: np.ndarray, cost: np.ndarray, max_tokens: int, row_multiple: i
     return [np.flatnonzero(row_of == row) for row in np.argsort(-totals, kind="stable")]
 
 
-def balance(cost: np.ndarray, rows: list[np.ndarray], ranks: int) -> float:
+def balance(costs: Sequence[np.ndarray], ranks: int) -> float:
     """Mean over max cost of the rows that ``ranks`` run side by side, over all micro-steps of a global batch: the share
-    of the ranks' time that is not spent waiting for each other."""
-    totals = np.array([cost[row].sum() for row in rows]).reshape(-1, ranks)
+    of the ranks' time that is not spent waiting for each other.
+
+    Args:
+        costs: the costs of each row's dialogues, row by row.
+    """
+    totals = np.array([row.sum() for row in costs]).reshape(-1, ranks)
     most = float(totals.max(axis=1).sum())
     return float(totals.sum()) / (most * ranks) if most else 1.0
 
