@@ -186,7 +186,8 @@ def _pools(corpus: Corpus, number: int, root: MixRoot, split: str, seed: int) ->
     codes = part.entry_codes([entry.entry for entry in root.entries]) if root.entries else None
     for place, entry in enumerate(root.entries):
         rows = np.flatnonzero(in_split & (codes == place))
-        rows = rows[select(entry.sampling, len(rows), seed)]
+        chosen = select(entry.sampling, len(rows), seed)
+        rows = rows[chosen.start : chosen.stop] if isinstance(chosen, range) else rows[chosen]
         repeat = root.repeat if entry.repeat is None else entry.repeat
         if repeat:
             taken[rows] = True
