@@ -1,7 +1,8 @@
 """The shard roots of a manifest as one: dialogues numbered through, each root with its index, views and tokens.
 
 A dialogue's number is its row in its root's index plus the dialogues of the roots before. What is held for each is four
-lengths of 4 bytes; all else is read from memory-mapped files, whose pages are given back by :meth:`Corpus.release`.
+lengths of 4 bytes; all else is read from memory-mapped files, whose pages are given back now and then, so that memory
+does not grow with what was read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pipeline.tokens import Tokens
 from pipeline.visuals import View, Visuals
 
 LENGTHS = ("length", "clips", "tiles", "learned")  #: of :class:`Tokens`
+RELEASE = 32  #: lookups of dialogues or media after which the pages of all maps are given back
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,19 @@ class Part:
 
     def in_split(self, split: str) -> np.ndarray:
         """Whether each dialogue is of ``split``, bool (dialogues,)."""
-        return pc.equal(self.index.dialogues["split"], split).to_numpy()
+        chunks = self.index.maps["dialogues"].chunks("split")
+        found = [pc.equal(chunk, split).to_numpy(zero_copy_only=False) for chunk in chunks]
+        return np.concatenate([np.empty(0, dtype=bool), *found])
 
     def entry_names(self) -> list[str]:
         """The entries that have dialogues, in the order of the index."""
-        return pc.unique(self.index.dialogues["entry"]).to_pylist()
+        chunks = self.index.maps["dialogues"].chunks("entry")
+        return list(dict.fromkeys(name for chunk in chunks for name in pc.unique(chunk).to_pylist()))
 
     def entry_codes(self, names: Sequence[str]) -> np.ndarray:
         """The place in ``names`` of each dialogue's entry, int32 (dialogues,); -1 for others."""
-        column, values = self.index.dialogues["entry"], pa.array(names, pa.string())
-        codes = [pc.fill_null(pc.index_in(chunk, value_set=values), -1).to_numpy() for chunk in column.chunks]
+        chunks, values = self.index.maps["dialogues"].chunks("entry"), pa.array(names, pa.string())
+        codes = [pc.fill_null(pc.index_in(chunk, value_set=values), -1).to_numpy() for chunk in chunks]
         return np.concatenate([np.empty(0, dtype=np.int32), *codes])
 
 
@@ -69,6 +74,7 @@ class Corpus:
                 setattr(part.tokens, name, getattr(self, name)[start : start + size])
         self._columns = [[part.index.dialogues[name] for name in ("key", "media", "entry")] for part in parts]
         self._other: tuple[list[Tokens], Corpus] | None = None
+        self._lookups = 0  # counted by threads without a lock: about right is enough
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -99,6 +105,7 @@ class Corpus:
 
     def views(self, number: int) -> list[View]:
         """What is shown of the media of a dialogue; see :meth:`Visuals.views`."""
+        self._looked_up()
         root, row = self.place(number)
         _, media, entry = self._columns[root]
         visuals = self.parts[root].visuals
@@ -116,10 +123,12 @@ class Corpus:
 
     def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
         """See :meth:`Visuals.read_frames`."""
+        self._looked_up()
         self.parts[view.root].visuals.read_frames(view, start, out)
 
     def read_still(self, view: View, out: np.ndarray) -> None:
         """See :meth:`Visuals.read_still`."""
+        self._looked_up()
         self.parts[view.root].visuals.read_still(view, out)
 
     def where(self, view: View) -> str:
@@ -131,6 +140,11 @@ class Corpus:
         for part in self.parts:
             part.index.release()
             part.tokens.release()
+
+    def _looked_up(self) -> None:
+        self._lookups += 1
+        if self._lookups % RELEASE == 0:
+            self.release()
 
 
 def roots_of(manifest: Manifest) -> tuple[MixRoot, ...]:

@@ -123,7 +123,7 @@ class Index:
     shards: pa.Table
     fingerprint: str  #: sha256 hex over the three files, as the builder recorded it
     specification: Mapping[str, Any]  #: what decided the bytes, as the builder recorded it; empty if it did not
-    maps: tuple[MappedTable, ...]  #: the files of the tables
+    maps: Mapping[str, MappedTable]  #: the files of the tables, by name
 
     @classmethod
     def open(cls, root: str | Path) -> Index:
@@ -148,12 +148,12 @@ class Index:
             reason = " ".join(str(error).split())
             raise ShardsError(f"{root}: the index cannot be read ({reason}); build the shards again") from None
         tables = {name: mapped.table for name, mapped in maps.items()}
-        made = {"fingerprint": fingerprint, "specification": specification, "maps": tuple(maps.values())}
+        made = {"fingerprint": fingerprint, "specification": specification, "maps": maps}
         return cls(root=root, **made, **tables)
 
     def release(self) -> None:
         """Give back the memory of what was read of the tables, see :class:`pipeline.mapped.MappedTable`."""
-        for mapped in self.maps:
+        for mapped in self.maps.values():
             mapped.release()
 
     def check(self, manifest: Manifest) -> None:

@@ -104,7 +104,6 @@ class Plan:
 
     def global_batch(self, epoch: int, step: int) -> GlobalBatch:
         """Slice ``step`` of the epoch's order, as rows."""
-        self.corpus.release()
         batching, size = self.manifest.batching, self.manifest.batching.global_batch
         members = self.order(epoch)[step * size : (step + 1) * size].astype(np.int64)
         corpus = self.corpus.at(epoch)

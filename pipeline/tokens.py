@@ -96,7 +96,7 @@ class Tokens:
             raise ShardsError(f"{path}: damaged, or not the tokens of this index; remove the file, it is made again")
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
         self.length, self.clips, self.tiles, self.learned = (
-            _array(table[name]) for name in ("length", "clips", "tiles", "learned")
+            self._mapped.array(name) for name in ("length", "clips", "tiles", "learned")
         )
         self._limit, self._cuts = manifest.text.max_tokens, manifest.text.over_length == "cut"
         self.cut = self._apply_limit()
@@ -164,12 +164,6 @@ class Tokens:
             cut[number] = self.learned[row] > 0
         self.length[over[cut]] = self._limit
         return over[cut].astype(np.int32)
-
-
-def _array(column: pa.ChunkedArray) -> np.ndarray:
-    """A column without nulls in one array of its own."""
-    chunks = [chunk.to_numpy() for chunk in column.chunks]
-    return np.concatenate(chunks) if chunks else np.empty(0, dtype=column.type.to_pandas_dtype())
 
 
 def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> None:
