@@ -23,7 +23,7 @@ from pipeline.tokens import Tokens
 from pipeline.visuals import View, Visuals
 
 LENGTHS = ("length", "clips", "tiles", "learned")  #: of :class:`Tokens`
-RELEASE = 32  #: lookups of dialogues or media after which the pages of all maps are given back
+RELEASE = 16  #: lookups of dialogues or media after which the pages of all maps are given back
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,17 +117,18 @@ def epoch_start(seed: int, epoch: int | str) -> int:
 
 def shuffled(rows: np.ndarray, start: int) -> np.ndarray:
     """A permutation of ``rows`` that no library's random numbers decide: sorted by a hash of ``start`` + row."""
-    keys = np.empty(len(rows), dtype=np.uint64)
-    for first in range(0, len(rows), CHUNK):
-        part = slice(first, first + CHUNK)
-        keys[part] = _mixed(rows[part].astype(np.uint64) + np.uint64(start))
+    parts = max(1, min(256, len(rows) // CHUNK))  # by their hash's first byte, so that little is held at once
+    first = np.empty(len(rows), dtype=np.uint8)
+    for place in range(0, len(rows), CHUNK):
+        part = slice(place, place + CHUNK)
+        first[part] = _mixed(rows[part].astype(np.uint64) + np.uint64(start)) >> np.uint64(56)
     out, done = np.empty_like(rows), 0
-    buckets = max(1, len(rows) // CHUNK)
-    edges = [bucket * 2**64 // buckets for bucket in range(buckets + 1)]
+    edges = [part * 256 // parts for part in range(parts + 1)]
     for low, high in zip(edges, edges[1:], strict=False):
-        places = np.flatnonzero((keys >= np.uint64(low)) & (keys <= np.uint64(high - 1)))
-        out[done : done + len(places)] = rows[places[np.argsort(keys[places], kind="stable")]]
-        done += len(places)
+        part = rows[(first >= low) & (first <= high - 1)]
+        hashes = _mixed(part.astype(np.uint64) + np.uint64(start))
+        out[done : done + len(part)] = part[np.argsort(hashes, kind="stable")]
+        done += len(part)
     return out
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.corpus import Corpus, roots_of
 from pipeline.index import ShardsError
 from pipeline.manifest import Manifest, ManifestError, MixRoot, plain
-from pipeline.mixture import Share, appearances, apportion, epoch_order
+from pipeline.mixture import CHUNK, Share, appearances, apportion, epoch_order
 from pipeline.packing import costs, pack
 from pipeline.strategy import select
 
@@ -184,24 +184,30 @@ def _pools(corpus: Corpus, number: int, root: MixRoot, split: str, seed: int) ->
     pools, taken = [], np.zeros(len(usable), dtype=bool)
     codes = part.entry_codes([entry.entry for entry in root.entries]) if root.entries else None
     for place, entry in enumerate(root.entries):
-        rows = np.flatnonzero(in_split & (codes == place))
+        rows = _places(in_split & (codes == place))
         chosen = select(entry.sampling, len(rows), seed)
         rows = rows[chosen.start : chosen.stop] if isinstance(chosen, range) else rows[chosen]
         repeat = root.repeat if entry.repeat is None else entry.repeat
         if repeat:
             taken[rows] = True
-            pools.append(_pool(rows[usable[rows]] + start, repeat, entry.cap))
+            pools.append(_pool(rows[usable[rows]] + np.int32(start), repeat, entry.cap))
     if root.repeat:
         others = in_split if codes is None else in_split & (codes < 0)
         taken |= others
-        rows = np.flatnonzero(others & usable)
-        pools.append(_pool(rows + start if start else rows, root.repeat, None))
+        pools.append(_pool(_places(others & usable) + np.int32(start), root.repeat, None))
     return pools, np.flatnonzero(taken & ~usable) + start
+
+
+def _places(mask: np.ndarray) -> np.ndarray:
+    """Where ``mask`` is true, int32 (n,); part by part, for numpy takes 8 bytes a place."""
+    starts = range(0, len(mask), CHUNK)
+    parts = [np.flatnonzero(mask[start : start + CHUNK]).astype(np.int32) + np.int32(start) for start in starts]
+    return np.concatenate([np.empty(0, dtype=np.int32), *parts])
 
 
 def _pool(numbers: np.ndarray, repeat: float, cap: int | None) -> _Pool:
     count = int(Fraction(str(repeat)) * len(numbers) + Fraction(1, 2))
-    return _Pool(numbers.astype(np.int32), count if cap is None else min(count, cap), cap)
+    return _Pool(numbers, count if cap is None else min(count, cap), cap)
 
 
 def _weighted(roots: tuple[MixRoot, ...], pools: list[list[_Pool]], split: str) -> list[list[int]]:

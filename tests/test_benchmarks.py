@@ -1,11 +1,11 @@
-"""What benchmarks/model.py compares is the same arithmetic, and it notices where results differ."""
+"""benchmarks/model.py compares the same arithmetic; benchmarks/index.py: memory does not grow with an index."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import model
+from benchmarks import index, model
 from pipeline.manifest import VisionTower
 from trainer.model.tome import ToMeConnector
 
@@ -36,3 +36,19 @@ def test_rows_name_every_implementation(capsys):
     model.measure("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
     first, second = capsys.readouterr().out.splitlines()
     assert "framestream" in first and "other" in second
+
+
+def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_path):
+    """Four lengths, two orders and what sorting needs: 48 bytes a dialogue are far below any Python object for each."""
+    made = {}
+    for dialogues in (20_000, 220_000):
+        folder = tmp_path / str(dialogues)
+        folder.mkdir()
+        index.generate(folder, dialogues, media=500)
+        made[dialogues] = index.in_process(folder, 2000)
+    small, large = made.values()
+    held = [one.reading[-1].anonymous - one.idle.anonymous for one in (small, large)]
+    assert held[1] - held[0] < 48 * 200_000
+    for one in (small, large):
+        assert one.reading[-1].anonymous - one.reading[2].anonymous < 2 * index.MIB
+        assert one.reading[-1].peak - one.idle.now < 200 * index.MIB
