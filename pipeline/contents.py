@@ -85,12 +85,11 @@ def contents(plan: Plan) -> Contents:
     multiple = manifest.batching.row_multiple
     shares_of_time = [balance([plan.costs(0, row) for row in rows], multiple) for rows in batches]
     first = corpus.at(0)
-    cuts = [part.tokens.cut + start for part, start in zip(corpus.parts, corpus.starts, strict=False)]
     return Contents(
         entries=shares,
         left_out=len(plan.left_out),
         dropped=plan.dropped,
-        cut=int(np.isin(np.concatenate(cuts), numbers).sum()),
+        cut=len(plan.cut),
         batches=plan.batches,
         rows=sum(map(len, batches)) / len(batches),
         fill=sum(int(first.length[rows].sum()) for rows in members) / room,

@@ -117,7 +117,7 @@ class Corpus:
         return self.parts[root].tokens.of(row)
 
     def why(self, number: int) -> str:
-        """Why a dialogue cannot be used."""
+        """Why a dialogue cannot be used, or what it loses, see :meth:`Tokens.why`."""
         root, row = self.place(number)
         return self.parts[root].tokens.why(row)
 

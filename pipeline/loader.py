@@ -101,6 +101,11 @@ class Loader:
         for number in self._plan.left_out.tolist():
             yield self._corpus.key(number), self._corpus.why(number)
 
+    def cut(self) -> Iterator[tuple[str, str]]:
+        """(key, reason) of every dialogue of epochs that loses its end to ``text.max_tokens``."""
+        for number in self._plan.cut.tolist():
+            yield self._corpus.key(number), self._corpus.why(number)
+
     def __iter__(self) -> Iterator[Batch]:
         """Rows of this rank from the current place to the end of its epoch.
 

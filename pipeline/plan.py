@@ -65,6 +65,15 @@ class Plan:
         return self.appearances - len(self._order)
 
     @property
+    def cut(self) -> np.ndarray:
+        """The numbers of dialogues of epochs that lose their end to ``text.max_tokens``, int64, ascending."""
+        corpus = self.corpus
+        cuts = [part.tokens.cut + start for part, start in zip(corpus.parts, corpus.starts, strict=False)]
+        every = np.concatenate(cuts)
+        taken = [every[np.isin(every, share.numbers)] for share in self.shares]
+        return np.sort(np.concatenate(taken)).astype(np.int64)
+
+    @property
     def batches(self) -> int:
         """Global batches of an epoch; the last may be smaller than the others."""
         return -(-len(self._order) // self.manifest.batching.global_batch)

@@ -124,13 +124,16 @@ class Tokens:
         return ids[:kept], row_values(self._labels, row)[:kept]
 
     def why(self, row: int) -> str:
-        """Why a refused dialogue is refused."""
-        if self.length[row] <= self._limit:
+        """Why a refused dialogue is refused, or what a cut one loses."""
+        ids = row_values(self._ids, row)
+        length = len(ids) - int((ids == IMAGE).sum()) + self._visual(row)
+        if length <= self._limit:
             return self._error[row].as_py() or "the dialogue has nothing to learn"
-        text = f"{self.length[row]} tokens are more than text.max_tokens ({self._limit})"
+        text = f"{length} tokens are more than text.max_tokens ({self._limit})"
+        if self.learned[row]:
+            return f"{text}, and are cut to it"
         if not self._cuts:
             return text
-        ids = row_values(self._ids, row)
         if self._cuts_media(ids, self._kept(row, ids)):
             return f"{text}, and cutting it would cut its media"
         return f"{text}, and nothing to learn lies within them"

@@ -337,7 +337,13 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
     folder = made.write()
     with pytest.raises(ShardsError, match="1 are left out, the first because .* text.max_tokens"):
         build_loader(manifest(folder, text__max_tokens=64, text__over_length="refuse"))
-    assert [row.tokens for row in build_loader(manifest(folder, text__max_tokens=64)) if row.keys] == [64]
+    loader = build_loader(manifest(folder, text__max_tokens=64))
+    assert [row.tokens for row in loader if row.keys] == [64]
+    ((key, reason),) = loader.cut()
+    assert key == made.dialogues[0]["key"] and reason.endswith(
+        "tokens are more than text.max_tokens (64), and are cut to it"
+    )
+    assert loader.report().cut == 1 and not list(loader.left_out())
 
 
 def test_left_out_dialogues_are_named(tmp_path):

@@ -126,6 +126,7 @@ def test_text_over_the_limit_is_cut_and_media_never(long_root):
         assert ids.tolist() == full_ids[: len(ids)].tolist() and labels.tolist() == full_labels[: len(ids)].tolist()
         assert tokens.learned[row] == (np.array(labels) != IGNORE).sum()
     assert tokens.cut.tolist() == [0, 1, 4]
+    assert tokens.why(1) == f"{whole.length[1]} tokens are more than text.max_tokens (260), and are cut to it"
     assert "cutting it would cut its media" in refused(tokens)[2]
     assert tokens.of(3)[0].tolist() == whole.of(3)[0].tolist()
     assert refused(tokens)[5].startswith("2 <image> marks are left for 1 media")
