@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from pipeline.conversation import conversation_of
 from pipeline.index import Index
 from pipeline.manifest import Manifest, ManifestError, MixRoot
+from pipeline.mapped import PageLimit
 from pipeline.tokens import Tokens
 from pipeline.visuals import View, Visuals
 
 LENGTHS = ("length", "clips", "tiles", "learned")  #: of :class:`Tokens`
-RELEASE = 16  #: lookups of dialogues or media after which the pages of all maps are given back
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Corpus:
                 setattr(part.tokens, name, getattr(self, name)[start : start + size])
         self._columns = [[part.index.dialogues[name] for name in ("key", "media", "entry")] for part in parts]
         self._other: tuple[list[Tokens], Corpus] | None = None
-        self._lookups = 0  # counted by threads without a lock: about right is enough
+        self._pages = PageLimit(self.release)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -105,16 +105,18 @@ class Corpus:
 
     def views(self, number: int) -> list[View]:
         """What is shown of the media of a dialogue; see :meth:`Visuals.views`."""
-        self._looked_up()
+        self._pages.looked_up()
         root, row = self.place(number)
         _, media, entry = self._columns[root]
         visuals = self.parts[root].visuals
         return visuals.views(media[row].as_py(), entry[row].as_py() if visuals.bounds else "")
 
     def text(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels of a dialogue, see :meth:`Tokens.of`."""
+        """Ids and labels of a dialogue, see :meth:`Tokens.of`; copies, so that no page is looked at later."""
+        self._pages.looked_up()
         root, row = self.place(number)
-        return self.parts[root].tokens.of(row)
+        ids, labels = self.parts[root].tokens.of(row)
+        return ids.copy(), labels.copy()
 
     def why(self, number: int) -> str:
         """Why a dialogue cannot be used, or what it loses, see :meth:`Tokens.why`."""
@@ -123,12 +125,12 @@ class Corpus:
 
     def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
         """See :meth:`Visuals.read_frames`."""
-        self._looked_up()
+        self._pages.looked_up()
         self.parts[view.root].visuals.read_frames(view, start, out)
 
     def read_still(self, view: View, out: np.ndarray) -> None:
         """See :meth:`Visuals.read_still`."""
-        self._looked_up()
+        self._pages.looked_up()
         self.parts[view.root].visuals.read_still(view, out)
 
     def where(self, view: View) -> str:
@@ -140,11 +142,6 @@ class Corpus:
         for part in self.parts:
             part.index.release()
             part.tokens.release()
-
-    def _looked_up(self) -> None:
-        self._lookups += 1
-        if self._lookups % RELEASE == 0:
-            self.release()
 
 
 def roots_of(manifest: Manifest) -> tuple[MixRoot, ...]:
