@@ -54,6 +54,7 @@ class Measured(NamedTuple):
 
     idle: Memory
     first_seconds: float  #: from opening to the first row
+    first_cpu: float  #: the same of all cores, which other work on the machine leaves as it is
     first: Memory
     reading: list[Memory]  #: after each tenth of the samples
     resume_seconds: float  #: from opening to the first row after a state of the middle of the second epoch
@@ -176,11 +177,11 @@ def measure(folder: Path, samples: int) -> Measured:
     made = manifest(folder)
     conversation_of(made)  # imports what tokenizers need
     forget_peak()
-    idle, started = memory(), time.perf_counter()
+    idle, started, cpu = memory(), time.perf_counter(), time.process_time()
     loader = build_loader(made)
     stream = iter(loader)
     done = len(next(stream).keys)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     first, reading = memory(), []
     while done < samples:
         done += len(next(stream).keys)
@@ -193,7 +194,7 @@ def measure(folder: Path, samples: int) -> Measured:
     loader = build_loader(made)
     loader.load_state_dict(state)
     next(iter(loader))
-    return Measured(idle, seconds, first, reading, time.perf_counter() - started)
+    return Measured(idle, seconds, cpu, first, reading, time.perf_counter() - started)
 
 
 def in_process(folder: Path, samples: int) -> Measured:
@@ -217,7 +218,8 @@ def main() -> None:
     finally:
         shutil.rmtree(name)
     print(f"{options.dialogues:,} dialogues, {size / 1e9:.2f} GB of index and tokens")
-    print(f"first row {got.first_seconds:.2f} s after opening; {got.resume_seconds:.2f} s in the middle of an epoch")
+    print(f"first row {got.first_seconds:.2f} s after opening ({got.first_cpu:.2f} s of CPU)")
+    print(f"and {got.resume_seconds:.2f} s after opening in the middle of an epoch")
     print(f"{'MiB':<24}{'resident':>10}{'anonymous':>11}{'peak':>8}")
     lines = {"idle, all imported": got.idle, "after the first row": got.first}
     lines |= {f"after {(n + 1) * options.samples // 10:,}": there for n, there in enumerate(got.reading)}
