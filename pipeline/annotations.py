@@ -20,7 +20,7 @@ import io
 import json
 import math
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.json_text import NO_CHARACTER, PairedEscapes
-from pipeline.manifest import READERS, SAMPLING, SAMPLING_HELP, Entry, ManifestError
+from pipeline.manifest import READERS, Entry
+from pipeline.strategy import select
 
 MARK = "<image>"  #: stands where a media item belongs, an image or a video
 VIDEO_MARK = "<video>"
@@ -82,31 +83,6 @@ class AnnotationError(ValueError):
 
 class AnnotationFileError(ValueError):
     """An annotation file that cannot be read at all or not to its end: one line with the file and the fix."""
-
-
-def select(strategy: str, n: int, seed: int = 0) -> Sequence[int]:
-    """Positions, ascending, that a sampling strategy takes of ``n`` samples.
-
-    ``all``; ``first:N`` [0, N), ``first2:N`` [N, 2N), ``first3:N`` [2N, 3N), ``first4:N`` [3N, 4N); ``end:N`` the last
-    N; ``random:N`` N different ones drawn with ``seed``. N is a count or ``P%`` of ``n``, rounded up.
-
-    Raises:
-        ManifestError: the strategy is none of these.
-    """
-    match = SAMPLING.fullmatch(strategy)
-    if not match:
-        raise ManifestError(f"sampling: {strategy!r} is not {SAMPLING_HELP}")
-    if strategy == "all":
-        return range(n)
-    name, number, percent = match.groups()
-    count = -(-int(number) * n // 100) if percent else int(number)
-    if name == "end":
-        return range(max(n - count, 0), n)
-    if name == "random":
-        drawn = np.random.default_rng(seed).choice(n, size=min(count, n), replace=False)
-        return np.sort(drawn).tolist()
-    part = int(name[len("first") :] or 1)
-    return range(min((part - 1) * count, n), min(part * count, n))
 
 
 def read_annotations(
@@ -221,7 +197,7 @@ class _explained:
             raise AnnotationFileError(f"{self._path}: cannot be read to its end ({_one_line(error)}); fetch it again")
 
 
-def _picked(samples: Iterator[tuple[int, Any]], positions: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def _picked(samples: Iterator[tuple[int, Any]], positions: range | np.ndarray) -> Iterator[tuple[int, Any]]:
     wanted = iter(positions)
     target = next(wanted, None)
     for position, sample in samples:

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.files import atomic_file, sha256
-from pipeline.manifest import Manifest
+from pipeline.manifest import Frames, Manifest
+from pipeline.mapped import MappedTable
 from pipeline.storage import Reading, Shard, Storage, is_remote, open_storage
 
 #: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
@@ -125,6 +126,7 @@ class Index:
     shards: pa.Table
     fingerprint: str  #: sha256 hex over the three files, as the builder recorded it
     specification: Mapping[str, Any]  #: what decided the bytes, as the builder recorded it; empty if it did not
+    maps: Mapping[str, MappedTable]  #: the files of the tables, by name
 
     @classmethod
     def open(cls, root: str | os.PathLike, reading: Reading | None = None) -> Index:
@@ -142,22 +144,30 @@ class Index:
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
             names = [f"index/{name}.arrow" for name in schemas]
             paths = storage.local(names, fingerprint, lambda copies: _check_copies(copies, fingerprint))
-            tables = {name: _map(path, schemas[name]) for name, path in zip(schemas, paths, strict=True)}
+            maps = {name: _map(path, schemas[name]) for name, path in zip(schemas, paths, strict=True)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(_unreadable(root, error)) from None
-        return cls(storage=storage, fingerprint=fingerprint, specification=specification, **tables)
+        tables = {name: mapped.table for name, mapped in maps.items()}
+        made = {"fingerprint": fingerprint, "specification": specification, "maps": maps}
+        return cls(storage=storage, **made, **tables)
 
     @property
     def root(self) -> Path | str:
         """The root as messages name it; a path where it is a folder."""
         return self.storage.root
 
+    def release(self) -> None:
+        """Give back the memory of what was read of the tables, see :class:`pipeline.mapped.MappedTable`."""
+        for mapped in self.maps.values():
+            mapped.release()
+
     def check(self, manifest: Manifest) -> None:
         """Refuse shards that are not all there, or that do not hold what ``manifest`` wants of them.
 
         Shards hold the frames of the manifest that built them: smaller and fewer frames can be had of them, and other
-        samplers that take frames evenly; not larger or more frames, nor other entries. Shards built with ``compat:
-        published`` hold the frames that are shown, and serve no other sampler, bounds or ``compat``.
+        samplers that take frames evenly; not larger or more frames, nor other entries, unless they are mixed. Shards
+        built with ``compat: published`` hold the frames that are shown, and serve no other sampler, bounds or
+        ``compat``.
 
         Raises:
             ShardsError: one line that names the file or the field.
@@ -170,19 +180,12 @@ class Index:
                 found = "is missing" if there < 0 else f"has {there:,} of {size:,} bytes"
                 raise ShardsError(f"{path}: {found}; bring the file back, or remove {self.root} and build it again")
         again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
-        built, wanted = self.specification.get("frames", {}), manifest.frames
         compat = self.specification.get("compat", "none")
         if compat != manifest.compat:
             raise ShardsError(f"compat: is {manifest.compat}, the shards have {compat}; {again}")
-        for name in ("sampler", "min", "max", "clip_frames") if compat == "published" else ():
-            if getattr(wanted, name) != built[name]:
-                here = f"is {getattr(wanted, name)}, the shards have {built[name]}"
-                raise ShardsError(f"frames.{name}: {here}, as compat: published needs it; {again}")
-        for name in ("size", "max") + (("min",) if wanted.sampler == "dynamic_fps1" else ()):
-            if getattr(wanted, name) > built.get(name, getattr(wanted, name)):
-                raise ShardsError(f"frames.{name}: is {getattr(wanted, name)}, the shards have {built[name]}; {again}")
-        if wanted.sampler not in (built.get("sampler", wanted.sampler), "middle", "rand"):
-            raise ShardsError(f"frames.sampler: is {wanted.sampler}, the shards have {built['sampler']}; {again}")
+        self.check_frames(manifest.frames)
+        if manifest.mix:
+            return
         fields = ("root", "sampling", "reader", "media_type", "split")
         entries = [(entry.name, *(getattr(entry, name) for name in fields)) for entry in manifest.data.entries]
         there = [
@@ -202,6 +205,20 @@ class Index:
         found = {column: self.shards[column][row].as_py() for column in ("folder", "name", "bytes", "sha256")}
         return Shard(f"{found['folder']}/{found['name']}", found["bytes"], found["sha256"])
 
+    def check_frames(self, wanted: Frames, field: str = "frames") -> None:
+        """ShardsError where the shards cannot give the frames that ``field`` of a manifest wants."""
+        again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
+        built, published = self.specification.get("frames", {}), self.specification.get("compat") == "published"
+        for name in ("sampler", "min", "max", "clip_frames") if published else ():
+            if getattr(wanted, name) != built[name]:
+                here = f"is {getattr(wanted, name)}, the shards have {built[name]}"
+                raise ShardsError(f"{field}.{name}: {here}, as compat: published needs it; {again}")
+        for name in ("size", "max") + (("min",) if wanted.sampler == "dynamic_fps1" else ()):
+            if getattr(wanted, name) > built.get(name, getattr(wanted, name)):
+                raise ShardsError(f"{field}.{name}: is {getattr(wanted, name)}, the shards have {built[name]}; {again}")
+        if wanted.sampler not in (built.get("sampler", wanted.sampler), "middle", "rand"):
+            raise ShardsError(f"{field}.sampler: is {wanted.sampler}, the shards have {built['sampler']}; {again}")
+
 
 def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:
     """The list in ``row`` of a list column as a numpy view (not a copy, not writable)."""
@@ -209,10 +226,9 @@ def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:
     return values.to_numpy(zero_copy_only=True)
 
 
-def _map(path: Path, schema: pa.Schema) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        mapped = pa.ipc.open_file(source).read_all()
-    if mapped.schema != schema:
+def _map(path: Path, schema: pa.Schema) -> MappedTable:
+    mapped = MappedTable(path)
+    if mapped.table.schema != schema:
         raise ValueError(f"{path.name} has other columns than this version of framestream")
     return mapped
 

@@ -20,14 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.batch import Batch
-from pipeline.conversation import conversation_of
-from pipeline.index import Index
+from pipeline.contents import Contents, contents
+from pipeline.corpus import Corpus, open_corpus
 from pipeline.manifest import Manifest, ManifestError
-from pipeline.plan import Plan, Report
+from pipeline.plan import Plan
 from pipeline.rows import Piece, Place, assemble
-from pipeline.storage import Reading
-from pipeline.tokens import Tokens
-from pipeline.visuals import View, Visuals
+from pipeline.visuals import View
 
 CHUNK = 32  #: frames that one task decodes
 ROW_BYTES = 1 << 20  #: what a row counts at least against the prefetch bound, so that rows of text are bounded too
@@ -46,33 +44,30 @@ class StateError(LoaderError):
 
 
 def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: str = "train") -> Loader:
-    """The loader of one rank over the shards of ``manifest.shard_place``; tokenises the root once where needed.
+    """The loader of one rank over the roots of ``manifest.mix``, or ``manifest.shard_place``; tokenises each once.
 
     Raises:
         ShardsError: no finished shards are there, or none of their dialogues can be used.
-        ManifestError: ``world_size`` does not divide ``batching.row_multiple``, or the tokenizer cannot be loaded.
+        ManifestError: ``world_size`` does not divide ``batching.row_multiple``, the tokenizer cannot be loaded, or
+            ``mix`` does not fit the shards.
     """
     multiple = manifest.batching.row_multiple
     if world_size < 1 or multiple % world_size:
         raise ManifestError(f"batching.row_multiple: {multiple} is not a multiple of {world_size} ranks; change either")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks")
-    index = Index.open(manifest.shard_place, Reading.of(manifest.loader))
-    index.check(manifest)
-    visuals = Visuals(index, manifest)
-    tokens = Tokens(index, manifest, conversation_of(manifest), visuals)
+    corpus = open_corpus(manifest)
     for epoch in range(manifest.train.epochs):
-        tokens.at(epoch)  # all caches are made here, where the first rank is alone
-    return Loader(Plan(index, manifest, tokens, split), visuals, rank, world_size, split)
+        corpus.at(epoch)  # all caches are made here, where the first rank is alone
+    return Loader(Plan(corpus, manifest, split), rank, world_size, split)
 
 
 class Loader:
     """Iterates over the rest of the current epoch, then stands at the start of the next one."""
 
-    def __init__(self, plan: Plan, visuals: Visuals, rank: int, world_size: int, split: str) -> None:
-        self._plan, self._visuals = plan, visuals
+    def __init__(self, plan: Plan, rank: int, world_size: int, split: str) -> None:
+        self._plan, self._corpus = plan, plan.corpus
         self._rank, self._world, self._split = rank, world_size, split
-        self._media, self._keys = plan.index.dialogues["media"], plan.index.dialogues["key"]
         self._epoch, self._step = 0, 0
         self._unreadable: list[str] = []
 
@@ -97,14 +92,19 @@ class Loader:
             raise StateError(f"the loader's state is of other data or settings: {what}; use those, or start anew")
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
-    def report(self) -> Report:
-        """What an epoch contains, by entry; reads nothing but lengths."""
-        return self._plan.report()
+    def report(self) -> Contents:
+        """What the first epoch contains, by root and entry; reads nothing but lengths."""
+        return contents(self._plan)
 
     def left_out(self) -> Iterator[tuple[str, str]]:
-        """(key, reason) of every dialogue of the split that no epoch contains."""
-        for row in self._plan.left_out.tolist():
-            yield self._keys[row].as_py(), self._plan.tokens.refused[row]
+        """(key, reason) of every dialogue that epochs would contain if it could be used."""
+        for number in self._plan.left_out.tolist():
+            yield self._corpus.key(number), self._corpus.why(number)
+
+    def cut(self) -> Iterator[tuple[str, str]]:
+        """(key, reason) of every dialogue of epochs that loses its end to ``text.max_tokens``."""
+        for number in self._plan.cut.tolist():
+            yield self._corpus.key(number), self._corpus.why(number)
 
     def __iter__(self) -> Iterator[Batch]:
         """Rows of this rank from the current place to the end of its epoch.
@@ -121,12 +121,12 @@ class Loader:
             upcoming = next(rows, None)
             while upcoming or waiting:
                 while upcoming and (not waiting or held + upcoming.nbytes <= bound):
-                    upcoming.start(pool, self._visuals)
+                    upcoming.start(pool, self._corpus)
                     waiting.append(upcoming)
                     held += upcoming.nbytes
                     upcoming = next(rows, None)
                 row = waiting.popleft()
-                batch = row.finish(self._visuals)
+                batch = row.finish(self._corpus)
                 held -= row.nbytes
                 self._note(batch.skipped)
                 if batch.last:
@@ -149,15 +149,15 @@ class Loader:
                 yield self._row(place, side_by_side[self._rank].tolist())
 
     def _row(self, place: Place, dialogues: list[int]) -> _Row:
-        frames, tokens = self._plan.manifest.frames, self._plan.tokens.at(place.epoch)
-        views = [self._visuals.views(self._media[row].as_py()) for row in dialogues]
+        frames, corpus = self._plan.manifest.frames, self._corpus.at(place.epoch)
+        views = [corpus.views(number) for number in dialogues]
         clips = [sum(view.clips for view in shown) for shown in views]
         tiles = [sum(view.tiles for view in shown) for shown in views]
         return _Row(
             place=place,
-            keys=[self._keys[row].as_py() for row in dialogues],
-            texts=[tokens.of(row) for row in dialogues],
-            weights=[self._plan.weight(row, place.epoch) for row in dialogues],
+            keys=[corpus.key(number) for number in dialogues],
+            texts=[corpus.text(number) for number in dialogues],
+            weights=[self._plan.weight(number, place.epoch) for number in dialogues],
             views=views,
             clip_edges=np.cumsum([0, *clips]),
             tile_edges=np.cumsum([0, *tiles]),
@@ -198,7 +198,7 @@ class _Row:
         pictures = int(self.clip_edges[-1]) * self.clip_shape[0] + int(self.tile_edges[-1])
         return max(ROW_BYTES, pictures * frame)
 
-    def start(self, pool: ThreadPoolExecutor, visuals: Visuals) -> None:
+    def start(self, pool: ThreadPoolExecutor, corpus: Corpus) -> None:
         """Give all decoding to ``pool``."""
         self.clips = np.empty((self.clip_edges[-1], *self.clip_shape), dtype=np.uint8)
         self.stills = np.empty((self.tile_edges[-1], *self.clip_shape[1:]), dtype=np.uint8)
@@ -209,20 +209,20 @@ class _Row:
             for view in shown:
                 for start in range(0, len(view.places), CHUNK):
                     out = frames[frame + start : frame + min(start + CHUNK, len(view.places))]
-                    self.tasks.append((number, view, pool.submit(visuals.read_frames, view, start, out)))
+                    self.tasks.append((number, view, pool.submit(corpus.read_frames, view, start, out)))
                 if view.tiles:
                     out = self.stills[tile : tile + view.tiles]
-                    self.tasks.append((number, view, pool.submit(visuals.read_still, view, out)))
+                    self.tasks.append((number, view, pool.submit(corpus.read_still, view, out)))
                 frame, tile = frame + len(view.places), tile + view.tiles
 
-    def finish(self, visuals: Visuals) -> Batch:
+    def finish(self, corpus: Corpus) -> Batch:
         """Wait for the tasks and make the row; dialogues whose media cannot be read are left out of it."""
         failed: dict[int, str] = {}
         for number, view, task in self.tasks:
             try:
                 task.result()
             except (OSError, ValueError) as error:
-                failed.setdefault(number, f"{visuals.where(view.row)}: {' '.join(str(error).split())}")
+                failed.setdefault(number, f"{corpus.where(view)}: {' '.join(str(error).split())}")
         pieces = [self._piece(number) for number in range(len(self.keys)) if number not in failed]
         clips, stills = self.clips, self.stills
         if failed:

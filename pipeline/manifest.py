@@ -97,6 +97,45 @@ class Frames:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixEntry:
+    """What is taken of one entry of a shard root that is mixed."""
+
+    entry: str = field(doc="name of the entry as the shards were built")
+    sampling: str = field("all", doc=f"of its dialogues in the order of the index: {SAMPLING_HELP}")
+    repeat: float | None = field(None, low=0, doc="times an epoch, in place of the root's; 0 leaves it out")
+    cap: int | None = field(None, low=1, doc="dialogues of it in an epoch at most; the others come in the next ones")
+    min: int | None = field(None, low=1, doc="frames.min of its videos")
+    max: int | None = field(None, low=1, doc="frames.max of its videos")
+
+    def __post_init__(self) -> None:
+        if not SAMPLING.fullmatch(self.sampling):
+            raise ManifestError(f"sampling: {self.sampling!r} is not {SAMPLING_HELP}")
+
+    def frames(self, frames: Frames) -> Frames:
+        """``frames`` within the bounds of the entry."""
+        bounds = {name: getattr(self, name) for name in ("min", "max") if getattr(self, name) is not None}
+        return dataclasses.replace(frames, **bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixRoot:
+    """One shard root of a mix; entries that it does not name are taken whole, as often as the root says."""
+
+    root: str = field(doc="folder or address of finished shards, such as shards/stage2")
+    repeat: float = field(1.0, low=0, doc="how often an epoch has each dialogue")
+    weight: float | None = field(None, low=0, doc="share of an epoch; every root has one, or none has")
+    entries: tuple[MixEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [entry.entry for entry in self.entries]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ManifestError(f"entries[{number}].entry: {name} stands twice; give one entry its settings once")
+        if not self.repeat and not any(entry.repeat for entry in self.entries):
+            raise ManifestError("repeat: is 0, and no entry has its own; nothing would be read, leave the root out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Images:
     """How a still becomes tiles of ``frames.size`` pixels."""
 
@@ -298,6 +337,7 @@ class Manifest:
     shards: str = field("shards", doc="stage N is read from SHARDS/stageN; a folder or an address")
     compat: str = field("none", choices=("none", "published"), doc="published: with the published readers' faults")
     images: Images = Images()
+    mix: tuple[MixRoot, ...] = ()
     loader: Loader = Loader()
     model: Model = Model()
     evaluate: Evaluate = Evaluate()
@@ -315,6 +355,22 @@ class Manifest:
         named = self.init_from
         if not named.run and not (named.vision_tower and named.language_model):
             raise ManifestError("init_from: name a run, or vision_tower and language_model")
+        self._check_mix()
+
+    def _check_mix(self) -> None:
+        roots, weights = [root.root.rstrip("/") for root in self.mix], [root.weight for root in self.mix]
+        for number, root in enumerate(self.mix):
+            if roots[number] in roots[:number]:
+                raise ManifestError(f"mix[{number}].root: {root.root} stands twice; name each root once")
+            if (root.weight is None) != (weights[0] is None):
+                raise ManifestError(f"mix[{number}].weight: all roots have one, or none has; give or remove them all")
+            for place, entry in enumerate(root.entries):
+                try:
+                    entry.frames(self.frames)
+                except ManifestError as error:
+                    raise ManifestError(f"mix[{number}].entries[{place}].{error}") from None
+        if self.mix and not any(weight is None or weight > 0 for weight in weights):
+            raise ManifestError("mix[0].weight: all are 0; give at least one root a weight above 0")
 
     @property
     def shard_root(self) -> Path:

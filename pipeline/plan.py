@@ -7,124 +7,125 @@ nothing depends on threads or timing. Rows do not depend on the number of ranks 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.index import Index, ShardsError
-from pipeline.manifest import Manifest
-from pipeline.mixture import epoch_order
+from pipeline.corpus import Corpus, roots_of
+from pipeline.index import ShardsError
+from pipeline.manifest import Manifest, ManifestError, MixRoot, plain
+from pipeline.mixture import CHUNK, Share, appearances, apportion, epoch_order
 from pipeline.packing import costs, pack
-from pipeline.tokens import Tokens
+from pipeline.strategy import select
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
     """The rows of one optimiser step."""
 
-    rows: list[np.ndarray]  #: R int64 arrays of index rows; rank r runs row j * world size + r in micro-step j
+    rows: list[np.ndarray]  #: R int64 arrays of numbers of dialogues; rank r runs row j * world size + r in step j
     total_weight: float  #: loss weight of all dialogues
-
-
-@dataclass(frozen=True, slots=True)
-class EntryShare:
-    """What one entry gives to an epoch."""
-
-    entry: str
-    dialogues: int
-    frames: int  #: frames of clips and tiles of stills that go through the vision tower
-    tokens: int
-    learned: int  #: labelled tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What an epoch contains; ``str()`` is a table."""
-
-    entries: list[EntryShare]
-    left_out: int  #: dialogues of the split that cannot be used, see ``Loader.left_out``
-    dropped: int  #: usable dialogues that ``batching.order`` leaves out of an epoch, others in each
-    cut: int  #: dialogues of the root that lose their end to text.max_tokens
-
-    def __str__(self) -> str:
-        names = ("entry", "dialogues", "frames", "tokens", "learned")
-        body = [[e.entry, *(f"{getattr(e, name):,}" for name in names[1:])] for e in self.entries]
-        sums = ["all", *(f"{sum(getattr(e, name) for e in self.entries):,}" for name in names[1:])]
-        table = [names, *body, sums]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
-        lines = [form.format(*line) for line in table]
-        ends = f"left out: {self.left_out:,} dialogues; cut to text.max_tokens: {self.cut:,}"
-        dropped = f"; batching.order drops {self.dropped:,} of all in each epoch" if self.dropped else ""
-        return "\n".join([*lines, ends + dropped])
 
 
 class Plan:
     """Order, rows and weights of every epoch of one split under one manifest."""
 
-    def __init__(self, index: Index, manifest: Manifest, tokens: Tokens, split: str) -> None:
-        self.index, self.manifest, self.tokens = index, manifest, tokens
-        in_split = pc.equal(index.dialogues["split"], split).to_numpy()
-        usable = in_split & (tokens.learned > 0)
-        usable[list(tokens.refused)] = False
-        self.members = np.flatnonzero(usable)
-        self.left_out = np.flatnonzero(in_split & ~usable)
-        if not len(self.members):
-            raise ShardsError(f"{index.root}: no dialogue of split {split} can be used; {self._why()}")
-        # With compat: published lengths grow with the epoch; those of the last one group the dialogues of all.
-        pictures = tokens.clips[self.members] + tokens.tiles[self.members]
-        self._signed = np.where(pictures > 0, 1, -1) * tokens.length[self.members].astype(np.int64)
+    def __init__(self, corpus: Corpus, manifest: Manifest, split: str) -> None:
+        self.corpus, self.manifest, self.split = corpus, manifest, split
+        self.shares, self.left_out = _shares(corpus, manifest, split)
+        corpus.release()
+        if not any(share.appearances for share in self.shares):
+            raise ShardsError(f"{self._roots()}: no dialogue of split {split} can be used; {self._why()}")
+        side = manifest.frames.size // manifest.model.vision_tower.patch
+        self.patches = side * side  #: of a frame
         self._epoch, self._order = 0, self._order_of(0)
         if not len(self._order):
             raise ShardsError(
-                f"{index.root}: batching.order modality_length leaves out the last global batch of either kind, and "
+                f"{self._roots()}: batching.order modality_length leaves out the last global batch of either kind, and "
                 f"split {split} has no others; use modality, or a smaller batching.global_batch"
             )
-        side = manifest.frames.size // manifest.model.vision_tower.patch
-        self._patches = side * side
+
+    def _roots(self) -> str:
+        return ", ".join(str(part.index.root) for part in self.corpus.parts)
 
     def _why(self) -> str:
         if not len(self.left_out):
-            return "the manifest's data.entries name none, or all are in the build's ledger"
-        first = int(self.left_out[0])
-        return f"{len(self.left_out)} are left out, the first because {self.tokens.refused[first]}"
+            named = "mix takes none" if self.manifest.mix else "the manifest's data.entries name none"
+            return f"{named}, or all are in the build's ledger"
+        return f"{len(self.left_out)} are left out, the first because {self.corpus.why(int(self.left_out[0]))}"
+
+    @property
+    def appearances(self) -> int:
+        """Dialogues of an epoch, each as often as it appears, ``dropped`` ones included."""
+        return sum(share.appearances for share in self.shares)
+
+    @property
+    def dropped(self) -> int:
+        """Appearances that ``batching.order`` leaves out of an epoch, others in each."""
+        return self.appearances - len(self._order)
+
+    @property
+    def cut(self) -> np.ndarray:
+        """The numbers of dialogues of epochs that lose their end to ``text.max_tokens``, int64, ascending."""
+        corpus = self.corpus
+        cuts = [part.tokens.cut + start for part, start in zip(corpus.parts, corpus.starts, strict=False)]
+        every = np.concatenate(cuts)
+        taken = [every[np.isin(every, share.numbers)] for share in self.shares]
+        return np.sort(np.concatenate(taken)).astype(np.int64)
 
     @property
     def batches(self) -> int:
         """Global batches of an epoch; the last may be smaller than the others."""
         return -(-len(self._order) // self.manifest.batching.global_batch)
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The numbers of an epoch's dialogues, in order, each as often as it appears."""
+        if epoch != self._epoch:
+            self._order = np.empty(0, dtype=np.int32)  # one at a time
+            self._epoch, self._order = epoch, self._order_of(epoch)
+        return self._order
+
     def _order_of(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.members, self._signed, self.manifest.batching, self.manifest.seed, epoch)
+        corpus, batching, seed = self.corpus, self.manifest.batching, self.manifest.seed
+        numbers = appearances(self.shares, len(corpus), seed, epoch)
+        lengths = np.empty(0, dtype=np.int32)
+        if batching.order not in ("shuffle", "sequential"):
+            # With compat: published lengths grow with the epoch; those of the last one group the dialogues of all.
+            rows = numbers % len(corpus)
+            kinds = np.where(corpus.clips[rows] + corpus.tiles[rows] > 0, 1, -1)
+            lengths = kinds * corpus.length[rows].astype(np.int64)
+        order = epoch_order(numbers, lengths, batching, seed, epoch)
+        return order if numbers[-1] < len(corpus) else (order % len(corpus)).astype(np.int32)
 
     def units(self, rows: np.ndarray) -> int:
         """Clips and tiles of dialogues together: what goes through the vision tower one by one."""
-        return int(self.tokens.clips[rows].sum() + self.tokens.tiles[rows].sum())
+        return int(self.corpus.clips[rows].sum() + self.corpus.tiles[rows].sum())
 
     def pictures(self, rows: np.ndarray) -> np.ndarray:
         """Frames and tiles of each dialogue, int64 (n,)."""
-        clips = self.tokens.clips[rows].astype(np.int64)
-        return clips * self.manifest.frames.clip_frames + self.tokens.tiles[rows]
+        clips = self.corpus.clips[rows].astype(np.int64)
+        return clips * self.manifest.frames.clip_frames + self.corpus.tiles[rows]
+
+    def costs(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Estimated FLOPs of dialogues, float64 (n,)."""
+        lengths = self.corpus.at(epoch).length[rows].astype(np.int64)
+        return costs(self.manifest.batching.cost, self.pictures(rows) * self.patches, lengths)
 
     def global_batch(self, epoch: int, step: int) -> GlobalBatch:
         """Slice ``step`` of the epoch's order, as rows."""
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._order_of(epoch)
         batching, size = self.manifest.batching, self.manifest.batching.global_batch
-        members = self._order[step * size : (step + 1) * size]
-        tokens = self.tokens.at(epoch)
-        lengths = tokens.length[members].astype(np.int64)
-        flops = costs(batching.cost, self.pictures(members) * self._patches, lengths)
-        packed = pack(lengths, flops, self.manifest.text.max_tokens, batching.row_multiple)
+        members = self.order(epoch)[step * size : (step + 1) * size].astype(np.int64)
+        corpus = self.corpus.at(epoch)
+        lengths = corpus.length[members].astype(np.int64)
+        packed = pack(lengths, self.costs(epoch, members), self.manifest.text.max_tokens, batching.row_multiple)
         by_token = batching.loss_weight == "token"
-        weight = float(tokens.learned[members].sum()) if by_token else float(len(members))
+        weight = float(corpus.learned[members].sum()) if by_token else float(len(members))
         return GlobalBatch([members[row] for row in packed], weight)
 
     def weight(self, row: int, epoch: int) -> float:
         """Loss weight of each labelled place of one dialogue."""
         by_token = self.manifest.batching.loss_weight == "token"
-        return 1.0 if by_token else 1.0 / float(self.tokens.at(epoch).learned[row])
+        return 1.0 if by_token else 1.0 / float(self.corpus.at(epoch).learned[row])
 
     def groups(self, rows: list[np.ndarray]) -> int:
         """Tower groups of a micro-step whose ranks run ``rows``: the maximum over them, at least 1."""
@@ -132,12 +133,16 @@ class Plan:
         return max(1, *(-(-self.units(row) // size) for row in rows))
 
     def fingerprint(self, split: str) -> dict[str, object]:
-        """Everything that decides order and contents of global batches, by name."""
+        """Everything that decides order and contents of global batches, by name; where roots lie is no part of it."""
         manifest, batching = self.manifest, self.manifest.batching
-        cost = batching.cost
+        cost, roots = batching.cost, {}
+        for number, part in enumerate(self.corpus.parts):
+            place = f"mix[{number}]." if manifest.mix else ""
+            roots |= {f"{place}index": part.index.fingerprint, f"{place}tokens": part.tokens.fingerprint}
+            settings = plain(manifest.mix[number]) if manifest.mix else {}
+            roots |= {f"{place}{name}": value for name, value in settings.items() if name != "root"}
         return {
-            "index": self.index.fingerprint,
-            "tokens": self.tokens.fingerprint,
+            **roots,
             "split": split,
             "seed": manifest.seed,
             "text.max_tokens": manifest.text.max_tokens,
@@ -146,22 +151,85 @@ class Plan:
             "batching.row_multiple": batching.row_multiple,
             "batching.order": batching.order,
             "batching.cost": None if cost is None else [cost.patch, cost.token, cost.pair],
-            "patches of a frame": self._patches,
+            "patches of a frame": self.patches,
         }
 
-    def report(self) -> Report:
-        """What an epoch contains, by entry."""
-        tokens, rows = self.tokens, self.members
-        table = pa.table(
-            {
-                "entry": self.index.dialogues["entry"].take(pa.array(rows)),
-                "frames": self.pictures(rows),
-                "tokens": tokens.length[rows].astype(np.int64),
-                "learned": tokens.learned[rows].astype(np.int64),
-            }
-        )
-        sums = [(name, "sum") for name in ("frames", "tokens", "learned")]
-        grouped = table.group_by("entry").aggregate([("entry", "count"), *sums]).sort_by("entry").to_pylist()
-        names = ("entry", "entry_count", "frames_sum", "tokens_sum", "learned_sum")
-        shares = [EntryShare(*(share[name] for name in names)) for share in grouped]
-        return Report(shares, len(self.left_out), len(rows) - len(self._order), tokens.cut)
+
+# What is taken of each root -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Usable dialogues of one entry, or of all entries of a root that ``mix`` does not name."""
+
+    numbers: np.ndarray  #: int32 (n,)
+    wanted: int  #: appearances without weights
+    cap: int | None
+
+
+def _shares(corpus: Corpus, manifest: Manifest, split: str) -> tuple[list[Share], np.ndarray]:
+    """What every epoch takes, and the numbers of dialogues that it would take if they could be used, int64."""
+    pools, left_out = [], []
+    roots = roots_of(manifest)
+    for number, root in enumerate(roots):
+        here, left = _pools(corpus, number, root, split, manifest.seed)
+        pools.append(here)
+        left_out.append(left)
+    counts = [[pool.wanted for pool in here] for here in pools]
+    if roots[0].weight is not None:
+        counts = _weighted(roots, pools, split)
+    shares = [
+        Share(pool.numbers, count)
+        for here, row in zip(pools, counts, strict=True)
+        for pool, count in zip(here, row, strict=True)
+        if count
+    ]
+    return shares, np.concatenate(left_out)
+
+
+def _pools(corpus: Corpus, number: int, root: MixRoot, split: str, seed: int) -> tuple[list[_Pool], np.ndarray]:
+    part, start = corpus.parts[number], corpus.starts[number]
+    in_split, usable = part.in_split(split), part.tokens.learned > 0
+    pools, taken = [], np.zeros(len(usable), dtype=bool)
+    codes = part.entry_codes([entry.entry for entry in root.entries]) if root.entries else None
+    for place, entry in enumerate(root.entries):
+        rows = _places(in_split & (codes == place))
+        chosen = select(entry.sampling, len(rows), seed)
+        rows = rows[chosen.start : chosen.stop] if isinstance(chosen, range) else rows[chosen]
+        repeat = root.repeat if entry.repeat is None else entry.repeat
+        if repeat:
+            taken[rows] = True
+            pools.append(_pool(rows[usable[rows]] + np.int32(start), repeat, entry.cap))
+    if root.repeat:
+        others = in_split if codes is None else in_split & (codes < 0)
+        taken |= others
+        pools.append(_pool(_places(others & usable) + np.int32(start), root.repeat, None))
+    return pools, np.flatnonzero(taken & ~usable) + start
+
+
+def _places(mask: np.ndarray) -> np.ndarray:
+    """Where ``mask`` is true, int32 (n,); part by part, for numpy takes 8 bytes a place."""
+    starts = range(0, len(mask), CHUNK)
+    parts = [np.flatnonzero(mask[start : start + CHUNK]).astype(np.int32) + np.int32(start) for start in starts]
+    return np.concatenate([np.empty(0, dtype=np.int32), *parts])
+
+
+def _pool(numbers: np.ndarray, repeat: float, cap: int | None) -> _Pool:
+    count = int(Fraction(str(repeat)) * len(numbers) + Fraction(1, 2))
+    return _Pool(numbers, count if cap is None else min(count, cap), cap)
+
+
+def _weighted(roots: tuple[MixRoot, ...], pools: list[list[_Pool]], split: str) -> list[list[int]]:
+    """As many appearances as without weights, by weight; within a root in its own proportions, none above its cap."""
+    total = sum(pool.wanted for here in pools for pool in here)
+    sizes = apportion(total, [Fraction(str(root.weight)) for root in roots])
+    counts = []
+    for number, (size, here) in enumerate(zip(sizes, pools, strict=True)):
+        try:
+            counts.append(apportion(size, [Fraction(pool.wanted) for pool in here], [pool.cap for pool in here]))
+        except ValueError as error:
+            raise ManifestError(
+                f"mix[{number}].weight: is {size:,} of {total:,} dialogues of split {split} in an epoch, which its "
+                f"dialogues and caps do not give ({error}); lower it, or raise a cap"
+            ) from None
+    return counts

@@ -23,6 +23,7 @@ from pipeline.batch import IGNORE, IMAGE
 from pipeline.conversation import Conversation
 from pipeline.index import Index, ShardsError, row_values
 from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest, ManifestError
+from pipeline.mapped import MappedTable
 from pipeline.visuals import View, Visuals
 
 FORMAT = 1  #: raise it when the meaning of a column changes
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
 )
 
 
-def fingerprint(index: Index, manifest: Manifest, conversation: Conversation, fetch: int = 0) -> str:
+def fingerprint(index: Index, manifest: Manifest, conversation: Conversation, visuals: Visuals, fetch: int = 0) -> str:
     """Sha256 hex over all that the cached rows depend on; ``fetch`` as of :class:`Conversation`."""
     frames, text = manifest.frames, manifest.text
     content = conversation.tokenizer.backend_tokenizer.to_str()
@@ -53,6 +54,7 @@ def fingerprint(index: Index, manifest: Manifest, conversation: Conversation, fe
         "images": [manifest.images.mode, manifest.images.max_grid],
         "seed": manifest.seed if frames.sampler == "rand" else 0,
         **({"fetch": fetch} if fetch else {}),
+        **({"bounds": visuals.bounds} if visuals.bounds else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -61,7 +63,8 @@ class Tokens:
     """Ids, labels and lengths of every dialogue under the manifest's ``text.max_tokens`` and ``text.over_length``.
 
     ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,). A dialogue over the limit is cut at
-    its end, where that leaves all of its media and something to learn; else it is refused.
+    its end, where that leaves all of its media and something to learn; else it is refused. ``learned`` is 0 where a
+    dialogue is refused and nowhere else; ``cut`` has the rows that are cut, ascending.
 
     With ``compat: published`` dialogues grow with the epoch: these are the tokens of ``epoch``, by default the last of
     ``train.epochs``, in which the fewest dialogues can be used, and :meth:`at` gives those of the others.
@@ -75,31 +78,28 @@ class Tokens:
         visuals: Visuals,
         epoch: int | None = None,
     ) -> None:
-        self._made_of = (index, manifest, conversation, visuals)
+        # Only the published epochs need the tokenizer again, which is large.
+        self._made_of = (index, manifest, conversation, visuals) if manifest.compat == "published" else None
         self._epoch = manifest.train.epochs - 1 if epoch is None else epoch
         self._other: Tokens | None = None
         fetch = self._epoch + 1 if manifest.compat == "published" else 0
-        self.fingerprint = fingerprint(index, manifest, conversation, fetch)
+        self.fingerprint = fingerprint(index, manifest, conversation, visuals, fetch)
         path = index.storage.folder / f"tokens-{self.fingerprint[:32]}.arrow"
         if not path.is_file():
             _build(path, index, conversation, visuals, fetch)
         try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-        except (OSError, pa.ArrowException):
+            self._mapped = MappedTable(path)
+            table = self._mapped.table
+        except (OSError, ValueError):
             table = None
         if table is None or table.schema != SCHEMA or len(table) != len(index.dialogues):
             raise ShardsError(f"{path}: damaged, or not the tokens of this index; remove the file, it is made again")
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
-        numbers = {name: table[name].to_numpy() for name in ("length", "clips", "tiles", "learned")}
-        self.length, self.learned = numbers["length"].copy(), numbers["learned"].copy()
-        self.clips, self.tiles = numbers["clips"], numbers["tiles"]
-        self._limit = manifest.text.max_tokens
-        self._cut: dict[int, int] = {}  # row of a dialogue over the limit -> ids kept
-        self._refused: dict[int, str] = {}
-        self._apply_limit(manifest.text.over_length == "cut")
-        bad = np.flatnonzero(self.learned == 0)
-        self._refused |= {int(row): self._reason(row) for row in bad if row not in self._refused}
+        self.length, self.clips, self.tiles, self.learned = (
+            self._mapped.array(name) for name in ("length", "clips", "tiles", "learned")
+        )
+        self._limit, self._cuts = manifest.text.max_tokens, manifest.text.over_length == "cut"
+        self.cut = self._apply_limit()
 
     def at(self, epoch: int) -> Tokens:
         """The tokens of one epoch; they differ with ``compat: published`` only.
@@ -107,51 +107,66 @@ class Tokens:
         Raises:
             ManifestError: an epoch after the last of ``train.epochs``, with ``compat: published``.
         """
-        manifest = self._made_of[1]
-        if manifest.compat == "none" or epoch == self._epoch:
+        if self._made_of is None or epoch == self._epoch:
             return self
+        manifest = self._made_of[1]
         if epoch >= manifest.train.epochs:
             raise ManifestError(f"train.epochs: is {manifest.train.epochs}, and compat: published has none after them")
         if self._other is None or self._other._epoch != epoch:
             self._other = Tokens(*self._made_of, epoch)
         return self._other
 
-    @property
-    def refused(self) -> dict[int, str]:
-        """Why each dialogue that is left out is left out, by row."""
-        return self._refused
-
-    @property
-    def cut(self) -> int:
-        """Number of dialogues that lose their end to the limit."""
-        return len(self._cut)
-
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, int32 (n,), of one dialogue, within the limit; views, not to be written to."""
-        kept = self._cut.get(row)
-        return row_values(self._ids, row)[:kept], row_values(self._labels, row)[:kept]
+        ids, kept = row_values(self._ids, row), None
+        if len(ids) > self._limit - self._visual(row):
+            kept = self._kept(row, ids)
+        return ids[:kept], row_values(self._labels, row)[:kept]
 
-    def _reason(self, row: int) -> str:
-        return self._error[int(row)].as_py() or "the dialogue has nothing to learn"
+    def why(self, row: int) -> str:
+        """Why a refused dialogue is refused, or what a cut one loses."""
+        ids = row_values(self._ids, row)
+        length = len(ids) - int((ids == IMAGE).sum()) + self._visual(row)
+        if length <= self._limit:
+            return self._error[row].as_py() or "the dialogue has nothing to learn"
+        text = f"{length} tokens are more than text.max_tokens ({self._limit})"
+        if self.learned[row]:
+            return f"{text}, and are cut to it"
+        if not self._cuts:
+            return text
+        if self._cuts_media(ids, self._kept(row, ids)):
+            return f"{text}, and cutting it would cut its media"
+        return f"{text}, and nothing to learn lies within them"
 
-    def _apply_limit(self, cut: bool) -> None:
-        for row in np.flatnonzero(self.length > self._limit).tolist():
-            text = f"{self.length[row]} tokens are more than text.max_tokens ({self._limit})"
-            if not cut:
-                self._refused[row] = text
-                continue
-            visual = int(self.clips[row]) * TOKENS_PER_CLIP + int(self.tiles[row]) * TOKENS_PER_TILE
-            ids, labels = self.of(row)
-            media = np.flatnonzero(ids == IMAGE)
-            kept = self._limit - visual + len(media)  # all media lie before the cut, or it is refused
-            learned = int((labels[: max(kept, 0)] != IGNORE).sum())
-            if len(media) and media[-1] >= kept:
-                self._refused[row] = f"{text}, and cutting it would cut its media"
-            elif not learned:
-                self._refused[row] = f"{text}, and nothing to learn lies within them"
-            else:
-                self._cut[row] = kept
-                self.length[row], self.learned[row] = self._limit, learned
+    def release(self) -> None:
+        """Give back the memory of what was read of the file, see :class:`pipeline.mapped.MappedTable`."""
+        self._mapped.release()
+
+    def _visual(self, row: int) -> int:
+        return int(self.clips[row]) * TOKENS_PER_CLIP + int(self.tiles[row]) * TOKENS_PER_TILE
+
+    def _kept(self, row: int, ids: np.ndarray) -> int:
+        """How many of ``ids`` fit the limit, if all media lie among them."""
+        return max(0, self._limit - self._visual(row) + int((ids == IMAGE).sum()))
+
+    @staticmethod
+    def _cuts_media(ids: np.ndarray, kept: int) -> bool:
+        return bool((ids[kept:] == IMAGE).any())
+
+    def _apply_limit(self) -> np.ndarray:
+        """Set the lengths of what is cut and refused; the rows of what is cut, int32."""
+        over = np.flatnonzero(self.length > self._limit)
+        if not self._cuts:
+            self.learned[over] = 0
+            return np.empty(0, dtype=np.int32)
+        cut = np.zeros(len(over), dtype=bool)
+        for number, row in enumerate(over.tolist()):
+            ids, labels = row_values(self._ids, row), row_values(self._labels, row)
+            kept = self._kept(row, ids)
+            self.learned[row] = 0 if self._cuts_media(ids, kept) else (labels[:kept] != IGNORE).sum()
+            cut[number] = self.learned[row] > 0
+        self.length[over[cut]] = self._limit
+        return over[cut].astype(np.int32)
 
 
 def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> None:
@@ -173,13 +188,12 @@ def _build(path: Path, index: Index, conversation: Conversation, visuals: Visual
 
 
 def _batches(index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> Iterator[pa.RecordBatch]:
-    columns = index.dialogues.select(["media", "conversations"])
+    columns = index.dialogues.select(["media", "entry", "conversations"])
     total = len(columns)
     with tqdm(total=total, desc="tokens", unit="dialogue", disable=total < 20 * CHUNK, dynamic_ncols=True) as bar:
         for start in range(0, total, CHUNK):
             chunk = columns.slice(start, CHUNK)
-            media, turns = chunk["media"].to_pylist(), chunk["conversations"].to_pylist()
-            dialogues = zip(media, turns, strict=True)
+            dialogues = zip(*(column.to_pylist() for column in chunk.columns), strict=True)
             prepared = [_prepare(conversation, visuals, *dialogue, fetch) for dialogue in dialogues]
             encoded = conversation.tokenize([[] if error else segments for segments, _, error in prepared])
             rows = [
@@ -191,10 +205,10 @@ def _batches(index: Index, conversation: Conversation, visuals: Visuals, fetch: 
 
 
 def _prepare(
-    conversation: Conversation, visuals: Visuals, media: list[int], turns: str, fetch: int
+    conversation: Conversation, visuals: Visuals, media: list[int], entry: str, turns: str, fetch: int
 ) -> tuple[list, list, str]:
     try:
-        views = visuals.views(media)
+        views = visuals.views(media, entry)
         kinds, messages = [view.kind for view in views], [view.message for view in views]
         return conversation.segments(json.loads(turns), kinds, messages, fetch), views, ""
     except ValueError as error:

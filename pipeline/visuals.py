@@ -10,6 +10,7 @@ stored at another size, or with their aspect kept, are stretched to S x S by the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 
 from pipeline.images import Grid, best_grid, tiles
 from pipeline.index import Index, row_values
-from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest
+from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Frames, Manifest, MixEntry
 from pipeline.pixels import Pixels
 from pipeline.sampling import fit_to_clips, media_seed, sample_indices, time_message
 
@@ -34,6 +35,7 @@ class View:
     tiles: int  #: tiles of a still
     grid: Grid | None = None  #: (w, h) tiles after a still's overview; None for a still of one tile and for a video
     padded: bool = False  #: the still is padded to a square, because its dialogue has several
+    root: int = 0  #: number of the shard root whose media table ``row`` is of
 
     @property
     def tokens(self) -> int:
@@ -44,21 +46,33 @@ class View:
 class Visuals:
     """Views and pixels of an index's media under one manifest; usable from many threads."""
 
-    def __init__(self, index: Index, manifest: Manifest) -> None:
-        self.index = index
+    def __init__(self, index: Index, manifest: Manifest, entries: Sequence[MixEntry] = (), root: int = 0) -> None:
+        """Of the media of ``index``; ``entries`` may have bounds of frames of their own."""
+        self.index, self.root = index, root
         self.frames, self.images, self.seed = manifest.frames, manifest.images, manifest.seed
+        self._bounded = {entry.entry: entry.frames(manifest.frames) for entry in entries}
         self._published = manifest.compat == "published"
         self._column = {name: index.media[name] for name in index.media.column_names}
         self._pixels = Pixels(index)
 
-    def views(self, rows: list[int]) -> list[View]:
-        """Views of all media of one dialogue; several stills are padded and get one tile each.
+    @property
+    def bounds(self) -> dict[str, list[int]]:
+        """[min, max] frames of the entries that have other ones than the manifest's ``frames``."""
+        kept = {name: frames for name, frames in self._bounded.items() if frames != self.frames}
+        return {name: [frames.min, frames.max] for name, frames in kept.items()}
+
+    def views(self, rows: list[int], entry: str = "") -> list[View]:
+        """Views of all media of one dialogue of ``entry``; several stills are padded and get one tile each.
 
         Raises:
             ValueError: a video cannot be sampled under these settings.
         """
         several = sum(self._value("kind", row) == "image" for row in rows) > 1
-        return [self._still(row, several) if self._value("kind", row) == "image" else self._video(row) for row in rows]
+        frames = self._bounded.get(entry, self.frames)
+        return [
+            self._still(row, several) if self._value("kind", row) == "image" else self._video(row, frames)
+            for row in rows
+        ]
 
     def _still(self, row: int, several: bool) -> View:
         grid, count = None, 1
@@ -66,23 +80,23 @@ class Visuals:
             size = self._value("width", row), self._value("height", row)
             grid = best_grid(*size, self.frames.size, self.images.max_grid)
             count = grid[0] * grid[1] + 1
-        return View(row, "image", np.empty(0, dtype=np.int64), "", 0, count, grid, several)
+        return View(row, "image", np.empty(0, dtype=np.int64), "", 0, count, grid, several, self.root)
 
-    def _video(self, row: int) -> View:
+    def _video(self, row: int, frames: Frames) -> View:
         vlen, fps, duration = (self._value(name, row) for name in ("vlen", "fps", "duration"))
         if self._published:
             places = row_values(self._column["sample"], row).astype(np.int64)
             counted = row_values(self._column["nominal"], row)
         else:
             rng = None
-            if self.frames.sampler == "rand":
+            if frames.sampler == "rand":
                 rng = np.random.default_rng(media_seed(self.seed, self._value("key", row)))
-            wanted = fit_to_clips(sample_indices(self.frames, vlen, fps, duration, rng), vlen, self.frames.clip_frames)
+            wanted = fit_to_clips(sample_indices(frames, vlen, fps, duration, rng), vlen, frames.clip_frames)
             stored = row_values(self._column["frame_index"], row)
             places = nearest(stored, wanted)
             counted = stored[places]
-        message = time_message(self.frames.time_message, duration, counted, fps)
-        return View(row, "video", places, message, len(places) // self.frames.clip_frames, 0)
+        message = time_message(frames.time_message, duration, counted, fps)
+        return View(row, "video", places, message, len(places) // frames.clip_frames, 0, root=self.root)
 
     def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
         """Decode the shown frames ``start`` .. ``start + len(out)`` of a video into ``out`` (n, S, S, 3) uint8.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import model, remote
+from benchmarks import index, model, remote
 from pipeline.manifest import VisionTower
 from trainer.model.tome import ToMeConnector
 
@@ -44,3 +44,19 @@ def test_remote_reads_are_measured_over_every_client(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(f"| {name} |" in text for name in ("http.client", "urllib3", "httpx2", "1", "32"))
     assert "kB of a request of 1 MiB" in text
+
+
+def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_path):
+    """Four lengths, two orders and what sorting needs: 48 bytes a dialogue are far below any Python object for each."""
+    made = {}
+    for dialogues in (20_000, 220_000):
+        folder = tmp_path / str(dialogues)
+        folder.mkdir()
+        index.generate(folder, dialogues, media=500)
+        made[dialogues] = index.in_process(folder, 2000)
+    small, large = made.values()
+    held = [one.reading[-1].anonymous - one.idle.anonymous for one in (small, large)]
+    assert held[1] - held[0] < 48 * 200_000
+    for one in (small, large):
+        assert one.reading[-1].anonymous - one.reading[2].anonymous < 2 * index.MIB
+        assert one.reading[-1].peak - one.idle.now < 200 * index.MIB

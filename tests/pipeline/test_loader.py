@@ -19,14 +19,15 @@ from PIL import Image
 
 from pipeline import build_loader
 from pipeline.batch import IGNORE, IMAGE, Batch
+from pipeline.contents import contents
 from pipeline.conversation import Conversation
+from pipeline.corpus import open_corpus
 from pipeline.images import best_grid, tiles
 from pipeline.index import Index, ShardsError
 from pipeline.loader import Loader, StateError, UnreadableError
 from pipeline.manifest import ORDERS, Manifest, ManifestError
 from pipeline.plan import Plan
 from pipeline.sampling import sample_indices, time_message
-from pipeline.tokens import Tokens
 from pipeline.visuals import Visuals
 from tests.pipeline.small_root import SIZE, Root, colour, manifest, mixed_root, turns
 
@@ -189,25 +190,21 @@ def test_batches_move_as_one(root):
 
 
 @functools.lru_cache(maxsize=64)
-def parts(
-    root: Path, batch: int, multiple: int, limit: int, squared: bool, order: str = "shuffle"
-) -> tuple[Plan, Visuals]:
+def parts(root: Path, batch: int, multiple: int, limit: int, squared: bool, order: str = "shuffle") -> Plan:
     cost = {"patch": 1.0, "token": 10.0, "pair": 0.1 if squared else 0.0}
     made = manifest(
         root,
         batching={"global_batch": batch, "row_multiple": multiple, "cost": cost, "order": order},
         text__max_tokens=limit,
     )
-    index = Index.open(made.shard_root)
-    visuals = Visuals(index, made)
-    return Plan(index, made, Tokens(index, made, Conversation(made.text), visuals), "train"), visuals
+    return Plan(open_corpus(made), made, "train")
 
 
 class Fleet:
     """The ranks of one run, and the global batches they were given, as tuples of rows of keys."""
 
-    def __init__(self, plan: Plan, visuals: Visuals, world: int, state: dict | None = None) -> None:
-        self.ranks = [Loader(plan, visuals, rank, world, "train") for rank in range(world)]
+    def __init__(self, plan: Plan, world: int, state: dict | None = None) -> None:
+        self.ranks = [Loader(plan, rank, world, "train") for rank in range(world)]
         for loader in self.ranks if state else ():
             loader.load_state_dict(json.loads(json.dumps(state)))
 
@@ -250,13 +247,13 @@ class Fleet:
     stops=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 4)), min_size=1, max_size=4),
 )
 def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit, squared, order, stops):
-    plan, visuals = parts(root, batch, 4, limit, squared, order)
+    plan = parts(root, batch, 4, limit, squared, order)
     got, state = [], None
     for world, count in [*stops, (2, 10**6)]:
-        fleet = Fleet(plan, visuals, world, state)
+        fleet = Fleet(plan, world, state)
         got += fleet.run(count)
         state = fleet.state()
-    straight = Fleet(plan, visuals, 1)
+    straight = Fleet(plan, 1)
     whole = [done for _ in range(state["epoch"]) for done in straight.run(10**6)]
     assert got == whole
     assert straight.state() == state and state["step"] == 0
@@ -264,7 +261,7 @@ def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit
     assert [place for *place, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
     for epoch in range(state["epoch"]):
         keys = [key for e, _, rows in whole if e == epoch for row in rows for key in row]
-        assert len(keys) == len(set(keys)) == 21 - plan.report().dropped
+        assert len(keys) == len(set(keys)) == 21 - plan.dropped
 
 
 def test_a_row_within_a_global_batch_is_not_counted(root):
@@ -289,19 +286,19 @@ def test_epochs_differ_and_sequential_keeps_the_order_of_the_index(root):
 
 
 def test_modality_makes_global_batches_of_one_kind(root):
-    plan, _ = parts(root, 4, 4, 1024, False, "modality")
+    plan = parts(root, 4, 4, 1024, False, "modality")
     kinds = []
     for step in range(plan.batches):
         rows = np.concatenate(plan.global_batch(0, step).rows)
         kinds.append({plan.units(np.array([row])) > 0 for row in rows})
     assert [len(kind) for kind in kinds] == [1, 1, 1, 1, 2, 1]  # 18 with media, 3 of text; left over: 2 and 3
-    assert not plan.report().dropped
+    assert not plan.dropped
 
 
 def test_modality_length_says_what_it_drops(root):
-    plan, _ = parts(root, 2, 4, 1024, False, "modality_length")
-    assert plan.batches == 8 + 1 and plan.report().dropped == 2 + 1
-    assert str(plan.report()).endswith("; batching.order drops 3 of all in each epoch")
+    plan = parts(root, 2, 4, 1024, False, "modality_length")
+    assert plan.batches == 8 + 1 and plan.dropped == 2 + 1
+    assert str(contents(plan)).endswith("; batching.order drops 3 of all in each epoch")
     with pytest.raises(ShardsError, match="split train has no others; use modality"):
         parts(root, 18, 4, 1024, False, "modality_length")
 
@@ -340,7 +337,13 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
     folder = made.write()
     with pytest.raises(ShardsError, match="1 are left out, the first because .* text.max_tokens"):
         build_loader(manifest(folder, text__max_tokens=64, text__over_length="refuse"))
-    assert [row.tokens for row in build_loader(manifest(folder, text__max_tokens=64)) if row.keys] == [64]
+    loader = build_loader(manifest(folder, text__max_tokens=64))
+    assert [row.tokens for row in loader if row.keys] == [64]
+    ((key, reason),) = loader.cut()
+    assert key == made.dialogues[0]["key"] and reason.endswith(
+        "tokens are more than text.max_tokens (64), and are cut to it"
+    )
+    assert loader.report().cut == 1 and not list(loader.left_out())
 
 
 def test_left_out_dialogues_are_named(tmp_path):

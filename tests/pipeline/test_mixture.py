@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.manifest import ORDERS, Batching
-from pipeline.mixture import epoch_order
+from pipeline.mixture import apportion, epoch_order, epoch_start, shuffled
 
 
 def ordered(rows: np.ndarray, seed: int, epoch: int, order: str = "shuffle", size: int = 4) -> np.ndarray:
@@ -89,3 +90,37 @@ def slow_order(count: int, seed: int, epoch: int) -> list[int]:
 @given(st.integers(0, 60), st.integers(0, 2**40), st.integers(0, 50))
 def test_order_equals_its_definition_in_plain_integers(count, seed, epoch):
     assert ordered(np.arange(count), seed, epoch).tolist() == slow_order(count, seed, epoch)
+
+
+def test_orders_that_are_sorted_part_by_part_are_those_of_the_definition():
+    rows = np.arange(3 << 18, dtype=np.int32)  # three parts
+    wanted = rows.astype(np.uint64) + np.uint64(epoch_start(1, 2))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        wanted = wanted * np.uint64(0x9E3779B97F4A7C15) if shift == 30 else wanted
+        wanted = (wanted ^ wanted >> np.uint64(shift)) * np.uint64(factor)
+    wanted ^= wanted >> np.uint64(31)
+    got = shuffled(rows, epoch_start(1, 2))
+    assert got.dtype == np.int32 and np.array_equal(got, np.argsort(wanted))
+
+
+weights_and_limits = st.tuples(st.fractions(0, 9, max_denominator=20), st.integers(0, 300) | st.none())
+
+
+@given(st.integers(0, 1000), st.lists(weights_and_limits, min_size=1, max_size=6))
+def test_whole_parts_add_up_and_keep_to_weights_and_limits(total, parts):
+    weights, limits = ([part[i] for part in parts] for i in (0, 1))
+    room = sum(total if limit is None else limit for weight, limit in parts if weight)
+    if room < total:
+        with pytest.raises(ValueError, match=f"{total} are wanted and {room} can be had"):
+            apportion(total, weights, limits)
+        return
+    got = apportion(total, weights, limits)
+    assert sum(got) == total and all(count >= 0 for count in got)
+    free = []
+    for count, weight, limit in zip(got, weights, limits, strict=True):
+        assert limit is None or count <= limit
+        assert weight or not count
+        if weight and (limit is None or count < limit):
+            free.append((count, weight))
+    for count, weight in free:  # within one of what the scale of any other gives
+        assert all(abs(count - Fraction(c) / w * weight) < 1 + weight / w for c, w in free)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.manifest import Cost
-from pipeline.packing import costs, pack
+from benchmarks.lengths import COST, stage3
+from pipeline.manifest import Cost, load_manifest
+from pipeline.packing import balance, costs, pack
+from trainer.model.cost import cost_coefficients
 
 lengths_of_batches = st.lists(st.integers(1, 100), max_size=60)
 
@@ -81,3 +85,50 @@ def test_formula_of_the_cost():
 def test_a_dialogue_over_the_limit_is_an_error():
     with pytest.raises(ValueError, match="300 tokens does not fit a row of 200"):
         pack(np.array([300]), np.array([1.0]), 200, 1)
+
+
+def lost(rows: list[np.ndarray], cost: np.ndarray, ranks: int) -> tuple[float, float]:
+    """Sums over micro-steps of the mean and of the largest cost of a rank, row by row."""
+    totals = [sum(cost[i] for i in row) for row in rows]
+    steps = [totals[start : start + ranks] for start in range(0, len(totals), ranks)]
+    return sum(sum(step) / ranks for step in steps), sum(max(step) for step in steps)
+
+
+@pytest.mark.parametrize(("multiple", "ranks"), [(8, 8), (32, 8), (32, 32), (64, 8), (64, 32)])
+def test_ranks_are_balanced_on_the_synthetic_stage_3(multiple, ranks):
+    batches, mean, largest = 24, 0.0, 0.0
+    lengths = stage3(256 * batches, seed=1)
+    cost = costs(COST, lengths.patches, lengths.tokens)
+    for batch in range(batches):
+        part = slice(256 * batch, 256 * (batch + 1))
+        rows = pack(lengths.tokens[part], cost[part], 32_768, multiple)
+        sums = lost(rows, cost[part], ranks)
+        assert balance([cost[part][row] for row in rows], ranks) == pytest.approx(sums[0] / sums[1])
+        mean, largest = mean + sums[0], largest + sums[1]
+    assert mean / largest >= 0.97
+
+
+def test_the_synthetic_stage_3_has_the_costs_of_the_published_model():
+    made = cost_coefficients(load_manifest(Path(__file__).parents[2] / "manifests" / "stage3.yaml"))
+    assert (COST.patch, COST.token, COST.pair) == pytest.approx((made.patch, made.token, made.pair), rel=1e-3)
+
+
+def test_one_long_dialogue_costs_its_own_micro_step_alone():
+    """The rows beside it are filled up to it, so that two micro-steps of four ranks take 100 + 20 and not 100 + 40."""
+    cost = np.array([100.0] + [10.0] * 38)
+    lengths = cost.astype(np.int64)
+    rows = pack(lengths, cost, 1000, 8)
+    assert sorted((float(cost[row].sum()) for row in rows), reverse=True) == [100] * 4 + [20] * 4
+    assert balance([cost[row] for row in rows], 4) == 1.0
+
+
+@given(lengths_of_batches.filter(len), st.integers(1, 8))
+def test_rows_do_not_depend_on_the_unit_of_cost(lengths, multiple):
+    lengths = np.array(lengths)
+    rows = [pack(lengths, lengths * unit, 200, multiple) for unit in (1.0, 2.0**40, 2.0**-20)]
+    assert [[row.tolist() for row in each] for each in rows[1:]] == [[row.tolist() for row in rows[0]]] * 2
+
+
+def test_no_cost_at_all_still_makes_rows():
+    rows = pack(np.array([3, 4]), np.zeros(2), 10, 2)
+    assert sorted(i for row in rows for i in row.tolist()) == [0, 1] and balance([np.zeros(0)] * 2, 2) == 1.0

@@ -379,10 +379,10 @@ def test_smaller_frames_and_other_messages_can_be_had(root):
 
 def test_every_epoch_has_the_dialogues_that_fit_in_the_last(root):
     first, last = (build_loader(made(root, train__epochs=epochs)) for epochs in (1, 2))
-    lengths = {number: loader._plan.tokens.length for number, loader in ((1, first), (2, last))}
+    lengths = {number: loader._plan.corpus.length for number, loader in ((1, first), (2, last))}
     assert (lengths[2] >= lengths[1]).all() and (lengths[2] > lengths[1]).sum() >= 3
-    assert (last._plan.tokens.at(0).length == lengths[1]).all()
-    train = np.array(last._plan.index.dialogues["split"].to_pylist()) == "train"
+    assert (last._plan.corpus.at(0).length == lengths[1]).all()
+    train = np.array(last._plan.corpus.parts[0].index.dialogues["split"].to_pylist()) == "train"
     limit = int(lengths[2][train].max()) - 1
     assert limit >= int(lengths[1][train].max())  # all fit when their message is said once
     tight = {"text__max_tokens": limit, "text__over_length": "refuse"}
@@ -397,7 +397,7 @@ def test_epochs_are_part_of_the_state(root):
     with pytest.raises(StateError, match="tokens"):
         build_loader(made(root, train__epochs=3)).load_state_dict(state)
     with pytest.raises(ManifestError, match="train.epochs: is 2"):
-        build_loader(made(root))._plan.tokens.at(2)
+        build_loader(made(root))._plan.corpus.at(2)
 
 
 def test_visuals_take_the_stored_sample_whatever_the_seed(root):

@@ -23,6 +23,11 @@ def open_tokens(root, **over) -> Tokens:
     return Tokens(index, made, Conversation(made.text), Visuals(index, made))
 
 
+def refused(tokens: Tokens) -> dict[int, str]:
+    """Why each dialogue that cannot be used cannot, by row."""
+    return {row: tokens.why(row) for row in np.flatnonzero(tokens.learned == 0).tolist()}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return mixed_root(tmp_path_factory.mktemp("tokens"))
@@ -45,7 +50,7 @@ def test_rows_are_the_dialogues_one_by_one(root):
         assert tokens.learned[row] == sum(label != IGNORE for label in labels.tolist()[1:])
         assert tokens.clips[row] == sum(v.clips for v in views) and tokens.tiles[row] == sum(v.tiles for v in views)
         assert tokens.length[row] == sum(1 for i in ids if i != IMAGE) + 64 * (tokens.clips[row] + tokens.tiles[row])
-    assert not tokens.refused and not tokens.cut
+    assert not refused(tokens) and not len(tokens.cut)
 
 
 def test_made_once_and_again_for_other_settings(root, monkeypatch):
@@ -120,26 +125,27 @@ def test_text_over_the_limit_is_cut_and_media_never(long_root):
         assert len(ids) - (ids == IMAGE).sum() + 128 * row == limit  # 8 frames, two clips, 128 tokens
         assert ids.tolist() == full_ids[: len(ids)].tolist() and labels.tolist() == full_labels[: len(ids)].tolist()
         assert tokens.learned[row] == (np.array(labels) != IGNORE).sum()
-    assert tokens.cut == 3 and 4 not in tokens.refused
-    assert "cutting it would cut its media" in tokens.refused[2]
+    assert tokens.cut.tolist() == [0, 1, 4]
+    assert tokens.why(1) == f"{whole.length[1]} tokens are more than text.max_tokens (260), and are cut to it"
+    assert "cutting it would cut its media" in refused(tokens)[2]
     assert tokens.of(3)[0].tolist() == whole.of(3)[0].tolist()
-    assert tokens.refused[5].startswith("2 <image> marks are left for 1 media")
-    assert sorted(tokens.refused) == [2, 5] and sorted(whole.refused) == [5]
+    assert refused(tokens)[5].startswith("2 <image> marks are left for 1 media")
+    assert sorted(refused(tokens)) == [2, 5] and sorted(refused(whole)) == [5]
 
 
 def test_media_alone_over_the_limit_are_refused(long_root):
     tokens = open_tokens(long_root, text__max_tokens=100)
-    assert {1, 2, 3} <= set(tokens.refused)
+    assert {1, 2, 3} <= set(refused(tokens))
     assert tokens.length[0] == 100
 
 
 def test_nothing_left_to_learn_is_refused(long_root):
     tokens = open_tokens(long_root, text__max_tokens=260, text__mask_prompt_markers=True)
-    assert "nothing to learn" in tokens.refused[4]
+    assert "nothing to learn" in refused(tokens)[4]
 
 
 def test_over_length_refuse(long_root):
     tokens = open_tokens(long_root, text__max_tokens=260, text__over_length="refuse")
-    assert sorted(tokens.refused) == [0, 1, 2, 4, 5]
-    assert tokens.refused[0].endswith("tokens are more than text.max_tokens (260)")
-    assert not tokens.cut
+    assert sorted(refused(tokens)) == [0, 1, 2, 4, 5]
+    assert refused(tokens)[0].endswith("tokens are more than text.max_tokens (260)")
+    assert not len(tokens.cut)
