@@ -1,39 +1,40 @@
-"""Batches for one rank: a plan that is pure arithmetic, and decoding ahead of it in threads.
+"""Batches for one rank: a plan that is pure arithmetic, and decoding ahead of it in threads or worker processes.
 
     loader = build_loader(manifest, rank, world_size)
     for batch in loader:            # one row of this rank; batch.last ends a global batch
         ...
     loader.state_dict()             # how many global batches were handed out, and what decides their order
 
-The state is the number of global batches whose last row was handed out, so that a run continues with exactly the next
-one, in constant time, on any number of ranks that divides ``batching.row_multiple``. Threads decode rows in order, as
-many ahead as ``loader.prefetch_mb`` of pixels allow; how many threads and how far ahead changes no batch.
+The state is the number of global batches whose last row was handed out, whatever was decoded ahead of it, so that a run
+continues with exactly the next one, in constant time, on any number of ranks that divides ``batching.row_multiple``.
+It belongs to a checkpoint of the step that the last row completes. Rows are decoded in order, as many ahead as
+``loader.prefetch_mb`` of pixels allow, by ``loader.threads`` in this process or in each of ``loader.workers``; how many
+and how far ahead changes no batch.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.batch import Batch
+from pipeline.buffers import Pool
 from pipeline.conversation import conversation_of
+from pipeline.decoders import Decoders, LoaderError, Threads
 from pipeline.index import Index
 from pipeline.manifest import Manifest, ManifestError
 from pipeline.plan import Plan, Report
-from pipeline.rows import Piece, Place, assemble
+from pipeline.processes import Processes
+from pipeline.reading import Row
+from pipeline.rows import Place
 from pipeline.tokens import Tokens
-from pipeline.visuals import View, Visuals
+from pipeline.visuals import Visuals
 
-CHUNK = 32  #: frames that one task decodes
-ROW_BYTES = 1 << 20  #: what a row counts at least against the prefetch bound, so that rows of text are bounded too
+__all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader"]
 
-
-class LoaderError(RuntimeError):
-    """Reading cannot go on; one line that says why."""
+AHEAD = 64  #: rows that are decoded ahead, however small they are
 
 
 class UnreadableError(LoaderError):
@@ -110,33 +111,39 @@ class Loader:
 
         Raises:
             UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read.
+            WorkerError: a worker process died, failed or hangs.
         """
-        epoch, loader = self._epoch, self._plan.manifest.loader
+        epoch = self._epoch
         rows = self._rows(epoch, self._step)
-        waiting: deque[_Row] = deque()
-        bound, held = loader.prefetch_mb << 20, 0
-        pool = ThreadPoolExecutor(loader.threads, thread_name_prefix="decode")
+        waiting: deque[Row] = deque()
+        loader = self._plan.manifest.loader
+        pool = Pool(loader.prefetch_mb << 20, shared=loader.workers > 0)
+        decoders = self._decoders(pool)
         try:
             upcoming = next(rows, None)
             while upcoming or waiting:
-                while upcoming and (not waiting or held + upcoming.nbytes <= bound):
-                    upcoming.start(pool, self._visuals)
+                while upcoming and len(waiting) < AHEAD and upcoming.start(decoders, pool):
                     waiting.append(upcoming)
-                    held += upcoming.nbytes
                     upcoming = next(rows, None)
                 row = waiting.popleft()
-                batch = row.finish(self._visuals)
-                held -= row.nbytes
+                batch = row.finish(decoders, pool)
                 self._note(batch.skipped)
                 if batch.last:
                     ended = batch.step + 1 == len(self)
                     self._epoch, self._step = (epoch + 1, 0) if ended else (epoch, batch.step + 1)
                 del row  # the consumer alone holds the pixels
                 yield batch
+                del batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            decoders.close()
 
-    def _rows(self, epoch: int, first: int) -> Iterator[_Row]:
+    def _decoders(self, pool: Pool) -> Decoders:
+        manifest = self._plan.manifest
+        if manifest.loader.workers:
+            return Processes(manifest, self._visuals, pool)
+        return Threads(self._visuals, manifest.loader.threads, manifest.loader.read_timeout)
+
+    def _rows(self, epoch: int, first: int) -> Iterator[Row]:
         """The rows of this rank, planned one global batch at a time."""
         for step in range(first, len(self)):
             planned = self._plan.global_batch(epoch, step)
@@ -147,12 +154,12 @@ class Loader:
                 place = Place(epoch, step, micro, micros, planned.total_weight, groups)
                 yield self._row(place, side_by_side[self._rank].tolist())
 
-    def _row(self, place: Place, dialogues: list[int]) -> _Row:
+    def _row(self, place: Place, dialogues: list[int]) -> Row:
         frames, tokens = self._plan.manifest.frames, self._plan.tokens.at(place.epoch)
         views = [self._visuals.views(self._media[row].as_py()) for row in dialogues]
         clips = [sum(view.clips for view in shown) for shown in views]
         tiles = [sum(view.tiles for view in shown) for shown in views]
-        return _Row(
+        return Row(
             place=place,
             keys=[self._keys[row].as_py() for row in dialogues],
             texts=[tokens.of(row) for row in dialogues],
@@ -172,66 +179,3 @@ class Loader:
                 f"{len(self._unreadable)} dialogues could not be read, more than loader.max_unreadable ({limit}); "
                 f"check the shards with these: {named}"
             )
-
-
-@dataclass(slots=True)
-class _Row:
-    """One planned row: its pixels are decoded by tasks of a pool into arrays made when the first one starts."""
-
-    place: Place
-    keys: list[str]
-    texts: list[tuple[np.ndarray, np.ndarray]]
-    weights: list[float]
-    views: list[list[View]]
-    clip_edges: np.ndarray  #: int64 (D + 1,), where the clips of each dialogue start and end
-    tile_edges: np.ndarray
-    clip_shape: tuple[int, int, int, int]
-    clips: np.ndarray | None = None
-    stills: np.ndarray | None = None
-    tasks: list[tuple[int, View, Future]] | None = None  #: number of the dialogue in the row, medium, task
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the row counts against the prefetch bound."""
-        frame = int(np.prod(self.clip_shape[1:]))
-        pictures = int(self.clip_edges[-1]) * self.clip_shape[0] + int(self.tile_edges[-1])
-        return max(ROW_BYTES, pictures * frame)
-
-    def start(self, pool: ThreadPoolExecutor, visuals: Visuals) -> None:
-        """Give all decoding to ``pool``."""
-        self.clips = np.empty((self.clip_edges[-1], *self.clip_shape), dtype=np.uint8)
-        self.stills = np.empty((self.tile_edges[-1], *self.clip_shape[1:]), dtype=np.uint8)
-        frames = self.clips.reshape(-1, *self.clip_shape[1:])
-        self.tasks = []
-        frame = tile = 0
-        for number, shown in enumerate(self.views):
-            for view in shown:
-                for start in range(0, len(view.places), CHUNK):
-                    out = frames[frame + start : frame + min(start + CHUNK, len(view.places))]
-                    self.tasks.append((number, view, pool.submit(visuals.read_frames, view, start, out)))
-                if view.tiles:
-                    out = self.stills[tile : tile + view.tiles]
-                    self.tasks.append((number, view, pool.submit(visuals.read_still, view, out)))
-                frame, tile = frame + len(view.places), tile + view.tiles
-
-    def finish(self, visuals: Visuals) -> Batch:
-        """Wait for the tasks and make the row; dialogues whose media cannot be read are left out of it."""
-        failed: dict[int, str] = {}
-        for number, view, task in self.tasks:
-            try:
-                task.result()
-            except (OSError, ValueError) as error:
-                failed.setdefault(number, f"{visuals.where(view.row)}: {' '.join(str(error).split())}")
-        pieces = [self._piece(number) for number in range(len(self.keys)) if number not in failed]
-        clips, stills = self.clips, self.stills
-        if failed:
-            clips = np.concatenate([clips[:0], *(piece.clips for piece in pieces)])
-            stills = np.concatenate([stills[:0], *(piece.stills for piece in pieces)])
-        skipped = [(self.keys[number], reason) for number, reason in sorted(failed.items())]
-        return assemble(self.place, pieces, clips, stills, skipped)
-
-    def _piece(self, number: int) -> Piece:
-        clips = self.clips[self.clip_edges[number] : self.clip_edges[number + 1]]
-        stills = self.stills[self.tile_edges[number] : self.tile_edges[number + 1]]
-        ids, labels = self.texts[number]
-        return Piece(self.keys[number], ids, labels, self.weights[number], self.views[number], clips, stills)

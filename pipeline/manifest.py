@@ -142,9 +142,11 @@ class Batching:
 class Loader:
     """How batches are read; nothing here changes what they contain."""
 
-    threads: int = field(2, low=1, doc="decoding threads of one rank")
+    threads: int = field(2, low=1, doc="decoding threads of one rank, or of each of its workers")
+    workers: int = field(0, low=0, doc="decoding processes of one rank; 0: its threads decode in the rank's process")
     prefetch_mb: int = field(512, low=1, doc="bound on decoded rows waiting for the training step, of one rank")
     max_unreadable: int = field(100, low=0, doc="a run stops when more dialogues than this could not be read")
+    read_timeout: int = field(60, low=1, doc="seconds that reading one medium may take, with all retries")
 
 
 @dataclass(frozen=True, kw_only=True)
