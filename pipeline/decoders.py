@@ -34,7 +34,7 @@ class Source(Protocol):
 
     def read_still(self, view: View, out: np.ndarray) -> None: ...
 
-    def where(self, row: int) -> str: ...
+    def where(self, view: View) -> str: ...
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ class Threads:
             for thread, task in late.items():
                 self._threads.discard(thread)
                 del self._at[thread]
-                where = self._source.where(task.items[task.place].view.row)
+                where = self._source.where(task.items[task.place].view)
                 task.failed[task.place] = f"{where}: took longer than loader.read_timeout ({self._limit:g} s)"
                 task.stuck = True
                 task.place += 1
@@ -156,7 +156,7 @@ class Threads:
                 try:
                     self._read(item, task.pictures[item.at : item.at + item.count])
                 except (OSError, ValueError) as reason:
-                    failure = f"{self._source.where(item.view.row)}: {' '.join(str(reason).split())}"
+                    failure = f"{self._source.where(item.view)}: {' '.join(str(reason).split())}"
                 except BaseException as fault:
                     error = fault
                 with self._lock:

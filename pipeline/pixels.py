@@ -109,7 +109,9 @@ class _Files:
 
     def open(self, shard: int) -> _File:
         with self._lock:
-            file = self._open.pop(shard, None) or _File(self._index.path_of(shard))
+            file = self._open.pop(shard, None)
+        file = file or _File(self._index.path_of(shard))  # without the lock: a file system may hang here
+        with self._lock:
             self._open[shard] = file
             if len(self._open) > OPEN_FILES:
                 del self._open[next(iter(self._open))]

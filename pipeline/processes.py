@@ -147,7 +147,7 @@ class Processes:
                 for worker in self._workers:  # a gap of minutes: this process was stopped too
                     worker.silence += min(now - before, 2.0) if worker not in heard else 0.0
                     if worker.silence > SILENT:
-                        self._lose(worker, f"has said nothing for {SILENT:g} s")
+                        self._lose(worker, f"has said nothing for {SILENT:g} s", self._hint(worker))
                 before = now
 
     def _hear(self, worker: _Worker) -> None:
@@ -156,7 +156,7 @@ class Processes:
         except OSError:
             message = {"end": True}
         if message.get("end"):
-            self._lose(worker, _how(worker.process))
+            self._lose(worker, _how(worker.process), self._hint(worker))
         elif "error" in message:
             self._lose(worker, f"failed: {message['error']}")
         elif "task" in message:
@@ -167,17 +167,20 @@ class Processes:
             task.stuck = message["stuck"]
             task.done(task)
 
-    def _lose(self, worker: _Worker, how: str) -> None:
+    def _lose(self, worker: _Worker, how: str, hint: str = "") -> None:
         with self._lock:
-            if self._closed or self._failure:
-                return
+            if not self._closed and not self._failure:
+                self._failure = WorkerError(f"{worker.name} (process {worker.process.pid}) {how}{hint}")
+
+    def _hint(self, worker: _Worker) -> str:
+        """What may have been the matter where the worker itself said nothing."""
+        with self._lock:
             items = [item for task in worker.tasks.values() for item in task.items]
-            reading = "; ".join(dict.fromkeys(self._source.where(item.view.row) for item in items[:3]))
-            of = f" It was given: {reading}." if reading else ""
-            self._failure = WorkerError(
-                f"{worker.name} (process {worker.process.pid}) {how}.{of} The same command goes on from the last "
-                f"checkpoint; with too little memory, lower loader.workers or loader.prefetch_mb"
-            )
+        media = "; ".join(dict.fromkeys(self._source.where(item.view) for item in items[:3]))
+        return (
+            f", having been given {media or 'nothing'}; the same command goes on from the last checkpoint; if memory "
+            f"ran out, lower loader.workers or loader.prefetch_mb"
+        )
 
 
 def _start(name: str, manifest: Manifest) -> _Worker:

@@ -37,9 +37,7 @@ def main(arguments: list[str]) -> None:
     try:
         _serve(channel, parent)
     except Exception as error:
-        if not isinstance(error, OSError | ValueError):  # whose line says it all
-            traceback.print_exc()
-        _say(channel, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        _say(channel, error=_line(error))
     finally:
         sys.stderr.flush()
         os._exit(0)  # without waiting for threads, which may be stuck
@@ -77,12 +75,19 @@ def _task(message: dict, files: list[int], memory: dict[int, mmap.mmap], channel
 
     def done(task: Task) -> None:
         if task.error:
-            traceback.print_exception(task.error)
-            _say(channel, error=f"{type(task.error).__name__}: {' '.join(str(task.error).split())}")
+            _say(channel, error=_line(task.error))
         else:
             _say(channel, task=message["task"], failed=task.failed, stuck=task.stuck)
 
     return Task(items, pictures, None, done)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError | ValueError):  # which say it all
+        return text
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {text}"
 
 
 def _view(fields: dict) -> View:

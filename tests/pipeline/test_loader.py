@@ -17,14 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import build_loader
+from pipeline import build_loader, reading
 from pipeline.batch import IGNORE, IMAGE, Batch
+from pipeline.buffers import LEAST
 from pipeline.conversation import Conversation
 from pipeline.images import best_grid, tiles
 from pipeline.index import Index, ShardsError
 from pipeline.loader import Loader, StateError, UnreadableError
 from pipeline.manifest import ORDERS, Manifest, ManifestError
 from pipeline.plan import Plan
+from pipeline.reading import Row
 from pipeline.sampling import sample_indices, time_message
 from pipeline.tokens import Tokens
 from pipeline.visuals import Visuals
@@ -472,11 +474,13 @@ def test_threads_end_with_the_iterator(root):
 
 def test_rows_ahead_are_bounded(root, monkeypatch):
     started: list[int] = []
-    from pipeline import loader as module
+    begin = Row.start
 
-    begin = module._Row.start
-    monkeypatch.setattr(module._Row, "start", lambda row, *rest: (started.append(row.nbytes), begin(row, *rest))[1])
-    used = 0
+    def start(row: Row, *rest) -> bool:
+        size = max(LEAST, row.pictures * SIZE * SIZE * 3)  # a row of text alone counts too
+        return begin(row, *rest) and not started.append(size)
+
+    monkeypatch.setattr(Row, "start", start)
     for bound in (1, 3):
         started.clear()
         used = 0
@@ -484,3 +488,46 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
             assert sum(started[used:]) <= bound << 20 or len(started) - used == 1
             used += 1
         assert used == len(started) > 4
+
+
+def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monkeypatch):
+    """Wherever a run stops, and whatever was decoded by then, it goes on with the batch after the last whole one."""
+    ahead: list[Row] = []
+    begin = Row.start
+    monkeypatch.setattr(Row, "start", lambda row, *rest: begin(row, *rest) and not ahead.append(row))
+    whole = list(build_loader(manifest(root, loader__prefetch_mb=64)))
+    for stop in range(1, len(whole) + 1):
+        ahead.clear()
+        loader = build_loader(manifest(root, loader__prefetch_mb=64))
+        stream = iter(loader)
+        for _ in range(stop):
+            batch = next(stream)
+        assert len(ahead) == len(whole)  # all were started with the first
+        state = loader.state_dict()
+        ended = batch.last and batch.step + 1 == len(loader)
+        assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.last))
+        stream.close()
+        if not ended:
+            again = build_loader(manifest(root))
+            again.load_state_dict(state)
+            rest = [row for row in whole if row.step >= batch.step + batch.last]
+            assert all(same(a, b) for a, b in zip(again, rest, strict=True))
+
+
+def test_a_consumer_may_keep_every_batch(root, monkeypatch):
+    """Also more of them than there may be buffers out."""
+    monkeypatch.setattr(reading, "MOST_LENT", 3)
+    kept = list(build_loader(manifest(root, loader__prefetch_mb=1)))
+    read = [row.clips.clone() for row in build_loader(manifest(root, loader__prefetch_mb=1))]
+    assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
+
+
+def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root):
+    places = set()
+    rows = build_loader(manifest(root, loader__prefetch_mb=1, batching__row_multiple=1))
+    count = 0
+    for row in rows:
+        count += 1
+        places.add(row.clips.untyped_storage().data_ptr() if len(row.clips) else 0)
+        del row
+    assert len(places - {0}) <= 3 < count
