@@ -35,8 +35,9 @@ class Buffer:
 class Pool:
     """Buffers of one consumer; :meth:`take` is called by one thread.
 
-    What is decoded ahead and what waits to be used again are at most ``bound`` bytes together, or one buffer if that is
-    larger. Arrays that were handed on (:meth:`hand_on`) count no more.
+    What is decoded ahead and what waits to be used again are at most ``bound`` bytes together, but for one buffer ahead
+    and two that wait, however large: those that a consumer had and lets go while everything ahead is in use. Arrays
+    that were handed on (:meth:`hand_on`) count no more.
 
     Args:
         bound: bytes.
@@ -45,7 +46,7 @@ class Pool:
 
     def __init__(self, bound: int, shared: bool) -> None:
         self._bound, self._shared = bound, shared
-        self._made = 0
+        self._made, self._last = 0, 0
         self._lent: dict[int, Buffer] = {}
         self._ahead: dict[int, int] = {}  # number of a buffer not yet handed on -> its bytes
         self._free: list[Buffer] = []
@@ -75,7 +76,8 @@ class Pool:
         """
         self._collect()
         wanted = _rounded(size)
-        fitting = [buffer for buffer in self._free if wanted <= len(buffer.memory) <= 2 * wanted]
+        # of the smallest that fit the last one to come back: some of it may still be in the processor's cache
+        fitting = [buffer for buffer in reversed(self._free) if wanted <= len(buffer.memory) <= 2 * wanted]
         buffer = min(fitting, key=lambda buffer: len(buffer.memory), default=None)
         ahead = sum(self._ahead.values())
         if ahead and ahead + (len(buffer.memory) if buffer else wanted) > self._bound:
@@ -86,7 +88,8 @@ class Pool:
             self._trim(self._bound - ahead - wanted)
             buffer = self._make(wanted)
         array = np.frombuffer(buffer.memory, dtype=np.uint8)  # views of it refer to it: they end at an array's base
-        self._lent[buffer.number], self._ahead[buffer.number] = buffer, len(buffer.memory)
+        self._last = len(buffer.memory)
+        self._lent[buffer.number], self._ahead[buffer.number] = buffer, self._last
         weakref.finalize(array, self._returned.append, buffer.number).atexit = False
         return array[:size], buffer
 
@@ -119,6 +122,7 @@ class Pool:
 
     def _trim(self, room: int) -> None:
         """Give memory back to the system, what was free longest first, until ``room`` bytes hold what is free."""
+        room = max(room, 2 * self._last)
         spare = sum(len(buffer.memory) for buffer in self._free)
         while self._free and (spare > room or len(self._free) > MOST_FREE):
             spare -= len(self._free.pop(0).memory)

@@ -75,6 +75,8 @@ class Loader:
         self._media, self._keys = plan.index.dialogues["media"], plan.index.dialogues["key"]
         self._epoch, self._step = 0, 0
         self._unreadable: list[str] = []
+        loader = plan.manifest.loader
+        self._pool = Pool(loader.prefetch_mb << 20, shared=loader.workers > 0)
 
     def __len__(self) -> int:
         """Global batches of an epoch, equal on all ranks."""
@@ -116,9 +118,7 @@ class Loader:
         epoch = self._epoch
         rows = self._rows(epoch, self._step)
         waiting: deque[Row] = deque()
-        loader = self._plan.manifest.loader
-        pool = Pool(loader.prefetch_mb << 20, shared=loader.workers > 0)
-        decoders = self._decoders(pool)
+        pool, decoders = self._pool, self._decoders()
         try:
             upcoming = next(rows, None)
             while upcoming or waiting:
@@ -137,10 +137,10 @@ class Loader:
         finally:
             decoders.close()
 
-    def _decoders(self, pool: Pool) -> Decoders:
+    def _decoders(self) -> Decoders:
         manifest = self._plan.manifest
         if manifest.loader.workers:
-            return Processes(manifest, self._visuals, pool)
+            return Processes(manifest, self._visuals, self._pool)
         return Threads(self._visuals, manifest.loader.threads, manifest.loader.read_timeout)
 
     def _rows(self, epoch: int, first: int) -> Iterator[Row]:

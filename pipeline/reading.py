@@ -69,12 +69,13 @@ class Row:
         while not self._ready.wait(POLL):
             decoders.check()
         failed: dict[int, str] = {}
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []  # tasks and row refer to each other, and both to the buffer
+        for task in tasks:
             if task.error:
                 raise task.error
             for place, reason in sorted(task.failed.items()):
                 failed.setdefault(task.items[place].dialogue, reason)
-        if any(task.stuck for task in self._tasks):
+        if any(task.stuck for task in tasks):
             pool.forget(self._buffer)
         pool.hand_on(self._buffer)
         clips, stills = self._clips, self._stills
