@@ -112,7 +112,8 @@ class Loader:
         """Rows of this rank from the current place to the end of its epoch.
 
         Raises:
-            UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read.
+            UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read; the row that
+                says so has been given.
             WorkerError: a worker process died, failed or hangs.
         """
         epoch = self._epoch
@@ -127,12 +128,12 @@ class Loader:
                     upcoming = next(rows, None)
                 row = waiting.popleft()
                 batch = row.finish(decoders, pool)
-                self._note(batch.skipped)
                 if batch.last:
                     ended = batch.step + 1 == len(self)
                     self._epoch, self._step = (epoch + 1, 0) if ended else (epoch, batch.step + 1)
                 del row  # the consumer alone holds the pixels
                 yield batch
+                self._count(batch.skipped)  # after it was handed out, so that the consumer can note its reasons
                 del batch
         finally:
             decoders.close()
@@ -170,7 +171,7 @@ class Loader:
             clip_shape=(frames.clip_frames, frames.size, frames.size, 3),
         )
 
-    def _note(self, skipped: list[tuple[str, str]]) -> None:
+    def _count(self, skipped: list[tuple[str, str]]) -> None:
         self._unreadable += [reason for _, reason in skipped]
         limit = self._plan.manifest.loader.max_unreadable
         if len(self._unreadable) > limit:
