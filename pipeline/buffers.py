@@ -69,8 +69,10 @@ class Pool:
         self._collect()
         return sum(len(buffer.memory) for buffer in (*self._lent.values(), *self._free))
 
-    def take(self, size: int) -> tuple[np.ndarray, Buffer] | None:
+    def take(self, size: int, needed: bool = False) -> tuple[np.ndarray, Buffer] | None:
         """``size`` bytes (size,) uint8 with any content; None where they and those ahead exceed the bound.
+
+        With ``needed``, or with none ahead, there is always room.
 
         The array alone keeps the buffer from being used again, and everything that was made of the array does.
         """
@@ -80,7 +82,7 @@ class Pool:
         fitting = [buffer for buffer in reversed(self._free) if wanted <= len(buffer.memory) <= 2 * wanted]
         buffer = min(fitting, key=lambda buffer: len(buffer.memory), default=None)
         ahead = sum(self._ahead.values())
-        if ahead and ahead + (len(buffer.memory) if buffer else wanted) > self._bound:
+        if ahead and not needed and ahead + (len(buffer.memory) if buffer else wanted) > self._bound:
             return None
         if buffer:
             self._free.remove(buffer)

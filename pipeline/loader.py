@@ -123,7 +123,7 @@ class Loader:
         try:
             upcoming = next(rows, None)
             while upcoming or waiting:
-                while upcoming and len(waiting) < AHEAD and upcoming.start(decoders, pool):
+                while upcoming and len(waiting) < AHEAD and upcoming.start(decoders, pool, needed=not waiting):
                     waiting.append(upcoming)
                     upcoming = next(rows, None)
                 row = waiting.popleft()
@@ -137,6 +137,8 @@ class Loader:
                 del batch
         finally:
             decoders.close()
+            for row in waiting:
+                row.abandon(pool)
 
     def _decoders(self) -> Decoders:
         manifest = self._plan.manifest

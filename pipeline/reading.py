@@ -46,10 +46,10 @@ class Row:
         """Frames of all clips, and tiles."""
         return self.frames + int(self.tile_edges[-1])
 
-    def start(self, decoders: Decoders, pool: Pool) -> bool:
-        """Give all decoding to ``decoders``; false, and nothing done, where ``pool`` has no room yet."""
+    def start(self, decoders: Decoders, pool: Pool, needed: bool) -> bool:
+        """Give all decoding to ``decoders``; false, and nothing done, where ``pool`` has no room and it can wait."""
         shape = (self.pictures, *self.clip_shape[1:])
-        lent = pool.take(int(np.prod(shape)))
+        lent = pool.take(int(np.prod(shape)), needed)
         if lent is None:
             return False
         self._pictures, self._buffer = lent[0].reshape(shape), lent[1]
@@ -87,6 +87,11 @@ class Row:
             clips, stills = clips.copy(), stills.copy()
         skipped = [(self.keys[number], reason) for number, reason in sorted(failed.items())]
         return assemble(self.place, pieces, clips, stills, skipped)
+
+    def abandon(self, pool: Pool) -> None:
+        """Nobody will ask for the row; its buffer is used again when no thread writes to it any more."""
+        self._tasks = []
+        pool.hand_on(self._buffer)
 
     @property
     def _clips(self) -> np.ndarray:

@@ -476,9 +476,9 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
     started: list[int] = []
     begin = Row.start
 
-    def start(row: Row, *rest) -> bool:
+    def start(row: Row, *rest, **needed) -> bool:
         size = max(LEAST, row.pictures * SIZE * SIZE * 3)  # a row of text alone counts too
-        return begin(row, *rest) and not started.append(size)
+        return begin(row, *rest, **needed) and not started.append(size)
 
     monkeypatch.setattr(Row, "start", start)
     for bound in (1, 3):
@@ -492,9 +492,9 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
 
 def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monkeypatch):
     """Wherever a run stops, and whatever was decoded by then, it goes on with the batch after the last whole one."""
-    ahead: list[Row] = []
+    ahead: list[int] = []
     begin = Row.start
-    monkeypatch.setattr(Row, "start", lambda row, *rest: begin(row, *rest) and not ahead.append(row))
+    monkeypatch.setattr(Row, "start", lambda row, *rest, **needed: begin(row, *rest, **needed) and not ahead.append(1))
     first = build_loader(manifest(root, loader__prefetch_mb=64))
     whole = list(first)
     for stop in range(1, len(whole) + 1):
@@ -522,6 +522,22 @@ def test_a_consumer_may_keep_every_batch(root, monkeypatch):
     kept = list(build_loader(manifest(root, loader__prefetch_mb=1)))
     read = [row.clips.clone() for row in build_loader(manifest(root, loader__prefetch_mb=1))]
     assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
+
+
+def test_passes_that_were_broken_off_or_go_on_beside_another_take_no_room_from_it(root):
+    loader = build_loader(manifest(root, loader__prefetch_mb=2))
+    gc.disable()
+    try:
+        others = [iter(loader) for _ in range(3)]
+        for stream in others:
+            next(stream)
+        others.pop().close()
+        assert len(list(loader)) == len(list(loader)) > 8  # two whole epochs
+        for stream in others:
+            stream.close()
+        assert loader._pool.lent == 0
+    finally:
+        gc.enable()
 
 
 def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root, monkeypatch):
