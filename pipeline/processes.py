@@ -151,10 +151,7 @@ class Processes:
                 before = now
 
     def _hear(self, worker: _Worker) -> None:
-        try:
-            message = json.loads(worker.socket.recv(MESSAGE) or b'{"end": true}')
-        except OSError:
-            message = {"end": True}
+        message = json.loads(_received(worker.socket) or b'{"end": true}')
         if message.get("end"):
             self._lose(worker, _how(worker.process), self._hint(worker))
         elif "error" in message:
@@ -198,6 +195,14 @@ def _start(name: str, manifest: Manifest) -> _Worker:
     with contextlib.suppress(BrokenPipeError), process.stdin:  # it is gone: the socket says so too
         process.stdin.write(json.dumps(plain(manifest)).encode())
     return _Worker(name, process, ours)
+
+
+def _received(channel: socket.socket) -> bytes:
+    """The next message; empty at the end."""
+    try:
+        return channel.recv(MESSAGE)
+    except ConnectionResetError:  # told first where it ended without reading all; what it said is still there
+        return channel.recv(MESSAGE)
 
 
 def _how(process: subprocess.Popen) -> str:
