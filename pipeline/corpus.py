@@ -53,6 +53,32 @@ class Part:
         return np.concatenate([np.empty(0, dtype=np.int32), *codes])
 
 
+class Pictures:
+    """Pixels of the media of all roots, by view: what decoding needs of a corpus. Usable from many threads."""
+
+    def __init__(self, visuals: Sequence[Visuals]) -> None:
+        self._visuals = list(visuals)
+        self._pages = PageLimit(self._release)
+
+    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
+        """See :meth:`Visuals.read_frames`."""
+        self._pages.looked_up()
+        self._visuals[view.root].read_frames(view, start, out)
+
+    def read_still(self, view: View, out: np.ndarray) -> None:
+        """See :meth:`Visuals.read_still`."""
+        self._pages.looked_up()
+        self._visuals[view.root].read_still(view, out)
+
+    def where(self, view: View) -> str:
+        """Shard and member of a medium, for messages."""
+        return self._visuals[view.root].where(view)
+
+    def _release(self) -> None:
+        for visuals in self._visuals:
+            visuals.index.release()
+
+
 class Corpus:
     """Dialogues of all roots by number; usable from many threads.
 
@@ -76,6 +102,7 @@ class Corpus:
         self._columns = [[part.index.dialogues[name] for name in ("key", "media", "entry")] for part in parts]
         self._other: tuple[list[Tokens], Corpus] | None = None
         self._pages = PageLimit(self.release)
+        self.pictures = Pictures([part.visuals for part in parts])
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -124,20 +151,6 @@ class Corpus:
         root, row = self.place(number)
         return self.parts[root].tokens.why(row)
 
-    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
-        """See :meth:`Visuals.read_frames`."""
-        self._pages.looked_up()
-        self.parts[view.root].visuals.read_frames(view, start, out)
-
-    def read_still(self, view: View, out: np.ndarray) -> None:
-        """See :meth:`Visuals.read_still`."""
-        self._pages.looked_up()
-        self.parts[view.root].visuals.read_still(view, out)
-
-    def where(self, view: View) -> str:
-        """Shard and member of a medium, for messages."""
-        return self.parts[view.root].visuals.where(view.row)
-
     def release(self) -> None:
         """Give back the memory of what was read of indexes and token caches; see :mod:`pipeline.mapped`."""
         for part in self.parts:
@@ -159,14 +172,23 @@ def open_corpus(manifest: Manifest) -> Corpus:
     """
     conversation, parts = conversation_of(manifest), []
     for number, root in enumerate(roots_of(manifest)):
-        index = Index.open(root.root, Reading.of(manifest.loader))
+        index, visuals = _open(manifest, number, root)
         index.check(manifest)
         for place, entry in enumerate(root.entries):
             index.check_frames(entry.frames(manifest.frames), f"mix[{number}].entries[{place}]")
-        visuals = Visuals(index, manifest, root.entries, number)
         parts.append(Part(index, visuals, Tokens(index, manifest, conversation, visuals)))
         _check_entries(number, root, parts[-1])
     return Corpus(parts)
+
+
+def open_pictures(manifest: Manifest) -> Pictures:
+    """The pixels alone, of roots that :func:`open_corpus` has checked; ShardsError if they cannot be opened."""
+    return Pictures([_open(manifest, number, root)[1] for number, root in enumerate(roots_of(manifest))])
+
+
+def _open(manifest: Manifest, number: int, root: MixRoot) -> tuple[Index, Visuals]:
+    index = Index.open(root.root, Reading.of(manifest.loader))
+    return index, Visuals(index, manifest, root.entries, number)
 
 
 def _check_entries(number: int, root: MixRoot, part: Part) -> None:

@@ -48,6 +48,9 @@ REASONS = {
     "too_large": "larger than data.fetch_mb, on the server or once unpacked",
     "bad_checksum": "arrived with another checksum or length than its place states",
     "crashed": "the decoder's process died or failed without saying why",
+    # dialogues, in the ledger of a run
+    "unusable": "over text.max_tokens, or with nothing to learn, under the manifest of the run",
+    "unreadable": "media that could not be read while training, after all retries or within loader.read_timeout",
 }
 
 #: Reasons that may have passed; `build_shards --retry-failed` takes what has one of these.

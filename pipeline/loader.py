@@ -1,38 +1,38 @@
-"""Batches for one rank: a plan that is pure arithmetic, and decoding ahead of it in threads.
+"""Batches for one rank: a plan that is pure arithmetic, and decoding ahead of it in threads or worker processes.
 
     loader = build_loader(manifest, rank, world_size)
     for batch in loader:            # one row of this rank; batch.last ends a global batch
         ...
     loader.state_dict()             # how many global batches were handed out, and what decides their order
 
-The state is the number of global batches whose last row was handed out, so that a run continues with exactly the next
-one, in constant time, on any number of ranks that divides ``batching.row_multiple``. Threads decode rows in order, as
-many ahead as ``loader.prefetch_mb`` of pixels allow; how many threads and how far ahead changes no batch.
+The state is the number of global batches whose last row was handed out, whatever was decoded ahead of it, so that a run
+continues with exactly the next one, in constant time, on any number of ranks that divides ``batching.row_multiple``.
+It belongs to a checkpoint of the step that the last row completes. Rows are decoded in order, as many ahead as
+``loader.prefetch_mb`` of pixels allow, by ``loader.threads`` in this process or in each of ``loader.workers``; how many
+and how far ahead changes no batch.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.batch import Batch
+from pipeline.buffers import Pool
 from pipeline.contents import Contents, contents
-from pipeline.corpus import Corpus, open_corpus
+from pipeline.corpus import open_corpus
+from pipeline.decoders import Decoders, LoaderError, Threads
 from pipeline.manifest import Manifest, ManifestError
 from pipeline.plan import Plan
-from pipeline.rows import Piece, Place, assemble
-from pipeline.visuals import View
+from pipeline.processes import Processes
+from pipeline.reading import Row
+from pipeline.rows import Place
 
-CHUNK = 32  #: frames that one task decodes
-ROW_BYTES = 1 << 20  #: what a row counts at least against the prefetch bound, so that rows of text are bounded too
+__all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader"]
 
-
-class LoaderError(RuntimeError):
-    """Reading cannot go on; one line that says why."""
+AHEAD = 64  #: rows that are decoded ahead, however small they are
 
 
 class UnreadableError(LoaderError):
@@ -70,6 +70,8 @@ class Loader:
         self._rank, self._world, self._split = rank, world_size, split
         self._epoch, self._step = 0, 0
         self._unreadable: list[str] = []
+        loader = plan.manifest.loader
+        self._pool = Pool(loader.prefetch_mb << 20, shared=loader.workers > 0)
 
     def __len__(self) -> int:
         """Global batches of an epoch, equal on all ranks."""
@@ -110,34 +112,41 @@ class Loader:
         """Rows of this rank from the current place to the end of its epoch.
 
         Raises:
-            UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read.
+            UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read; the row that
+                says so has been given.
+            WorkerError: a worker process died, failed or hangs.
         """
-        epoch, loader = self._epoch, self._plan.manifest.loader
+        epoch = self._epoch
         rows = self._rows(epoch, self._step)
-        waiting: deque[_Row] = deque()
-        bound, held = loader.prefetch_mb << 20, 0
-        pool = ThreadPoolExecutor(loader.threads, thread_name_prefix="decode")
+        waiting: deque[Row] = deque()
+        pool, decoders = self._pool, self._decoders()
         try:
             upcoming = next(rows, None)
             while upcoming or waiting:
-                while upcoming and (not waiting or held + upcoming.nbytes <= bound):
-                    upcoming.start(pool, self._corpus)
+                while upcoming and len(waiting) < AHEAD and upcoming.start(decoders, pool, needed=not waiting):
                     waiting.append(upcoming)
-                    held += upcoming.nbytes
                     upcoming = next(rows, None)
                 row = waiting.popleft()
-                batch = row.finish(self._corpus)
-                held -= row.nbytes
-                self._note(batch.skipped)
+                batch = row.finish(decoders, pool)
                 if batch.last:
                     ended = batch.step + 1 == len(self)
                     self._epoch, self._step = (epoch + 1, 0) if ended else (epoch, batch.step + 1)
                 del row  # the consumer alone holds the pixels
                 yield batch
+                self._count(batch.skipped)  # after it was handed out, so that the consumer can note its reasons
+                del batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            decoders.close()
+            for row in waiting:
+                row.abandon(pool)
 
-    def _rows(self, epoch: int, first: int) -> Iterator[_Row]:
+    def _decoders(self) -> Decoders:
+        manifest = self._plan.manifest
+        if manifest.loader.workers:
+            return Processes(manifest, self._corpus.pictures, self._pool)
+        return Threads(self._corpus.pictures, manifest.loader.threads, manifest.loader.read_timeout)
+
+    def _rows(self, epoch: int, first: int) -> Iterator[Row]:
         """The rows of this rank, planned one global batch at a time."""
         for step in range(first, len(self)):
             planned = self._plan.global_batch(epoch, step)
@@ -148,12 +157,12 @@ class Loader:
                 place = Place(epoch, step, micro, micros, planned.total_weight, groups)
                 yield self._row(place, side_by_side[self._rank].tolist())
 
-    def _row(self, place: Place, dialogues: list[int]) -> _Row:
+    def _row(self, place: Place, dialogues: list[int]) -> Row:
         frames, corpus = self._plan.manifest.frames, self._corpus.at(place.epoch)
         views = [corpus.views(number) for number in dialogues]
         clips = [sum(view.clips for view in shown) for shown in views]
         tiles = [sum(view.tiles for view in shown) for shown in views]
-        return _Row(
+        return Row(
             place=place,
             keys=[corpus.key(number) for number in dialogues],
             texts=[corpus.text(number) for number in dialogues],
@@ -164,7 +173,7 @@ class Loader:
             clip_shape=(frames.clip_frames, frames.size, frames.size, 3),
         )
 
-    def _note(self, skipped: list[tuple[str, str]]) -> None:
+    def _count(self, skipped: list[tuple[str, str]]) -> None:
         self._unreadable += [reason for _, reason in skipped]
         limit = self._plan.manifest.loader.max_unreadable
         if len(self._unreadable) > limit:
@@ -173,66 +182,3 @@ class Loader:
                 f"{len(self._unreadable)} dialogues could not be read, more than loader.max_unreadable ({limit}); "
                 f"check the shards with these: {named}"
             )
-
-
-@dataclass(slots=True)
-class _Row:
-    """One planned row: its pixels are decoded by tasks of a pool into arrays made when the first one starts."""
-
-    place: Place
-    keys: list[str]
-    texts: list[tuple[np.ndarray, np.ndarray]]
-    weights: list[float]
-    views: list[list[View]]
-    clip_edges: np.ndarray  #: int64 (D + 1,), where the clips of each dialogue start and end
-    tile_edges: np.ndarray
-    clip_shape: tuple[int, int, int, int]
-    clips: np.ndarray | None = None
-    stills: np.ndarray | None = None
-    tasks: list[tuple[int, View, Future]] | None = None  #: number of the dialogue in the row, medium, task
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the row counts against the prefetch bound."""
-        frame = int(np.prod(self.clip_shape[1:]))
-        pictures = int(self.clip_edges[-1]) * self.clip_shape[0] + int(self.tile_edges[-1])
-        return max(ROW_BYTES, pictures * frame)
-
-    def start(self, pool: ThreadPoolExecutor, corpus: Corpus) -> None:
-        """Give all decoding to ``pool``."""
-        self.clips = np.empty((self.clip_edges[-1], *self.clip_shape), dtype=np.uint8)
-        self.stills = np.empty((self.tile_edges[-1], *self.clip_shape[1:]), dtype=np.uint8)
-        frames = self.clips.reshape(-1, *self.clip_shape[1:])
-        self.tasks = []
-        frame = tile = 0
-        for number, shown in enumerate(self.views):
-            for view in shown:
-                for start in range(0, len(view.places), CHUNK):
-                    out = frames[frame + start : frame + min(start + CHUNK, len(view.places))]
-                    self.tasks.append((number, view, pool.submit(corpus.read_frames, view, start, out)))
-                if view.tiles:
-                    out = self.stills[tile : tile + view.tiles]
-                    self.tasks.append((number, view, pool.submit(corpus.read_still, view, out)))
-                frame, tile = frame + len(view.places), tile + view.tiles
-
-    def finish(self, corpus: Corpus) -> Batch:
-        """Wait for the tasks and make the row; dialogues whose media cannot be read are left out of it."""
-        failed: dict[int, str] = {}
-        for number, view, task in self.tasks:
-            try:
-                task.result()
-            except (OSError, ValueError) as error:
-                failed.setdefault(number, f"{corpus.where(view)}: {' '.join(str(error).split())}")
-        pieces = [self._piece(number) for number in range(len(self.keys)) if number not in failed]
-        clips, stills = self.clips, self.stills
-        if failed:
-            clips = np.concatenate([clips[:0], *(piece.clips for piece in pieces)])
-            stills = np.concatenate([stills[:0], *(piece.stills for piece in pieces)])
-        skipped = [(self.keys[number], reason) for number, reason in sorted(failed.items())]
-        return assemble(self.place, pieces, clips, stills, skipped)
-
-    def _piece(self, number: int) -> Piece:
-        clips = self.clips[self.clip_edges[number] : self.clip_edges[number + 1]]
-        stills = self.stills[self.tile_edges[number] : self.tile_edges[number + 1]]
-        ids, labels = self.texts[number]
-        return Piece(self.keys[number], ids, labels, self.weights[number], self.views[number], clips, stills)

@@ -181,12 +181,13 @@ class Batching:
 class Loader:
     """How batches are read; nothing here changes what they contain."""
 
-    threads: int = field(2, low=1, doc="decoding threads of one rank")
+    threads: int = field(2, low=1, doc="decoding threads of one rank, or of each of its workers")
+    workers: int = field(0, low=0, doc="decoding processes of one rank; 0: its threads decode in the rank's process")
     prefetch_mb: int = field(512, low=1, doc="bound on decoded rows waiting for the training step, of one rank")
     max_unreadable: int = field(100, low=0, doc="a run stops when more dialogues than this could not be read")
     cache: str = field("~/.cache/framestream", doc="folder of copies of remote roots: their indexes, and ranges")
     cache_gb: float = field(0.0, low=0, doc="gigabytes of ranges of remote shards kept there at most; 0 keeps none")
-    read_timeout: float = field(60.0, low=1, doc="seconds of one read, all tries together")
+    read_timeout: float = field(60.0, low=1, doc="seconds that reading one medium may take, all tries together")
     retries: int = field(5, low=0, doc="tries of a request to a remote root after the first")
 
 

@@ -115,9 +115,9 @@ class Visuals:
         picture = Image.fromarray(self._pixels.read_still(view.row))
         out[:] = tiles(picture, self.images.mode, out.shape[1], self.images.max_grid, view.padded)[0]
 
-    def where(self, row: int) -> str:
+    def where(self, view: View) -> str:
         """Shard and member of a medium, for messages."""
-        return self._pixels.where(row)
+        return self._pixels.where(view.row)
 
     def _value(self, name: str, row: int):
         return self._pixels.value(name, row)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from trainer.distributed import Place, barrier, start, stop, total
 from trainer.engine import build_engine
 from trainer.metrics import Clock, Meter
 from trainer.model.cost import cost_coefficients
+from trainer.run_ledger import RunLedger
 from trainer.stages import set_learning_rates
 from trainer.weights import save as save_weights
 
@@ -70,18 +71,18 @@ def train(manifest: Manifest) -> Path:
             barrier()
         engine, model = build_engine(manifest, place)
         state = checkpoint.load(engine, run, manifest, place)
-        done = 0
+        done, ledger = 0, RunLedger(run, place.rank)
         if state is not None:
             loader.load_state_dict(state["loader"])
+            ledger.go_on(state["loader"])
             done = state["step"]
-        elif place.first:
-            (run / "ledger.jsonl").unlink(missing_ok=True)
-            _note(loader.left_out(), run, place)
+        else:
+            ledger.begin(loader.left_out() if place.first else ())
         if place.first:
             settings = json.dumps(checkpoint.settings(manifest), indent=1)
             checkpoint.write_atomically(run / "settings.json", settings)
             checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
-        _steps(manifest, engine, loader, place, run, done)
+        _steps(manifest, engine, loader, place, run, ledger, done)
         _finish(model, manifest, run, place)
         if place.first:
             print(f"{manifest.name}: final weights are in {final}")
@@ -96,14 +97,14 @@ def steps_in_all(manifest: Manifest, batches_per_epoch: int) -> int:
     return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
 
 
-def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, done: int) -> None:
+def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, ledger: RunLedger, done: int) -> None:
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
     steps = steps_in_all(manifest, len(loader))
     meter = Meter(run, manifest.name, done, steps) if place.first else None
     rows = _rows(loader, manifest.train.epochs)
     while done < steps:
         rates = set_learning_rates(engine.optimizer, done, steps, manifest)
-        record = _global_batch(engine, rows, place, run, manifest.seed)
+        record = _global_batch(engine, rows, place, ledger, manifest.seed)
         done += 1
         if meter and (done % manifest.train.log_every == 0 or done == steps):
             meter.write({"step": done, "steps": steps, "lr": rates, **record})
@@ -121,7 +122,7 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(engine, rows: Iterator, place: Place, run: Path, seed: int) -> dict:
+def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed: int) -> dict:
     """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
     clock = Clock()
     sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
@@ -132,7 +133,7 @@ def _global_batch(engine, rows: Iterator, place: Place, run: Path, seed: int) ->
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
         engine.backward(loss * (place.world / row.total_weight))
-        _note(row.skipped, run, place)
+        ledger.note(row.skipped, row.epoch, row.step)
         for i, value in enumerate(
             (
                 loss.item() / row.total_weight,
@@ -149,7 +150,7 @@ def _global_batch(engine, rows: Iterator, place: Place, run: Path, seed: int) ->
         clock.computed()
     loss, tokens, frames, dialogues, skipped, digest = total(sums, place)
     if not dialogues:
-        raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {run / 'ledger.jsonl'}")
+        raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
     if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss} in the global batch with {row.keys}; lower the learning rate")
     engine.step()
@@ -182,13 +183,6 @@ def _digest(keys: list[str]) -> int:
     40 bits of each key's hash: the sum over 8,192 dialogues is still exact in float64.
     """
     return sum(int.from_bytes(hashlib.sha256(key.encode()).digest()[:5], "big") for key in keys)
-
-
-def _note(dialogues: Iterable[tuple[str, str]], run: Path, place: Place) -> None:
-    """Append dialogues that were left out, with the reason, to the run's ledger."""
-    for key, reason in dialogues:
-        with open(run / "ledger.jsonl", "a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps({"dialogue": key, "reason": reason, "rank": place.rank}) + "\n")
 
 
 def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:

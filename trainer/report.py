@@ -1,7 +1,7 @@
 """``python -m trainer.report RUN [RUN ...] --out report.html``: what the runs did, as one page that needs nothing else.
 
 Read from each RUN, where present: ``log.jsonl`` (one object per optimiser step), ``manifest.yaml`` (the resolved
-manifest), ``ledger.jsonl`` (dialogues that could not be read) and ``evaluation.json`` (scores of held-out questions).
+manifest), ``ledger/`` (dialogues that could not be read) and ``evaluation.json`` (scores of held-out questions).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from markupsafe import Markup
 from pipeline.charts import COLOURS, Bar, Line, bar_chart, compact, duration, line_chart
 from pipeline.page import render_page
 from trainer.checkpoint import write_atomically
+from trainer.run_ledger import read_run_ledger
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
@@ -71,9 +72,8 @@ def read_run(folder: Path) -> Run:
             evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         except ValueError:
             raise ReportError(f"{folder / 'evaluation.json'}: not JSON; run python -m trainer.evaluate again") from None
-    ledger = folder / "ledger.jsonl"
-    reasons = collections.Counter(row["reason"] for row in _json_lines(ledger)) if ledger.is_file() else {}
-    return Run(folder, steps, manifest, collections.Counter(reasons), evaluation)
+    reasons = collections.Counter(row["reason"] for row in read_run_ledger(folder))
+    return Run(folder, steps, manifest, reasons, evaluation)
 
 
 def render(runs: list[Run]) -> str:

@@ -46,7 +46,9 @@ class LocalStorage:
     def _file(self, name: str) -> _File:
         """An open file; one that is pushed out by others is closed after its readers are done."""
         with self._lock:
-            file = self._open.pop(name, None) or _File(self.root / name)
+            file = self._open.pop(name, None)
+        file = file or _File(self.root / name)  # without the lock: a file system may hang here
+        with self._lock:
             self._open[name] = file
             if len(self._open) > OPEN_FILES:
                 del self._open[next(iter(self._open))]

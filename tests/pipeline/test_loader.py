@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import build_loader
+from pipeline import build_loader, reading
 from pipeline.batch import IGNORE, IMAGE, Batch
+from pipeline.buffers import LEAST, Pool
 from pipeline.contents import contents
 from pipeline.conversation import Conversation
 from pipeline.corpus import open_corpus
@@ -27,6 +28,7 @@ from pipeline.index import Index, ShardsError
 from pipeline.loader import Loader, StateError, UnreadableError
 from pipeline.manifest import ORDERS, Manifest, ManifestError
 from pipeline.plan import Plan
+from pipeline.reading import Row
 from pipeline.sampling import sample_indices, time_message
 from pipeline.visuals import Visuals
 from tests.pipeline.small_root import SIZE, Root, colour, manifest, mixed_root, turns
@@ -475,11 +477,13 @@ def test_threads_end_with_the_iterator(root):
 
 def test_rows_ahead_are_bounded(root, monkeypatch):
     started: list[int] = []
-    from pipeline import loader as module
+    begin = Row.start
 
-    begin = module._Row.start
-    monkeypatch.setattr(module._Row, "start", lambda row, *rest: (started.append(row.nbytes), begin(row, *rest))[1])
-    used = 0
+    def start(row: Row, *rest, **needed) -> bool:
+        size = max(LEAST, row.pictures * SIZE * SIZE * 3)  # a row of text alone counts too
+        return begin(row, *rest, **needed) and not started.append(size)
+
+    monkeypatch.setattr(Row, "start", start)
     for bound in (1, 3):
         started.clear()
         used = 0
@@ -487,3 +491,61 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
             assert sum(started[used:]) <= bound << 20 or len(started) - used == 1
             used += 1
         assert used == len(started) > 4
+
+
+def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monkeypatch):
+    """Wherever a run stops, and whatever was decoded by then, it goes on with the batch after the last whole one."""
+    ahead: list[int] = []
+    begin = Row.start
+    monkeypatch.setattr(Row, "start", lambda row, *rest, **needed: begin(row, *rest, **needed) and not ahead.append(1))
+    first = build_loader(manifest(root, loader__prefetch_mb=64))
+    whole = list(first)
+    for stop in range(1, len(whole) + 1):
+        ahead.clear()
+        loader = Loader(first._plan, 0, 1, "train")
+        stream = iter(loader)
+        for _ in range(stop):
+            batch = next(stream)
+        assert len(ahead) == len(whole)  # all were started with the first
+        state = loader.state_dict()
+        ended = batch.last and batch.step + 1 == len(loader)
+        assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.last))
+        stream.close()
+        if not ended:
+            again = Loader(first._plan, 0, 1, "train")
+            again.load_state_dict(state)
+            rest = [row for row in whole if row.step >= batch.step + batch.last]
+            for a, b in zip(again, rest, strict=True):
+                assert a.keys == b.keys and torch.equal(a.input_ids, b.input_ids) and torch.equal(a.clips, b.clips)
+
+
+def test_a_consumer_may_keep_every_batch(root, monkeypatch):
+    """Also more of them than there may be buffers out."""
+    monkeypatch.setattr(reading, "MOST_LENT", 3)
+    kept = list(build_loader(manifest(root, loader__prefetch_mb=1)))
+    read = [row.clips.clone() for row in build_loader(manifest(root, loader__prefetch_mb=1))]
+    assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
+
+
+def test_passes_that_were_broken_off_or_go_on_beside_another_take_no_room_from_it(root):
+    loader = build_loader(manifest(root, loader__prefetch_mb=2))
+    gc.disable()
+    try:
+        others = [iter(loader) for _ in range(3)]
+        for stream in others:
+            next(stream)
+        others.pop().close()
+        assert len(list(loader)) == len(list(loader)) > 8  # two whole epochs
+        for stream in others:
+            stream.close()
+        assert loader._pool.lent == 0
+    finally:
+        gc.enable()
+
+
+def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root, monkeypatch):
+    made, make = [], Pool._make
+    monkeypatch.setattr(Pool, "_make", lambda pool, size: made.append(size) or make(pool, size))
+    over = {"batching": {"global_batch": 1, "row_multiple": 1}, "loader__prefetch_mb": 3}
+    assert sum(1 for _ in build_loader(manifest(root, **over))) == 21
+    assert made == [LEAST] * len(made) and len(made) <= 3 + 2  # ahead, the consumer's, and the one before it

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.images import tiles
-from pipeline.index import Index
+from pipeline.index import MEDIA_SCHEMA, Index, table
+from pipeline.manifest import Frames
 from pipeline.sampling import fit_to_clips, sample_indices
 from pipeline.visuals import Visuals, nearest
 from tests.pipeline.small_root import SIZE, Root, colour, manifest
@@ -39,6 +40,45 @@ def test_settings_of_the_build_show_the_frames_of_the_build(sampler, vlen, fps, 
     wanted = fit_to_clips(sample_indices(frames, vlen, fps, vlen / fps, np.random.default_rng(seed)), vlen, 4)
     stored, sample = np.unique(wanted, return_inverse=True)
     assert nearest(stored, wanted).tolist() == sample.tolist()
+
+
+def one_video(frames: Frames, vlen: int, fps: float) -> Index:
+    """An index in memory of one video, as a build with ``frames`` makes it."""
+    wanted = fit_to_clips(sample_indices(frames, vlen, fps, vlen / fps), vlen, frames.clip_frames)
+    stored, sample = np.unique(wanted, return_inverse=True)
+    row = {field.name: None for field in MEDIA_SCHEMA} | {"key": "v0", "kind": "video", "vlen": vlen, "fps": fps}
+    row |= {"duration": vlen / fps, "sample": sample, "frame_index": stored, "timestamps": stored / fps}
+    return Index(Path("."), table(MEDIA_SCHEMA, [row]), None, None, "", {})
+
+
+@given(
+    built=st.sampled_from(["middle", "dynamic_fps1", "fps1", "fps0.5"]),
+    read=st.sampled_from(["middle", "dynamic_fps1", "fps1", "fps2"]),
+    vlen=st.integers(1, 4000),
+    fps=st.floats(1, 60),
+    bounds=st.lists(st.integers(1, 128), min_size=4, max_size=4),
+)
+def test_any_number_of_frames_is_had_of_what_is_stored(built, read, vlen, fps, bounds):
+    """4 to 512 of a video: the build's own, or the nearest; the error has a bound, and times are true."""
+    pairs = [sorted(4 * clips for clips in pair) for pair in (bounds[:2], bounds[2:])]
+    made, shown = (
+        manifest(Path("."), frames={"sampler": sampler, "min": low, "max": high, "size": SIZE, "time_message": "long"})
+        for sampler, (low, high) in zip((built, read), pairs, strict=True)
+    )
+    index = one_video(made.frames, vlen, fps)
+    stored = np.array(index.media["frame_index"][0].as_py())
+    for under in (made, shown):
+        wanted = fit_to_clips(sample_indices(under.frames, vlen, fps, vlen / fps), vlen, 4)
+        (view,) = Visuals(index, under).views([0])
+        frames = stored[view.places]
+        assert len(frames) == len(wanted) == 4 * view.clips and len(frames) <= 512
+        error = np.abs(frames - wanted)
+        outside = np.maximum(stored[0] - wanted, wanted - stored[-1])
+        assert (error <= np.maximum(np.diff(stored).max(initial=0) / 2, outside)).all()
+        if under is made or (read, pairs[1]) == (built, pairs[0]):
+            assert not error.any()
+        seconds = ", ".join(str(float(np.around(number / fps, 1))) for number in frames)
+        assert view.message.endswith(f"{len(frames)} frames are uniformly sampled at {seconds} seconds. ")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 
 from trainer import loop
 from trainer.distributed import Place
+from trainer.run_ledger import RunLedger
 
 
 class Engine:
@@ -45,7 +46,7 @@ def draws(steps: range, rank: int, world: int, seed: int = 0, micros: int = 2) -
 
     engine, rows = Engine(), iter([row(step, micro) for step in steps for micro in range(micros)])
     for _ in steps:
-        loop._global_batch(engine, rows, Place(rank, world, torch.device("cpu")), Path(), seed)
+        loop._global_batch(engine, rows, Place(rank, world, torch.device("cpu")), RunLedger(Path(), rank), seed)
     return engine.drawn
 
 

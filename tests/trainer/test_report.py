@@ -30,10 +30,11 @@ def write_run(folder: Path, steps: int = 40, scores: bool = False) -> Path:
     manifest = {"stage": 2, "name": "<short> video", "frames": {"min": 4, "max": 8, "size": 128, "sampler": "middle"}}
     manifest["train"] = {"zero_stage": 3, "connector": {"train": True}, "language_model": {"train": False}}
     (folder / "manifest.yaml").write_text(json.dumps(manifest | {"init_from": {"run": "runs/stage1"}}))
-    ledger = [
-        {"dialogue": f"d{i}", "reason": reason, "rank": 0} for i, reason in enumerate(["truncated"] * 3 + ["x<y"])
-    ]
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ledger))
+    ledger = [{"key": f"d{i}", "reason": reason} for i, reason in enumerate(["unreadable"] * 3 + ["x<y"])]
+    (folder / "ledger").mkdir()
+    for rank in (0, 1):
+        lines = "".join(json.dumps(row) + "\n" for row in ledger[rank::2])
+        (folder / "ledger" / f"rank00{rank}.jsonl").write_text(lines)
     if scores:
         row = {"family": "first colour", "questions": 224, "accuracy": 93.3, "low": 90.1, "high": 96.2, "blind": 12.1}
         row |= {"blind_low": 8.0, "blind_high": 16.5, "gain": 81.2, "gain_low": 76.0, "gain_high": 86.4}
@@ -57,7 +58,7 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     text = page.cells()
     for figure in ("93.3", "90.1 to 96.2", "12.1", "8.0 to 16.5", "81.2", "76.0 to 86.4", "224", "1.23k", "12.5 %"):
         assert figure in text, figure
-    assert "4 dialogues could not be read: 3 × truncated, 1 × x<y" in text
+    assert "4 dialogues could not be read: 3 × unreadable, 1 × x<y" in text
     assert "runs/stage1" in text and "20.0 s" in text and "640" in text
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)

@@ -220,10 +220,10 @@ def test_killed_processes_leave_what_is_swept(tmp_path):
         process.wait()
         process.stdout.close()
         swept += len(left(tmp_path))
-        cache = Cache(tmp_path, 60_000)
+        Cache(tmp_path, 60_000)
         assert not left(tmp_path)
     assert swept, "no process was killed on its way"
-    made = Made({str(number): number * 1000 for number in range(20)})
+    made, cache = Made({str(number): number * 1000 for number in range(20)}), Cache(tmp_path, 1_000_000)  # room for all
     for number in range(20):
         for tree in (False, True):
             assert read(CachedSource(made, cache), cache, str(number), tree) == wanted(str(number), number * 1000, tree)

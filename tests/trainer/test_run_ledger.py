@@ -1,0 +1,35 @@
+"""The ledger of a run: one straight story, whatever was killed and done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.ledger import REASONS, SCHEMA
+from trainer.run_ledger import RunLedger, read_run_ledger
+
+
+def told(run: Path) -> list[tuple]:
+    return [(row["key"], row["reason"], row["epoch"], row["step"]) for row in read_run_ledger(run)]
+
+
+def test_a_resumed_run_tells_one_straight_story(tmp_path):
+    first, second = RunLedger(tmp_path, 0), RunLedger(tmp_path, 1)
+    first.begin([("d0", "too long")])
+    second.begin()
+    assert not (tmp_path / "ledger" / "rank001.jsonl").exists()  # nothing to say
+    for step in range(4):
+        first.note([], 0, step)
+        second.note([(f"d{step + 1}", "gone")], 0, step)
+    second.note([("d9", "gone")], 1, 0)
+    with open(tmp_path / "ledger" / "rank001.jsonl", "a") as file:
+        file.write('{"key": "torn')
+    for ledger in (first, second):
+        ledger.go_on({"epoch": 0, "step": 2})
+    kept = [("d0", "unusable", None, None), ("d1", "unreadable", 0, 0), ("d2", "unreadable", 0, 1)]
+    assert told(tmp_path) == kept
+    second.note([("d3", "gone")], 0, 2)
+    assert told(tmp_path) == [*kept, ("d3", "unreadable", 0, 2)]
+    rows = list(read_run_ledger(tmp_path))
+    assert all(set(row) == {*SCHEMA.names, "epoch", "step"} and row["reason"] in REASONS for row in rows)
+    second.begin()
+    assert told(tmp_path) == kept[:1]

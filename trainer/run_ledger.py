@@ -1,0 +1,71 @@
+"""The ledger of a run: every dialogue that was left out of training, and why.
+
+``RUN/ledger/rank000.jsonl`` and so on, one file for each rank, so that no two processes write to one. A line is a row
+of :mod:`pipeline.ledger` with ``epoch`` and ``step`` (the global batch; null for dialogues that no epoch contains).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from pipeline.ledger import LedgerRow
+
+
+class RunLedger:
+    """The file of one rank below ``run``; made when there is something to say."""
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.folder = run / "ledger"
+        self._path = self.folder / f"rank{rank:03d}.jsonl"
+
+    def begin(self, left_out: Iterable[tuple[str, str]] = ()) -> None:
+        """Start anew with the dialogues ``left_out`` of every epoch, as (key, reason)."""
+        self._path.unlink(missing_ok=True)
+        self._write("unusable", left_out, None, None)
+
+    def go_on(self, state: Mapping[str, int]) -> None:
+        """Drop the lines of global batches from the loader's ``state`` on, which will be read again."""
+        if not self._path.exists():
+            return
+        kept = [row for row in _rows(self._path) if row["epoch"] is None or _place(row) < _place(state)]
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(part, self._path)
+
+    def note(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
+        """Dialogues, as (key, reason), that could not be read for a global batch."""
+        self._write("unreadable", skipped, epoch, step)
+
+    def _write(self, reason: str, dialogues: Iterable[tuple[str, str]], epoch: int | None, step: int | None) -> None:
+        with contextlib.ExitStack() as stack:
+            file = None
+            for key, message in dialogues:
+                if file is None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(open(self._path, "a", encoding="utf-8"))
+                row = LedgerRow(entry="", kind="dialogue", reason=reason, message=message, key=key)
+                file.write(_line({**row.columns(), "epoch": epoch, "step": step}))
+
+
+def read_run_ledger(run: Path) -> Iterator[dict]:
+    """All rows of a run's ledger; a line that a killed process left torn is none."""
+    for path in sorted((run / "ledger").glob("rank*.jsonl")):
+        yield from _rows(path)
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def _line(row: Mapping) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _place(row: Mapping[str, int]) -> tuple[int, int]:
+    return row["epoch"], row["step"]
