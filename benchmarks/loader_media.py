@@ -107,7 +107,14 @@ def write_media(folder: Path, count: int, frames: int, size: int) -> Media:
         shards.append(writer.info)
     write_reader_files(media.root / "video", shards)
     facts = [
-        {"folder": "video", "split": "train", "name": s.name, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256}
+        {
+            "folder": "video",
+            "split": "train",
+            "name": s.name,
+            "samples": s.samples,
+            "bytes": s.bytes,
+            "sha256": s.sha256,
+        }
         for s in shards
     ]
     _finish(media.root, rows, facts, 1)
