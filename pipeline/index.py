@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.files import atomic_file, sha256
 from pipeline.manifest import Manifest
+from pipeline.storage import Reading, Shard, Storage, is_remote, open_storage
 
 #: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
 BATCH_ROWS = 4096
@@ -116,7 +119,7 @@ def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: 
 class Index:
     """The three tables of a finished shard root; columns are views into memory-mapped files."""
 
-    root: Path
+    storage: Storage
     media: pa.Table
     dialogues: pa.Table
     shards: pa.Table
@@ -124,28 +127,30 @@ class Index:
     specification: Mapping[str, Any]  #: what decided the bytes, as the builder recorded it; empty if it did not
 
     @classmethod
-    def open(cls, root: str | Path) -> Index:
-        """Open the index of ``root``.
+    def open(cls, root: str | os.PathLike, reading: Reading | None = None) -> Index:
+        """Open the index of ``root``: a folder, or an address (:func:`pipeline.storage.open_storage`), whose index is
+        copied into the cache folder once.
 
         Raises:
-            ShardsError: nothing was built there, the build is not finished, or a file is damaged.
+            ShardsError: nothing was built there, the build is not finished, a file is damaged, or the address cannot
+                be read.
         """
-        root = Path(root)
         try:
-            build = json.loads((root / "build.json").read_text(encoding="utf-8"))
+            storage = open_storage(root, reading)
+            build = json.loads(storage.whole("build.json"))
             fingerprint, specification = build["index_fingerprint"], build.get("specification", {})
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
-            tables = {name: _map(root / "index" / f"{name}.arrow", schema) for name, schema in schemas.items()}
-        except FileNotFoundError:
-            stage = root.name.removeprefix("stage")
-            raise ShardsError(
-                f"{root}: no finished shards here; build them with "
-                f"`python tools/build_shards.py --stage {stage} --manifest MANIFEST`"
-            ) from None
+            names = [f"index/{name}.arrow" for name in schemas]
+            paths = storage.local(names, fingerprint, lambda copies: _check_copies(copies, fingerprint))
+            tables = {name: _map(path, schemas[name]) for name, path in zip(schemas, paths, strict=True)}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ShardsError(f"{root}: the index cannot be read ({reason}); build the shards again") from None
-        return cls(root=root, fingerprint=fingerprint, specification=specification, **tables)
+            raise ShardsError(_unreadable(root, error)) from None
+        return cls(storage=storage, fingerprint=fingerprint, specification=specification, **tables)
+
+    @property
+    def root(self) -> Path | str:
+        """The root as messages name it; a path where it is a folder."""
+        return self.storage.root
 
     def check(self, manifest: Manifest) -> None:
         """Refuse shards that are not all there, or that do not hold what ``manifest`` wants of them.
@@ -157,7 +162,8 @@ class Index:
         Raises:
             ShardsError: one line that names the file or the field.
         """
-        for row, size in enumerate(self.shards["bytes"].to_pylist()):
+        sizes = [] if self.storage.remote else self.shards["bytes"].to_pylist()  # remote ones are checked when read
+        for row, size in enumerate(sizes):
             path = self.path_of(row)
             there = path.stat().st_size if path.is_file() else -1
             if there != size:
@@ -187,9 +193,14 @@ class Index:
             odd = next((b for a, b in itertools.zip_longest(there, entries) if a != b), None) or there[len(entries)]
             raise ShardsError(f"data.entries: {odd[0]} is not as the shards were built; {again}")
 
-    def path_of(self, shard: int) -> Path:
-        """The file of row ``shard`` of the shard table."""
-        return self.root / self.shards["folder"][shard].as_py() / self.shards["name"][shard].as_py()
+    def path_of(self, shard: int) -> Path | str:
+        """The file of row ``shard`` of the shard table; an address where the root is one."""
+        return self.storage.place(self.shard(shard).name)
+
+    def shard(self, row: int) -> Shard:
+        """What reading asks for: row ``row`` of the shard table."""
+        found = {column: self.shards[column][row].as_py() for column in ("folder", "name", "bytes", "sha256")}
+        return Shard(f"{found['folder']}/{found['name']}", found["bytes"], found["sha256"])
 
 
 def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:
@@ -204,3 +215,26 @@ def _map(path: Path, schema: pa.Schema) -> pa.Table:
     if mapped.schema != schema:
         raise ValueError(f"{path.name} has other columns than this version of framestream")
     return mapped
+
+
+def _check_copies(copies: Sequence[Path], fingerprint: str) -> None:
+    found = hashlib.sha256()
+    for path in copies:
+        found.update(sha256(path))
+    if found.hexdigest() != fingerprint:
+        raise ValueError("its files are not those of build.json")
+
+
+def _unreadable(root: str | os.PathLike, error: Exception) -> str:
+    """Why there is no index to open, and the fix."""
+    reason = " ".join(str(error).split())
+    if is_remote(root):
+        shown = re.sub(r"(?<=://)[^/@]*@", "", str(root))
+        if isinstance(error, OSError):
+            missing = isinstance(error, FileNotFoundError)
+            return f"{reason}; there are no finished shards" if missing else reason
+        return reason if reason.startswith(shown) else f"{shown}: {reason}; copy the finished root there again"
+    if isinstance(error, FileNotFoundError):
+        command = f"python tools/build_shards.py --stage {Path(root).name.removeprefix('stage')} --manifest MANIFEST"
+        return f"{root}: no finished shards here; build them with `{command}`"
+    return f"{root}: the index cannot be read ({reason}); build the shards again"

@@ -25,6 +25,7 @@ from pipeline.index import Index
 from pipeline.manifest import Manifest, ManifestError
 from pipeline.plan import Plan, Report
 from pipeline.rows import Piece, Place, assemble
+from pipeline.storage import Reading
 from pipeline.tokens import Tokens
 from pipeline.visuals import View, Visuals
 
@@ -45,7 +46,7 @@ class StateError(LoaderError):
 
 
 def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: str = "train") -> Loader:
-    """The loader of one rank over the shards of ``manifest.shard_root``; tokenises the root once where needed.
+    """The loader of one rank over the shards of ``manifest.shard_place``; tokenises the root once where needed.
 
     Raises:
         ShardsError: no finished shards are there, or none of their dialogues can be used.
@@ -56,7 +57,7 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
         raise ManifestError(f"batching.row_multiple: {multiple} is not a multiple of {world_size} ranks; change either")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks")
-    index = Index.open(manifest.shard_root)
+    index = Index.open(manifest.shard_place, Reading.of(manifest.loader))
     index.check(manifest)
     visuals = Visuals(index, manifest)
     tokens = Tokens(index, manifest, conversation_of(manifest), visuals)

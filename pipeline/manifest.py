@@ -145,6 +145,10 @@ class Loader:
     threads: int = field(2, low=1, doc="decoding threads of one rank")
     prefetch_mb: int = field(512, low=1, doc="bound on decoded rows waiting for the training step, of one rank")
     max_unreadable: int = field(100, low=0, doc="a run stops when more dialogues than this could not be read")
+    cache: str = field("~/.cache/framestream", doc="folder of copies of remote roots: their indexes, and ranges")
+    cache_gb: float = field(0.0, low=0, doc="gigabytes of ranges of remote shards kept there at most; 0 keeps none")
+    read_timeout: float = field(60.0, low=1, doc="seconds of one read, all tries together")
+    retries: int = field(5, low=0, doc="tries of a request to a remote root after the first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +295,7 @@ class Manifest:
     init_from: InitFrom
     name: str = ""
     seed: int = field(0, low=0)
-    shards: str = field("shards", doc="stage N is read from SHARDS/stageN")
+    shards: str = field("shards", doc="stage N is read from SHARDS/stageN; a folder or an address")
     compat: str = field("none", choices=("none", "published"), doc="published: with the published readers' faults")
     images: Images = Images()
     loader: Loader = Loader()
@@ -314,8 +318,19 @@ class Manifest:
 
     @property
     def shard_root(self) -> Path:
-        """Folder of this stage's shards."""
+        """Folder that this stage's shards are built in.
+
+        Raises:
+            ManifestError: ``shards`` is an address.
+        """
+        if "://" in self.shards:
+            raise ManifestError(f"shards: {self.shards} is an address; build in a folder and copy it there")
         return Path(self.shards) / f"stage{self.stage}"
+
+    @property
+    def shard_place(self) -> str:
+        """Folder or address that this stage's shards are read from."""
+        return f"{self.shards.rstrip('/')}/stage{self.stage}" if "://" in self.shards else str(self.shard_root)
 
 
 def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Manifest:

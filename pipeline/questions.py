@@ -12,6 +12,7 @@ from pipeline.conversation import MARK, conversation_of, question_and_answer, te
 from pipeline.index import Index, ShardsError
 from pipeline.manifest import Manifest
 from pipeline.rows import Piece, Place, assemble
+from pipeline.storage import Reading
 from pipeline.visuals import View, Visuals
 
 
@@ -22,7 +23,7 @@ class Questions:
     """
 
     def __init__(self, manifest: Manifest, split: str = "val") -> None:
-        self.index = Index.open(manifest.shard_root)
+        self.index = Index.open(manifest.shard_place, Reading.of(manifest.loader))
         self.index.check(manifest)
         self._visuals = Visuals(self.index, manifest)
         self._conversation = conversation_of(manifest)

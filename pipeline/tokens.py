@@ -80,7 +80,7 @@ class Tokens:
         self._other: Tokens | None = None
         fetch = self._epoch + 1 if manifest.compat == "published" else 0
         self.fingerprint = fingerprint(index, manifest, conversation, fetch)
-        path = index.root / "index" / f"tokens-{self.fingerprint[:32]}.arrow"
+        path = index.storage.folder / f"tokens-{self.fingerprint[:32]}.arrow"
         if not path.is_file():
             _build(path, index, conversation, visuals, fetch)
         try:

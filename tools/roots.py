@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from pipeline.manifest import Data, Entry, Manifest, ManifestError
 from pipeline.schema import read_yaml
+from pipeline.threads import Threads
 from tools.annotation_files import AnnotationFiles, cache_folder, remote_file
 from tools.fetch.limits import Limits
 from tools.fetch.places import check_archives, open_files, open_source, shown
 from tools.fetch.source import FetchError, Source
 from tools.hosts import Opened
-from tools.threads import Threads
 
 THREADS = 8  #: places opened and annotation files fetched at once
 

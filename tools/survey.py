@@ -10,11 +10,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pipeline.ledger import REASONS
+from pipeline.threads import Threads
 from tools.distinct import Distinct
 from tools.fetch.source import UNKNOWN, FetchError, Source
 from tools.hosts import Hosts
 from tools.roots import Place
-from tools.threads import Threads
 
 THREADS = 16  #: requests under way at once
 _REASONS = tuple(REASONS)

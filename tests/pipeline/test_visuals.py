@@ -136,9 +136,9 @@ def test_a_shard_that_ends_early_is_an_error(tmp_path):
 
 
 def test_more_shards_than_open_files(root, monkeypatch):
-    monkeypatch.setattr("pipeline.pixels.OPEN_FILES", 1)
+    monkeypatch.setattr("pipeline.storage.local.OPEN_FILES", 1)
     reader = visuals(root)
     expected = [shown(visuals(root), row) for row in (0, 1)]
     for _ in range(3):
         assert all(np.array_equal(shown(reader, row), expected[row]) for row in (0, 1))
-    assert len(reader._pixels._files._open) == 1
+    assert len(reader.index.storage._open) == 1

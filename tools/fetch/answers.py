@@ -6,14 +6,13 @@ import base64
 import binascii
 import hashlib
 import re
-import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
 import httpx2
 
+from pipeline.storage.headers import asked_wait, count, total
 from tools.fetch.limits import Again
 from tools.fetch.source import UNKNOWN, FetchError
 
@@ -76,7 +75,7 @@ def check(response: httpx2.Response, place: object, login: str = "", expect: int
     if status == 403:
         raise Again("denied", refused, retries=DENIED_RETRIES)
     if status in (408, 425, 429) or status >= 500:
-        raise Again("unreachable", said, wait=_asked(response))
+        raise Again("unreachable", said, wait=asked_wait(response.headers))
     raise FetchError("unreachable", place, said)
 
 
@@ -84,36 +83,9 @@ def read_facts(response: httpx2.Response, size: int | None = None) -> Facts:
     """What the headers say about the whole file (``size``, if that is known better)."""
     headers = response.headers
     if size is None:
-        size = total(response) if response.status_code == 206 else _count(headers.get("content-length", ""))
+        size = total(headers) if response.status_code == 206 else count(headers.get("content-length", ""))
     ranges = response.status_code == 206
     return Facts(size, headers.get("etag", ""), headers.get("last-modified", ""), ranges)
-
-
-def _count(text: str) -> int:
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text.strip()) else UNKNOWN
-
-
-def total(response: httpx2.Response) -> int:
-    """Bytes of the whole file by Content-Range: 100 of ``bytes 0-9/100``."""
-    return _count(response.headers.get("content-range", "").rpartition("/")[2])
-
-
-def first_byte(response: httpx2.Response) -> int:
-    """Where the part that is sent begins, by Content-Range."""
-    found = re.match(r"bytes\s+([0-9]{1,18})-", response.headers.get("content-range", ""))
-    return int(found[1]) if found else UNKNOWN
-
-
-def _asked(response: httpx2.Response) -> float:
-    """Seconds that the server asks to wait: Retry-After (seconds or a date), or the ``t`` of RateLimit."""
-    text = response.headers.get("retry-after", "").strip()
-    if (seconds := _count(text)) != UNKNOWN:
-        return float(seconds)
-    try:
-        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError, OverflowError):
-        limit = re.search(r";\s*t=([0-9]{1,9})", response.headers.get("ratelimit", ""))
-        return float(limit[1]) if limit else 0.0
 
 
 def digests(response: httpx2.Response) -> dict[str, str]:

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 
-from tools.fetch.answers import Facts, check, digests, first_byte, read_facts, total
+from pipeline.storage.headers import first_byte, total
+from tools.fetch.answers import Facts, check, digests, read_facts
 from tools.fetch.limits import Again, Limits, out_of_time, persist, too_large
 from tools.fetch.source import UNKNOWN, FetchError
 
@@ -61,7 +62,7 @@ class Http:
 
         def attempt(deadline: float) -> Facts:
             with self._open(url, {"range": "bytes=0-0"}, deadline) as response:
-                if response.status_code == 416 and (size := total(response)) != UNKNOWN:  # an empty file
+                if response.status_code == 416 and (size := total(response.headers)) != UNKNOWN:  # an empty file
                     return read_facts(response, size)
                 check(response, place, self._login)
                 if response.status_code == 206:
@@ -103,7 +104,7 @@ class Http:
                 facts = read_facts(response)
                 if known is not None and not facts.same(known):
                     raise FetchError("bad_checksum", place, "the file has changed while it was being read")
-                if first_byte(response) != offset:
+                if first_byte(response.headers) != offset:
                     raise Again("bad_checksum", f"the server sent another part than byte {offset}")
                 data = self._collect(response, size, place, deadline)
                 if len(data) < size:
@@ -246,7 +247,7 @@ class _Transfer:
         """Take the head of an answer: the file from its start, or the rest that was asked for."""
         facts = read_facts(response)
         if response.status_code == 206:
-            if not self._done or first_byte(response) != self._done or not facts.same(self._facts):
+            if not self._done or first_byte(response.headers) != self._done or not facts.same(self._facts):
                 self.restart()
                 raise Again("bad_checksum", "the file has changed while it was being fetched")
             return

@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from pipeline.ledger import REASONS
+from pipeline.storage import headers
 
-UNKNOWN = -1  #: size of a file whose place does not tell it
+UNKNOWN = headers.UNKNOWN  #: size of a file whose place does not tell it
 
 
 class FetchError(Exception):

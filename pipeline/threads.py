@@ -22,6 +22,7 @@ class Threads:
     def __init__(self, count: int) -> None:
         self._count, self._started = count, 0
         self._calls: queue.SimpleQueue[tuple[Future, Callable, object] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Threads:
         return self
@@ -32,21 +33,28 @@ class Threads:
         for _ in range(self._started):
             self._calls.put(None)
 
-    def map(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """What ``call`` returns for each item, in their order; what it raises is raised when its turn comes."""
-        futures: list[Future[Result]] = []
-        for item in items:
-            futures.append(Future())
-            self._calls.put((futures[-1], call, item))
+    def submit(self, call: Callable[[Item], Result], item: Item) -> Future[Result]:
+        """``call(item)``, to be run by the next thread that is free; it can be cancelled until then."""
+        future: Future[Result] = Future()
+        self._calls.put((future, call, item))
+        with self._lock:
             if self._started < self._count:
                 self._started += 1
                 threading.Thread(target=self._work, daemon=True).start()
+        return future
+
+    def map(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """What ``call`` returns for each item, in their order; what it raises is raised when its turn comes."""
+        futures = [self.submit(call, item) for item in items]
         return (future.result() for future in futures)
 
     def _work(self) -> None:
         while given := self._calls.get():
             future, call, item = given
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(call(item))
             except BaseException as error:
                 future.set_exception(error)
+            del given, future, call, item  # nothing is held while waiting

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.threads import Threads
+from pipeline.threads import Threads
 
 
 def test_results_come_in_order_from_several_threads_at_once():
@@ -47,7 +47,7 @@ def test_an_error_comes_when_it_is_its_turn_and_ends_what_is_left():
 def test_a_program_ends_while_threads_wait():
     code = """
 import threading, time
-from tools.threads import Threads
+from pipeline.threads import Threads
 begun = threading.Event()
 def call(item):
     begun.set()

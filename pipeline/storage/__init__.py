@@ -1,0 +1,28 @@
+"""Where the bytes of a shard root come from: a local folder, a web server, a bucket or the hub.
+
+index = Index.open("https://host/shards/stage2")
+first, second = index.storage.read(index.shard(0), [(1536, 18000), (900000, 17500)])
+"""
+
+from __future__ import annotations
+
+import os
+
+from pipeline.storage.local import LocalStorage
+from pipeline.storage.places import is_remote, open_place
+from pipeline.storage.remote import RemoteStorage
+from pipeline.storage.settings import Reading, Shard, Storage
+
+__all__ = ["Reading", "Shard", "Storage", "is_remote", "open_storage"]
+
+
+def open_storage(root: str | os.PathLike, reading: Reading | None = None) -> Storage:
+    """The storage of ``root``: a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH`` or
+    ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
+
+    Raises:
+        ValueError: an address of none of these forms, or the extra that reads it is not installed.
+        OSError: the hub does not have the repository, or cannot be reached.
+    """
+    reading = reading or Reading()
+    return RemoteStorage(open_place(str(root), reading), reading) if is_remote(root) else LocalStorage(root)

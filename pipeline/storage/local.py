@@ -1,0 +1,74 @@
+"""Roots that are folders: ranges by ``pread`` from files that are kept open."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.storage.settings import Shard
+
+OPEN_FILES = 128  #: files of a root that a process keeps open
+
+
+class LocalStorage:
+    """The files of a folder (see :class:`pipeline.storage.settings.Storage`)."""
+
+    remote = False
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        self._open: dict[str, _File] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "index"
+
+    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        file = self._file(shard.name)
+        return [file.read(offset, size) for offset, size in ranges]
+
+    def whole(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def local(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
+        return [self.root / name for name in names]
+
+    def size(self, name: str) -> int | None:
+        path = self.root / name
+        return path.stat().st_size if path.is_file() else None
+
+    def place(self, name: str) -> Path:
+        return self.root / name
+
+    def _file(self, name: str) -> _File:
+        """An open file; one that is pushed out by others is closed after its readers are done."""
+        with self._lock:
+            file = self._open.pop(name, None) or _File(self.root / name)
+            self._open[name] = file
+            if len(self._open) > OPEN_FILES:
+                del self._open[next(iter(self._open))]
+            return file
+
+
+class _File:
+    """A file open for ranged reads; closed when its last user lets go of it."""
+
+    def __init__(self, path: os.PathLike) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, offset)
+        while len(data) < size:
+            more = os.pread(self._descriptor, size - len(data), offset + len(data))
+            if not more:
+                raise ValueError(f"the shard ends within the {size} bytes at {offset}; build it again")
+            data += more
+        return data
