@@ -50,9 +50,7 @@ def _remote(name: str, media: Media, count: int, address: str) -> float:
 def _open(name: str, media: Media, address: str | None = None) -> Reader:
     if name != OURS:
         return peer(name, media, by_offset, address)
-    if address is None:
-        return pixels(media)
-    return pixels(media, f"{address}/{media.root.relative_to(media.folder)}", THREADS)
+    return pixels(media) if address is None else pixels(media, THREADS, address)
 
 
 def _read(reader: Reader, count: int, media: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from benchmarks.loader_media import Media
 from pipeline import build_loader
 from pipeline.index import Index, row_values
 from pipeline.pixels import Pixels
+from pipeline.storage import Reading
 from tests.pipeline.adapters.torchvision_import import import_torchvision
 
 Reader = Callable[[int], Iterator[np.ndarray]]
@@ -69,9 +71,13 @@ def limit(media: Media) -> Reader:
     return frames
 
 
-def pixels(media: Media, root: str | Path | None = None, threads: int = 0) -> Reader:
-    """This project's frames alone, by byte offset; ``threads`` read media side by side, 0 in the caller's thread."""
-    read = Pixels(Index.open(media.root if root is None else root)).read_frames
+def pixels(media: Media, threads: int = 0, address: str | None = None) -> Reader:
+    """This project's frames alone, by byte offset; ``threads`` read media side by side, 0 in the caller's thread.
+
+    ``address`` is of the media's folder, where that is read from a server; nothing is cached but the index.
+    """
+    root = media.root if address is None else f"{address}/{media.root.relative_to(media.folder)}"
+    read = Pixels(Index.open(root, Reading(cache=tempfile.mkdtemp(dir=media.folder)))).read_frames
     ahead = 2 * threads
     arrays = [_Arrays(media.size) for _ in range(ahead + 1)]
 
