@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import litdata
+from litdata.streaming import downloader
 from litdata.streaming.writer import BinaryWriter
 
 from benchmarks.loader_media import Media
@@ -28,6 +29,7 @@ def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[]
     if address is not None:
         endpoint, _, bucket = address.rpartition("/")
         os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no setting for this
         remote = f"s3://{bucket}/{folder.relative_to(media.folder)}/chunks"
         options = {"endpoint_url": endpoint}
         settings = {"input_dir": remote, "cache_dir": tempfile.mkdtemp(dir=folder), "storage_options": options}
