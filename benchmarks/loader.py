@@ -1,7 +1,8 @@
 """This project's readers beside others, in one run: speed, bytes from a cold disk, media a second over a slow line.
 
-    make .venv-peers/ready
-    .venv-peers/bin/python -m benchmarks.loader [--rounds 5] [--folder FOLDER]
+    make bench
+
+which is, in the environment of the extras peers and mosaic, python -m benchmarks.loader [--rounds 5] [--folder FOLDER].
 
 Media: 24 loops of real footage, 512 frames of 224 pixels each (18.8 kB a frame, 231 MB), from which 4, 8, 64 and 512
 frames are taken evenly. All readers get the same frames of the same media:

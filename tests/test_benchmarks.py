@@ -1,11 +1,14 @@
-"""What benchmarks/model.py compares is the same arithmetic, and it notices where results differ."""
+"""What benchmarks compare is the same: arithmetic in model.py, frames in loader.py; tables say what was measured."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import model
+from benchmarks import loader, loader_apart, loader_readers, model
+from benchmarks.loader_media import Media, write_media
+from benchmarks.slow_server import SlowServer
 from pipeline.manifest import VisionTower
 from trainer.model.tome import ToMeConnector
 
@@ -36,3 +39,61 @@ def test_rows_name_every_implementation(capsys):
     model.measure("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
     first, second = capsys.readouterr().out.splitlines()
     assert "framestream" in first and "other" in second
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Media:
+    return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=32)
+
+
+def frames_of(reader: loader_readers.Reader, count: int) -> list[bytes]:
+    """The frames of each medium, in some order, once each."""
+    arrays = [array.copy() for array in reader(count)]
+    return sorted({part.tobytes() for array in arrays for part in array.reshape(-1, count, *array.shape[1:])})
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_readers_hand_out_the_same_frames(media, count):
+    wanted = frames_of(loader_readers.limit(media), count)
+    assert len(wanted) == 3
+    assert frames_of(loader_readers.pixels(media), count) == wanted
+    assert frames_of(loader_readers.pixels(media, threads=2), count) == wanted
+    assert frames_of(loader_readers.rows(media, threads=2), count) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("webdataset", "webdataset"),
+        pytest.param("energon", "megatron.energon", marks=pytest.mark.peers),
+        pytest.param("mosaic", "streaming", marks=pytest.mark.peers),
+        pytest.param("litdata", "litdata", marks=pytest.mark.peers),
+    ],
+)
+def test_peers_hand_out_the_same_frames(media, name, module):
+    loader_readers.import_torchvision()  # before anything of theirs imports it
+    pytest.importorskip(module)
+    lent = loader_readers.peer(name, media, loader_readers.by_offset)
+    assert frames_of(lent, 4) == frames_of(loader_readers.limit(media), 4)
+    for own, wanted in zip(loader_readers.peer(name, media)(4), loader_readers.limit(media)(4), strict=True):
+        assert own.shape == wanted.shape
+        assert np.abs(own.astype(int) - wanted).mean() < 8  # other JPEG decoders; another frame differs by 40
+
+
+def test_a_slow_line_is_read_in_a_process_of_its_own(media):
+    with SlowServer(media.folder, 0.001, 1e8) as server:
+        over_it = loader_readers.pixels(media, threads=2, address=server.address)
+        assert frames_of(over_it, 4) == frames_of(loader_readers.limit(media), 4)
+        server.sent()
+        count, seconds = loader_apart.media_rate(loader_apart.OURS, media, 4, server.address)
+        requests, sent = server.sent()
+        assert count % 3 == 0 and seconds > 0
+        assert requests >= count / 3 and sent > count * 4 * 100  # at least 100 bytes a frame
+
+
+def test_shares_are_of_the_same_round():
+    rates = {"limit": {4: [100.0, 200.0, 400.0]}, "half": {4: [50.0, 100.0, 200.0]}, "slow": {4: [1.0, 4.0, 4.0]}}
+    _, _, base, half, slow = loader.shares(rates, "limit")
+    assert base == "| limit | 200 frames/s |"
+    assert half == "| half | 0.50 (0.50 to 0.50) |"
+    assert slow == "| slow | 0.010 (0.010 to 0.020) |"
