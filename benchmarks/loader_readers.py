@@ -77,7 +77,8 @@ def pixels(media: Media, threads: int = 0, address: str | None = None) -> Reader
     ``address`` is of the media's folder, where that is read from a server; nothing is cached but the index.
     """
     root = media.root if address is None else f"{address}/{media.root.relative_to(media.folder)}"
-    read = Pixels(Index.open(root, Reading(cache=tempfile.mkdtemp(dir=media.folder)))).read_frames
+    reading = None if address is None else Reading(cache=tempfile.mkdtemp())
+    read = Pixels(Index.open(root, reading)).read_frames
     ahead = 2 * threads
     arrays = [_Arrays(media.size) for _ in range(ahead + 1)]
 

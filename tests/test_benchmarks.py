@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import loader, loader_apart, loader_readers, model
-from benchmarks.loader_media import Media, write_media
-from benchmarks.slow_server import SlowServer
-from pipeline.manifest import VisionTower
-from trainer.model.tome import ToMeConnector
+from tests.pipeline.adapters.torchvision_import import import_torchvision
+
+import_torchvision()  # before anything imports transformers
+
+from benchmarks import loader, loader_apart, loader_readers, model  # noqa: E402
+from benchmarks.loader_media import Media, write_media  # noqa: E402
+from benchmarks.slow_server import SlowServer  # noqa: E402
+from pipeline.manifest import VisionTower  # noqa: E402
+from trainer.model.tome import ToMeConnector  # noqa: E402
 
 
 @pytest.mark.parametrize("ways", [model.merging, model.connecting, model.learning], ids=lambda ways: ways.__name__)
@@ -71,7 +75,6 @@ def test_readers_hand_out_the_same_frames(media, count):
     ],
 )
 def test_peers_hand_out_the_same_frames(media, name, module):
-    loader_readers.import_torchvision()  # before anything of theirs imports it
     pytest.importorskip(module)
     lent = loader_readers.peer(name, media, loader_readers.by_offset)
     assert frames_of(lent, 4) == frames_of(loader_readers.limit(media), 4)
@@ -85,10 +88,9 @@ def test_a_slow_line_is_read_in_a_process_of_its_own(media):
         over_it = loader_readers.pixels(media, threads=2, address=server.address)
         assert frames_of(over_it, 4) == frames_of(loader_readers.limit(media), 4)
         server.sent()
-        count, seconds = loader_apart.media_rate(loader_apart.OURS, media, 4, server.address)
+        rate = loader_apart.media_rate(loader_apart.OURS, media, 4, server.address)
         requests, sent = server.sent()
-        assert count % 3 == 0 and seconds > 0
-        assert requests >= count / 3 and sent > count * 4 * 100  # at least 100 bytes a frame
+        assert requests >= rate / 3 and sent > rate * 4 * 100  # at least 100 bytes a frame
 
 
 def test_shares_are_of_the_same_round():

@@ -32,6 +32,6 @@ def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[]
         downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no setting for this
         remote = f"s3://{bucket}/{folder.relative_to(media.folder)}/chunks"
         options = {"endpoint_url": endpoint}
-        settings = {"input_dir": remote, "cache_dir": tempfile.mkdtemp(dir=folder), "storage_options": options}
+        settings = {"input_dir": remote, "cache_dir": tempfile.mkdtemp(), "storage_options": options}
     data = litdata.StreamingDataset(**settings, shuffle=False, max_pre_download=8)
     return lambda: (sample["mp4"] for sample in data)

@@ -28,6 +28,6 @@ def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[]
         endpoint, _, bucket = address.rpartition("/")
         os.environ |= {"S3_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
         remote = f"s3://{bucket}/{folder.relative_to(media.folder)}/mds"
-        settings = {"remote": remote, "local": tempfile.mkdtemp(dir=folder)}
+        settings = {"remote": remote, "local": tempfile.mkdtemp()}
     data = streaming.StreamingDataset(**settings, shuffle=False, batch_size=1, predownload=media.count)
     return lambda: (sample["mp4"] for sample in data)
