@@ -96,6 +96,7 @@ def _apart(work: Callable[..., Any], name: str, *arguments: Any) -> Any:
         result = ours.recv()
     except EOFError:
         raise RuntimeError(f"{name}: its process ended with exit code {process.join() or process.exitcode}") from None
+    process.kill()  # some peers leave threads that do not end
     process.join()
     return result
 
