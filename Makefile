@@ -1,6 +1,7 @@
 # make demo    the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
 # make test    ruff and the test suite
 # make peers   the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision), in .venv-peers
+# make bench   this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make lint    ruff alone
 # make soak    builds that are killed 50 times, readers 20 times; SEED=7 KILLS=200 for another campaign (docs/reliability.md)
 # make clean   removes .venv, .venv-peers, caches and the demo's folder
@@ -23,7 +24,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test peers lint soak clean
+.PHONY: demo test peers bench lint soak clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -57,7 +58,12 @@ test: lint
 	pytest -q -n 2 --dist loadfile
 
 peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/test_reuse.py tests/test_project.py
+	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/test_benchmarks.py tests/test_reuse.py tests/test_project.py
+
+# the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with
+bench: .venv-peers/ready
+	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps mosaicml-streaming
+	.venv-peers/bin/python -m benchmarks.loader
 
 lint: .venv/ready
 	ruff check .

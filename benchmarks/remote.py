@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 import httpx2
 import urllib3
 
-from benchmarks.slow_server import slow_server
+from benchmarks.slow_server import SlowServer
 from pipeline.storage import Shard, open_storage
 
 FRAME = 18_000  #: bytes, of a JPEG of 224 pixels
 SIZE = 64 << 20  #: bytes of the file that is read
-DELAY, BITS = 0.02, 1e9
+DELAY, RATE = 0.02, 1e9 / 8  #: seconds, bytes a second
 CLIENT_THREADS = 64
 
 Read = Callable[[int, int], object]  #: offset, size
@@ -139,7 +139,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.tar"
         path.write_bytes(bytes(SIZE))
-        with slow_server({"/file.tar": path}, DELAY, BITS) as address:
+        with SlowServer(Path(folder), DELAY, RATE) as server:
+            address = server.address
             print("| client, 64 threads | requests/s | processor ms a request |\n| --- | --- | --- |")
             for row in clients(f"{address}/file.tar", requests):
                 print(row, flush=True)

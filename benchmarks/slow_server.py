@@ -1,77 +1,132 @@
-"""A web server for benchmarks, in a process of its own: ranges of files, after a delay, within a bandwidth."""
+"""A folder over HTTP behind a slow line: every answer is late, and all of them share one bandwidth.
+
+``with SlowServer(folder, delay, rate) as server`` runs it in a process of its own at ``server.address``. It answers GET
+and HEAD, whole or by range, so that S3 clients take it for a bucket (the folder's name) of public objects.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import multiprocessing
+import os
 import re
-from collections.abc import Iterator, Mapping
+import urllib.parse
+from email.utils import formatdate
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import TracebackType
 
-CHUNK = 1 << 16  #: bytes that the bandwidth is shared out by
-HEAD = (
-    "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nContent-Range: bytes {first}-{last}/{size}\r\n"
-    'ETag: "{size}"\r\nAccept-Ranges: bytes\r\nContent-Type: application/octet-stream\r\n\r\n'
-)
+CHUNK = 1 << 16  #: bytes that one connection sends before others have their turn
+AHEAD = 0.001  #: seconds by which the line may be ahead of its bandwidth
 
 
-@contextlib.contextmanager
-def slow_server(files: Mapping[str, Path], delay: float, bits_per_second: float) -> Iterator[str]:
-    """The address of a server of ``files`` (by path, with a leading slash) until the end of the block.
+class SlowServer:
+    """The server's process, and what it has sent.
 
     Args:
-        delay: seconds before each answer.
-        bits_per_second: of all answers together; 0 for no bound.
+        folder: what is served.
+        delay: seconds from a request to the first byte of its answer; a new connection costs them once more.
+        rate: bytes a second of all connections together.
     """
-    ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_run, args=(theirs, dict(files), delay, bits_per_second), daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{ours.recv()}"
-    finally:
-        process.kill()
-        process.join()
+
+    def __init__(self, folder: Path, delay: float, rate: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(folder, delay, rate, theirs), daemon=True)
+        self._folder = folder
+
+    def __enter__(self) -> SlowServer:
+        self._process.start()
+        self.address = f"http://127.0.0.1:{self._pipe.recv()}/{self._folder.name}"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def sent(self) -> tuple[int, int]:
+        """Requests answered and bytes of files sent since the last call."""
+        self._pipe.send(None)
+        return self._pipe.recv()
 
 
-def _run(pipe: Connection, files: dict[str, Path], delay: float, bits_per_second: float) -> None:
-    asyncio.run(_serve(pipe, {name: path.read_bytes() for name, path in files.items()}, delay, bits_per_second / 8))
+class _Line:
+    """Bandwidth that all connections share."""
 
+    def __init__(self, folder: Path, delay: float, rate: float) -> None:
+        self.folder, self.delay, self.rate = folder, delay, rate
+        self.requests = self.bytes = 0
+        self._free = 0.0  #: when all that was sent so far is through
 
-async def _serve(pipe: Connection, files: dict[str, bytes], delay: float, rate: float) -> None:
-    loop, free = asyncio.get_running_loop(), 0.0  # when the line is free again
-
-    async def send(writer: asyncio.StreamWriter, data: memoryview) -> None:
-        nonlocal free
-        for start in range(0, len(data), CHUNK):
-            part = data[start : start + CHUNK]
-            if rate:
-                free = max(free, loop.time()) + len(part) / rate
-                if (wait := free - loop.time()) > 0.001:
-                    await asyncio.sleep(wait)
-            writer.write(part)
-            await writer.drain()
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, to its end."""
+        now, late = asyncio.get_running_loop().time, 2 * self.delay
+        try:
             while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                await asyncio.sleep(delay)
-                data = files.get(head.split(" ", 2)[1])
-                if data is None:
-                    writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-                    continue
-                asked = re.search(r"^range: bytes=(\d+)-(\d*)", head, re.I | re.M)
-                first, last = (int(asked[1]), int(asked[2] or len(data))) if asked else (0, len(data))
-                last = min(last, len(data) - 1)
-                facts = {"length": last + 1 - first, "first": first, "last": last, "size": len(data)}
-                writer.write(HEAD.format(status="206 Partial Content" if asked else "200 OK", **facts).encode())
-                if not head.startswith("HEAD"):
-                    await send(writer, memoryview(data)[first : last + 1])
-        writer.close()
+                head = await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(late)
+                late = self.delay
+                method, target, _ = head.split(b" ", 2)
+                await self._file(method.decode(), target.decode(), head.decode("latin-1"), writer, now)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async def _file(self, method: str, target: str, head: str, writer: asyncio.StreamWriter, now) -> None:
+        self.requests += 1
+        name = urllib.parse.unquote(urllib.parse.urlsplit(target).path).removeprefix(f"/{self.folder.name}/")
+        path = self.folder / name
+        if ".." in path.parts or not path.is_file():
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return
+        facts = path.stat()
+        first, last, status = 0, facts.st_size - 1, "200 OK"
+        if found := re.search(r"^range: *bytes=(\d*)-(\d*)", head, re.I | re.M):
+            low, high = found.groups()
+            first = int(low) if low else facts.st_size - int(high)
+            last = min(int(high), last) if low and high else last
+            status = "206 Partial Content"
+        lines = [
+            f"HTTP/1.1 {status}",
+            f"Content-Length: {last - first + 1}",
+            "Content-Type: application/octet-stream",
+            "Accept-Ranges: bytes",
+            f'ETag: "{facts.st_mtime_ns:x}{facts.st_size:x}"',
+            f"Last-Modified: {formatdate(facts.st_mtime, usegmt=True)}",
+            *([f"Content-Range: bytes {first}-{last}/{facts.st_size}"] if found else []),
+        ]
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+        if method == "HEAD":
+            return
+        with open(path, "rb") as file:
+            for start in range(first, last + 1, CHUNK):
+                data = os.pread(file.fileno(), min(CHUNK, last + 1 - start), start)
+                self._free = max(now(), self._free) + len(data) / self.rate
+                if self._free - now() > AHEAD:
+                    await asyncio.sleep(self._free - now())
+                writer.write(data)
+                self.bytes += len(data)
+                await writer.drain()
+
+
+def _serve(folder: Path, delay: float, rate: float, pipe: Connection) -> None:
+    asyncio.run(_run(_Line(folder, delay, rate), pipe))
+
+
+async def _run(line: _Line, pipe: Connection) -> None:
+    server = await asyncio.start_server(line.answer, "127.0.0.1", 0, limit=CHUNK)
+
+    def tell() -> None:
+        try:
+            pipe.recv()
+        except EOFError:  # whoever started the server is gone
+            os._exit(0)
+        pipe.send((line.requests, line.bytes))
+        line.requests = line.bytes = 0
+
+    asyncio.get_running_loop().add_reader(pipe.fileno(), tell)
     pipe.send(server.sockets[0].getsockname()[1])
     await server.serve_forever()

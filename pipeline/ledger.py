@@ -50,6 +50,7 @@ REASONS = {
     "crashed": "the decoder's process died or failed without saying why",
     # dialogues, in the ledger of a run
     "unusable": "over text.max_tokens, or with nothing to learn, under the manifest of the run",
+    "cut": "its end is over text.max_tokens and is not learned",
     "unreadable": "media that could not be read while training, after all retries or within loader.read_timeout",
 }
 

@@ -156,11 +156,14 @@ def decode_jpeg(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """
     if out is None:
         return simplejpeg.decode_jpeg(data, "RGB")
+    try:
+        if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
+            return out
+    except ValueError:  # no JPEG, or a larger one
+        if jpeg_size(data) == out.shape[1::-1]:
+            raise
     width, height = jpeg_size(data)
-    if out.shape != (height, width, 3):
-        raise ValueError(f"a JPEG of {width} x {height} does not fit an array of shape {out.shape}")
-    simplejpeg.decode_jpeg(data, "RGB", buffer=out)
-    return out
+    raise ValueError(f"a JPEG of {width} x {height} does not fit an array of shape {out.shape}")
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:

@@ -1,13 +1,20 @@
-"""Benchmarks run; what benchmarks/model.py compares is the same arithmetic, and it notices where results differ."""
+"""Benchmarks run: what model.py and loader.py compare is the same, and index.py says how memory grows."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import index, model, remote
-from pipeline.manifest import VisionTower
-from trainer.model.tome import ToMeConnector
+from tests.pipeline.adapters.torchvision_import import import_torchvision
+
+import_torchvision()  # before anything imports transformers
+
+from benchmarks import index, loader, loader_apart, loader_readers, model, remote  # noqa: E402
+from benchmarks.loader_media import Media, write_media  # noqa: E402
+from benchmarks.slow_server import SlowServer  # noqa: E402
+from pipeline.manifest import VisionTower  # noqa: E402
+from trainer.model.tome import ToMeConnector  # noqa: E402
 
 
 @pytest.mark.parametrize("ways", [model.merging, model.connecting, model.learning], ids=lambda ways: ways.__name__)
@@ -60,3 +67,59 @@ def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_pat
     for one in (small, large):
         assert one.reading[-1].anonymous - one.reading[2].anonymous < 2 * index.MIB
         assert one.reading[-1].peak - one.idle.now < 200 * index.MIB
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Media:
+    return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=32)
+
+
+def frames_of(reader: loader_readers.Reader, count: int) -> list[bytes]:
+    """The frames of each medium, in some order, once each."""
+    arrays = [array.copy() for array in reader(count)]
+    return sorted({part.tobytes() for array in arrays for part in array.reshape(-1, count, *array.shape[1:])})
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_readers_hand_out_the_same_frames(media, count):
+    wanted = frames_of(loader_readers.limit(media), count)
+    assert len(wanted) == 3
+    assert frames_of(loader_readers.pixels(media), count) == wanted
+    assert frames_of(loader_readers.pixels(media, threads=2), count) == wanted
+    assert frames_of(loader_readers.rows(media, threads=2), count) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("webdataset", "webdataset"),
+        pytest.param("energon", "megatron.energon", marks=pytest.mark.peers),
+        pytest.param("mosaic", "streaming", marks=pytest.mark.peers),
+        pytest.param("litdata", "litdata", marks=pytest.mark.peers),
+    ],
+)
+def test_peers_hand_out_the_same_frames(media, name, module):
+    pytest.importorskip(module)
+    lent = loader_readers.peer(name, media, loader_readers.by_offset)
+    assert frames_of(lent, 4) == frames_of(loader_readers.limit(media), 4)
+    for own, wanted in zip(loader_readers.peer(name, media)(4), loader_readers.limit(media)(4), strict=True):
+        assert own.shape == wanted.shape
+        assert np.abs(own.astype(int) - wanted).mean() < 8  # other JPEG decoders; another frame differs by 40
+
+
+def test_a_slow_line_is_read_in_a_process_of_its_own(media):
+    with SlowServer(media.folder, 0.001, 1e8) as server:
+        over_it = loader_readers.pixels(media, threads=2, address=server.address)
+        assert frames_of(over_it, 4) == frames_of(loader_readers.limit(media), 4)
+        server.sent()
+        rate = loader_apart.media_rate(loader_apart.OURS, media, 4, server.address)
+        requests, sent = server.sent()
+        assert requests >= rate / 3 and sent > rate * 4 * 100  # at least 100 bytes a frame
+
+
+def test_shares_are_of_the_same_round():
+    rates = {"limit": {4: [100.0, 200.0, 400.0]}, "half": {4: [50.0, 100.0, 200.0]}, "slow": {4: [1.0, 4.0, 4.0]}}
+    _, _, base, half, slow = loader.shares(rates, "limit")
+    assert base == "| limit | 200 frames/s |"
+    assert half == "| half | 0.50 (0.50 to 0.50) |"
+    assert slow == "| slow | 0.010 (0.010 to 0.020) |"

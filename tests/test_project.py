@@ -61,7 +61,7 @@ def test_readme_tree_names_every_file_once_and_no_other():
     found |= {relative(path) for package in PACKAGES for path in (ROOT / package).rglob("*.j2")}
     found |= {relative(path) for kind in ("yaml", "sbatch") for path in (ROOT / "manifests").rglob(f"*.{kind}")}
     found |= {relative(path) for path in (ROOT / "docs").glob("*.md")}
-    found |= {relative(path) for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__init__.py"}
+    found |= {relative(path) for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "__init__.py"}
     assert set(named) == found
     assert all(named.values()), "a file of the tree has no line that says what it is"
 

@@ -76,8 +76,10 @@ def train(manifest: Manifest) -> Path:
             loader.load_state_dict(state["loader"])
             ledger.go_on(state["loader"])
             done = state["step"]
+        elif place.first:
+            ledger.begin(loader.left_out(), loader.cut())
         else:
-            ledger.begin(loader.left_out() if place.first else ())
+            ledger.begin()
         if place.first:
             settings = json.dumps(checkpoint.settings(manifest), indent=1)
             checkpoint.write_atomically(run / "settings.json", settings)

@@ -1,7 +1,7 @@
 """``python -m trainer.report RUN [RUN ...] --out report.html``: what the runs did, as one page that needs nothing else.
 
 Read from each RUN, where present: ``log.jsonl`` (one object per optimiser step), ``manifest.yaml`` (the resolved
-manifest), ``ledger/`` (dialogues that could not be read) and ``evaluation.json`` (scores of held-out questions).
+manifest), ``ledger/`` (dialogues that were left out or cut) and ``evaluation.json`` (scores of held-out questions).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def summary(run: Run) -> dict:
         "tokens_per_s": _per_second(steps, "tokens_per_s", seconds),
         "frames_per_s": _per_second(steps, "frames_per_s", seconds),
         "data_wait": 100 * _per_second(steps, "data_wait", seconds),
-        "unreadable": run.ledger.total(),
+        "noted": run.ledger.total(),
     }
 
 

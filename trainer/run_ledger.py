@@ -1,4 +1,4 @@
-"""The ledger of a run: every dialogue that was left out of training, and why.
+"""The ledger of a run: every dialogue that was left out of training, or lost its end, and why.
 
 ``RUN/ledger/rank000.jsonl`` and so on, one file for each rank, so that no two processes write to one. A line is a row
 of :mod:`pipeline.ledger` with ``epoch`` and ``step`` (the global batch; null for dialogues that no epoch contains).
@@ -22,10 +22,11 @@ class RunLedger:
         self.folder = run / "ledger"
         self._path = self.folder / f"rank{rank:03d}.jsonl"
 
-    def begin(self, left_out: Iterable[tuple[str, str]] = ()) -> None:
-        """Start anew with the dialogues ``left_out`` of every epoch, as (key, reason)."""
+    def begin(self, left_out: Iterable[tuple[str, str]] = (), cut: Iterable[tuple[str, str]] = ()) -> None:
+        """Start anew with the dialogues that are ``left_out`` of, or ``cut`` in, every epoch, as (key, reason)."""
         self._path.unlink(missing_ok=True)
         self._write("unusable", left_out, None, None)
+        self._write("cut", cut, None, None)
 
     def go_on(self, state: Mapping[str, int]) -> None:
         """Drop the lines of global batches from the loader's ``state`` on, which will be read again."""

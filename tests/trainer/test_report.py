@@ -58,7 +58,7 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     text = page.cells()
     for figure in ("93.3", "90.1 to 96.2", "12.1", "8.0 to 16.5", "81.2", "76.0 to 86.4", "224", "1.23k", "12.5 %"):
         assert figure in text, figure
-    assert "4 dialogues could not be read: 3 × unreadable, 1 × x<y" in text
+    assert "4 dialogues not learned, or not whole: 3 × unreadable, 1 × x<y" in text
     assert "runs/stage1" in text and "20.0 s" in text and "640" in text
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)

@@ -14,7 +14,7 @@ def told(run: Path) -> list[tuple]:
 
 def test_a_resumed_run_tells_one_straight_story(tmp_path):
     first, second = RunLedger(tmp_path, 0), RunLedger(tmp_path, 1)
-    first.begin([("d0", "too long")])
+    first.begin([("d0", "too long")], [("d8", "long")])
     second.begin()
     assert not (tmp_path / "ledger" / "rank001.jsonl").exists()  # nothing to say
     for step in range(4):
@@ -25,11 +25,16 @@ def test_a_resumed_run_tells_one_straight_story(tmp_path):
         file.write('{"key": "torn')
     for ledger in (first, second):
         ledger.go_on({"epoch": 0, "step": 2})
-    kept = [("d0", "unusable", None, None), ("d1", "unreadable", 0, 0), ("d2", "unreadable", 0, 1)]
+    kept = [
+        ("d0", "unusable", None, None),
+        ("d8", "cut", None, None),
+        ("d1", "unreadable", 0, 0),
+        ("d2", "unreadable", 0, 1),
+    ]
     assert told(tmp_path) == kept
     second.note([("d3", "gone")], 0, 2)
     assert told(tmp_path) == [*kept, ("d3", "unreadable", 0, 2)]
     rows = list(read_run_ledger(tmp_path))
     assert all(set(row) == {*SCHEMA.names, "epoch", "step"} and row["reason"] in REASONS for row in rows)
     second.begin()
-    assert told(tmp_path) == kept[:1]
+    assert told(tmp_path) == kept[:2]

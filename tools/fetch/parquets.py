@@ -17,11 +17,11 @@ from itertools import accumulate, islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.threads import Threads
 from tools.fetch.members import ROW, Member
 from tools.fetch.rows import listed
 from tools.fetch.source import UNKNOWN, Bytes, FetchError
 from tools.fetch.thrift import read_directory
-from tools.threads import Threads
 
 MARK = b"PAR1"  #: first and last bytes of a file
 FOOTER = 32 << 20  #: most bytes of the directory at a file's end

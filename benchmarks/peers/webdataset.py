@@ -1,0 +1,18 @@
+"""webdataset: the shards as they are, streamed from beginning to end; curl reads remote ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import webdataset
+
+from benchmarks.loader_media import Media
+
+
+def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
+    """What hands out the MP4 of every medium, in order, at each call."""
+    names = sorted(path.name for path in (media.root / "video").glob("*.tar"))
+    where = media.root if address is None else f"{address}/{media.root.relative_to(media.folder)}"
+    data = webdataset.WebDataset([f"{where}/video/{name}" for name in names], shardshuffle=False, empty_check=False)
+    return lambda: (sample["mp4"] for sample in data)
