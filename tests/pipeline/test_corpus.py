@@ -26,11 +26,11 @@ from tests.pipeline.small_root import Root, manifest, turns
 SIZES = {"one": {"a": 7, "b": 5, "c": 1}, "two": {"a": 6, "d": 11}}  #: usable dialogues by root and entry
 
 
-def make_root(folder: Path) -> Path:
-    """A root of ``SIZES[folder.name]``, entries in turn, a val dialogue and a spoilt one; its stage folder."""
+def make_root(folder: Path, sizes: dict[str, int]) -> Path:
+    """A root of ``sizes`` by entry, entries in turn, a val dialogue and a spoilt one; its stage folder."""
     root = Root(folder)
     video = root.video(40, 16)
-    left = dict(SIZES[folder.name])
+    left = dict(sizes)
     while any(left.values()):
         for entry in [name for name, count in left.items() if count]:
             media = [video] if left[entry] % 3 == 0 else []
@@ -51,7 +51,7 @@ def make_root(folder: Path) -> Path:
 def roots(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mix")
     for name in SIZES:
-        make_root(folder / name)
+        make_root(folder / name, SIZES[name])
     return folder
 
 
@@ -160,7 +160,35 @@ def test_interruptions_and_world_sizes_change_no_global_batch(roots, repeat, wei
     for number, root in enumerate(mix if weighted else []):
         root["weight"] = [0.3, 0.2][number]
     made = mixed(roots, mix, seed=seed, batching={"global_batch": batch, "row_multiple": 24})
-    corpus = both(roots)
+    interrupted(both(roots), made, stops)
+
+
+sizes = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 12), min_size=1, max_size=3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.tuples(sizes, sizes),
+    repeats=st.tuples(repeats, repeats),
+    weights=st.one_of(st.just((None, None)), st.tuples(st.integers(1, 5), st.integers(0, 5))),
+    batch=st.integers(1, 30),
+    threads=st.integers(1, 4),
+    order=st.sampled_from(ORDERS[:5]),
+    stops=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 4)), min_size=1, max_size=3),
+)
+def test_interruptions_of_random_indexes(tmp_path_factory, sizes, repeats, weights, batch, threads, order, stops):
+    folder = tmp_path_factory.mktemp("random")
+    mix = []
+    for name, entries, repeat, weight in zip(SIZES, sizes, repeats, weights, strict=True):
+        make_root(folder / name, entries)
+        mix.append({"root": name, "repeat": repeat, "weight": weight})
+    batching = {"global_batch": batch, "row_multiple": 24, "order": order}
+    made = mixed(folder, mix, batching=batching, loader__threads=threads)
+    interrupted(open_corpus(made), made, stops)
+
+
+def interrupted(corpus: Corpus, made: Manifest, stops: list[tuple[int, int]]) -> None:
+    """A run that stops after so many global batches on so many ranks has those of one that does not stop."""
     got, state = [], None
     for world, count in [*stops, (2, 10**6)]:
         done, state = run(Plan(corpus, made, "train"), world, count, state)
