@@ -170,14 +170,17 @@ def open_corpus(manifest: Manifest) -> Corpus:
         ShardsError: shards are not there, or cannot give the frames that are wanted.
         ManifestError: the tokenizer cannot be loaded, or ``mix`` names an entry that a root does not have.
     """
-    conversation, parts = conversation_of(manifest), []
-    for number, root in enumerate(roots_of(manifest)):
+    roots, opened = roots_of(manifest), []
+    for number, root in enumerate(roots):
         index, visuals = _open(manifest, number, root)
         index.check(manifest)
         for place, entry in enumerate(root.entries):
             index.check_frames(entry.frames(manifest.frames), f"mix[{number}].entries[{place}]")
-        parts.append(Part(index, visuals, Tokens(index, manifest, conversation, visuals)))
-        _check_entries(number, root, parts[-1])
+        opened.append((index, visuals))
+    conversation = conversation_of(manifest)
+    parts = [Part(index, visuals, Tokens(index, manifest, conversation, visuals)) for index, visuals in opened]
+    for number, (root, part) in enumerate(zip(roots, parts, strict=True)):
+        _check_entries(number, root, part)
     return Corpus(parts)
 
 

@@ -48,7 +48,7 @@ def one_video(frames: Frames, vlen: int, fps: float) -> Index:
     stored, sample = np.unique(wanted, return_inverse=True)
     row = {field.name: None for field in MEDIA_SCHEMA} | {"key": "v0", "kind": "video", "vlen": vlen, "fps": fps}
     row |= {"duration": vlen / fps, "sample": sample, "frame_index": stored, "timestamps": stored / fps}
-    return Index(Path("."), table(MEDIA_SCHEMA, [row]), None, None, "", {})
+    return Index(Path("."), table(MEDIA_SCHEMA, [row]), None, None, "", {}, {})
 
 
 @given(

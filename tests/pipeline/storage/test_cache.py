@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import random
@@ -108,7 +109,9 @@ def test_killed_writers_leave_a_whole_cache_within_its_bound_and_nobody_waits(tm
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
         assert victim.exitcode == -signal.SIGKILL, "a reader was given other bytes than were put"
-        assert stored(folder) <= BOUND
+        with open(folder / "lock", "rb") as lock:  # else files come and go while they are counted
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert stored(folder) <= BOUND
         running.append(context.Process(target=write, args=(folder, seed), daemon=True))
         running[-1].start()
     for process in running:
