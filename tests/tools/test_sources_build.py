@@ -6,10 +6,10 @@ import subprocess
 from collections import Counter
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.index import Index
 from pipeline.ledger import read_ledger
+from tests.s3_server import s3_server
 from tests.tools.fetch.servers import Server
 from tests.tools.layouts import FILMS, Corpus, Places
 from tests.tools.test_build_shards import snapshot
@@ -22,12 +22,8 @@ LEDGER = "stage2/ledger/ledger.parquet"
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    bucket = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    bucket.start()
-    with Server() as server:
-        host, port = bucket.get_host_and_port()
-        yield Places(Corpus(tmp_path_factory.mktemp("corpus")), server, f"http://{host}:{port}")
-    bucket.stop()
+    with s3_server() as bucket, Server() as server:
+        yield Places(Corpus(tmp_path_factory.mktemp("corpus")), server, bucket)
 
 
 def build(places, folder, layout, *options):

@@ -7,7 +7,6 @@ mostly put all of that column into one page, so pages are unpacked whole, and th
 
 from __future__ import annotations
 
-import io
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.threads import Threads
 from tools.fetch.members import ROW, Member
+from tools.fetch.readahead import FileOf
 from tools.fetch.rows import listed
 from tools.fetch.source import UNKNOWN, Bytes, FetchError
 from tools.fetch.thrift import read_directory
@@ -247,26 +247,12 @@ def _texts(column: pa.Array) -> list[str | None]:
     return [None if text is None else text.decode("utf-8", "surrogateescape") for text in binary.to_pylist()]
 
 
-class _Handle(io.RawIOBase):
+class _Handle(FileOf):
     """A file for pyarrow; what lies in ``pieces`` (bytes by offset) is not read again."""
 
     def __init__(self, file: Bytes, pieces: dict[int, bytes]) -> None:
-        self._file, self._pieces, self._place = file, pieces, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        if self._place < 0:
-            raise ValueError(f"seek to {self._place}")
-        return self._place
+        super().__init__(file)
+        self._pieces = pieces
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= PAGE:

@@ -15,14 +15,11 @@ MOST = 1 << 23  #: bytes read at once, unless more are asked for
 GAP = 1 << 20  #: bytes that are rather read than jumped over
 
 
-class ReadAhead(io.RawIOBase):
-    """``file`` from its start; nothing behind ``stop`` is read unless it is asked for."""
+class FileOf(io.RawIOBase):
+    """``file`` from its start, for libraries that take files; what reads is left to others."""
 
-    def __init__(self, file: Bytes, stop: int | None = None) -> None:
-        self._file, self._stop = file, file.size if stop is None else stop
-        self._place = 0
-        self._size = FIRST  # of the next block
-        self._blocks = [(0, b"")]  # the last two, newest first, with their offsets: gzip is read back and forth
+    def __init__(self, file: Bytes) -> None:
+        self._file, self._place = file, 0
 
     def readable(self) -> bool:
         return True
@@ -39,6 +36,16 @@ class ReadAhead(io.RawIOBase):
             raise ValueError(f"seek to {place}")
         self._place = place
         return place
+
+
+class ReadAhead(FileOf):
+    """``file`` from its start; nothing behind ``stop`` is read unless it is asked for."""
+
+    def __init__(self, file: Bytes, stop: int | None = None) -> None:
+        super().__init__(file)
+        self._stop = file.size if stop is None else stop
+        self._size = FIRST  # of the next block
+        self._blocks = [(0, b"")]  # the last two, newest first, with their offsets: gzip is read back and forth
 
     def read(self, size: int = -1) -> bytes:
         """``size`` bytes from the current place, fewer only at the end of the file.

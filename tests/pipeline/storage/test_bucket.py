@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from pipeline import ShardsError
 from pipeline.index import Index
 from pipeline.storage import Reading, open_storage
 from tests.pipeline.small_root import manifest
 from tests.pipeline.storage.test_remote import batches
+from tests.s3_server import s3_environment, s3_server
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture
 def bucket(endpoint, root, monkeypatch, tmp_path):
     """The root under s3://shards/of me/, and credentials in the environment."""
-    for name, text in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "me",
-        "AWS_SECRET_ACCESS_KEY": "secret-key",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+    for name, text in s3_environment(endpoint, tmp_path).items():
         monkeypatch.setenv(name, text)
     system = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
     if not system.exists("shards"):

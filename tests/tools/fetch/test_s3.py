@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 import tools.fetch.listing
+from tests.s3_server import s3_environment, s3_server
 from tests.tools.fetch.servers import QUICK
 from tools.fetch.places import open_files, open_source
 from tools.fetch.s3 import open_s3
@@ -29,25 +29,14 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def endpoint():
-    running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture
 def bucket(endpoint, monkeypatch, tmp_path):
     """FILES in s3://videos, and credentials in the environment."""
-    for name, text in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "me",
-        "AWS_SECRET_ACCESS_KEY": "secret-key",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+    for name, text in s3_environment(endpoint, tmp_path).items():
         monkeypatch.setenv(name, text)
     system = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
     if system.exists("videos"):
