@@ -353,6 +353,10 @@ class Manifest:
         if longest > positions:
             limit = f"model.language_model.max_position_embeddings ({positions})"
             raise ManifestError(f"text.max_tokens: {longest} is more than {limit}; lower it or raise that")
+        if self.mix and self.batching.order == "modality_length":
+            raise ManifestError(
+                "batching.order: modality_length drops another number of dialogues of a mix in each epoch; use modality"
+            )
         named = self.init_from
         if not named.run and not (named.vision_tower and named.language_model):
             raise ManifestError("init_from: name a run, or vision_tower and language_model")

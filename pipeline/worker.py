@@ -49,9 +49,10 @@ def _serve(channel: socket.socket, parent: int) -> None:
     threads = Threads(source, manifest.loader.threads, manifest.loader.read_timeout)
     _say(channel)
     memory: dict[int, mmap.mmap] = {}
-    checked = time.monotonic()
+    checked, poll = time.monotonic(), select.poll()  # not select(), which takes descriptors below 1024 alone
+    poll.register(channel, select.POLLIN)
     while os.getppid() == parent:
-        if select.select([channel], [], [], TICK)[0]:
+        if poll.poll(1000 * TICK):
             data, files, *_ = socket.recv_fds(channel, MESSAGE, 1)
             if not data:
                 return
