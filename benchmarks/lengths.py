@@ -1,17 +1,26 @@
 """A synthetic stage-3 epoch: lengths and costs of dialogues, for measuring rows where there is no index.
 
 The shares follow the published list of stage 3, short and long videos beside stills and text; lengths of text are
-log-normal, as counted tokens of instruction data are. ``docs/streaming.md`` has the table.
+log-normal, as counted tokens of instruction data are. ``docs/streaming.md`` has the table of
+
+    python -m benchmarks.lengths [--batches 400]
+
+which packs global batches of 256 such dialogues into rows of 32,768 tokens.
 """
 
 from __future__ import annotations
 
+import argparse
+import statistics
+import time
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.manifest import TOKENS_PER_TILE, Cost
+from pipeline.packing import balance, costs, pack
 
+BATCH, ROW = 256, 32_768  #: dialogues of a global batch, tokens of a row
 TOKENS_PER_FRAME = 16
 PATCHES = 196  #: of a frame of 224 pixels
 #: UMT-L on 224 pixels with the connector, and Qwen2-7B: ``python -m trainer --dry-run`` prints these for stage 3.
@@ -59,6 +68,40 @@ def stage3(count: int, seed: int = 0) -> Lengths:
         else:
             pictures = pictures // 4 * 4
             visual = pictures * TOKENS_PER_FRAME
-        tokens[here] = np.minimum(text + visual, 32_768)
+        tokens[here] = np.minimum(text + visual, ROW)
         patches[here] = pictures * PATCHES
     return Lengths(tokens, patches)
+
+
+def table(batches: int) -> None:
+    """Print rows, fill and balance of ``batches`` global batches, by ``row_multiple`` and number of ranks."""
+    lengths = stage3(BATCH * batches)
+    cost, tokens = costs(COST, lengths.patches, lengths.tokens), lengths.tokens
+    median = int(np.median(tokens))
+    print(f"{BATCH} dialogues a batch: {tokens.mean():.0f} tokens in the mean, {median} median, at most {tokens.max()}")
+    print(f"{'multiple':>9}{'ranks':>7}{'rows':>7}{'fill':>8}{'balance':>9}{'worst':>8}{'ms':>7}")
+    for multiple, worlds in ((8, (8,)), (32, (8, 32)), (64, (8, 32, 64))):
+        packed, seconds = [], []
+        for part in (slice(BATCH * batch, BATCH * (batch + 1)) for batch in range(batches)):
+            start = time.perf_counter()
+            rows = pack(tokens[part], cost[part], ROW, multiple)
+            seconds.append(time.perf_counter() - start)
+            packed.append([cost[part][row] for row in rows])
+        count = sum(len(rows) for rows in packed)
+        fill, spent = tokens.sum() / (count * ROW), 1000 * statistics.median(seconds)
+        for ranks in worlds:
+            every = balance([row for rows in packed for row in rows], ranks)
+            worst = min(balance(rows, ranks) for rows in packed)
+            rows = f"{count / batches:>7.1f}{fill:>8.3f}"
+            print(f"{multiple:>9}{ranks:>7}{rows}{every:>9.3f}{worst:>8.3f}{spent:>7.1f}")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batches", type=int, default=400)
+    table(parser.parse_args().batches)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,15 +59,15 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
     corpus = open_corpus(manifest)
     for epoch in range(manifest.train.epochs):
         corpus.at(epoch)  # all caches are made here, where the first rank is alone
-    return Loader(Plan(corpus, manifest, split), rank, world_size, split)
+    return Loader(Plan(corpus, manifest, split), rank, world_size)
 
 
 class Loader:
     """Iterates over the rest of the current epoch, then stands at the start of the next one."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, split: str) -> None:
+    def __init__(self, plan: Plan, rank: int, world_size: int) -> None:
         self._plan, self._corpus = plan, plan.corpus
-        self._rank, self._world, self._split = rank, world_size, split
+        self._rank, self._world = rank, world_size
         self._epoch, self._step = 0, 0
         self._unreadable: list[str] = []
         loader = plan.manifest.loader
@@ -79,7 +79,7 @@ class Loader:
 
     def state_dict(self) -> dict:
         """``epoch``, ``step`` (global batches of it handed out whole) and ``fingerprint``; plain JSON values."""
-        return {"epoch": self._epoch, "step": self._step, "fingerprint": self._plan.fingerprint(self._split)}
+        return {"epoch": self._epoch, "step": self._step, "fingerprint": self._plan.fingerprint()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go to the place of ``state``; the next iteration starts with the global batch after it.
@@ -87,7 +87,7 @@ class Loader:
         Raises:
             StateError: the state belongs to another index or to other settings that decide order.
         """
-        here, there = self._plan.fingerprint(self._split), state["fingerprint"]
+        here, there = self._plan.fingerprint(), state["fingerprint"]
         differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         if differ:
             what = ", ".join(f"{name} ({there.get(name)} there, {here.get(name)} here)" for name in differ)

@@ -132,7 +132,7 @@ class Plan:
         size = self.manifest.model.vision_tower.group_clips
         return max(1, *(-(-self.units(row) // size) for row in rows))
 
-    def fingerprint(self, split: str) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, object]:
         """Everything that decides order and contents of global batches, by name; where roots lie is no part of it."""
         manifest, batching = self.manifest, self.manifest.batching
         cost, roots = batching.cost, {}
@@ -143,7 +143,7 @@ class Plan:
             roots |= {f"{place}{name}": value for name, value in settings.items() if name != "root"}
         return {
             **roots,
-            "split": split,
+            "split": self.split,
             "seed": manifest.seed,
             "text.max_tokens": manifest.text.max_tokens,
             "text.over_length": manifest.text.over_length,

@@ -36,18 +36,16 @@ class LocalStorage:
     def local(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         return [self.root / name for name in names]
 
-    def size(self, name: str) -> int | None:
-        path = self.root / name
-        return path.stat().st_size if path.is_file() else None
-
     def place(self, name: str) -> Path:
         return self.root / name
 
     def _file(self, name: str) -> _File:
         """An open file; one that is pushed out by others is closed after its readers are done."""
         with self._lock:
-            file = self._open.pop(name, None)
-        file = file or _File(self.root / name)  # without the lock: a file system may hang here
+            if file := self._open.pop(name, None):
+                self._open[name] = file  # the last to be pushed out
+                return file
+        file = _File(self.root / name)  # without the lock: a file system may hang here
         with self._lock:
             self._open[name] = file
             if len(self._open) > OPEN_FILES:

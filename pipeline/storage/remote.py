@@ -92,12 +92,6 @@ class RemoteStorage:
                 os.rename(temporary, folder)
         return [folder / name for name in names]
 
-    def size(self, name: str) -> int | None:
-        try:
-            return self._fetch(name, [Request(0, 1)])[0].total
-        except FileNotFoundError:
-            return None
-
     def place(self, name: str) -> str:
         return f"{self.root}/{name}"
 

@@ -61,8 +61,5 @@ class Storage(Protocol):
         """Local paths of whole files: they themselves, or copies of ``version`` (a file name) that were made once and
         had passed ``check``, which raises ValueError of copies that do not belong together."""
 
-    def size(self, name: str) -> int | None:
-        """Bytes of a file, or None where there is none."""
-
     def place(self, name: str) -> Path | str:
         """A file as messages name it; a path where the root is a folder."""

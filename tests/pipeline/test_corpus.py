@@ -202,7 +202,7 @@ def interrupted(corpus: Corpus, made: Manifest, stops: list[tuple[int, int]]) ->
 
 def run(plan: Plan, world: int, count: int, state: dict | None) -> tuple[list, dict]:
     """The next ``count`` global batches of all ranks, as rows of keys and ids, and the state after them."""
-    ranks = [Loader(plan, rank, world, "train") for rank in range(world)]
+    ranks = [Loader(plan, rank, world) for rank in range(world)]
     for loader in ranks if state else ():
         loader.load_state_dict(json.loads(json.dumps(state)))
     streams, done = [iter(loader) for loader in ranks], []

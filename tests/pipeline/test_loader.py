@@ -206,7 +206,7 @@ class Fleet:
     """The ranks of one run, and the global batches they were given, as tuples of rows of keys."""
 
     def __init__(self, plan: Plan, world: int, state: dict | None = None) -> None:
-        self.ranks = [Loader(plan, rank, world, "train") for rank in range(world)]
+        self.ranks = [Loader(plan, rank, world) for rank in range(world)]
         for loader in self.ranks if state else ():
             loader.load_state_dict(json.loads(json.dumps(state)))
 
@@ -502,7 +502,7 @@ def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monk
     whole = list(first)
     for stop in range(1, len(whole) + 1):
         ahead.clear()
-        loader = Loader(first._plan, 0, 1, "train")
+        loader = Loader(first._plan, 0, 1)
         stream = iter(loader)
         for _ in range(stop):
             batch = next(stream)
@@ -512,7 +512,7 @@ def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monk
         assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.last))
         stream.close()
         if not ended:
-            again = Loader(first._plan, 0, 1, "train")
+            again = Loader(first._plan, 0, 1)
             again.load_state_dict(state)
             rest = [row for row in whole if row.step >= batch.step + batch.last]
             for a, b in zip(again, rest, strict=True):

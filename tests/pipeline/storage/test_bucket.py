@@ -43,7 +43,9 @@ def test_addresses_are_signed_once_and_not_shown(bucket, tmp_path):
     address = storage._place.address("video/train-000000.tar")
     assert "X-Amz-Signature=" in address.url and "X-Amz-Signature" not in address.shown
     assert storage._place.address("video/train-000000.tar") is address
-    assert storage.size("video/train-000000.tar") > 0 and storage.size("video/nothing.tar") is None
+    assert storage.whole("build.json")
+    with pytest.raises(FileNotFoundError):
+        storage.whole("nothing.json")
 
 
 def test_without_credentials_the_bucket_is_asked_as_anybody(bucket, tmp_path, monkeypatch):
