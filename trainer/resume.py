@@ -36,7 +36,8 @@ def load(engine, run: Path, manifest: Manifest, place: Place) -> dict | None:
     """Continue from the newest checkpoint: loads the engine, returns ``state.json``, or None where there is none.
 
     Learning rate, weight decay and all else of every parameter group stay those of the manifest, whatever the
-    checkpoint says: DeepSpeed 0.19 copies the first group's onto all when it reads the universal form under ZeRO-3.
+    checkpoint says. Reading the universal form under ZeRO-3, DeepSpeed 0.19 copies those of the first group onto all,
+    and makes all groups share one counter of optimiser steps, which every one of them then raises.
 
     Raises:
         CheckpointError: it belongs to other settings, its files are damaged, or there is no room to convert it.
@@ -58,6 +59,8 @@ def load(engine, run: Path, manifest: Manifest, place: Place) -> dict | None:
                 engine._config.load_universal_checkpoint = False
     for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(own)
+    for moments in engine.optimizer.optimizer.state.values():
+        moments["step"] = moments["step"].clone()
     return state
 
 
