@@ -94,8 +94,8 @@ class Campaign:
                 raise SoakError(f"{run}: ended without final weights: {said[-2000:]}")
             if process.returncode not in (0, 1, -signal.SIGKILL):
                 raise SoakError(f"{run}: exit status {process.returncode}: {said[-2000:]}")
-            if process.returncode == 1 and "error: " in said:
-                raise SoakError(f"{run}: {said[said.index('error: ') :][:2000]}")
+            if errors := [line for line in said.splitlines() if line.startswith("error: ")]:
+                raise SoakError(f"{run}: {errors[0]}")
         self._check_finished(name, stage)
         self._compare(name, stage, exact=only_two)
 

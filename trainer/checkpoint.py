@@ -94,12 +94,19 @@ def save(engine, run: Path, step: int, loader_state: dict, manifest: Manifest, p
     try:
         engine.save_checkpoint(str(folder), tag=part, save_latest=False, exclude_frozen_parameters=True)
     except (OSError, RuntimeError) as error:
+        if not of_a_file(error):
+            raise
         fault = str(error).strip().split("\n")[0]
         raise WriteError(f"{folder / part}: rank {place.rank} cannot write its part ({fault}); make room") from error
     barrier()
     if place.first:
         _put_in_place(folder, part, name, step, loader_state, manifest, place.world)
     barrier()
+
+
+def of_a_file(error: Exception) -> bool:
+    """Whether an error is that of a file, and not of a peer that is gone: torch raises RuntimeError for both."""
+    return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
 
 
 def _put_in_place(

@@ -24,7 +24,7 @@ import torch
 
 from pipeline.manifest import Manifest
 from trainer import disk
-from trainer.checkpoint import CheckpointError, check_settings, latest, read_state, refuse
+from trainer.checkpoint import CheckpointError, check_settings, latest, of_a_file, read_state, refuse
 from trainer.distributed import Place, barrier
 from trainer.weight_files import Stored
 
@@ -81,7 +81,7 @@ def _universal(folder: Path, world: int, manifest: Manifest, place: Place) -> It
         reason = disk.no_room(folder.parent, disk.conversion_bytes(manifest, world))
     refuse(reason, place)
     if place.first:
-        print(f"{manifest.name}: {folder} is of {world} ranks, this run has {place.world}; converting it")
+        print(f"{manifest.name}: {folder}: the number of ranks was {world}, is {place.world}; converting it")
         _convert(folder, folder.parent / "part-universal", form)
     while not form.exists():  # no collective call: the conversion may take longer than train.timeout_minutes
         time.sleep(TICK)
@@ -139,6 +139,8 @@ def _one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
+        if not of_a_file(error):
+            raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, UnpicklingError):
             reason = "its files are damaged, or hold more than tensors and settings"

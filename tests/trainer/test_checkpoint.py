@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_a_checkpoint_that_lost_a_file_or_a_byte_is_not_loaded(tmp_path, small):
 def test_no_room_is_told_before_anything_is_written(tmp_path, small, monkeypatch):
     save(Engine(), tmp_path, 2, STATE, small, ALONE)
     needed = disk.checkpoint_bytes(small)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(needed, 1, needed - 1))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(CheckpointError, match="GB are needed"):
         save(Engine(), tmp_path, 4, STATE, small, ALONE)
     assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
