@@ -3,7 +3,8 @@
 # make peers   the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision), in .venv-peers
 # make bench   this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make lint    ruff alone
-# make soak    builds that are killed 50 times, readers 20 times; SEED=7 KILLS=200 for another campaign (docs/reliability.md)
+# make soak    builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
+#              campaign (docs/reliability.md)
 # make clean   removes .venv, .venv-peers, caches and the demo's folder
 #
 # Each target prepares .venv (or .venv-peers) first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
@@ -72,6 +73,7 @@ lint: .venv/ready
 soak: .venv/ready
 	python -m benchmarks.soak_build --seed $(SEED) --kills $(KILLS)
 	python -m benchmarks.soak_loader --seed $(SEED)
+	python -m benchmarks.soak_train --seed $(SEED)
 
 clean:
 	rm -rf .venv .venv-peers demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -32,7 +32,8 @@ TICK = 1.0  #: seconds between signs of life
 
 def main(arguments: list[str]) -> None:
     """Serve until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # launchers send them to all processes of a rank,
+        signal.signal(number, signal.SIG_IGN)  # which still needs its rows until it has saved
     channel, parent = socket.socket(fileno=int(arguments[0])), int(arguments[1])
     try:
         _serve(channel, parent)

@@ -15,7 +15,8 @@ from pipeline.manifest import ManifestError, load_manifest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input, 130 stopped by Ctrl-C)."""
+    """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input, 75 left when asked by
+    SIGTERM or SIGUSR1, 130 stopped by Ctrl-C)."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.split("\n\n")[0])
     parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
@@ -39,12 +40,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(manifest) -> int:
     from pipeline.loader import LoaderError
-    from trainer.checkpoint import CheckpointError
+    from trainer.checkpoint import CheckpointError, WriteError
+    from trainer.leave import STATUS, Preempted
     from trainer.loop import TrainingError, train
     from trainer.weight_files import WeightsError
 
     try:
         train(manifest)
+    except Preempted as signal:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by {signal}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return STATUS
+    except WriteError as error:
+        return _failed(error, 1, all_ranks=False)
     except (CheckpointError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
     except LoaderError as error:

@@ -1,30 +1,25 @@
 """Checkpoints of a run: ZeRO shards, the loader's place and the settings they belong to.
 
-    RUN/checkpoints/step-000100/     DeepSpeed's files, and state.json: step, loader state, settings
+    RUN/checkpoints/step-000100/     DeepSpeed's files, and state.json: step, ranks, loader state, settings, files
     RUN/checkpoints/latest           the name of the newest whole checkpoint
 
 A checkpoint is written under a temporary name, synced and renamed; ``latest`` is replaced after that. So a run killed
 at any moment finds either the new checkpoint or the one before. Frozen parameters are left out: they come from
-``init_from`` again. DeepSpeed's own files are read only from the run's folder.
+``init_from`` again. Random numbers need no state: all are drawn from the seed and the place in the epoch
+(:func:`trainer.loop.row_seed`), on any number of ranks. :mod:`trainer.resume` reads checkpoints.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
-
-import torch
 
 from pipeline.files import sync
 from pipeline.manifest import Manifest, plain
-from trainer.distributed import Place, barrier
-from trainer.weight_files import Stored
+from trainer import disk
+from trainer.distributed import Place, barrier, total
 
 #: fields of the manifest that may differ between a checkpoint and the run that goes on from it
 FREE = {
@@ -44,7 +39,11 @@ FREE = {
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be continued; one line that says why and what to do."""
+    """A checkpoint that cannot be continued or written; one line that says why and what to do."""
+
+
+class WriteError(CheckpointError):
+    """This rank, perhaps alone, could not write its part of a checkpoint."""
 
 
 def settings(manifest: Manifest) -> dict[str, object]:
@@ -67,27 +66,90 @@ def check_settings(then: dict[str, object], manifest: Manifest, made: Path) -> N
         )
 
 
+def refuse(reason: str, place: Place) -> None:
+    """Raise on every rank if one has a reason to; an empty text is none.
+
+    Raises:
+        CheckpointError: with the rank's own reason where it has one.
+    """
+    if total([float(bool(reason))], place)[0]:
+        raise CheckpointError(reason or "another rank cannot go on; it says why")
+
+
 def save(engine, run: Path, step: int, loader_state: dict, manifest: Manifest, place: Place) -> None:
-    """Write checkpoint ``step`` (optimiser steps done). Every rank calls this; all leave together."""
+    """Write checkpoint ``step`` (optimiser steps done). Every rank calls this; all leave together.
+
+    Raises:
+        CheckpointError: the disk has no room; nothing was written.
+        WriteError: a file could not be written; the checkpoint before stays the newest.
+    """
     folder = run / "checkpoints"
     name, part = f"step-{step:06d}", f"part-{step:06d}"
+    reason = ""
     if place.first:
-        shutil.rmtree(folder / part, ignore_errors=True)
+        _sweep(folder)
         (folder / part).mkdir(parents=True)
-    barrier()
-    engine.save_checkpoint(str(folder), tag=part, save_latest=False, exclude_frozen_parameters=True)
+        reason = disk.no_room(folder, disk.checkpoint_bytes(manifest))
+    refuse(reason, place)
+    try:
+        engine.save_checkpoint(str(folder), tag=part, save_latest=False, exclude_frozen_parameters=True)
+    except (OSError, RuntimeError) as error:
+        if not of_a_file(error):
+            raise
+        fault = str(error).strip().split("\n")[0]
+        raise WriteError(f"{folder / part}: rank {place.rank} cannot write its part ({fault}); make room") from error
     barrier()
     if place.first:
-        state = {"step": step, "world": place.world, "loader": loader_state, "settings": settings(manifest)}
-        (folder / part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in sorted((folder / part).rglob("*")):
-            sync(path)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(folder / part, folder / name)
-        sync(folder)
-        write_atomically(folder / "latest", name)
-        _prune(folder, name, manifest.train.keep_last)
+        _put_in_place(folder, part, name, step, loader_state, manifest, place.world)
     barrier()
+
+
+def of_a_file(error: Exception) -> bool:
+    """Whether an error is that of a file, and not of a peer that is gone: torch raises RuntimeError for both."""
+    return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
+
+
+def _put_in_place(
+    folder: Path, part: str, name: str, step: int, loader_state: dict, manifest: Manifest, world: int
+) -> None:
+    """Give a checkpoint its name, point ``latest`` to it, remove what is too old."""
+    state = {
+        "step": step,
+        "world": world,
+        "loader": loader_state,
+        "settings": settings(manifest),
+        "files": {path.name: path.stat().st_size for path in sorted((folder / part).iterdir())},
+    }
+    (folder / part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for path in (*(folder / part).iterdir(), folder / part):
+        sync(path)
+    if (folder / name).exists():  # written by a start that was killed before ``latest`` named it
+        os.replace(folder / name, folder / f"{part}-old")
+    os.replace(folder / part, folder / name)
+    sync(folder)
+    write_atomically(folder / "latest", name)
+    _sweep(folder)
+    for old in sorted((path for path in folder.glob("step-*") if _step(path) <= step), key=_step)[
+        : -manifest.train.keep_last
+    ]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint whose files are all there.
+
+    Raises:
+        CheckpointError: names the first file that is missing or has another size than when it was written.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name, size in state["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            fault = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            pointer = folder.parent / "latest"
+            raise CheckpointError(f"{path}: {fault}; write the name of another checkpoint to {pointer}, or remove it")
+    return state
 
 
 def latest(run: Path) -> Path | None:
@@ -101,78 +163,6 @@ def latest(run: Path) -> Path | None:
     return folder
 
 
-def load(engine, run: Path, manifest: Manifest, place: Place) -> dict | None:
-    """Continue from the newest checkpoint: loads the engine, returns ``state.json``, or None where there is none.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to other settings or to another number of ranks.
-    """
-    folder = latest(run)
-    if folder is None:
-        return None
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    check_settings(state["settings"], manifest, folder)
-    if state["world"] != place.world:
-        raise CheckpointError(
-            f"{folder}: made by {state['world']} ranks, this run has {place.world}; start it with {state['world']}"
-        )
-    path, _ = engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
-    )
-    if path is None:
-        raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint files there; remove the folder")
-    return state
-
-
-def trained_weights(folder: Path) -> dict[str, Stored]:
-    """The trained parameters of a checkpoint of any number of ranks: our names -> float32, read when wanted.
-
-    Under ZeRO-3 the ranks' files stay on the disk and one parameter at a time is joined; under ZeRO-1 and 2 all are
-    joined at once, in float32.
-
-    Raises:
-        CheckpointError: files that are missing, damaged, or hold anything but tensors and settings.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # only an export needs it
-
-    silent = io.StringIO()
-    try:
-        with _tensors_only(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-            tensors = get_fp32_state_dict_from_zero_checkpoint(
-                str(folder.parent), tag=folder.name, exclude_frozen_parameters=True, lazy_mode=True
-            )
-    except UnpicklingError as error:
-        fault = "its files are damaged, or hold more than tensors and settings"
-        raise CheckpointError(f"{folder}: cannot be read: {fault}; take another checkpoint of the run") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{folder}: cannot be read ({reason}); take another checkpoint of the run") from error
-    return {name: Stored(tuple(tensor.shape), tensor.contiguous) for name, tensor in tensors.items()}
-
-
-@contextlib.contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Let ``torch.load`` build tensors, plain values and three of DeepSpeed's types only, whatever its caller asks.
-
-    DeepSpeed's reader would unpickle anything; a file that wants more than this is refused and nothing of it is run.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step, synced to disk."""
     part = path.with_name(path.name + ".part")
@@ -182,10 +172,13 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def _prune(folder: Path, newest: str, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and remains of interrupted ones."""
-    whole = sorted(path for path in folder.glob("step-*") if path.name <= newest)
-    for path in [*whole[:-keep], *folder.glob("part-*")]:
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove remains of starts that were killed while they wrote or converted a checkpoint."""
+    for path in (*folder.glob("part-*"), folder / "universal"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -70,6 +70,13 @@ def barrier() -> None:
     dist.barrier()
 
 
+def most(value: float, place: Place) -> float:
+    """The largest of all ranks' values (float64)."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=place.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
 def total(values: list[float], place: Place) -> list[float]:
     """Sum each value over all ranks (float64)."""
     tensor = torch.tensor(values, dtype=torch.float64, device=place.device)

@@ -11,6 +11,7 @@ import yaml
 from pipeline import build_loader
 from pipeline.index import ShardsError
 from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Manifest, plain
+from trainer.disk import describe_disk
 from trainer.loop import steps_in_all, with_cost
 from trainer.model import cost
 from trainer.stages import PARTS
@@ -71,6 +72,7 @@ def _costs(manifest: Manifest) -> str:
             f"  FLOPs   {tera:,.4g} TFLOP a sample, {tera * manifest.batching.global_batch:,.4g} TFLOP an optimiser "
             f"step of {manifest.batching.global_batch} such samples",
             f"  memory  {parts}; estimated for each of {manifest.batching.row_multiple} ranks",
+            f"  disk    {describe_disk(manifest)}",
         ]
     )
 

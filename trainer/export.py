@@ -132,7 +132,7 @@ def _final(folder: Path) -> tuple[Settings, dict[str, Stored]]:
 
 def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Stored]]:
     """From DeepSpeed's files (the newest checkpoint if None): float32 weights of the optimiser in the run's dtype."""
-    from trainer import checkpoint  # brings DeepSpeed along, which final weights do not need
+    from trainer import checkpoint, resume  # brings DeepSpeed along, which final weights do not need
     from trainer.engine import DTYPES as TRAINED_IN
 
     manifest = load_manifest(run / "manifest.yaml")
@@ -142,7 +142,7 @@ def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Sto
         folder = folder or checkpoint.latest(run)
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         checkpoint.check_settings(state["settings"], manifest, folder)
-        tensors = checkpoint.trained_weights(folder)
+        tensors = resume.trained_weights(folder)
     except checkpoint.CheckpointError as error:
         raise WeightsError(str(error)) from error
     except (OSError, ValueError, KeyError) as error:

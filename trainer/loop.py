@@ -25,10 +25,12 @@ import torch
 import yaml
 
 from pipeline import build_loader
+from pipeline.files import sync
 from pipeline.manifest import Manifest, plain
-from trainer import checkpoint
+from trainer import checkpoint, disk, resume
 from trainer.distributed import Place, barrier, start, stop, total
 from trainer.engine import build_engine
+from trainer.leave import Leave, Preempted
 from trainer.metrics import Clock, Meter
 from trainer.model.cost import cost_coefficients
 from trainer.run_ledger import RunLedger
@@ -49,7 +51,12 @@ def with_cost(manifest: Manifest) -> Manifest:
 
 
 def train(manifest: Manifest) -> Path:
-    """Run the stage; returns the folder of its final weights. Repeating the call continues or does nothing."""
+    """Run the stage; returns the folder of its final weights. Repeating the call continues or does nothing.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 came; what was trained stands in a checkpoint.
+    """
+    leave = Leave()
     manifest = with_cost(manifest)
     run = Path(manifest.output)
     final = run / "final"
@@ -69,9 +76,12 @@ def train(manifest: Manifest) -> Path:
         if place.first:
             _make_folder(run)
             barrier()
+        checkpoint.refuse(disk.shortage(manifest) if place.first else "", place)
+        if place.first:
+            print(f"{manifest.name}: {disk.describe_disk(manifest)}")
         engine, model = build_engine(manifest, place)
-        state = checkpoint.load(engine, run, manifest, place)
-        done, ledger = 0, RunLedger(run, place.rank)
+        state = resume.load(engine, run, manifest, place)
+        done, ledger = 0, RunLedger(run, place.rank, place.world)
         if state is not None:
             loader.load_state_dict(state["loader"])
             ledger.go_on(state["loader"])
@@ -84,7 +94,7 @@ def train(manifest: Manifest) -> Path:
             settings = json.dumps(checkpoint.settings(manifest), indent=1)
             checkpoint.write_atomically(run / "settings.json", settings)
             checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
-        _steps(manifest, engine, loader, place, run, ledger, done)
+        _steps(manifest, engine, loader, place, run, ledger, leave, done)
         _finish(model, manifest, run, place)
         if place.first:
             print(f"{manifest.name}: final weights are in {final}")
@@ -99,23 +109,33 @@ def steps_in_all(manifest: Manifest, batches_per_epoch: int) -> int:
     return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
 
 
-def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, ledger: RunLedger, done: int) -> None:
+def _steps(
+    manifest: Manifest, engine, loader, place: Place, run: Path, ledger: RunLedger, leave: Leave, done: int
+) -> None:
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
-    steps = steps_in_all(manifest, len(loader))
+    steps, saved = steps_in_all(manifest, len(loader)), done
     meter = Meter(run, manifest.name, done, steps) if place.first else None
     rows = _rows(loader, manifest.train.epochs)
-    while done < steps:
-        rates = set_learning_rates(engine.optimizer, done, steps, manifest)
-        record = _global_batch(engine, rows, place, ledger, manifest.seed)
-        done += 1
-        if meter and (done % manifest.train.log_every == 0 or done == steps):
-            meter.write({"step": done, "steps": steps, "lr": rates, **record})
-        elif meter:
-            meter.bar.update()
-        if done % manifest.train.save_every == 0 or done == steps:
+    try:
+        with leave.held():
+            while done < steps:
+                rates = set_learning_rates(engine.optimizer, done, steps, manifest)
+                record = _global_batch(engine, rows, place, ledger, leave, manifest.seed)
+                done += 1
+                if meter and (done % manifest.train.log_every == 0 or done == steps):
+                    meter.write({"step": done, "steps": steps, "lr": rates, **record})
+                elif meter:
+                    meter.bar.update()
+                if done % manifest.train.save_every == 0 or done == steps:
+                    checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
+                    saved = done
+    except Preempted:
+        if done > saved:
             checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
-    if meter:
-        meter.close()
+        raise
+    finally:
+        if meter:
+            meter.close()
 
 
 def _rows(loader, epochs: int) -> Iterator:
@@ -124,8 +144,9 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed: int) -> dict:
+def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, leave: Leave, seed: int) -> dict:
     """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
+    leave.check(place)
     clock = Clock()
     sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
     while True:
@@ -149,6 +170,7 @@ def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed:
             sums[i] += value
         if row.last:
             break
+        leave.check(place)
         clock.computed()
     loss, tokens, frames, dialogues, skipped, digest = total(sums, place)
     if not dialogues:
@@ -196,7 +218,10 @@ def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:
     save_weights(model, part, manifest)
     barrier()
     if place.first:
+        for path in (*part.iterdir(), part):
+            sync(path)
         part.rename(run / "final")
+        sync(run)
     barrier()
 
 

@@ -16,30 +16,38 @@ from pipeline.ledger import LedgerRow
 
 
 class RunLedger:
-    """The file of one rank below ``run``; made when there is something to say."""
+    """The file of one of ``world`` ranks below ``run``; made when there is something to say.
 
-    def __init__(self, run: Path, rank: int) -> None:
+    Files of ranks that an earlier start had and this one has not are kept straight by rank number modulo ``world``.
+    """
+
+    def __init__(self, run: Path, rank: int, world: int) -> None:
         self.folder = run / "ledger"
         self._path = self.folder / f"rank{rank:03d}.jsonl"
+        self._rank, self._world = rank, world
 
     def begin(self, left_out: Iterable[tuple[str, str]] = (), cut: Iterable[tuple[str, str]] = ()) -> None:
         """Start anew with the dialogues that are ``left_out`` of, or ``cut`` in, every epoch, as (key, reason)."""
-        self._path.unlink(missing_ok=True)
+        for path in self._own():
+            path.unlink()
         self._write("unusable", left_out, None, None)
         self._write("cut", cut, None, None)
 
     def go_on(self, state: Mapping[str, int]) -> None:
         """Drop the lines of global batches from the loader's ``state`` on, which will be read again."""
-        if not self._path.exists():
-            return
-        kept = [row for row in _rows(self._path) if row["epoch"] is None or _place(row) < _place(state)]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(part, self._path)
+        for path in self._own():
+            kept = [row for row in _rows(path) if row["epoch"] is None or _place(row) < _place(state)]
+            part = path.with_suffix(".part")
+            part.write_text("".join(map(_line, kept)), encoding="utf-8")
+            os.replace(part, path)
 
     def note(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
         """Dialogues, as (key, reason), that could not be read for a global batch."""
         self._write("unreadable", skipped, epoch, step)
+
+    def _own(self) -> list[Path]:
+        paths = sorted(self.folder.glob("rank*.jsonl"))
+        return [path for path in paths if int(path.stem.removeprefix("rank")) % self._world == self._rank]
 
     def _write(self, reason: str, dialogues: Iterable[tuple[str, str]], epoch: int | None, step: int | None) -> None:
         with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ import torch
 
 from trainer import loop
 from trainer.distributed import Place
+from trainer.leave import Leave
 from trainer.run_ledger import RunLedger
 
 
@@ -46,13 +47,16 @@ def draws(steps: range, rank: int, world: int, seed: int = 0, micros: int = 2) -
 
     engine, rows = Engine(), iter([row(step, micro) for step in steps for micro in range(micros)])
     for _ in steps:
-        loop._global_batch(engine, rows, Place(rank, world, torch.device("cpu")), RunLedger(Path(), rank), seed)
+        place = Place(rank, world, torch.device("cpu"))
+        loop._global_batch(engine, rows, place, RunLedger(Path(), rank, world), Leave(), seed)
     return engine.drawn
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr(loop, "total", lambda values, place: values)
+    monkeypatch.setattr(Leave, "__init__", lambda self: None)  # takes no signals over
+    monkeypatch.setattr(Leave, "check", lambda self, place: None)
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn():
