@@ -39,13 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(manifest) -> int:
     from pipeline.loader import LoaderError
+    from trainer.calls import CallsError
     from trainer.checkpoint import CheckpointError
     from trainer.loop import TrainingError, train
     from trainer.weight_files import WeightsError
 
     try:
         train(manifest)
-    except (CheckpointError, TrainingError, WeightsError) as error:
+    except (CallsError, CheckpointError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)

@@ -27,8 +27,10 @@ import yaml
 from pipeline import build_loader
 from pipeline.manifest import Manifest, plain
 from trainer import checkpoint
+from trainer.calls import CallLog
 from trainer.distributed import Place, barrier, start, stop, total
 from trainer.engine import build_engine
+from trainer.heartbeat import Heartbeat
 from trainer.metrics import Clock, Meter
 from trainer.model.cost import cost_coefficients
 from trainer.run_ledger import RunLedger
@@ -54,6 +56,7 @@ def train(manifest: Manifest) -> Path:
     run = Path(manifest.output)
     final = run / "final"
     place = start(manifest.train.timeout_minutes)
+    heart = Heartbeat(manifest.train.timeout_minutes, place)
     try:
         _check_world(manifest, place)
         if final.exists():
@@ -63,13 +66,16 @@ def train(manifest: Manifest) -> Path:
             if place.first:
                 print(f"{manifest.name}: already trained; final weights are in {final}")
             return final
+        heart.doing("opening the shards")
         if not place.first:
             barrier()  # rank 0 opens the shards first and leaves the token cache for the others
         loader = build_loader(manifest, place.rank, place.world)
         if place.first:
             _make_folder(run)
             barrier()
+        heart.doing("making the model and its first weights")
         engine, model = build_engine(manifest, place)
+        heart.doing("looking for a checkpoint")
         state = checkpoint.load(engine, run, manifest, place)
         done, ledger = 0, RunLedger(run, place.rank)
         if state is not None:
@@ -84,12 +90,14 @@ def train(manifest: Manifest) -> Path:
             settings = json.dumps(checkpoint.settings(manifest), indent=1)
             checkpoint.write_atomically(run / "settings.json", settings)
             checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
-        _steps(manifest, engine, loader, place, run, ledger, done)
+        _steps(manifest, engine, loader, place, run, ledger, done, heart)
+        heart.doing("writing the final weights")
         _finish(model, manifest, run, place)
         if place.first:
             print(f"{manifest.name}: final weights are in {final}")
         return final
     finally:
+        heart.close()
         stop()
 
 
@@ -99,20 +107,35 @@ def steps_in_all(manifest: Manifest, batches_per_epoch: int) -> int:
     return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
 
 
-def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, ledger: RunLedger, done: int) -> None:
+def _steps(
+    manifest: Manifest,
+    engine,
+    loader,
+    place: Place,
+    run: Path,
+    ledger: RunLedger,
+    done: int,
+    heart: Heartbeat,
+) -> None:
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
     steps = steps_in_all(manifest, len(loader))
     meter = Meter(run, manifest.name, done, steps) if place.first else None
     rows = _rows(loader, manifest.train.epochs)
+    calls = CallLog(engine.module) if manifest.train.check_calls else None
+    if calls:
+        heart.call = calls.reached
     while done < steps:
         rates = set_learning_rates(engine.optimizer, done, steps, manifest)
-        record = _global_batch(engine, rows, place, ledger, manifest.seed)
+        record = _global_batch(engine, rows, place, ledger, manifest.seed, heart)
+        if calls:
+            calls.compare(place)
         done += 1
         if meter and (done % manifest.train.log_every == 0 or done == steps):
             meter.write({"step": done, "steps": steps, "lr": rates, **record})
         elif meter:
             meter.bar.update()
         if done % manifest.train.save_every == 0 or done == steps:
+            heart.doing(f"saving the checkpoint of step {done}")
             checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
     if meter:
         meter.close()
@@ -124,16 +147,20 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed: int) -> dict:
+def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed: int, heart: Heartbeat) -> dict:
     """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
     clock = Clock()
     sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
     while True:
+        heart.doing("waiting for data")
         row = next(rows)
         clock.data_arrived()
         torch.manual_seed(row_seed(seed, row.epoch, row.step, row.micro * place.world + place.rank))
+        where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro}"
+        heart.doing(f"forward pass of {where}")
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
+        heart.doing(f"backward pass of {where}")
         engine.backward(loss * (place.world / row.total_weight))
         ledger.note(row.skipped, row.epoch, row.step)
         for i, value in enumerate(
@@ -155,6 +182,7 @@ def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed:
         raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
     if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss} in the global batch with {row.keys}; lower the learning rate")
+    heart.doing(f"optimiser step of {where}")
     engine.step()
     seconds, waited = clock.step()
     return {

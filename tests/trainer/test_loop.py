@@ -44,9 +44,11 @@ def draws(steps: range, rank: int, world: int, seed: int = 0, micros: int = 2) -
         batch.__dict__.update(keys=["a"], skipped=[], tokens=1, frames=1, total_weight=1.0, to=lambda device: batch)
         return batch
 
+    place = Place(rank, world, torch.device("cpu"))
+    heart = SimpleNamespace(doing=lambda what: None)
     engine, rows = Engine(), iter([row(step, micro) for step in steps for micro in range(micros)])
     for _ in steps:
-        loop._global_batch(engine, rows, Place(rank, world, torch.device("cpu")), RunLedger(Path(), rank), seed)
+        loop._global_batch(engine, rows, place, RunLedger(Path(), rank), seed, heart)
     return engine.drawn
 
 
