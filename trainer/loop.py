@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import yaml
 
 from pipeline import build_loader
@@ -29,6 +28,7 @@ from pipeline.manifest import Manifest, plain
 from trainer import checkpoint
 from trainer.calls import CallLog
 from trainer.distributed import Place, barrier, start, stop, total
+from trainer.draws import draw
 from trainer.engine import build_engine
 from trainer.heartbeat import Heartbeat
 from trainer.metrics import Clock, Meter
@@ -155,7 +155,7 @@ def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed:
         heart.doing("waiting for data")
         row = next(rows)
         clock.data_arrived()
-        torch.manual_seed(row_seed(seed, row.epoch, row.step, row.micro * place.world + place.rank))
+        row.draws = draw(row, seed, engine.module.vision_tower.draws)
         where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro}"
         heart.doing(f"forward pass of {where}")
         loss = engine(row.to(place.device))
@@ -199,12 +199,6 @@ def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed:
         "skipped": int(skipped),
         "batch": f"{int(digest):014x}",
     }
-
-
-def row_seed(seed: int, epoch: int, step: int, row: int) -> int:
-    """Seed of what is drawn while a row is computed (drop path): a resumed run draws what it would have drawn."""
-    digest = hashlib.sha256(f"{seed}:{epoch}:{step}:{row}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _digest(keys: list[str]) -> int:
