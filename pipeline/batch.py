@@ -36,6 +36,7 @@ class Batch:
     stills: torch.Tensor  #: uint8 (N_s, S, S, 3), tiles of stills
     visual_index: torch.Tensor  #: int64 (V,): the row of concat(clip tokens, still tokens) for each IMAGE, in order
     groups: int  #: tower groups that every rank runs in this micro-step, at least 1
+    draws: torch.Tensor | None = None  #: float32 (U, n), random numbers of each clip and still (trainer/draws.py)
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  #: (dialogue key, reason) left out
 
     @property

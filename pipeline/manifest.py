@@ -310,7 +310,8 @@ class Train:
     save_every: int = field(500, low=1, doc="optimiser steps between checkpoints")
     keep_last: int = field(2, low=1, doc="checkpoints kept")
     log_every: int = field(1, low=1)
-    timeout_minutes: int = field(30, low=1, doc="a collective that takes longer ends the run")
+    timeout_minutes: float = field(30.0, low=0.1, doc="ranks that wait for each other longer than this end the run")
+    check_calls: bool = field(False, doc="compare the model calls of all ranks after each global batch (debugging)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ FREE = {
     "train.keep_last",
     "train.log_every",
     "train.timeout_minutes",
+    "train.check_calls",
     "train.gradient_checkpointing",
     "train.persistence_threshold",
 }

@@ -32,10 +32,11 @@ class Place:
         return self.rank == 0
 
 
-def start(timeout_minutes: int) -> Place:
+def start(timeout_minutes: float) -> Place:
     """Join the process group (made for one process if no launcher did) and choose the device.
 
-    Collectives that take longer than ``timeout_minutes`` raise instead of hanging.
+    Collectives that take longer than ``timeout_minutes`` raise instead of hanging, DeepSpeed's too: it would make its
+    own group of all ranks with torch's limits, which are 10 minutes for NCCL and 30 for gloo.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -50,18 +51,18 @@ def start(timeout_minutes: int) -> Place:
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    limit = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=limit
     )
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=limit)
     return Place(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
 
 
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
+        deepspeed.utils.groups._WORLD_GROUP = None
         dist.destroy_process_group()
 
 
@@ -82,3 +83,11 @@ def total(values: list[float], place: Place) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def gather(values: torch.Tensor, place: Place) -> torch.Tensor:
+    """The int64 ``values`` (n,) of every rank: (world, n), on the CPU."""
+    table = torch.zeros(place.world, len(values), dtype=torch.int64, device=place.device)
+    table[place.rank] = values.to(place.device)
+    dist.all_reduce(table)
+    return table.cpu()

@@ -23,9 +23,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a command to its end in the project's folder; shows its output where it fails."""
-    done = subprocess.run(command, env=environment(), cwd=PROJECT, capture_output=True, text=True, timeout=280)
+def run(*command: str, check: bool = True, cwd: Path = PROJECT) -> subprocess.CompletedProcess:
+    """Run a command to its end in ``cwd``; shows its output where it fails."""
+    done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=280)
     if check and done.returncode:
         raise AssertionError(
             f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -4,8 +4,8 @@
 
 A block normalises queries and keys over all heads together, scales both of its branches by a learned vector (layer
 scale) and, while training, drops a branch at random (drop path, arXiv 1603.09382): block i of ``depth`` leaves it out
-for a clip or a still with probability drop_path * i / (depth - 1) and divides the others by what is left of 1. Draws
-come from torch's generator, which recomputation restores.
+for a clip or a still with probability drop_path * i / (depth - 1) and divides the others by what is left of 1. The
+random numbers are given in the call, so that recomputation drops the same.
 
 As in ``trainer.model.umt``, clips and stills go through the blocks in one call, and the published encoder's last block
 is not run, so it is not built. There is no last norm; the class token takes part in attention and ends here.
@@ -49,17 +49,26 @@ class InternVideo2(nn.Module):
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
         hidden, rise = int(cfg.width * cfg.mlp_ratio), (cfg.drop_path or 0.0) / (cfg.depth - 1)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, hidden, rise * i) for i in range(cfg.depth - 1))
+        self.draws = 2 * len(self.blocks) if rise else 0  #: random numbers that a clip or a still needs while training
 
-    def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, clips: torch.Tensor, stills: torch.Tensor, draws: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode clips and stills together; either may be empty, not both.
 
         Args:
             clips: (N, 3, T, S, S) normalised pixels.
             stills: (M, 3, 1, S, S) normalised pixels.
+            draws: float32 (N + M, ``self.draws``) in [0, 1), for drop path while training.
 
         Returns:
             (N, T L, C) and (M, L, C)
+
+        Raises:
+            ValueError: training with drop path, and no ``draws``.
         """
+        if self.training and self.draws and draws is None:
+            raise ValueError("drop path needs random numbers while training; give draws (trainer.draws)")
         pictures = torch.cat([clips.transpose(1, 2).flatten(0, 1), stills.squeeze(2)])  # (N T + M, 3, S, S)
         patches = self.patch_embed(pictures)
         frames = len(clips) * clips.shape[2]
@@ -68,8 +77,9 @@ class InternVideo2(nn.Module):
         runs = [of_clips.shape[:2], of_stills.shape[:2]]
         segments = Segments.of_runs([tuple(run) for run in runs], patches.device)
         x = torch.cat([of_clips.flatten(0, 1), of_stills.flatten(0, 1)])  # (tokens, C)
-        for block in self.blocks:
-            x = block(x, segments)
+        drawn = draws.split(2, dim=1) if self.training and self.draws else [None] * len(self.blocks)
+        for block, two in zip(self.blocks, drawn, strict=True):
+            x = block(x, segments, two)
         split = of_clips.shape[0] * of_clips.shape[1]
         return x[:split].view_as(of_clips)[:, 1:], x[split:].view_as(of_stills)[:, 1:]
 
@@ -93,10 +103,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden)
         self.ls2 = LayerScale(width)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
-        drop = self.drop if self.training else 0.0
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x), segments)), segments, drop)
-        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), segments, drop)
+    def forward(self, x: torch.Tensor, segments: Segments, drawn: torch.Tensor | None) -> torch.Tensor:
+        """``drawn`` (segments, 2): a random number for each of the two branches; None drops nothing."""
+        first, second = (None, None) if drawn is None else drawn.unbind(1)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x), segments)), segments, self.drop, first)
+        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), segments, self.drop, second)
 
 
 class Attention(nn.Module):
@@ -127,12 +138,13 @@ class LayerScale(nn.Module):
         return x * self.weight
 
 
-def drop_path(x: torch.Tensor, segments: Segments, drop: float) -> torch.Tensor:
-    """(tokens, C) with whole segments set to zero with probability ``drop``, the others divided by 1 - ``drop``."""
-    if not drop:
+def drop_path(x: torch.Tensor, segments: Segments, drop: float, drawn: torch.Tensor | None) -> torch.Tensor:
+    """(tokens, C) with the segments whose ``drawn`` number is below ``drop`` set to zero, the others divided by
+    1 - ``drop``; as it is where nothing is drawn."""
+    if not drop or drawn is None:
         return x
     lengths = segments.cu_seqlens.diff()
-    factors = (torch.rand(len(lengths), device=x.device) >= drop).to(x.dtype) / (1 - drop)
+    factors = (drawn >= drop).to(x.dtype) / (1 - drop)
     return x * factors.repeat_interleave(lengths, output_size=len(x)).unsqueeze(1)
 
 

@@ -33,6 +33,8 @@ class UMT(nn.Module):
         frames: T.
     """
 
+    draws = 0  #: random numbers that a clip or a still needs while training
+
     def __init__(self, cfg: VisionTower, size: int, frames: int = TABLE_FRAMES):
         super().__init__()
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)

@@ -99,26 +99,32 @@ class VideoLLM(nn.Module):
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """Tokens of the row's clips, then of its stills, then of dummies: (64 (N + M + dummies), H)."""
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        merged = []
+        merged, start = [], 0
         for clips, stills in groups(batch):
+            end = start + len(clips) + len(stills)
+            units = (clips, stills) if batch.draws is None else (clips, stills, batch.draws[start:end])
             if trained and self.recompute and self.training:
-                merged.append(checkpoint(self.encode, clips, stills, use_reentrant=False))
+                merged.append(checkpoint(self.encode, *units, use_reentrant=False))
             else:
                 with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                    merged.append(self.encode(clips, stills))
+                    merged.append(self.encode(*units))
+            start = end
         return self.connector(*(torch.cat(units) for units in zip(*merged, strict=True)))
 
-    def encode(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, clips: torch.Tensor, stills: torch.Tensor, *draws: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One group through the tower, merged to tokens (all that is kept of a group for the backward pass).
 
         Args:
             clips: uint8 (n, T, S, S, 3).
             stills: uint8 (m, S, S, 3).
+            draws: random numbers of the n + m, for towers that need them, float32 (n + m, .).
 
         Returns:
             (n, 64, C) and (m, 64, C)
         """
-        return self.connector.merge(*self.vision_tower(self.pixels(clips), self.pixels(stills.unsqueeze(1))))
+        return self.connector.merge(*self.vision_tower(self.pixels(clips), self.pixels(stills.unsqueeze(1)), *draws))
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """uint8 (n, T, S, S, 3) -> normalised (n, 3, T, S, S) in the tower's dtype."""

@@ -35,9 +35,9 @@ INTERNVIDEO2 = dataclasses.replace(
 )
 
 
-def small_model(recompute: bool = False, cfg: Model = SMALL, scale: float = 8.0) -> VideoLLM:
+def small_model(recompute: bool = False, cfg: Model = SMALL, scale: float = 8.0, size: int = SIZE) -> VideoLLM:
     """A model whose start values are ``scale`` times those of training, so that outputs differ visibly."""
-    model = VideoLLM(cfg, SIZE, 4, recompute)
+    model = VideoLLM(cfg, size, 4, recompute)
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
     values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
     fill(model, {name: Stored(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
@@ -68,7 +68,7 @@ def no_stills(size: int = SIZE) -> torch.Tensor:
     return torch.zeros(0, size, size, 3, dtype=torch.uint8)
 
 
-def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12) -> Dialogue:
+def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12, size: int = SIZE) -> Dialogue:
     """Text with all clips, then all stills, at its third place; two places in three are labelled."""
     make = torch.Generator().manual_seed(seed)
     words = torch.randint(3, 96, (text,), generator=make).tolist()
@@ -77,7 +77,7 @@ def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12) -> Dial
     labels = [IGNORE if word == IMAGE or place % 3 == 0 else word for place, word in enumerate(ids)]
 
     def pictures(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 256, (*shape, SIZE, SIZE, 3), generator=make, dtype=torch.uint8)
+        return torch.randint(0, 256, (*shape, size, size, 3), generator=make, dtype=torch.uint8)
 
     return Dialogue(ids, labels, pictures(clips, 4), pictures(stills), visual)
 

@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.manifest import Model
 from tests.trainer.model.rows import INTERNVIDEO2, SMALL, Dialogue, dialogue, pack, parameters, small_model
+from trainer.draws import draw
 from trainer.model import attention
 from trainer.model.attention import Segments, attend_sdpa, language_model_attention
 from trainer.model.video_llm import groups
@@ -66,11 +67,30 @@ def test_recomputation_drops_the_same_paths():
     cfg, batch = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), pack(some("both", "stills", "video"), groups=3)
     found = []
     for seed, recompute in ((1, False), (1, True), (2, True)):
-        torch.manual_seed(seed)
-        found.append(gradients(small_model(recompute, cfg).train(), batch))
+        model = small_model(recompute, cfg).train()
+        batch.draws = draw(batch, seed, model.vision_tower.draws)
+        found.append(gradients(model, batch))
     assert_same(found[0], found[1])
     name = "vision_tower.patch_embed.proj.weight"
     assert (found[0][name] - found[2][name]).norm() > 0.01 * found[0][name].norm()
+
+
+def test_dialogues_drop_the_same_paths_in_any_row():
+    """Packed in another order and into other groups, or alone, each dialogue has the loss that it has."""
+    tower = dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.9)
+    cfg, dialogues = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), some("both", "stills", "text", "video")
+    model = small_model(cfg=cfg).train()
+
+    def loss(numbers: list[int], groups: int, seed: int = 1) -> float:
+        batch = pack([dialogues[number] for number in numbers], groups)
+        batch.keys = [f"d{number}" for number in numbers]
+        batch.draws = draw(batch, seed, model.vision_tower.draws)
+        return model(batch).item()
+
+    together = loss([0, 1, 2, 3], 1)
+    assert loss([3, 1, 2, 0], 7) == pytest.approx(together, rel=1e-5)
+    assert loss([1, 3], 9) + loss([2, 0], 2) == pytest.approx(together, rel=1e-5)
+    assert loss([0, 1, 2, 3], 1, seed=2) != pytest.approx(together, rel=1e-3)
 
 
 @given(clips=st.integers(0, 9), stills=st.integers(0, 9), number=st.integers(1, 8))
