@@ -40,11 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(manifest) -> int:
     from pipeline.loader import LoaderError
     from trainer.checkpoint import CheckpointError
+    from trainer.launch import StartError
     from trainer.loop import TrainingError, train
     from trainer.weight_files import WeightsError
 
     try:
         train(manifest)
+    except StartError as error:
+        for fault in error.faults:
+            _failed(fault, 2, error.everywhere)
+        return 2
     except (CheckpointError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
     except LoaderError as error:
@@ -52,7 +57,7 @@ def _train(manifest) -> int:
     return 0
 
 
-def _failed(error: Exception, status: int, all_ranks: bool = True) -> int:
+def _failed(error: Exception | str, status: int, all_ranks: bool = True) -> int:
     """Say what went wrong, once where all ranks see the same."""
     if not all_ranks or os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)

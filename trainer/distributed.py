@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +15,8 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402
 import deepspeed.comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+from trainer.launch import StartError, settle  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,23 @@ def start(timeout_minutes: int) -> Place:
     """Join the process group (made for one process if no launcher did) and choose the device.
 
     Collectives that take longer than ``timeout_minutes`` raise instead of hanging.
+
+    Raises:
+        StartError: the launcher left something open, or started more processes than there are GPUs.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    settle(os.environ)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce at start-up that only inference uses: a minute lost, a
         # compiler needed, and a lock that a killed process leaves behind for the next one to wait on.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
+        if local >= devices:
+            raise StartError(
+                f"rank {os.environ['RANK']} would use GPU {local}, here are {devices}; start as many ranks"
+            )
+        accelerator.set_device(local)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),

@@ -27,8 +27,10 @@ import yaml
 from pipeline import build_loader
 from pipeline.manifest import Manifest, plain
 from trainer import checkpoint
+from trainer.checks import check
 from trainer.distributed import Place, barrier, start, stop, total
 from trainer.engine import build_engine
+from trainer.launch import StartError
 from trainer.metrics import Clock, Meter
 from trainer.model.cost import cost_coefficients
 from trainer.run_ledger import RunLedger
@@ -63,11 +65,11 @@ def train(manifest: Manifest) -> Path:
             if place.first:
                 print(f"{manifest.name}: already trained; final weights are in {final}")
             return final
+        check(manifest, place, run)
         if not place.first:
             barrier()  # rank 0 opens the shards first and leaves the token cache for the others
         loader = build_loader(manifest, place.rank, place.world)
         if place.first:
-            _make_folder(run)
             barrier()
         engine, model = build_engine(manifest, place)
         state = checkpoint.load(engine, run, manifest, place)
@@ -200,16 +202,10 @@ def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:
     barrier()
 
 
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"output: {run} cannot be made ({error.strerror}); choose another folder") from None
-
-
 def _check_world(manifest: Manifest, place: Place) -> None:
     multiple = manifest.batching.row_multiple
     if multiple % place.world:
-        raise TrainingError(
-            f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them"
+        raise StartError(
+            f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them",
+            everywhere=True,
         )
