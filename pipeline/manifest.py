@@ -310,6 +310,10 @@ class Train:
     save_every: int = field(500, low=1, doc="optimiser steps between checkpoints")
     keep_last: int = field(2, low=1, doc="checkpoints kept")
     log_every: int = field(1, low=1)
+    max_not_finite: int = field(20, low=0, doc="a run stops when more global batches than this were not finite")
+    peak_tflops: float | None = field(None, low=0.001, doc="of a rank's device, for MFU; known for common GPUs in bf16")
+    profile_step: int | None = field(None, low=1, doc="the first optimiser step that torch's profiler records")
+    profile_steps: int = field(2, low=1, doc="how many it records")
     timeout_minutes: int = field(30, low=1, doc="a collective that takes longer ends the run")
 
     def __post_init__(self) -> None:

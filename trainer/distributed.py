@@ -80,3 +80,10 @@ def total(values: list[float], place: Place) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def largest(values: list[float], place: Place) -> list[float]:
+    """The largest of each value over all ranks (float64)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()

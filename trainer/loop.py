@@ -9,6 +9,9 @@ A global batch is a number of rows; every rank runs the same number of micro-ste
 
 DeepSpeed averages gradients over ranks, so the factor world / W makes the gradient of a global batch that of
 sum(weight x cross entropy) / W however its dialogues are packed, ordered or spread over ranks.
+
+A row whose loss is not finite makes the whole gradient NaN, and DeepSpeed makes no step with a gradient that is not
+finite, on any rank. Such a global batch is counted and its dialogues are noted; ``train.max_not_finite`` bounds them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +30,15 @@ from pipeline import build_loader
 from pipeline.manifest import Manifest, plain
 from trainer import checkpoint
 from trainer.checks import check
-from trainer.distributed import Place, barrier, start, stop, total
+from trainer.distributed import Place, barrier, start, stop
 from trainer.engine import build_engine
 from trainer.launch import StartError
-from trainer.metrics import Clock, Meter
+from trainer.metrics import Meter
 from trainer.model.cost import cost_coefficients
-from trainer.run_ledger import RunLedger
+from trainer.profiling import Profiler
+from trainer.run_ledger import RunLedger, not_finite_before
 from trainer.stages import set_learning_rates
+from trainer.tally import Tally
 from trainer.weights import save as save_weights
 
 
@@ -105,15 +109,29 @@ def _steps(manifest: Manifest, engine, loader, place: Place, run: Path, ledger: 
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
     steps = steps_in_all(manifest, len(loader))
     meter = Meter(run, manifest.name, done, steps) if place.first else None
+    profiler = Profiler(run, manifest.train, steps) if place.first else None
+    not_finite = not_finite_before(run, loader.state_dict()) if done else 0
     rows = _rows(loader, manifest.train.epochs)
     while done < steps:
+        if profiler:
+            profiler.before(done + 1)
         rates = set_learning_rates(engine.optimizer, done, steps, manifest)
-        record = _global_batch(engine, rows, place, ledger, manifest.seed)
+        record = _global_batch(engine, rows, place, ledger, manifest)
+        not_finite += not record.pop("learned")
+        record["not_finite"] = not_finite
         done += 1
+        if profiler:
+            profiler.after(done)
         if meter and (done % manifest.train.log_every == 0 or done == steps):
             meter.write({"step": done, "steps": steps, "lr": rates, **record})
         elif meter:
             meter.bar.update()
+        if not_finite > manifest.train.max_not_finite:
+            raise TrainingError(
+                f"{not_finite} global batches had a loss or gradient that is not finite, more than "
+                f"train.max_not_finite ({manifest.train.max_not_finite}); their dialogues are in {ledger.folder}; "
+                "leave those out, or lower the learning rate"
+            )
         if done % manifest.train.save_every == 0 or done == steps:
             checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
     if meter:
@@ -126,52 +144,36 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, seed: int) -> dict:
-    """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
-    clock = Clock()
-    sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
+def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, manifest: Manifest) -> dict:
+    """One optimiser step: every micro-step of a global batch, then the update.
+
+    Returns what the log shows, and ``learned``: whether loss and gradient were finite; if not, nothing was updated.
+    """
+    tally = Tally(manifest, place)
     while True:
         row = next(rows)
-        clock.data_arrived()
-        torch.manual_seed(row_seed(seed, row.epoch, row.step, row.micro * place.world + place.rank))
+        tally.arrived()
+        torch.manual_seed(row_seed(manifest.seed, row.epoch, row.step, row.micro * place.world + place.rank))
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
-        engine.backward(loss * (place.world / row.total_weight))
+        engine.backward(loss * torch.where(loss.detach().isfinite(), place.world / row.total_weight, torch.nan))
         ledger.note(row.skipped, row.epoch, row.step)
-        for i, value in enumerate(
-            (
-                loss.item() / row.total_weight,
-                row.tokens,
-                row.frames,
-                len(row.keys),
-                len(row.skipped),
-                _digest([*row.keys, *(key for key, _ in row.skipped)]),
-            )
-        ):
-            sums[i] += value
+        tally.add(row, loss.detach())
         if row.last:
             break
-        clock.computed()
-    loss, tokens, frames, dialogues, skipped, digest = total(sums, place)
-    if not dialogues:
+        tally.asked()
+    tally.over_ranks()
+    if not tally.dialogues:
         raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss is {loss} in the global batch with {row.keys}; lower the learning rate")
     engine.step()
-    seconds, waited = clock.step()
+    learned = engine.was_step_applied()
+    if not learned:
+        ledger.not_finite(tally.not_finite(), row.epoch, row.step)
     return {
-        "loss": loss,
+        **tally.record(),
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-        "tokens_per_s": tokens / seconds,
-        "frames_per_s": frames / seconds,
-        "data_wait": waited,
-        "seconds": seconds,
         "zero_stage": engine.zero_optimization_stage(),
-        "ranks": place.world,
-        "micro_steps": row.micros,
-        "dialogues": int(dialogues),
-        "skipped": int(skipped),
-        "batch": f"{int(digest):014x}",
+        "learned": learned,
     }
 
 
@@ -179,14 +181,6 @@ def row_seed(seed: int, epoch: int, step: int, row: int) -> int:
     """Seed of what is drawn while a row is computed (drop path): a resumed run draws what it would have drawn."""
     digest = hashlib.sha256(f"{seed}:{epoch}:{step}:{row}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _digest(keys: list[str]) -> int:
-    """A sum over dialogue keys that identifies a global batch whatever the order and the ranks of its dialogues.
-
-    40 bits of each key's hash: the sum over 8,192 dialogues is still exact in float64.
-    """
-    return sum(int.from_bytes(hashlib.sha256(key.encode()).digest()[:5], "big") for key in keys)
 
 
 def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:

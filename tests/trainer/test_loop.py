@@ -1,14 +1,17 @@
-"""What the loop draws at random: a function of the row alone, so that a resumed run draws the same."""
+"""One optimiser step: what is drawn at random, a function of the row alone, and what the log shows."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainer import loop
+from pipeline.batch import Batch
+from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack
+from tests.trainer.model.test_cost import manifest
+from trainer import loop, tally
 from trainer.distributed import Place
 from trainer.run_ledger import RunLedger
 
@@ -29,6 +32,9 @@ class Engine:
 
     def step(self) -> None: ...
 
+    def was_step_applied(self) -> bool:
+        return True
+
     def get_global_grad_norm(self) -> float:
         return 1.0
 
@@ -39,20 +45,21 @@ class Engine:
 def draws(steps: range, rank: int, world: int, seed: int = 0, micros: int = 2) -> list[float]:
     """What rank ``rank`` draws in these global batches of ``micros`` rows on every rank."""
 
-    def row(step: int, micro: int) -> SimpleNamespace:
-        batch = SimpleNamespace(epoch=step // 4, step=step % 4, micro=micro, micros=micros, last=micro == micros - 1)
-        batch.__dict__.update(keys=["a"], skipped=[], tokens=1, frames=1, total_weight=1.0, to=lambda device: batch)
-        return batch
+    def row(step: int, micro: int) -> Batch:
+        batch = dataclasses.replace(pack([dialogue(0, text=3)]), epoch=step // 4, step=step % 4, micro=micro)
+        return dataclasses.replace(batch, micros=micros, last=micro == micros - 1)
 
+    settings = dataclasses.replace(manifest(SIZE, SMALL), seed=seed)
     engine, rows = Engine(), iter([row(step, micro) for step in steps for micro in range(micros)])
     for _ in steps:
-        loop._global_batch(engine, rows, Place(rank, world, torch.device("cpu")), RunLedger(Path(), rank), seed)
+        loop._global_batch(engine, rows, Place(rank, world, torch.device("cpu")), RunLedger(Path(), rank), settings)
     return engine.drawn
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(loop, "total", lambda values, place: values)
+    for name in ("total", "largest"):
+        monkeypatch.setattr(tally, name, lambda values, place: values)
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn():
