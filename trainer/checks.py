@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.manifest import TOKENS_PER_CLIP, Manifest, ManifestError, Model, plain
+from pipeline.manifest import TOKENS_PER_CLIP, LanguageModel, Manifest, ManifestError, Model, plain
 from pipeline.schema import build
 from trainer import release
 from trainer.checkpoint import settings
@@ -152,7 +152,9 @@ def _stated(config: dict, part: str, where: str) -> dict[str, object]:
         return plain(getattr(build(Model, config.get("model"), f"{where}: model"), part))
     if release.is_release(config):
         return plain(getattr(release.architecture(config, where)[0], part))
-    return plain(release.language_model(config, where)) if part == "language_model" else {}
+    rope = config.get("rope_parameters") or {}  # of transformers 5; before, rope_theta stood alone
+    known = {name: rope[name] for name in ("rope_theta",) if name in rope} | config
+    return {name: known[name] for name in plain(LanguageModel()) if name in known and part == "language_model"}
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

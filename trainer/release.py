@@ -170,21 +170,13 @@ def architecture(config: dict, where: str) -> tuple[Model, int, int]:
     for field, value in wanted.items():
         if config.get(field) != value:
             raise ManifestError(f"{where}: {field}: {config.get(field)!r} is not {value!r}; this is another model")
-    return Model(vision_tower=tower, connector=Connector(), language_model=language_model(config, where)), size, 4
-
-
-def language_model(config: dict, where: str) -> LanguageModel:
-    """Architecture of the language model by Qwen2's keys of a config.json, of whichever version of transformers.
-
-    Raises:
-        ManifestError: ``where`` and the keys that are missing or cannot be.
-    """
     rope = config.get("rope_parameters") or {}
     known = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **config}
     fields = plain(LanguageModel()).keys()
     if absent := sorted(fields - known.keys()):
         raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release holds all of Qwen2's keys")
-    return build(LanguageModel, {field: known[field] for field in fields}, f"{where}: ")
+    language = build(LanguageModel, {field: known[field] for field in fields}, f"{where}: ")
+    return Model(vision_tower=tower, connector=Connector(), language_model=language), size, 4
 
 
 def is_release(config: dict) -> bool:
