@@ -138,8 +138,8 @@ def test_a_step_is_that_of_plain_transformers(capsys, tmp_path):
 
 def test_models_that_do_not_fit_have_fewer_layers():
     """16 bytes for each of the 1.8 or 7.9 billion weights that stage 3 trains; 60 % of the memory."""
-    for model, layers in (("2b", 28), ("7b", 14)):
-        language = load_manifest(gpu_step.MODELS[model]).model.language_model
+    for name, layers in (("2b", 28), ("7b", 14)):
+        language = load_manifest(gpu_step.MODELS[name]).model.language_model
         whole = load_manifest(gpu_step.MANIFESTS / "stage3.yaml")
         whole = dataclasses.replace(whole, model=dataclasses.replace(whole.model, language_model=language))
         fitted = gpu_step.fewer_layers(whole, 140 * gpu_step.GIB)

@@ -6,6 +6,7 @@ weights) against what is there. The shards and the tokenizer are checked where t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -49,22 +50,34 @@ def check(manifest: Manifest, place: Place, run: Path) -> None:
     there = _from_first(_of_this_rank(manifest) if place.first else None)
     faults = [*_differing(there, _of_this_rank(manifest)), *_device(manifest, place)]
     if place.first:
-        faults += [*_folder(marker), *weights_faults(manifest)]
-    dist.barrier()
-    if not place.first and not _seen(marker):
-        faults.append(
-            f"output: {run} is not the folder that rank 0 sees; put it on a file system that all machines share"
-        )
+        faults += weights_faults(manifest)
+        faults += (unwritten := list(_mark(marker)))
+    if _from_first(not unwritten if place.first else None) and not _seen(marker):
+        shared = "put it on a file system that all machines share"
+        faults.append(f"output: {run} is not the folder that rank 0 sees; {shared}")
     hosts = _of_all(socket.gethostname())
-    neighbours = hosts.count(hosts[place.rank])
     if hosts.index(hosts[place.rank]) == place.rank:  # one rank of each machine
-        faults += memory_faults(manifest, place.world, neighbours, device_bytes(place), host_bytes())
+        faults += memory_faults(
+            manifest, place.world, hosts.count(hosts[place.rank]), device_bytes(place), host_bytes()
+        )
     if place.first:
         marker.unlink(missing_ok=True)
-    found = _of_all(faults)
-    told = [fault if rank == 0 else f"rank {rank}: {fault}" for rank, faults in enumerate(found) for fault in faults]
-    if told:
+    if told := list(_told(_of_all(faults))):
+        if place.first:
+            with contextlib.suppress(OSError):
+                run.rmdir()  # empty if it was made here
         raise StartError(*told, everywhere=True)
+
+
+def _told(found: list[list[str]]) -> Iterator[str]:
+    """Every fault once, with the ranks that have it, where rank 0 has not."""
+    ranks: dict[str, list[int]] = {}
+    for rank, faults in enumerate(found):
+        for fault in faults:
+            ranks.setdefault(fault, []).append(rank)
+    for fault, having in ranks.items():
+        shown = ", ".join(map(str, having[:4])) + ", ..." * (len(having) > 4)
+        yield fault if having[0] == 0 else f"rank{'s' * (len(having) > 1)} {shown}: {fault}"
 
 
 # ---------------------------------------------------------------------------------------------- what ranks compare
@@ -86,7 +99,7 @@ def _device(manifest: Manifest, place: Place) -> Iterator[str]:
         yield f"train.dtype: {torch.cuda.get_device_name()} has no bf16; set fp32"
 
 
-def _folder(marker: Path) -> Iterator[str]:
+def _mark(marker: Path) -> Iterator[str]:
     try:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
