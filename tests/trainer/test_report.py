@@ -35,9 +35,9 @@ def write_run(folder: Path, steps: int = 40, scores: bool = False) -> Path:
     manifest = {"stage": 2, "name": "<short> video", "frames": {"min": 4, "max": 8, "size": 128, "sampler": "middle"}}
     manifest["train"] = {"zero_stage": 3, "connector": {"train": True}, "language_model": {"train": False}}
     (folder / "manifest.yaml").write_text(json.dumps(manifest | {"init_from": {"run": "runs/stage1"}}))
+    reasons = ["unreadable"] * 3 + ["x<y"]
     ledger = [
-        {"key": f"d{i}", "reason": reason, "message": f"/media/{i}.mp4: <gone>"}
-        for i, reason in enumerate(["unreadable"] * 3 + ["x<y"])
+        {"key": f"d{i}", "reason": reason, "message": f"/media/{i}.mp4: <gone>"} for i, reason in enumerate(reasons)
     ]
     (folder / "ledger").mkdir()
     for rank in (0, 1):
