@@ -12,6 +12,7 @@ anything is timed. Prints one JSON object for each step.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.plain_model import PlainTower, merge
 from pipeline import build_loader
-from pipeline.batch import IGNORE, IMAGE, Batch
-from pipeline.manifest import TOKENS_PER_CLIP, Manifest, load_manifest
+from pipeline.batch import IMAGE, Batch
+from pipeline.manifest import TOKENS_PER_CLIP, Manifest, load_manifest, plain
+from trainer.loop import with_cost
 from trainer.model.video_llm import VideoLLM, build_model
 from trainer.peak import peak_memory
 from trainer.stages import PARTS
@@ -60,14 +62,19 @@ class PlainModel(nn.Module):
     def __init__(self, manifest: Manifest, model: VideoLLM, flash: bool):
         super().__init__()
         self.cfg, self.recompute = manifest.model.vision_tower, manifest.train.gradient_checkpointing
-        ours = model.language_model
-        config = {**ours.config.to_dict(), "attn_implementation": "flash_attention_2" if flash else "sdpa"}
-        self.language_model = Qwen2ForCausalLM(Qwen2Config(**config))
-        self.language_model.load_state_dict(ours.state_dict())
-        if self.recompute:
-            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        fields = plain(manifest.model.language_model)
+        rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+        attention = "flash_attention_2" if flash else "sdpa"
+        qwen2 = Qwen2ForCausalLM(Qwen2Config(**fields, rope_parameters=rope, attn_implementation=attention))
+        qwen2.load_state_dict(model.language_model.state_dict())
+        if self.recompute:  # transformers renamed the method in 5.23
+            enable = getattr(qwen2, "activation_checkpointing_enable", None) or qwen2.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.language_model = qwen2
         self.vision_tower, self.connector = PlainTower(self.cfg, model.vision_tower), model.connector.mlp
-        self.mean, self.std = model.mean, model.std
+        constants = {"mean": model.mean, "std": model.std, "positions": model.vision_tower.clip_positions}
+        for name, values in constants.items():
+            self.register_buffer(name, values, persistent=False)
         for name in PARTS:
             getattr(self, name).requires_grad_(getattr(manifest.train, name).train)
 
@@ -77,14 +84,14 @@ class PlainModel(nn.Module):
         image = dialogue.ids == IMAGE
         text = self.language_model.get_input_embeddings()(dialogue.ids.masked_fill(image, 0))
         merged = text.index_put((image.nonzero().squeeze(1),), visual.to(text.dtype))
-        labels = dialogue.labels.masked_fill(dialogue.labels == IGNORE, -100)
-        return self.language_model(inputs_embeds=merged[None], labels=labels[None], use_cache=False).loss
+        labels = dialogue.labels[None]
+        return self.language_model(inputs_embeds=merged[None], labels=labels, use_cache=False).loss
 
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
         """Patches (N, t, C) of a dialogue's clips, all in one batch."""
         pixels = (clips.movedim(-1, 1).float() / 255 - self.mean) / self.std
         tower = self.vision_tower
-        x = tower.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + tower.clip_positions
+        x = tower.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.positions
         for block in tower.blocks:
             again = self.recompute and self.training and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
@@ -118,7 +125,7 @@ def main() -> None:
     parser.add_argument("manifest")
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
-    manifest = load_manifest(options.manifest)
+    manifest = with_cost(load_manifest(options.manifest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         from flash_attn import flash_attn_func
@@ -134,7 +141,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-5, weight_decay=0, fused=device.type == "cuda")
     batches: list[list[Batch]] = [[]]
     for row in build_loader(manifest):
-        batches[-1].append(row)
+        batches[-1].append(dataclasses.replace(row, clips=row.clips.clone()))
         if row.last:
             batches.append([])
     for number in range(options.steps):

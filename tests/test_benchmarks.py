@@ -133,7 +133,7 @@ def test_a_step_is_that_of_plain_transformers(capsys, tmp_path):
     line = capsys.readouterr().out.splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert len(cells) == len(gpu_step.COLUMNS) and "4 of 4 layers" in cells[1]
-    assert float(cells[8]) == pytest.approx(float(cells[12]), abs=2e-4)
+    assert float(cells[8]) == pytest.approx(float(cells[12]), abs=2e-3)
 
 
 def test_models_that_do_not_fit_have_fewer_layers():

@@ -136,11 +136,10 @@ def _of_all(value) -> list:
 def weights_faults(manifest: Manifest) -> list[str]:
     """What is wrong with the places of ``init_from``: absent, damaged, or of another model. Fetches from the hub."""
     try:
-        faults = list(_of_another_model(manifest))
         sources(build_model(manifest, device="meta"), manifest)
+        return list(_of_another_model(manifest))
     except (WeightsError, ManifestError) as error:
         return [str(error)]
-    return faults
 
 
 def _of_another_model(manifest: Manifest) -> Iterator[str]:
