@@ -52,6 +52,7 @@ REASONS = {
     "unusable": "over text.max_tokens, or with nothing to learn, under the manifest of the run",
     "cut": "its end is over text.max_tokens and is not learned",
     "unreadable": "media that could not be read while training, after all retries or within loader.read_timeout",
+    "not_finite": "in a global batch that was not learned, because its loss or gradient was not finite",
 }
 
 #: Reasons that may have passed; `build_shards --retry-failed` takes what has one of these.

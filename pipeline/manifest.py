@@ -262,12 +262,12 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Where weights come from. ``run`` is an earlier stage (its output folder); a part named beside it wins.
+    """Where weights come from. ``run`` is an earlier stage; a part named beside it wins.
 
     Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
     """
 
-    run: str = field("", doc="output folder of the run that this stage continues, or a published checkpoint")
+    run: str = field("", doc="the stage that this one continues, by name or folder, or a published checkpoint")
     vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
     connector: str = field("", doc="mm_projector.bin, folder, or `random`")
     language_model: str = field("", doc="Qwen2 folder, hub name, or `random`")
@@ -310,8 +310,16 @@ class Train:
     save_every: int = field(500, low=1, doc="optimiser steps between checkpoints")
     keep_last: int = field(2, low=1, doc="checkpoints kept")
     log_every: int = field(1, low=1)
+    max_not_finite: int = field(20, low=0, doc="a run stops when more global batches than this were not finite")
+    peak_tflops: float | None = field(None, low=0.001, doc="of a rank's device, for MFU; known for common GPUs in bf16")
+    profile_step: int | None = field(None, low=1, doc="the first optimiser step that torch's profiler records")
+    profile_steps: int = field(2, low=1, doc="how many it records")
     timeout_minutes: float = field(30.0, low=0.1, doc="ranks that wait for each other longer than this end the run")
     check_calls: bool = field(False, doc="compare the model calls of all ranks after each global batch (debugging)")
+
+    def __post_init__(self) -> None:
+        if self.offload == "all" and self.zero_stage < 3:
+            raise ManifestError("offload: all needs zero_stage 3; set that, or offload: optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +369,8 @@ class Manifest:
         named = self.init_from
         if not named.run and not (named.vision_tower and named.language_model):
             raise ManifestError("init_from: name a run, or vision_tower and language_model")
+        if named.run and Path(named.run) == Path(self.output):
+            raise ManifestError(f"init_from.run: {named.run} is this run's own output; name the stage before it")
         self._check_mix()
 
     def _check_mix(self) -> None:
@@ -398,11 +408,29 @@ class Manifest:
 def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Manifest:
     """Read, validate and freeze a manifest; ``overrides`` are ``a.b.c=VALUE`` assignments.
 
+    A stage that ``init_from.run`` names, as ``stage2`` for the ``stage2.yaml`` beside ``path``, becomes its ``output``.
+
     Raises:
         ManifestError: one line naming the file, the field and the fix.
     """
     value = read_yaml(path)
     for assignment in overrides:
         value = override(value, assignment)
+    value = _chained(value, Path(path))
     manifest = build(Manifest, value, f"{path}: ")
     return manifest if manifest.name else dataclasses.replace(manifest, name=Path(path).stem)
+
+
+def _chained(value: dict, path: Path) -> dict:
+    """``value`` with the output folder in place of the name of a manifest beside ``path`` in ``init_from.run``."""
+    named = value.get("init_from")
+    run = named.get("run") if isinstance(named, dict) else None
+    if not isinstance(run, str) or not re.fullmatch(r"[\w-]+", run):
+        return value
+    before = path.with_name(f"{run}.yaml")
+    if not before.is_file():
+        return value
+    output = read_yaml(before).get("output")
+    if not isinstance(output, str):
+        raise ManifestError(f"{path}: init_from.run: {before} has no output; give it one, or name a folder")
+    return {**value, "init_from": {**named, "run": output}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,10 @@ from tests.pipeline.adapters.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks import index, loader, loader_apart, loader_readers, model, remote  # noqa: E402
+from benchmarks import gpu_step, index, loader, loader_apart, loader_readers, model, remote  # noqa: E402
 from benchmarks.loader_media import Media, write_media  # noqa: E402
 from benchmarks.slow_server import SlowServer  # noqa: E402
-from pipeline.manifest import VisionTower  # noqa: E402
+from pipeline.manifest import VisionTower, load_manifest  # noqa: E402
 from trainer.model.tome import ToMeConnector  # noqa: E402
 
 
@@ -123,3 +125,22 @@ def test_shares_are_of_the_same_round():
     assert base == "| limit | 200 frames/s |"
     assert half == "| half | 0.50 (0.50 to 0.50) |"
     assert slow == "| slow | 0.010 (0.010 to 0.020) |"
+
+
+def test_a_step_is_that_of_plain_transformers(capsys, tmp_path):
+    """Stage 3 of the CPU preset: packed under ZeRO-3 beside one dialogue after the other, from the same weights."""
+    gpu_step.main(["--cpu", "--stages", "3", "--steps", "3", "--folder", str(tmp_path)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert len(cells) == len(gpu_step.COLUMNS) and "4 of 4 layers" in cells[1]
+    assert float(cells[8]) == pytest.approx(float(cells[12]), abs=2e-3)
+
+
+def test_models_that_do_not_fit_have_fewer_layers():
+    """16 bytes for each of the 1.8 or 7.9 billion weights that stage 3 trains; 60 % of the memory."""
+    for name, layers in (("2b", 28), ("7b", 14)):
+        language = load_manifest(gpu_step.MODELS[name]).model.language_model
+        whole = load_manifest(gpu_step.MANIFESTS / "stage3.yaml")
+        whole = dataclasses.replace(whole, model=dataclasses.replace(whole.model, language_model=language))
+        fitted = gpu_step.fewer_layers(whole, 140 * gpu_step.GIB)
+        assert fitted.model.language_model.num_hidden_layers == layers

@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(manifest) -> int:
     from pipeline.loader import LoaderError
+    from trainer.calls import CallsError
     from trainer.checkpoint import CheckpointError, WriteError
+    from trainer.launch import StartError
     from trainer.leave import STATUS, Preempted
     from trainer.loop import TrainingError, train
     from trainer.weight_files import WeightsError
@@ -53,14 +55,18 @@ def _train(manifest) -> int:
         return STATUS
     except WriteError as error:
         return _failed(error, 1, all_ranks=False)
-    except (CheckpointError, TrainingError, WeightsError) as error:
+    except StartError as error:
+        for fault in error.faults:
+            _failed(fault, 2, error.everywhere)
+        return 2
+    except (CallsError, CheckpointError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)
     return 0
 
 
-def _failed(error: Exception, status: int, all_ranks: bool = True) -> int:
+def _failed(error: Exception | str, status: int, all_ranks: bool = True) -> int:
     """Say what went wrong, once where all ranks see the same."""
     if not all_ranks or os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)

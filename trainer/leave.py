@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from trainer.distributed import Place, most
+from trainer.distributed import Place, highest
 
 STATUS = 75  #: exit status of a run that left when asked: EX_TEMPFAIL of sysexits.h, "try again"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -47,7 +47,7 @@ class Leave:
 
     def check(self, place: Place) -> None:
         """Raise :class:`Preempted` on every rank if any was asked. Every rank calls this at the same point."""
-        asked = int(most(self._asked, place))
+        asked = highest(self._asked, place)
         if asked:
             self._asked = asked
             raise Preempted(signal.Signals(asked).name)

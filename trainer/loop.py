@@ -14,11 +14,10 @@ sum(weight x cross entropy) / W however its dialogues are packed, ordered or spr
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,18 +27,38 @@ from pipeline import build_loader
 from pipeline.files import sync
 from pipeline.manifest import Manifest, plain
 from trainer import checkpoint, disk, resume
-from trainer.distributed import Place, barrier, start, stop, total
+from trainer.calls import CallLog
+from trainer.checks import check
+from trainer.distributed import Place, barrier, start, stop
+from trainer.draws import draw
 from trainer.engine import build_engine
+from trainer.heartbeat import Heartbeat
+from trainer.launch import StartError
 from trainer.leave import Leave, Preempted
-from trainer.metrics import Clock, Meter
+from trainer.metrics import Meter
 from trainer.model.cost import cost_coefficients
-from trainer.run_ledger import RunLedger
+from trainer.profiling import Profiler
+from trainer.run_ledger import RunLedger, not_finite_before
 from trainer.stages import set_learning_rates
+from trainer.tally import Tally
 from trainer.weights import save as save_weights
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; one line that says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of a run has to do with, on one rank."""
+
+    manifest: Manifest
+    engine: object
+    place: Place
+    folder: Path
+    ledger: RunLedger
+    leave: Leave
+    heart: Heartbeat
 
 
 def with_cost(manifest: Manifest) -> Manifest:
@@ -58,30 +77,34 @@ def train(manifest: Manifest) -> Path:
     """
     leave = Leave()
     manifest = with_cost(manifest)
-    run = Path(manifest.output)
-    final = run / "final"
+    folder = Path(manifest.output)
+    final = folder / "final"
     place = start(manifest.train.timeout_minutes)
+    heart = Heartbeat(manifest.train.timeout_minutes, place)
     try:
         _check_world(manifest, place)
         if final.exists():
-            if (run / "settings.json").exists():  # absent where final/ was put there by hand
-                there = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+            if (folder / "settings.json").exists():  # absent where final/ was put there by hand
+                there = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
                 checkpoint.check_settings(there, manifest, final)
             if place.first:
                 print(f"{manifest.name}: already trained; final weights are in {final}")
             return final
+        heart.doing("checking what the run needs")
+        check(manifest, place, folder)
+        if place.first:
+            print(f"{manifest.name}: {disk.describe_disk(manifest)}")
+        heart.doing("opening the shards")
         if not place.first:
             barrier()  # rank 0 opens the shards first and leaves the token cache for the others
         loader = build_loader(manifest, place.rank, place.world)
         if place.first:
-            _make_folder(run)
             barrier()
-        checkpoint.refuse(disk.shortage(manifest) if place.first else "", place)
-        if place.first:
-            print(f"{manifest.name}: {disk.describe_disk(manifest)}")
+        heart.doing("making the model and its first weights")
         engine, model = build_engine(manifest, place)
-        state = resume.load(engine, run, manifest, place)
-        done, ledger = 0, RunLedger(run, place.rank, place.world)
+        heart.doing("looking for a checkpoint")
+        state = resume.load(engine, folder, manifest, place)
+        done, ledger = 0, RunLedger(folder, place.rank, place.world)
         if state is not None:
             loader.load_state_dict(state["loader"])
             ledger.go_on(state["loader"])
@@ -92,14 +115,16 @@ def train(manifest: Manifest) -> Path:
             ledger.begin()
         if place.first:
             settings = json.dumps(checkpoint.settings(manifest), indent=1)
-            checkpoint.write_atomically(run / "settings.json", settings)
-            checkpoint.write_atomically(run / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
-        _steps(manifest, engine, loader, place, run, ledger, leave, done)
-        _finish(model, manifest, run, place)
+            checkpoint.write_atomically(folder / "settings.json", settings)
+            checkpoint.write_atomically(folder / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
+        _steps(Run(manifest, engine, place, folder, ledger, leave, heart), loader, done)
+        heart.doing("writing the final weights")
+        _finish(model, manifest, folder, place)
         if place.first:
             print(f"{manifest.name}: final weights are in {final}")
         return final
     finally:
+        heart.close()
         stop()
 
 
@@ -109,33 +134,55 @@ def steps_in_all(manifest: Manifest, batches_per_epoch: int) -> int:
     return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
 
 
-def _steps(
-    manifest: Manifest, engine, loader, place: Place, run: Path, ledger: RunLedger, leave: Leave, done: int
-) -> None:
+def _steps(run: Run, loader, done: int) -> None:
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
+    manifest, place = run.manifest, run.place
     steps, saved = steps_in_all(manifest, len(loader)), done
-    meter = Meter(run, manifest.name, done, steps) if place.first else None
+    meter = Meter(run.folder, manifest.name, done, steps) if place.first else None
+    profiler = Profiler(run.folder, manifest.train, steps) if place.first else None
+    calls = CallLog(run.engine.module) if manifest.train.check_calls else None
+    if calls:
+        run.heart.call = calls.reached
+    not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
     rows = _rows(loader, manifest.train.epochs)
     try:
-        with leave.held():
+        with run.leave.held():
             while done < steps:
-                rates = set_learning_rates(engine.optimizer, done, steps, manifest)
-                record = _global_batch(engine, rows, place, ledger, leave, manifest.seed)
+                if profiler:
+                    profiler.before(done + 1)
+                rates = set_learning_rates(run.engine.optimizer, done, steps, manifest)
+                record = _global_batch(run, rows)
+                not_finite += not record.pop("learned")
+                if calls:
+                    calls.compare(place)
                 done += 1
+                if profiler:
+                    profiler.after(done)
                 if meter and (done % manifest.train.log_every == 0 or done == steps):
-                    meter.write({"step": done, "steps": steps, "lr": rates, **record})
+                    meter.write({"step": done, "steps": steps, "lr": rates, **record, "not_finite": not_finite})
                 elif meter:
                     meter.bar.update()
+                if not_finite > manifest.train.max_not_finite:
+                    raise TrainingError(
+                        f"{not_finite} global batches had a loss or gradient that is not finite, more than "
+                        f"train.max_not_finite ({manifest.train.max_not_finite}); their dialogues are in "
+                        f"{run.ledger.folder}; leave those out, or lower the learning rate"
+                    )
                 if done % manifest.train.save_every == 0 or done == steps:
-                    checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
+                    _save(run, loader, done)
                     saved = done
     except Preempted:
         if done > saved:
-            checkpoint.save(engine, run, done, loader.state_dict(), manifest, place)
+            _save(run, loader, done)
         raise
     finally:
         if meter:
             meter.close()
+
+
+def _save(run: Run, loader, done: int) -> None:
+    run.heart.doing(f"saving the checkpoint of step {done}")
+    checkpoint.save(run.engine, run.folder, done, loader.state_dict(), run.manifest, run.place)
 
 
 def _rows(loader, epochs: int) -> Iterator:
@@ -144,74 +191,49 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(engine, rows: Iterator, place: Place, ledger: RunLedger, leave: Leave, seed: int) -> dict:
-    """One optimiser step: every micro-step of a global batch, then the update. Returns what the log shows."""
-    leave.check(place)
-    clock = Clock()
-    sums = [0.0] * 6  # loss, tokens, frames, dialogues, skipped, digest
+def _global_batch(run: Run, rows: Iterator) -> dict:
+    """One optimiser step: every micro-step of a global batch, then the update.
+
+    Returns what the log shows, and ``learned``: whether loss and gradient were finite; if not, nothing was updated.
+    """
+    engine, place, ledger = run.engine, run.place, run.ledger
+    tally = Tally(run.manifest, place)
     while True:
+        run.leave.check(place)
+        tally.asked()
+        run.heart.doing("waiting for data")
         row = next(rows)
-        clock.data_arrived()
-        torch.manual_seed(row_seed(seed, row.epoch, row.step, row.micro * place.world + place.rank))
+        tally.arrived()
+        row.draws = draw(row, run.manifest.seed, engine.module.vision_tower.draws)
+        where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro}"
+        run.heart.doing(f"forward pass of {where}")
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
-        engine.backward(loss * (place.world / row.total_weight))
+        run.heart.doing(f"backward pass of {where}")
+        engine.backward(loss * torch.where(loss.detach().isfinite(), place.world / row.total_weight, torch.nan))
         ledger.note(row.skipped, row.epoch, row.step)
-        for i, value in enumerate(
-            (
-                loss.item() / row.total_weight,
-                row.tokens,
-                row.frames,
-                len(row.keys),
-                len(row.skipped),
-                _digest([*row.keys, *(key for key, _ in row.skipped)]),
-            )
-        ):
-            sums[i] += value
+        tally.add(row, loss.detach())
         if row.last:
             break
-        leave.check(place)
-        clock.computed()
-    loss, tokens, frames, dialogues, skipped, digest = total(sums, place)
-    if not dialogues:
+    tally.over_ranks()
+    if not tally.dialogues:
         raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss is {loss} in the global batch with {row.keys}; lower the learning rate")
+    run.heart.doing(f"optimiser step of {where}")
     engine.step()
-    seconds, waited = clock.step()
+    learned = engine.was_step_applied()
+    if not learned:
+        ledger.not_finite(tally.not_finite(), row.epoch, row.step)
     return {
-        "loss": loss,
+        **tally.record(),
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-        "tokens_per_s": tokens / seconds,
-        "frames_per_s": frames / seconds,
-        "data_wait": waited,
-        "seconds": seconds,
         "zero_stage": engine.zero_optimization_stage(),
-        "ranks": place.world,
-        "micro_steps": row.micros,
-        "dialogues": int(dialogues),
-        "skipped": int(skipped),
-        "batch": f"{int(digest):014x}",
+        "learned": learned,
     }
 
 
-def row_seed(seed: int, epoch: int, step: int, row: int) -> int:
-    """Seed of what is drawn while a row is computed (drop path): a resumed run draws what it would have drawn."""
-    digest = hashlib.sha256(f"{seed}:{epoch}:{step}:{row}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _digest(keys: list[str]) -> int:
-    """A sum over dialogue keys that identifies a global batch whatever the order and the ranks of its dialogues.
-
-    40 bits of each key's hash: the sum over 8,192 dialogues is still exact in float64.
-    """
-    return sum(int.from_bytes(hashlib.sha256(key.encode()).digest()[:5], "big") for key in keys)
-
-
-def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:
+def _finish(model, manifest: Manifest, folder: Path, place: Place) -> None:
     """Write the final weights under a temporary name, then put them in place."""
-    part = run / "final.part"
+    part = folder / "final.part"
     if place.first:
         shutil.rmtree(part, ignore_errors=True)
     barrier()
@@ -220,21 +242,15 @@ def _finish(model, manifest: Manifest, run: Path, place: Place) -> None:
     if place.first:
         for path in (*part.iterdir(), part):
             sync(path)
-        part.rename(run / "final")
-        sync(run)
+        part.rename(folder / "final")
+        sync(folder)
     barrier()
-
-
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"output: {run} cannot be made ({error.strerror}); choose another folder") from None
 
 
 def _check_world(manifest: Manifest, place: Place) -> None:
     multiple = manifest.batching.row_multiple
     if multiple % place.world:
-        raise TrainingError(
-            f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them"
+        raise StartError(
+            f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them",
+            everywhere=True,
         )

@@ -1,15 +1,16 @@
-"""Watching a run: one JSON line and one TensorBoard point for each optimiser step, and a progress bar.
+"""Watching a run: one JSON line and one TensorBoard point for each optimiser step, and a progress line.
 
-``RUN/log.jsonl`` holds one object per optimiser step; a run that goes on from a checkpoint first drops the lines of
-steps that will be done again, so that the file always tells one straight story.
+``RUN/log.jsonl`` holds one object per optimiser step, with null for numbers that are not finite or not known; a run
+that goes on from a checkpoint first drops the lines of steps that will be done again, so that the file always tells one
+straight story.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-import time
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -34,9 +35,9 @@ class Meter:
         self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict) -> None:
-        """Log one optimiser step; ``record`` holds plain numbers, and ``lr`` by part."""
+        """Log one optimiser step; ``record`` holds plain numbers, None where one is unknown, and ``lr`` by part."""
         with open(self.path, "a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+            log.write(json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n")
         step = record["step"]
         for name, value in record.items():
             if name == "lr":
@@ -44,12 +45,7 @@ class Meter:
                     self.board.add_scalar(f"lr/{part}", rate, step)
             elif isinstance(value, (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
                 self.board.add_scalar(name, value, step)
-        rates = " ".join(f"{part.split('_')[0]} {rate:.1e}" for part, rate in record["lr"].items())
-        text = (
-            f"loss {record['loss']:.3f}, lr {rates}, {record['tokens_per_s']:.0f} tokens/s, "
-            f"{record['frames_per_s']:.0f} frames/s, waiting {record['data_wait']:.0%}, "
-            f"grad {record['grad_norm']:.2f}, skipped {record['skipped']}"
-        )
+        text = progress(record)
         if self.bar.disable:  # a file or a pipe: one line for each step instead of a bar
             print(f"{self.name}: step {step}/{record['steps']}, {record['seconds']:.2f} s, {text}", file=sys.stderr)
         else:
@@ -62,29 +58,22 @@ class Meter:
         self.board.close()
 
 
-class Clock:
-    """Seconds of one optimiser step and the share of them spent waiting for data."""
+def progress(record: dict) -> str:
+    """The figures of one step, as the progress line shows them."""
+    rates = " ".join(f"{part.split('_')[0]} {rate:.1e}" for part, rate in record["lr"].items())
+    mfu = "MFU unknown" if record["mfu"] is None else f"MFU {record['mfu']:.1%}"
+    text = (
+        f"loss {record['loss']:.3f}, lr {rates}, {record['tokens_per_s']:.0f} tokens/s, "
+        f"{record['frames_per_s']:.0f} frames/s, waiting {record['data_wait']:.0%}, {record['tflops']:.3g} TFLOP/s, "
+        f"{mfu}, memory {record['peak_memory'] / 2**30:.2f} GiB, grad {record['grad_norm']:.2f}, "
+        f"skipped {record['skipped']}"
+    )
+    return f"{text}, {record['not_finite']} steps not finite" if record["not_finite"] else text
 
-    def __init__(self) -> None:
-        self.started = self.lap = time.perf_counter()
-        self.waited = 0.0
 
-    def data_arrived(self) -> None:
-        """Count the time since the last call of :meth:`computed` as waiting."""
-        now = time.perf_counter()
-        self.waited += now - self.lap
-        self.lap = now
-
-    def computed(self) -> None:
-        """The next batch is asked for now."""
-        self.lap = time.perf_counter()
-
-    def step(self) -> tuple[float, float]:
-        """Seconds since the last optimiser step and the share spent waiting; starts the next one."""
-        now = time.perf_counter()
-        seconds, waited = now - self.started, self.waited
-        self.started, self.lap, self.waited = now, now, 0.0
-        return seconds, waited / seconds if seconds else 0.0
+def _finite(value: object) -> object:
+    """JSON knows no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_until(path: Path, step: int) -> None:

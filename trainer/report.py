@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.charts import COLOURS, Bar, Line, bar_chart, compact, duration, line_chart
+from pipeline.ledger import REASONS
 from pipeline.page import render_page
 from trainer.checkpoint import write_atomically
 from trainer.run_ledger import read_run_ledger
@@ -26,6 +27,8 @@ from trainer.run_ledger import read_run_ledger
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
 EDGE_STEPS = 10  #: steps averaged for a first and a last loss
+EXAMPLES = 5  #: dialogues shown for each reason of the ledger
+GIB = 2**30
 OWN, BLIND = COLOURS[0], "#b9c0cc"
 
 
@@ -40,7 +43,7 @@ class Run:
     folder: Path
     steps: list[dict]
     manifest: dict
-    ledger: collections.Counter[str]
+    ledger: list[dict]
     evaluation: dict | None
 
     @property
@@ -72,8 +75,7 @@ def read_run(folder: Path) -> Run:
             evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         except ValueError:
             raise ReportError(f"{folder / 'evaluation.json'}: not JSON; run python -m trainer.evaluate again") from None
-    reasons = collections.Counter(row["reason"] for row in read_run_ledger(folder))
-    return Run(folder, steps, manifest, reasons, evaluation)
+    return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation)
 
 
 def render(runs: list[Run]) -> str:
@@ -94,7 +96,7 @@ def summary(run: Run) -> dict:
     steps, manifest = run.steps, run.manifest
     train, frames = manifest.get("train", {}), manifest.get("frames", {})
     trained = [name.replace("_", " ") for name in PART_COLOURS if train.get(name, {}).get("train")]
-    losses = [record["loss"] for record in steps]
+    losses = [record["loss"] for record in steps if record["loss"] is not None] or [math.nan]
     seconds = sum(record["seconds"] for record in steps)
     init = manifest.get("init_from", {})
     return {
@@ -113,16 +115,35 @@ def summary(run: Run) -> dict:
         "tokens_per_s": _per_second(steps, "tokens_per_s", seconds),
         "frames_per_s": _per_second(steps, "frames_per_s", seconds),
         "data_wait": 100 * _per_second(steps, "data_wait", seconds),
-        "noted": run.ledger.total(),
+        "mfu": 100 * _per_second(steps, "mfu", seconds) if steps[-1].get("mfu") is not None else None,
+        "peak_memory": max(record.get("peak_memory", 0) for record in steps) / GIB,
+        "not_finite": steps[-1].get("not_finite", 0),
+        "noted": len(run.ledger),
+        "ledger": ledger_rows(run.ledger),
     }
 
 
+def ledger_rows(ledger: list[dict]) -> list[dict]:
+    """What the ledger holds for each reason, most frequent first: meaning, number, and the first few dialogues."""
+    by_reason: dict[str, list[dict]] = collections.defaultdict(list)
+    for row in ledger:
+        by_reason[row["reason"]].append(row)
+    return [
+        {"reason": reason, "meaning": REASONS.get(reason, ""), "count": len(rows), "examples": rows[:EXAMPLES]}
+        for reason, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+
+
 def charts(run: Run) -> list[Markup]:
-    """A run's curves: loss, learning rates, gradient norm, throughput and waiting for data."""
+    """A run's curves: loss, learning rates, throughput, waiting for data, MFU, memory and gradient norm."""
     x = [record["step"] for record in run.steps]
-    losses = [record["loss"] for record in run.steps]
-    smooth = [Line("each step", x, losses, "#9db9ea", faint=True), Line("moving average", x, _moving_average(losses))]
-    drawn = [line_chart("loss", smooth, low=0.0 if min(losses) >= 0 else None)]
+    finite = [(record["step"], record["loss"]) for record in run.steps if record["loss"] is not None]
+    drawn = []
+    if finite:
+        learned, losses = zip(*finite, strict=True)
+        each = Line("each step", learned, losses, "#9db9ea", faint=True)
+        smooth = Line("moving average", learned, _moving_average(list(losses)))
+        drawn.append(line_chart("loss", [each, smooth], low=0.0 if min(losses) >= 0 else None))
     parts = sorted({part for record in run.steps for part in record.get("lr", {})}, key=list(PART_COLOURS).index)
     if parts:
         drawn.append(line_chart("learning rate", _rate_lines(run, parts), low=0.0))
@@ -130,10 +151,15 @@ def charts(run: Run) -> list[Markup]:
         ("tokens_per_s", "tokens a second", 1),
         ("frames_per_s", "frames a second", 1),
         ("data_wait", "waiting for data, % of a step", 100),
+        ("tflops", "TFLOP/s of a rank", 1),
+        ("mfu", "MFU, %", 100),
+        ("peak_memory", "peak memory of a rank, GiB", 1 / GIB),
         ("grad_norm", "gradient norm before clipping", 1),
+        ("not_finite", "steps not finite so far", 1),
     ):
-        values = [factor * record.get(key, math.nan) for record in run.steps]
-        if any(math.isfinite(value) for value in values):
+        known = [(record["step"], factor * record[key]) for record in run.steps if record.get(key) is not None]
+        if known and (key != "not_finite" or known[-1][1]):
+            x, values = zip(*known, strict=True)
             drawn.append(line_chart(title, [Line("", x, values)], low=0.0))
     return drawn
 
@@ -175,7 +201,7 @@ def _family_chart(evaluation: dict) -> Markup:
 
 def _per_second(steps: list[dict], key: str, seconds: float) -> float:
     """Mean of a rate or share over time: steps weigh as long as they took."""
-    return sum(record.get(key, 0.0) * record["seconds"] for record in steps) / seconds if seconds else 0.0
+    return sum((record.get(key) or 0.0) * record["seconds"] for record in steps) / seconds if seconds else 0.0
 
 
 def _moving_average(values: list[float]) -> list[float]:

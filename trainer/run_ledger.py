@@ -45,6 +45,10 @@ class RunLedger:
         """Dialogues, as (key, reason), that could not be read for a global batch."""
         self._write("unreadable", skipped, epoch, step)
 
+    def not_finite(self, dialogues: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
+        """Dialogues, as (key, reason), for which a global batch was not learned."""
+        self._write("not_finite", dialogues, epoch, step)
+
     def _own(self) -> list[Path]:
         paths = sorted(self.folder.glob("rank*.jsonl"))
         return [path for path in paths if int(path.stem.removeprefix("rank")) % self._world == self._rank]
@@ -58,6 +62,12 @@ class RunLedger:
                     file = stack.enter_context(open(self._path, "a", encoding="utf-8"))
                 row = LedgerRow(entry="", kind="dialogue", reason=reason, message=message, key=key)
                 file.write(_line({**row.columns(), "epoch": epoch, "step": step}))
+
+
+def not_finite_before(run: Path, state: Mapping[str, int]) -> int:
+    """How many global batches before the loader's ``state`` were not finite, on whatever rank."""
+    rows = (row for row in read_run_ledger(run) if row["reason"] == "not_finite")
+    return len({_place(row) for row in rows if _place(row) < _place(state)})
 
 
 def read_run_ledger(run: Path) -> Iterator[dict]:

@@ -105,20 +105,19 @@ def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None =
 
     A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
     """
-    given, tensors, places = manifest.init_from, {}, {}
+    tensors, places = {}, {}
     for part in model.parts() if parts is None else parts:
-        place = getattr(given, part) or (_weights_of(given.run) if given.run else "random")
+        field, place = weights_place(manifest, part)
         if place == "random":
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
                     size = shape(p)
                     tensors[name] = Stored(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
         else:
-            field = f"init_from.{part if getattr(given, part) else 'run'}: "
             try:
-                places[part] = (field, locate(place))
+                places[part] = (f"{field}: ", locate(place))
             except WeightsError as error:
-                raise WeightsError(f"{field}{error}") from error
+                raise WeightsError(f"{field}: {error}") from error
     return tensors | _read_parts(model, places, manifest.model)
 
 
@@ -139,11 +138,26 @@ def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: Model
     return tensors
 
 
+def weights_place(manifest: Manifest, part: str) -> tuple[str, str]:
+    """Field of the manifest that says where a part starts from, and that place, or ``random``.
+
+    Raises:
+        WeightsError: ``init_from.run`` is a run that is not finished.
+    """
+    given = manifest.init_from
+    if own := getattr(given, part):
+        return f"init_from.{part}", own
+    return "init_from.run", _weights_of(given.run) if given.run else "random"
+
+
 def _weights_of(run: str) -> str:
     """Place of the weights of a run, or of a released checkpoint, also one of the hub (``hf:``): that itself."""
     folder = Path(run)
-    released = not (folder / "final").exists() and (folder / "config.json").is_file()
-    return run if released or run.startswith("hf:") else str(folder / "final")
+    if run.startswith("hf:") or (not (folder / "final").exists() and (folder / "config.json").is_file()):
+        return run
+    if (folder / "checkpoints" / "latest").exists() and not (folder / "final").exists():
+        raise WeightsError(f"init_from.run: {run}: has checkpoints and no final weights; finish that stage first")
+    return str(folder / "final")
 
 
 def initialise(model: VideoLLM, manifest: Manifest) -> None:

@@ -144,12 +144,38 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ),
         ("init_from.vision_tower=", "init_from.vision_tower: expected text"),
         ("init_from.vision_tower=''", "init_from: name a run, or vision_tower and language_model"),
+        ("init_from={run: out/}", "init_from.run: out/ is this run's own output; name the stage before it"),
     ],
 )
 def test_bad_value_names_file_and_field(tmp_path, assignment, start):
     path = write(tmp_path, SMALL)
     message = refusal(path, (assignment,))
     assert message.startswith(f"{path}: {start}")
+
+
+def test_parameters_are_offloaded_under_zero_3_alone(tmp_path):
+    path = write(tmp_path, SMALL)
+    assert load_manifest(path, ("train.offload=all",)).train.zero_stage == 3
+    message = refusal(path, ("train.offload=all", "train.zero_stage=2"))
+    assert message.startswith(f"{path}: train.offload: all needs zero_stage 3")
+
+
+def test_a_stage_is_continued_by_name(tmp_path):
+    write(tmp_path, {"output": "runs/first"}, "base.yaml")
+    write(tmp_path, {"extends": "base.yaml", "stage": 1}, "stage1.yaml")
+    goes_on = {**SMALL, "init_from": {"run": "stage1", "connector": "random"}}
+    start = load_manifest(write(tmp_path, goes_on)).init_from
+    assert (start.run, start.connector) == ("runs/first", "random")
+    for place in ("./stage1", "runs/stage1", "stage0", "hf:acme/stage1"):
+        assert load_manifest(tmp_path / "m.yaml", (f"init_from.run={place}",)).init_from.run == place
+    write(tmp_path, {"stage": 1}, "stage1.yaml")
+    message = refusal(tmp_path / "m.yaml")
+    assert (
+        message
+        == f"{tmp_path}/m.yaml: init_from.run: {tmp_path}/stage1.yaml has no output; give it one, or name a folder"
+    )
+    write(tmp_path, {"extends": "m.yaml"}, "stage1.yaml")
+    assert "init_from.run: out is this run's own output" in refusal(tmp_path / "m.yaml")
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"text"}) + ["text"])

@@ -1,27 +1,31 @@
-"""What the loop draws at random: a function of the row alone, so that a resumed run draws the same."""
+"""What the loop hands to the engine: every row with its random numbers, those of its dialogues alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainer import loop
+from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack
+from tests.trainer.model.test_cost import manifest
+from trainer import loop, tally
 from trainer.distributed import Place
-from trainer.leave import Leave
 from trainer.run_ledger import RunLedger
 
 
 class Engine:
-    """Stands for DeepSpeed's: draws once in every row and keeps what it drew."""
+    """Stands for DeepSpeed's: keeps the random numbers of every clip, by dialogue."""
 
-    def __init__(self) -> None:
-        self.drawn: list[float] = []
+    def __init__(self, draws: int) -> None:
+        self.module = SimpleNamespace(vision_tower=SimpleNamespace(draws=draws))
+        self.drawn: dict[tuple[int, str], torch.Tensor | None] = {}
 
     def __call__(self, row) -> torch.Tensor:
-        self.drawn.append(torch.rand(()).item())
+        for number, key in enumerate(row.keys):  # one clip each
+            self.drawn[row.step, key] = None if row.draws is None else row.draws[number]
         return torch.tensor(1.0)
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None: ...
@@ -30,6 +34,9 @@ class Engine:
 
     def step(self) -> None: ...
 
+    def was_step_applied(self) -> bool:
+        return True
+
     def get_global_grad_norm(self) -> float:
         return 1.0
 
@@ -37,39 +44,52 @@ class Engine:
         return 3
 
 
-def draws(steps: range, rank: int, world: int, seed: int = 0, micros: int = 2) -> list[float]:
-    """What rank ``rank`` draws in these global batches of ``micros`` rows on every rank."""
+def drawn(rows: list[list[str]], steps: range = range(2), seed: int = 0, draws: int = 4) -> dict:
+    """The numbers of every global batch and dialogue where its dialogues stand in these ``rows`` of one rank."""
 
-    def row(step: int, micro: int) -> SimpleNamespace:
-        batch = SimpleNamespace(epoch=step // 4, step=step % 4, micro=micro, micros=micros, last=micro == micros - 1)
-        batch.__dict__.update(keys=["a"], skipped=[], tokens=1, frames=1, total_weight=1.0, to=lambda device: batch)
+    def row(step: int, micro: int):
+        batch = pack([dialogue(number, clips=1) for number in range(len(rows[micro]))])
+        batch.keys, batch.step, batch.micro = rows[micro], step, micro
+        batch.micros, batch.last = len(rows), micro == len(rows) - 1
         return batch
 
-    engine, rows = Engine(), iter([row(step, micro) for step in steps for micro in range(micros)])
+    engine = Engine(draws)
+    upcoming = iter([row(step, micro) for step in steps for micro in range(len(rows))])
+    settings = dataclasses.replace(manifest(SIZE, SMALL), seed=seed)
+    leave, heart = SimpleNamespace(check=lambda place: None), SimpleNamespace(doing=lambda what: None)
+    place = Place(0, 1, torch.device("cpu"))
+    run = loop.Run(settings, engine, place, Path(), RunLedger(Path(), 0, 1), leave, heart)
     for _ in steps:
-        place = Place(rank, world, torch.device("cpu"))
-        loop._global_batch(engine, rows, place, RunLedger(Path(), rank, world), Leave(), seed)
+        loop._global_batch(run, upcoming)
     return engine.drawn
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(loop, "total", lambda values, place: values)
-    monkeypatch.setattr(Leave, "__init__", lambda self: None)  # takes no signals over
-    monkeypatch.setattr(Leave, "check", lambda self, place: None)
+    for name in ("total", "largest"):
+        monkeypatch.setattr(tally, name, lambda values, place: values)
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_dialogue_draws_the_same_in_whatever_row_it_stands():
+    together = drawn([["a", "b", "c"]])
+    assert same(drawn([["c"], ["a", "b"]]), together) and same(drawn([["b"], ["c"], ["a"]]), together)
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn():
-    straight = draws(range(6), rank=1, world=2)
+    straight = drawn([["a", "b"]], range(4))
     torch.rand(5)
-    assert draws(range(3, 6), rank=1, world=2) == straight[6:]
+    resumed = drawn([["a", "b"]], range(2, 4))
+    assert all(torch.equal(straight[key], numbers) for key, numbers in resumed.items())
 
 
-def test_a_row_draws_the_same_on_whatever_rank_it_is_computed():
-    (first, second), alone = (draws(range(3), rank, 2) for rank in (0, 1)), draws(range(3), 0, 1, micros=4)
-    assert alone == [value for pair in zip(first, second, strict=True) for value in pair]
+def test_dialogues_global_batches_and_seeds_draw_differently():
+    numbers = [tuple(found.tolist()) for seed in (0, 1) for found in drawn([["a", "b"]], range(4), seed).values()]
+    assert len(set(numbers)) == len(numbers) == 16
 
 
-def test_rows_steps_epochs_and_seeds_draw_differently():
-    drawn = [value for rank in (0, 1) for seed in (0, 1) for value in draws(range(8), rank, 2, seed)]
-    assert len(set(drawn)) == len(drawn) == 64
+def test_towers_that_draw_nothing_are_given_nothing():
+    assert set(drawn([["a", "b"]], draws=0).values()) == {None}

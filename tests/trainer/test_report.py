@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.ledger import REASONS
 from tests.html_page import Page
 from trainer import report
 
@@ -26,11 +27,18 @@ def write_run(folder: Path, steps: int = 40, scores: bool = False) -> Path:
         for step in range(1, steps + 1):
             record = {"step": step, "steps": 40, "loss": 4.0 / step, "lr": {"connector": 1e-3 / step}, "seconds": 0.5}
             record |= {"grad_norm": 1.0, "tokens_per_s": 1234.0, "frames_per_s": 56.0, "data_wait": 0.125}
-            log.write(json.dumps(record | {"dialogues": 16, "skipped": 0}) + "\n")
+            record |= {"dialogues": 16, "skipped": 0, "tflops": 200.0, "mfu": 0.25 if scores else None}
+            record |= {"peak_memory": 3 * 2**29, "not_finite": 0}
+            if scores and step >= 20:
+                record |= {"not_finite": 1} | ({"loss": None, "grad_norm": None} if step == 20 else {})
+            log.write(json.dumps(record) + "\n")
     manifest = {"stage": 2, "name": "<short> video", "frames": {"min": 4, "max": 8, "size": 128, "sampler": "middle"}}
     manifest["train"] = {"zero_stage": 3, "connector": {"train": True}, "language_model": {"train": False}}
     (folder / "manifest.yaml").write_text(json.dumps(manifest | {"init_from": {"run": "runs/stage1"}}))
-    ledger = [{"key": f"d{i}", "reason": reason} for i, reason in enumerate(["unreadable"] * 3 + ["x<y"])]
+    reasons = ["unreadable"] * 3 + ["x<y"]
+    ledger = [
+        {"key": f"d{i}", "reason": reason, "message": f"/media/{i}.mp4: <gone>"} for i, reason in enumerate(reasons)
+    ]
     (folder / "ledger").mkdir()
     for rank in (0, 1):
         lines = "".join(json.dumps(row) + "\n" for row in ledger[rank::2])
@@ -59,6 +67,10 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     for figure in ("93.3", "90.1 to 96.2", "12.1", "8.0 to 16.5", "81.2", "76.0 to 86.4", "224", "1.23k", "12.5 %"):
         assert figure in text, figure
     assert "4 dialogues not learned, or not whole: 3 × unreadable, 1 × x<y" in text
+    assert "every dialogue could be read" not in text and "d1 /media/1.mp4: <gone>; d2" in text
+    assert REASONS["unreadable"] in text
+    assert "1.50 GiB" in text and "25.0 %" in text and text.count("unknown") == 1  # MFU of the first run
+    assert "1 step not learned, because loss or gradient was not finite" in text and "MFU, %" in text
     assert "runs/stage1" in text and "20.0 s" in text and "640" in text
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)

@@ -14,12 +14,13 @@ causal attention as the half that is computed, because it estimates time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from pipeline.manifest import TOKENS_PER_CLIP, Cost, Manifest, Model
+from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Cost, Manifest, Model
 from trainer.loss import CHUNK_LOGITS
 from trainer.model.video_llm import VideoLLM
 
@@ -67,9 +68,7 @@ def part_costs(manifest: Manifest) -> dict[str, PartCost]:
     tower, language = manifest.model.vision_tower, manifest.model.language_model
     before_connector = train.vision_tower.train
     before_language_model = before_connector or train.connector.train
-    # the embedding is looked up, not multiplied; tied, the same matrix is the head and is multiplied once
-    embedding = 0 if language.tie_word_embeddings else language.vocab_size * language.hidden_size
-    matmul = counts["language_model"] - embedding
+    matmul = _matmul_weights(manifest)
     in_tower = counts["vision_tower"] - _learned_positions(manifest)
     return {
         "vision_tower": _part(in_tower, tower.depth - 1, tower.width, train.vision_tower.train, False),
@@ -78,6 +77,14 @@ def part_costs(manifest: Manifest) -> dict[str, PartCost]:
             matmul, language.num_hidden_layers, language.hidden_size, train.language_model.train, before_language_model
         ),
     }
+
+
+def _matmul_weights(manifest: Manifest) -> int:
+    """Weights of the language model in matrix products, the head's included."""
+    language = manifest.model.language_model
+    # the embedding is looked up, not multiplied; tied, the same matrix is the head and is multiplied once
+    embedding = 0 if language.tie_word_embeddings else language.vocab_size * language.hidden_size
+    return parameters(manifest)["language_model"] - embedding
 
 
 def _part(weights: int, layers: int, width: int, trained: bool, inputs_need_gradient: bool) -> PartCost:
@@ -104,6 +111,32 @@ def flops_by_part(manifest: Manifest, frames: int, text_tokens: int) -> dict[str
 def flops(manifest: Manifest, frames: int, text_tokens: int) -> float:
     """Training FLOPs of one sample with a video of ``frames`` frames and ``text_tokens`` tokens of text."""
     return sum(flops_by_part(manifest, frames, text_tokens).values())
+
+
+def row_flops(manifest: Manifest, clips: int, stills: int, lengths: Sequence[int], learned: int) -> float:
+    """Training FLOPs that a row needs, by the formula above: what MFU counts.
+
+    Every segment attends to itself alone, causal attention is the half that is needed, and only learned places go
+    through the head. Dummies and recomputation are not counted.
+
+    Args:
+        clips, stills: through the vision tower; tiles of a still count one by one.
+        lengths: tokens of each dialogue, visual ones included.
+        learned: labelled places.
+    """
+    costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
+    of_still = patches // manifest.frames.clip_frames + spanned - patches
+    tower, language = costs["vision_tower"], costs["language_model"]
+    cfg = manifest.model.language_model
+    head = language.token / _matmul_weights(manifest) * cfg.vocab_size * cfg.hidden_size
+    return (
+        tower.token * (clips * spanned + stills * of_still)
+        + tower.pair * (clips * spanned**2 + stills * of_still**2)
+        + costs["connector"].token * (clips * TOKENS_PER_CLIP + stills * TOKENS_PER_TILE)
+        + (language.token - head) * sum(lengths)
+        + language.pair / 2 * sum(length**2 for length in lengths)
+        + head * learned
+    )
 
 
 def cost_coefficients(manifest: Manifest) -> Cost:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.batch import IGNORE
 from pipeline.manifest import (
     Batching,
     Data,
@@ -75,6 +76,24 @@ def test_coefficients_equal_the_products_that_a_step_runs(frozen, cfg):
     # the head skips the last place and is recomputed once; merging adds products that the formula leaves out;
     # the first layer of a trained part needs no gradient of its inputs
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.parametrize("cfg", [SMALL, INTERNVIDEO2], ids=["umt", "internvideo2"])
+def test_flops_of_a_row_are_the_products_that_it_runs(cfg):
+    """torch's counter on a packed row of all kinds; it counts causal attention whole, and the head's recomputation."""
+    model, settings = small_model(cfg=cfg), manifest(SIZE, cfg)
+    batch = pack([dialogue(0, clips=3, text=40), dialogue(1, stills=2, text=60), dialogue(2, text=90)])
+    lengths, learned = batch.cu_seqlens.diff().tolist(), int((batch.labels != IGNORE).sum())
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(batch).backward()
+    language = cfg.language_model
+    masked = cost.part_costs(settings)["language_model"].pair / 2 * sum(length**2 for length in lengths)
+    recomputed = 2 * learned * language.vocab_size * language.hidden_size
+    expected = cost.row_flops(settings, clips=3, stills=2, lengths=lengths, learned=learned)
+    pixels = (3 * 4 + 2) * SIZE**2 * 3
+    of_pixels = 2 * pixels * cfg.vision_tower.width  # gradient of the pixels, which the formula counts and nobody needs
+    # what is left is merging, whose products the formula leaves out
+    assert counter.get_total_flops() - masked - recomputed + of_pixels == pytest.approx(expected, rel=0.015)
 
 
 @pytest.mark.parametrize("tower", [VisionTower(), INTERNVIDEO2_1B], ids=["umt", "internvideo2"])

@@ -1,0 +1,256 @@
+"""Three measurements of training: packed beside padded rows, waiting for data, and the memory of the loss.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.train
+
+*Packed*: dialogues with the lengths of a stage-3 epoch (``benchmarks/lengths.py``), as this project runs them and as
+batches padded to their longest dialogue. Only the language model differs: padding stands on the right, so that causal
+attention needs no mask, and no frame is padded. Both ways give the same losses, or nothing is timed.
+
+*Waiting*: the trainer's own command on two ranks with two loader workers each, the demo's model, 64 frames a video.
+
+*Loss*: peak memory of the head's forward and backward pass in chunks and with all logits at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.lengths import PATCHES, stage3
+from benchmarks.loader_media import write_media
+from pipeline.batch import IGNORE, IMAGE, Batch
+from pipeline.manifest import LanguageModel, Manifest, Model, VisionTower, load_manifest, plain
+from pipeline.packing import pack
+from trainer.loop import with_cost
+from trainer.loss import LossHead
+from trainer.model.cost import flops_by_part
+from trainer.model.video_llm import VideoLLM
+from trainer.peak import process_peak
+from trainer.weights import random_tensor
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"
+SIZE = 128  #: pixels of a frame
+LEARNED = 16  #: places of a dialogue that are learned, at its end
+#: tower and language model divide the FLOPs of a sample about as UMT-L and Qwen2-7B do
+SMALL = Model(
+    vision_tower=VisionTower(width=128, depth=3, heads=4, table_side=8),
+    language_model=LanguageModel(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=4096,
+    ),
+)
+VOCABULARY = 152_064  #: of the measurement of the loss
+GIB = 2**30
+
+
+# Packed and padded ----------------------------------------------------------------------------------------------------
+
+
+def row(lengths: np.ndarray, patches: np.ndarray, seed: int) -> Batch:
+    """Dialogues of these lengths as one row: random text, noise for frames, the last places learned."""
+    draw = torch.Generator().manual_seed(seed)
+    frames = (patches // PATCHES).tolist()
+    clips = [count // 4 for count in frames]  # tiles of stills too: four of them are as many patches as a clip
+    visual = [64 * count for count in clips]
+    ids, labels = [], []
+    for length, here in zip(lengths.tolist(), visual, strict=True):
+        text = torch.randint(0, SMALL.language_model.vocab_size, (max(length - here, LEARNED + 2),), generator=draw)
+        ids.append(torch.cat([text[:1], torch.full((here,), IMAGE), text[1:]]))
+        labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE), text[-LEARNED:]]))
+    ends = np.cumsum([0, *map(len, ids)])
+    return Batch(
+        epoch=0,
+        step=0,
+        micro=0,
+        micros=1,
+        last=True,
+        keys=[str(number) for number in range(len(ids))],
+        input_ids=torch.cat(ids),
+        labels=torch.cat(labels),
+        position_ids=torch.cat([torch.arange(len(one)) for one in ids]),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
+        total_weight=float(len(ids)),
+        clips=torch.randint(0, 256, (sum(clips), 4, SIZE, SIZE, 3), generator=draw, dtype=torch.uint8),
+        stills=torch.zeros(0, SIZE, SIZE, 3, dtype=torch.uint8),
+        visual_index=torch.arange(sum(visual)),
+        groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
+    )
+
+
+def padded(model: VideoLLM, batch: Batch) -> torch.Tensor:
+    """Loss of the row's dialogues as a batch padded to the longest of them."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    inputs = pad_sequence(model.embed(batch).split(lengths), batch_first=True)  # (D, longest, H)
+    hidden = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    kept = torch.cat([states[:length] for states, length in zip(hidden, lengths, strict=True)])
+    return model.language_model.lm_head(kept, batch.labels, batch.token_weight)
+
+
+def build_small() -> VideoLLM:
+    """The model of this measurement, with random weights."""
+    model = VideoLLM(SMALL, SIZE, 4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_tensor(name, tuple(parameter.shape), 0))
+    return model
+
+
+def rows_of(count: int, share: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """Which of ``count`` dialogues stand together: packed by length and cost, or ``share`` after the other."""
+    drawn = stage3(count, seed)
+    cost = _small_manifest().batching.cost
+    flops = cost.patch * (drawn.patches / PATCHES * (SIZE // 16) ** 2) + cost.token * drawn.tokens
+    packed = pack(drawn.tokens, flops + cost.pair * drawn.tokens**2.0, 32_768, count // share)
+    return {"packed": packed, "padded": [np.arange(first, first + share) for first in range(0, count, share)]}
+
+
+def _small_manifest() -> Manifest:
+    demo = load_manifest(DEMO)
+    return with_cost(dataclasses.replace(demo, model=SMALL, frames=dataclasses.replace(demo.frames, size=SIZE)))
+
+
+def compare_packing(count: int, share: int, rounds: int) -> None:
+    """Print tokens a second of both ways."""
+    drawn, together = stage3(count, 0), rows_of(count, share, 0)
+    model, tokens = build_small(), 0
+    ways: dict[str, Callable[[Batch], torch.Tensor]] = {"packed": model, "padded": lambda batch: padded(model, batch)}
+    parts = flops_by_part(_small_manifest(), frames=512, text_tokens=256)
+    sample = row(drawn.tokens[:2] // 8, drawn.patches[:2] // 8, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample), padded(model, sample), rtol=1e-4, atol=1e-4)
+    print(
+        f"{count} dialogues, {drawn.tokens.sum():,} tokens, {len(together['packed'])} packed rows, batches of {share}"
+    )
+    print(f"the vision tower is {parts['vision_tower'] / sum(parts.values()):.0%} of the FLOPs of 512 frames")
+    seconds: dict[str, list[float]] = {"packed": [], "padded": []}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            took = tokens = places = 0
+            for members in filter(len, together[name]):
+                batch = row(drawn.tokens[members], drawn.patches[members], int(members.sum()))
+                start = time.perf_counter()
+                way(batch).backward()
+                took += time.perf_counter() - start
+                tokens += batch.tokens
+                longest = int(batch.cu_seqlens.diff().max())
+                places += batch.tokens if name == "packed" else longest * len(members)
+                model.zero_grad()
+            seconds[name].append(took)
+            print(f"  {name:<8}{tokens / took:>10,.0f} tokens/s, {tokens / places:.0%} of the places are tokens")
+    ratios = [slow / fast for fast, slow in zip(seconds["packed"], seconds["padded"], strict=True)]
+    print(f"packed / padded tokens/s: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+# Waiting for data -----------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
+    """A root of ``videos`` videos of real footage, and a manifest for the demo's model on ``frames`` of each."""
+    media = write_media(folder, videos, max(frames, 64), SIZE)
+    demo, own = plain(load_manifest(DEMO)), plain(media.manifest(frames, threads=1))
+    demo["model"]["language_model"]["vocab_size"] = 1024  # the tokenizer of the tests has more ids than the demo's
+    value = {
+        **{name: own[name] for name in ("output", "shards", "data", "frames", "init_from")},
+        **{name: demo[name] for name in ("stage", "batching", "model")},
+        "text": {"tokenizer": own["text"]["tokenizer"], "max_tokens": 16384},
+        "loader": {"threads": 1, "workers": 2},
+        "train": demo["train"] | {"max_steps": steps, "epochs": 100, "save_every": steps},
+    }
+    path = folder / "manifest.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def measure_waiting(steps: int, ranks: int = 2) -> None:
+    """Print the share of the steps that the trainer's command spends waiting for data."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_manifest(Path(folder), videos=6, frames=64, steps=steps)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*launch, "-m", "trainer", "--manifest", str(manifest)], cwd=ROOT, env=environment, capture_output=True
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr.decode()[-2000:])
+        log = (Path(folder) / "run" / "log.jsonl").read_text(encoding="utf-8")
+    first, *rest = [json.loads(line) for line in log.splitlines()]
+    seconds = sum(record["seconds"] for record in rest)
+    waited = sum(record["data_wait"] * record["seconds"] for record in rest)
+    frames = sum(record["frames_per_s"] * record["seconds"] for record in rest) / seconds
+    print(f"{ranks} ranks, 2 loader workers each: waiting for data {waited / seconds:.2%} of {len(rest)} steps")
+    print(f"  {frames:,.0f} frames/s; the first step, with the start of the workers: {first['data_wait']:.1%}")
+
+
+# The loss's memory ----------------------------------------------------------------------------------------------------
+
+
+def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -> tuple[float, int]:
+    """Loss of random states (float32) and bytes that forward and backward need at most; in a process of its own."""
+    torch.manual_seed(0)
+    head = LossHead(nn.Linear(width, vocabulary, bias=False))
+    hidden = torch.randn(places + 1, width, requires_grad=True)
+    labels, weight = torch.randint(0, vocabulary, (places + 1,)), torch.rand(places + 1)
+    head.weight.grad = torch.zeros_like(head.weight)  # it is kept anyway
+    before = process_peak()
+    if chunked:
+        loss = head(hidden, labels, weight)
+    else:
+        loss = (F.cross_entropy(head(hidden[:-1]), labels[1:], reduction="none") * weight[1:]).sum()
+    loss.backward()
+    return loss.item(), process_peak() - before
+
+
+def compare_loss(places: int, vocabulary: int) -> None:
+    """Print the memory of both ways."""
+    apart = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=apart, max_tasks_per_child=1) as pool:
+        chunked = pool.submit(loss_memory, places, True, vocabulary).result()
+        full = pool.submit(loss_memory, places, False, vocabulary).result()
+    if abs(chunked[0] - full[0]) > 1e-5 * abs(full[0]):
+        raise SystemExit(f"losses differ: {chunked[0]} in chunks, {full[0]} at once")
+    print(f"loss of {places:,} places and {vocabulary:,} words, float32, forward and backward:")
+    print(f"  in chunks {chunked[1] / GIB:.2f} GiB, all logits at once {full[1] / GIB:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dialogues", type=int, default=32, help="packed and padded")
+    parser.add_argument("--share", type=int, default=4, help="dialogues of a padded batch, of a packed row on average")
+    parser.add_argument("--rounds", type=int, default=2, help="of packed and padded, in turn")
+    parser.add_argument("--steps", type=int, default=8, help="of the trainer's command")
+    parser.add_argument("--places", type=int, default=2048, help="learned places of the loss")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the loss")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} before")
+    compare_packing(options.dialogues, options.share, options.rounds)
+    measure_waiting(options.steps)
+    compare_loss(options.places, options.vocabulary)
+    print(f"load average {os.getloadavg()[0]:.1f} after")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Started by torchrun: global batches of which one is not finite, and the same without it. Argument: a folder.
+
+``FOLDER/result-STAGE-OFFLOAD.json``: for each fault, whether the weights of both ways are equal bit by bit, and what
+the first way's records and ledger say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.manifest import InitFrom
+from tests.trainer.model.rows import SIZE, SMALL, dialogue, pack
+from tests.trainer.model.test_cost import TRAINED, manifest
+from trainer.distributed import barrier, start, stop
+from trainer.engine import build_engine
+from trainer.loop import _global_batch
+from trainer.run_ledger import RunLedger, read_run_ledger
+from trainer.weights import gathered
+
+RATE = 1e-2
+
+
+def main(folder: Path) -> None:
+    place = start(timeout_minutes=2)
+    for stage, offload in ((1, "none"), (2, "none"), (3, "none"), (3, "optimizer")):
+        result = {}
+        for fault in ("loss", "gradient"):
+            run = folder / f"{stage}-{offload}-{fault}"
+            with_it, records = train(stage, offload, fault, range(4), run, place)
+            barrier()
+            noted = [[row["key"], row["epoch"], row["step"], row["message"]] for row in read_run_ledger(run)]
+            without, _ = train(stage, offload, fault, (0, 2, 3), folder / "unused", place)
+            equal = all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+            result[fault] = {"equal": equal, "records": records, "noted": noted}
+        if place.first:
+            (folder / f"result-{stage}-{offload}.json").write_text(json.dumps(result))
+    stop()
+
+
+def train(stage: int, offload: str, fault: str, steps, run: Path, place) -> tuple[list[torch.Tensor], list[dict]]:
+    """Weights after these global batches, of which number 1 has ``fault`` on rank 1, and the records."""
+    settings = manifest(SIZE, SMALL)
+    options = dataclasses.replace(
+        settings.train, zero_stage=stage, offload=offload, dtype="fp32", persistence_threshold=0, vision_tower=TRAINED
+    )
+    first = InitFrom(vision_tower="random", connector="random", language_model="random")
+    settings = dataclasses.replace(settings, train=options, init_from=first)
+    engine, model = build_engine(settings, place)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = RATE
+    records, embed = [], model.embed
+    for step in steps:
+        faulty = step == 1 and place.rank == 1
+        model.embed = (lambda batch: hurt(embed(batch))) if faulty and fault == "gradient" else embed
+        rows = iter([row(step, micro, place.rank, faulty and fault == "loss") for micro in range(2)])
+        records.append(_global_batch(engine, rows, place, RunLedger(run, place.rank), settings))
+    weights = []
+    for parameter in model.parameters():
+        with gathered(parameter):
+            weights.append(parameter.detach().clone())
+    engine.destroy()
+    return weights, records
+
+
+def row(step: int, micro: int, rank: int, faulty: bool):
+    seed = 100 * step + 10 * micro + rank
+    batch = pack([dialogue(seed, clips=1)])
+    if faulty and micro == 1:
+        batch.token_weight *= float("inf")  # and 0 x inf is NaN
+    place = {"step": step, "micro": micro, "micros": 2, "last": micro == 1}
+    return dataclasses.replace(batch, **place, total_weight=4.0, keys=[f"d{seed}"])
+
+
+def hurt(embeddings: torch.Tensor) -> torch.Tensor:
+    """The same values, whose gradient overflows."""
+    embeddings.register_hook(lambda gradient: gradient * float("inf"))
+    return embeddings
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
