@@ -49,6 +49,7 @@ from trainer.weights import random_tensor
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"
 SIZE = 128  #: pixels of a frame
+WORDS = 512  #: ids of the text
 LEARNED = 16  #: places of a dialogue that are learned, at its end
 #: tower and language model divide the FLOPs of a sample about as UMT-L and Qwen2-7B do
 SMALL = Model(
@@ -69,15 +70,18 @@ GIB = 2**30
 # Packed and padded ----------------------------------------------------------------------------------------------------
 
 
-def row(lengths: np.ndarray, patches: np.ndarray, seed: int) -> Batch:
-    """Dialogues of these lengths as one row: random text, noise for frames, the last places learned."""
+def row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -> Batch:
+    """Dialogues of these lengths as one row: random text, noise for frames of ``size``, the last places learned.
+
+    ``patches`` are counted at 224 pixels, as in ``benchmarks/lengths.py``.
+    """
     draw = torch.Generator().manual_seed(seed)
     frames = (patches // PATCHES).tolist()
     clips = [count // 4 for count in frames]  # tiles of stills too: four of them are as many patches as a clip
     visual = [64 * count for count in clips]
     ids, labels = [], []
     for length, here in zip(lengths.tolist(), visual, strict=True):
-        text = torch.randint(0, SMALL.language_model.vocab_size, (max(length - here, LEARNED + 2),), generator=draw)
+        text = torch.randint(0, WORDS, (max(length - here, LEARNED + 2),), generator=draw)
         ids.append(torch.cat([text[:1], torch.full((here,), IMAGE), text[1:]]))
         labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE), text[-LEARNED:]]))
     ends = np.cumsum([0, *map(len, ids)])
@@ -94,8 +98,8 @@ def row(lengths: np.ndarray, patches: np.ndarray, seed: int) -> Batch:
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
         total_weight=float(len(ids)),
-        clips=torch.randint(0, 256, (sum(clips), 4, SIZE, SIZE, 3), generator=draw, dtype=torch.uint8),
-        stills=torch.zeros(0, SIZE, SIZE, 3, dtype=torch.uint8),
+        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=draw, dtype=torch.uint8),
+        stills=torch.zeros(0, size, size, 3, dtype=torch.uint8),
         visual_index=torch.arange(sum(visual)),
         groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
     )

@@ -10,7 +10,7 @@ from tests.pipeline.adapters.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks import index, loader, loader_apart, loader_readers, model, remote  # noqa: E402
+from benchmarks import index, loader, loader_apart, loader_readers, model, remote, train  # noqa: E402
 from benchmarks.loader_media import Media, write_media  # noqa: E402
 from benchmarks.slow_server import SlowServer  # noqa: E402
 from pipeline.manifest import VisionTower  # noqa: E402
@@ -123,3 +123,20 @@ def test_shares_are_of_the_same_round():
     assert base == "| limit | 200 frames/s |"
     assert half == "| half | 0.50 (0.50 to 0.50) |"
     assert slow == "| slow | 0.010 (0.010 to 0.020) |"
+
+
+def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
+    together = train.rows_of(16, 4, seed=0)
+    assert [sorted(np.concatenate(rows).tolist()) for rows in together.values()] == [list(range(16))] * 2
+    lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * train.PATCHES
+    batch, small = train.row(lengths, patches, seed=0), train.build_small()
+    assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
+    with torch.no_grad():
+        packed, padded = small(batch), train.padded(small, batch)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    assert packed > 1  # something is learned
+
+
+def test_the_loss_in_chunks_is_that_of_all_logits():
+    chunked, full = (train.loss_memory(50, way, vocabulary=3000) for way in (True, False))
+    assert chunked[0] == pytest.approx(full[0], rel=1e-6)
