@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +73,11 @@ def main() -> None:
     apart = multiprocessing.get_context("spawn")
     print("| demo stage | frames | recomputing | measured, MiB | estimated | of it kept | working |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    with ProcessPoolExecutor(1, mp_context=apart, max_tasks_per_child=1) as pool:
+    with apart.Pool(1, maxtasksperchild=1) as pool:
         for stage in options.stages:
             for checkpointing in (False, True):
                 for frames in options.frames:
-                    measured = pool.submit(measure, stage, frames, checkpointing).result()
+                    measured = pool.apply(measure, (stage, frames, checkpointing))
                     parts = estimate(demo(stage, checkpointing), frames, 1)
                     sizes = [measured, sum(parts.values()), parts["kept"], parts["working"]]
                     shown = " | ".join(f"{size / MIB:,.0f}" for size in sizes)

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +139,7 @@ def _small_manifest() -> Manifest:
 def compare_packing(count: int, share: int, rounds: int) -> None:
     """Print tokens a second of both ways."""
     drawn, together = stage3(count, 0), rows_of(count, share, 0)
-    model, tokens = build_small(), 0
+    model = build_small()
     ways: dict[str, Callable[[Batch], torch.Tensor]] = {"packed": model, "padded": lambda batch: padded(model, batch)}
     parts = flops_by_part(_small_manifest(), frames=512, text_tokens=256)
     sample = row(drawn.tokens[:2] // 8, drawn.patches[:2] // 8, 0)
@@ -182,7 +181,7 @@ def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
         **{name: demo[name] for name in ("stage", "batching", "model")},
         "text": {"tokenizer": own["text"]["tokenizer"], "max_tokens": 16384},
         "loader": {"threads": 1, "workers": 2},
-        "train": demo["train"] | {"max_steps": steps, "epochs": 100, "save_every": steps},
+        "train": demo["train"] | {"max_steps": steps, "epochs": steps, "save_every": steps},
     }
     path = folder / "manifest.yaml"
     path.write_text(yaml.safe_dump(value))
@@ -231,9 +230,8 @@ def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -
 def compare_loss(places: int, vocabulary: int) -> None:
     """Print the memory of both ways."""
     apart = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=apart, max_tasks_per_child=1) as pool:
-        chunked = pool.submit(loss_memory, places, True, vocabulary).result()
-        full = pool.submit(loss_memory, places, False, vocabulary).result()
+    with apart.Pool(1, maxtasksperchild=1) as pool:
+        chunked, full = (pool.apply(loss_memory, (places, way, vocabulary)) for way in (True, False))
     if abs(chunked[0] - full[0]) > 1e-5 * abs(full[0]):
         raise SystemExit(f"losses differ: {chunked[0]} in chunks, {full[0]} at once")
     print(f"loss of {places:,} places and {vocabulary:,} words, float32, forward and backward:")

@@ -133,7 +133,7 @@ def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
     assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
     with torch.no_grad():
         packed, padded = small(batch), train.padded(small, batch)
-    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
     assert packed > 1  # something is learned
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ INF = float("inf")
 def tallied(monkeypatch, losses: list[float], ranks: int = 1) -> Tally:
     """Two rows of this rank, that come after 2 and 1 s and take 3 s each; all ranks have the same."""
     now = iter([0.0, 2.0, 5.0, 6.0, 10.0])
-    monkeypatch.setattr(tally.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(tally, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     monkeypatch.setattr(tally, "total", lambda values, place: [ranks * value for value in values])
     monkeypatch.setattr(tally, "largest", lambda values, place: values)
     monkeypatch.setattr(tally, "peak_memory", lambda device: 12345)
