@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +48,7 @@ from trainer.weights import random_tensor
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"
 SIZE = 128  #: pixels of a frame
+WORDS = 512  #: ids of the text
 LEARNED = 16  #: places of a dialogue that are learned, at its end
 #: tower and language model divide the FLOPs of a sample about as UMT-L and Qwen2-7B do
 SMALL = Model(
@@ -69,15 +69,18 @@ GIB = 2**30
 # Packed and padded ----------------------------------------------------------------------------------------------------
 
 
-def row(lengths: np.ndarray, patches: np.ndarray, seed: int) -> Batch:
-    """Dialogues of these lengths as one row: random text, noise for frames, the last places learned."""
+def row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -> Batch:
+    """Dialogues of these lengths as one row: random text, noise for frames of ``size``, the last places learned.
+
+    ``patches`` are counted at 224 pixels, as in ``benchmarks/lengths.py``.
+    """
     draw = torch.Generator().manual_seed(seed)
     frames = (patches // PATCHES).tolist()
     clips = [count // 4 for count in frames]  # tiles of stills too: four of them are as many patches as a clip
     visual = [64 * count for count in clips]
     ids, labels = [], []
     for length, here in zip(lengths.tolist(), visual, strict=True):
-        text = torch.randint(0, SMALL.language_model.vocab_size, (max(length - here, LEARNED + 2),), generator=draw)
+        text = torch.randint(0, WORDS, (max(length - here, LEARNED + 2),), generator=draw)
         ids.append(torch.cat([text[:1], torch.full((here,), IMAGE), text[1:]]))
         labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE), text[-LEARNED:]]))
     ends = np.cumsum([0, *map(len, ids)])
@@ -94,8 +97,8 @@ def row(lengths: np.ndarray, patches: np.ndarray, seed: int) -> Batch:
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
         total_weight=float(len(ids)),
-        clips=torch.randint(0, 256, (sum(clips), 4, SIZE, SIZE, 3), generator=draw, dtype=torch.uint8),
-        stills=torch.zeros(0, SIZE, SIZE, 3, dtype=torch.uint8),
+        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=draw, dtype=torch.uint8),
+        stills=torch.zeros(0, size, size, 3, dtype=torch.uint8),
         visual_index=torch.arange(sum(visual)),
         groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
     )
@@ -136,7 +139,7 @@ def _small_manifest() -> Manifest:
 def compare_packing(count: int, share: int, rounds: int) -> None:
     """Print tokens a second of both ways."""
     drawn, together = stage3(count, 0), rows_of(count, share, 0)
-    model, tokens = build_small(), 0
+    model = build_small()
     ways: dict[str, Callable[[Batch], torch.Tensor]] = {"packed": model, "padded": lambda batch: padded(model, batch)}
     parts = flops_by_part(_small_manifest(), frames=512, text_tokens=256)
     sample = row(drawn.tokens[:2] // 8, drawn.patches[:2] // 8, 0)
@@ -178,7 +181,7 @@ def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
         **{name: demo[name] for name in ("stage", "batching", "model")},
         "text": {"tokenizer": own["text"]["tokenizer"], "max_tokens": 16384},
         "loader": {"threads": 1, "workers": 2},
-        "train": demo["train"] | {"max_steps": steps, "epochs": 100, "save_every": steps},
+        "train": demo["train"] | {"max_steps": steps, "epochs": steps, "save_every": steps},
     }
     path = folder / "manifest.yaml"
     path.write_text(yaml.safe_dump(value))
@@ -227,9 +230,8 @@ def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -
 def compare_loss(places: int, vocabulary: int) -> None:
     """Print the memory of both ways."""
     apart = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=apart, max_tasks_per_child=1) as pool:
-        chunked = pool.submit(loss_memory, places, True, vocabulary).result()
-        full = pool.submit(loss_memory, places, False, vocabulary).result()
+    with apart.Pool(1, maxtasksperchild=1) as pool:
+        chunked, full = (pool.apply(loss_memory, (places, way, vocabulary)) for way in (True, False))
     if abs(chunked[0] - full[0]) > 1e-5 * abs(full[0]):
         raise SystemExit(f"losses differ: {chunked[0]} in chunks, {full[0]} at once")
     print(f"loss of {places:,} places and {vocabulary:,} words, float32, forward and backward:")

@@ -12,7 +12,7 @@ from tests.pipeline.adapters.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks import gpu_step, index, loader, loader_apart, loader_readers, model, remote  # noqa: E402
+from benchmarks import gpu_step, index, loader, loader_apart, loader_readers, model, remote, train  # noqa: E402
 from benchmarks.loader_media import Media, write_media  # noqa: E402
 from benchmarks.slow_server import SlowServer  # noqa: E402
 from pipeline.manifest import VisionTower, load_manifest  # noqa: E402
@@ -144,3 +144,20 @@ def test_models_that_do_not_fit_have_fewer_layers():
         whole = dataclasses.replace(whole, model=dataclasses.replace(whole.model, language_model=language))
         fitted = gpu_step.fewer_layers(whole, 140 * gpu_step.GIB)
         assert fitted.model.language_model.num_hidden_layers == layers
+
+
+def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
+    together = train.rows_of(16, 4, seed=0)
+    assert [sorted(np.concatenate(rows).tolist()) for rows in together.values()] == [list(range(16))] * 2
+    lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * train.PATCHES
+    batch, small = train.row(lengths, patches, seed=0), train.build_small()
+    assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
+    with torch.no_grad():
+        packed, padded = small(batch), train.padded(small, batch)
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+    assert packed > 1  # something is learned
+
+
+def test_the_loss_in_chunks_is_that_of_all_logits():
+    chunked, full = (train.loss_memory(50, way, vocabulary=3000) for way in (True, False))
+    assert chunked[0] == pytest.approx(full[0], rel=1e-6)

@@ -43,7 +43,7 @@ class Meter:
             if name == "lr":
                 for part, rate in value.items():
                     self.board.add_scalar(f"lr/{part}", rate, step)
-            elif isinstance(value, (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
+            elif isinstance(_finite(value), (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
                 self.board.add_scalar(name, value, step)
         text = progress(record)
         if self.bar.disable:  # a file or a pipe: one line for each step instead of a bar
