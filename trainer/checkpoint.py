@@ -6,7 +6,7 @@
 A checkpoint is written under a temporary name, synced and renamed; ``latest`` is replaced after that. So a run killed
 at any moment finds either the new checkpoint or the one before. Frozen parameters are left out: they come from
 ``init_from`` again. Random numbers need no state: all are drawn from the seed and the place in the epoch
-(:func:`trainer.loop.row_seed`), on any number of ranks. :mod:`trainer.resume` reads checkpoints.
+(:mod:`trainer.draws`), on any number of ranks. :mod:`trainer.resume` reads checkpoints.
 """
 
 from __future__ import annotations

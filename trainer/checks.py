@@ -1,7 +1,7 @@
 """What can go wrong is found before the first parameter is allocated: all faults at once, one line each.
 
 ``check`` compares what every rank sees (manifest, versions, run folder), and sets what the run needs (GPUs, memory,
-weights) against what is there. The shards and the tokenizer are checked where the loader opens them.
+disk, weights) against what is there. The shards and the tokenizer are checked where the loader opens them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from pipeline.manifest import TOKENS_PER_CLIP, LanguageModel, Manifest, ManifestError, Model, plain
 from pipeline.schema import build
-from trainer import release
+from trainer import disk, release
 from trainer.checkpoint import settings
 from trainer.distributed import Place
 from trainer.hub import locate
@@ -51,6 +51,7 @@ def check(manifest: Manifest, place: Place, run: Path) -> None:
     faults = [*_differing(there, _of_this_rank(manifest)), *_device(manifest, place)]
     if place.first:
         faults += weights_faults(manifest)
+        faults += filter(None, [disk.shortage(manifest)])
         faults += (unwritten := list(_mark(marker)))
     if _from_first(not unwritten if place.first else None) and not _seen(marker):
         shared = "put it on a file system that all machines share"

@@ -96,7 +96,7 @@ def offloading(what: str) -> Manifest:
 @pytest.mark.parametrize(
     ("world", "neighbours", "offload", "device", "host", "told"),
     [  # 7.92 billion weights in bf16, their gradients, and 12 bytes each of the optimiser: 118 GiB
-        (1, 1, "none", 80, 999, "need 118.0 GiB a rank, the GPU has 80.0 GiB"),
+        (1, 1, "none", 80, 999, "need 118.1 GiB a rank, the GPU has 80.0 GiB"),
         (1, 1, "none", 140, 999, None),
         (8, 8, "none", 80, 999, None),
         (1, 1, "optimizer", 80, 64, "train.offload puts 88.5 GiB into this machine's memory, which is 64.0 GiB"),
