@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.build import loop
 from benchmarks.loader_apart import OURS, bytes_read, media_rate, quiet
-from benchmarks.loader_media import Media, write_media
+from benchmarks.loader_media import EPOCH_FRAMES, Media, write_media
 from benchmarks.loader_readers import PEERS, Reader, by_offset, limit, peer, pixels, reference, rows
 from benchmarks.slow_server import SlowServer
 from tests.pipeline.footage import FOOTAGE
@@ -50,7 +50,7 @@ def speeds(readers: dict[str, Reader], counts: Sequence[int], rounds: int) -> Ra
     """Frames a second of readers that take turns; a round before the others is not counted."""
     found: Rates = {name: {count: [] for count in counts} for name in readers}
     turns = [(number, count, name) for number in range(rounds + 1) for count in counts for name in readers]
-    for number, count, name in tqdm(turns, desc="readers", leave=False):
+    for number, count, name in tqdm(turns, desc="readers", leave=False, disable=None):
         rate = frame_rate(readers[name], count)
         if number:
             found[name][count].append(rate)
@@ -106,7 +106,10 @@ def warm(media: Media, source: Path, rounds: int) -> None:
 
 def threads(media: Media, rounds: int) -> Iterator[str]:
     """A table of how many times the speed of one decoding thread two have, on two cores."""
-    pairs = {"frames alone": [pixels(media, threads=n) for n in (1, 2)], "rows": [rows(media, n) for n in (1, 2)]}
+    pairs = {
+        "frames alone": [pixels(media, n, least=EPOCH_FRAMES) for n in (1, 2)],
+        "rows": [rows(media, n) for n in (1, 2)],
+    }
     readers = {f"{name} {n}": reader for name, pair in pairs.items() for n, reader in enumerate(pair, 1)}
     rates = speeds(readers, COUNTS[2:], rounds)
     yield "| two threads / one | " + " | ".join(map(str, COUNTS[2:])) + " |"
