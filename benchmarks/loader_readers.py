@@ -71,8 +71,10 @@ def limit(media: Media) -> Reader:
     return frames
 
 
-def pixels(media: Media, threads: int = 0, address: str | None = None) -> Reader:
+def pixels(media: Media, threads: int = 0, address: str | None = None, least: int = 0) -> Reader:
     """This project's frames alone, by byte offset; ``threads`` read media side by side, 0 in the caller's thread.
+
+    A pass of threads goes over the media again until it has ``least`` frames: they start with it and end with it.
 
     ``address`` is of the media's folder, where that is read from a server; nothing is cached but the index.
     """
@@ -82,9 +84,9 @@ def pixels(media: Media, threads: int = 0, address: str | None = None) -> Reader
     ahead = 2 * threads
     arrays = [_Arrays(media.size) for _ in range(ahead + 1)]
 
-    def one(row: int, places: list[int]) -> np.ndarray:
-        out = arrays[row % len(arrays)].of(len(places))
-        read(row, places, out)
+    def one(turn: int, places: list[int]) -> np.ndarray:
+        out = arrays[turn % len(arrays)].of(len(places))
+        read(turn % media.count, places, out)
         return out
 
     def frames(count: int) -> Iterator[np.ndarray]:
@@ -92,12 +94,13 @@ def pixels(media: Media, threads: int = 0, address: str | None = None) -> Reader
         if not threads:
             yield from (one(row, places) for row in range(media.count))
             return
+        turns = media.count * max(1, -(-least // (media.count * count)))
         with ThreadPoolExecutor(threads) as pool:
-            tasks = deque(pool.submit(one, row, places) for row in range(min(ahead, media.count)))
-            for row in range(media.count):
+            tasks = deque(pool.submit(one, turn, places) for turn in range(min(ahead, turns)))
+            for turn in range(turns):
                 yield tasks.popleft().result()
-                if row + ahead < media.count:
-                    tasks.append(pool.submit(one, row + ahead, places))
+                if turn + ahead < turns:
+                    tasks.append(pool.submit(one, turn + ahead, places))
 
     return frames
 
