@@ -150,8 +150,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         manifest = settings(options.manifest, options.set, options.steps, run)
-        launch = ["torchrun", "--standalone", "--nproc_per_node", str(options.ranks), "-m", "benchmarks.loss_curve"]
-        subprocess.run([*launch, *sys.argv[1:], "--rank-of", folder], check=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
+        subprocess.run([*launch, "-m", "benchmarks.loss_curve", *sys.argv[1:], "--rank-of", folder], check=True)
         records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         chosen: Choices = {}
         for path in Path(folder).glob("rank*.json"):

@@ -26,7 +26,7 @@ SETTINGS = (
     "batching.row_multiple=4",
 )
 #: relative: largest of a loss, largest of a gradient norm, what training added to the weights (norms of all of them)
-TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4, "update": 1e-3}
+TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5, "update": 1e-4}
 ALONE = "batching.row_multiple=16"  #: every dialogue of a global batch is a row of its own
 Way = tuple[int, tuple[str, ...]]  #: ranks, and what is assigned beside SETTINGS
 WAYS: dict[str, Way] = {  #: the first is what the others are compared with
