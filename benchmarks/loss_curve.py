@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="where the trainer's run stays (a new folder)")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)  # the folder of the run that this is a rank of
     options = parser.parse_args()
     if options.rank_of:
@@ -150,13 +152,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         manifest = settings(options.manifest, options.set, options.steps, run)
-        launch = ["torchrun", "--standalone", "--nproc_per_node", str(options.ranks), "-m", "benchmarks.loss_curve"]
-        subprocess.run([*launch, *sys.argv[1:], "--rank-of", folder], check=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
+        subprocess.run([*launch, "-m", "benchmarks.loss_curve", *sys.argv[1:], "--rank-of", folder], check=True)
         records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         chosen: Choices = {}
         for path in Path(folder).glob("rank*.json"):
             chosen |= {(epoch, step, key): found for epoch, step, key, found in json.loads(path.read_text())}
         print(f"{options.ranks} ranks, ZeRO-{records[0]['zero_stage']}, {len(records)} steps of {options.manifest}")
+        if options.keep:
+            shutil.move(run, options.keep)
     losses, choices = plain(manifest)
     batches = len(build_loader(with_cost(manifest)))
     return 0 if report([record["loss"] for record in records], losses, flipped(chosen, choices), batches) else 1

@@ -6,7 +6,8 @@ connection of its own) and reads those of the others, at least ``BEATS`` times i
 nowhere itself ends the run, with one line that names another and what it was doing, when the other is
 
     silent      no beat for half the limit: it is stopped or dead, or its machine is
-    late        none of the ranks got anywhere for nine tenths of the limit: the ones that have come least far are late
+    late        none of the ranks got anywhere for nine tenths of the limit: the ones that have come least far are late,
+                unless one of them does what is waited for without a limit
 
 Both come before the collective calls' own time-out, which names nobody. Time is counted in the listener's own beats and
 not by the clock, so that a job which is stopped as a whole, and goes on, is not ended for it.
@@ -41,6 +42,7 @@ class Beat:
     doing: str  #: what it began last
     machine: str  #: host name and process id
     call: str = ""  #: the model call it has reached, where ``train.check_calls`` counts them
+    unhurried: bool = False  #: the others wait for what it does without a limit
 
 
 class Watch:
@@ -78,7 +80,7 @@ class Watch:
             seconds = self._interval * max(self._same_beat[rank] for rank in silent)
             keeper = ", or the launcher that passes its messages on," if unheard else ""
             return f"no sign of life for {seconds:.0f} s from {self._name([0] if unheard else silent)}{keeper}"
-        if not silent and standing >= self._late:
+        if not silent and standing >= self._late and not any(beat.unhurried for beat in beats):
             least = min(beat.place for beat in beats)
             late = [rank for rank in alive if beats[rank].place == least]
             seconds = self._interval * max(self._same_place[rank] for rank in late)
@@ -108,7 +110,7 @@ class Heartbeat:
         self.call: Callable[[], str] = str  #: says which model call this rank has reached
         self._rank, self._world = place.rank, place.world
         self._machine = f"{socket.gethostname()}, process {os.getpid()}"
-        self._begun = (0, "starting")
+        self._begun = (0, "starting", False)
         self._interval = min(LONGEST, minutes * 60 / BEATS)
         self._watch = Watch(place.rank, minutes * 60, self._interval)
         self._heard: list[Beat] = []
@@ -128,9 +130,12 @@ class Heartbeat:
         for work in (self._talk, self._listen):
             threading.Thread(target=work, daemon=True, name=f"heartbeat{work.__name__}").start()
 
-    def doing(self, what: str) -> None:
-        """This rank begins ``what``, such as "backward of global batch 3"; every rank says as many things."""
-        self._begun = (self._begun[0] + 1, what)
+    def doing(self, what: str, unhurried: bool = False) -> None:
+        """This rank begins ``what``, such as "backward of global batch 3"; every rank says as many things.
+
+        ``unhurried``: it may take longer than the limit, because no collective call waits for it.
+        """
+        self._begun = (self._begun[0] + 1, what, unhurried)
 
     def close(self) -> None:
         """Stop beating and listening: from now on no rank waits for another."""
@@ -149,14 +154,16 @@ class Heartbeat:
             return  # the store has gone, and rank 0 or the launcher with it: from now on nobody is heard
 
     def _say(self, number: int) -> None:
-        beat = Beat(number, *self._begun, self._machine, self.call())
+        place, doing, unhurried = self._begun
+        beat = Beat(number, place, doing, self._machine, self.call(), unhurried)
         self._store.set(f"{self._run}/{self._rank}", json.dumps(asdict(beat)))
 
     def _listen(self) -> None:
         while not self._closed.wait(self._interval):
             heard = list(self._heard)
             if heard:  # what this rank does it knows better than the store
-                heard[self._rank] = replace(heard[self._rank], place=self._begun[0], doing=self._begun[1])
+                place, doing, unhurried = self._begun
+                heard[self._rank] = replace(heard[self._rank], place=place, doing=doing, unhurried=unhurried)
             fault = self._watch.look(heard)
             if fault and not self._closed.is_set():
                 print(f"error: {fault}", file=sys.stderr, flush=True)

@@ -102,7 +102,7 @@ def train(manifest: Manifest) -> Path:
             barrier()
         heart.doing("making the model and its first weights")
         engine, model = build_engine(manifest, place)
-        heart.doing("looking for a checkpoint")
+        heart.doing("reading the last checkpoint", unhurried=True)  # converting it may take long
         state = resume.load(engine, folder, manifest, place)
         done, ledger = 0, RunLedger(folder, place.rank, place.world)
         if state is not None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ def test_ranks_that_stand_at_one_place_are_all_named_up_to_three():
     when, what = first_fault(Watch(0, 60, 1), lambda i: [beat(i, 9, f"forward {rank}") for rank in range(5)], 100)
     assert when == 54 and "check_calls" in what and "2 more" in what
     assert all(f"rank {rank} (host" in what for rank in range(3))
+
+
+def test_a_rank_that_may_take_long_is_waited_for_but_not_when_it_is_silent():
+    """Converting a checkpoint is rank 0's work, however long it takes."""
+
+    def beats(i, silent=False):
+        return [replace(beat(3 if silent else i, 5), unhurried=True), replace(beat(i, 5), unhurried=True)]
+
+    assert first_fault(Watch(1, 60, 1), beats, 500) is None
+    _, what = first_fault(Watch(1, 60, 1), lambda i: beats(i, silent=True), 100)
+    assert "no sign of life" in what and "rank 0" in what
 
 
 def test_a_job_that_slept_as_a_whole_goes_on():
