@@ -35,7 +35,7 @@ from trainer.checkpoint import CheckpointError, latest, read_state
 STAGES = (1, 2, 3, 4)
 SAVE_EVERY = 3
 PROGRESS = 5  #: steps that are logged before a kill, at most
-TOLERANCE = 0.05  #: relative, between losses on different numbers of ranks
+TOLERANCE = 5e-4  #: relative, between losses on different numbers of ranks
 
 
 class SoakError(Exception):
