@@ -1,14 +1,9 @@
-"""Training through the real command line: ranks, ZeRO stages, kills, chaining, bad input."""
+"""Training through the real command line: ranks, ZeRO stages, chaining, bad input."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,40 +43,6 @@ def test_losses_fall_and_every_dialogue_is_used(straight: Path) -> None:
     assert sum(record["dialogues"] for record in records) == 3 * 22
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     assert {"vision_tower", "connector", "language_model"} == set(records[0]["lr"])
-
-
-def test_killed_at_any_moment_continues_with_the_same_batches(manifest: Path, straight: Path, tmp_path: Path) -> None:
-    moments = random.Random(7)
-    run = tmp_path / "run"
-    command = corpus.train_command(manifest, 2, f"output={run}")
-    for _ in range(2):
-        process = subprocess.Popen(
-            command,
-            env=corpus.environment(),
-            cwd=corpus.PROJECT,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        target = (corpus.log(run)[-1]["step"] if (run / "log.jsonl").exists() else 0) + moments.randint(2, 4)
-        while process.poll() is None and not reached(run, target):
-            time.sleep(0.02)
-        time.sleep(moments.random() * 0.2)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    corpus.run(*command)
-    assert story(run) == story(straight)
-    ours, theirs = tensors(run), tensors(straight)
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
-
-
-def reached(run: Path, step: int) -> bool:
-    try:
-        lines = (run / "log.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return False
-    return len(lines) >= step
 
 
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 3), (2, 1)])
