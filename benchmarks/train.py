@@ -52,11 +52,11 @@ WORDS = 512  #: ids of the text
 LEARNED = 16  #: places of a dialogue that are learned, at its end
 #: tower and language model divide the FLOPs of a sample about as UMT-L and Qwen2-7B do
 SMALL = Model(
-    vision_tower=VisionTower(width=128, depth=3, heads=4, table_side=8),
+    vision_tower=VisionTower(width=192, depth=3, heads=4, table_side=8),
     language_model=LanguageModel(
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,
         vocab_size=4096,
@@ -178,7 +178,8 @@ def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
     demo["model"]["language_model"]["vocab_size"] = 1024  # the tokenizer of the tests has more ids than the demo's
     value = {
         **{name: own[name] for name in ("output", "shards", "data", "frames", "init_from")},
-        **{name: demo[name] for name in ("stage", "batching", "model")},
+        **{name: demo[name] for name in ("stage", "model")},
+        "batching": demo["batching"] | {"global_batch": 8},  # so that all steps are of one epoch
         "text": {"tokenizer": own["text"]["tokenizer"], "max_tokens": 16384},
         "loader": {"threads": 1, "workers": 2},
         "train": demo["train"] | {"max_steps": steps, "epochs": steps, "save_every": steps},
@@ -205,6 +206,7 @@ def measure_waiting(steps: int, ranks: int = 2) -> None:
     waited = sum(record["data_wait"] * record["seconds"] for record in rest)
     frames = sum(record["frames_per_s"] * record["seconds"] for record in rest) / seconds
     print(f"{ranks} ranks, 2 loader workers each: waiting for data {waited / seconds:.2%} of {len(rest)} steps")
+    print("  of each step: " + ", ".join(f"{record['data_wait']:.1%}" for record in rest))
     print(f"  {frames:,.0f} frames/s; the first step, with the start of the workers: {first['data_wait']:.1%}")
 
 
@@ -240,7 +242,7 @@ def compare_loss(places: int, vocabulary: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dialogues", type=int, default=32, help="packed and padded")
+    parser.add_argument("--dialogues", type=int, default=16, help="packed and padded")
     parser.add_argument("--share", type=int, default=4, help="dialogues of a padded batch, of a packed row on average")
     parser.add_argument("--rounds", type=int, default=2, help="of packed and padded, in turn")
     parser.add_argument("--steps", type=int, default=8, help="of the trainer's command")
