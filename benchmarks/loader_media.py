@@ -82,7 +82,7 @@ class Media:
             "text": {"tokenizer": str(TOKENIZER)},
             "batching": {"global_batch": 8, "row_multiple": 1, "cost": {"patch": 1.0, "token": 1.0, "pair": 0.0}},
             "loader": {"threads": threads},
-            "model": {"vision_tower": {"patch": self.size // 14}},
+            "model": {"vision_tower": {"patch": max(n for n in range(1, self.size // 8 + 1) if self.size % n == 0)}},
             "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
             "train": {part: {"train": True, "lr": 1e-3} for part in ("vision_tower", "connector", "language_model")},
         }

@@ -42,7 +42,9 @@ def measure(stage: int, frames: int, checkpointing: bool) -> int:
     """Bytes that two steps of the demo's model need at most; in a process of its own."""
     from trainer.distributed import start, stop
     from trainer.engine import build_engine
-    from trainer.loop import _global_batch
+    from trainer.heartbeat import Heartbeat
+    from trainer.leave import Leave
+    from trainer.loop import Run, _global_batch
     from trainer.run_ledger import RunLedger
 
     manifest = demo(stage, checkpointing)
@@ -53,8 +55,10 @@ def measure(stage: int, frames: int, checkpointing: bool) -> int:
     before = process_peak()
     engine, _ = build_engine(manifest, place)
     with tempfile.TemporaryDirectory() as folder:
+        ledger = RunLedger(Path(folder), 0, 1)
+        run = Run(manifest, engine, place, Path(folder), ledger, Leave(), Heartbeat(5, place))
         for _ in range(2):
-            _global_batch(engine, iter([batch]), place, RunLedger(Path(folder), 0), manifest)
+            _global_batch(run, iter([batch]))
     stop()
     return process_peak() - before + batch.nbytes  # the row was there before
 

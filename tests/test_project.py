@@ -51,7 +51,9 @@ def tree(text: str) -> dict[str, str]:
         if name.endswith("/"):
             folders.append(name)
         else:
-            files["".join(folders) + name] = words.strip()
+            path = "".join(folders) + name
+            assert path not in files, f"{path} stands twice"
+            files[path] = words.strip()
     return files
 
 

@@ -19,7 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["1-none", "2-none", "3-none", "3-optimizer"])
+@pytest.mark.parametrize("name", ["1-none", "3-none", "3-optimizer"])
 def test_a_skipped_step_is_as_if_its_batch_had_not_been(results: Path, name: str):
     result = json.loads((results / f"result-{name}.json").read_text())
     for fault in ("loss", "gradient"):
@@ -36,7 +36,7 @@ def test_a_run_that_diverges_ends_past_the_limit_and_keeps_the_keys(tmp_path: Pa
     counts = []
     for limit in (2, 4):  # the second command goes on from the checkpoint, and so does the count
         settings = (*wild, "train.save_every=1", "train.epochs=9", f"train.max_not_finite={limit}")
-        done = corpus.run(*corpus.train_command(manifest, 2, f"output={run}", *settings), check=False)
+        done = corpus.run(*corpus.train_command(manifest, 1, f"output={run}", *settings), check=False)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode and f"train.max_not_finite ({limit})" in line and str(run / "ledger") in line
         records = [json.loads(text, parse_constant=pytest.fail) for text in (run / "log.jsonl").open()]
