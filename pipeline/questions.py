@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.batch import IGNORE, Batch
+from pipeline.batch import Batch
 from pipeline.conversation import MARK, conversation_of, question_and_answer, text_of
 from pipeline.index import Index, ShardsError
 from pipeline.manifest import Manifest
-from pipeline.rows import Piece, Place, assemble
+from pipeline.prompts import Prompts
 from pipeline.storage import Reading
-from pipeline.visuals import View, Visuals
+from pipeline.visuals import Visuals
 
 
 class Questions:
@@ -25,9 +25,7 @@ class Questions:
     def __init__(self, manifest: Manifest, split: str = "val") -> None:
         self.index = Index.open(manifest.shard_place, Reading.of(manifest.loader))
         self.index.check(manifest)
-        self._visuals = Visuals(self.index, manifest)
-        self._conversation = conversation_of(manifest)
-        self._frames, self._group_clips = manifest.frames, manifest.model.vision_tower.group_clips
+        self._prompts = Prompts(manifest, Visuals(self.index, manifest), conversation_of(manifest))
         self._rows: list[int] = []
         self._asked: list[tuple[list[dict], str]] = []
         for row in np.flatnonzero(pc.equal(self.index.dialogues["split"], split).to_numpy()).tolist():
@@ -71,7 +69,7 @@ class Questions:
 
     def length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
-        ids, views = self._prompt(i, media_of)
+        ids, views = self._prompts.ids(self._asked[i][0], self._media(i, media_of))
         return len(ids) - len(views) + sum(view.tokens for view in views)
 
     def prompt(self, i: int, media_of: int | None = None) -> Batch:
@@ -84,29 +82,14 @@ class Questions:
             ValueError: the other question has fewer media than this one shows, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
-        ids, views = self._prompt(i, media_of)
-        side, clip = self._frames.size, self._frames.clip_frames
-        clips = np.empty((sum(view.clips for view in views), clip, side, side, 3), dtype=np.uint8)
-        stills = np.empty((sum(view.tiles for view in views), side, side, 3), dtype=np.uint8)
-        frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
-        for view in views:
-            if view.kind == "video":
-                self._visuals.read_frames(view, 0, frames[frame : frame + len(view.places)])
-            else:
-                self._visuals.read_still(view, stills[tile : tile + view.tiles])
-            frame, tile = frame + len(view.places), tile + view.tiles
-        groups = max(1, -(-(len(clips) + len(stills)) // self._group_clips))
-        piece = Piece(self.key(i), ids, np.full_like(ids, IGNORE), 0.0, views, clips, stills)
-        return assemble(Place(groups=groups), [piece], clips, stills, [])
+        return self._prompts.row(self._asked[i][0], self._media(i, media_of), self.key(i))
 
-    def _prompt(self, i: int, media_of: int | None) -> tuple[np.ndarray, list[View]]:
-        turns, shown = self._asked[i][0], self.shown(i)  # further media come after the question
+    def _media(self, i: int, media_of: int | None) -> list[int]:
+        shown = self.shown(i)  # further media come after the question
         media = self._value("media", self._rows[i if media_of is None else media_of])
         if len(media) < shown:
             raise ValueError(f"question {i} shows {shown} media, question {media_of} has {len(media)}")
-        views = self._visuals.views(media[:shown])
-        kinds, messages = [view.kind for view in views], [view.message for view in views]
-        return self._conversation.prompt(turns, kinds, messages), views
+        return media[:shown]
 
     def _value(self, name: str, row: int):
         return self.index.dialogues[name][row].as_py()

@@ -1,0 +1,158 @@
+"""``python -m trainer.chat --checkpoint C --video FILE``: ask a trained model about videos and pictures.
+
+Files are decoded, sampled, resized and encoded as a build does it, so that the model sees what it would see of them in
+shards. Without ``--question`` questions are read from the terminal, line by line, and answered with what was said
+before in mind; Ctrl-D ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pipeline.conversation import MARK, conversation_of
+from pipeline.handful import File, index_of
+from pipeline.manifest import Manifest, ManifestError, load_manifest
+from pipeline.media import MediaError
+from pipeline.prompts import Prompts
+from pipeline.visuals import Visuals
+from trainer.generate import Sampling
+from trainer.sheet import write_sheet
+from trainer.talk import Talk, texts
+from trainer.weight_files import WeightsError
+from trainer.weights import load_pretrained
+
+
+class ChatError(Exception):
+    """Options that do not fit; one line with the fix."""
+
+
+class Chat:
+    """A conversation about ``files``.
+
+    Raises:
+        MediaError: a file cannot be used; one line that names it.
+    """
+
+    def __init__(self, checkpoint: Path, manifest: Manifest, files: list[File], tokens: int, sampling: Sampling):
+        conversation = conversation_of(manifest)
+        self._index = index_of(files, manifest)
+        self._visuals = Visuals(self._index, manifest)
+        self._prompts = Prompts(manifest, self._visuals, conversation)
+        self._tokenizer, self._media = conversation.tokenizer, list(range(len(files)))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_pretrained(checkpoint).to(device)
+        self._talk = Talk(model, tokens, self._tokenizer.eos_token_id, sampling)
+        self._turns: list[dict[str, str]] = []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, piece by piece."""
+        marks = "" if self._turns else f"{MARK}\n" * len(self._media)
+        self._turns.append({"from": "human", "value": marks + question})
+        row, said = self._prompts.row(self._turns, self._media), ""
+        for piece in texts(self._talk.answer(row), lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True)):
+            said += piece
+            yield piece
+        self._turns.append({"from": "gpt", "value": said})
+
+    def shown(self) -> tuple[list, list[str]]:
+        """The pictures that the model sees, uint8 (S, S, 3) each, and the second or the file that each is of."""
+        turn = {"from": "human", "value": f"{MARK}\n" * len(self._media)}
+        row, views = self._prompts.row([turn], self._media), self._visuals.views(self._media)
+        words = [f"{second:.1f} s" for view in views if view.kind == "video" for second in self._seconds(view)]
+        for view in views:
+            name = Path(self._index.media["source"][view.row].as_py()).name
+            words += [f"{name} {tile + 1}/{view.tiles}" for tile in range(view.tiles)]
+        return [*row.clips.flatten(0, 1).numpy(), *row.stills.numpy()], words
+
+    def _seconds(self, view) -> list[float]:
+        stored = self._index.media["timestamps"][view.row].as_py()
+        return [stored[place] for place in view.places]
+
+
+def find(checkpoint: Path, manifest: str | None, overrides: list[str]) -> tuple[Path, Manifest]:
+    """The folder of weights and the manifest of a run, of its ``final``, or of an exported checkpoint.
+
+    Raises:
+        ChatError: there are no weights, or no manifest beside them.
+    """
+    weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
+    if not (weights / "config.json").is_file():
+        raise ChatError(f"--checkpoint {checkpoint}: no weights there; name a finished run, or a folder of weights")
+    beside = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
+    found = manifest or next((str(path) for path in beside if path.is_file()), None)
+    if found is None:
+        raise ChatError(f"--checkpoint {checkpoint}: no manifest.yaml beside the weights; name one with --manifest")
+    return weights, load_manifest(found, overrides)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (0 done, 1 a file or weights that cannot be read, 2 bad input)."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.chat", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a finished run, or a folder of weights")
+    parser.add_argument("--manifest", help="the stage's YAML; the run's own if not given")
+    parser.add_argument("--video", action="append", default=[], help="a video, GIF or folder of frames; repeatable")
+    parser.add_argument("--start", type=float, help="second at which a clip of the video begins")
+    parser.add_argument("--end", type=float, help="second at which it ends")
+    parser.add_argument("--image", action="append", default=[], help="a picture, shown after the videos; repeatable")
+    parser.add_argument("--question", help="ask this and stop; interactive if not given")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens at this temperature; 0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--sheet", type=Path, help="write the pictures that the model sees to this JPEG or PNG")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
+    options = parser.parse_args(arguments)
+    try:
+        _check(options)
+        weights, manifest = find(options.checkpoint, options.manifest, options.set)
+        files = [File(path, options.start, options.end) for path in options.video]
+        files += [File(path) for path in options.image]
+        sampling = Sampling(options.temperature, options.top_p, options.seed)
+        chat = Chat(weights, manifest, files, options.max_new_tokens, sampling)
+        if options.sheet:
+            write_sheet(options.sheet, *chat.shown())
+        _converse(chat, options.question)
+    except (ChatError, ManifestError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MediaError, WeightsError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.start is not None or options.end is not None) and len(options.video) != 1:
+        raise ChatError("--start and --end are of one --video; give one")
+    if options.sheet and not (options.video or options.image):
+        raise ChatError("--sheet shows pictures; give a --video or an --image")
+    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.max_new_tokens < 1:
+        raise ChatError("--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1")
+
+
+def _converse(chat: Chat, question: str | None) -> None:
+    """Print the answer to ``question``, or to every line that is typed."""
+    while True:
+        if question is None:
+            try:
+                asked = input("> ").strip()
+            except EOFError:
+                print()
+                return
+        else:
+            asked = question
+        if asked:
+            for piece in chat.ask(asked):
+                print(piece, end="", flush=True)
+            print()
+        if question is not None:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())
