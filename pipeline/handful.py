@@ -22,6 +22,8 @@ from pipeline.sampling import media_seed
 from pipeline.shard_format import media_key
 from pipeline.storage import Shard
 
+STILL = "still"  #: how pictures are read
+
 
 @dataclass(frozen=True, slots=True)
 class File:
@@ -30,25 +32,23 @@ class File:
     path: str | Path
     start: float | None = None  #: seconds of the source at which a clip begins
     end: float | None = None
+    reader: str = ""  #: how it is read: :data:`STILL`, or a reader of annotations; by what is in the file if empty
 
-    @property
-    def kind(self) -> str:
-        """``image`` for pictures, ``video`` for everything else, by what is in the file."""
-        if Path(self.path).is_dir():
-            return "video"
-        try:
-            with Image.open(check_file(self.path)) as picture:
-                return "video" if picture.format in ("GIF", "MPEG") else "image"
-        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
-            return "video"
+    def recognised(self) -> str:
+        """The reader, told from the file where none is named.
 
-    @property
-    def reader(self) -> str:
-        """How a video is read, as annotations name it."""
+        Raises:
+            MediaError: there is no such file, or it is empty.
+        """
+        if self.reader:
+            return self.reader
         if Path(self.path).is_dir():
             return "img"
-        with open(self.path, "rb") as file:
-            return "gif" if file.read(4) == b"GIF8" else "decord"
+        try:
+            with Image.open(check_file(self.path)) as picture:
+                return {"GIF": "gif", "MPEG": "decord"}.get(picture.format, STILL)
+        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
+            return "decord"
 
     def make(self, manifest: Manifest) -> Made:
         """What a build with ``manifest`` would store.
@@ -56,13 +56,12 @@ class File:
         Raises:
             MediaError: the file cannot be used; one line that names it.
         """
-        if self.kind == "image":
-            if self.start is not None or self.end is not None:
-                raise MediaError("bad_clip", self.path, "is a picture; only videos have a start and an end")
-            return make_still(check_file(self.path), manifest.images)
-        path = Path(self.path) if Path(self.path).is_dir() else check_file(self.path)
-        seed = media_seed(manifest.seed, self.key)
-        return make_video(path, self.reader, self.start, self.end, manifest.frames, seed)
+        reader, bounds = self.recognised(), (self.start, self.end)
+        if reader != STILL:
+            return make_video(Path(self.path), reader, *bounds, manifest.frames, media_seed(manifest.seed, self.key))
+        if bounds != (None, None):
+            raise MediaError("bad_clip", self.path, "is a picture; only videos have a start and an end")
+        return make_still(Path(self.path), manifest.images)
 
     @property
     def key(self) -> str:
@@ -78,7 +77,8 @@ def index_of(files: Sequence[File], manifest: Manifest) -> Index:
     """
     media, shards, data = [], [], []
     for number, file in enumerate(files):
-        made, kind = file.make(manifest), file.kind
+        made = file.make(manifest)
+        kind = "image" if file.recognised() == STILL else "video"
         place = {"split": "val", "shard": number, "offset": 0, "size": len(made.data)}
         digest = hashlib.sha256(made.data).hexdigest()
         names = {"key": file.key, "kind": kind, "source": str(file.path), "sha256": digest}

@@ -39,8 +39,18 @@ class Prompts:
         kinds, messages = [view.kind for view in views], [view.message for view in views]
         return self._conversation.prompt(turns, kinds, messages), views
 
-    def row(self, turns: Sequence[dict], media: Sequence[int], key: str = "") -> Batch:
+    def row(
+        self,
+        turns: Sequence[dict],
+        media: Sequence[int],
+        key: str = "",
+        shuffle: np.random.Generator | None = None,
+    ) -> Batch:
         """The prompt as a row of one dialogue; no label is set.
+
+        Args:
+            turns, media: as of :meth:`ids`.
+            shuffle: draws another order for the frames of each video; what is said about them stays.
 
         Raises:
             ValueError: as of :meth:`ids`, or media cannot be decoded.
@@ -53,7 +63,10 @@ class Prompts:
         frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
         for view in views:
             if view.kind == "video":
-                self._visuals.read_frames(view, 0, frames[frame : frame + len(view.places)])
+                shown = frames[frame : frame + len(view.places)]
+                self._visuals.read_frames(view, 0, shown)
+                if shuffle is not None:
+                    shown[:] = shown[shuffle.permutation(len(shown))]
             else:
                 self._visuals.read_still(view, stills[tile : tile + view.tiles])
             frame, tile = frame + len(view.places), tile + view.tiles

@@ -55,7 +55,7 @@ def test_a_file_is_answered_about_as_from_shards(run):
     expected = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     video = run.parent / "media" / "v0.mp4"
     for i, answer in enumerate(expected):
-        done = asked(run, "--video", str(video), "--question", questions.question(i))
+        done = asked(run, "--video", str(video), "--question", questions[i].text)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{answer}\n"
     assert expected[0]
