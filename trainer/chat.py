@@ -12,19 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from pipeline.conversation import MARK, conversation_of
-from pipeline.handful import File, index_of
-from pipeline.manifest import Manifest, ManifestError, load_manifest
+from pipeline.conversation import MARK
+from pipeline.handful import File
+from pipeline.manifest import ManifestError
 from pipeline.media import MediaError
-from pipeline.prompts import Prompts
-from pipeline.visuals import Visuals
+from trainer.asker import Asker, find
 from trainer.generate import Sampling
 from trainer.sheet import write_sheet
 from trainer.talk import Talk, texts
 from trainer.weight_files import WeightsError
-from trainer.weights import load_pretrained
 
 
 class ChatError(Exception):
@@ -38,56 +34,30 @@ class Chat:
         MediaError: a file cannot be used; one line that names it.
     """
 
-    def __init__(self, checkpoint: Path, manifest: Manifest, files: list[File], tokens: int, sampling: Sampling):
-        conversation = conversation_of(manifest)
-        self._index = index_of(files, manifest)
-        self._visuals = Visuals(self._index, manifest)
-        self._prompts = Prompts(manifest, self._visuals, conversation)
-        self._tokenizer, self._media = conversation.tokenizer, list(range(len(files)))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_pretrained(checkpoint).to(device)
-        self._talk = Talk(model, tokens, self._tokenizer.eos_token_id, sampling)
+    def __init__(self, asker: Asker, files: list[File], tokens: int, sampling: Sampling) -> None:
+        self._asker, self._files = asker, files
+        self._talk = Talk(asker.model, tokens, asker.tokenizer.eos_token_id, sampling)
         self._turns: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece."""
-        marks = "" if self._turns else f"{MARK}\n" * len(self._media)
+        marks = "" if self._turns else f"{MARK}\n" * len(self._files)
         self._turns.append({"from": "human", "value": marks + question})
-        row, said = self._prompts.row(self._turns, self._media), ""
-        for piece in texts(self._talk.answer(row), lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True)):
+        said = ""
+        for piece in texts(self._talk.answer(self._asker.prompt(self._turns, self._files)), self._asker.text):
             said += piece
             yield piece
         self._turns.append({"from": "gpt", "value": said})
 
     def shown(self) -> tuple[list, list[str]]:
         """The pictures that the model sees, uint8 (S, S, 3) each, and the second or the file that each is of."""
-        turn = {"from": "human", "value": f"{MARK}\n" * len(self._media)}
-        row, views = self._prompts.row([turn], self._media), self._visuals.views(self._media)
-        words = [f"{second:.1f} s" for view in views if view.kind == "video" for second in self._seconds(view)]
-        for view in views:
-            name = Path(self._index.media["source"][view.row].as_py()).name
-            words += [f"{name} {tile + 1}/{view.tiles}" for tile in range(view.tiles)]
-        return [*row.clips.flatten(0, 1).numpy(), *row.stills.numpy()], words
-
-    def _seconds(self, view) -> list[float]:
-        stored = self._index.media["timestamps"][view.row].as_py()
-        return [stored[place] for place in view.places]
-
-
-def find(checkpoint: Path, manifest: str | None, overrides: list[str]) -> tuple[Path, Manifest]:
-    """The folder of weights and the manifest of a run, of its ``final``, or of an exported checkpoint.
-
-    Raises:
-        ChatError: there are no weights, or no manifest beside them.
-    """
-    weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
-    if not (weights / "config.json").is_file():
-        raise ChatError(f"--checkpoint {checkpoint}: no weights there; name a finished run, or a folder of weights")
-    beside = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
-    found = manifest or next((str(path) for path in beside if path.is_file()), None)
-    if found is None:
-        raise ChatError(f"--checkpoint {checkpoint}: no manifest.yaml beside the weights; name one with --manifest")
-    return weights, load_manifest(found, overrides)
+        turn = {"from": "human", "value": f"{MARK}\n" * len(self._files)}
+        row, views = self._asker.prompt([turn], self._files), self._asker.views(self._files)
+        seconds = [self._asker.seconds(self._files, view) for view in views if view.kind == "video"]
+        words = [f"{second:.1f} s" for shown in seconds for second in shown]
+        for view, file in zip(views, self._files, strict=True):
+            words += [f"{Path(file.path).name} {tile + 1}/{view.tiles}" for tile in range(view.tiles)]
+        return [*row.clips.flatten(0, 1).cpu().numpy(), *row.stills.cpu().numpy()], words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         files = [File(path, options.start, options.end) for path in options.video]
         files += [File(path) for path in options.image]
         sampling = Sampling(options.temperature, options.top_p, options.seed)
-        chat = Chat(weights, manifest, files, options.max_new_tokens, sampling)
+        chat = Chat(Asker(weights, manifest), files, options.max_new_tokens, sampling)
         if options.sheet:
             write_sheet(options.sheet, *chat.shown())
         _converse(chat, options.question)
