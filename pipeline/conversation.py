@@ -145,6 +145,13 @@ class Conversation:
         self.check_marks(ids, kinds)
         return ids
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of an answer as it is learned: all that follows a prompt, with the token that ends it."""
+        if self.text.template == "plain":
+            return self._ids([f"{text}\n"])[0]
+        head, whole = self._ids(["<|im_start|>assistant\n", f"<|im_start|>assistant\n{text}<|im_end|>"])
+        return whole[len(head) :]
+
     def check_marks(self, ids: np.ndarray, kinds: Sequence[str]) -> None:
         """ValueError unless there is one mark for each medium."""
         marks = int((ids == IMAGE).sum())

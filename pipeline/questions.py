@@ -1,112 +1,108 @@
-"""Held-out dialogues as questions: a prompt for the model, the answer it should give, and blind variants."""
+"""Held-out dialogues as questions: a prompt for the model, the answer it should give, and controls."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.batch import IGNORE, Batch
+from pipeline.batch import Batch
 from pipeline.conversation import MARK, conversation_of, question_and_answer, text_of
 from pipeline.index import Index, ShardsError
 from pipeline.manifest import Manifest
-from pipeline.rows import Piece, Place, assemble
+from pipeline.prompts import Prompts
 from pipeline.storage import Reading
-from pipeline.visuals import View, Visuals
+from pipeline.visuals import Visuals
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One dialogue up to its last human turn that is answered; earlier turns are context."""
+
+    key: str  #: of the dialogue
+    turns: list[dict]
+    answer: str  #: that is expected
+    entry: str
+    meta: dict[str, Any]  #: what the annotation says beside conversation and media
+    media: Sequence[Any]  #: of the turns; further media come after the question
+
+    @classmethod
+    def of(cls, key: str, turns: list[dict], entry: str, meta: dict, media: Sequence[Any]) -> Question:
+        """The question of a dialogue; ValueError where nothing is answered."""
+        asked, answer = question_and_answer(turns)
+        marks = sum(text_of(turn).count(MARK) for turn in asked)
+        return cls(key, asked, answer, entry, meta, list(media)[:marks])
+
+    @property
+    def text(self) -> str:
+        """What is asked, without media marks."""
+        return text_of(self.turns[-1]).replace(MARK, "").strip()
+
+    @property
+    def family(self) -> str:
+        """``family`` of the annotation's own fields, else the entry's name."""
+        return str(self.meta.get("family") or self.entry)
+
+    @property
+    def options(self) -> list[str]:
+        """``options`` of the annotation's own fields: the answers to choose from; empty where it has none."""
+        options = self.meta.get("options")
+        return [str(option) for option in options] if isinstance(options, list) else []
 
 
 class Questions:
-    """The answered dialogues of one split, numbered from 0 in the order of the index.
+    """The answered dialogues of one split of the manifest's shards, in the order of the index.
 
-    The question of a dialogue is its last human turn that is answered; earlier turns are its context.
+    Raises:
+        ShardsError: the shards are not there or do not fit, or hold no answered dialogue of the split.
     """
 
     def __init__(self, manifest: Manifest, split: str = "val") -> None:
+        self.conversation = conversation_of(manifest)
         self.index = Index.open(manifest.shard_place, Reading.of(manifest.loader))
         self.index.check(manifest)
-        self._visuals = Visuals(self.index, manifest)
-        self._conversation = conversation_of(manifest)
-        self._frames, self._group_clips = manifest.frames, manifest.model.vision_tower.group_clips
-        self._rows: list[int] = []
-        self._asked: list[tuple[list[dict], str]] = []
+        self._prompts = Prompts(manifest, Visuals(self.index, manifest), self.conversation)
+        self._list: list[Question] = []
         for row in np.flatnonzero(pc.equal(self.index.dialogues["split"], split).to_numpy()).tolist():
+            found = self.index.dialogues.slice(row, 1).to_pylist()[0]
+            turns, meta = json.loads(found["conversations"]), json.loads(found["meta"] or "{}")
             try:
-                asked = question_and_answer(json.loads(self._value("conversations", row)))
+                self._list.append(Question.of(found["key"], turns, found["entry"], meta, found["media"]))
             except ValueError:
                 continue
-            self._rows.append(row)
-            self._asked.append(asked)
-        if not self._rows:
+        if not self._list:
             raise ShardsError(f"{self.index.root}: no answered dialogue of split {split}; add such an entry and build")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._list)
 
-    def key(self, i: int) -> str:
-        """Key of the dialogue."""
-        return self._value("key", self._rows[i])
-
-    def question(self, i: int) -> str:
-        """The question's text, without media marks."""
-        return text_of(self._asked[i][0][-1]).replace(MARK, "").strip()
-
-    def answer(self, i: int) -> str:
-        """The expected answer."""
-        return self._asked[i][1]
-
-    def family(self, i: int) -> str:
-        """``family`` of the annotation's own fields, else the entry's name."""
-        named = self.meta(i).get("family")
-        return str(named) if named else self._value("entry", self._rows[i])
-
-    def meta(self, i: int) -> dict:
-        """What the annotation says beside conversation and media."""
-        return json.loads(self._value("meta", self._rows[i]) or "{}")
-
-    def shown(self, i: int) -> int:
-        """How many media the question shows, with its context."""
-        media = self._value("media", self._rows[i])
-        return min(len(media), sum(text_of(turn).count(MARK) for turn in self._asked[i][0]))
+    def __getitem__(self, i: int) -> Question:
+        return self._list[i]
 
     def length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
-        ids, views = self._prompt(i, media_of)
+        ids, views = self._prompts.ids(self._list[i].turns, self._media(i, media_of))
         return len(ids) - len(views) + sum(view.tokens for view in views)
 
-    def prompt(self, i: int, media_of: int | None = None) -> Batch:
+    def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
         """Question ``i`` as a row that ends where the answer begins; no label is set.
 
         Args:
             media_of: the question whose media are shown instead of its own; the time message is of those shown.
+            shuffle: draws another order for the frames of each video.
 
         Raises:
             ValueError: the other question has fewer media than this one shows, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
-        ids, views = self._prompt(i, media_of)
-        side, clip = self._frames.size, self._frames.clip_frames
-        clips = np.empty((sum(view.clips for view in views), clip, side, side, 3), dtype=np.uint8)
-        stills = np.empty((sum(view.tiles for view in views), side, side, 3), dtype=np.uint8)
-        frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
-        for view in views:
-            if view.kind == "video":
-                self._visuals.read_frames(view, 0, frames[frame : frame + len(view.places)])
-            else:
-                self._visuals.read_still(view, stills[tile : tile + view.tiles])
-            frame, tile = frame + len(view.places), tile + view.tiles
-        groups = max(1, -(-(len(clips) + len(stills)) // self._group_clips))
-        piece = Piece(self.key(i), ids, np.full_like(ids, IGNORE), 0.0, views, clips, stills)
-        return assemble(Place(groups=groups), [piece], clips, stills, [])
+        return self._prompts.row(self._list[i].turns, self._media(i, media_of), self._list[i].key, shuffle)
 
-    def _prompt(self, i: int, media_of: int | None) -> tuple[np.ndarray, list[View]]:
-        turns, shown = self._asked[i][0], self.shown(i)  # further media come after the question
-        media = self._value("media", self._rows[i if media_of is None else media_of])
+    def _media(self, i: int, media_of: int | None) -> Sequence[Any]:
+        shown, media = len(self._list[i].media), self._list[i if media_of is None else media_of].media
         if len(media) < shown:
             raise ValueError(f"question {i} shows {shown} media, question {media_of} has {len(media)}")
-        views = self._visuals.views(media[:shown])
-        kinds, messages = [view.kind for view in views], [view.message for view in views]
-        return self._conversation.prompt(turns, kinds, messages), views
-
-    def _value(self, name: str, row: int):
-        return self.index.dialogues[name][row].as_py()
+        return media[:shown]

@@ -26,21 +26,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.decode import Decoded, MediaError, decode_video, encode_still
 from pipeline.files import sync, write_atomic
 from pipeline.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, table
 from pipeline.ledger import LedgerRow, ledger_table
+from pipeline.making import Made, make_still, make_video
 from pipeline.manifest import FOLDER_READERS, Frames, Images
+from pipeline.media import MediaError
 from pipeline.sampling import media_seed
 from pipeline.shard_format import (
     ShardInfo,
     ShardWriter,
     dialogue_json,
-    encode_jpeg,
     json_text,
     media_json,
-    mjpeg_frames,
-    mux_mjpeg,
 )
 from tools.ahead import AHEAD, fetched_ahead
 from tools.fetch.cache import Cache, CachedSource, disk_full_at, is_full
@@ -332,66 +330,24 @@ def _build(
 ) -> tuple[dict[str, bytes], dict[str, Any], bool]:
     """Decode and encode one media item: members of its sample, its index columns (frame offsets from the member's
     start), and whether it was salvaged. Whatever goes wrong becomes an :class:`_Unbuilt`."""
-    encode = _video if item["kind"] == "video" else _still
     try:
-        data, columns, salvaged = encode(job, path, item)
+        made = _make(job, path, item)
     except MediaError as error:
         local = path if job.places[item["entry"]].path else item["source"]  # fetched files have names of the moment
         raise _Unbuilt(error.reason, str(error).replace(str(path), str(local))) from None
     except Exception as error:  # decoders are other people's code; one item must not end a build
         raise _Unbuilt("crashed", _described(item, error)) from error
-    columns |= {"key": item["key"], "kind": item["kind"], "source": item["source"]}
-    columns["sha256"] = hashlib.sha256(data).hexdigest()
+    columns = {**made.columns, "key": item["key"], "kind": item["kind"], "source": item["source"]}
+    columns["sha256"] = hashlib.sha256(made.data).hexdigest()
     hidden = ("frame_offset", "frame_size", NOMINAL.name)
     facts = {name: value for name, value in columns.items() if name not in hidden}
     extension = "mp4" if item["kind"] == "video" else "jpg"
-    json_member = media_json(**facts, salvaged=salvaged, dialogues=dialogues)
-    return {extension: data, "json": json_member}, columns, salvaged
+    json_member = media_json(**facts, salvaged=made.salvaged, dialogues=dialogues)
+    return {extension: made.data, "json": json_member}, columns, made.salvaged
 
 
-def _video(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
-    seed = media_seed(job.seed, item["key"])
-    bounds, names = (item["start"], item["end"]), {"split": item["split"], "name": item["source"]}
-    decoded: Decoded = decode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, **names)
-    jpegs = [encode_jpeg(frame, job.frames.quality, job.frames.subsampling) for frame in decoded.frames]
-    height, width = decoded.frames.shape[1:3]
-    data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, width, height)
-    offsets, sizes, _ = mjpeg_frames(data)
-    columns = {
-        "width": width,
-        "height": height,
-        "source_width": decoded.source_width,
-        "source_height": decoded.source_height,
-        "vlen": decoded.vlen,
-        "fps": decoded.fps,
-        "duration": decoded.duration,
-        "start": decoded.start,
-        "sample": decoded.sample.tolist(),
-        "frame_index": decoded.frame_index.tolist(),
-        "timestamps": decoded.timestamps.tolist(),
-        "frame_offset": offsets.tolist(),
-        "frame_size": sizes.tolist(),
-        NOMINAL.name: decoded.nominal.tolist(),
-    }
-    return data, columns, decoded.salvaged
-
-
-def _still(job: Job, path: Path, item: Mapping[str, Any]) -> tuple[bytes, dict[str, Any], bool]:
-    data, width, height, source_width, source_height = encode_still(path, job.images)
-    columns = {
-        "width": width,
-        "height": height,
-        "source_width": source_width,
-        "source_height": source_height,
-        "vlen": 1,
-        "fps": 0.0,
-        "duration": 0.0,
-        "start": 0.0,
-        "sample": [0],
-        "frame_index": [0],
-        "timestamps": [0.0],
-        "frame_offset": [0],
-        "frame_size": [len(data)],
-        NOMINAL.name: [],
-    }
-    return data, columns, False
+def _make(job: Job, path: Path, item: Mapping[str, Any]) -> Made:
+    if item["kind"] == "image":
+        return make_still(path, job.images)
+    seed, bounds = media_seed(job.seed, item["key"]), (item["start"], item["end"])
+    return make_video(path, item["reader"], *bounds, job.frames, seed, job.compat, item["split"], item["source"])

@@ -1,9 +1,14 @@
-"""``python -m trainer.evaluate --manifest M``: score held-out dialogues by greedy generation.
+"""``python -m trainer.evaluate --manifest M``: score held-out dialogues, with and without what they show.
 
-Every question is asked twice: with its own frames, and *blind*: with the frames of another dialogue of the same
-family whose answer differs. A model that answers from the wording alone scores the same both times. Intervals are
-95 % bootstrap percentiles over questions; the gain's interval resamples both answers of a question together.
-Results go to RUN/evaluation.json.
+Questions are those of the manifest's ``split: val`` shards, or with ``--annotations`` those of an annotation file about
+files as they are. Each is answered by greedy generation, and where it has ``options``, by the likeliest of them too;
+with its own frames and under two controls:
+
+    blind       the frames of another question of the same family whose answer differs
+    shuffled    its own frames in another order
+
+A model that answers from the wording alone scores the same blind, one that does not see order the same shuffled.
+Intervals are 95 % bootstrap percentiles over questions. Results go to RUN/evaluation.json, and as a page to ``--html``.
 """
 
 from __future__ import annotations
@@ -12,151 +17,155 @@ import argparse
 import base64
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
+from pipeline.annotations import AnnotationFileError
+from pipeline.file_questions import FileQuestions
 from pipeline.index import ShardsError
 from pipeline.manifest import Manifest, ManifestError, load_manifest
+from pipeline.media import MediaError
 from pipeline.questions import Questions
 from pipeline.shard_format import encode_jpeg
 from trainer.checkpoint import write_atomically
 from trainer.generate import generate
+from trainer.likelihood import likelihoods
+from trainer.scores_page import page
+from trainer.scoring import CONTROLS, blind_partners, is_right, summarise
 from trainer.weight_files import WeightsError
 from trainer.weights import load_pretrained
 
-RESAMPLES = 2000  #: bootstrap resamples
 EXAMPLES = 3  #: questions of each family shown with their frames
+SHOWN = 16  #: frames of an example
+WAYS = ("own", *CONTROLS)
 
 
-def normalise(text: str) -> str:
-    """Case, surrounding space and a final full stop do not count."""
-    return text.strip().lower().rstrip(".")
+@dataclass
+class Answers:
+    """What was answered under one of :data:`WAYS`, by question."""
+
+    given: dict[int, str] = field(default_factory=dict)
+    likeliest: dict[int, str] = field(default_factory=dict)  #: of the options, where there are some
 
 
-def blind_partners(families: list[str], answers: list[str], shown: list[int], seed: int) -> list[int | None]:
-    """For each question another one of its family with a different answer, or None where there is none.
+class Scorer:
+    """Answers questions with one model; a question that cannot be shown is left out, with the reason."""
 
-    Partners are drawn uniformly among those that show at least as many media; a question without media has none.
-    """
-    rng = np.random.default_rng(seed)
-    by_family: dict[str, list[int]] = {}
-    for i, family in enumerate(families):
-        by_family.setdefault(family, []).append(i)
-    partners: list[int | None] = []
-    for family, answer, count in zip(families, answers, shown, strict=True):
-        family_others = by_family[family] if count else []
-        others = [j for j in family_others if normalise(answers[j]) != normalise(answer) and shown[j] >= count]
-        partners.append(others[rng.integers(len(others))] if others else None)
-    return partners
+    def __init__(self, manifest: Manifest, checkpoint: Path, questions: Questions) -> None:
+        self._manifest, self._questions = manifest, questions
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load_pretrained(checkpoint).to(self._device)
+        self._tokenizer = questions.conversation.tokenizer
+        self.answers = {way: Answers() for way in WAYS}
+        self.unreadable: dict[int, str] = {}
+
+    def run(self, asked: Sequence[int], partners: Sequence[int]) -> None:
+        """Answer the questions ``asked``, blind with the media of their ``partners``."""
+        work = [(way, i, partner) for i, partner in zip(asked, partners, strict=True) for way in WAYS]
+        lengths = [self._questions.length(i, partner if way == "blind" else i) for way, i, partner in work]
+        order, size = sorted(range(len(work)), key=lengths.__getitem__), self._manifest.evaluate.batch
+        with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=None) as bar:
+            for at in range(0, len(order), size):
+                self._answer([work[n] for n in order[at : at + size]])
+                bar.update(len(order[at : at + size]))
+
+    def _answer(self, work: list[tuple[str, int, int]]) -> None:
+        prompts = []
+        for way, i, partner in work:
+            shuffle = np.random.default_rng([self._manifest.seed, i]) if way == "shuffled" else None
+            try:
+                row = self._questions.prompt(i, partner if way == "blind" else None, shuffle)
+            except (OSError, ValueError, MediaError) as error:
+                self.unreadable.setdefault(i, f"{self._questions[i].key}: {' '.join(str(error).split())}")
+                continue
+            prompts.append((way, i, row.to(self._device)))
+        if not prompts:
+            return
+        rows = [row for _, _, row in prompts]
+        end = self._tokenizer.eos_token_id
+        outputs = generate(self._model, rows, self._manifest.evaluate.max_new_tokens, end)
+        for (way, i, row), tokens in zip(prompts, outputs, strict=True):
+            answers, options = self.answers[way], self._questions[i].options
+            answers.given[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            if options:
+                ids = [self._questions.conversation.answer_ids(option) for option in options]
+                found = [likelihood.log for likelihood in likelihoods(self._model, row, ids)]
+                answers.likeliest[i] = options[int(np.argmax(found))]
 
 
-def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap percentile interval of the mean of ``values`` (n,)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def summarise(family: str, right: np.ndarray, blind: np.ndarray, seed: int) -> dict:
-    """Accuracy, blind accuracy and gain of one family, in points of 100, with intervals.
-
-    Args:
-        right: (n,) whether each question was answered rightly with its own frames.
-        blind: (n,) the same with another question's frames.
-    """
-    row: dict = {"family": family, "questions": len(right)}
-    gain = right.astype(float) - blind.astype(float)
-    for name, values in (("", right.astype(float)), ("blind_", blind.astype(float)), ("gain_", gain)):
-        low, high = interval(values, seed)
-        row[{"": "accuracy", "blind_": "blind", "gain_": "gain"}[name]] = 100 * float(values.mean())
-        row[name + "low"], row[name + "high"] = 100 * low, 100 * high
-    return row
-
-
-def evaluate(manifest: Manifest, checkpoint: Path, limit: int | None = None) -> dict:
-    """Answer every held-out question with its own frames and blind; returns what evaluation.json holds."""
-    questions = Questions(manifest, split="val")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_pretrained(checkpoint).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(manifest.text.tokenizer)
+def evaluate(manifest: Manifest, checkpoint: Path, questions: Questions, limit: int | None = None) -> dict:
+    """Answer every question in every way; returns what evaluation.json holds."""
     chosen = _choose(questions, limit)
-    families = [questions.family(i) for i in chosen]
-    answers = [questions.answer(i) for i in chosen]
-    partners = blind_partners(families, answers, [questions.shown(i) for i in chosen], manifest.seed)
-    asked = [n for n, partner in enumerate(partners) if partner is not None]
-    work = [(chosen[n], chosen[n]) for n in asked] + [(chosen[n], chosen[partners[n]]) for n in asked]
-    size = manifest.evaluate.batch
-    order = sorted(range(len(work)), key=lambda w: questions.length(work[w][0], work[w][1]))
-    texts: dict[int, str] = {}
-    with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True) as bar:
-        for at in range(0, len(order), size):
-            group = order[at : at + size]
-            prompts = [questions.prompt(work[w][0], media_of=work[w][1]).to(device) for w in group]
-            outputs = generate(model, prompts, manifest.evaluate.max_new_tokens, tokenizer.eos_token_id)
-            for w, tokens in zip(group, outputs, strict=True):
-                texts[w] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            bar.update(len(group))
-    given = [texts[w] for w in range(len(work))]
-    own, blind = given[: len(asked)], given[len(asked) :]
+    families, answers = [questions[i].family for i in chosen], [questions[i].answer for i in chosen]
+    partners = blind_partners(families, answers, [len(questions[i].media) for i in chosen], manifest.seed)
+    pairs = [(i, chosen[partner]) for i, partner in zip(chosen, partners, strict=True) if partner is not None]
+    scorer = Scorer(manifest, checkpoint, questions)
+    scorer.run([i for i, _ in pairs], [partner for _, partner in pairs])
+    asked = [i for i, _ in pairs if i not in scorer.unreadable]
+    if not asked:
+        why = next(iter(scorer.unreadable.values()), "none has a partner of its family with another answer")
+        raise ShardsError(f"no question can be scored: {why}")
+    rows = []
+    for method, named in (("generation", "given"), ("likelihood", "likeliest")):
+        found = {way: getattr(scorer.answers[way], named) for way in WAYS}
+        for family in sorted({questions[i].family for i in asked}):
+            members = [i for i in asked if questions[i].family == family and i in found["own"]]
+            if members:
+                right = {way: np.array([is_right(found[way][i], questions[i].answer) for i in members]) for way in WAYS}
+                rows.append(summarise(family, method, right["own"], right, manifest.seed))
     return {
         "checkpoint": str(checkpoint),
-        "families": _families(asked, families, answers, own, blind, manifest.seed),
-        "without_partner": len(chosen) - len(asked),
-        "examples": _examples(questions, chosen, asked, families, answers, own, blind),
+        "families": rows,
+        "without_partner": len(chosen) - len(pairs),
+        "unreadable": [*getattr(questions, "refused", ()), *scorer.unreadable.values()],
+        "answers": [_record(questions, i, scorer.answers) for i in asked],
+        "examples": _examples(questions, asked, scorer.answers),
     }
 
 
 def _choose(questions: Questions, limit: int | None) -> list[int]:
-    """All held-out questions, or the first ``limit`` of each family."""
-    if limit is None:
-        return list(range(len(questions)))
+    """All questions, or the first ``limit`` of each family."""
     counts: dict[str, int] = {}
     chosen = []
     for i in range(len(questions)):
-        family = questions.family(i)
+        family = questions[i].family
         counts[family] = counts.get(family, 0) + 1
-        if counts[family] <= limit:
+        if limit is None or counts[family] <= limit:
             chosen.append(i)
     return chosen
 
 
-def _families(asked, families, answers, own, blind, seed) -> list[dict]:
-    rows = []
-    for family in sorted({families[n] for n in asked}):
-        places = [p for p, n in enumerate(asked) if families[n] == family]
-        expected = [normalise(answers[asked[p]]) for p in places]
-        right = np.array([normalise(own[p]) == e for p, e in zip(places, expected, strict=True)])
-        wrong = np.array([normalise(blind[p]) == e for p, e in zip(places, expected, strict=True)])
-        rows.append(summarise(family, right, wrong, seed))
-    return rows
+def _record(questions: Questions, i: int, answers: dict[str, Answers]) -> dict:
+    """One question with all its answers."""
+    asked = questions[i]
+    record = {"key": asked.key, "family": asked.family, "question": asked.text, "expected": asked.answer}
+    record |= {way: answers[way].given[i] for way in WAYS}
+    if asked.options:
+        record["likeliest"] = {way: answers[way].likeliest[i] for way in WAYS}
+    return record
 
 
-def _examples(questions, chosen, asked, families, answers, own, blind) -> list[dict]:
+def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Answers]) -> list[dict]:
+    """The first questions of each family with their frames."""
     shown: dict[str, int] = {}
     examples = []
-    for p, n in enumerate(asked):
-        family = families[n]
+    for i in asked:
+        family = questions[i].family
         shown[family] = shown.get(family, 0) + 1
         if shown[family] > EXAMPLES:
             continue
-        row = questions.prompt(chosen[n])
+        row = questions.prompt(i)
         frames = [*row.clips.flatten(0, 1).numpy(), *row.stills.numpy()]
-        picked = [frames[i] for i in np.linspace(0, len(frames) - 1, min(len(frames), 16)).round().astype(int)]
-        examples.append(
-            {
-                "family": family,
-                "question": questions.question(chosen[n]),
-                "expected": answers[n],
-                "given": own[p],
-                "blind_given": blind[p],
-                "frames_jpeg": [base64.b64encode(encode_jpeg(f, 85, "420")).decode("ascii") for f in picked],
-            }
-        )
+        picked = [frames[n] for n in np.linspace(0, len(frames) - 1, min(len(frames), SHOWN)).round().astype(int)]
+        jpegs = [base64.b64encode(encode_jpeg(frame, 85, "420")).decode("ascii") for frame in picked]
+        own, blind = (answers[way].given[i] for way in ("own", "blind"))
+        example = {"family": family, "question": questions[i].text, "expected": questions[i].answer}
+        examples.append({**example, "given": own, "blind_given": blind, "frames_jpeg": jpegs})
     return examples
 
 
@@ -165,32 +174,51 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--manifest", required=True, help="the stage's YAML; its held-out entries are asked")
     parser.add_argument("--checkpoint", type=Path, help="folder of final weights; the manifest's run if not given")
+    parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
+    parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
     parser.add_argument("--out", type=Path, help="file of the results; RUN/evaluation.json if not given")
+    parser.add_argument("--html", type=Path, help="write a page of them, too")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     options = parser.parse_args(arguments)
     try:
         manifest = load_manifest(options.manifest, options.set)
+        if (options.annotations is None) != (options.root is None):
+            raise ManifestError("--annotations and --root belong together; give both or neither")
         checkpoint = options.checkpoint or Path(manifest.output) / "final"
         if not checkpoint.is_dir():
             raise WeightsError(f"{checkpoint}: not trained yet; run python -m trainer --manifest {options.manifest}")
-        result = evaluate(manifest, checkpoint, options.limit)
-    except (ManifestError, ShardsError) as error:
+        questions = (
+            Questions(manifest) if options.root is None else FileQuestions(manifest, options.annotations, options.root)
+        )
+        result = evaluate(manifest, checkpoint, questions, options.limit)
+    except (AnnotationFileError, ManifestError, ShardsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    out = options.out or Path(manifest.output) / "evaluation.json"
-    result["command"] = f"python -m trainer.evaluate --manifest {options.manifest}"
-    write_atomically(out, json.dumps(result, indent=1))
-    print(f"{'family':<16}{'questions':>10}{'accuracy':>10}{'blind':>8}{'gain':>8}  95 % interval of the gain")
-    for row in result["families"]:
-        print(
-            f"{row['family']:<16}{row['questions']:>10}{row['accuracy']:>10.1f}{row['blind']:>8.1f}"
-            f"{row['gain']:>8.1f}  {row['gain_low']:.1f} to {row['gain_high']:.1f}"
-        )
+    result["command"] = " ".join(["python -m trainer.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
+    write_atomically(options.out or Path(manifest.output) / "evaluation.json", json.dumps(result, indent=1))
+    if options.html:
+        write_atomically(options.html, page(result))
+    for line in table(result):
+        print(line)
     return 0
+
+
+def table(result: dict) -> list[str]:
+    """The result as lines of text."""
+    lines = [
+        f"{'family':<22}{'by':<12}{'questions':>10}{'accuracy':>10}{'blind':>8}{'shuffled':>10}{'gain':>8}  interval"
+    ]
+    for row in result["families"]:
+        name, spread = row["family"], f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
+        figures = f"{row['accuracy']:>10.1f}{row['blind']:>8.1f}{row['shuffled']:>10.1f}{row['gain']:>8.1f}"
+        lines.append(f"{name:<22}{row['method']:<12}{row['questions']:>10}{figures}  {spread}")
+    if result["unreadable"]:
+        lines.append(f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}")
+    return lines
 
 
 if __name__ == "__main__":

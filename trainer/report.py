@@ -18,18 +18,18 @@ from pathlib import Path
 import yaml
 from markupsafe import Markup
 
-from pipeline.charts import COLOURS, Bar, Line, bar_chart, compact, duration, line_chart
+from pipeline.charts import COLOURS, Line, compact, duration, line_chart
 from pipeline.ledger import REASONS
 from pipeline.page import render_page
 from trainer.checkpoint import write_atomically
 from trainer.run_ledger import read_run_ledger
+from trainer.scores_page import FILTERS, KEY, shown
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
 EDGE_STEPS = 10  #: steps averaged for a first and a last loss
 EXAMPLES = 5  #: dialogues shown for each reason of the ledger
 GIB = 2**30
-OWN, BLIND = COLOURS[0], "#b9c0cc"
 
 
 class ReportError(ValueError):
@@ -75,19 +75,19 @@ def read_run(folder: Path) -> Run:
             evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         except ValueError:
             raise ReportError(f"{folder / 'evaluation.json'}: not JSON; run python -m trainer.evaluate again") from None
+        if not all("method" in row for row in evaluation["families"]):
+            raise ReportError(f"{folder / 'evaluation.json'}: of another version; run python -m trainer.evaluate again")
     return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation)
 
 
 def render(runs: list[Run]) -> str:
     """The page as HTML."""
-    scored = [(run, run.evaluation, _family_chart(run.evaluation)) for run in runs if run.evaluation]
     return render_page(
         Path(__file__).parent / "report.html.j2",
-        {"compact": compact, "duration": duration, "points": "{:.1f}".format, "plain": _plain},
+        {"compact": compact, "duration": duration, **FILTERS},
         runs=[(run, summary(run), charts(run)) for run in runs],
-        scored=scored,
-        own=OWN,
-        blind=BLIND,
+        scored=[{"name": run.name, **shown(run.evaluation)} for run in runs if run.evaluation],
+        **KEY,
     )
 
 
@@ -178,25 +178,6 @@ def _rate_lines(run: Run, parts: list[str]) -> list[Line]:
     return [
         Line(", ".join(names).replace("_", " "), x, rates, PART_COLOURS[names[0]]) for rates, names in courses.items()
     ]
-
-
-def _plain(answer: str) -> str:
-    """An answer as ``trainer.evaluate`` compares it: case, surrounding space and a final full stop do not count."""
-    return answer.strip().lower().rstrip(".")
-
-
-def _family_chart(evaluation: dict) -> Markup:
-    groups = [
-        (
-            row["family"],
-            [
-                Bar(row["accuracy"], row["low"], row["high"], OWN, "own frames"),
-                Bar(row["blind"], row["blind_low"], row["blind_high"], BLIND, "blind"),
-            ],
-        )
-        for row in evaluation["families"]
-    ]
-    return bar_chart("accuracy by question family", groups)
 
 
 def _per_second(steps: list[dict], key: str, seconds: float) -> float:

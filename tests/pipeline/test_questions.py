@@ -43,11 +43,11 @@ def test_prompts_end_where_the_answer_begins(root):
             f"{vlen / 2:.2f} seconds, and 8 frames are uniformly sampled from it. \nWhich is it, {i}?<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
-        assert questions.answer(i) == f"It is {i}." and questions.question(i) == f"Which is it, {i}?"
-        assert questions.family(i) == ("count" if i % 2 else "held out")
-        assert questions.meta(i) == ({"family": "count"} if i % 2 else {})
+        assert questions[i].answer == f"It is {i}." and questions[i].text == f"Which is it, {i}?"
+        assert questions[i].family == ("count" if i % 2 else "held out")
+        assert questions[i].meta == ({"family": "count"} if i % 2 else {})
         assert (batch.labels == IGNORE).all() and batch.clips.shape == (2, 4, SIZE, SIZE, 3)
-        assert batch.keys == [questions.key(i)] and batch.groups == 1 and batch.last
+        assert batch.keys == [questions[i].key] and batch.groups == 1 and batch.last
         assert len(batch.input_ids) == questions.length(i)
         assert batch.visual_index.tolist() == list(range(128))
 
@@ -71,7 +71,7 @@ def test_only_what_precedes_the_answer_is_shown(tmp_path):
     made.dialogue(turns("<image>\nColours?", "Four."), [still], split="val")
     made.dialogue(turns("Text?", "Yes."), split="val")
     questions = Questions(manifest(made.write()))
-    assert [questions.answer(i) for i in range(len(questions))] == ["This.", "Four.", "Yes."]
+    assert [questions[i].answer for i in range(len(questions))] == ["This.", "Four.", "Yes."]
     assert questions.prompt(0).clips.shape[0] == 2
     tiled = questions.prompt(1)
     assert tiled.stills.shape == (3, SIZE, SIZE, 3) and len(tiled.visual_index) == 192

@@ -45,6 +45,7 @@ def write_run(folder: Path, steps: int = 40, scores: bool = False) -> Path:
         (folder / "ledger" / f"rank00{rank}.jsonl").write_text(lines)
     if scores:
         row = {"family": "first colour", "questions": 224, "accuracy": 93.3, "low": 90.1, "high": 96.2, "blind": 12.1}
+        row |= {"method": "generation", "shuffled": 51.7, "shuffled_low": 44.4, "shuffled_high": 58.8}
         row |= {"blind_low": 8.0, "blind_high": 16.5, "gain": 81.2, "gain_low": 76.0, "gain_high": 86.4}
         example = {
             "family": "first colour",
@@ -53,7 +54,13 @@ def write_run(folder: Path, steps: int = 40, scores: bool = False) -> Path:
             "frames_jpeg": [jpeg()],
         }
         examples = [example | {"given": "Red.", "blind_given": "blue"}, example | {"given": "", "blind_given": "</p>"}]
-        evaluation = {"families": [row], "examples": examples, "checkpoint": "runs/final", "command": "python -m x"}
+        evaluation = {
+            "unreadable": [],
+            "families": [row],
+            "examples": examples,
+            "checkpoint": "runs/final",
+            "command": "python -m x",
+        }
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
 
@@ -64,7 +71,19 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     assert report.main([*map(str, runs), "--out", str(out)]) == 0
     page = Page(out.read_text(encoding="utf-8"))
     text = page.cells()
-    for figure in ("93.3", "90.1 to 96.2", "12.1", "8.0 to 16.5", "81.2", "76.0 to 86.4", "224", "1.23k", "12.5 %"):
+    for figure in (
+        "93.3",
+        "90.1 to 96.2",
+        "12.1",
+        "8.0 to 16.5",
+        "81.2",
+        "76.0 to 86.4",
+        "51.7",
+        "44.4 to 58.8",
+        "224",
+        "1.23k",
+        "12.5 %",
+    ):
         assert figure in text, figure
     assert "4 dialogues not learned, or not whole: 3 × unreadable, 1 × x<y" in text
     assert "every dialogue could be read" not in text and "d0 /media/0.mp4: <gone>; d2 /media" in text

@@ -10,7 +10,7 @@ import torch
 from pipeline.batch import IGNORE, IMAGE
 from pipeline.manifest import Model
 from tests.trainer.model.rows import SMALL, Dialogue, dialogue, no_clips, no_stills, pack, small_model
-from trainer.generate import generate
+from trainer.generate import Sampling, generate
 
 NEW = 12
 
@@ -72,3 +72,28 @@ def test_generation_sees_the_frames(model):
 def test_a_text_prompt_needs_no_media(model):
     text = Dialogue([5, 6, 7], [IGNORE] * 3, no_clips(), no_stills())
     assert len(generate(model, [pack([text])], 3, -1)[0]) == 3
+
+
+def test_what_is_drawn_does_not_depend_on_the_rest_of_the_batch(model):
+    sampling, drawn = Sampling(temperature=1.5, top_p=0.9, seed=3), {}
+    rows = [dataclasses.replace(pack([prompt]), keys=[f"d{n}"]) for n, prompt in enumerate(PROMPTS)]
+    alone = [generate(model, [row], NEW, -1, sampling)[0] for row in rows]
+    assert generate(model, [pack(PROMPTS)], NEW, -1, sampling) == alone
+    for seed in range(4):
+        drawn[seed] = generate(model, rows, NEW, -1, dataclasses.replace(sampling, seed=seed))
+    assert len({str(answers) for answers in drawn.values()}) == 4
+    assert generate(model, rows, NEW, -1, Sampling(temperature=1e-4)) == generate(model, rows, NEW, -1)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, {0, 1, 2, 3}), (0.81, {0, 1, 2}), (0.8, {0, 1}), (0.01, {0})])
+def test_tokens_are_drawn_by_their_probability_from_the_likeliest(top_p, kept):
+    """Probabilities 0.5, 0.3, 0.15 and 0.05 at temperature 2; as few tokens as reach ``top_p`` together."""
+    logits = 2 * torch.tensor([[0.3, 0.5, 0.05, 0.15]]).log()
+    names = {1: 0, 0: 1, 3: 2, 2: 3}  # token -> rank
+    sampling = Sampling(temperature=2.0, top_p=top_p)
+    generators = sampling.generators(["a"])
+    ranks = [names[int(sampling.choose(logits, generators))] for _ in range(2000)]
+    shares = [ranks.count(rank) / 2000 for rank in range(4)]
+    whole = sum((0.5, 0.3, 0.15, 0.05)[rank] for rank in kept)
+    for rank, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
+        assert shares[rank] == pytest.approx(probability / whole if rank in kept else 0, abs=0.05)

@@ -1,0 +1,76 @@
+"""Questions of an annotation file about files as they are: nothing is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.annotations import Annotation, AnnotationError, MediaRef, read_annotations
+from pipeline.batch import Batch
+from pipeline.conversation import conversation_of
+from pipeline.handful import STILL, File, index_of
+from pipeline.index import ShardsError
+from pipeline.manifest import Entry, Manifest
+from pipeline.media import MediaError
+from pipeline.prompts import Prompts
+from pipeline.questions import Question, Questions
+from pipeline.visuals import Visuals
+
+
+class FileQuestions(Questions):
+    """The answered dialogues of the annotation file ``path``, whose media lie below ``root``.
+
+    Each prompt decodes its media anew, as a build with the manifest would have.
+
+    Attributes:
+        refused: samples that cannot be used, one line each.
+
+    Raises:
+        AnnotationFileError: the file cannot be read.
+        ShardsError: it holds no answered dialogue.
+    """
+
+    def __init__(self, manifest: Manifest, path: str | Path, root: str | Path, reader: str = "decord") -> None:
+        self.conversation = conversation_of(manifest)
+        self._manifest, self._root = manifest, Path(root).resolve()
+        self._list, self.refused = [], []
+        entry = Entry(annotation=str(path), root=str(root), reader=reader)
+        for found in read_annotations(path, entry, seed=manifest.seed):
+            try:
+                self._list.append(self._question(found))
+            except (AnnotationError, MediaError, ValueError) as error:
+                self.refused.append(str(error))
+        if not self._list:
+            why = f"; the first is refused: {self.refused[0]}" if self.refused else ""
+            raise ShardsError(f"{path}: no answered dialogue{why}")
+
+    def _question(self, found: Annotation | AnnotationError) -> Question:
+        if isinstance(found, AnnotationError):
+            raise found
+        media = [self._file(ref) for ref in found.media]
+        key = f"{found.entry}:{found.position}:{found.id}"
+        return Question.of(key, list(found.turns), found.entry, found.meta, media)
+
+    def _file(self, ref: MediaRef) -> File:
+        path = (self._root / ref.path).resolve()
+        if not path.is_relative_to(self._root):
+            raise MediaError("outside_root", ref.path, f"leads out of {self._root}")
+        return File(path, ref.start, ref.end, STILL if ref.kind == "image" else ref.reader)
+
+    def length(self, i: int, media_of: int | None = None) -> int:
+        """0: it is not known before the media are decoded."""
+        return 0
+
+    def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
+        """As of :meth:`Questions.prompt`.
+
+        Raises:
+            MediaError: a file cannot be used.
+            ValueError: the other question has fewer media than this one shows.
+        """
+        files: Sequence[File] = self._media(i, media_of)
+        visuals = Visuals(index_of(files, self._manifest), self._manifest)
+        prompts = Prompts(self._manifest, visuals, self.conversation)
+        return prompts.row(self._list[i].turns, range(len(files)), self._list[i].key, shuffle)

@@ -1,0 +1,84 @@
+"""A trained model that is asked about files: from paths and turns to text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.conversation import conversation_of
+from pipeline.handful import File, index_of
+from pipeline.manifest import Manifest, load_manifest
+from pipeline.prompts import Prompts
+from pipeline.visuals import View, Visuals
+from trainer.generate import GREEDY, Sampling, generate
+from trainer.likelihood import Likelihood, likelihoods
+from trainer.weight_files import WeightsError
+from trainer.weights import load_pretrained
+
+KEPT = 4  #: lists of files whose decoded media are kept, because several questions are asked about the same
+
+
+def find(checkpoint: str | Path, manifest: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Path, Manifest]:
+    """The folder of weights and the manifest of a run, of its ``final``, or of an exported checkpoint.
+
+    Raises:
+        WeightsError: there are no weights, or no manifest beside them.
+        ManifestError: the manifest is faulty.
+    """
+    checkpoint = Path(checkpoint)
+    weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
+    if not (weights / "config.json").is_file():
+        raise WeightsError(f"{checkpoint}: no weights there; name a finished run, or a folder of weights")
+    beside = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
+    found = manifest or next((path for path in beside if path.is_file()), None)
+    if found is None:
+        raise WeightsError(f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too")
+    return weights, load_manifest(found, tuple(overrides))
+
+
+class Asker:
+    """One model under one manifest, on the GPU if there is one."""
+
+    def __init__(self, weights: Path, manifest: Manifest) -> None:
+        self.conversation = conversation_of(manifest)
+        self.tokenizer = self.conversation.tokenizer
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_pretrained(weights).to(self.device)
+        self._manifest = manifest
+        self._visuals = functools.lru_cache(KEPT)(lambda files: Visuals(index_of(files, manifest), manifest))
+
+    def prompt(self, turns: Sequence[dict], files: Sequence[File], key: str = "") -> Batch:
+        """The row of ``turns``, which end with a question and have a mark for each of ``files``.
+
+        Raises:
+            MediaError: a file cannot be used; one line that names it.
+            ValueError: marks and files do not fit.
+        """
+        prompts = Prompts(self._manifest, self._visuals(tuple(files)), self.conversation)
+        return prompts.row(turns, range(len(files)), key).to(self.device)
+
+    def views(self, files: Sequence[File]) -> list[View]:
+        """What is shown of ``files``."""
+        return self._visuals(tuple(files)).views(list(range(len(files))))
+
+    def seconds(self, files: Sequence[File], view: View) -> list[float]:
+        """Seconds of the source at which the frames of a video's view were shown."""
+        stored = self._visuals(tuple(files)).index.media["timestamps"][view.row].as_py()
+        return [stored[place] for place in view.places]
+
+    def answer(self, prompts: Sequence[Batch], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
+        """The answers to ``prompts``, of one question each."""
+        tokens = generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_token_id, sampling)
+        return [self.text(ids) for ids in tokens]
+
+    def likelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[Likelihood]:
+        """How likely each of ``answers`` is, with the token that ends it."""
+        return likelihoods(self.model, prompt, [self.conversation.answer_ids(answer) for answer in answers])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens of an answer as text."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
