@@ -49,7 +49,8 @@ class SimpleModel(lmms):
         return [self._rounds(request) for request in tqdm(requests, disable=None)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of the answer as a whole, so with the token that ends it."""
+        """Negative logarithms: lmms-eval takes losses here, and the option of the least one. Of whole answers, so with
+        the token that ends them."""
         found = []
         for request in tqdm(requests, disable=None):
             text, target, to_visual, number, task, split = request.args
@@ -57,7 +58,8 @@ class SimpleModel(lmms):
             answer = target(doc) if callable(target) else target
             with _files(to_visual(doc) or []) as files:
                 prompt = self._asker.prompt([{"from": "human", "value": _marked(text, len(files))}], files)
-                found.append(tuple(self._asker.likelihoods(prompt, [str(answer).strip()])[0]))
+                likelihood = self._asker.likelihoods(prompt, [str(answer).strip()])[0]
+                found.append((-likelihood.log, likelihood.greedy))
         return found
 
     def _simple(self, request: Instance) -> tuple[str, list, dict]:
