@@ -45,7 +45,7 @@ MODELS = {"2b": MANIFESTS / "2b" / "stage1.yaml", "7b": MANIFESTS / "stage1.yaml
 FRAMES = {2: {4: 8, 8: 8}, 3: {64: 6, 128: 4, 512: 2}, 4: {64: 6, 128: 4, 512: 2}}  #: stage -> frames -> videos
 SMALL_FRAMES = {2: {4: 4, 8: 4}, 3: {8: 3, 32: 1}, 4: {8: 3, 32: 1}}  #: of the CPU preset
 WARMUP = 2  #: steps that are not counted
-EPOCHS = 100  #: of one global batch each, so that no step is the last, which saves
+COPIES = 100  #: of the dialogues, a global batch each: no step is the last, which saves, or the first of an epoch
 SHARE = 0.6  #: of the GPU's memory for weights, gradients and moments; the rest is for activations
 STATE_BYTES = 16  #: of a trained weight in the plain way: weight, gradient and two moments in float32
 GIB = 1024**3
@@ -69,7 +69,7 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
         "stage": stage,
         "output": str(folder / "run"),
         "data": {"entries": [{"annotation": "footage.json"}]},
-        "mix": [{"root": root} for root in roots(folder, counts, base.frames.size)],
+        "mix": [{"root": root, "repeat": COPIES} for root in roots(folder, counts, base.frames.size)],
         "frames": {**plain(base.frames), "min": min(counts), "max": max(counts)},
         "text": {**plain(base.text), "tokenizer": str(MANIFESTS.parent / "tests/golden/tokens_labels/tokenizer")},
         "batching": {"global_batch": sum(counts.values()), "row_multiple": 1, "order": "sequential"},
@@ -79,7 +79,7 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
             "language_model": plain(dataclasses.replace(language, vocab_size=max(language.vocab_size, 1024))),
         },
         "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
-        "train": {**plain(base.train), "epochs": EPOCHS, "max_steps": None, "save_every": 10**9, "zero_stage": 3},
+        "train": {**plain(base.train), "epochs": 1, "max_steps": None, "save_every": 10**9, "zero_stage": 3},
     }
     path = folder / "case.yaml"
     path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
@@ -192,8 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cpu", action="store_true", help="the small preset, also where there is a GPU")
     parser.add_argument("--folder", type=Path, help="keep media and logs there")
     options = parser.parse_args(arguments)
-    if not WARMUP < options.steps < EPOCHS:
-        parser.error(f"--steps: {WARMUP + 1} to {EPOCHS - 1}")
+    if not WARMUP < options.steps < COPIES:
+        parser.error(f"--steps: {WARMUP + 1} to {COPIES - 1}")
     small = options.cpu or not torch.cuda.is_available()
     if small:
         os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"] = "cpu", ""

@@ -233,5 +233,8 @@ def _clip(path: str | Path, source: Source, start: float | None, end: float | No
     if not low < high or first >= stop:  # also for times that are not numbers
         lost = source.salvaged and low >= source.end and (end is None or end > low)
         where = f"the file is damaged at {source.end:.2f} s" if lost else f"the video ends at {source.end:.2f} s"
-        raise MediaError("truncated" if lost else "bad_clip", path, f"no frames from {start} s to {end} s; {where}")
+        shown = "the end" if end is None else f"{end} s"
+        raise MediaError(
+            "truncated" if lost else "bad_clip", path, f"no frames from {start or 0} s to {shown}; {where}"
+        )
     return first, stop, round(high - low, 6)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+from types import FrameType
 
 from pipeline.index import ShardsError
 from pipeline.manifest import ManifestError, load_manifest
+from trainer.launch import SIGNALS, STATUS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(manifest))
             return 0
+        for number in SIGNALS:  # until the run takes them over
+            signal.signal(number, _leave)
         return _train(manifest)
     except (ManifestError, ShardsError) as error:
         return _failed(error, 2)
@@ -43,7 +48,7 @@ def _train(manifest) -> int:
     from trainer.calls import CallsError
     from trainer.checkpoint import CheckpointError, WriteError
     from trainer.launch import StartError
-    from trainer.leave import STATUS, Preempted
+    from trainer.leave import Preempted
     from trainer.loop import TrainingError, train
     from trainer.weight_files import WeightsError
 
@@ -64,6 +69,12 @@ def _train(manifest) -> int:
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)
     return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"stopped by {signal.Signals(number).name}; the same command starts again", file=sys.stderr)
+    raise SystemExit(STATUS)
 
 
 def _failed(error: Exception | str, status: int, all_ranks: bool = True) -> int:

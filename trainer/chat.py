@@ -42,12 +42,12 @@ class Chat:
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece."""
         marks = "" if self._turns else f"{MARK}\n" * len(self._files)
-        self._turns.append({"from": "human", "value": marks + question})
+        turns = [*self._turns, {"from": "human", "value": marks + question.replace(MARK, "")}]
         said = ""
-        for piece in texts(self._talk.answer(self._asker.prompt(self._turns, self._files)), self._asker.text):
+        for piece in texts(self._talk.answer(self._asker.prompt(turns, self._files)), self._asker.text):
             said += piece
             yield piece
-        self._turns.append({"from": "gpt", "value": said})
+        self._turns = [*turns, {"from": "gpt", "value": said}]
 
     def shown(self) -> tuple[list, list[str]]:
         """The pictures that the model sees, uint8 (S, S, 3) each, and the second or the file that each is of."""
@@ -85,7 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         sampling = Sampling(options.temperature, options.top_p, options.seed)
         chat = Chat(Asker(weights, manifest), files, options.max_new_tokens, sampling)
         if options.sheet:
-            write_sheet(options.sheet, *chat.shown())
+            try:
+                write_sheet(options.sheet, *chat.shown())
+            except OSError as error:
+                raise ChatError(f"--sheet {options.sheet}: cannot be written ({error.strerror})") from None
         _converse(chat, options.question)
     except (ChatError, ManifestError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,6 +104,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ChatError("--start and --end are of one --video; give one")
     if options.sheet and not (options.video or options.image):
         raise ChatError("--sheet shows pictures; give a --video or an --image")
+    if options.sheet and options.sheet.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise ChatError(f"--sheet {options.sheet}: name a .jpg or a .png file")
+    if options.question is not None and not options.question.strip():
+        raise ChatError("--question is empty; leave it out to be asked for questions")
     if options.temperature < 0 or not 0 < options.top_p <= 1 or options.max_new_tokens < 1:
         raise ChatError("--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1")
 
@@ -117,8 +124,13 @@ def _converse(chat: Chat, question: str | None) -> None:
         else:
             asked = question
         if asked:
-            for piece in chat.ask(asked):
-                print(piece, end="", flush=True)
+            try:
+                for piece in chat.ask(asked):
+                    print(piece, end="", flush=True)
+            except ValueError as error:
+                if question is not None:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
             print()
         if question is not None:
             return

@@ -51,8 +51,8 @@ def check(manifest: Manifest, place: Place, run: Path) -> None:
     faults = [*_differing(there, _of_this_rank(manifest)), *_device(manifest, place)]
     if place.first:
         faults += weights_faults(manifest)
-        faults += filter(None, [disk.shortage(manifest)])
         faults += (unwritten := list(_mark(marker)))
+        faults += filter(None, [] if unwritten else [disk.shortage(manifest)])
     if _from_first(not unwritten if place.first else None) and not _seen(marker):
         shared = "put it on a file system that all machines share"
         faults.append(f"output: {run} is not the folder that rank 0 sees; {shared}")

@@ -17,7 +17,7 @@ import argparse
 import base64
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.annotations import AnnotationFileError
+from pipeline.batch import Batch
 from pipeline.file_questions import FileQuestions
 from pipeline.index import ShardsError
 from pipeline.manifest import Manifest, ManifestError, load_manifest
@@ -64,26 +65,33 @@ class Scorer:
         self.answers = {way: Answers() for way in WAYS}
         self.unreadable: dict[int, str] = {}
 
-    def run(self, asked: Sequence[int], partners: Sequence[int]) -> None:
-        """Answer the questions ``asked``, blind with the media of their ``partners``."""
-        work = [(way, i, partner) for i, partner in zip(asked, partners, strict=True) for way in WAYS]
-        lengths = [self._questions.length(i, partner if way == "blind" else i) for way, i, partner in work]
+    def run(self, partners: Mapping[int, Sequence[int]]) -> None:
+        """Answer the questions that have ``partners``, blind with the media of the first that can be shown."""
+        work = [(way, i, others) for i, others in partners.items() for way in WAYS]
+        lengths = [self._questions.length(i, others[0] if way == "blind" else i) for way, i, others in work]
         order, size = sorted(range(len(work)), key=lengths.__getitem__), self._manifest.evaluate.batch
         with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=None) as bar:
             for at in range(0, len(order), size):
                 self._answer([work[n] for n in order[at : at + size]])
                 bar.update(len(order[at : at + size]))
 
-    def _answer(self, work: list[tuple[str, int, int]]) -> None:
-        prompts = []
-        for way, i, partner in work:
-            shuffle = np.random.default_rng([self._manifest.seed, i]) if way == "shuffled" else None
+    def _prompt(self, way: str, i: int, others: Sequence[int]) -> Batch | None:
+        """The question as ``way`` shows it; None where it cannot be shown."""
+        shuffle = np.random.default_rng([self._manifest.seed, i]) if way == "shuffled" else None
+        fault = ""
+        for media_of in others if way == "blind" else (None,):
             try:
-                row = self._questions.prompt(i, partner if way == "blind" else None, shuffle)
+                return self._questions.prompt(i, media_of, shuffle)
             except (OSError, ValueError, MediaError) as error:
-                self.unreadable.setdefault(i, f"{self._questions[i].key}: {' '.join(str(error).split())}")
-                continue
-            prompts.append((way, i, row.to(self._device)))
+                fault = " ".join(str(error).split())
+        if way == "blind":
+            fault = f"none of {len(others)} others can be shown in its place: {fault}"
+        self.unreadable.setdefault(i, f"{self._questions[i].key}: {fault}")
+        return None
+
+    def _answer(self, work: list[tuple[str, int, Sequence[int]]]) -> None:
+        made = ((way, i, self._prompt(way, i, others)) for way, i, others in work)
+        prompts = [(way, i, row.to(self._device)) for way, i, row in made if row is not None]
         if not prompts:
             return
         rows = [row for _, _, row in prompts]
@@ -103,10 +111,10 @@ def evaluate(manifest: Manifest, checkpoint: Path, questions: Questions, limit: 
     chosen = _choose(questions, limit)
     families, answers = [questions[i].family for i in chosen], [questions[i].answer for i in chosen]
     partners = blind_partners(families, answers, [len(questions[i].media) for i in chosen], manifest.seed)
-    pairs = [(i, chosen[partner]) for i, partner in zip(chosen, partners, strict=True) if partner is not None]
+    pairs = {i: [chosen[other] for other in others] for i, others in zip(chosen, partners, strict=True) if others}
     scorer = Scorer(manifest, checkpoint, questions)
-    scorer.run([i for i, _ in pairs], [partner for _, partner in pairs])
-    asked = [i for i, _ in pairs if i not in scorer.unreadable]
+    scorer.run(pairs)
+    asked = [i for i in pairs if i not in scorer.unreadable]
     if not asked:
         why = next(iter(scorer.unreadable.values()), "none has a partner of its family with another answer")
         raise ShardsError(f"no question can be scored: {why}")
@@ -173,7 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 weights that cannot be read, 2 bad input)."""
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--manifest", required=True, help="the stage's YAML; its held-out entries are asked")
-    parser.add_argument("--checkpoint", type=Path, help="folder of final weights; the manifest's run if not given")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
+    )
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
@@ -185,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         manifest = load_manifest(options.manifest, options.set)
         if (options.annotations is None) != (options.root is None):
             raise ManifestError("--annotations and --root belong together; give both or neither")
-        checkpoint = options.checkpoint or Path(manifest.output) / "final"
+        checkpoint = options.checkpoint or Path(manifest.output)
+        checkpoint = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
         if not checkpoint.is_dir():
             raise WeightsError(f"{checkpoint}: not trained yet; run python -m trainer --manifest {options.manifest}")
         questions = (

@@ -7,12 +7,15 @@ srun, with a task for each GPU, sets its own variables, which say the same. With
 from __future__ import annotations
 
 import re
+import signal
 import socket
 from collections.abc import MutableMapping
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: variables of launchers that are not understood, with their names: each of their processes would train alone
 OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
+STATUS = 75  #: exit status of a run that left when asked: EX_TEMPFAIL of sysexits.h, "try again"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: which ask a run to leave
 PORTS = (20_000, 10_000)  #: first port of srun's jobs, and how many: the job's number chooses one
 
 

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from trainer.distributed import Place, highest
-
-STATUS = 75  #: exit status of a run that left when asked: EX_TEMPFAIL of sysexits.h, "try again"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from trainer.launch import SIGNALS
 
 
 class Preempted(Exception):

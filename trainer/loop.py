@@ -109,6 +109,8 @@ def train(manifest: Manifest) -> Path:
             loader.load_state_dict(state["loader"])
             ledger.go_on(state["loader"])
             done = state["step"]
+            if place.first:
+                print(f"{manifest.name}: goes on after the checkpoint of step {done}")
         elif place.first:
             ledger.begin(loader.left_out(), loader.cut())
         else:
@@ -138,6 +140,8 @@ def _steps(run: Run, loader, done: int) -> None:
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
     manifest, place = run.manifest, run.place
     steps, saved = steps_in_all(manifest, len(loader)), done
+    if place.first:
+        print(f"{manifest.name}: {steps} optimiser steps, in {manifest.train.epochs} epochs of {len(loader)} at most")
     meter = Meter(run.folder, manifest.name, done, steps) if place.first else None
     profiler = Profiler(run.folder, manifest.train, steps) if place.first else None
     calls = CallLog(run.engine.module) if manifest.train.check_calls else None

@@ -27,7 +27,7 @@ from trainer.scores_page import FILTERS, KEY, shown
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
-EDGE_STEPS = 10  #: steps averaged for a first and a last loss
+EDGE_STEPS = 10  #: steps averaged for a first and a last loss, at most half of them
 EXAMPLES = 5  #: dialogues shown for each reason of the ledger
 GIB = 2**30
 
@@ -97,6 +97,7 @@ def summary(run: Run) -> dict:
     train, frames = manifest.get("train", {}), manifest.get("frames", {})
     trained = [name.replace("_", " ") for name in PART_COLOURS if train.get(name, {}).get("train")]
     losses = [record["loss"] for record in steps if record["loss"] is not None] or [math.nan]
+    edge = min(EDGE_STEPS, max(1, len(losses) // 2))
     seconds = sum(record["seconds"] for record in steps)
     init = manifest.get("init_from", {})
     return {
@@ -110,8 +111,8 @@ def summary(run: Run) -> dict:
         "wanted": steps[-1].get("steps", steps[-1]["step"]),
         "dialogues": sum(record.get("dialogues", 0) for record in steps),
         "seconds": seconds,
-        "first_loss": statistics.fmean(losses[:EDGE_STEPS]),
-        "last_loss": statistics.fmean(losses[-EDGE_STEPS:]),
+        "first_loss": statistics.fmean(losses[:edge]),
+        "last_loss": statistics.fmean(losses[-edge:]),
         "tokens_per_s": _per_second(steps, "tokens_per_s", seconds),
         "frames_per_s": _per_second(steps, "frames_per_s", seconds),
         "data_wait": 100 * _per_second(steps, "data_wait", seconds),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 RESAMPLES = 2000  #: bootstrap resamples
+TRIES = 4  #: partners of a question
 CONTROLS = ("blind", "shuffled")  #: other frames, and the same frames in another order
 
 
@@ -26,10 +27,9 @@ def is_right(given: str, answer: str) -> bool:
     return normalise(given) == expected
 
 
-def blind_partners(
-    families: Sequence[str], answers: Sequence[str], shown: Sequence[int], seed: int
-) -> list[int | None]:
-    """For each question another one of its family with a different answer, or None where there is none.
+def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Sequence[int], seed: int) -> list[list[int]]:
+    """For each question up to :data:`TRIES` others of its family with a different answer, the first to be taken, the
+    rest where its media cannot be shown; none where there is none.
 
     Partners are drawn uniformly among those that show at least as many media; a question without media has none.
     """
@@ -37,11 +37,11 @@ def blind_partners(
     by_family: dict[str, list[int]] = {}
     for i, family in enumerate(families):
         by_family.setdefault(family, []).append(i)
-    partners: list[int | None] = []
+    partners: list[list[int]] = []
     for family, answer, count in zip(families, answers, shown, strict=True):
         family_others = by_family[family] if count else []
         others = [j for j in family_others if normalise(answers[j]) != normalise(answer) and shown[j] >= count]
-        partners.append(others[rng.integers(len(others))] if others else None)
+        partners.append(rng.permutation(others)[:TRIES].tolist() if others else [])
     return partners
 
 

@@ -75,21 +75,21 @@ STOPPED = signal.SIGSTOP  # which a process cannot answer in any way
 def worse(job):
     """A worker with files that hang or crash it: while they are fetched, ahead of others, or while they are decoded."""
     told = {"fetch b": signal.SIGSEGV, "decode c": STOPPED, "decode e": signal.SIGSEGV, "fetch g": STOPPED}
-    decode, fetch = tools.tasks.decode_video, tools.tasks._Sources.fetch
+    make, fetch = tools.tasks.make_video, tools.tasks._Sources.fetch
 
     def trouble(what):
         if sent := told.get(what):
             os.kill(os.getpid(), sent)
 
-    def decode_video(*arguments, name, **options):
-        trouble(f"decode {Path(name).stem}")
-        return decode(*arguments, name=name, **options)
+    def make_video(*arguments):
+        trouble(f"decode {Path(arguments[-1]).stem}")
+        return make(*arguments)
 
     def fetch_file(self, item, scratch):
         trouble(f"fetch {Path(item['path']).stem}")
         return fetch(self, item, scratch)
 
-    tools.tasks.decode_video, tools.tasks._Sources.fetch, tools.tasks.GRACE = decode_video, fetch_file, 1
+    tools.tasks.make_video, tools.tasks._Sources.fetch, tools.tasks.GRACE = make_video, fetch_file, 1
     return make_worker(job)
 
 

@@ -124,7 +124,8 @@ def test_a_stopped_rank_is_named_and_the_run_ends(manifest: Path, tmp_path: Path
             assert other.returncode == 1
             (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
             assert "no sign of life" in line and f"rank {stopped} (" in line
-            assert f"process {ranks[stopped].pid}" in line and "global batch" in line
+            assert f"process {ranks[stopped].pid}" in line
+            assert "global batch" in line or "waiting for data" in line
     finally:
         for rank in (rank for ranks in runs.values() for rank in ranks):
             with contextlib.suppress(ProcessLookupError):

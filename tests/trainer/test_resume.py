@@ -16,7 +16,7 @@ from pipeline.manifest import load_manifest
 from tests.trainer import corpus
 from trainer import disk
 from trainer.checkpoint import latest
-from trainer.leave import STATUS
+from trainer.launch import STATUS
 
 #: different rates and decays, large enough that one in place of another would show at once, and a part that is frozen
 PARTS = (
