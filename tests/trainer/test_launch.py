@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -168,3 +169,20 @@ def test_the_slurm_job_queues_itself_again(tmp_path: Path, ended: int, status: i
     assert (tmp_path / "scontrol.said").exists() == requeued
     if requeued:
         assert (tmp_path / "scontrol.said").read_text() == "requeue 4711\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_leaving_while_starting_has_the_same_status(tmp_path, number):
+    """The process has read its manifest and still imports, or a little later; whatever it is at, 75 is its status."""
+    manifest = corpus.PROJECT / "manifests" / "demo" / "stage1.yaml"
+    command = [sys.executable, "-X", "importtime", "-m", "trainer", "--manifest", str(manifest)]
+    process = subprocess.Popen(
+        command, env=corpus.environment(), cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    for line in process.stderr:
+        if line.rstrip().endswith("pipeline.loader"):  # imported once the manifest is read
+            break
+    process.send_signal(number)
+    told = process.stderr.read()
+    assert process.wait(timeout=60) == 75
+    assert f"stopped by {number.name}" in told
