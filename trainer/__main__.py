@@ -54,9 +54,9 @@ def _train(manifest) -> int:
 
     try:
         train(manifest)
-    except Preempted as signal:
+    except Preempted as asked:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped by {signal}; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"stopped by {asked}; the same command goes on from the last checkpoint", file=sys.stderr)
         return STATUS
     except WriteError as error:
         return _failed(error, 1, all_ranks=False)
