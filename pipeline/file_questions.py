@@ -10,19 +10,18 @@ import numpy as np
 from pipeline.annotations import Annotation, AnnotationError, MediaRef, read_annotations
 from pipeline.batch import Batch
 from pipeline.conversation import conversation_of
-from pipeline.handful import STILL, File, index_of
+from pipeline.handful import STILL, File, Handfuls
 from pipeline.index import ShardsError
 from pipeline.manifest import Entry, Manifest
 from pipeline.media import MediaError
 from pipeline.prompts import Prompts
 from pipeline.questions import Question, Questions
-from pipeline.visuals import Visuals
 
 
 class FileQuestions(Questions):
     """The answered dialogues of the annotation file ``path``, whose media lie below ``root``.
 
-    Each prompt decodes its media anew, as a build with the manifest would have.
+    Media are decoded when they are asked about, as a build with the manifest would have.
 
     Attributes:
         refused: samples that cannot be used, one line each.
@@ -34,7 +33,7 @@ class FileQuestions(Questions):
 
     def __init__(self, manifest: Manifest, path: str | Path, root: str | Path, reader: str = "decord") -> None:
         self.conversation = conversation_of(manifest)
-        self._manifest, self._root = manifest, Path(root).resolve()
+        self._manifest, self._root, self._handfuls = manifest, Path(root).resolve(), Handfuls(manifest)
         self._list, self.refused = [], []
         entry = Entry(annotation=str(path), root=str(root), reader=reader)
         for found in read_annotations(path, entry, seed=manifest.seed):
@@ -71,6 +70,5 @@ class FileQuestions(Questions):
             ValueError: the other question has fewer media than this one shows.
         """
         files: Sequence[File] = self._media(i, media_of)
-        visuals = Visuals(index_of(files, self._manifest), self._manifest)
-        prompts = Prompts(self._manifest, visuals, self.conversation)
+        prompts = Prompts(self._manifest, self._handfuls.visuals(files), self.conversation)
         return prompts.row(self._list[i].turns, range(len(files)), self._list[i].key, shuffle)

@@ -1,11 +1,12 @@
 """A few files as an index in memory: asked about without a build, they are seen exactly as if they had been built.
 
-index = index_of([File("clip.mp4", start=12.4, end=27.9)], manifest)
-Visuals(index, manifest).views([0])
+visuals = Handfuls(manifest).visuals([File("clip.mp4", start=12.4, end=27.9)])
+visuals.views([0])
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from pipeline.media import MediaError, check_file
 from pipeline.sampling import media_seed
 from pipeline.shard_format import media_key
 from pipeline.storage import Shard
+from pipeline.visuals import Visuals
 
 STILL = "still"  #: how pictures are read
+KEPT = 4  #: lists of files that stay decoded, because several questions are asked about the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,21 @@ def index_of(files: Sequence[File], manifest: Manifest) -> Index:
     names = [f"{row['folder']}/{row['name']}" for row in shards]
     storage = _Memory(dict(zip(names, data, strict=True)), {n: str(f.path) for n, f in zip(names, files, strict=True)})
     return Index(storage=storage, fingerprint="", specification={}, maps={}, **tables)
+
+
+class Handfuls:
+    """What is shown of files under one manifest; the last few lists of files stay decoded."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._visuals = functools.lru_cache(KEPT)(lambda files: Visuals(index_of(files, manifest), manifest))
+
+    def visuals(self, files: Sequence[File]) -> Visuals:
+        """Visuals whose media table has a row for each of ``files``, in order.
+
+        Raises:
+            MediaError: a file cannot be used; one line that names it.
+        """
+        return self._visuals(tuple(files))
 
 
 class _Memory:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +9,27 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.conversation import conversation_of
-from pipeline.handful import File, index_of
+from pipeline.handful import File, Handfuls
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.prompts import Prompts
-from pipeline.visuals import View, Visuals
+from pipeline.visuals import View
 from trainer.generate import GREEDY, Sampling, generate
 from trainer.likelihood import Likelihood, likelihoods
 from trainer.weight_files import WeightsError
 from trainer.weights import load_pretrained
 
-KEPT = 4  #: lists of files whose decoded media are kept, because several questions are asked about the same
+
+def weights_of(checkpoint: str | Path) -> Path:
+    """The folder of weights of a finished run, or ``checkpoint`` itself.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    checkpoint = Path(checkpoint)
+    weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
+    if not (weights / "config.json").is_file():
+        raise WeightsError(f"{checkpoint}: no weights there; name a finished run, or a folder of weights")
+    return weights
 
 
 def find(checkpoint: str | Path, manifest: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Path, Manifest]:
@@ -29,10 +39,7 @@ def find(checkpoint: str | Path, manifest: str | Path | None, overrides: Sequenc
         WeightsError: there are no weights, or no manifest beside them.
         ManifestError: the manifest is faulty.
     """
-    checkpoint = Path(checkpoint)
-    weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
-    if not (weights / "config.json").is_file():
-        raise WeightsError(f"{checkpoint}: no weights there; name a finished run, or a folder of weights")
+    weights = weights_of(checkpoint)
     beside = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
     found = manifest or next((path for path in beside if path.is_file()), None)
     if found is None:
@@ -49,7 +56,7 @@ class Asker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_pretrained(weights).to(self.device)
         self._manifest = manifest
-        self._visuals = functools.lru_cache(KEPT)(lambda files: Visuals(index_of(files, manifest), manifest))
+        self._handfuls = Handfuls(manifest)
 
     def prompt(self, turns: Sequence[dict], files: Sequence[File], key: str = "") -> Batch:
         """The row of ``turns``, which end with a question and have a mark for each of ``files``.
@@ -58,7 +65,7 @@ class Asker:
             MediaError: a file cannot be used; one line that names it.
             ValueError: marks and files do not fit, or the model takes fewer tokens.
         """
-        prompts = Prompts(self._manifest, self._visuals(tuple(files)), self.conversation)
+        prompts = Prompts(self._manifest, self._handfuls.visuals(files), self.conversation)
         row = prompts.row(turns, range(len(files)), key)
         most = self.model.language_model.config.max_position_embeddings
         if row.tokens >= most:
@@ -67,11 +74,11 @@ class Asker:
 
     def views(self, files: Sequence[File]) -> list[View]:
         """What is shown of ``files``."""
-        return self._visuals(tuple(files)).views(list(range(len(files))))
+        return self._handfuls.visuals(files).views(list(range(len(files))))
 
     def seconds(self, files: Sequence[File], view: View) -> list[float]:
         """Seconds of the source at which the frames of a video's view were shown."""
-        stored = self._visuals(tuple(files)).index.media["timestamps"][view.row].as_py()
+        stored = self._handfuls.visuals(files).index.media["timestamps"][view.row].as_py()
         return [stored[place] for place in view.places]
 
     def answer(self, prompts: Sequence[Batch], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:

@@ -33,6 +33,7 @@ from pipeline.manifest import Manifest, ManifestError, load_manifest
 from pipeline.media import MediaError
 from pipeline.questions import Questions
 from pipeline.shard_format import encode_jpeg
+from trainer.asker import weights_of
 from trainer.checkpoint import write_atomically
 from trainer.generate import generate
 from trainer.likelihood import likelihoods
@@ -195,10 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         manifest = load_manifest(options.manifest, options.set)
         if (options.annotations is None) != (options.root is None):
             raise ManifestError("--annotations and --root belong together; give both or neither")
-        checkpoint = options.checkpoint or Path(manifest.output)
-        checkpoint = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
-        if not checkpoint.is_dir():
-            raise WeightsError(f"{checkpoint}: not trained yet; run python -m trainer --manifest {options.manifest}")
+        checkpoint = weights_of(options.checkpoint or manifest.output)
         questions = (
             Questions(manifest) if options.root is None else FileQuestions(manifest, options.annotations, options.root)
         )

@@ -110,7 +110,7 @@ def test_what_cannot_be_shown_is_left_out_and_named(made, capsys):
     [
         (("--annotations", "a.json"), 2, "belong together"),
         (("--annotations", "gone.json", "--root", "."), 2, "gone.json"),
-        (("--checkpoint", "gone"), 1, "not trained yet"),
+        (("--checkpoint", "gone"), 1, "no weights there"),
         (("--set", "evaluate.batch=0"), 2, "evaluate.batch"),
     ],
 )
