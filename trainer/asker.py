@@ -13,7 +13,7 @@ from pipeline.handful import File, Handfuls
 from pipeline.manifest import Manifest, load_manifest
 from pipeline.prompts import Prompts
 from pipeline.visuals import View
-from trainer.generate import GREEDY, Sampling, generate
+from trainer.generate import GREEDY, Sampling, generate, prefill
 from trainer.likelihood import Likelihood, likelihoods
 from trainer.weight_files import WeightsError
 from trainer.weights import load_pretrained
@@ -88,7 +88,8 @@ class Asker:
 
     def likelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[Likelihood]:
         """How likely each of ``answers`` is, with the token that ends it."""
-        return likelihoods(self.model, prompt, [self.conversation.answer_ids(answer) for answer in answers])
+        read = prefill(self.model, [prompt])
+        return likelihoods(self.model, read, [self.conversation.answer_ids(answer) for answer in answers])
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens of an answer as text."""

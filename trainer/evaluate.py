@@ -35,7 +35,7 @@ from pipeline.questions import Questions
 from pipeline.shard_format import encode_jpeg
 from trainer.asker import weights_of
 from trainer.checkpoint import write_atomically
-from trainer.generate import generate
+from trainer.generate import answers, prefill
 from trainer.likelihood import likelihoods
 from trainer.scores_page import page
 from trainer.scoring import CONTROLS, blind_partners, is_right, summarise
@@ -95,16 +95,17 @@ class Scorer:
         prompts = [(way, i, row.to(self._device)) for way, i, row in made if row is not None]
         if not prompts:
             return
-        rows = [row for _, _, row in prompts]
-        end = self._tokenizer.eos_token_id
-        outputs = generate(self._model, rows, self._manifest.evaluate.max_new_tokens, end)
-        for (way, i, row), tokens in zip(prompts, outputs, strict=True):
-            answers, options = self.answers[way], self._questions[i].options
-            answers.given[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            if options:
+        read = prefill(self._model, [row for _, _, row in prompts])
+        for n, (way, i, _) in enumerate(prompts):
+            if options := self._questions[i].options:
                 ids = [self._questions.conversation.answer_ids(option) for option in options]
-                found = [likelihood.log for likelihood in likelihoods(self._model, row, ids)]
-                answers.likeliest[i] = options[int(np.argmax(found))]
+                found = [likelihood.log for likelihood in likelihoods(self._model, read.alone(n), ids)]
+                self.answers[way].likeliest[i] = options[int(np.argmax(found))]
+        keys = [key for _, _, row in prompts for key in row.keys]
+        longest, end = self._manifest.evaluate.max_new_tokens, self._tokenizer.eos_token_id
+        outputs = answers(self._model, read, keys, longest, end)
+        for (way, i, _), tokens in zip(prompts, outputs, strict=True):
+            self.answers[way].given[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def evaluate(manifest: Manifest, checkpoint: Path, questions: Questions, limit: int | None = None) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,21 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class Read(NamedTuple):
+    """B prompts that a model has read."""
+
+    cache: DynamicCache  #: keys and values (B, heads, longest, D), padded on the left with zeros
+    lengths: list[int]  #: tokens of each dialogue
+    logits: torch.Tensor  #: (B, V) of each dialogue's next token
+
+    def alone(self, number: int) -> Read:
+        """One of the dialogues, with a cache of its own."""
+        length, cache = self.lengths[number], DynamicCache()
+        for n, layer in enumerate(self.cache.layers):
+            cache.update(*(kept[number : number + 1, :, -length:].clone() for kept in (layer.keys, layer.values)), n)
+        return Read(cache, [length], self.logits[number : number + 1])
+
+
 def generate(
     model: VideoLLM,
     prompts: Sequence[Batch],
@@ -67,11 +83,23 @@ def generate(
         Token ids of each answer without the one that ended it, in the order of the prompts.
     """
     keys = [key for row in prompts for key in row.keys]
-    answers: list[list[int]] = [[] for _ in keys]
-    for found in grow(model, *prefill(model, prompts), keys, max_new_tokens, stop, sampling):
-        for dialogue, token in found:
-            answers[dialogue].append(token)
-    return answers
+    return answers(model, prefill(model, prompts), keys, max_new_tokens, stop, sampling)
+
+
+def answers(
+    model: VideoLLM,
+    read: Read,
+    keys: Sequence[str],
+    max_new_tokens: int,
+    stop: int | Collection[int],
+    sampling: Sampling = GREEDY,
+) -> list[list[int]]:
+    """Continue dialogues that were read, whose ``keys`` these are; else as :func:`generate`. Their cache grows."""
+    found: list[list[int]] = [[] for _ in keys]
+    for step in grow(model, *read, keys, max_new_tokens, stop, sampling):
+        for dialogue, token in step:
+            found[dialogue].append(token)
+    return found
 
 
 @torch.no_grad()
@@ -117,13 +145,8 @@ def grow(
 
 
 @torch.no_grad()
-def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> tuple[DynamicCache, list[int], torch.Tensor]:
-    """Run the prompts' rows one after the other.
-
-    Returns:
-        the cache of all B dialogues, keys and values (B, heads, longest, D) padded on the left with zeros; the number
-        of tokens of each dialogue; the logits (B, V) of each dialogue's next token.
-    """
+def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> Read:
+    """Run the prompts' rows one after the other."""
     lengths: list[int] = []
     logits: list[torch.Tensor] = []
     layers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
@@ -140,7 +163,7 @@ def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> tuple[DynamicCache, li
     joined = DynamicCache(config=model.language_model.config)
     for n, (keys, values) in enumerate(layers):
         joined.update(_pad_left(keys, max(lengths)), _pad_left(values, max(lengths)), n)
-    return joined, lengths, torch.cat(logits)
+    return Read(joined, lengths, torch.cat(logits))
 
 
 def _pad_left(states: list[torch.Tensor], length: int) -> torch.Tensor:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.batch import Batch
-from trainer.generate import prefill
+from trainer.generate import Read
 from trainer.model.video_llm import VideoLLM
 
 
@@ -20,15 +19,15 @@ class Likelihood(NamedTuple):
 
 
 @torch.no_grad()
-def likelihoods(model: VideoLLM, prompt: Batch, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
-    """Likelihoods of ``answers`` (token ids, at least one each) after ``prompt``, a row of one dialogue.
+def likelihoods(model: VideoLLM, read: Read, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
+    """Likelihoods of ``answers`` (token ids, at least one each) after the one dialogue of ``read``, whose cache grows.
 
     Args:
-        model: in eval mode, on the prompt's device.
+        model: in eval mode, on the dialogue's device.
     """
     if not all(answers):
         raise ValueError("an answer without tokens has no likelihood")
-    cache, (length,), logits = prefill(model, [prompt])
+    cache, (length,), logits = read
     longest = max(map(len, answers))
     ids = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=logits.device)
     first = logits.expand(len(answers), 1, -1)
