@@ -1,4 +1,4 @@
-"""Small SVG charts for HTML pages: lines over steps, bars with intervals, histograms. No other library."""
+"""Small SVG charts for HTML pages: lines over steps, bars with intervals, histograms, heat maps. No other library."""
 
 from __future__ import annotations
 
@@ -211,6 +211,58 @@ def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 2
                 f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{compact(bin.low)}</text>'
             )
     return _svg(title, width, height, parts)
+
+
+def heat_map(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    across: str,
+    down: str,
+    width: int = 430,
+) -> Markup:
+    """Percentages in a grid, red at 0, yellow at 50 and green at 100, each written in its cell, as an SVG element.
+
+    Args:
+        values: one list for each of ``rows``, with a value for each of ``columns``; None is left empty.
+        across, down: what columns and rows are.
+    """
+    left, right, top, bottom, tall = 64, 12, 30, 40, 30
+    height, wide = top + tall * len(rows) + bottom, (width - left - right) / len(columns)
+    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
+    for number, (name, cells) in enumerate(zip(rows, values, strict=True)):
+        y = top + tall * number
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{y + tall / 2 + 4}" text-anchor="end">{escape(name)}</text>'
+        )
+        for column, (words, value) in enumerate(zip(columns, cells, strict=True)):
+            if value is None:
+                continue
+            x = left + wide * column
+            label = escape(f"{words} {across}, {down} {name}: {value:.1f} %")
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}" fill="{heat(value)}">'
+                f"<title>{label}</title></rect>"
+            )
+            parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + tall / 2 + 4}" text-anchor="middle">{value:.0f}</text>')
+    y = top + tall * len(rows)
+    for column, words in enumerate(columns):
+        x = left + wide * (column + 0.5)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 14}" text-anchor="middle">{escape(words)}</text>')
+    middle = left + (width - left - right) / 2
+    parts.append(f'<text class="tick" x="{middle:.1f}" y="{y + 30}" text-anchor="middle">{escape(across)}</text>')
+    parts.append(f'<text class="tick" x="{left - 6}" y="{top - 8}" text-anchor="end">{escape(down)}</text>')
+    return _svg(title, width, height, parts)
+
+
+def heat(value: float) -> str:
+    """The colour of a percentage between 0 and 100."""
+    stops = ((230, 107, 91), (247, 222, 131), (112, 190, 131))
+    at = min(max(value, 0.0), 100.0) / 50
+    first, second = stops[min(int(at), 1)], stops[min(int(at), 1) + 1]
+    share = at - min(int(at), 1)
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(first, second, strict=True))
 
 
 def _svg(title: str, width: int, height: int, parts: list[str]) -> Markup:

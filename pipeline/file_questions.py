@@ -36,11 +36,11 @@ class FileQuestions(Questions):
         self._manifest, self._root, self._handfuls = manifest, Path(root).resolve(), Handfuls(manifest)
         self._list, self.refused = [], []
         entry = Entry(annotation=str(path), root=str(root), reader=reader)
-        for found in read_annotations(path, entry, seed=manifest.seed):
+        for found in read_annotations(path, entry, seed=manifest.seed, compat=manifest.compat):
             try:
                 self._list.append(self._question(found))
             except (AnnotationError, MediaError, ValueError) as error:
-                self.refused.append(str(error))
+                self.refused.append(f"{path}: sample {found.position}: {error}")
         if not self._list:
             why = f"; the first is refused: {self.refused[0]}" if self.refused else ""
             raise ShardsError(f"{path}: no answered dialogue{why}")

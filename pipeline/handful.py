@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, media_schema, table
+from pipeline.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, Index, media_schema, table
 from pipeline.making import Made, make_still, make_video
 from pipeline.manifest import Manifest
 from pipeline.media import MediaError, check_file
@@ -61,7 +61,8 @@ class File:
         """
         reader, bounds = self.recognised(), (self.start, self.end)
         if reader != STILL:
-            return make_video(Path(self.path), reader, *bounds, manifest.frames, media_seed(manifest.seed, self.key))
+            seed = media_seed(manifest.seed, self.key)
+            return make_video(Path(self.path), reader, *bounds, manifest.frames, seed, manifest.compat, split="val")
         if bounds != (None, None):
             raise MediaError("bad_clip", self.path, "is a picture; only videos have a start and an end")
         return make_still(Path(self.path), manifest.images)
@@ -78,7 +79,7 @@ def index_of(files: Sequence[File], manifest: Manifest) -> Index:
     Raises:
         MediaError: a file cannot be used; one line that names it.
     """
-    media, shards, data = [], [], []
+    media, shards, data, schema = [], [], [], media_schema(manifest.compat)
     for number, file in enumerate(files):
         made = file.make(manifest)
         kind = "image" if file.recognised() == STILL else "video"
@@ -91,7 +92,7 @@ def index_of(files: Sequence[File], manifest: Manifest) -> Index:
         shards.append({"folder": kind, "split": "val", "name": name, **size})
         data.append(made.data)
     tables = {
-        "media": table(media_schema("none"), ({name: row[name] for name in MEDIA_SCHEMA.names} for row in media)),
+        "media": table(schema, ({name: row[name] for name in schema.names} for row in media)),
         "dialogues": pa.Table.from_pylist([], schema=DIALOGUE_SCHEMA),
         "shards": table(SHARD_SCHEMA, shards),
     }

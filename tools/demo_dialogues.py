@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from tools.demo_worlds import World
+from tools.demo_worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES, World
 
 #: Two wordings of each question.
 QUESTIONS = {
@@ -23,6 +23,15 @@ QUESTIONS = {
     "last colour": ("Which colour is shown last?", "Which colour comes last?"),
     "direction": ("Which way does the shape move?", "In which direction does the shape move?"),
     "needle": ("Which colour flashes up?", "What colour is the flash?"),
+}
+
+#: The answers to choose from.
+OPTIONS = {
+    "shape": list(SHAPES),
+    "side": list(SIDES),
+    "count": list(NUMBERS),
+    "direction": list(DIRECTIONS),
+    **dict.fromkeys(("colour", "first colour", "last colour", "needle"), list(COLOURS)),
 }
 
 #: Which of a world's facts are asked for in training and, one question a dialogue, of the held-out worlds.
@@ -120,10 +129,17 @@ def held_out_dialogues(world: World, video: str, seed: int) -> list[dict]:
             "id": f"{world.name}-{family.replace(' ', '-')}",
             "video": video,
             "family": f"long video, {family}" if world.kind == "long" else family,
+            "options": OPTIONS[family],
             "conversations": ask((family,), world.facts, rng),
         }
         for family in HELD_OUT[world.kind]
     ]
+
+
+def needle_dialogue(name: str, image: str, colour: str, rng: np.random.Generator) -> dict:
+    """The question about a picture that is hidden in a long video."""
+    asked = ask(("needle",), {"needle": colour}, rng)
+    return {"id": name, "image": image, "family": "needle", "options": OPTIONS["needle"], "conversations": asked}
 
 
 def caption(world: World) -> str:

@@ -35,6 +35,7 @@ DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down
 SIZES = {
     "train": {"scene": 640, "order": 448, "count": 448, "motion": 96, "needle": 96, "long": 2},
     "heldout": {"scene": 224, "order": 224, "count": 224, "motion": 48, "needle": 200, "long": 2},
+    "haystack": {"empty": 2},
 }
 
 
@@ -74,8 +75,9 @@ def balanced(values: Sequence, count: int, rng: np.random.Generator) -> list:
 
 
 def plan(split: str, seed: int, share: float = 1.0) -> list[World]:
-    """The worlds of ``split`` ("train" or "heldout"); ``share`` < 1 makes fewer of each kind, at least one."""
+    """The worlds of a split of :data:`SIZES`; ``share`` < 1 makes fewer of each kind, at least one."""
     makers = {"scene": _scene, "order": _order, "count": _count, "motion": _motion, "needle": _needle, "long": _long}
+    makers |= {"empty": _empty}
     worlds = []
     for kind, size in SIZES[split].items():
         rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{kind}".encode())])
@@ -250,12 +252,20 @@ def _motion(split: str, count: int, rng: np.random.Generator) -> list[World]:
 
 
 def _needle(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """An empty scene of 32 to 64 seconds with a coloured flash of one second, so that one sampled frame shows it."""
+    """An empty scene of 32 to 64 seconds, some to learn from of up to 512, with a coloured flash of one second, so that
+    one sampled frame shows it."""
     worlds = []
     for i, colour in enumerate(balanced(list(COLOURS), count, rng)):
         seconds = float(rng.choice([32, 40, 48, 64]))
+        if split == "train" and i % 5 == 4:
+            seconds = float((128, 256, 512)[i // 5 % 3])
         start = float(rng.integers(2, int(seconds) - 3))
         flash = Appearance(colour, "circle", rng.uniform(0.8, 0.95), ((0.5, 0.5), (0.5, 0.5)), start, start + 1)
         world = World(f"{split}-needle-{i:04d}", "needle", seconds, 4, (flash,), {"needle": colour}, noise=False)
         worlds.append(world)
     return worlds
+
+
+def _empty(split: str, count: int, rng: np.random.Generator) -> list[World]:
+    """More than ten minutes of a scene in which nothing is seen: where pictures are hidden."""
+    return [World(f"{split}-empty-{i:04d}", "empty", 640.0, 1, (), noise=False) for i in range(count)]

@@ -35,6 +35,7 @@ from pipeline.questions import Questions
 from pipeline.shard_format import encode_jpeg
 from trainer.asker import weights_of
 from trainer.checkpoint import write_atomically
+from trainer.encoded import Encoded
 from trainer.generate import answers, prefill
 from trainer.likelihood import likelihoods
 from trainer.scores_page import page
@@ -44,31 +45,32 @@ from trainer.weights import load_pretrained
 
 EXAMPLES = 3  #: questions of each family shown with their frames
 SHOWN = 16  #: frames of an example
-WAYS = ("own", *CONTROLS)
 
 
 @dataclass
 class Answers:
-    """What was answered under one of :data:`WAYS`, by question."""
+    """What was answered in one way, by question."""
 
     given: dict[int, str] = field(default_factory=dict)
     likeliest: dict[int, str] = field(default_factory=dict)  #: of the options, where there are some
 
 
 class Scorer:
-    """Answers questions with one model; a question that cannot be shown is left out, with the reason."""
+    """Answers questions with one model, with their own frames and under ``controls``; a question that cannot be shown
+    is left out, with the reason."""
 
-    def __init__(self, manifest: Manifest, checkpoint: Path, questions: Questions) -> None:
+    def __init__(self, manifest: Manifest, checkpoint: Path, questions: Questions, controls: Sequence[str]) -> None:
         self._manifest, self._questions = manifest, questions
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_pretrained(checkpoint).to(self._device)
+        self._model.encode = Encoded(self._model.encode)  # several questions are about one video
         self._tokenizer = questions.conversation.tokenizer
-        self.answers = {way: Answers() for way in WAYS}
+        self.answers = {way: Answers() for way in ("own", *controls)}
         self.unreadable: dict[int, str] = {}
 
     def run(self, partners: Mapping[int, Sequence[int]]) -> None:
         """Answer the questions that have ``partners``, blind with the media of the first that can be shown."""
-        work = [(way, i, others) for i, others in partners.items() for way in WAYS]
+        work = [(way, i, others) for i, others in partners.items() for way in self.answers]
         lengths = [self._questions.length(i, others[0] if way == "blind" else i) for way, i, others in work]
         order, size = sorted(range(len(work)), key=lengths.__getitem__), self._manifest.evaluate.batch
         with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=None) as bar:
@@ -108,13 +110,30 @@ class Scorer:
             self.answers[way].given[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def evaluate(manifest: Manifest, checkpoint: Path, questions: Questions, limit: int | None = None) -> dict:
-    """Answer every question in every way; returns what evaluation.json holds."""
+def evaluate(
+    manifest: Manifest,
+    checkpoint: Path,
+    questions: Questions,
+    limit: int | None = None,
+    controls: Sequence[str] = CONTROLS,
+    examples: int = EXAMPLES,
+) -> dict:
+    """Answer every question with its own frames and under ``controls``; returns what evaluation.json holds.
+
+    Args:
+        limit: questions of each family that are asked, all if None.
+        controls: some of :data:`trainer.scoring.CONTROLS`, ``blind`` at least.
+        examples: questions of each family that are shown with their frames.
+
+    Raises:
+        ShardsError: no question can be scored.
+        WeightsError: the weights cannot be read.
+    """
     chosen = _choose(questions, limit)
     families, answers = [questions[i].family for i in chosen], [questions[i].answer for i in chosen]
     partners = blind_partners(families, answers, [len(questions[i].media) for i in chosen], manifest.seed)
     pairs = {i: [chosen[other] for other in others] for i, others in zip(chosen, partners, strict=True) if others}
-    scorer = Scorer(manifest, checkpoint, questions)
+    scorer = Scorer(manifest, checkpoint, questions, controls)
     scorer.run(pairs)
     asked = [i for i in pairs if i not in scorer.unreadable]
     if not asked:
@@ -122,19 +141,21 @@ def evaluate(manifest: Manifest, checkpoint: Path, questions: Questions, limit: 
         raise ShardsError(f"no question can be scored: {why}")
     rows = []
     for method, named in (("generation", "given"), ("likelihood", "likeliest")):
-        found = {way: getattr(scorer.answers[way], named) for way in WAYS}
+        found = {way: getattr(answered, named) for way, answered in scorer.answers.items()}
         for family in sorted({questions[i].family for i in asked}):
             members = [i for i in asked if questions[i].family == family and i in found["own"]]
             if members:
-                right = {way: np.array([is_right(found[way][i], questions[i].answer) for i in members]) for way in WAYS}
-                rows.append(summarise(family, method, right["own"], right, manifest.seed))
+                right = {
+                    way: np.array([is_right(f[i], questions[i].answer) for i in members]) for way, f in found.items()
+                }
+                rows.append(summarise(family, method, right.pop("own"), right, manifest.seed))
     return {
         "checkpoint": str(checkpoint),
         "families": rows,
         "without_partner": len(chosen) - len(pairs),
         "unreadable": [*getattr(questions, "refused", ()), *scorer.unreadable.values()],
         "answers": [_record(questions, i, scorer.answers) for i in asked],
-        "examples": _examples(questions, asked, scorer.answers),
+        "examples": _examples(questions, asked, scorer.answers, examples),
     }
 
 
@@ -154,20 +175,20 @@ def _record(questions: Questions, i: int, answers: dict[str, Answers]) -> dict:
     """One question with all its answers."""
     asked = questions[i]
     record = {"key": asked.key, "family": asked.family, "question": asked.text, "expected": asked.answer}
-    record |= {way: answers[way].given[i] for way in WAYS}
+    record |= {way: answered.given[i] for way, answered in answers.items()}
     if asked.options:
-        record["likeliest"] = {way: answers[way].likeliest[i] for way in WAYS}
+        record["likeliest"] = {way: answered.likeliest[i] for way, answered in answers.items()}
     return record
 
 
-def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Answers]) -> list[dict]:
-    """The first questions of each family with their frames."""
+def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Answers], most: int) -> list[dict]:
+    """The first ``most`` questions of each family with their frames."""
     shown: dict[str, int] = {}
     examples = []
     for i in asked:
         family = questions[i].family
         shown[family] = shown.get(family, 0) + 1
-        if shown[family] > EXAMPLES:
+        if shown[family] > most:
             continue
         row = questions.prompt(i)
         frames = [*row.clips.flatten(0, 1).numpy(), *row.stills.numpy()]

@@ -1,7 +1,8 @@
 """``python -m trainer.report RUN [RUN ...] --out report.html``: what the runs did, as one page that needs nothing else.
 
 Read from each RUN, where present: ``log.jsonl`` (one object per optimiser step), ``manifest.yaml`` (the resolved
-manifest), ``ledger/`` (dialogues that were left out or cut) and ``evaluation.json`` (scores of held-out questions).
+manifest), ``ledger/`` (dialogues that were left out or cut), ``evaluation.json`` (scores of held-out questions) and
+``haystack.json`` (needles found in long videos).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from markupsafe import Markup
 from pipeline.charts import COLOURS, Line, compact, duration, line_chart
 from pipeline.ledger import REASONS
 from pipeline.page import render_page
+from trainer import haystack_page
 from trainer.checkpoint import write_atomically
 from trainer.run_ledger import read_run_ledger
 from trainer.scores_page import FILTERS, KEY, shown
@@ -45,6 +47,7 @@ class Run:
     manifest: dict
     ledger: list[dict]
     evaluation: dict | None
+    haystack: dict | None
 
     @property
     def name(self) -> str:
@@ -67,17 +70,25 @@ def read_run(folder: Path) -> Run:
         missing = [name for name in ("step", "loss", "seconds") if name not in record]
         if missing:
             raise ReportError(f"{log}: a line lacks {', '.join(missing)}; the file was not written by the trainer")
-    manifest, evaluation = {}, None
+    manifest = {}
     if (folder / "manifest.yaml").is_file():
         manifest = yaml.safe_load((folder / "manifest.yaml").read_text(encoding="utf-8"))
-    if (folder / "evaluation.json").is_file():
-        try:
-            evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        except ValueError:
-            raise ReportError(f"{folder / 'evaluation.json'}: not JSON; run python -m trainer.evaluate again") from None
-        if not all("method" in row for row in evaluation["families"]):
-            raise ReportError(f"{folder / 'evaluation.json'}: of another version; run python -m trainer.evaluate again")
-    return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation)
+    evaluation, haystack = _scores(folder, "evaluate", "evaluation"), _scores(folder, "haystack", "haystack")
+    return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation, haystack)
+
+
+def _scores(folder: Path, program: str, name: str) -> dict | None:
+    """What ``trainer.evaluate`` or ``trainer.haystack`` wrote; None where it was not run."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ReportError(f"{path}: not JSON; run python -m trainer.{program} again") from None
+    if not all("method" in row for row in found["families"]):
+        raise ReportError(f"{path}: of another version; run python -m trainer.{program} again")
+    return found
 
 
 def render(runs: list[Run]) -> str:
@@ -87,6 +98,7 @@ def render(runs: list[Run]) -> str:
         {"compact": compact, "duration": duration, **FILTERS},
         runs=[(run, summary(run), charts(run)) for run in runs],
         scored=[{"name": run.name, **shown(run.evaluation)} for run in runs if run.evaluation],
+        searched=[{"name": run.name, **haystack_page.shown(run.haystack)} for run in runs if run.haystack],
         **KEY,
     )
 

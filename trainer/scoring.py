@@ -61,14 +61,14 @@ def summarise(family: str, method: str, right: np.ndarray, controls: Mapping[str
     Args:
         method: how answers were had: ``generation`` or ``likelihood``.
         right: (n,) whether each question was answered rightly with its own frames.
-        controls: the same under each of :data:`CONTROLS`.
+        controls: the same under some of :data:`CONTROLS`, by name.
     """
     row: dict = {"family": family, "method": method, "questions": len(right)}
     _put(row, "accuracy", "", right, seed)
-    for name in CONTROLS:
-        _put(row, name, f"{name}_", controls[name], seed)
+    for name, control in controls.items():
+        _put(row, name, f"{name}_", control, seed)
         gain = "gain" if name == "blind" else f"{name}_gain"
-        _put(row, gain, f"{gain}_", right.astype(float) - controls[name].astype(float), seed)
+        _put(row, gain, f"{gain}_", right.astype(float) - control.astype(float), seed)
     return row
 
 

@@ -1,0 +1,140 @@
+"""``python -m trainer.haystack --manifest M --needles FILE --root DIR --video FILE``: find pictures in long videos.
+
+Every question of the annotation file, about one picture each, is asked with the picture in place of one frame of a
+video, for every number of frames and every depth (:mod:`pipeline.haystack`); and blind, with the picture of another
+question, whose answer differs, in its place. Results go to RUN/haystack.json, and as a heat map to
+``python -m trainer.report RUN`` and to ``--html``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.annotations import AnnotationFileError
+from pipeline.haystack import Haystack
+from pipeline.index import ShardsError
+from pipeline.manifest import Manifest, ManifestError, load_manifest
+from pipeline.media import MediaError
+from trainer.asker import weights_of
+from trainer.checkpoint import write_atomically
+from trainer.evaluate import evaluate
+from trainer.haystack_page import page
+from trainer.scoring import is_right, summarise
+from trainer.weight_files import WeightsError
+
+FRAMES = (8, 32, 128, 512)
+DEPTHS = (0, 25, 50, 75, 100)
+
+
+def search(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
+    """Ask everything; returns what haystack.json holds.
+
+    Returns:
+        what :func:`trainer.evaluate.evaluate` does, each of ``families`` with its ``frames`` and ``depth``;
+        ``trained_frames``, the manifest's most; ``trained``, the accuracy at the most frames that are no more than
+        these, ``deepest`` the same of the deepest needles among them; None where more are asked only.
+    """
+    result = evaluate(manifest, checkpoint, haystack, controls=("blind",), examples=0)
+    for row in result["families"]:
+        row |= haystack.cells[row["family"]]._asdict()
+    most = max((cell.frames for cell in haystack.cells.values() if cell.frames <= manifest.frames.max), default=None)
+    depth = max(cell.depth for cell in haystack.cells.values())
+    within = [row for row in result["answers"] if haystack.cells[row["family"]].frames == most]
+    deepest = [row for row in within if haystack.cells[row["family"]].depth == depth]
+    result["trained_frames"] = manifest.frames.max
+    result["trained"] = _together(within, f"{most} frames", manifest.seed)
+    result["deepest"] = _together(deepest, f"{most} frames, {depth:g} % deep", manifest.seed)
+    return result
+
+
+def _together(rows: list[dict], name: str, seed: int) -> dict | None:
+    """The accuracy of several cells' answers."""
+    if not rows:
+        return None
+    own, blind = (np.array([is_right(row[way], row["expected"]) for row in rows]) for way in ("own", "blind"))
+    return summarise(name, "generation", own, {"blind": blind}, seed)
+
+
+def table(result: dict) -> list[str]:
+    """The accuracies of generation as lines of text: depths down, numbers of frames across."""
+    rows = [row for row in result["families"] if row["method"] == "generation"]
+    frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
+    values = {(row["frames"], row["depth"]): row["accuracy"] for row in rows}
+    lines = ["depth".rjust(8) + "".join(f"{count:>8}" for count in frames) + "  frames"]
+    for depth in depths:
+        cells = (values.get((count, depth)) for count in frames)
+        lines.append(f"{depth:>6g} %" + "".join(f"{'':>8}" if v is None else f"{v:>8.1f}" for v in cells))
+    for row in filter(None, (result["trained"], result["deepest"])):
+        spread = f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
+        lines.append(
+            f"{row['family']}: {row['accuracy']:.1f} % of {row['questions']}, blind {row['blind']:.1f}, "
+            f"gain {row['gain']:.1f} ({spread})"
+        )
+    if result["unreadable"]:
+        lines.append(f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}")
+    return lines
+
+
+def _checked(options: argparse.Namespace, manifest: Manifest) -> None:
+    clip = manifest.frames.clip_frames
+    for count in options.frames:
+        if count < clip or count % clip:
+            raise ManifestError(f"--frames {count}: is no multiple of {clip}, the frames of a clip")
+    for depth in options.depths:
+        if not 0 <= depth <= 100:
+            raise ManifestError(f"--depths {depth:g}: is no percentage; give numbers from 0 to 100")
+
+
+def _fits(manifest: Manifest, haystack: Haystack) -> None:
+    longest = max(haystack.length(i) for i in range(len(haystack)))
+    most = manifest.model.language_model.max_position_embeddings
+    if longest + manifest.evaluate.max_new_tokens > most:
+        raise ManifestError(f"--frames: a prompt has {longest:,} tokens, and the model takes {most:,}; ask for fewer")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status (0 done, 1 files or weights that cannot be read, 2 bad input)."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.haystack", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--manifest", required=True, help="the stage's YAML")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
+    )
+    parser.add_argument("--needles", type=Path, required=True, help="annotation file: pictures with a question each")
+    parser.add_argument("--root", type=Path, required=True, help="folder that its picture paths are relative to")
+    parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")
+    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
+    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
+    parser.add_argument("--out", type=Path, help="file of the results; RUN/haystack.json if not given")
+    parser.add_argument("--html", type=Path, help="write a page of them, too")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
+    options = parser.parse_args(arguments)
+    try:
+        manifest = load_manifest(options.manifest, options.set)
+        _checked(options, manifest)
+        checkpoint = weights_of(options.checkpoint or manifest.output)
+        videos, frames, depths = options.video, sorted(set(options.frames)), sorted(set(options.depths))
+        haystack = Haystack(manifest, options.needles, options.root, videos, frames, depths)
+        _fits(manifest, haystack)
+        result = search(manifest, checkpoint, haystack)
+    except (AnnotationFileError, ManifestError, ShardsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MediaError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result["command"] = " ".join(["python -m trainer.haystack", *(sys.argv[1:] if arguments is None else arguments)])
+    write_atomically(options.out or Path(manifest.output) / "haystack.json", json.dumps(result, indent=1))
+    if options.html:
+        write_atomically(options.html, page(result))
+    for line in table(result):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
