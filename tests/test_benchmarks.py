@@ -12,10 +12,12 @@ from tests.pipeline.adapters.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks import gpu_step, index, loader, loader_apart, loader_readers, model, remote, train  # noqa: E402
+from benchmarks import gpu_step, index, lmms, loader, loader_apart, loader_readers, model, remote, train  # noqa: E402
 from benchmarks.loader_media import Media, write_media  # noqa: E402
 from benchmarks.slow_server import SlowServer  # noqa: E402
+from pipeline.handful import File  # noqa: E402
 from pipeline.manifest import VisionTower, load_manifest  # noqa: E402
+from pipeline.questions import Question  # noqa: E402
 from trainer.model.tome import ToMeConnector  # noqa: E402
 
 
@@ -161,3 +163,32 @@ def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
 def test_the_loss_in_chunks_is_that_of_all_logits():
     chunked, full = (train.loss_memory(50, way, vocabulary=3000) for way in (True, False))
     assert chunked[0] == pytest.approx(full[0], rel=1e-6)
+
+
+def question(key: str, answer: str, file: File, context: tuple[dict, ...] = (), **meta) -> Question:
+    turns = [*context, {"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
+    return Question.of(key, turns, "entry", meta, [file])
+
+
+def test_questions_become_documents_with_options():
+    whole, clip = File("/a.mp4"), File("/a.mp4", 1, 2)
+    named = question("c", "white", whole, options=["grey", "white"])
+    last, first = lmms.docs_of([question("a", "red", whole), question("b", "blue", whole), named], ["c", "a"])
+    asked = {"key": "a", "question": "Which?", "media": ["/a.mp4"]}
+    assert first == {**asked, "options": ["red", "blue", "white"], "target": 0}
+    assert (last["options"], last["target"]) == (["grey", "white"], 1)
+    earlier = ({"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."})
+    for bad, why in (
+        (question("a", "red", clip), "whole files"),
+        (question("a", "red", whole, earlier), "one turn"),
+        (question("a", "red", whole, options=["blue"]), "'red' is none of its options"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            lmms.docs_of([bad], ["a"])
+
+
+def test_answers_that_differ_or_count_otherwise_are_named():
+    ours = {key: lmms.Answer("red", True) for key in "abcd"}
+    theirs = {**ours, "b": lmms.Answer("blue", False), "c": lmms.Answer("red", False), "e": lmms.Answer("red", True)}
+    del theirs["d"]
+    assert lmms.differing(ours, theirs) == ["b", "c", "d", "e"] and not lmms.differing(ours, dict(ours))
