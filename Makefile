@@ -1,6 +1,7 @@
 # make demo    the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
 # make test    ruff and the test suite
-# make peers   the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision), in .venv-peers
+# make peers   the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision, lmms-eval), in
+#              .venv-peers
 # make bench   this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make lint    ruff alone
 # make soak    builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
@@ -60,8 +61,11 @@ demo: .venv/ready
 test: lint
 	pytest -q -n 2 --dist loadfile
 
+# lmms-eval states av<16 and much that its tasks here do not use
 peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/test_benchmarks.py tests/test_reuse.py tests/test_project.py
+	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps lmms-eval
+	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/trainer/test_lmms.py \
+	  tests/test_benchmarks.py tests/test_reuse.py tests/test_project.py
 
 # the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with
 bench: .venv-peers/ready

@@ -148,10 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
     same = True
     with tempfile.TemporaryDirectory() as folder:
         tasks = Path(folder) / "tasks"
-        write_task(tasks, docs_of(questions, list(ours)), manifest.evaluate.max_new_tokens)
+        asked = list(ours)
+        write_task(tasks, docs_of(questions, asked), manifest.evaluate.max_new_tokens)
         for kind in ("simple", "chat"):
             results, samples = run_task(model, tasks, TASK, kind == "simple", Path(folder) / kind)
-            theirs = {s["doc"]["key"]: Answer(s["filtered_resps"], bool(s["exact_match"])) for s in samples}
+            theirs = {asked[s["doc_id"]]: Answer(s["filtered_resps"], bool(s["exact_match"])) for s in samples}
             keys, share = differing(ours, theirs), results["exact_match,none"]
             print(f"| lmms-eval, {kind} | {100 * share:.2f} | {len(keys)} |")
             for key in keys:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +12,29 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("lmms_eval")
-from lmms_eval.api.instance import Instance
+from tests.pipeline.adapters.torchvision_import import import_torchvision
 
-from benchmarks import lmms
-from pipeline import load_manifest
-from pipeline.file_questions import FileQuestions
-from pipeline.manifest import plain
-from tests.trainer import corpus
-from trainer import evaluate
-from trainer.lmms import SimpleModel
-from trainer.model.video_llm import build_model
-from trainer.weights import initialise, save
+import_torchvision()  # before anything imports transformers
+pytest.importorskip("lmms_eval")
+from lmms_eval.api.instance import Instance  # noqa: E402
+
+from benchmarks import lmms  # noqa: E402
+from pipeline import load_manifest  # noqa: E402
+from pipeline.file_questions import FileQuestions  # noqa: E402
+from pipeline.manifest import plain  # noqa: E402
+from tests.trainer import corpus  # noqa: E402
+from trainer import evaluate  # noqa: E402
+from trainer.lmms import SimpleModel  # noqa: E402
+from trainer.model.video_llm import build_model  # noqa: E402
+from trainer.weights import initialise, save  # noqa: E402
 
 pytestmark = pytest.mark.peers
 OPTIONS = list(corpus.COLOURS)
+START = """\
+from tests.pipeline.adapters.torchvision_import import import_torchvision
+
+import_torchvision()
+"""
 ROUNDS = """\
 def text(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_idx=None, previous_round_info=None):
     if round_idx is None:
@@ -65,34 +75,43 @@ def run(tmp_path_factory) -> Path:
     questions = FileQuestions(manifest, folder / "asked.json", folder / "media")
     docs = lmms.docs_of(questions, [questions[i].key for i in range(len(questions))])
     lmms.write_task(folder / "tasks", docs, manifest.evaluate.max_new_tokens)
+    (folder / "start").mkdir()
+    (folder / "start" / "sitecustomize.py").write_text(START)
     (folder / "tasks" / "rounds.py").write_text(ROUNDS)
     (folder / "tasks" / "several.yaml").write_text(SEVERAL)
     return run
 
 
-def scored(run: Path, task: str, simple: bool) -> tuple[dict, list[dict]]:
-    """lmms-eval's results and samples of a task."""
-    out = run.parent / f"{task}-{simple}"
-    return lmms.run_task({"checkpoint": run}, run.parent / "tasks", task, simple, out)
+@pytest.fixture
+def scored(run, monkeypatch) -> Callable[[str, bool], tuple[dict, list[dict]]]:
+    """lmms-eval's results and samples of a task, of the simple kind or not."""
+    monkeypatch.setenv("PYTHONPATH", f"{run.parent / 'start'}{os.pathsep}{corpus.PROJECT}")
+
+    def score(task: str, simple: bool) -> tuple[dict, list[dict]]:
+        return lmms.run_task({"checkpoint": run}, run.parent / "tasks", task, simple, run.parent / f"{task}-{simple}")
+
+    return score
 
 
 @pytest.mark.parametrize("simple", [True, False])
-def test_lmms_eval_counts_as_our_own_scorer_does(run, simple):
+def test_lmms_eval_counts_as_our_own_scorer_does(run, scored, simple):
     folder = run.parent
     out = folder / "evaluation.json"
     words = ("--annotations", str(folder / "asked.json"), "--root", str(folder / "media"), "--out", str(out))
     assert evaluate.main(["--manifest", str(folder / "manifest.yaml"), *words]) == 0
     ours = json.loads(out.read_text())["answers"]
-    result, samples = scored(run, lmms.TASK, simple)
-    assert [sample["doc"]["key"] for sample in samples] == [row["key"] for row in ours]
+    result, samples = scored(lmms.TASK, simple)
+    assert [(sample["doc_id"], sample["input"]) for sample in samples] == [
+        (number, row["question"]) for number, row in enumerate(ours)
+    ]
     assert [sample["filtered_resps"] for sample in samples] == [row["own"] for row in ours]
     assert len({row["own"] for row in ours}) > 1
     accuracy = sum(row["own"].lower() == row["expected"] for row in ours) / len(ours)
     assert result["exact_match,none"] == pytest.approx(accuracy)
 
 
-def test_rounds_are_asked_until_the_task_ends_them(run):
-    result, samples = scored(run, "several", False)
+def test_rounds_are_asked_until_the_task_ends_them(scored):
+    result, samples = scored("several", False)
     assert result["rounds,none"] == 2 and len(samples) == 6
 
 
