@@ -129,7 +129,7 @@ def evaluate(
         ShardsError: no question can be scored.
         WeightsError: the weights cannot be read.
     """
-    chosen = _choose(questions, limit)
+    chosen, misfits = _choose(questions, limit)
     families, answers = [questions[i].family for i in chosen], [questions[i].answer for i in chosen]
     partners = blind_partners(families, answers, [len(questions[i].media) for i in chosen], manifest.seed)
     pairs = {i: [chosen[other] for other in others] for i, others in zip(chosen, partners, strict=True) if others}
@@ -153,22 +153,26 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "families": rows,
         "without_partner": len(chosen) - len(pairs),
-        "unreadable": [*getattr(questions, "refused", ()), *scorer.unreadable.values()],
+        "unreadable": [*questions.refused, *misfits, *scorer.unreadable.values()],
         "answers": [_record(questions, i, scorer.answers) for i in asked],
         "examples": _examples(questions, asked, scorer.answers, examples),
     }
 
 
-def _choose(questions: Questions, limit: int | None) -> list[int]:
-    """All questions, or the first ``limit`` of each family."""
+def _choose(questions: Questions, limit: int | None) -> tuple[list[int], list[str]]:
+    """All questions, or the first ``limit`` of each family, and a line for each whose answer is none of its options."""
     counts: dict[str, int] = {}
-    chosen = []
+    chosen, misfits = [], []
     for i in range(len(questions)):
+        options, answer = questions[i].options, questions[i].answer
+        if options and not any(is_right(option, answer) for option in options):
+            misfits.append(f"{questions[i].key}: the answer {answer!r} is none of its options, {', '.join(options)}")
+            continue
         family = questions[i].family
         counts[family] = counts.get(family, 0) + 1
         if limit is None or counts[family] <= limit:
             chosen.append(i)
-    return chosen
+    return chosen, misfits
 
 
 def _record(questions: Questions, i: int, answers: dict[str, Answers]) -> dict:
