@@ -18,7 +18,11 @@ from trainer.weight_files import WeightsError
 
 
 def parser_of(program: str, description: str, name: str, manifest: str) -> argparse.ArgumentParser:
-    """Options of ``python -m trainer.PROGRAM``, whose results go to ``RUN/NAME``; ``manifest`` is the help of that one."""
+    """Options of ``python -m trainer.PROGRAM``, whose results go to ``RUN/NAME``.
+
+    Args:
+        manifest: what is said of that option.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m trainer.{program}", description=description)
     parser.add_argument("--manifest", required=True, help=manifest)
     parser.add_argument(
