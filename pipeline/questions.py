@@ -19,6 +19,10 @@ from pipeline.storage import Reading
 from pipeline.visuals import Visuals
 
 
+class OptionsError(ValueError):
+    """``options`` that cannot be chosen from: one line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One dialogue up to its last human turn that is answered; earlier turns are context."""
@@ -32,8 +36,16 @@ class Question:
 
     @classmethod
     def of(cls, key: str, turns: list[dict], entry: str, meta: dict, media: Sequence[Any]) -> Question:
-        """The question of a dialogue; ValueError where nothing is answered."""
+        """The question of a dialogue.
+
+        Raises:
+            OptionsError: it has ``options`` that are none.
+            ValueError: nothing is answered.
+        """
         asked, answer = question_and_answer(turns)
+        options = meta.get("options", ["", ""])
+        if not isinstance(options, list) or len(options) < 2 or any(isinstance(o, (dict, list)) for o in options):
+            raise OptionsError(f"options: {str(options)[:60]!r} is no list of at least two answers")
         marks = sum(text_of(turn).count(MARK) for turn in asked)
         return cls(key, asked, answer, entry, meta, list(media)[:marks])
 
@@ -50,12 +62,14 @@ class Question:
     @property
     def options(self) -> list[str]:
         """``options`` of the annotation's own fields: the answers to choose from; empty where it has none."""
-        options = self.meta.get("options")
-        return [str(option) for option in options] if isinstance(options, list) else []
+        return [str(option) for option in self.meta.get("options", ())]
 
 
 class Questions:
     """The answered dialogues of one split of the manifest's shards, in the order of the index.
+
+    Attributes:
+        refused: answered dialogues that cannot be asked, one line each.
 
     Raises:
         ShardsError: the shards are not there or do not fit, or hold no answered dialogue of the split.
@@ -67,11 +81,14 @@ class Questions:
         self.index.check(manifest)
         self._prompts = Prompts(manifest, Visuals(self.index, manifest), self.conversation)
         self._list: list[Question] = []
+        self.refused: list[str] = []
         for row in np.flatnonzero(pc.equal(self.index.dialogues["split"], split).to_numpy()).tolist():
             found = self.index.dialogues.slice(row, 1).to_pylist()[0]
             turns, meta = json.loads(found["conversations"]), json.loads(found["meta"] or "{}")
             try:
                 self._list.append(Question.of(found["key"], turns, found["entry"], meta, found["media"]))
+            except OptionsError as error:
+                self.refused.append(f"{found['key']}: {error}")
             except ValueError:
                 continue
         if not self._list:

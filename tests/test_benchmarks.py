@@ -12,7 +12,18 @@ from tests.pipeline.adapters.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks import gpu_step, index, lmms, loader, loader_apart, loader_readers, model, remote, train  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gpu_step,
+    index,
+    lmms,
+    loader,
+    loader_apart,
+    loader_readers,
+    model,
+    plan,
+    remote,
+    train,
+)
 from benchmarks.loader_media import Media, write_media  # noqa: E402
 from benchmarks.slow_server import SlowServer  # noqa: E402
 from pipeline.handful import File  # noqa: E402
@@ -55,6 +66,13 @@ def test_remote_reads_are_measured_over_every_client(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(f"| {name} |" in text for name in ("http.client", "urllib3", "httpx2", "1", "32"))
     assert "kB of a request of 1 MiB" in text
+
+
+def test_planning_counts_what_was_generated(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["plan", "--files", "2", "--dialogues", "50", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        plan.main()
+    assert left.value.code == 0 and "100 dialogues in 2 files" in capfd.readouterr().out
 
 
 def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_path):
@@ -181,7 +199,7 @@ def test_questions_become_documents_with_options():
     for bad, why in (
         (question("a", "red", clip), "whole files"),
         (question("a", "red", whole, earlier), "one turn"),
-        (question("a", "red", whole, options=["blue"]), "'red' is none of its options"),
+        (question("a", "red", whole, options=["blue", "green"]), "'red' is none of its options"),
     ):
         with pytest.raises(SystemExit, match=why):
             lmms.docs_of([bad], ["a"])

@@ -39,7 +39,7 @@ REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
 STILL_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
 STILLS = {"square": 96, "wide": 24, "tall": 24}
 PAIRS = 48  #: dialogues about two pictures
-NEEDLES = 16  #: pictures to hide
+NEEDLES = 8  #: pictures to hide
 MARKER = "generated.json"
 
 

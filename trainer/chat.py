@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.conversation import MARK
-from pipeline.handful import File
+from pipeline.handful import STILL, File
 from pipeline.manifest import ManifestError
 from pipeline.media import MediaError
 from trainer.asker import Asker, find
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(options)
         weights, manifest = find(options.checkpoint, options.manifest, options.set)
         files = [File(path, options.start, options.end) for path in options.video]
-        files += [File(path) for path in options.image]
+        files += [File(path, reader=STILL) for path in options.image]
         sampling = Sampling(options.temperature, options.top_p, options.seed)
         chat = Chat(Asker(weights, manifest), files, options.max_new_tokens, sampling)
         if options.sheet:

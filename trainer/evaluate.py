@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,22 +24,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.annotations import AnnotationFileError
 from pipeline.batch import Batch
 from pipeline.file_questions import FileQuestions
 from pipeline.index import ShardsError
-from pipeline.manifest import Manifest, ManifestError, load_manifest
+from pipeline.manifest import Manifest, ManifestError
 from pipeline.media import MediaError
 from pipeline.questions import Questions
 from pipeline.shard_format import encode_jpeg
-from trainer.asker import weights_of
-from trainer.checkpoint import write_atomically
 from trainer.encoded import Encoded
 from trainer.generate import answers, prefill
 from trainer.likelihood import likelihoods
 from trainer.scores_page import page
 from trainer.scoring import CONTROLS, blind_partners, is_right, summarise
-from trainer.weight_files import WeightsError
+from trainer.scoring_command import carry_out, parser_of
 from trainer.weights import load_pretrained
 
 EXAMPLES = 3  #: questions of each family shown with their frames
@@ -129,7 +125,7 @@ def evaluate(
         ShardsError: no question can be scored.
         WeightsError: the weights cannot be read.
     """
-    chosen = _choose(questions, limit)
+    chosen, misfits = _choose(questions, limit)
     families, answers = [questions[i].family for i in chosen], [questions[i].answer for i in chosen]
     partners = blind_partners(families, answers, [len(questions[i].media) for i in chosen], manifest.seed)
     pairs = {i: [chosen[other] for other in others] for i, others in zip(chosen, partners, strict=True) if others}
@@ -153,22 +149,26 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "families": rows,
         "without_partner": len(chosen) - len(pairs),
-        "unreadable": [*getattr(questions, "refused", ()), *scorer.unreadable.values()],
+        "unreadable": [*questions.refused, *misfits, *scorer.unreadable.values()],
         "answers": [_record(questions, i, scorer.answers) for i in asked],
         "examples": _examples(questions, asked, scorer.answers, examples),
     }
 
 
-def _choose(questions: Questions, limit: int | None) -> list[int]:
-    """All questions, or the first ``limit`` of each family."""
+def _choose(questions: Questions, limit: int | None) -> tuple[list[int], list[str]]:
+    """All questions, or the first ``limit`` of each family, and a line for each whose answer is none of its options."""
     counts: dict[str, int] = {}
-    chosen = []
+    chosen, misfits = [], []
     for i in range(len(questions)):
+        options, answer = questions[i].options, questions[i].answer
+        if options and not any(is_right(option, answer) for option in options):
+            misfits.append(f"{questions[i].key}: the answer {answer!r} is none of its options, {', '.join(options)}")
+            continue
         family = questions[i].family
         counts[family] = counts.get(family, 0) + 1
         if limit is None or counts[family] <= limit:
             chosen.append(i)
-    return chosen
+    return chosen, misfits
 
 
 def _record(questions: Questions, i: int, answers: dict[str, Answers]) -> dict:
@@ -202,40 +202,21 @@ def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Ans
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 weights that cannot be read, 2 bad input)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--manifest", required=True, help="the stage's YAML; its held-out entries are asked")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
-    )
+    held_out = "the stage's YAML; its held-out entries are asked"
+    parser = parser_of("evaluate", __doc__.split("\n\n")[0], "evaluation.json", held_out)
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
-    parser.add_argument("--out", type=Path, help="file of the results; RUN/evaluation.json if not given")
-    parser.add_argument("--html", type=Path, help="write a page of them, too")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
-    options = parser.parse_args(arguments)
-    try:
-        manifest = load_manifest(options.manifest, options.set)
-        if (options.annotations is None) != (options.root is None):
-            raise ManifestError("--annotations and --root belong together; give both or neither")
-        checkpoint = weights_of(options.checkpoint or manifest.output)
-        questions = (
-            Questions(manifest) if options.root is None else FileQuestions(manifest, options.annotations, options.root)
-        )
-        result = evaluate(manifest, checkpoint, questions, options.limit)
-    except (AnnotationFileError, ManifestError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    result["command"] = " ".join(["python -m trainer.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
-    write_atomically(options.out or Path(manifest.output) / "evaluation.json", json.dumps(result, indent=1))
-    if options.html:
-        write_atomically(options.html, page(result))
-    for line in table(result):
-        print(line)
-    return 0
+    return carry_out(parser, arguments, _ask, page, table)
+
+
+def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
+    if (options.annotations is None) != (options.root is None):
+        raise ManifestError("--annotations and --root belong together; give both or neither")
+    questions = (
+        Questions(manifest) if options.root is None else FileQuestions(manifest, options.annotations, options.root)
+    )
+    return evaluate(manifest, checkpoint, questions, options.limit)
 
 
 def table(result: dict) -> list[str]:

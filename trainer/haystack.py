@@ -9,23 +9,17 @@ question, whose answer differs, in its place. Results go to RUN/haystack.json, a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.annotations import AnnotationFileError
 from pipeline.haystack import Haystack
-from pipeline.index import ShardsError
-from pipeline.manifest import Manifest, ManifestError, load_manifest
-from pipeline.media import MediaError
-from trainer.asker import weights_of
-from trainer.checkpoint import write_atomically
+from pipeline.manifest import Manifest, ManifestError
 from trainer.evaluate import evaluate
 from trainer.haystack_page import page
 from trainer.scoring import is_right, summarise
-from trainer.weight_files import WeightsError
+from trainer.scoring_command import carry_out, parser_of
 
 FRAMES = (8, 32, 128, 512)
 DEPTHS = (0, 25, 50, 75, 100)
@@ -80,7 +74,7 @@ def table(result: dict) -> list[str]:
     return lines
 
 
-def _checked(options: argparse.Namespace, manifest: Manifest) -> None:
+def _check(options: argparse.Namespace, manifest: Manifest) -> None:
     clip = manifest.frames.clip_frames
     for count in options.frames:
         if count < clip or count % clip:
@@ -90,50 +84,26 @@ def _checked(options: argparse.Namespace, manifest: Manifest) -> None:
             raise ManifestError(f"--depths {depth:g}: is no percentage; give numbers from 0 to 100")
 
 
-def _fits(manifest: Manifest, haystack: Haystack) -> None:
+def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
+    _check(options, manifest)
+    frames, depths = sorted(set(options.frames)), sorted(set(options.depths))
+    haystack = Haystack(manifest, options.needles, options.root, options.video, frames, depths)
     longest = max(haystack.length(i) for i in range(len(haystack)))
     most = manifest.model.language_model.max_position_embeddings
     if longest + manifest.evaluate.max_new_tokens > most:
         raise ManifestError(f"--frames: a prompt has {longest:,} tokens, and the model takes {most:,}; ask for fewer")
+    return search(manifest, checkpoint, haystack)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 files or weights that cannot be read, 2 bad input)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.haystack", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--manifest", required=True, help="the stage's YAML")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
-    )
+    parser = parser_of("haystack", __doc__.split("\n\n")[0], "haystack.json", "the stage's YAML")
     parser.add_argument("--needles", type=Path, required=True, help="annotation file: pictures with a question each")
     parser.add_argument("--root", type=Path, required=True, help="folder that its picture paths are relative to")
     parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
-    parser.add_argument("--out", type=Path, help="file of the results; RUN/haystack.json if not given")
-    parser.add_argument("--html", type=Path, help="write a page of them, too")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
-    options = parser.parse_args(arguments)
-    try:
-        manifest = load_manifest(options.manifest, options.set)
-        _checked(options, manifest)
-        checkpoint = weights_of(options.checkpoint or manifest.output)
-        videos, frames, depths = options.video, sorted(set(options.frames)), sorted(set(options.depths))
-        haystack = Haystack(manifest, options.needles, options.root, videos, frames, depths)
-        _fits(manifest, haystack)
-        result = search(manifest, checkpoint, haystack)
-    except (AnnotationFileError, ManifestError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MediaError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    result["command"] = " ".join(["python -m trainer.haystack", *(sys.argv[1:] if arguments is None else arguments)])
-    write_atomically(options.out or Path(manifest.output) / "haystack.json", json.dumps(result, indent=1))
-    if options.html:
-        write_atomically(options.html, page(result))
-    for line in table(result):
-        print(line)
-    return 0
+    return carry_out(parser, arguments, _ask, page, table)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, page)
-    print(f"{options.out}: {len(options.runs)} runs, {len(page) / 1e6:.1f} MB")
+    print(f"{options.out}: {len(options.runs)} runs, {len(page) / 1e3:,.0f} kB")
     return 0
 
 

@@ -155,6 +155,8 @@ def _weights_of(run: str) -> str:
     folder = Path(run)
     if run.startswith("hf:") or (not (folder / "final").exists() and (folder / "config.json").is_file()):
         return run
+    if not folder.is_dir():
+        raise WeightsError(f"init_from.run: {run}: no such folder, nor a stage of that name; train that stage first")
     if (folder / "checkpoints" / "latest").exists() and not (folder / "final").exists():
         raise WeightsError(f"init_from.run: {run}: has checkpoints and no final weights; finish that stage first")
     return str(folder / "final")

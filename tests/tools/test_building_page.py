@@ -1,7 +1,4 @@
-"""docs/building.md: its commands run in their order, and what it lists is what the code has.
-
-A block of commands that no test can run stands below a comment, ``<!-- not run by the tests: WHY -->``.
-"""
+"""docs/building.md: its commands run in their order, and what it lists is what the code has."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ import yaml
 from pipeline.index import Index
 from pipeline.ledger import RETRYABLE, read_ledger
 from pipeline.schema import read_yaml
+from tests.documents import commands
 from tests.tools import corpus
 from tests.tools.test_build_shards import snapshot
 from tools.fetch.places import check_archives
@@ -27,22 +25,6 @@ from tools.specification import LIBRARIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "building.md").read_text(encoding="utf-8")
-COMMAND = re.compile(r"(?:python|pip|cp|sbatch|ray|hf|export|make) .*")
-
-
-def commands(page: str) -> list[tuple[str, str, str]]:
-    """Heading, command and reason not to run it (empty: it is run) of every indented command of a page."""
-    found, heading, why = [], "", ""
-    for line in page.splitlines():
-        if line.startswith("#"):
-            heading = line.strip("# ")
-        elif reason := re.fullmatch(r"<!-- not run by the tests: (.+) -->", line):
-            why = reason[1]
-        elif line.startswith("    ") and COMMAND.fullmatch(line[4:]):
-            found.append((heading, line[4:], why))
-        elif line:
-            why = ""
-    return found
 
 
 def fenced(language: str, holding: str) -> str:

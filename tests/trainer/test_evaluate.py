@@ -105,6 +105,19 @@ def test_what_cannot_be_shown_is_left_out_and_named(made, capsys):
     assert "questions left out; the first:" in capsys.readouterr().out
 
 
+def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
+    folder = made.parent
+    samples = json.loads((folder / "asked.json").read_text())
+    for sample, options in zip(samples, ("red", ["red"], [["red"], "blue"], ["one", "two"]), strict=False):
+        sample["options"] = options
+    (folder / "options.json").write_text(json.dumps(samples))
+    result = asked(made, *files(made, "options.json"))
+    assert len(result["answers"]) == len(samples) - 4 and len(result["unreadable"]) == 4
+    told = "\n".join(result["unreadable"])
+    assert told.count("is no list of at least two answers") == 3 and "options.json: sample 0: " in told
+    assert "is none of its options, one, two" in told
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

@@ -321,7 +321,7 @@ def test_absent_places_are_named(tmp_path):
     with pytest.raises(WeightsError, match="names files that are missing: model-00001"):
         initialised(start(language_model=tmp_path))
     run = dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path / "stage1")))
-    with pytest.raises(WeightsError, match=r"init_from\.run.*stage1/final: no such file"):
+    with pytest.raises(WeightsError, match=r"init_from\.run: .*stage1: no such folder, nor a stage"):
         initialised(run)
 
 

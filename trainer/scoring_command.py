@@ -1,0 +1,70 @@
+"""What the commands that score a model share: their common options, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pipeline.annotations import AnnotationFileError
+from pipeline.index import ShardsError
+from pipeline.manifest import Manifest, ManifestError, load_manifest
+from pipeline.media import MediaError
+from trainer.asker import weights_of
+from trainer.checkpoint import write_atomically
+from trainer.weight_files import WeightsError
+
+
+def parser_of(program: str, description: str, name: str, manifest: str) -> argparse.ArgumentParser:
+    """Options of ``python -m trainer.PROGRAM``, whose results go to ``RUN/NAME``.
+
+    Args:
+        manifest: what is said of that option.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m trainer.{program}", description=description)
+    parser.add_argument("--manifest", required=True, help=manifest)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
+    )
+    parser.add_argument("--out", type=Path, help=f"file of the results; RUN/{name} if not given")
+    parser.add_argument("--html", type=Path, help="write a page of them, too")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
+    parser.set_defaults(name=name)
+    return parser
+
+
+def carry_out(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    ask: Callable[[argparse.Namespace, Manifest, Path], dict],
+    page: Callable[[dict], str],
+    table: Callable[[dict], Iterable[str]],
+) -> int:
+    """Parse the command line, ask the model, and write what was found to files and to the terminal.
+
+    Args:
+        ask: options, manifest and folder of weights to the result, an object of JSON.
+        page, table: the result as HTML, and as lines of text.
+
+    Returns:
+        the exit status (0 done, 1 media or weights that cannot be read, 2 bad input).
+    """
+    options = parser.parse_args(arguments)
+    try:
+        manifest = load_manifest(options.manifest, options.set)
+        result = ask(options, manifest, weights_of(options.checkpoint or manifest.output))
+    except (AnnotationFileError, ManifestError, ShardsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MediaError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    write_atomically(options.out or Path(manifest.output) / options.name, json.dumps(result, indent=1))
+    if options.html:
+        write_atomically(options.html, page(result))
+    for line in table(result):
+        print(line)
+    return 0
