@@ -53,7 +53,7 @@ demo: .venv/ready
 	python -m tools.demo_data --out demo/data
 	$(foreach n,$(STAGES),$(call build,$(n)))
 	$(foreach n,$(STAGES),$(call train,$(n)))
-	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml
+	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml --limit 100
 	OMP_NUM_THREADS=2 python -m trainer.haystack --manifest manifests/demo/stage4.yaml --root demo/data/media \
 	  --needles demo/data/annotations/needles.jsonl $(patsubst %,--video demo/data/media/haystack/haystack-empty-%.mp4,0000 0001)
 	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html

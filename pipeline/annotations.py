@@ -192,7 +192,7 @@ class _explained:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
-            raise AnnotationFileError(f"{self._path}: no such annotation file; correct data.entries or fetch it")
+            raise AnnotationFileError(f"{self._path}: no such annotation file; correct its path or fetch it")
         if isinstance(error, (ijson.JSONError, pa.ArrowException, OSError, UnicodeDecodeError, RecursionError)):
             raise AnnotationFileError(f"{self._path}: cannot be read to its end ({_one_line(error)}); fetch it again")
 

@@ -100,6 +100,10 @@ class Questions:
     def __getitem__(self, i: int) -> Question:
         return self._list[i]
 
+    def answer_tokens(self, i: int) -> int:
+        """Tokens of the expected answer, without the one that ends it."""
+        return len(self.conversation.answer_ids(self._list[i].answer)) - 1
+
     def length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
         ids, views = self._prompts.ids(self._list[i].turns, self._media(i, media_of))

@@ -57,7 +57,9 @@ def project(tmp_path_factory) -> Path:
             turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": colour}]
             rows.append(json.dumps({"video": name, "conversations": turns, "options": COLOURS[:count]}))
         (folder / "mine" / f"{split}.jsonl").write_text("\n".join(rows))
-    (folder / "clip.mp4").symlink_to(media / "val-0.mp4")
+    heldout = data / "media" / "heldout" / "heldout-order-0000.mp4"
+    heldout.parent.mkdir()
+    heldout.symlink_to(media / "val-0.mp4")
     for page, name in (("README.md", "mine.yaml"), ("docs/quickstart.md", "quick.yaml")):
         (folder / name).write_text(fenced((ROOT / page).read_text(encoding="utf-8"), "yaml"))
     return folder

@@ -39,7 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ManifestError, ShardsError) as error:
         return _failed(error, 2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "stopped; the same command goes on from the last checkpoint, or begins anew where there is none",
+            file=sys.stderr,
+        )
         return 130
 
 

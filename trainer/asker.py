@@ -54,7 +54,7 @@ class Asker:
         self.conversation = conversation_of(manifest)
         self.tokenizer = self.conversation.tokenizer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_pretrained(weights).to(self.device)
+        self.model = load_pretrained(weights, manifest.frames.size).to(self.device)
         self._manifest = manifest
         self._handfuls = Handfuls(manifest)
 

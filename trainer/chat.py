@@ -2,7 +2,7 @@
 
 Files are decoded, sampled, resized and encoded as a build does it, so that the model sees what it would see of them in
 shards. Without ``--question`` questions are read from the terminal, line by line, and answered with what was said
-before in mind; Ctrl-D ends it.
+before in mind; Ctrl-D or Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def _converse(chat: Chat, question: str | None) -> None:
     while True:
         if question is None:
             try:
-                asked = input("> ").strip()
-            except EOFError:
+                asked = input("> " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
                 print()
                 return
         else:

@@ -8,7 +8,8 @@ with its own frames and under two controls:
     shuffled    its own frames in another order
 
 A model that answers from the wording alone scores the same blind, one that does not see order the same shuffled.
-Intervals are 95 % bootstrap percentiles over questions. Results go to RUN/evaluation.json, and as a page to ``--html``.
+Intervals are 95 % bootstrap percentiles over questions. Results go to RUN/evaluation.json (of an annotation file to
+RUN/evaluation-STEM.json), and as a page to ``--html``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Scorer:
     def __init__(self, manifest: Manifest, checkpoint: Path, questions: Questions, controls: Sequence[str]) -> None:
         self._manifest, self._questions = manifest, questions
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_pretrained(checkpoint).to(self._device)
+        self._model = load_pretrained(checkpoint, manifest.frames.size).to(self._device)
         self._model.encode = Encoded(self._model.encode)  # several questions are about one video
         self._tokenizer = questions.conversation.tokenizer
         self.answers = {way: Answers() for way in ("own", *controls)}
@@ -125,10 +126,12 @@ def evaluate(
         ShardsError: no question can be scored.
         WeightsError: the weights cannot be read.
     """
-    chosen, misfits = _choose(questions, limit)
-    families, answers = [questions[i].family for i in chosen], [questions[i].answer for i in chosen]
-    partners = blind_partners(families, answers, [len(questions[i].media) for i in chosen], manifest.seed)
-    pairs = {i: [chosen[other] for other in others] for i, others in zip(chosen, partners, strict=True) if others}
+    fit, misfits = _fit(questions)
+    families, answers = [questions[i].family for i in fit], [questions[i].answer for i in fit]
+    partners = blind_partners(families, answers, [len(questions[i].media) for i in fit], manifest.seed)
+    found = {i: [fit[other] for other in others] for i, others in zip(fit, partners, strict=True)}
+    chosen = _first(questions, fit, limit)
+    pairs = {i: found[i] for i in chosen if found[i]}
     scorer = Scorer(manifest, checkpoint, questions, controls)
     scorer.run(pairs)
     asked = [i for i in pairs if i not in scorer.unreadable]
@@ -148,27 +151,36 @@ def evaluate(
     return {
         "checkpoint": str(checkpoint),
         "families": rows,
-        "without_partner": len(chosen) - len(pairs),
+        "without_partner": sorted({questions[i].family for i in chosen if i not in pairs}),
+        "too_long": sum(questions.answer_tokens(i) > manifest.evaluate.max_new_tokens for i in asked),
         "unreadable": [*questions.refused, *misfits, *scorer.unreadable.values()],
         "answers": [_record(questions, i, scorer.answers) for i in asked],
         "examples": _examples(questions, asked, scorer.answers, examples),
     }
 
 
-def _choose(questions: Questions, limit: int | None) -> tuple[list[int], list[str]]:
-    """All questions, or the first ``limit`` of each family, and a line for each whose answer is none of its options."""
-    counts: dict[str, int] = {}
-    chosen, misfits = [], []
+def _fit(questions: Questions) -> tuple[list[int], list[str]]:
+    """Questions that can be scored, and a line for each whose answer is none of its options."""
+    fit, misfits = [], []
     for i in range(len(questions)):
         options, answer = questions[i].options, questions[i].answer
         if options and not any(is_right(option, answer) for option in options):
             misfits.append(f"{questions[i].key}: the answer {answer!r} is none of its options, {', '.join(options)}")
-            continue
+        else:
+            fit.append(i)
+    return fit, misfits
+
+
+def _first(questions: Questions, fit: Sequence[int], limit: int | None) -> list[int]:
+    """Those of ``fit``, or the first ``limit`` of each family."""
+    counts: dict[str, int] = {}
+    chosen = []
+    for i in fit:
         family = questions[i].family
         counts[family] = counts.get(family, 0) + 1
         if limit is None or counts[family] <= limit:
             chosen.append(i)
-    return chosen, misfits
+    return chosen
 
 
 def _record(questions: Questions, i: int, answers: dict[str, Answers]) -> dict:
@@ -216,6 +228,8 @@ def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> d
     questions = (
         Questions(manifest) if options.root is None else FileQuestions(manifest, options.annotations, options.root)
     )
+    if options.annotations:
+        options.name = f"evaluation-{options.annotations.stem}.json"
     return evaluate(manifest, checkpoint, questions, options.limit)
 
 
@@ -228,6 +242,13 @@ def table(result: dict) -> list[str]:
         name, spread = row["family"], f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
         figures = f"{row['accuracy']:>10.1f}{row['blind']:>8.1f}{row['shuffled']:>10.1f}{row['gain']:>8.1f}"
         lines.append(f"{name:<22}{row['method']:<12}{row['questions']:>10}{figures}  {spread}")
+    if result["without_partner"]:
+        named = ", ".join(result["without_partner"])
+        lines.append(f"not asked, because the family has no other answer to be blind with, in: {named}")
+    if result["too_long"]:
+        lines.append(
+            f"{result['too_long']} answers have more tokens than evaluate.max_new_tokens, so no generated one is right"
+        )
     if result["unreadable"]:
         lines.append(f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}")
     return lines

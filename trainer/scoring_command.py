@@ -54,7 +54,10 @@ def carry_out(
     options = parser.parse_args(arguments)
     try:
         manifest = load_manifest(options.manifest, options.set)
-        result = ask(options, manifest, weights_of(options.checkpoint or manifest.output))
+        result = ask(options, manifest, _weights(options, manifest))
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     except (AnnotationFileError, ManifestError, ShardsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,9 +65,29 @@ def carry_out(
         print(f"error: {error}", file=sys.stderr)
         return 1
     result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
-    write_atomically(options.out or Path(manifest.output) / options.name, json.dumps(result, indent=1))
-    if options.html:
-        write_atomically(options.html, page(result))
     for line in table(result):
         print(line)
+    written = {options.out or Path(manifest.output) / options.name: json.dumps(result, indent=1)}
+    if options.html:
+        written[options.html] = page(result)
+    for path, text in written.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            print(f"error: {path}: cannot be written ({error.strerror}); name another place", file=sys.stderr)
+            return 1
+        print(path)
     return 0
+
+
+def _weights(options: argparse.Namespace, manifest: Manifest) -> Path:
+    try:
+        return weights_of(options.checkpoint or manifest.output)
+    except WeightsError:
+        if options.checkpoint:
+            raise
+        train = f"python -m trainer --manifest {options.manifest}"
+        raise WeightsError(
+            f"{manifest.output}: no weights there; train it first, {train}, or name a --checkpoint"
+        ) from None

@@ -250,10 +250,13 @@ def _bytes(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
-def load_pretrained(folder: str | Path) -> VideoLLM:
+def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
     """The model of a folder that ``save`` or ``trainer.export`` wrote, or of a released checkpoint, on the CPU.
 
     It has the dtype that config.json names.
+
+    Args:
+        size: pixels of a frame's side; what config.json names if None.
 
     Raises:
         WeightsError: no config.json there, or its weights do not fit it.
@@ -262,15 +265,15 @@ def load_pretrained(folder: str | Path) -> VideoLLM:
     folder = Path(folder)
     config, where = read_config(folder), str(folder / "config.json")
     if release.is_release(config):
-        cfg, size, clip_frames = release.architecture(config, where)
+        cfg, trained_size, clip_frames = release.architecture(config, where)
     elif config.get("model_type") == release.OURS:
         cfg = build(Model, config["model"], f"{where}: model")
-        size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
+        trained_size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
     else:
         kind = config.get("model_type")
         raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
     with no_init_weights():
-        model = VideoLLM(cfg, size, clip_frames)
+        model = VideoLLM(cfg, size or trained_size, clip_frames)
     model.to(dtype_of(config, where))
     fill(model, read_model(model, folder, cfg))
     return model.eval()

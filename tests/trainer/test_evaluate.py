@@ -105,6 +105,37 @@ def test_what_cannot_be_shown_is_left_out_and_named(made, capsys):
     assert "questions left out; the first:" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_frame_size_is_scored_at_the_manifests(made, capsys):
+    """A larger picture is another position table, and weights go on as they are."""
+    result = asked(made, *files(made), "--set", "frames.size=160", "--limit", "1")
+    assert len(result["answers"]) == 1
+
+
+def test_a_limit_does_not_change_what_is_asked_of_a_question(made):
+    whole, first = asked(made, *files(made)), asked(made, *files(made), "--limit", "1")
+    assert first["answers"] == whole["answers"][:1]
+
+
+def test_what_cannot_be_right_or_compared_is_said(made, tmp_path, capsys):
+    samples = json.loads((made.parent / "val.json").read_text())
+    samples[0]["family"] = "alone"
+    samples[1]["conversations"][1]["value"] = "red " * 40
+    (tmp_path / "some.json").write_text(json.dumps(samples))
+    out = tmp_path / "new" / "evaluation.json"
+    words = [
+        "--manifest",
+        str(made),
+        "--annotations",
+        str(tmp_path / "some.json"),
+        "--root",
+        str(made.parent / "media"),
+    ]
+    assert evaluate.main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "no other answer to be blind with, in: alone" in said and "1 answers have more tokens than" in said
+    assert said.splitlines()[-1] == str(out) and json.loads(out.read_text())["without_partner"] == ["alone"]
+
+
 def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
     folder = made.parent
     samples = json.loads((folder / "asked.json").read_text())
@@ -124,6 +155,7 @@ def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
         (("--annotations", "a.json"), 2, "belong together"),
         (("--annotations", "gone.json", "--root", "."), 2, "gone.json"),
         (("--checkpoint", "gone"), 1, "no weights there"),
+        (("--set", "output=gone"), 1, "train it first, python -m trainer --manifest"),
         (("--set", "evaluate.batch=0"), 2, "evaluate.batch"),
     ],
 )
