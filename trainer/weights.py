@@ -38,6 +38,8 @@ from trainer.weight_files import (
     write_shard,
 )
 
+NAMED = 3  #: names of faulty tensors in a message
+
 
 def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, Stored]:
     """The tensors of one part by our names, complete and of the right shapes.
@@ -62,7 +64,7 @@ def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, S
         "wrong shape": wrong,
     }
     if any(faults.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
         raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
     return found
 
@@ -148,6 +150,11 @@ def weights_place(manifest: Manifest, part: str) -> tuple[str, str]:
     if own := getattr(given, part):
         return f"init_from.{part}", own
     return "init_from.run", _weights_of(given.run) if given.run else "random"
+
+
+def _some(names: list[str]) -> str:
+    """The first of ``names``, in one line that can be read."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _weights_of(run: str) -> str:
