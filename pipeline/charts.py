@@ -252,7 +252,7 @@ def heat_map(
         parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 14}" text-anchor="middle">{escape(words)}</text>')
     middle = left + (width - left - right) / 2
     parts.append(f'<text class="tick" x="{middle:.1f}" y="{y + 30}" text-anchor="middle">{escape(across)}</text>')
-    parts.append(f'<text class="tick" x="{left - 6}" y="{top - 8}" text-anchor="end">{escape(down)}</text>')
+    parts.append(f'<text class="tick" x="{left - 6}" y="{y + 30}" text-anchor="end">{escape(down)}</text>')
     return _svg(title, width, height, parts)
 
 

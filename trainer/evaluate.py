@@ -42,6 +42,7 @@ from trainer.weights import load_pretrained
 
 EXAMPLES = 3  #: questions of each family shown with their frames
 SHOWN = 16  #: frames of an example
+COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 8}  #: of the table, with their widths
 
 
 @dataclass
@@ -235,13 +236,15 @@ def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> d
 
 def table(result: dict) -> list[str]:
     """The result as lines of text."""
-    lines = [
-        f"{'family':<22}{'by':<12}{'questions':>10}{'accuracy':>10}{'blind':>8}{'shuffled':>10}{'gain':>8}  interval"
-    ]
+    wide = max([20, *(len(row["family"]) for row in result["families"])]) + 2
+    figures = "".join(name.rjust(width) for name, width in COLUMNS.items())
+    lines = [f"{'family':<{wide}}{'by':<12}{figures}  interval"]
     for row in result["families"]:
         name, spread = row["family"], f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
-        figures = f"{row['accuracy']:>10.1f}{row['blind']:>8.1f}{row['shuffled']:>10.1f}{row['gain']:>8.1f}"
-        lines.append(f"{name:<22}{row['method']:<12}{row['questions']:>10}{figures}  {spread}")
+        figures = "".join(
+            f"{row[column]:{width}.{0 if column == 'questions' else 1}f}" for column, width in COLUMNS.items()
+        )
+        lines.append(f"{name:<{wide}}{row['method']:<12}{figures}  {spread}")
     if result["without_partner"]:
         named = ", ".join(result["without_partner"])
         lines.append(f"not asked, because the family has no other answer to be blind with, in: {named}")
