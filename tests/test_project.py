@@ -68,6 +68,12 @@ def test_readme_tree_names_every_file_once_and_no_other():
     assert all(named.values()), "a file of the tree has no line that says what it is"
 
 
+def anchors(text: str) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_documents_name_only_what_exists(path):
     text = path.read_text(encoding="utf-8")
@@ -77,6 +83,9 @@ def test_documents_name_only_what_exists(path):
     }
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (path.parent / link).exists(), f"{link} is not there"
+    for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        target = path.parent / link if link else path
+        assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}#{anchor} is not there"
     for name in re.findall(r"python (?:-m )?((?:pipeline|trainer|tools)[\w./]*)", text):
         candidates = [ROOT / name] if name.endswith(".py") else [ROOT / (name.replace(".", "/") + ".py")]
         candidates.append(ROOT / name.replace(".", "/") / "__main__.py")

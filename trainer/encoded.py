@@ -30,12 +30,12 @@ class Encoded:
         """As of ``encode``: uint8 (n, T, S, S, 3) and (m, S, S, 3) to (n, 64, C) and (m, 64, C)."""
         names = [_digest(unit) for unit in (*clips, *stills)]
         n = len(clips)
-        fresh = [i for i, name in enumerate(names) if name not in self._kept]
+        fresh = {name: i for i, name in enumerate(names) if name not in self._kept}
         found = {name: self._kept[name] for name in names if name in self._kept}
         if fresh:
-            of_clips, of_stills = [i for i in fresh if i < n], [i - n for i in fresh if i >= n]
+            of_clips, of_stills = [i for i in fresh.values() if i < n], [i - n for i in fresh.values() if i >= n]
             tokens = torch.cat(self._encode(clips[of_clips], stills[of_stills]))
-            found |= {names[i]: tokens[place].clone() for place, i in enumerate(fresh)}
+            found |= {name: tokens[place].clone() for place, name in enumerate(fresh)}
         for name in names:
             self._keep(name, found[name])
         tokens = torch.stack([found[name] for name in names])

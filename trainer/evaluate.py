@@ -216,11 +216,15 @@ def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Ans
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 weights that cannot be read, 2 bad input)."""
     held_out = "the stage's YAML; its held-out entries are asked"
-    parser = parser_of("evaluate", __doc__.split("\n\n")[0], "evaluation.json", held_out)
+    parser = parser_of("evaluate", __doc__.split("\n\n")[0], held_out, "evaluation.json, or evaluation-STEM.json")
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
-    return carry_out(parser, arguments, _ask, page, table)
+    return carry_out(parser, arguments, _ask, page, table, _name)
+
+
+def _name(options: argparse.Namespace) -> str:
+    return f"evaluation-{options.annotations.stem}.json" if options.annotations else "evaluation.json"
 
 
 def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
@@ -229,8 +233,6 @@ def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> d
     questions = (
         Questions(manifest) if options.root is None else FileQuestions(manifest, options.annotations, options.root)
     )
-    if options.annotations:
-        options.name = f"evaluation-{options.annotations.stem}.json"
     return evaluate(manifest, checkpoint, questions, options.limit)
 
 
@@ -245,15 +247,6 @@ def table(result: dict) -> list[str]:
             f"{row[column]:{width}.{0 if column == 'questions' else 1}f}" for column, width in COLUMNS.items()
         )
         lines.append(f"{name:<{wide}}{row['method']:<12}{figures}  {spread}")
-    if result["without_partner"]:
-        named = ", ".join(result["without_partner"])
-        lines.append(f"not asked, because the family has no other answer to be blind with, in: {named}")
-    if result["too_long"]:
-        lines.append(
-            f"{result['too_long']} answers have more tokens than evaluate.max_new_tokens, so no generated one is right"
-        )
-    if result["unreadable"]:
-        lines.append(f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}")
     return lines
 
 

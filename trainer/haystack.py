@@ -69,8 +69,6 @@ def table(result: dict) -> list[str]:
             f"{row['family']}: {row['accuracy']:.1f} % of {row['questions']}, blind {row['blind']:.1f}, "
             f"gain {row['gain']:.1f} ({spread})"
         )
-    if result["unreadable"]:
-        lines.append(f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}")
     return lines
 
 
@@ -97,13 +95,13 @@ def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> d
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 files or weights that cannot be read, 2 bad input)."""
-    parser = parser_of("haystack", __doc__.split("\n\n")[0], "haystack.json", "the stage's YAML")
+    parser = parser_of("haystack", __doc__.split("\n\n")[0], "the stage's YAML", "haystack.json")
     parser.add_argument("--needles", type=Path, required=True, help="annotation file: pictures with a question each")
     parser.add_argument("--root", type=Path, required=True, help="folder that its picture paths are relative to")
     parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
-    return carry_out(parser, arguments, _ask, page, table)
+    return carry_out(parser, arguments, _ask, page, table, lambda _: "haystack.json")
 
 
 if __name__ == "__main__":

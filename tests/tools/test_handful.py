@@ -24,8 +24,8 @@ ASKED = {"from": "human", "value": "<image>\nWhat is it?"}
 CLIP = {"start": 2.2, "end": 7.4}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Manifest:
+@pytest.fixture(scope="module", params=["none", "published"])
+def built(request, tmp_path_factory) -> Manifest:
     """Shards of a film, a clip of it, a GIF, a folder of frames, a picture, and two pictures in one dialogue."""
     folder = tmp_path_factory.mktemp("handful")
     media = folder / "media"
@@ -55,7 +55,7 @@ def built(tmp_path_factory) -> Manifest:
         "images": {"max_grid": 3},
         "text": {"tokenizer": str(TOKENIZER)},
     }
-    path = corpus.manifest(folder / "stage2.yaml", entries, **fields)
+    path = corpus.manifest(folder / "stage2.yaml", entries, compat=request.param, **fields)
     assert main(["--stage", "2", "--manifest", str(path), "--workers", "1"]) == 0
     return load_manifest(path)
 

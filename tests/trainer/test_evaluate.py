@@ -166,6 +166,16 @@ def test_bad_input_is_one_clear_line(made, tmp_path, capsys, words, status, mess
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said and not out.exists()
 
 
+def test_ctrl_c_has_its_status_and_writes_nothing(made, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    out = tmp_path / "evaluation.json"
+    assert evaluate.main(["--manifest", str(made), "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "stopped; nothing was written\n" and not out.exists()
+
+
 def test_an_empty_annotation_file_is_named(made, capsys):
     (made.parent / "none.json").write_text(yaml.safe_dump([]))
     assert evaluate.main(["--manifest", str(made), *files(made, "none.json")]) == 2

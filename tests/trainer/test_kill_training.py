@@ -9,6 +9,6 @@ from benchmarks.soak_train import Campaign
 
 def test_killed_runs_go_on_with_the_same_batches_to_the_same_weights(tmp_path):
     """A short campaign of benchmarks/soak_train.py, which compares what comes out with a run without kills."""
-    campaign = Campaign(tmp_path, steps=8, draw=random.Random(9), stages=(2,))
+    campaign = Campaign(tmp_path, steps=12, draw=random.Random(9), stages=(2,))
     campaign.run(kills=2)
     assert campaign.kills.total() == 2 and campaign.resumed

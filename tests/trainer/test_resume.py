@@ -73,15 +73,22 @@ def straight(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_two_ranks_then_one_then_two_equal_two_all_along(manifest: Path, straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("zero_stage", "asked", "options"),
+    [(3, signal.SIGTERM, ()), (1, signal.SIGUSR1, ("--signals_to_handle", "SIGTERM,SIGINT,SIGUSR1"))],
+    ids=["zero3", "zero1"],
+)
+def test_two_ranks_then_one_then_two_equal_two_all_along(
+    manifest: Path, straight: Path, tmp_path: Path, zero_stage: int, asked: signal.Signals, options: tuple[str, ...]
+) -> None:
     """Each time the run is asked to leave, and saves at a step where no checkpoint was due."""
     run = tmp_path / "run"
-    sets = (f"output={run}", *PARTS)
+    sets = (f"output={run}", f"train.zero_stage={zero_stage}", *PARTS)
     launcher, *rest = corpus.train_command(manifest, 2, *sets)
-    two = [launcher, "--signals_to_handle", "SIGTERM,SIGINT,SIGUSR1", *rest]
+    two = [launcher, *options, *rest]
 
-    _, said = leaves(two, run, 2, signal.SIGTERM)  # torchrun's own status is 1, whatever that of its ranks
-    assert "stopped by SIGTERM" in said
+    _, said = leaves(two, run, 2, asked)  # torchrun's own status is 1, whatever that of its ranks
+    assert f"stopped by {asked.name}" in said
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
     files = list((run / "checkpoints").glob("step-*/*optim_states.pt"))
     assert len(files) == 2
