@@ -106,8 +106,7 @@ class Haystack(FileQuestions):
     def length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
         (shown,) = self._media(i, media_of)
-        ids, views = self._prompts(shown).ids(self._list[i].turns, [0])
-        return len(ids) - len(views) + sum(view.tokens for view in views)
+        return self._prompts(shown).tokens(self._list[i].turns, [0])
 
     def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
         """As of :meth:`pipeline.questions.Questions.prompt`.

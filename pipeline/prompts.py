@@ -24,6 +24,7 @@ class Prompts:
         self._visuals, self._conversation = visuals, conversation
         self._size, self._clip = manifest.frames.size, manifest.frames.clip_frames
         self._group_clips = manifest.model.vision_tower.group_clips
+        self._most = manifest.model.language_model.max_position_embeddings
 
     def ids(self, turns: Sequence[dict], media: Sequence[int]) -> tuple[np.ndarray, list[View]]:
         """Ids of the prompt, int32 (n,) with one ``IMAGE`` for each medium, and what is shown of each.
@@ -39,6 +40,10 @@ class Prompts:
         kinds, messages = [view.kind for view in views], [view.message for view in views]
         return self._conversation.prompt(turns, kinds, messages), views
 
+    def tokens(self, turns: Sequence[dict], media: Sequence[int]) -> int:
+        """Tokens of the prompt, visual ones included; nothing is decoded. Arguments and errors of :meth:`ids`."""
+        return _tokens(*self.ids(turns, media))
+
     def row(
         self,
         turns: Sequence[dict],
@@ -53,10 +58,14 @@ class Prompts:
             shuffle: draws another order for the frames of each video; what is said about them stays.
 
         Raises:
-            ValueError: as of :meth:`ids`, or media cannot be decoded.
+            ValueError: as of :meth:`ids`, the model takes fewer tokens, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
         ids, views = self.ids(turns, media)
+        if (tokens := _tokens(ids, views)) >= self._most:
+            raise ValueError(
+                f"{tokens:,} tokens were asked, and the model takes {self._most:,}; ask less, or start anew"
+            )
         side, clip = self._size, self._clip
         clips = np.empty((sum(view.clips for view in views), clip, side, side, 3), dtype=np.uint8)
         stills = np.empty((sum(view.tiles for view in views), side, side, 3), dtype=np.uint8)
@@ -73,3 +82,7 @@ class Prompts:
         groups = max(1, -(-(len(clips) + len(stills)) // self._group_clips))
         piece = Piece(key, ids, np.full_like(ids, IGNORE), 0.0, views, clips, stills)
         return assemble(Place(groups=groups), [piece], clips, stills, [])
+
+
+def _tokens(ids: np.ndarray, views: Sequence[View]) -> int:
+    return len(ids) - len(views) + sum(view.tokens for view in views)

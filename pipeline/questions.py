@@ -43,9 +43,8 @@ class Question:
             ValueError: nothing is answered.
         """
         asked, answer = question_and_answer(turns)
-        options = meta.get("options", ["", ""])
-        if not isinstance(options, list) or len(options) < 2 or any(isinstance(o, (dict, list)) for o in options):
-            raise OptionsError(f"options: {str(options)[:60]!r} is no list of at least two answers")
+        if "options" in meta and not _can_be_chosen_from(meta["options"]):
+            raise OptionsError(f"options: {str(meta['options'])[:60]!r} is no list of at least two answers")
         marks = sum(text_of(turn).count(MARK) for turn in asked)
         return cls(key, asked, answer, entry, meta, list(media)[:marks])
 
@@ -63,6 +62,10 @@ class Question:
     def options(self) -> list[str]:
         """``options`` of the annotation's own fields: the answers to choose from; empty where it has none."""
         return [str(option) for option in self.meta.get("options", ())]
+
+
+def _can_be_chosen_from(options: Any) -> bool:
+    return isinstance(options, list) and len(options) > 1 and not any(isinstance(o, (dict, list)) for o in options)
 
 
 class Questions:
@@ -106,8 +109,7 @@ class Questions:
 
     def length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
-        ids, views = self._prompts.ids(self._list[i].turns, self._media(i, media_of))
-        return len(ids) - len(views) + sum(view.tokens for view in views)
+        return self._prompts.tokens(self._list[i].turns, self._media(i, media_of))
 
     def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
         """Question ``i`` as a row that ends where the answer begins; no label is set.

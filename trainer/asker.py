@@ -66,11 +66,7 @@ class Asker:
             ValueError: marks and files do not fit, or the model takes fewer tokens.
         """
         prompts = Prompts(self._manifest, self._handfuls.visuals(files), self.conversation)
-        row = prompts.row(turns, range(len(files)), key)
-        most = self.model.language_model.config.max_position_embeddings
-        if row.tokens >= most:
-            raise ValueError(f"{row.tokens:,} tokens were asked, and the model takes {most:,}; ask less, or start anew")
-        return row.to(self.device)
+        return prompts.row(turns, range(len(files)), key).to(self.device)
 
     def views(self, files: Sequence[File]) -> list[View]:
         """What is shown of ``files``."""

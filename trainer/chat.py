@@ -61,7 +61,8 @@ class Chat:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status (0 done, 1 a file or weights that cannot be read, 2 bad input)."""
+    """Command line; returns the exit status (0 done, 1 a file or weights that cannot be read, 2 bad input, 130
+    Ctrl-C)."""
     parser = argparse.ArgumentParser(prog="python -m trainer.chat", description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a finished run, or a folder of weights")
     parser.add_argument("--manifest", help="the stage's YAML; the run's own if not given")
@@ -90,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
             except OSError as error:
                 raise ChatError(f"--sheet {options.sheet}: cannot be written ({error.strerror})") from None
         _converse(chat, options.question)
+    except KeyboardInterrupt:
+        print()
+        return 130
     except (ChatError, ManifestError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -118,7 +122,7 @@ def _converse(chat: Chat, question: str | None) -> None:
         if question is None:
             try:
                 asked = input("> " if sys.stdin.isatty() else "").strip()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print()
                 return
         else:

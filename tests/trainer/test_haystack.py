@@ -17,6 +17,8 @@ from trainer.generate import generate
 from trainer.model.video_llm import build_model
 from trainer.weights import initialise, load_pretrained, save
 
+TAKES_300 = ("--set", "model.language_model.max_position_embeddings=300", "--set", "text.max_tokens=300")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -69,13 +71,22 @@ def test_each_cell_counts_what_the_model_answers(weights, folder, manifest, caps
     assert sum(tag == "rect" for tag, _ in page.tags) == 2 * len(FRAMES) * len(DEPTHS)
 
 
+def test_what_the_model_does_not_take_is_left_out_by_name(weights, folder, capsys):
+    assert haystack.main(words(folder, *TAKES_300)) == 0
+    result = json.loads((folder / "haystack.json").read_text())
+    assert {row["frames"] for row in result["families"]} == {4}
+    left_out = [line for line in result["unreadable"] if "the model takes 300" in line]
+    assert len(left_out) == 2 * len(DEPTHS) and all(", 16 frames, " in line for line in left_out)
+    assert "questions left out; the first:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [
         (("--frames", "6"), 2, "--frames 6"),
         (("--depths", "101"), 2, "--depths 101"),
         (("--frames", "20000"), 1, "has 32 frames"),
-        (("--set", "model.language_model.max_position_embeddings=300", "--set", "text.max_tokens=300"), 2, "takes 300"),
+        ((*TAKES_300, "--frames", "16"), 2, "the model takes 300"),
         (("--checkpoint", "gone"), 1, "no weights there"),
         (("--needles", "gone.json"), 2, "gone.json"),
     ],
