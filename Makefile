@@ -64,22 +64,22 @@ test: lint
 # lmms-eval states av<16 and much that its tasks here do not use
 peers: .venv-peers/ready
 	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps lmms-eval
-	.venv-peers/bin/python -m pytest -q -m peers tests/pipeline/adapters tests/trainer/test_lmms.py \
-	  tests/test_benchmarks.py tests/test_reuse.py tests/test_project.py
+	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/integration/trainer/test_lmms_plugin.py \
+	  tests/integration/test_benchmarks.py tests/docs/test_reuse.py tests/docs/test_project.py
 
 # the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with
 bench: .venv-peers/ready
 	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps mosaicml-streaming
-	.venv-peers/bin/python -m benchmarks.loader
+	.venv-peers/bin/python -m benchmarks.loading.loader
 
 lint: .venv/ready
 	ruff check .
 	ruff format --check .
 
 soak: .venv/ready
-	python -m benchmarks.soak_build --seed $(SEED) --kills $(KILLS)
-	python -m benchmarks.soak_loader --seed $(SEED)
-	python -m benchmarks.soak_train --seed $(SEED)
+	python -m benchmarks.soak.build --seed $(SEED) --kills $(KILLS)
+	python -m benchmarks.soak.loader --seed $(SEED)
+	python -m benchmarks.soak.train --seed $(SEED)
 
 clean:
 	rm -rf .venv .venv-peers demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

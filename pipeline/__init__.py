@@ -11,16 +11,16 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "Manifest": "pipeline.manifest",
-    "ManifestError": "pipeline.manifest",
-    "load_manifest": "pipeline.manifest",
-    "Index": "pipeline.index",
-    "ShardsError": "pipeline.index",
-    "Batch": "pipeline.batch",
-    "Loader": "pipeline.loader",
-    "LoaderError": "pipeline.loader",
-    "build_loader": "pipeline.loader",
-    "Questions": "pipeline.questions",
+    "Manifest": "pipeline.config.manifest",
+    "ManifestError": "pipeline.config.manifest",
+    "load_manifest": "pipeline.config.manifest",
+    "Index": "pipeline.shards.index",
+    "ShardsError": "pipeline.shards.index",
+    "Batch": "pipeline.loading.batch",
+    "Loader": "pipeline.loading.loader",
+    "LoaderError": "pipeline.loading.loader",
+    "build_loader": "pipeline.loading.loader",
+    "Questions": "pipeline.evaluation.questions",
 }
 
 __all__ = list(_HOMES)

@@ -42,16 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # Imported here, because they take half a second in which the user may press Ctrl-C, too.
-    from pipeline.annotations import AnnotationFileError
-    from pipeline.ledger import read_ledger
-    from pipeline.manifest import ManifestError, load_manifest
-    from tools import executors
-    from tools.builder import Options, build
-    from tools.fetch.cache import DiskFull, disk_full_at
-    from tools.plan import make_plan
-    from tools.plan_report import plan_rows, plan_summary, write_report
-    from tools.roots import BuildError, WorkError, origins
-    from tools.summary import build_summary, first_of_reasons, shard_counts
+    from pipeline.annotations.reader import AnnotationFileError
+    from pipeline.config.manifest import ManifestError, load_manifest
+    from pipeline.shards.ledger import read_ledger
+    from tools.builder import executors
+    from tools.builder.build import Options, build
+    from tools.builder.plan_report import plan_rows, plan_summary, write_report
+    from tools.builder.planner import make_plan
+    from tools.builder.summary import build_summary, first_of_reasons, shard_counts
+    from tools.common.errors import BuildError, WorkError
+    from tools.fetch.disk_cache import DiskFull, disk_full_at
+    from tools.fetch.root_map import origins
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:

@@ -31,9 +31,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools import demo_dialogues, demo_tokenizer, demo_worlds
-from tools.demo_dialogues import QUESTIONS, SAME_COLOUR, ask, turns
-from tools.demo_worlds import COLOURS, SHAPES, SIDES, World, balanced
+from tools.demo import dialogues as demo_dialogues
+from tools.demo import tokenizer as demo_tokenizer
+from tools.demo import worlds as demo_worlds
+from tools.demo.dialogues import QUESTIONS, SAME_COLOUR, ask, turns
+from tools.demo.worlds import COLOURS, SHAPES, SIDES, World, balanced
 
 REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
 STILL_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height

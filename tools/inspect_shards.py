@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import pyarrow as pa
 
-    from pipeline.files import write_atomic
-    from pipeline.index import ShardsError
-    from tools.inspection import inspection_page
+    from pipeline.shards.index import ShardsError
+    from pipeline.utils.atomic_io import write_atomic
+    from tools.inspection.report import inspection_page
 
     try:
         page = inspection_page(options.root, options.media, options.frames, options.seed).encode()

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tools.summary import size_text
+    from tools.common.text_table import size_text
     from tools.verify.root import VerifyError, verify
 
     try:

@@ -12,9 +12,9 @@ import signal
 import sys
 from types import FrameType
 
-from pipeline.index import ShardsError
-from pipeline.manifest import ManifestError, load_manifest
-from trainer.launch import SIGNALS, STATUS
+from pipeline.config.manifest import ManifestError, load_manifest
+from pipeline.shards.index import ShardsError
+from trainer.distributed.launchers import SIGNALS, STATUS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         manifest = load_manifest(options.manifest, options.set)
         if options.dry_run:
-            from trainer.dry_run import describe
+            from trainer.training.dry_run import describe
 
             print(describe(manifest))
             return 0
@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(manifest) -> int:
-    from pipeline.loader import LoaderError
-    from trainer.calls import CallsError
-    from trainer.checkpoint import CheckpointError, WriteError
-    from trainer.launch import StartError
-    from trainer.leave import Preempted
-    from trainer.loop import TrainingError, train
-    from trainer.weight_files import WeightsError
+    from pipeline.loading.loader import LoaderError
+    from trainer.checkpoint.save import CheckpointError, WriteError
+    from trainer.distributed.call_order import CallsError
+    from trainer.distributed.launchers import StartError
+    from trainer.distributed.preemption import Preempted
+    from trainer.training.loop import TrainingError, train
+    from trainer.weights.tensor_files import WeightsError
 
     try:
         train(manifest)

@@ -12,15 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.conversation import MARK
-from pipeline.handful import STILL, File
-from pipeline.manifest import ManifestError
-from pipeline.media import MediaError
-from trainer.asker import Asker, find
-from trainer.generate import Sampling
-from trainer.sheet import write_sheet
-from trainer.talk import Talk, texts
-from trainer.weight_files import WeightsError
+from pipeline.config.manifest import ManifestError
+from pipeline.media.errors import MediaError
+from pipeline.shards.memory_index import STILL, File
+from pipeline.tokenization.chat_template import MARK
+from trainer.inference.chat_session import Talk, texts
+from trainer.inference.contact_sheet import write_sheet
+from trainer.inference.generate import Sampling
+from trainer.inference.predictor import Asker, find
+from trainer.weights.tensor_files import WeightsError
 
 
 class ChatError(Exception):

@@ -25,14 +25,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from pipeline.conversation import load_tokenizer
-from pipeline.files import sync
-from pipeline.manifest import ManifestError, load_manifest
-from trainer import release
+from pipeline.config.manifest import ManifestError, load_manifest
+from pipeline.tokenization.chat_template import load_tokenizer
+from pipeline.utils.atomic_io import sync
+from trainer.model.parts import PARTS
 from trainer.model.video_llm import build_model
-from trainer.release import Settings
-from trainer.stages import PARTS
-from trainer.weight_files import (
+from trainer.weights import hf_config as release
+from trainer.weights.hf_config import Settings
+from trainer.weights.load import dtype_of, empty_model, read_config, read_model, shape, sources
+from trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
     Stored,
@@ -42,7 +43,6 @@ from trainer.weight_files import (
     write_index,
     write_shard,
 )
-from trainer.weights import dtype_of, empty_model, read_config, read_model, shape, sources
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -132,8 +132,9 @@ def _final(folder: Path) -> tuple[Settings, dict[str, Stored]]:
 
 def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Stored]]:
     """From DeepSpeed's files (the newest checkpoint if None): float32 weights of the optimiser in the run's dtype."""
-    from trainer import checkpoint, resume  # brings DeepSpeed along, which final weights do not need
-    from trainer.engine import DTYPES as TRAINED_IN
+    from trainer.checkpoint import load as resume  # brings DeepSpeed along, which final weights do not need
+    from trainer.checkpoint import save as checkpoint  # brings DeepSpeed along, which final weights do not need
+    from trainer.training.engine import DTYPES as TRAINED_IN
 
     manifest = load_manifest(run / "manifest.yaml")
     model = build_model(manifest, device="meta")

@@ -1,7 +1,7 @@
 """``python -m trainer.haystack --manifest M --needles FILE --root DIR --video FILE``: find pictures in long videos.
 
 Every question of the annotation file, about one picture each, is asked with the picture in place of one frame of a
-video, for every number of frames and every depth (:mod:`pipeline.haystack`); and blind, with the picture of another
+video, for every number of frames and every depth (:mod:`pipeline.evaluation.haystack`); and blind, with the picture of another
 question, whose answer differs, in its place. Results go to RUN/haystack.json, and as a heat map to
 ``python -m trainer.report RUN`` and to ``--html``.
 """
@@ -12,46 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.haystack import Haystack
-from pipeline.manifest import Manifest, ManifestError
-from trainer.evaluate import evaluate
-from trainer.haystack_page import page
-from trainer.scoring import is_right, summarise
-from trainer.scoring_command import carry_out, parser_of
+from pipeline.config.manifest import Manifest, ManifestError
+from pipeline.evaluation.haystack import Haystack
+from trainer.evaluation.cli import carry_out, parser_of
+from trainer.evaluation.haystack_html import page
+from trainer.evaluation.haystack_search import search
 
 FRAMES = (8, 32, 128, 512)
 DEPTHS = (0, 25, 50, 75, 100)
-
-
-def search(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
-    """Ask everything; returns what haystack.json holds.
-
-    Returns:
-        what :func:`trainer.evaluate.evaluate` does, each of ``families`` with its ``frames`` and ``depth``;
-        ``trained_frames``, the manifest's most; ``trained``, the accuracy at the most frames that are no more than
-        these, ``deepest`` the same of the deepest needles among them; None where more are asked only.
-    """
-    result = evaluate(manifest, checkpoint, haystack, controls=("blind",), examples=0)
-    for row in result["families"]:
-        row |= haystack.cells[row["family"]]._asdict()
-    most = max((cell.frames for cell in haystack.cells.values() if cell.frames <= manifest.frames.max), default=None)
-    depth = max(cell.depth for cell in haystack.cells.values())
-    within = [row for row in result["answers"] if haystack.cells[row["family"]].frames == most]
-    deepest = [row for row in within if haystack.cells[row["family"]].depth == depth]
-    result["trained_frames"] = manifest.frames.max
-    result["trained"] = _together(within, f"{most} frames", manifest.seed)
-    result["deepest"] = _together(deepest, f"{most} frames, {depth:g} % deep", manifest.seed)
-    return result
-
-
-def _together(rows: list[dict], name: str, seed: int) -> dict | None:
-    """The accuracy of several cells' answers."""
-    if not rows:
-        return None
-    own, blind = (np.array([is_right(row[way], row["expected"]) for row in rows]) for way in ("own", "blind"))
-    return summarise(name, "generation", own, {"blind": blind}, seed)
 
 
 def table(result: dict) -> list[str]:

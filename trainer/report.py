@@ -19,13 +19,13 @@ from pathlib import Path
 import yaml
 from markupsafe import Markup
 
-from pipeline.charts import COLOURS, Line, compact, duration, line_chart
-from pipeline.ledger import REASONS
-from pipeline.page import render_page
-from trainer import haystack_page
-from trainer.checkpoint import write_atomically
-from trainer.run_ledger import read_run_ledger
-from trainer.scores_page import FILTERS, KEY, shown
+from pipeline.html.page import render_page
+from pipeline.html.svg import COLOURS, Line, compact, duration, line_chart
+from pipeline.shards.ledger import REASONS
+from trainer.checkpoint.save import write_atomically
+from trainer.evaluation import haystack_html as haystack_page
+from trainer.evaluation.scores_html import FILTERS, KEY, shown
+from trainer.monitoring.run_ledger import read_run_ledger
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
@@ -94,7 +94,7 @@ def _scores(folder: Path, program: str, name: str) -> dict | None:
 def render(runs: list[Run]) -> str:
     """The page as HTML."""
     return render_page(
-        Path(__file__).parent / "report.html.j2",
+        Path(__file__).parent / "evaluation" / "report.html.j2",
         {"compact": compact, "duration": duration, **FILTERS},
         runs=[(run, summary(run), charts(run)) for run in runs],
         scored=[{"name": run.name, **shown(run.evaluation)} for run in runs if run.evaluation],

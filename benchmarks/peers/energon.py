@@ -13,7 +13,7 @@ import numpy as np
 from megatron import energon
 from megatron.energon.av import AVDecoder
 
-from benchmarks.loader_media import Media
+from benchmarks.loading.media import Media
 
 
 @energon.stateless

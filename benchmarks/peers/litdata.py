@@ -11,7 +11,7 @@ import litdata
 from litdata.streaming import downloader
 from litdata.streaming.writer import BinaryWriter
 
-from benchmarks.loader_media import Media
+from benchmarks.loading.media import Media
 
 
 def write(media: Media, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import streaming
 
-from benchmarks.loader_media import Media
+from benchmarks.loading.media import Media
 
 COLUMNS = {"key": "str", "mp4": "bytes"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import webdataset
 
-from benchmarks.loader_media import Media
+from benchmarks.loading.media import Media
 
 
 def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:

@@ -12,16 +12,16 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "ChatCollator": "pipeline.adapters.chat",
-    "chats": "pipeline.adapters.chat",
-    "Dialogue": "pipeline.adapters.samples",
-    "Media": "pipeline.adapters.samples",
-    "Sample": "pipeline.adapters.samples",
-    "SampleError": "pipeline.adapters.samples",
+    "ChatCollator": "pipeline.adapters.hf_processor",
+    "chats": "pipeline.adapters.hf_processor",
+    "Dialogue": "pipeline.adapters.types",
+    "Media": "pipeline.adapters.types",
+    "Sample": "pipeline.adapters.types",
+    "SampleError": "pipeline.adapters.types",
     "ShardDataset": "pipeline.adapters.dataset",
     "ShardStream": "pipeline.adapters.stream",
     "StreamBatch": "pipeline.adapters.stream",
-    "read_members": "pipeline.adapters.members",
+    "read_members": "pipeline.adapters.sample_members",
 }
 
 __all__ = list(_HOMES)

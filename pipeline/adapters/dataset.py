@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from pipeline.adapters.choice import Choice, check_choice, choose, shown_size
-from pipeline.adapters.samples import Dialogue, Media, Sample, SampleError
-from pipeline.index import Index, ShardsError, row_values
-from pipeline.pixels import Pixels
-from pipeline.sampling import media_seed
+from pipeline.adapters.frame_selection import Choice, check_choice, choose, shown_size
+from pipeline.adapters.types import Dialogue, Media, Sample, SampleError
+from pipeline.media.sampling import media_seed
+from pipeline.shards.frame_reader import Pixels
+from pipeline.shards.index import Index, ShardsError, row_values
 
 
 class ShardDataset(Dataset[Sample]):

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from pipeline.adapters.choice import Choice, check_choice
-from pipeline.adapters.members import read_members
-from pipeline.adapters.samples import Dialogue
+from pipeline.adapters.frame_selection import Choice, check_choice
+from pipeline.adapters.sample_members import read_members
+from pipeline.adapters.types import Dialogue
 
 try:
     from megatron.energon import Sample, basic_sample_keys, edataclass, stateless

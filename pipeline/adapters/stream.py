@@ -15,9 +15,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.adapters.dataset import ShardDataset
-from pipeline.adapters.samples import Sample, SampleError
-from pipeline.loader import StateError, UnreadableError
-from pipeline.mixture import epoch_start, shuffled
+from pipeline.adapters.types import Sample, SampleError
+from pipeline.loading.loader import StateError, UnreadableError
+from pipeline.planning.mixing import epoch_start, shuffled
 
 
 class StreamBatch(NamedTuple):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
+from pipeline.storage.addresses import is_remote, open_place
+from pipeline.storage.base import Reading, Shard, Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.places import is_remote, open_place
 from pipeline.storage.remote import RemoteStorage
-from pipeline.storage.settings import Reading, Shard, Storage
 
 __all__ = ["Reading", "Shard", "Storage", "is_remote", "open_storage"]
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 
+from pipeline.storage.addresses import Place
+from pipeline.storage.base import Reading, Shard
 from pipeline.storage.cache import RangeCache
+from pipeline.storage.coalesce import Request, coalesce, cut
 from pipeline.storage.connections import Ticket
 from pipeline.storage.http import Client, Part
-from pipeline.storage.places import Place
-from pipeline.storage.ranges import Request, coalesce, cut
-from pipeline.storage.settings import Reading, Shard
-from pipeline.threads import Threads
+from pipeline.utils.daemon_pool import Threads
 
 REQUESTS = 64  #: requests of a process that run at once
 PIECE = 4 << 20  #: bytes of a whole file that one request brings
@@ -34,7 +34,7 @@ class Network:
 
 
 class RemoteStorage:
-    """The files of a web server, a bucket or the hub (see :class:`pipeline.storage.settings.Storage`)."""
+    """The files of a web server, a bucket or the hub (see :class:`pipeline.storage.base.Storage`)."""
 
     remote = True
 

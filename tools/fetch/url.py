@@ -6,9 +6,9 @@ import re
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
-from tools.fetch.http import Http, redacted
-from tools.fetch.limits import Limits
-from tools.fetch.source import FetchError, check_path, local_name
+from tools.fetch.base import FetchError, check_path, local_name
+from tools.fetch.http.client import Http, redacted
+from tools.fetch.http.retry import Limits
 
 PLACEHOLDERS = ("path", "name", "stem", "folder")
 
@@ -51,7 +51,7 @@ class Template:
 
 
 class UrlSource:
-    """The files of a web server, which cannot list them (see ``tools.fetch.source.Source``)."""
+    """The files of a web server, which cannot list them (see ``tools.fetch.base.Source``)."""
 
     def __init__(self, template: str, limits: Limits) -> None:
         self._template, self._http = Template("url", template), Http(limits)

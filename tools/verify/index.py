@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.files import sha256
-from pipeline.index import FILES, media_schema
+from pipeline.shards.index import FILES, media_schema
+from pipeline.utils.atomic_io import sha256
 from tools.verify.findings import Findings
 from tools.verify.shard import MEMBERS, Shard
 

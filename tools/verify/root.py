@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tools.verify.files import check_counts, check_ledger, check_leftovers, check_reader_files, read_object
 from tools.verify.findings import Findings
 from tools.verify.index import Tables, check_index
 from tools.verify.shard import MEMBERS, Checked, Shard, ShardCheck
+from tools.verify.sidecars import check_counts, check_ledger, check_leftovers, check_reader_files, read_object
 
 
 class VerifyError(ValueError):

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.media import MAX_PIXELS
-from pipeline.shard_format import decode_jpeg, frame_ticks, jpeg_size, mjpeg_frames
+from pipeline.media.errors import MAX_PIXELS
+from pipeline.media.jpeg import decode_jpeg, jpeg_size
+from pipeline.media.mjpeg_mp4 import frame_ticks, mjpeg_frames
 from tools.verify.findings import Findings
 from tools.verify.tar import Member, PlainTar, Unreadable
 

@@ -20,8 +20,10 @@ from functools import cache
 
 import torch
 
-from pipeline.manifest import TOKENS_PER_CLIP, TOKENS_PER_TILE, Cost, Manifest, Model
-from trainer.loss import CHUNK_LOGITS
+from pipeline.config.loading import Cost
+from pipeline.config.manifest import Manifest
+from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, Model
+from trainer.model.lm_head import CHUNK_LOGITS
 from trainer.model.video_llm import VideoLLM
 
 CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a still, beside its patches

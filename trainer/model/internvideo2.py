@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.manifest import VisionTower
+from pipeline.config.model import VisionTower
 from trainer.model.attention import Segments, attend
 from trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize
 
@@ -68,7 +68,9 @@ class InternVideo2(nn.Module):
             ValueError: training with drop path, and no ``draws``.
         """
         if self.training and self.draws and draws is None:
-            raise ValueError("drop path needs random numbers while training; give draws (trainer.draws)")
+            raise ValueError(
+                "drop path needs random numbers while training; give draws (trainer.training.drop_path_rng)"
+            )
         pictures = torch.cat([clips.transpose(1, 2).flatten(0, 1), stills.squeeze(2)])  # (N T + M, 3, S, S)
         patches = self.patch_embed(pictures)
         frames = len(clips) * clips.shape[2]

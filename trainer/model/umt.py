@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.manifest import VisionTower
+from pipeline.config.model import VisionTower
 from trainer.model.attention import Segments, attend
 
 TABLE_FRAMES = 4  #: frames that the published position table is computed for

@@ -26,11 +26,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
-from pipeline.batch import IMAGE, Batch
-from pipeline.manifest import LanguageModel, Manifest, Model
-from trainer.loss import LossHead
+from pipeline.config.manifest import Manifest
+from pipeline.config.model import LanguageModel, Model
+from pipeline.loading.batch import Batch
+from pipeline.tokenization.special_ids import IMAGE
 from trainer.model.attention import PACKED, Segments
 from trainer.model.internvideo2 import InternVideo2
+from trainer.model.lm_head import LossHead
 from trainer.model.tome import ToMeConnector
 from trainer.model.umt import UMT
 
@@ -193,7 +195,7 @@ def build_language_model(cfg: LanguageModel) -> Qwen2ForCausalLM:
 
 
 def build_model(manifest: Manifest, device: str = "cpu") -> VideoLLM:
-    """The manifest's model, its weights not yet initialised (``trainer.weights.initialise`` does that).
+    """The manifest's model, its weights not yet initialised (``trainer.weights.load.initialise`` does that).
 
     ``device="meta"`` allocates nothing, for counting. Works inside ``deepspeed.zero.Init()`` too.
     """

@@ -1,0 +1,71 @@
+"""Which frames a decoder really returns: decord's random access beside this project's, on frames that carry a number.
+
+    python -m benchmarks.building.decoders [--requests 60] [--seed 0]
+
+Every file has 250 frames that show their own number in their pixels. A request asks for 8 random frames in order, as a
+sampler does. `wrong` counts frames that show another number than the one asked for; no decoder raised an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import decord
+import numpy as np
+
+from pipeline.media.video import InexactError, open_straight, open_video
+from tests.helpers.media.footage import number_of, write_video
+
+FRAMES, SAMPLE = 250, 8
+FILES = {
+    "H.264, 250-frame groups": ("h264.mp4", "libx264", {"g": "250", "x264-params": "keyint=250:bframes=3"}),
+    "H.264, open groups, TS": ("open.ts", "libx264", {"x264-params": "keyint=25:open-gop=1:bframes=3"}),
+    "MPEG-4 part 2, B-frames": ("mpeg4.mp4", "mpeg4", {"g": "12", "bf": "2", "q:v": "2"}),
+    "VP9": ("vp9.webm", "libvpx-vp9", {"g": "60", "deadline": "realtime", "cpu-used": "8"}),
+}
+
+
+def with_decord(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Frames by ``VideoReader.get_batch``, one thread."""
+    decord.logging.set_level(decord.logging.QUIET)
+    reader = decord.VideoReader(str(path), num_threads=1)
+    return lambda numbers: list(reader.get_batch(numbers.tolist()).asnumpy())
+
+
+def with_framestream(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Frames by ``pipeline.media.video``: by seeking, or straight through where that is not exact."""
+    try:
+        source = open_video(path)
+        list(source.pictures(np.arange(0, FRAMES, 7)))
+    except InexactError:
+        source = open_straight(path)
+    return lambda numbers: list(source.pictures(numbers))
+
+
+def main() -> None:
+    """Print one row for each file and decoder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    requests = [np.sort(rng.choice(FRAMES, SAMPLE, replace=False)) for _ in range(options.requests)]
+    print(f"{'file':<26}{'decoder':<13}{'wrong frames':>14}{'frames/s':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        for title, (name, codec, settings) in FILES.items():
+            path = write_video(Path(folder) / name, FRAMES, codec, settings)
+            for decoder, opener in (("decord", with_decord), ("framestream", with_framestream)):
+                read = opener(path)
+                start = time.perf_counter()
+                got = [number_of(frame) for numbers in requests for frame in read(numbers)]
+                seconds = time.perf_counter() - start
+                wrong = sum(a != b for a, b in zip(got, np.concatenate(requests).tolist(), strict=True))
+                print(f"{title:<26}{decoder:<13}{f'{wrong} of {len(got)}':>14}{len(got) / seconds:>10.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Planning: dialogues a second, and the largest memory, for annotation files that are generated first.
+
+    python -m benchmarks.building.plan [--files 40] [--dialogues 100000] [--folder DIR]
+
+Each file is JSON lines of so many dialogues of two questions about one video, drawn at random from as many videos as
+there are dialogues, so that by default 4 million dialogues name 2.5 million distinct ones. Nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from pipeline.config.data import Data, Entry
+from pipeline.config.manifest import load_manifest
+from tools.builder.planner import make_plan
+from tools.fetch.root_map import origins
+
+MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
+
+
+def generate(path: Path, dialogues: int, videos: int, seed: int) -> None:
+    """Write one annotation file."""
+    draw = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(dialogues):
+            texts = ["<image>\nWhat is the person in the red jacket doing, and how does the scene change later on?"]
+            texts.append("The person in the red jacket is walking along a path. " * draw.randint(1, 6))
+            texts += ["Why?", "Because the video shows it. " * draw.randint(1, 4)]
+            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+            sample = {
+                "id": f"{seed}_{number}",
+                "video": f"videos/youtube_video_2024/ytb_{draw.randrange(videos):07d}.mp4",
+                "duration": round(draw.uniform(5, 180), 2),
+                "conversations": turns,
+                "data_source": "30_60_s_youtube_v0_1",
+            }
+            file.write(json.dumps(sample) + "\n")
+
+
+def measure(folder: Path) -> None:
+    """Plan what was generated in ``folder``; runs in a process of its own, so that its memory is planning's alone."""
+    root = folder / "media"
+    root.mkdir(exist_ok=True)
+    files = sorted(folder.glob("*.jsonl"))
+    entries = tuple(Entry(annotation=str(path), root=str(root)) for path in files)
+    manifest = replace(load_manifest(MANIFEST), data=Data(entries=entries))
+    found = origins(manifest)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    work = folder / "plan"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    started = time.perf_counter()
+    counts = make_plan(manifest, found, work).values()
+    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    dialogues, media = (sum(getattr(count, name) for count in counts) for name in ("dialogues", "media"))
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    size = sum(path.stat().st_size for path in files)
+    print(f"{dialogues:,} dialogues in {len(files)} files of {size / 1e9:.2f} GB, {media:,} distinct media")
+    print(f"{seconds:.0f} s, {dialogues / seconds:,.0f} dialogues/s; {used:.0f} s of one core")
+    print(f"peak RSS {after.ru_maxrss / 1e6:.2f} GB, of which {before.ru_maxrss / 1e6:.2f} GB before planning")
+
+
+def main() -> None:
+    """Generate, plan, print three lines."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--files", type=int, default=40)
+    parser.add_argument("--dialogues", type=int, default=100_000, help="in each file")
+    parser.add_argument("--folder", type=Path, help="for the generated files, 3 GB by default; a temporary one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        work = [
+            (folder / f"{number:03d}.jsonl", options.dialogues, options.files * options.dialogues, number)
+            for number in range(options.files)
+        ]
+        with get_context("spawn").Pool() as pool:
+            pool.starmap(generate, work)
+        child = get_context("spawn").Process(target=measure, args=(folder,))
+        child.start()
+        child.join()
+    raise SystemExit(child.exitcode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Opening and reading a large index: seconds to the first batch, and memory, with dialogues that are generated first.
+
+    python -m benchmarks.loading.index [--dialogues 4000000] [--samples 20000] [--folder DIR]
+
+Each dialogue is a question about one of 20,000 videos of 512 frames, of which 8 are shown; all videos have their JPEGs
+in one small shard. The token cache is written with the index, as an earlier run leaves it. A process of its own then
+opens the shards, takes the first row, reads on, and resumes in the middle of the epoch. Its memory is told beside that
+of the same process before it opened anything, everything imported; peaks are of all that was resident, pages of files
+included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import build_loader
+from pipeline.config.manifest import Manifest
+from pipeline.config.schema import build
+from pipeline.media.jpeg import encode_jpeg
+from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, table
+from pipeline.shards.media_view import Visuals
+from pipeline.shards.writer import ShardWriter
+from pipeline.tokenization.chat_template import conversation_of
+from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
+from pipeline.tokenization.token_cache import fingerprint
+
+TOKENIZER = Path(__file__).parents[2] / "tests" / "golden" / "tokens_labels" / "tokenizer"
+MEDIA, STORED, SHOWN, SIDE = 20_000, 512, 8, 64
+BATCH = 4096  #: rows that are written at once
+MIB = 1 << 20
+
+
+class Memory(NamedTuple):
+    """Resident memory of this process, in bytes."""
+
+    now: int  #: pages of files included
+    anonymous: int  #: without them
+    peak: int  #: the largest ``now`` since :func:`forget_peak`
+
+
+class Measured(NamedTuple):
+    """What one process did with a root."""
+
+    idle: Memory
+    first_seconds: float  #: from opening to the first row
+    first_cpu: float  #: the same of all cores, which other work on the machine leaves as it is
+    first: Memory
+    reading: list[Memory]  #: after each tenth of the samples
+    resume_seconds: float  #: from opening to the first row after a state of the middle of the second epoch
+
+
+def manifest(folder: Path) -> Manifest:
+    """A manifest for the root in ``folder``; little is read ahead, so that memory is the index's."""
+    parts = ("vision_tower", "connector", "language_model")
+    value = {
+        "stage": 3,
+        "output": str(folder / "run"),
+        "shards": str(folder),
+        "data": {"entries": [{"annotation": "generated.jsonl"}]},
+        "frames": {"sampler": "dynamic_fps1", "min": 4, "max": SHOWN, "size": SIDE},
+        "text": {"tokenizer": str(TOKENIZER), "max_tokens": 8192},
+        "batching": {"global_batch": 256, "row_multiple": 8},
+        "loader": {"prefetch_mb": 8},
+        "model": {"vision_tower": {"patch": 8}},
+        "init_from": {"vision_tower": "random", "language_model": "random"},
+        "train": {part: {"train": True, "lr": 1e-3} for part in parts} | {"epochs": 3},
+    }
+    return build(Manifest, value, "benchmark")
+
+
+def generate(folder: Path, dialogues: int, media: int = MEDIA) -> None:
+    """Write ``folder``/stage3: a shard, the index and the token cache of ``manifest(folder)``."""
+    root = folder / "stage3"
+    (root / "video").mkdir(parents=True)
+    (root / "index").mkdir()
+    offsets, sizes, shard = _shard(root / "video" / "train-000000.tar")
+    _write(root / "index" / "shards.arrow", SHARD_SCHEMA, table(SHARD_SCHEMA, [shard]).to_batches())
+    _write(root / "index" / "media.arrow", MEDIA_SCHEMA, _media(media, offsets, sizes))
+    _write(root / "index" / "dialogues.arrow", DIALOGUE_SCHEMA, _dialogues(dialogues, media))
+    (root / "build.json").write_text(json.dumps({"index_fingerprint": f"{dialogues} of {media}"}))
+    made = manifest(folder)
+    index = Index.open(root)
+    name = fingerprint(index, made, conversation_of(made), Visuals(index, made))[:32]
+    _write(root / "index" / f"tokens-{name}.arrow", TOKEN_SCHEMA, _tokens(dialogues))
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch] | list[pa.RecordBatch]) -> None:
+    with pa.ipc.new_file(str(path), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def _shard(path: Path) -> tuple[list[int], list[int], dict]:
+    """Write one video of different frames; where its JPEGs are in the shard, and its row of the shard table."""
+    pictures = [np.full((SIDE, SIDE, 3), 30 * number, dtype=np.uint8) for number in range(SHOWN)]
+    jpegs = [encode_jpeg(picture, 90, "420") for picture in pictures]
+    data = mux_mjpeg(jpegs, np.arange(float(SHOWN)), float(SHOWN), SIDE, SIDE)
+    with ShardWriter(path) as writer:
+        start, _ = writer.add("v0", {"mp4": data})["mp4"]
+    offsets, sizes, _ = mjpeg_frames(data)
+    row = {"folder": "video", "split": "train", "name": path.name, "samples": 1, "sha256": writer.sha256}
+    return [start + int(offset) for offset in offsets], [int(size) for size in sizes], row | {"bytes": writer.bytes}
+
+
+def _media(count: int, offsets: list[int], sizes: list[int]) -> Iterator[pa.RecordBatch]:
+    frames = list(range(STORED))
+    facts = {"kind": "video", "split": "train", "shard": 0, "offset": 0, "size": 0, "width": SIDE, "height": SIDE}
+    facts |= {"source_width": SIDE, "source_height": SIDE, "vlen": STORED, "fps": 1.0, "duration": float(STORED)}
+    facts |= {"start": 0.0, "sample": frames, "frame_index": frames, "timestamps": [float(frame) for frame in frames]}
+    facts |= {"frame_offset": [offsets[frame % SHOWN] for frame in frames], "sha256": "", "source": ""}
+    facts |= {"frame_size": [sizes[frame % SHOWN] for frame in frames]}
+    many = pa.RecordBatch.from_pylist([{"key": "", **facts}] * min(count, BATCH), schema=MEDIA_SCHEMA)
+    for start in range(0, count, BATCH):
+        batch = many.slice(0, min(BATCH, count - start))
+        keys = pa.array([f"v{start + row:024d}" for row in range(len(batch))])
+        yield pa.RecordBatch.from_arrays([keys, *batch.columns[1:]], schema=MEDIA_SCHEMA)
+
+
+def _dialogues(count: int, media: int) -> Iterator[pa.RecordBatch]:
+    turns = [{"from": "human", "value": "<image>\nWhat happens?"}, {"from": "gpt", "value": "Something else. " * 15}]
+    for start in range(0, count, BATCH):
+        rows = range(start, min(start + BATCH, count))
+        columns = {
+            "key": [f"d{row:024d}" for row in rows],
+            "split": ["train"] * len(rows),
+            "entry": [f"entry_{row * 40 // count:02d}" for row in rows],
+            "id": [str(row) for row in rows],
+            "media": [[row % media] for row in rows],
+            "conversations": [json.dumps(turns)] * len(rows),
+            "meta": ["{}"] * len(rows),
+        }
+        yield pa.RecordBatch.from_pydict(columns, schema=DIALOGUE_SCHEMA)
+
+
+def _tokens(count: int) -> Iterator[pa.RecordBatch]:
+    draw, rows = np.random.default_rng(0), []
+    for length in draw.integers(40, 200, min(count, BATCH)).tolist():
+        ids = [IMAGE, *draw.integers(0, 1000, length - 1).tolist()]
+        labels = [IGNORE] * (length // 2) + ids[length // 2 :]
+        clips = SHOWN // 4
+        lengths = {"length": length - 1 + 64 * clips, "clips": clips, "tiles": 0, "learned": length - length // 2}
+        rows.append({"ids": ids, "labels": labels, **lengths, "error": ""})
+    many = pa.RecordBatch.from_pylist(rows, schema=TOKEN_SCHEMA)
+    for start in range(0, count, BATCH):
+        yield many.slice(0, min(BATCH, count - start))
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def memory() -> Memory:
+    """What the kernel says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)
+              if name in ("VmRSS", "RssAnon", "VmHWM")}  # fmt: skip
+    return Memory(fields["VmRSS"], fields["RssAnon"], fields["VmHWM"])
+
+
+def forget_peak() -> None:
+    """Let the peak begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(folder: Path, samples: int) -> Measured:
+    """Open the root in ``folder``, take ``samples`` dialogues, then resume elsewhere; of a process that did nothing."""
+    made = manifest(folder)
+    conversation_of(made)  # imports what tokenizers need
+    forget_peak()
+    idle, started, cpu = memory(), time.perf_counter(), time.process_time()
+    loader = build_loader(made)
+    stream = iter(loader)
+    done = len(next(stream).keys)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    first, reading = memory(), []
+    while done < samples:
+        done += len(next(stream).keys)
+        if done >= (len(reading) + 1) * samples // 10:
+            reading.append(memory())
+    stream.close()
+    state = loader.state_dict() | {"epoch": 1, "step": len(loader) // 2}
+    del stream, loader
+    started = time.perf_counter()
+    loader = build_loader(made)
+    loader.load_state_dict(state)
+    next(iter(loader))
+    return Measured(idle, seconds, cpu, first, reading, time.perf_counter() - started)
+
+
+def in_process(folder: Path, samples: int) -> Measured:
+    """:func:`measure` in a new process."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (folder, samples))
+
+
+def main() -> None:
+    """Generate, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dialogues", type=int, default=4_000_000)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--folder", type=Path, help="for the generated files, 8 GB by default; a temporary one")
+    options = parser.parse_args()
+    name = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        generate(name, options.dialogues)
+        size = sum(path.stat().st_size for path in (name / "stage3" / "index").iterdir())
+        got = in_process(name, options.samples)
+    finally:
+        shutil.rmtree(name)
+    print(f"{options.dialogues:,} dialogues, {size / 1e9:.2f} GB of index and tokens")
+    print(f"first row {got.first_seconds:.2f} s after opening ({got.first_cpu:.2f} s of CPU)")
+    print(f"and {got.resume_seconds:.2f} s after opening in the middle of an epoch")
+    print(f"{'MiB':<24}{'resident':>10}{'anonymous':>11}{'peak':>8}")
+    lines = {"idle, all imported": got.idle, "after the first row": got.first}
+    lines |= {f"after {(n + 1) * options.samples // 10:,}": there for n, there in enumerate(got.reading)}
+    for label, there in lines.items():
+        print(f"{label:<24}{there.now / MIB:>10.1f}{there.anonymous / MIB:>11.1f}{there.peak / MIB:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

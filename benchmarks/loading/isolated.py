@@ -1,0 +1,115 @@
+"""Readers each in a new process: the bytes they read from a cold disk, and media a second over a slow line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loading.media import Media
+from benchmarks.loading.readers import Reader, by_offset, peer, peer_module, pixels
+
+OURS = "framestream"
+SECONDS = 1.0  #: that a reader is timed for over a slow line, at least
+THREADS = 16  #: requests that this project has under way over a slow line
+
+
+def bytes_read(name: str, media: Media, count: int) -> int:
+    """Bytes that the process read from the disk for ``count`` frames of every medium, its index included.
+
+    The page cache holds none of the media before.
+    """
+    return _apart(_cold, name, media, count)
+
+
+def media_rate(name: str, media: Media, count: int, address: str) -> float:
+    """Media a second, with ``count`` frames each, over whole passes of ``SECONDS`` in all at least.
+
+    Before each pass the data set is opened anew, with empty caches, which is not timed; nor is the first pass, after
+    which libraries are loaded and connections stand.
+    """
+    return _apart(_remote, name, media, count, address)
+
+
+def _cold(name: str, media: Media, count: int) -> int:
+    for path in media.folder.rglob("*"):
+        if path.is_file():
+            _forget(path)
+    before = _disk_bytes()
+    _read(_open(name, media), count, media.count)
+    return _disk_bytes() - before
+
+
+def _remote(name: str, media: Media, count: int, address: str) -> float:
+    passes = [_timed_pass(name, media, count, address)]
+    while sum(passes[1:]) < SECONDS:
+        passes.append(_timed_pass(name, media, count, address))
+    return media.count * len(passes[1:]) / sum(passes[1:])
+
+
+def _timed_pass(name: str, media: Media, count: int, address: str) -> float:
+    with tempfile.TemporaryDirectory(dir=media.folder) as tempfile.tempdir:  # for copies
+        read = _open(name, media, address)
+        started = time.perf_counter()
+        _read(read, count, media.count)
+        return time.perf_counter() - started
+
+
+def _open(name: str, media: Media, address: str | None = None) -> Reader:
+    if name != OURS:
+        return peer(name, media, by_offset, address)
+    return pixels(media) if address is None else pixels(media, THREADS, address)
+
+
+def _read(reader: Reader, count: int, media: int) -> None:
+    frames = sum(len(array) for array in reader(count))
+    if frames != count * media:
+        raise RuntimeError(f"{frames} frames were read, not {count * media}")
+
+
+def _forget(path: Path) -> None:
+    """Drop a file from the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _disk_bytes() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+def _apart(work: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    """The result of ``work`` in a new process that has imported what it needs."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(theirs, work, name, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{name}: its process ended with exit code {process.join() or process.exitcode}") from None
+    process.kill()  # some peers leave threads that do not end
+    process.join()
+    return result
+
+
+def _call(pipe: Connection, work: Callable[..., Any], name: str, *arguments: Any) -> None:
+    quiet()
+    if name != OURS:
+        peer_module(name)
+    for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[variable]
+    pipe.send(work(name, *arguments))
+
+
+def quiet() -> None:
+    """No warnings of peers about accelerators that are not there."""
+    warnings.filterwarnings("ignore", message="'pin_memory' argument")

@@ -1,0 +1,108 @@
+"""A synthetic stage-3 epoch: lengths and costs of dialogues, for measuring rows where there is no index.
+
+The shares follow the published list of stage 3, short and long videos beside stills and text; lengths of text are
+log-normal, as counted tokens of instruction data are. ``docs/streaming.md`` has the table of
+
+    python -m benchmarks.loading.lengths [--batches 400]
+
+which packs global batches of 256 such dialogues into rows of 32,768 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.config.loading import Cost
+from pipeline.config.model import TOKENS_PER_TILE
+from pipeline.planning.packing import balance, costs, pack
+
+BATCH, ROW = 256, 32_768  #: dialogues of a global batch, tokens of a row
+TOKENS_PER_FRAME = 16
+PATCHES = 196  #: of a frame of 224 pixels
+#: UMT-L on 224 pixels with the connector, and Qwen2-7B: ``python -m trainer --dry-run`` prints these for stage 3.
+COST = Cost(patch=1.9725e9, token=4.2424e10, pair=6.02112e5)
+
+
+class Kind(NamedTuple):
+    """One kind of dialogues: its share, and how many pictures and tokens of text it has."""
+
+    share: float
+    low: int  #: frames of a video, tiles of a still; uniform in the logarithm from low to high
+    high: int
+    text: int  #: median tokens of text
+    spread: float  #: standard deviation of the logarithm of the tokens of text
+
+
+KINDS = {
+    "long video": Kind(0.20, 128, 512, 250, 0.8),
+    "video": Kind(0.50, 64, 128, 200, 0.9),
+    "still": Kind(0.20, 2, 37, 250, 0.9),
+    "text": Kind(0.10, 0, 0, 500, 0.9),
+}
+
+
+class Lengths(NamedTuple):
+    """Dialogues of a synthetic epoch."""
+
+    tokens: np.ndarray  #: int64 (n,), visual ones included
+    patches: np.ndarray  #: int64 (n,), of the vision tower
+
+
+def stage3(count: int, seed: int = 0) -> Lengths:
+    """``count`` dialogues, drawn by ``seed``; frames are whole clips of 4, at most 32,768 tokens a dialogue."""
+    draw = np.random.default_rng(seed)
+    kinds = draw.choice(len(KINDS), size=count, p=[kind.share for kind in KINDS.values()])
+    tokens, patches = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    for number, (name, kind) in enumerate(KINDS.items()):
+        here = np.flatnonzero(kinds == number)
+        text = np.exp(draw.normal(np.log(kind.text), kind.spread, len(here))).astype(np.int64) + 30
+        pictures = np.zeros(len(here), dtype=np.int64)
+        if kind.high:
+            pictures = np.exp(draw.uniform(np.log(kind.low), np.log(kind.high + 1), len(here))).astype(np.int64)
+        if name == "still":
+            visual = pictures * TOKENS_PER_TILE
+        else:
+            pictures = pictures // 4 * 4
+            visual = pictures * TOKENS_PER_FRAME
+        tokens[here] = np.minimum(text + visual, ROW)
+        patches[here] = pictures * PATCHES
+    return Lengths(tokens, patches)
+
+
+def table(batches: int) -> None:
+    """Print rows, fill and balance of ``batches`` global batches, by ``row_multiple`` and number of ranks."""
+    lengths = stage3(BATCH * batches)
+    cost, tokens = costs(COST, lengths.patches, lengths.tokens), lengths.tokens
+    median = int(np.median(tokens))
+    print(f"{BATCH} dialogues a batch: {tokens.mean():.0f} tokens in the mean, {median} median, at most {tokens.max()}")
+    print(f"{'multiple':>9}{'ranks':>7}{'rows':>7}{'fill':>8}{'balance':>9}{'worst':>8}{'ms':>7}")
+    for multiple, worlds in ((8, (8,)), (32, (8, 32)), (64, (8, 32, 64))):
+        packed, seconds = [], []
+        for part in (slice(BATCH * batch, BATCH * (batch + 1)) for batch in range(batches)):
+            start = time.perf_counter()
+            rows = pack(tokens[part], cost[part], ROW, multiple)
+            seconds.append(time.perf_counter() - start)
+            packed.append([cost[part][row] for row in rows])
+        count = sum(len(rows) for rows in packed)
+        fill, spent = tokens.sum() / (count * ROW), 1000 * statistics.median(seconds)
+        for ranks in worlds:
+            every = balance([row for rows in packed for row in rows], ranks)
+            worst = min(balance(rows, ranks) for rows in packed)
+            rows = f"{count / batches:>7.1f}{fill:>8.3f}"
+            print(f"{multiple:>9}{ranks:>7}{rows}{every:>9.3f}{worst:>8.3f}{spent:>7.1f}")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batches", type=int, default=400)
+    table(parser.parse_args().batches)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""This project's readers beside others, in one run: speed, bytes from a cold disk, media a second over a slow line.
+
+    make bench
+
+which is, in the environment of the extras peers and mosaic, python -m benchmarks.loading.loader [--rounds 5] [--folder FOLDER].
+
+Media: 24 loops of real footage, 512 frames of 224 pixels each (18.8 kB a frame, 231 MB), from which 4, 8, 64 and 512
+frames are taken evenly. All readers get the same frames of the same media:
+
+    libjpeg-turbo       JPEGs that lie in memory decoded into one array again and again: the limit
+    frames alone        this project by byte offset, into arrays that are used again
+    rows                this project's loader: tokens, labels and packed rows of 32,768 tokens, one decoding thread
+    PEER                another loader with the decoder it brings; decord where it brings none
+    PEER, lent          the same, lent the offsets from the MP4's own table, libjpeg-turbo, and arrays used again
+    reference           the published way: decord on the 720p source, then its processor; one video, one round
+
+The first table is of 4 frames of every medium from a cold disk, each reader in a new process; it comes first because
+pages that a process has mapped stay in memory. The second is with a warm page cache on one core, where readers take
+turns and a share is of the limit in the same turn; the first round is not counted. The last is of 4 frames again, over
+a slow line that answers 20 ms late and carries 1 Gbit/s; webdataset reads it by curl, the other peers as S3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.building.build import loop
+from benchmarks.loading.isolated import OURS, bytes_read, media_rate, quiet
+from benchmarks.loading.media import EPOCH_FRAMES, Media, write_media
+from benchmarks.loading.readers import PEERS, Reader, by_offset, limit, peer, pixels, reference, rows
+from benchmarks.loading.slow_server import SlowServer
+from tests.helpers.media.footage import FOOTAGE
+
+COUNTS = (4, 8, 64, 512)
+SECONDS = 0.5  #: that a reader is timed for at least
+DELAY, RATE = 0.020, 125e6  #: seconds, bytes a second
+Rates = dict[str, dict[int, list[float]]]  #: frames a second by reader and number of frames, a value for each round
+
+
+def speeds(readers: dict[str, Reader], counts: Sequence[int], rounds: int) -> Rates:
+    """Frames a second of readers that take turns; a round before the others is not counted."""
+    found: Rates = {name: {count: [] for count in counts} for name in readers}
+    turns = [(number, count, name) for number in range(rounds + 1) for count in counts for name in readers]
+    for number, count, name in tqdm(turns, desc="readers", leave=False, disable=None):
+        rate = frame_rate(readers[name], count)
+        if number:
+            found[name][count].append(rate)
+    return found
+
+
+def frame_rate(reader: Reader, count: int, seconds: float = SECONDS) -> float:
+    """Frames a second over whole passes that take ``seconds`` at least."""
+    frames, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        frames += sum(len(array) for array in reader(count))
+    return frames / passed
+
+
+def shares(rates: Rates, base: str) -> Iterator[str]:
+    """A line of a table for each reader: medians and ranges of its shares of ``base``."""
+    counts = list(rates[base])
+    yield "| of 512 frames | " + " | ".join(map(str, counts)) + " |"
+    yield "| --- |" + " --- |" * len(counts)
+    for name, found in rates.items():
+        cells = []
+        for count, values in found.items():
+            if name == base:
+                cells.append(f"{statistics.median(values):,.0f} frames/s")
+                continue
+            of = [value / whole for value, whole in zip(values, rates[base][count], strict=False)]
+            spread = f" ({min(of):.3f} to {max(of):.3f})" if len(of) > 1 else ""
+            cells.append(f"{statistics.median(of):.3f}{spread}" if max(of) < 0.1 else _short(of))
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _short(of: list[float]) -> str:
+    return f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+
+
+def warm(media: Media, source: Path, rounds: int) -> None:
+    """Print the table of speeds on one core, and what a second thread on a second core brings."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    readers = {"libjpeg-turbo": limit(media), "frames alone": pixels(media), "rows": rows(media)}
+    for name in PEERS:
+        readers[name] = peer(name, media)
+        readers[f"{name}, lent"] = peer(name, media, by_offset)
+    rates = speeds(readers, COUNTS, rounds)
+    published = reference(source, media.size)
+    rates["reference"] = {count: [frame_rate(published, count, 0.01)] for count in COUNTS}
+    print("\n".join(shares(rates, "libjpeg-turbo")), end="\n\n")
+    if len(cores) > 1:
+        os.sched_setaffinity(0, set(sorted(cores)[:2]))
+        print("\n".join(threads(media, rounds)), end="\n\n")
+    os.sched_setaffinity(0, cores)
+
+
+def threads(media: Media, rounds: int) -> Iterator[str]:
+    """A table of how many times the speed of one decoding thread two have, on two cores."""
+    pairs = {
+        "frames alone": [pixels(media, n, least=EPOCH_FRAMES) for n in (1, 2)],
+        "rows": [rows(media, n) for n in (1, 2)],
+    }
+    readers = {f"{name} {n}": reader for name, pair in pairs.items() for n, reader in enumerate(pair, 1)}
+    rates = speeds(readers, COUNTS[2:], rounds)
+    yield "| two threads / one | " + " | ".join(map(str, COUNTS[2:])) + " |"
+    yield "| --- |" + " --- |" * len(COUNTS[2:])
+    for name in pairs:
+        one, two = rates[f"{name} 1"], rates[f"{name} 2"]
+        yield (
+            f"| {name} | "
+            + " | ".join(_short([b / a for a, b in zip(one[count], two[count], strict=True)]) for count in one)
+            + " |"
+        )
+
+
+def cold(media: Media) -> None:
+    """Print the table of bytes read from a cold disk."""
+    print("| cold, 4 of 512 frames | kB a medium |\n| --- | --- |")
+    for name in (OURS, *PEERS):
+        print(f"| {name} | {bytes_read(name, media, 4) / media.count / 1e3:,.0f} |")
+    print()
+
+
+def slow(media: Media, rounds: int) -> None:
+    """Print the table of media a second over a slow line."""
+    print("| 20 ms, 1 Gbit/s, 4 of 512 frames | media/s |\n| --- | --- |")
+    with SlowServer(media.folder, DELAY, RATE) as server:
+        for name in (OURS, *PEERS):
+            rates = [media_rate(name, media, 4, server.address) for _ in range(rounds)]
+            print(f"| {name} | {statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f}) |")
+
+
+def main() -> None:
+    """Print the three tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="for the media, 1.5 GB on a disk; a temporary one")
+    options = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="media-") as name:
+        media = write_media(Path(name), 24, 512, 224)
+        source = loop(FOOTAGE / "bigbuckbunny.mp4", Path(name) / "source.mp4", media.frames)
+        print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+        cold(media)
+        warm(media, source, options.rounds)
+        slow(media, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

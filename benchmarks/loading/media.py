@@ -1,0 +1,182 @@
+"""Media for benchmarks/loading/loader.py: real footage as a shard root of this project, which other readers open too."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from pipeline.config.manifest import Manifest
+from pipeline.config.schema import build
+from pipeline.media.jpeg import encode_jpeg
+from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from pipeline.media.resize import resize
+from pipeline.media.sampling import frame_indices
+from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, table, write_index
+from pipeline.shards.samples import dialogue_key, media_json, media_key
+from pipeline.shards.sidecars import write_reader_files
+from pipeline.shards.writer import ShardWriter
+from tests.helpers.golden_data import TOKENIZER
+from tests.helpers.media.footage import FOOTAGE
+
+SHARD_MEDIA = 6  #: media of a shard: 57 MB with 512 frames of 224 pixels
+EPOCH_FRAMES = 6144  #: frames of an epoch of ``build_loader`` at least, so that its beginning and end weigh little
+TURNS = [
+    {"from": "human", "value": "<image>\nDescribe what happens, from the beginning to the end."},
+    {"from": "gpt", "value": "A rabbit comes out of its burrow, stretches, and looks at the butterfly on a flower."},
+]
+
+
+@dataclass(frozen=True)
+class Media:
+    """``count`` videos in ``folder``, each of ``frames`` frames of ``size`` x ``size`` pixels, one a second."""
+
+    folder: Path
+    count: int
+    frames: int
+    size: int
+
+    @property
+    def root(self) -> Path:
+        """The shard root; it has a dialogue about each medium."""
+        return self.folder / "shards1" / "stage3"
+
+    def places(self, count: int) -> list[int]:
+        """The stored frames that every reader is asked for: the middles of ``count`` equal parts."""
+        return frame_indices("middle", self.frames, 1.0, self.frames, count, count, 4).tolist()
+
+    def samples(self) -> Iterator[tuple[str, bytes]]:
+        """Key and MP4 of every medium."""
+        index = Index.open(self.root)
+        for row in index.media.select(["key", "shard", "offset", "size"]).to_pylist():
+            with open(index.path_of(row["shard"]), "rb") as file:
+                file.seek(row["offset"])
+                yield row["key"], file.read(row["size"])
+
+    def manifest(self, count: int, threads: int) -> Manifest:
+        """A manifest that shows ``count`` frames of each medium; rows hold 32,768 tokens, as in stage 3.
+
+        Its root has more dialogues about each medium, if an epoch would otherwise be shorter than ``EPOCH_FRAMES``.
+        """
+        dialogues = -(-EPOCH_FRAMES // (self.count * count))
+        shards = self.folder / f"shards{dialogues}"
+        if not shards.exists():
+            _write_index(self, shards / "stage3", dialogues)
+        value = {
+            "stage": 3,
+            "output": str(self.folder / "run"),
+            "shards": str(shards),
+            "data": {"entries": [{"annotation": "footage.json"}]},
+            "frames": {"sampler": "middle", "min": count, "max": count, "size": self.size},
+            "text": {"tokenizer": str(TOKENIZER)},
+            "batching": {"global_batch": 8, "row_multiple": 1, "cost": {"patch": 1.0, "token": 1.0, "pair": 0.0}},
+            "loader": {"threads": threads},
+            "model": {"vision_tower": {"patch": max(n for n in range(1, self.size // 8 + 1) if self.size % n == 0)}},
+            "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
+            "train": {part: {"train": True, "lr": 1e-3} for part in ("vision_tower", "connector", "language_model")},
+        }
+        return build(Manifest, value, "benchmark")
+
+
+def write_media(folder: Path, count: int, frames: int, size: int) -> Media:
+    """Loops of real footage as a shard root in ``folder``; no two frames of all are the same bytes.
+
+    Each frame of the root is a frame of the footage, moved sideways by a number of pixels that differs from loop to
+    loop and from video to video.
+    """
+    media = Media(folder, count, frames, size)
+    footage = _footage(size)
+    (media.root / "video").mkdir(parents=True)
+    rows, shards = [], []
+    for first in range(0, count, SHARD_MEDIA):
+        path = media.root / "video" / f"train-{len(shards):06d}.tar"
+        with ShardWriter(path) as writer:
+            for number in range(first, min(first + SHARD_MEDIA, count)):
+                rows.append({**_add(writer, media, footage, number), "shard": len(shards)})
+        shards.append(writer.info)
+    write_reader_files(media.root / "video", shards)
+    facts = [
+        {
+            "folder": "video",
+            "split": "train",
+            "name": s.name,
+            "samples": s.samples,
+            "bytes": s.bytes,
+            "sha256": s.sha256,
+        }
+        for s in shards
+    ]
+    _finish(media.root, rows, facts, 1)
+    return media
+
+
+@functools.cache
+def _footage(size: int) -> list[np.ndarray]:
+    with av.open(str(FOOTAGE / "bigbuckbunny.mp4")) as container:
+        return [resize(frame.to_ndarray(format="rgb24"), size, size) for frame in container.decode(video=0)]
+
+
+def _add(writer: ShardWriter, media: Media, footage: list[np.ndarray], number: int) -> dict:
+    """Add video ``number`` to a shard; returns its row of the index, but for the shard."""
+    jpegs = []
+    for place in range(media.frames):
+        loop, frame = divmod(place, len(footage))
+        moved = np.roll(footage[frame], loop * media.count + number, axis=1)
+        jpegs.append(encode_jpeg(moved, 90, "420"))
+    seconds = np.arange(media.frames, dtype=np.float64)
+    mp4 = mux_mjpeg(jpegs, seconds, media.frames, media.size, media.size)
+    key = media_key("video", f"footage {number}")
+    facts = {
+        "key": key,
+        "kind": "video",
+        "source": f"footage-{number}.mp4",
+        "start": 0.0,
+        "width": media.size,
+        "height": media.size,
+        "source_width": 1280,
+        "source_height": 720,
+        "vlen": media.frames,
+        "fps": 1.0,
+        "duration": float(media.frames),
+        "sample": list(range(media.frames)),
+        "frame_index": list(range(media.frames)),
+        "timestamps": seconds.tolist(),
+        "sha256": "",
+    }
+    at, length = writer.add(key, {"mp4": mp4, "json": media_json(**facts, salvaged=False)})["mp4"]
+    offsets, sizes, _ = mjpeg_frames(mp4)
+    places = {"offset": at, "size": length, "frame_offset": offsets + at, "frame_size": sizes}
+    return {**facts, **places, "split": "train"}
+
+
+def _finish(root: Path, media: list[dict], shards: list[dict], dialogues: int) -> None:
+    """The index, with so many dialogues about each medium, and build.json."""
+    talks = [
+        {
+            "key": dialogue_key(f"dialogue {number}"),
+            "split": "train",
+            "entry": "footage",
+            "id": str(number),
+            "media": [number % len(media)],
+            "conversations": json.dumps(TURNS),
+            "meta": "{}",
+        }
+        for number in range(dialogues * len(media))
+    ]
+    tables = table(MEDIA_SCHEMA, media), table(DIALOGUE_SCHEMA, talks), table(SHARD_SCHEMA, shards)
+    (root / "build.json").write_text(json.dumps({"index_fingerprint": write_index(root, *tables)}))
+
+
+def _write_index(media: Media, root: Path, dialogues: int) -> None:
+    """Another root with the same shards."""
+    index = Index.open(media.root)
+    (root / "video").mkdir(parents=True)
+    for path in (media.root / "video").glob("*.tar"):
+        os.link(path, root / "video" / path.name)
+    _finish(root, index.media.to_pylist(), index.shards.to_pylist(), dialogues)

@@ -1,0 +1,219 @@
+"""Training steps of stages 2, 3 and 4 in full size on one GPU, beside the same steps in plain transformers.
+
+    python -m benchmarks.model.gpu_step [--models 2b 7b] [--stages 2 3 4] [--steps 6] [--offload] [--folder DIR]
+
+Random weights, UMT-L and Qwen2.5-1.5B (``2b``) or Qwen2-7B (``7b``), videos of real footage stored as shards of the
+stage's size, read by the stage's own loader with two worker processes. This project's side is the command line
+itself, ``python -m trainer``, of which the log is read and which is killed after ``--steps``; the other is
+``benchmarks.model.plain_step``: the same dialogues and weights one by one, without packing. Both losses of the first step
+are shown: they are the same but for rounding, which in bf16 may also choose other tokens to merge. Seconds are
+medians of the steps after the first two.
+
+A model whose weights, gradients and moments do not fit beside its activations in either way of training has fewer
+layers, as the table states; with ``--offload`` this project's side keeps all, with the optimiser in the machine's
+memory, and nothing stands beside it. MFU is that of docs/training.md, for both sides of the same FLOPs, which are those
+that the model needs: padding-free, causal attention halved, recomputation not counted.
+
+Where there is no GPU, or with ``--cpu``, sizes are small: that shows that the benchmark runs and says nothing of GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from benchmarks.loading.media import write_media
+from pipeline.config.manifest import Manifest, load_manifest, plain
+from trainer.model import cost
+from trainer.monitoring.device import peak_flops
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+MODELS = {"2b": MANIFESTS / "2b" / "stage1.yaml", "7b": MANIFESTS / "stage1.yaml"}  #: their language models
+FRAMES = {2: {4: 8, 8: 8}, 3: {64: 6, 128: 4, 512: 2}, 4: {64: 6, 128: 4, 512: 2}}  #: stage -> frames -> videos
+SMALL_FRAMES = {2: {4: 4, 8: 4}, 3: {8: 3, 32: 1}, 4: {8: 3, 32: 1}}  #: of the CPU preset
+WARMUP = 2  #: steps that are not counted
+COPIES = 100  #: of the dialogues, a global batch each: no step is the last, which saves, or the first of an epoch
+SHARE = 0.6  #: of the GPU's memory for weights, gradients and moments; the rest is for activations
+STATE_BYTES = 16  #: of a trained weight in the plain way: weight, gradient and two moments in float32
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    manifest: Manifest
+    plain: bool  #: whether the plain way runs too
+
+
+def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Case:
+    """The stage with random weights and media in ``folder``, which are written unless they are there."""
+    base = load_manifest(MANIFESTS / ("demo" if small else "") / f"stage{stage}.yaml")
+    language = base.model.language_model if small else load_manifest(MODELS[model]).model.language_model
+    counts = (SMALL_FRAMES if small else FRAMES)[stage]
+    value = {
+        "stage": stage,
+        "output": str(folder / "run"),
+        "data": {"entries": [{"annotation": "footage.json"}]},
+        "mix": [{"root": root, "repeat": COPIES} for root in roots(folder, counts, base.frames.size)],
+        "frames": {**plain(base.frames), "min": min(counts), "max": max(counts)},
+        "text": {**plain(base.text), "tokenizer": str(MANIFESTS.parent / "tests/golden/tokens_labels/tokenizer")},
+        "batching": {"global_batch": sum(counts.values()), "row_multiple": 1, "order": "sequential"},
+        "loader": {"threads": 2, "workers": 2, "prefetch_mb": 2048},
+        "model": {
+            **plain(base.model),
+            "language_model": plain(dataclasses.replace(language, vocab_size=max(language.vocab_size, 1024))),
+        },
+        "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
+        "train": {**plain(base.train), "epochs": 1, "max_steps": None, "save_every": 10**9, "zero_stage": 3},
+    }
+    path = folder / "case.yaml"
+    path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+    manifest = load_manifest(path)
+    if offload:
+        train = dataclasses.replace(manifest.train, offload="optimizer")
+        manifest, name = dataclasses.replace(manifest, train=train), "optimiser offloaded"
+    else:
+        manifest = manifest if small else fewer_layers(manifest, torch.cuda.get_device_properties(0).total_memory)
+        name = f"{manifest.model.language_model.num_hidden_layers} of {language.num_hidden_layers} layers"
+    path.write_text(yaml.safe_dump(plain(manifest), sort_keys=False), encoding="utf-8")
+    return Case(f"{'small' if small else model}, {name}", manifest, not offload)
+
+
+def roots(folder: Path, counts: dict[int, int], size: int) -> list[str]:
+    """Shard roots in which ``counts`` videos (frames -> how many) of ``size`` pixels are, each shown whole."""
+    made = []
+    for frames, videos in counts.items():
+        media = folder.parent / f"media-{size}-{frames}-{videos}"
+        made.append(str(media / "shards1" / "stage3"))
+        if not media.exists():
+            write_media(media, videos, frames, size)
+    return made
+
+
+def fewer_layers(manifest: Manifest, memory: int) -> Manifest:
+    """The model with half of the language model's layers, and again, until the plain way's states fit."""
+    while state_bytes(manifest) > SHARE * memory:
+        language = manifest.model.language_model
+        language = dataclasses.replace(language, num_hidden_layers=language.num_hidden_layers // 2)
+        manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, language_model=language))
+    return manifest
+
+
+def state_bytes(manifest: Manifest) -> int:
+    """Bytes of weights, gradients and moments in the plain way; frozen weights are float32 too."""
+    counts = cost.parameters(manifest)
+    return sum(n * (STATE_BYTES if getattr(manifest.train, part).train else 4) for part, n in counts.items())
+
+
+def ours(path: Path, steps: int) -> list[dict]:
+    """The log's records of the first ``steps`` steps of ``python -m trainer``."""
+    log = path.parent / "run" / "log.jsonl"
+    with open(path.parent / "trainer.err", "w+", encoding="utf-8") as errors:
+        command = [sys.executable, "-m", "trainer", "--manifest", str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        try:
+            while len(records := _whole_lines(log)) < steps:
+                if process.poll() is not None:
+                    errors.seek(0)
+                    raise SystemExit(f"the trainer ended with status {process.returncode}:\n{errors.read()[-2000:]}")
+                time.sleep(0.2)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return records[:steps]
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def beside(path: Path, steps: int) -> list[dict]:
+    """The same steps in the plain way; an empty list where they do not fit."""
+    command = [sys.executable, "-m", "benchmarks.model.plain_step", str(path), "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "OutOfMemoryError" not in done.stderr:
+        raise SystemExit(f"the plain way ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    return [] if done.returncode else [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def row(stage: int, one: Case, records: list[dict], others: list[dict], peak: float | None) -> str:
+    """A line of the table."""
+    counted, last = records[WARMUP:], records[-1]
+    seconds = statistics.median(r["seconds"] for r in counted)
+    tokens, work = last["tokens_per_s"] * last["seconds"], last["tflops"] * last["seconds"] * 1e12
+    wait = statistics.median(r["data_wait"] for r in counted)
+    memory = max(r["peak_memory"] for r in records) / GIB
+    cells = [str(stage), one.name, f"{tokens:,.0f}", f"{seconds:.2f}", f"{tokens / seconds:,.0f}"]
+    cells += [_mfu(work, seconds, peak), f"{wait:.1%}", f"{memory:.1f}", f"{records[0]['loss']:.4f}"]
+    if others:
+        theirs = statistics.median(r["seconds"] for r in others[WARMUP:])
+        memory = max(r["peak_memory"] for r in others) / GIB
+        cells += [f"{theirs:.2f}", _mfu(work, theirs, peak), f"{memory:.1f}", f"{others[0]['loss']:.4f}"]
+        cells.append(f"{theirs / seconds:.2f}")
+    else:
+        cells += ["out of memory" if one.plain else "not run", "", "", "", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mfu(work: float, seconds: float, peak: float | None) -> str:
+    return f"{work / seconds / 1e12:,.3g} TFLOP/s" if peak is None else f"{work / seconds / peak:.1%}"
+
+
+COLUMNS = (
+    *("stage", "model", "tokens a step", "seconds", "tokens/s", "MFU", "data wait", "peak GiB", "first loss"),
+    *("plain: seconds", "MFU", "peak GiB", "first loss", "times as long"),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One row for each model and stage."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--stages", nargs="+", type=int, choices=list(FRAMES), default=list(FRAMES))
+    parser.add_argument("--steps", type=int, default=6, help=f"of which {WARMUP} are not counted")
+    parser.add_argument("--offload", action="store_true", help="whole models with the optimiser in host memory")
+    parser.add_argument("--cpu", action="store_true", help="the small preset, also where there is a GPU")
+    parser.add_argument("--folder", type=Path, help="keep media and logs there")
+    options = parser.parse_args(arguments)
+    if not WARMUP < options.steps < COPIES:
+        parser.error(f"--steps: {WARMUP + 1} to {COPIES - 1}")
+    small = options.cpu or not torch.cuda.is_available()
+    if small:
+        os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"] = "cpu", ""
+        print(
+            f"CPU preset{'' if options.cpu else ': there is no GPU here'}; its figures say nothing of a GPU", end=", "
+        )
+    print(f"{'CPU' if small else torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in options.models[:1] if small else options.models:
+            for stage in options.stages:
+                folder = (options.folder or Path(scratch)) / f"{model}-stage{stage}{'-offload' * options.offload}"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "run" / "log.jsonl").unlink(missing_ok=True)
+                one = case(model, stage, folder, small, options.offload)
+                records = ours(folder / "case.yaml", options.steps)
+                others = beside(folder / "case.yaml", options.steps) if one.plain else []
+                peak = peak_flops(one.manifest.train, torch.device("cpu" if small else "cuda"))
+                print(row(stage, one, records, others, peak), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Peak memory of a training step by stage and frames: measured with the demo's model, estimated for the published ones.
+
+    python -m benchmarks.model.memory
+
+Measured on the CPU in one process for each case: what the resident set grows by at most, from before the engine is
+made to the end of the second step, on a row of one video and 256 tokens of text. Beside it stands what
+``trainer.model.cost.memory``, and so ``python -m trainer --dry-run``, says of the same row on one rank. For the
+published manifests that estimate alone is printed, for 32 ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.loading.lengths import PATCHES, TOKENS_PER_FRAME
+from benchmarks.training.packing import row
+from pipeline.config.manifest import Manifest, load_manifest
+from pipeline.config.model import InitFrom
+from trainer.model.cost import memory
+from trainer.monitoring.device import process_peak
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+RANDOM = InitFrom(vision_tower="random", connector="random", language_model="random")
+TEXT = 256  #: tokens of text of a row
+PUBLISHED = {1: (4,), 2: (8,), 3: (64, 256, 512), 4: (64, 256, 512)}  #: stage -> frames
+MIB, GIB = 2**20, 2**30
+
+
+def demo(stage: int, checkpointing: bool) -> Manifest:
+    """The demo's manifest of a stage, with random first weights."""
+    manifest = load_manifest(MANIFESTS / "demo" / f"stage{stage}.yaml")
+    train = dataclasses.replace(manifest.train, gradient_checkpointing=checkpointing)
+    return dataclasses.replace(manifest, init_from=RANDOM, train=train)
+
+
+def measure(stage: int, frames: int, checkpointing: bool) -> int:
+    """Bytes that two steps of the demo's model need at most; in a process of its own."""
+    from trainer.distributed.preemption import Leave
+    from trainer.distributed.process_group import start, stop
+    from trainer.distributed.watchdog import Heartbeat
+    from trainer.monitoring.run_ledger import RunLedger
+    from trainer.training.engine import build_engine
+    from trainer.training.loop import Run, _global_batch
+
+    manifest = demo(stage, checkpointing)
+    batch = row(
+        np.array([frames * TOKENS_PER_FRAME + TEXT]), np.array([frames * PATCHES]), seed=0, size=manifest.frames.size
+    )
+    place = start(timeout_minutes=5)
+    before = process_peak()
+    engine, _ = build_engine(manifest, place)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = RunLedger(Path(folder), 0, 1)
+        run = Run(manifest, engine, place, Path(folder), ledger, Leave(), Heartbeat(5, place))
+        for _ in range(2):
+            _global_batch(run, iter([batch]))
+    stop()
+    return process_peak() - before + batch.nbytes  # the row was there before
+
+
+def estimate(manifest: Manifest, frames: int, ranks: int) -> dict[str, int]:
+    """Bytes of one of ``ranks`` ranks by the trainer's formula."""
+    return memory(manifest, frames, frames * TOKENS_PER_FRAME + TEXT, ranks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model.memory", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--frames", type=int, nargs="+", default=[8, 64, 256, 512], help="of the demo's model")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], help="of the demo; 3 trains what 2 does")
+    parser.add_argument("--ranks", type=int, default=32, help="of the published manifests")
+    options = parser.parse_args()
+    apart = multiprocessing.get_context("spawn")
+    print("| demo stage | frames | recomputing | measured, MiB | estimated | of it kept | working |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    with apart.Pool(1, maxtasksperchild=1) as pool:
+        for stage in options.stages:
+            for checkpointing in (False, True):
+                for frames in options.frames:
+                    measured = pool.apply(measure, (stage, frames, checkpointing))
+                    parts = estimate(demo(stage, checkpointing), frames, 1)
+                    sizes = [measured, sum(parts.values()), parts["kept"], parts["working"]]
+                    shown = " | ".join(f"{size / MIB:,.0f}" for size in sizes)
+                    print(f"| {stage} | {frames} | {'yes' if checkpointing else 'no'} | {shown} |", flush=True)
+    print(f"\n| published stage, {options.ranks} ranks | frames | states | kept | working | in all, GiB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for stage, counts in PUBLISHED.items():
+        for frames in counts:
+            parts = estimate(load_manifest(MANIFESTS / f"stage{stage}.yaml"), frames, options.ranks)
+            sizes = " | ".join(f"{size / GIB:.1f}" for size in (*parts.values(), sum(parts.values())))
+            print(f"| {stage} | {frames} | {sizes} |")
+
+
+if __name__ == "__main__":
+    main()

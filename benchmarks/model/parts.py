@@ -1,0 +1,166 @@
+"""Connector and vision tower beside a straightforward implementation of the same arithmetic, in one run on the CPU.
+
+    python -m benchmarks.model.parts [--clips 128] [--tower-clips 2] [--repeats 3] [--threads CORES]
+
+Sizes are those of manifests/stage3.yaml (UMT-L at 224 pixels, connector to Qwen2-7B), in float32, with random weights
+and inputs of a fixed seed. The straightforward one is ``benchmarks.model.plain_parts``: the connector once clip by clip, once
+all clips as a batch; the tower first with the clips, then with half as many stills. Forward and backward of the
+connector take a quarter of the clips.
+
+Results are compared before anything is timed. Then the implementations take turns. A ratio is one turn's time of the
+straightforward implementation over this project's in the same turn; medians are printed with the smallest and the
+largest, and the ratio of the fastest turns of both. Other work on the machine shows in the load average and in the
+spread, and least in the fastest turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.model import plain_parts as plain_model
+from pipeline.config.manifest import load_manifest
+from pipeline.config.model import TOKENS_PER_CLIP, VisionTower
+from trainer.model.tome import ToMeConnector
+from trainer.model.umt import UMT
+
+MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
+TOLERANCE = 1e-4  #: absolute and relative, float32
+FLIPS = 0.01  #: share of clips in which a near tie may be decided differently
+Ways = dict[str, Callable[[], torch.Tensor]]  #: implementations of one thing by name, this project's first
+
+
+def merging(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
+    """Merging alone, clips (N, P, C) -> (N, 64, C)."""
+    heads = connector.heads
+    return {
+        "framestream": lambda: connector.merge(clips, clips[:0])[0],
+        "clip by clip": lambda: torch.cat([plain_model.merge(c, TOKENS_PER_CLIP, heads) for c in clips.split(1)]),
+        "batch": lambda: plain_model.merge(clips, TOKENS_PER_CLIP, heads),
+    }
+
+
+def connecting(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
+    """The whole connector, clips (N, P, C) -> (N, 64, hidden)."""
+    heads, mlp, shape = connector.heads, connector.mlp, (len(clips), TOKENS_PER_CLIP, -1)
+    return {
+        "framestream": lambda: connector(clips, clips[:0]).view(shape),
+        "clip by clip": lambda: torch.cat([mlp(plain_model.merge(c, TOKENS_PER_CLIP, heads)) for c in clips.split(1)]),
+        "batch": lambda: mlp(plain_model.merge(clips, TOKENS_PER_CLIP, heads)),
+    }
+
+
+def learning(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
+    """The connector forward and backward: the patches' gradient (N, P, C) of the sum over weighted outputs."""
+    weight = torch.linspace(-1, 1, connector.mlp[-1].out_features)
+
+    def step(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        connector.zero_grad()
+        clips.grad = None
+        (forward() * weight).sum().backward()
+        return clips.grad
+
+    return {name: lambda way=way: step(way) for name, way in connecting(connector, clips.requires_grad_()).items()}
+
+
+def encoding(cfg: VisionTower, size: int, clips: torch.Tensor, stills: torch.Tensor) -> Ways:
+    """The tower, clips (N, 3, T, S, S) and stills (M, 3, 1, S, S) -> patches of both, (tokens, C)."""
+    tower = UMT(cfg, size, clips.shape[2])
+    for block in tower.blocks:
+        nn.init.normal_(block.attn.q_bias)
+        nn.init.normal_(block.attn.v_bias)
+    plain = plain_model.PlainTower(cfg, tower)
+    return {
+        "framestream": lambda: torch.cat([patches.flatten(0, 1) for patches in tower(clips, stills)]),
+        "clips, then stills": lambda: torch.cat([patches.flatten(0, 1) for patches in plain(clips, stills)]),
+    }
+
+
+def compare(ways: Ways, flips: float = 0.0) -> None:
+    """Print how far results are from this project's.
+
+    Args:
+        ways: implementations; the first axis of their results is clips or tokens.
+        flips: share of the first axis that may differ by more than rounding, because float32 sums in another order can
+            decide between two equally good matches the other way.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    (name, way), *others = ways.items()
+    ours = way()
+    for other, theirs in others:
+        close = torch.isclose(theirs(), ours, atol=TOLERANCE, rtol=TOLERANCE).flatten(1).all(1)
+        wrong = len(close) - int(close.sum())
+        if wrong > flips * len(close):
+            raise SystemExit(f"{other} and {name} differ in {wrong} of {len(close)}")
+        print(f"{other} and {name} agree in {len(close) - wrong} of {len(close)}")
+
+
+def measure(title: str, ways: Ways, repeats: int) -> None:
+    """Print one row for each implementation; who begins changes with every turn."""
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        for k in range(len(names)):
+            name = names[(turn + k) % len(names)]
+            start = time.perf_counter()
+            ways[name]()
+            seconds[name].append(time.perf_counter() - start)
+    for name in names:
+        row = f"{title:<35}{name:<20}{spread(seconds[name]):>24}"
+        if name != names[0]:
+            ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds[names[0]], strict=True)]
+            row += f"{spread(ratios):>24}{min(seconds[name]) / min(seconds[names[0]]):>10.2f}"
+        print(row, flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """Median, smallest and largest."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    """Compare, then print a row for each part and implementation."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--clips", type=int, default=128, help="of the connector")
+    parser.add_argument("--tower-clips", type=int, default=2, help="of the tower, with half as many stills")
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    manifest = load_manifest(MANIFEST)
+    cfg, frames = manifest.model.vision_tower, manifest.frames
+    patches = frames.clip_frames * (frames.size // cfg.patch) ** 2
+    connector = ToMeConnector(cfg.width, manifest.model.language_model.hidden_size, cfg.heads)
+    clips = torch.randn(options.clips, patches, cfg.width)
+    video = torch.randn(options.tower_clips, 3, frames.clip_frames, frames.size, frames.size)
+    stills = torch.randn(options.tower_clips // 2, 3, 1, frames.size, frames.size)
+
+    print(f"torch {torch.__version__}, {options.threads} threads, load average {os.getloadavg()[0]:.1f} before")
+    quarter = clips[: max(len(clips) // 4, 1)].clone()
+    learn = learning(connector, quarter)
+    encode = encoding(cfg, frames.size, video, stills)
+    with torch.no_grad():
+        compare(connecting(connector, clips), FLIPS)
+        compare(encode)
+    compare(learn, FLIPS)
+    print(f"{'':<55}{'seconds':>24}{'times framestream':>24}{'fastest':>10}")
+    with torch.no_grad():
+        measure(f"merging, {options.clips} clips", merging(connector, clips), options.repeats)
+        measure(f"connector, {options.clips} clips", connecting(connector, clips), options.repeats)
+        measure(f"tower, {len(video)} clips, {len(stills)} stills", encode, options.repeats)
+    measure(f"connector, {len(quarter)} clips, and backward", learn, options.repeats)
+    print(f"load average {os.getloadavg()[0]:.1f} after")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Four stages of training that are killed again and again, and what they come to in the end.
+
+    python -m benchmarks.soak.train [--kills 25] [--seed 0] [--steps 12]
+
+A small model goes through four stages like the demo's, each from the one before: once without interruption on two
+ranks, then with SIGKILL at random moments to one random rank, whose launcher ends the others, or to all processes at
+once. The same command is started again, on two ranks for the first half of the kills, and on one, two or four for the
+rest. After every kill ``latest`` must name a whole checkpoint, or not be there. Exits with 1 if it does not, if a
+global batch of a stage has other dialogues than without kills, or if losses and final weights differ: in one bit on
+two ranks, by more than ``TOLERANCE`` on other numbers, where sums are added up in another order.
+
+Moments are drawn from the seed, as optimiser steps that are logged and a part of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+
+from tests.helpers.corpora import training_corpus as corpus
+from trainer.checkpoint.save import CheckpointError, latest, read_state
+
+STAGES = (1, 2, 3, 4)
+SAVE_EVERY = 3
+PROGRESS = 5  #: steps that are logged before a kill, at most
+TOLERANCE = 5e-4  #: relative, between losses on different numbers of ranks
+
+
+class SoakError(Exception):
+    """A stage that did not come out as it must."""
+
+
+def overrides(stage: int, steps: int) -> dict:
+    """Fields of the small corpus's manifest that make it stage ``stage`` of the recipe."""
+    tower, connector, language = stage > 1, True, stage in (2, 3)
+    parts = (("vision_tower", tower, 1e-3), ("connector", connector, 3e-3), ("language_model", language, 2e-3))
+    train = {name: {"train": on, "lr": lr if on else 0, "weight_decay": 0.01 * stage} for name, on, lr in parts}
+    rest = {"dtype": "fp32", "persistence_threshold": 0, "epochs": 20, "max_steps": steps, "save_every": SAVE_EVERY}
+    sampler = "middle" if stage == 1 else "dynamic_fps1"
+    frames = {"sampler": sampler, "min": 4, "max": 4 if stage == 1 else 8, "size": 160 if stage == 4 else 128}
+    images = {"mode": "square"} if stage == 1 else {"max_grid": 2}
+    weight = "token" if stage == 1 else "dialogue"
+    batching = {"global_batch": 6, "row_multiple": 4, "loss_weight": weight}
+    return {"train": {**train, **rest}, "frames": frames, "images": images, "batching": batching}
+
+
+class Campaign:
+    """Shards and manifests of ``stages`` that start from each other, and runs over them, below ``folder``."""
+
+    def __init__(self, folder: Path, steps: int, draw: random.Random, stages: tuple[int, ...] = STAGES) -> None:
+        self._folder, self._draw, self._stages = folder, draw, stages
+        self._manifests = {n: corpus.make(folder / f"data{n}", stage=n, **overrides(n, steps)) for n in stages}
+        self.kills: Counter[str] = Counter()
+        self.worlds: Counter[int] = Counter()
+        self.resumed = 0  #: starts that went on from a checkpoint
+        self.difference = 0.0  #: largest relative one of a loss, on other numbers of ranks
+        for stage in stages:
+            self._start("straight", stage, 2).wait()
+            self._check_finished("straight", stage)
+
+    def run(self, kills: int) -> int:
+        """All stages until ``kills`` are spent, the first half of them on two ranks; returns how often they ran."""
+        passes = 0
+        for worlds, until in (((2,), (kills + 1) // 2), ((1, 2, 4), kills)):
+            while self.kills.total() < until:
+                for number, stage in enumerate(self._stages):
+                    share = (until - self.kills.total()) // (len(self._stages) - number)
+                    self._through(f"pass{passes}", stage, worlds, self.kills.total() + share)
+                passes += 1
+        return passes
+
+    def _through(self, name: str, stage: int, worlds: tuple[int, ...], until: int) -> None:
+        """One stage from its beginning to its end, killed until ``until`` kills are spent in all."""
+        run, only_two = self._run(name, stage), worlds == (2,)
+        while not (run / "final").exists():
+            self.resumed += self._whole_checkpoint(run)
+            process = self._start(name, stage, self._draw.choice(worlds))
+            if self.kills.total() < until:
+                self._disturb(run, process)
+            said = process.communicate()[0]
+            if process.returncode == 0 and not (run / "final").exists():
+                raise SoakError(f"{run}: ended without final weights: {said[-2000:]}")
+            if process.returncode not in (0, 1, -signal.SIGKILL):
+                raise SoakError(f"{run}: exit status {process.returncode}: {said[-2000:]}")
+            if errors := [line for line in said.splitlines() if line.startswith("error: ")]:
+                raise SoakError(f"{run}: {errors[0]}")
+        self._check_finished(name, stage)
+        self._compare(name, stage, exact=only_two)
+
+    def _whole_checkpoint(self, run: Path) -> bool:
+        """Whether ``latest`` names a checkpoint; it must then be whole."""
+        try:
+            folder = latest(run)
+            return folder is not None and bool(read_state(folder))
+        except CheckpointError as error:
+            raise SoakError(f"a checkpoint that is not whole: {error}") from error
+
+    def _disturb(self, run: Path, process: subprocess.Popen) -> None:
+        """Kill one rank or all processes, some steps from now; nothing if the run ends before."""
+        target, wait = logged(run) + self._draw.randint(0, PROGRESS), self._draw.uniform(0, 1)
+        kind = self._draw.choice(("one rank", "one rank", "all"))
+        while process.poll() is None and not (logged(run) >= target and ranks(process.pid)):
+            time.sleep(0.02)
+        time.sleep(wait)
+        victims = ranks(process.pid)
+        if process.poll() is not None or not victims:
+            return
+        if kind == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+            for victim in victims:  # torchrun puts ranks into sessions of their own
+                _kill(victim)
+        else:
+            _kill(self._draw.choice(victims))
+        self.kills[kind] += 1
+
+    def _run(self, name: str, stage: int) -> Path:
+        return self._folder / name / f"stage{stage}"
+
+    def _start(self, name: str, stage: int, world: int) -> subprocess.Popen:
+        sets = [f"output={self._run(name, stage)}"]
+        if stage > self._stages[0]:
+            before = self._run(name, stage - 1)
+            sets.append(f"init_from={{run: {before}, vision_tower: '', connector: '', language_model: ''}}")
+        self.worlds[world] += 1
+        return subprocess.Popen(
+            corpus.train_command(self._manifests[stage], world, *sets),
+            env=corpus.environment(),
+            cwd=corpus.PROJECT,
+            start_new_session=True,
+            stdout=subprocess.PIPE if name != "straight" else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if name != "straight" else subprocess.DEVNULL,
+            text=True,
+        )
+
+    def _check_finished(self, name: str, stage: int) -> None:
+        run = self._run(name, stage)
+        if not (run / "final").exists():
+            raise SoakError(f"{run}: has no final weights")
+        if left := [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(("part", "univ"))]:
+            raise SoakError(f"{run}: left behind: {left}")
+
+    def _compare(self, name: str, stage: int, exact: bool) -> None:
+        ours, straight = (corpus.log(self._run(which, stage)) for which in (name, "straight"))
+        run = self._run(name, stage)
+        if [(r["step"], r["batch"]) for r in ours] != [(r["step"], r["batch"]) for r in straight]:
+            raise SoakError(f"{run}: consumed other dialogues than the run without kills")
+        losses = [(r["loss"], s["loss"]) for r, s in zip(ours, straight, strict=True)]
+        difference = max(abs(loss - other) / other for loss, other in losses)
+        if exact and (difference or any(not same for same in self._weights_agree(name, stage))):
+            raise SoakError(f"{run}: losses or final weights differ from the run without kills, by {difference:g}")
+        self.difference = max(self.difference, difference)
+        if difference > TOLERANCE:
+            raise SoakError(f"{run}: a loss differs by {difference:.2g}, more than {TOLERANCE}")
+
+    def _weights_agree(self, name: str, stage: int) -> Iterator[bool]:
+        folders = [self._run(which, stage) / "final" for which in (name, "straight")]
+        for path in sorted(folders[1].glob("*.safetensors")):
+            with safe_open(folders[0] / path.name, "pt") as ours, safe_open(path, "pt") as theirs:
+                yield sorted(ours.keys()) == sorted(theirs.keys())
+                yield from (ours.get_tensor(key).equal(theirs.get_tensor(key)) for key in theirs.keys())  # noqa: SIM118
+
+
+def logged(run: Path) -> int:
+    """Optimiser steps in a run's log."""
+    path = run / "log.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def ranks(launcher: int) -> list[int]:
+    """Process numbers of the ranks that torchrun ``launcher`` started."""
+    found = []
+    try:
+        for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            if b"\0RANK=" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                found.append(int(child))
+    except OSError:  # one ended meanwhile
+        return []
+    return found
+
+
+def _kill(process: int) -> None:
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def main() -> int:
+    """Run a campaign and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps of a stage")
+    parser.add_argument("--folder", type=Path, help="for the files, 100 MB; a temporary one")
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        try:
+            campaign = Campaign(Path(name), options.steps, random.Random(options.seed))
+            passes = campaign.run(options.kills)
+        except SoakError as error:
+            print(f"error: seed {options.seed}: {error}", file=sys.stderr)
+            return 1
+    kills, worlds = json.dumps(dict(campaign.kills)), json.dumps(dict(sorted(campaign.worlds.items())))
+    stages = f"{len(STAGES)} stages of {options.steps} steps"
+    print(f"seed {options.seed}: SIGKILL {kills} while {stages} ran {passes} times")
+    print(f"starts by number of ranks: {worlds}; {campaign.resumed} went on from a checkpoint, each of them whole")
+    print("dialogues of every global batch as without kills; on two ranks every loss and weight bit for bit,")
+    print(f"on other numbers of ranks losses within {campaign.difference:.1e}")
+    print(f"{time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Loss curve of the trainer under ZeRO-3 beside plain PyTorch in one process: same data, same first weights.
+
+    python -m benchmarks.training.loss_curve --manifest manifests/demo/stage2.yaml --steps 100
+
+Runs ``python -m trainer``'s loop on ``--ranks`` processes, then the same global batches through the same model with
+torch's AdamW and gradient clipping and no DeepSpeed. float32, weights from the seed. Both write down which token every
+patch was merged into. Prints the losses, their largest relative difference, and the first global batch in which a patch
+was merged into another token: from there on rounding has become a choice, and the curves are two runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pipeline import build_loader
+from pipeline.config.manifest import Manifest, load_manifest
+from pipeline.config.model import InitFrom
+from trainer.model import tome
+from trainer.model.video_llm import VideoLLM, build_model
+from trainer.training.drop_path_rng import dialogue_of, draw
+from trainer.training.loop import steps_in_all, train, with_cost
+from trainer.training.optim import freeze, parameter_groups, set_learning_rates
+from trainer.weights.load import initialise
+
+TOLERANCE = 1e-4  #: of a loss, relative, up to the first choice that differs
+SHOWN = 10  #: losses that are printed
+
+Choices = dict[tuple[int, int, str], list[str]]  #: (epoch, global batch, dialogue) -> what its clips and tiles chose
+
+
+def settings(manifest: Path, overrides: list[str], steps: int, output: Path) -> Manifest:
+    """The manifest in float32 under ZeRO-3, its first weights from the seed."""
+    fixed = [f"output={output}", f"train.max_steps={steps}", "train.dtype=fp32", "train.zero_stage=3"]
+    random = InitFrom(vision_tower="random", connector="random", language_model="random")
+    return dataclasses.replace(load_manifest(manifest, [*overrides, *fixed]), init_from=random)
+
+
+@contextlib.contextmanager
+def noted(choices: Choices) -> Iterator[None]:
+    """Note the merging choices of every row that a model computes: 8 bytes of a digest for each clip and tile."""
+    assign, forward, rows = tome.assign, VideoLLM.forward, []
+
+    def noting_assign(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
+        token = assign(patches, wanted, heads)
+        rows.extend(hashlib.sha256(unit.numpy().tobytes()).hexdigest()[:16] for unit in token.cpu())
+        return token
+
+    def noting_forward(model: VideoLLM, batch) -> torch.Tensor:
+        rows.clear()
+        loss = forward(model, batch)
+        for dialogue, choice in zip(dialogue_of(batch).tolist(), rows, strict=False):  # dummies come last
+            choices.setdefault((batch.epoch, batch.step, batch.keys[dialogue]), []).append(choice)
+        return loss
+
+    tome.assign, VideoLLM.forward = noting_assign, noting_forward
+    try:
+        yield
+    finally:
+        tome.assign, VideoLLM.forward = assign, forward
+
+
+def one_rank(manifest: Manifest, folder: Path) -> None:
+    """A rank of the trainer's run; its choices go to FOLDER/rank*.json."""
+    choices: Choices = {}
+    with noted(choices):
+        train(manifest)
+    rows = [[*place, chosen] for place, chosen in choices.items()]
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+def plain(manifest: Manifest) -> tuple[list[float], Choices]:
+    """Losses and choices of the same run in plain PyTorch."""
+    manifest = with_cost(manifest)
+    loader = build_loader(manifest)
+    model = build_model(manifest)
+    initialise(model, manifest)
+    freeze(model.parts(), manifest.train)
+    model.train()
+    options = manifest.train
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.parts(), options), lr=0.0, betas=(options.beta1, options.beta2), eps=options.epsilon
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses, choices, steps, loss = [], {}, steps_in_all(manifest, len(loader)), 0.0
+    with noted(choices):
+        for row in (row for _ in range(options.epochs) for row in loader):
+            row.draws = draw(row, manifest.seed, model.vision_tower.draws)
+            part = model(row) / row.total_weight
+            part.backward()
+            loss += part.item()
+            if not row.last:
+                continue
+            set_learning_rates(optimizer, len(losses), steps, manifest)
+            if options.clip_norm:
+                torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            loss = 0.0
+            if len(losses) == steps:
+                break
+    return losses, choices
+
+
+def flipped(ours: Choices, theirs: Choices) -> tuple[int, int, str] | None:
+    """Epoch, global batch and dialogue of the first choice that differs."""
+    return min((place for place in ours if ours[place] != theirs[place]), default=None)
+
+
+def report(ours: list[float], theirs: list[float], flip: tuple[int, int, str] | None, batches: int) -> bool:
+    """Print the comparison; whether the curves agree up to the first choice that differs."""
+    away = [abs(mine - other) / abs(other) for mine, other in zip(ours, theirs, strict=True)]
+    print("| step | trainer | plain PyTorch | relative difference |\n| --- | --- | --- | --- |")
+    for step in sorted({round(i * (len(ours) - 1) / (SHOWN - 1)) for i in range(SHOWN)}):
+        print(f"| {step + 1} | {ours[step]:.6f} | {theirs[step]:.6f} | {away[step]:.1e} |")
+    same = len(ours)
+    if flip is not None:
+        epoch, step, key = flip
+        same = epoch * batches + step
+        print(f"first choice that differs: step {same + 1}, dialogue {key}; relative difference there {away[same]:.1e}")
+    else:
+        print("no patch was merged into another token")
+    before = max(away[:same], default=0.0)
+    print(f"largest relative difference: {before:.1e} in the {same} steps before, {max(away):.1e} in all {len(ours)}")
+    return before <= TOLERANCE
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", type=Path, default=Path("manifests/demo/stage2.yaml"))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="where the trainer's run stays (a new folder)")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)  # the folder of the run that this is a rank of
+    options = parser.parse_args()
+    if options.rank_of:
+        one_rank(settings(options.manifest, options.set, options.steps, options.rank_of / "run"), options.rank_of)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        manifest = settings(options.manifest, options.set, options.steps, run)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
+        subprocess.run(
+            [*launch, "-m", "benchmarks.training.loss_curve", *sys.argv[1:], "--rank-of", folder], check=True
+        )
+        records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        chosen: Choices = {}
+        for path in Path(folder).glob("rank*.json"):
+            chosen |= {(epoch, step, key): found for epoch, step, key, found in json.loads(path.read_text())}
+        print(f"{options.ranks} ranks, ZeRO-{records[0]['zero_stage']}, {len(records)} steps of {options.manifest}")
+        if options.keep:
+            shutil.move(run, options.keep)
+    losses, choices = plain(manifest)
+    batches = len(build_loader(with_cost(manifest)))
+    return 0 if report([record["loss"] for record in records], losses, flipped(chosen, choices), batches) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Three measurements of training: packed beside padded rows, waiting for data, and the memory of the loss.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.training.packing
+
+*Packed*: dialogues of a stage-3 epoch (``benchmarks/loading/lengths.py``), each an eighth as long, as this project runs them
+and as batches padded to their longest dialogue. Only the language model differs: padding stands on the
+right, so that causal attention needs no mask, and no frame is padded. Both ways give the same losses, or nothing is
+timed.
+
+*Waiting*: the trainer's own command on two ranks with two loader workers each, the demo's model, 64 frames a video.
+
+*Loss*: peak memory of the head's forward and backward pass in chunks and with all logits at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.loading.lengths import PATCHES, Lengths, stage3
+from benchmarks.loading.media import write_media
+from pipeline.config.manifest import Manifest, load_manifest, plain
+from pipeline.config.model import LanguageModel, Model, VisionTower
+from pipeline.loading.batch import Batch
+from pipeline.planning.packing import pack
+from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from trainer.model.cost import flops_by_part
+from trainer.model.lm_head import LossHead
+from trainer.model.video_llm import VideoLLM
+from trainer.monitoring.device import process_peak
+from trainer.training.loop import with_cost
+from trainer.weights.load import random_tensor
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"
+SIZE = 128  #: pixels of a frame
+SHORTER = 8  #: dialogues have this part of their frames and tokens, because attention weighs more in narrow models
+WORDS = 512  #: ids of the text
+LEARNED = 16  #: places of a dialogue that are learned, at its end
+#: the tower has 22 % of the FLOPs of 64 frames; UMT-L beside Qwen2-7B 31 % of those of 512
+SMALL = Model(
+    vision_tower=VisionTower(width=160, depth=3, heads=4, table_side=8),
+    language_model=LanguageModel(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=4096,
+    ),
+)
+VOCABULARY = 152_064  #: of the measurement of the loss
+GIB = 2**30
+
+
+# Packed and padded ----------------------------------------------------------------------------------------------------
+
+
+def row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -> Batch:
+    """Dialogues of these lengths as one row: random text, noise for frames of ``size``, the last places learned.
+
+    ``patches`` are counted at 224 pixels, as in ``benchmarks/loading/lengths.py``.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    frames = (patches // PATCHES).tolist()
+    clips = [count // 4 for count in frames]  # tiles of stills too: four of them are as many patches as a clip
+    visual = [64 * count for count in clips]
+    ids, labels = [], []
+    for length, here in zip(lengths.tolist(), visual, strict=True):
+        text = torch.randint(0, WORDS, (max(length - here, LEARNED + 2),), generator=draw)
+        ids.append(torch.cat([text[:1], torch.full((here,), IMAGE), text[1:]]))
+        labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE), text[-LEARNED:]]))
+    ends = np.cumsum([0, *map(len, ids)])
+    return Batch(
+        epoch=0,
+        step=0,
+        micro=0,
+        micros=1,
+        last=True,
+        keys=[str(number) for number in range(len(ids))],
+        input_ids=torch.cat(ids),
+        labels=torch.cat(labels),
+        position_ids=torch.cat([torch.arange(len(one)) for one in ids]),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
+        total_weight=float(len(ids)),
+        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=draw, dtype=torch.uint8),
+        stills=torch.zeros(0, size, size, 3, dtype=torch.uint8),
+        visual_index=torch.arange(sum(visual)),
+        groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
+    )
+
+
+def padded(model: VideoLLM, batch: Batch) -> torch.Tensor:
+    """Loss of the row's dialogues as a batch padded to the longest of them."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    inputs = pad_sequence(model.embed(batch).split(lengths), batch_first=True)  # (D, longest, H)
+    hidden = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    kept = torch.cat([states[:length] for states, length in zip(hidden, lengths, strict=True)])
+    return model.language_model.lm_head(kept, batch.labels, batch.token_weight)
+
+
+def build_small() -> VideoLLM:
+    """The model of this measurement, with random weights."""
+    model = VideoLLM(SMALL, SIZE, 4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_tensor(name, tuple(parameter.shape), 0))
+    return model
+
+
+def shortened(count: int, seed: int) -> Lengths:
+    """Dialogues of a stage-3 epoch, an eighth of each, clips whole."""
+    drawn = stage3(count, seed)
+    clips = drawn.patches // (4 * PATCHES * SHORTER)
+    text = (drawn.tokens - 64 * (drawn.patches // (4 * PATCHES))) // SHORTER
+    return Lengths(64 * clips + np.maximum(text, LEARNED + 2), 4 * PATCHES * clips)
+
+
+def rows_of(count: int, share: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """Which of ``count`` dialogues stand together: packed by length and cost, or ``share`` after the other."""
+    drawn = shortened(count, seed)
+    cost = _small_manifest().batching.cost
+    flops = cost.patch * (drawn.patches / PATCHES * (SIZE // 16) ** 2) + cost.token * drawn.tokens
+    packed = pack(drawn.tokens, flops + cost.pair * drawn.tokens**2.0, 32_768 // SHORTER, count // share)
+    return {"packed": packed, "padded": [np.arange(first, first + share) for first in range(0, count, share)]}
+
+
+def _small_manifest() -> Manifest:
+    demo = load_manifest(DEMO)
+    return with_cost(dataclasses.replace(demo, model=SMALL, frames=dataclasses.replace(demo.frames, size=SIZE)))
+
+
+def compare_packing(count: int, share: int, rounds: int) -> None:
+    """Print tokens a second of both ways."""
+    drawn, together = shortened(count, 0), rows_of(count, share, 0)
+    model = build_small()
+    ways: dict[str, Callable[[Batch], torch.Tensor]] = {"packed": model, "padded": lambda batch: padded(model, batch)}
+    parts = flops_by_part(_small_manifest(), frames=512 // SHORTER, text_tokens=256 // SHORTER)
+    sample = row(drawn.tokens[:2], drawn.patches[:2], 0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample), padded(model, sample), rtol=1e-4, atol=1e-4)
+    print(
+        f"{count} dialogues, {drawn.tokens.sum():,} tokens, {len(together['packed'])} packed rows, batches of {share}"
+    )
+    tower = parts["vision_tower"] / sum(parts.values())
+    print(f"the vision tower is {tower:.0%} of the FLOPs of {512 // SHORTER} frames")
+    seconds: dict[str, list[np.ndarray]] = {"packed": [], "padded": []}  # by the clock, of the processor
+    for _ in range(rounds):
+        for name, way in ways.items():
+            took, tokens, places = np.zeros(2), 0, 0
+            for members in filter(len, together[name]):
+                batch = row(drawn.tokens[members], drawn.patches[members], int(members.sum()))
+                start = _clocks()
+                way(batch).backward()
+                took += _clocks() - start
+                tokens += batch.tokens
+                longest = int(batch.cu_seqlens.diff().max())
+                places += batch.tokens if name == "packed" else longest * len(members)
+                model.zero_grad()
+            seconds[name].append(took)
+            print(f"  {name:<8}{tokens / took[0]:>10,.0f} tokens/s, {tokens / places:.0%} of the places are tokens")
+    ratios = [slow / fast for fast, slow in zip(seconds["packed"], seconds["padded"], strict=True)]
+    for name, of in zip(("by the clock", "of processor time"), np.transpose(ratios), strict=True):
+        print(f"packed / padded tokens/s {name}: {np.median(of):.2f} ({min(of):.2f} to {max(of):.2f})")
+
+
+def _clocks() -> np.ndarray:
+    """Seconds by the clock and of the processor, float64 (2,); other work on the machine weighs on the first."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+# Waiting for data -----------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
+    """A root of ``videos`` videos of real footage, and a manifest for the demo's model on ``frames`` of each."""
+    media = write_media(folder, videos, max(frames, 64), SIZE)
+    demo, own = plain(load_manifest(DEMO)), plain(media.manifest(frames, threads=1))
+    demo["model"]["language_model"]["vocab_size"] = 1024  # the tokenizer of the tests has more ids than the demo's
+    value = {
+        **{name: own[name] for name in ("output", "shards", "data", "frames", "init_from")},
+        **{name: demo[name] for name in ("stage", "model")},
+        "batching": demo["batching"] | {"global_batch": 8},  # so that all steps are of one epoch
+        "text": {"tokenizer": own["text"]["tokenizer"], "max_tokens": 16384},
+        "loader": {"threads": 1, "workers": 2},
+        "train": demo["train"] | {"max_steps": steps, "epochs": steps, "save_every": steps},
+    }
+    path = folder / "manifest.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def measure_waiting(steps: int, ranks: int = 2) -> None:
+    """Print the share of the steps that the trainer's command spends waiting for data."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_manifest(Path(folder), videos=6, frames=64, steps=steps)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*launch, "-m", "trainer", "--manifest", str(manifest)], cwd=ROOT, env=environment, capture_output=True
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr.decode()[-2000:])
+        log = (Path(folder) / "run" / "log.jsonl").read_text(encoding="utf-8")
+    first, *rest = [json.loads(line) for line in log.splitlines()]
+    seconds = sum(record["seconds"] for record in rest)
+    waited = sum(record["data_wait"] * record["seconds"] for record in rest)
+    frames = sum(record["frames_per_s"] * record["seconds"] for record in rest) / seconds
+    print(f"{ranks} ranks, 2 loader workers each: waiting for data {waited / seconds:.2%} of {len(rest)} steps")
+    print("  of each step: " + ", ".join(f"{record['data_wait']:.1%}" for record in rest))
+    print(f"  {frames:,.0f} frames/s; the first step, with the start of the workers: {first['data_wait']:.1%}")
+
+
+# The loss's memory ----------------------------------------------------------------------------------------------------
+
+
+def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -> tuple[float, int]:
+    """Loss of random states (float32) and bytes that forward and backward need at most; in a process of its own."""
+    torch.manual_seed(0)
+    head = LossHead(nn.Linear(width, vocabulary, bias=False))
+    hidden = torch.randn(places + 1, width, requires_grad=True)
+    labels, weight = torch.randint(0, vocabulary, (places + 1,)), torch.rand(places + 1)
+    head.weight.grad = torch.zeros_like(head.weight)  # it is kept anyway
+    before = process_peak()
+    if chunked:
+        loss = head(hidden, labels, weight)
+    else:
+        loss = (F.cross_entropy(head(hidden[:-1]), labels[1:], reduction="none") * weight[1:]).sum()
+    loss.backward()
+    return loss.item(), process_peak() - before
+
+
+def compare_loss(places: int, vocabulary: int) -> None:
+    """Print the memory of both ways."""
+    apart = multiprocessing.get_context("spawn")
+    with apart.Pool(1, maxtasksperchild=1) as pool:
+        chunked, full = (pool.apply(loss_memory, (places, way, vocabulary)) for way in (True, False))
+    if abs(chunked[0] - full[0]) > 1e-5 * abs(full[0]):
+        raise SystemExit(f"losses differ: {chunked[0]} in chunks, {full[0]} at once")
+    print(f"loss of {places:,} places and {vocabulary:,} words, float32, forward and backward:")
+    print(f"  in chunks {chunked[1] / GIB:.2f} GiB, all logits at once {full[1] / GIB:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.packing", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dialogues", type=int, default=64, help="packed and padded")
+    parser.add_argument("--share", type=int, default=4, help="dialogues of a padded batch, of a packed row on average")
+    parser.add_argument("--rounds", type=int, default=3, help="of packed and padded, in turn")
+    parser.add_argument("--steps", type=int, default=8, help="of the trainer's command")
+    parser.add_argument("--places", type=int, default=2048, help="learned places of the loss")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the loss")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} before")
+    compare_packing(options.dialogues, options.share, options.rounds)
+    measure_waiting(options.steps)
+    compare_loss(options.places, options.vocabulary)
+    print(f"load average {os.getloadavg()[0]:.1f} after")
+
+
+if __name__ == "__main__":
+    main()

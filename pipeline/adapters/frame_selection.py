@@ -1,0 +1,52 @@
+"""Which stored frames are shown: those nearest to what a sampler takes of the source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.config.preprocessing import Frames
+from pipeline.media.resize import stored_size
+from pipeline.media.sampling import fit_to_clips, frame_indices, sample_indices
+from pipeline.shards.media_view import nearest
+
+#: So many frames; or a manifest's ``frames``, its size included; or None: each stored frame once.
+Choice = int | Frames | None
+
+
+def check_choice(choice: Choice) -> None:
+    """Refuse what is no number of frames (ValueError)."""
+    if not (choice is None or isinstance(choice, Frames) or (type(choice) is int and choice > 0)):
+        raise ValueError(f"frames: {choice!r} is no number of frames; give one of at least 1, Frames(...) or None")
+
+
+def choose(choice: Choice, stored: np.ndarray, vlen: int, fps: float, duration: float, seed: int) -> np.ndarray:
+    """Places in ``stored``, int64 (T,), ascending, with repeats where fewer frames are stored than wanted.
+
+    A number N takes the middles of N equal parts of the video, as the sampler ``middle``; ``Frames`` goes by its own
+    rules, and its counts are whole clips. Between the first and the last stored frame, what is shown is off by at most
+    half the gap there.
+
+    Args:
+        stored: int64 (n,), numbers of the stored frames in the source, ascending from the clip's first.
+        vlen: frames of the source's clip.
+        fps: source frames a second.
+        duration: seconds of the clip.
+        seed: of the sampler ``rand``.
+    """
+    if choice is None:
+        return np.arange(len(stored))
+    if isinstance(choice, Frames):
+        rng = np.random.default_rng(seed) if choice.sampler == "rand" else None
+        wanted = fit_to_clips(sample_indices(choice, vlen, fps, duration, rng), vlen, choice.clip_frames)
+    else:
+        wanted = frame_indices("middle", vlen, fps, duration, choice, choice, 1)
+    return nearest(stored, wanted)
+
+
+def shown_size(choice: Choice, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of what is shown of frames stored at ``width`` x ``height``: as stored, or as ``Frames`` says.
+
+    Raises:
+        ValueError: the frames are too narrow to keep their proportions at that size.
+    """
+    return stored_size(choice.resize, choice.size, width, height) if isinstance(choice, Frames) else (width, height)

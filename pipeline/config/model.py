@@ -1,0 +1,93 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.schema import ManifestError, field
+
+TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
+
+TOKENS_PER_TILE = 64  #: tokens of one tile of a still
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTower:
+    """Video transformer; the dimensions' defaults are UMT-L's."""
+
+    type: str = field("umt", choices=("umt", "internvideo2"))
+    width: int = field(1024, low=1)
+    depth: int = field(24, low=2, doc="blocks of the published encoder; the last one is not run")
+    heads: int = field(16, low=1)
+    patch: int = field(16, low=1)
+    mlp_ratio: float = 4.0
+    table_side: int = field(14, low=1, doc="umt: patches along a side of the position table before interpolation")
+    drop_path: float | None = field(None, low=0, doc="internvideo2: drop path of the last block; 0.25 if not given")
+    group_clips: int = field(8, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once")
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ManifestError(f"heads: {self.heads} does not divide width ({self.width})")
+        if self.type == "umt":
+            if self.drop_path:
+                raise ManifestError("drop_path: umt has none; leave it out or set type to internvideo2")
+            return
+        if self.width % 16:
+            raise ManifestError(f"width: {self.width} is not a multiple of 16, as internvideo2's positions need")
+        if self.drop_path is None:
+            object.__setattr__(self, "drop_path", 0.25)
+        if self.drop_path >= 1:
+            raise ManifestError(f"drop_path: {self.drop_path} is a probability; it must be below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """ToMe16 MLP: token merging to 16 tokens a frame, then two linear layers."""
+
+    type: str = field("tome16_mlp", choices=("tome16_mlp",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """Qwen2 family; the defaults are Qwen2-7B."""
+
+    hidden_size: int = field(3584, low=1)
+    intermediate_size: int = field(18944, low=1)
+    num_hidden_layers: int = field(28, low=1)
+    num_attention_heads: int = field(28, low=1)
+    num_key_value_heads: int = field(4, low=1)
+    vocab_size: int = field(152064, low=1)
+    max_position_embeddings: int = field(32768, low=1)
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name, count in (
+            ("num_attention_heads", self.hidden_size),
+            ("num_key_value_heads", self.num_attention_heads),
+        ):
+            if count % getattr(self, name):
+                raise ManifestError(f"{name}: {getattr(self, name)} does not divide {count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The architecture; it stands in the manifest so that nothing needs weights to be planned."""
+
+    vision_tower: VisionTower = VisionTower()
+    connector: Connector = Connector()
+    language_model: LanguageModel = LanguageModel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """Where weights come from. ``run`` is an earlier stage; a part named beside it wins.
+
+    Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
+    """
+
+    run: str = field("", doc="the stage that this one continues, by name or folder, or a published checkpoint")
+    vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
+    connector: str = field("", doc="mm_projector.bin, folder, or `random`")
+    language_model: str = field("", doc="Qwen2 folder, hub name, or `random`")

@@ -1,0 +1,98 @@
+"""Frames by number out of GIFs, at 1 frame a second, and folders of pictures, at 1 or, for TVQA, 3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from pipeline.media.errors import MAX_PIXELS, MediaError, check_file
+from pipeline.media.image import read_image
+from pipeline.media.video import Shrink, Source, whole
+
+PICTURES = (".jpg", ".jpeg", ".png")  #: of the files of a folder, which are frames
+
+
+def open_gif(path: str | Path, shrink: Shrink = whole) -> Source:
+    """Open a GIF as 1 frame a second, whatever its own delays; transparent places are black.
+
+    A frame that covers a part of the picture is shown over those before it, as the file says.
+
+    Raises:
+        MediaError: the file is not a GIF, or no frame of it decodes.
+    """
+    path = check_file(path)
+    count, broken = 0, False
+    try:
+        with Image.open(path, formats=("GIF",)) as gif:
+            if gif.width * gif.height > MAX_PIXELS:
+                raise MediaError("unsupported", path, f"{gif.width} x {gif.height} pixels are too many")
+            for frame in ImageSequence.Iterator(gif):
+                frame.load()
+                count += 1
+    except MediaError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise MediaError("unsupported", path, str(error)) from None
+    except Exception as error:  # Pillow's decoders raise OSError, EOFError, ValueError, struct.error ...
+        if not count:
+            raise _no_gif(path, error) from None
+        broken = True
+
+    def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
+        rest = set(wanted.tolist())
+        with Image.open(path, formats=("GIF",)) as gif:
+            for number, frame in zip(range(int(wanted[-1]) + 1), ImageSequence.Iterator(gif), strict=False):
+                if number in rest:
+                    frame = frame.convert("RGBA")
+                    shown = Image.alpha_composite(Image.new("RGBA", frame.size, "black"), frame)
+                    yield shrink(np.asarray(shown.convert("RGB")))
+
+    return Source(np.arange(count, dtype=np.float64), 1.0, float(count), broken, pictures)
+
+
+def _no_gif(path: Path, error: Exception) -> MediaError:
+    with open(path, "rb") as file:
+        if file.read(4) != b"GIF8":
+            return MediaError("not_media", path, f"cannot be read as a GIF ({error})")
+    reason = "truncated" if isinstance(error, EOFError) or "truncated" in str(error).lower() else "corrupt"
+    return MediaError(reason, path, f"no frame of the GIF can be read ({error}); fetch the file again")
+
+
+def last_number(name: str) -> int:
+    """What orders the files of a folder: the last number in a name, -1 where there is none."""
+    numbers = re.findall(r"\d+", Path(name).stem)
+    return int(numbers[-1]) if numbers else -1
+
+
+def open_folder(
+    path: str | Path, shrink: Shrink = whole, order: Callable[[str], int] = last_number, name: str = ""
+) -> Source:
+    """Open a folder of jpg, jpeg and png frames, ordered by what ``order`` makes of their names, then by name.
+
+    Numbers order the frames and do not time them: a gap in the numbers is no gap in time. There are 3 frames a second
+    if ``name`` (``path``, if it is empty) contains tvqa.
+
+    Raises:
+        MediaError: no such folder, or no pictures in it. ``pictures`` raises it for a broken picture.
+    """
+    path = Path(path)
+    try:
+        names = sorted(item.name for item in path.iterdir() if item.suffix.lower() in PICTURES)
+    except NotADirectoryError:
+        raise MediaError("not_media", path, "is no folder of frames; videos need the reader decord") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise MediaError("missing_file", path, f"the folder of frames cannot be read ({text})") from None
+    if not names:
+        raise MediaError("empty_file", path, "the folder has no jpg, jpeg or png files")
+    names.sort(key=order)
+    fps = 3.0 if "tvqa" in (name or str(path)) else 1.0
+
+    def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
+        return (shrink(np.asarray(read_image(path / names[number]))) for number in wanted.tolist())
+
+    return Source(np.arange(len(names)) / fps, fps, len(names) / fps, False, pictures)

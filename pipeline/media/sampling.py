@@ -1,0 +1,121 @@
+"""Which frames of a video are taken, and the message that tells the model when.
+
+The rules are the published recipe's (arXiv 2501.00574 and its training code), checked number by number against golden
+tables. With ``vlen`` frames at ``fps`` frames a second, ``duration`` seconds, bounds ``low`` and ``high`` and clips of
+``clip`` frames:
+
+* ``middle``: N = high, or low (vlen at most) if that is more; [0, vlen) is cut into n = min(N, vlen) intervals with
+  truncated edges, the floor of each interval's middle is taken, and the last frame is repeated up to N.
+* ``dynamic_fps1``: N = clip * floor(duration / clip), at least ``clip``, then at most ``high``, then at least ``low``
+  (which falls to clip * floor(vlen / clip) for a video with fewer than ``low`` frames); then as ``middle``.
+* ``fpsX``: times 1/(2X), 3/(2X), 5/(2X) ... seconds; time * fps rounded half to even; cut after ``high``, not padded.
+* ``rand``: N as ``middle``, one random frame of each interval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from pipeline.config.preprocessing import Frames
+
+
+def sample_indices(
+    frames: Frames, vlen: int, fps: float, duration: float, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Source frame numbers in [0, vlen), int64 (N,), in time order and with repeats.
+
+    Raises:
+        ValueError: the video has no frames; or ``dynamic_fps1`` gives a count that clips do not divide; or ``rand``
+            was asked for without ``rng``.
+    """
+    indices = frame_indices(frames.sampler, vlen, fps, duration, frames.min, frames.max, frames.clip_frames, rng)
+    if frames.sampler == "dynamic_fps1":
+        check_count(len(indices), frames.clip_frames)
+    return indices
+
+
+def frame_indices(
+    sampler: str,
+    vlen: int,
+    fps: float,
+    duration: float,
+    low: int,
+    high: int,
+    clip: int,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """The rules above for plain numbers: int64 (N,); ``fpsX`` may give none at all."""
+    if vlen < 1:
+        raise ValueError(f"a video of {vlen} frames cannot be sampled")
+    if sampler in ("middle", "rand"):
+        wanted = max(min(low, vlen), high)
+    elif sampler == "dynamic_fps1":
+        wanted = fps1_count(duration, vlen, low, high, clip)
+    else:
+        return _at_rate(float(sampler[3:]), vlen, fps, duration, high)
+    edges = np.linspace(0, vlen, min(wanted, vlen) + 1).astype(np.int64)
+    if sampler != "rand":
+        taken = (edges[:-1] + edges[1:] - 1) // 2
+    elif rng is None:
+        raise ValueError("frames.sampler rand needs a random generator; pass rng")
+    else:
+        taken = rng.integers(edges[:-1], edges[1:])
+    return _repeat_last(taken, wanted)
+
+
+def fps1_count(duration: float, frames: float, low: int, high: int, clip: int) -> int:
+    """How many frames ``dynamic_fps1`` wants of ``frames`` frames that last ``duration`` seconds."""
+    if frames < low:
+        low = int(frames // clip) * clip
+    return max(min(int(duration // clip) * clip or clip, high), low)
+
+
+def _at_rate(rate: float, vlen: int, fps: float, duration: float, high: int) -> np.ndarray:
+    gap = 1 / rate
+    times = np.arange(gap / 2, duration + gap / 2, gap)
+    taken = np.around(times * fps).astype(np.int64)
+    return taken[taken < vlen][:high]
+
+
+def _repeat_last(indices: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(indices, (0, count - len(indices)), mode="edge") if len(indices) < count else indices
+
+
+def check_count(count: int, clip_frames: int) -> None:
+    """Refuse a number of frames that whole clips do not make up (ValueError)."""
+    if count % clip_frames:
+        raise ValueError(f"{count} frames are not a multiple of {clip_frames} (frames.clip_frames); change frames.max")
+
+
+def fit_to_clips(indices: np.ndarray, vlen: int, clip_frames: int) -> np.ndarray:
+    """``indices`` with the last repeated up to a multiple of ``clip_frames``; the middle frame where none are given.
+
+    ``middle`` and ``dynamic_fps1`` pass unchanged; ``fpsX`` may end within a clip or take nothing of a short video.
+    """
+    if not len(indices):
+        indices = np.array([(vlen - 1) // 2], dtype=np.int64)
+    return _repeat_last(indices, -(-len(indices) // clip_frames) * clip_frames)
+
+
+def media_seed(seed: int, key: str) -> int:
+    """Seed of the ``rand`` sampler for one media item: the build and every later reading draw the same frames."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")
+
+
+def time_message(style: str, duration: float, indices: np.ndarray, fps: float) -> str:
+    """What is said after every image mark of a video; starts with a newline and ends with a space, or is empty.
+
+    Args:
+        style: ``short`` (count only), ``long`` (the second of every frame, one decimal) or ``none``.
+        duration: seconds of the video, or of its clip.
+        indices: frame numbers, repeats included; they count from the start of the clip.
+    """
+    if style == "none":
+        return ""
+    head = f"\nThe video lasts for {duration:.2f} seconds, and {len(indices)} frames are uniformly sampled"
+    if style == "short":
+        return f"{head} from it. "
+    seconds = np.around(np.asarray(indices) / fps, 1).tolist()  # numpy's rounding, as published: 0.05 gives 0.0
+    return f"{head} at {', '.join(map(str, seconds))} seconds. "

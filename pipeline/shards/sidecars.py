@@ -1,0 +1,61 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from pipeline.shards.writer import ShardInfo
+from pipeline.utils.atomic_io import write_atomic
+
+ENERGON_VERSION = "7.4.1"  #: the Megatron-Energon release whose folder layout is written
+
+
+def read_reader_files(folder: str | Path) -> list[ShardInfo]:
+    """The shards that ``write_reader_files`` described in ``folder``, in order of name; ``sha256`` is empty."""
+    folder, shards = Path(folder), []
+    for path in folder.glob("shardindex*.json"):
+        for part in json.loads(path.read_bytes())["shardlist"]:
+            offsets = np.frombuffer((folder / f"{part['url']}.idx").read_bytes(), dtype="<u8")
+            numbers = (part["nsamples"], part["filesize"], "", part["md5sum"])
+            shards.append(ShardInfo(part["url"], *numbers, tuple(offsets.tolist())))
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def write_reader_files(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
+    """Write what Megatron-Energon and wids expect beside the shards of one folder (video, image or dialogue).
+
+    ``.nv-meta/`` and ``NAME.tar.idx`` are Energon's (its parsers refuse unknown keys, so nothing of ours is added);
+    ``shardindex.json`` (train) and ``shardindex-val.json`` are wids shard indexes.
+    """
+    folder = Path(folder)
+    shards = sorted(shards, key=lambda shard: shard.name)
+    for shard in shards:
+        write_atomic(folder / f"{shard.name}.idx", np.array(shard.sample_offsets, dtype="<u8").tobytes())
+    splits = {split: [shard for shard in shards if shard.split == split] for split in ("train", "val", "test")}
+    for split, parts in splits.items():
+        if parts:
+            index = {
+                "__kind__": "wids-shard-index-v1",
+                "wids_version": 1,
+                "name": f"{folder.name}-{split}",
+                "shardlist": [
+                    {"url": part.name, "nsamples": part.samples, "filesize": part.bytes, "md5sum": part.md5}
+                    for part in parts
+                ],
+            }
+            name = "shardindex.json" if split == "train" else f"shardindex-{split}.json"
+            write_atomic(folder / name, (json.dumps(index, indent=1) + "\n").encode())
+
+    meta = folder / ".nv-meta"
+    meta.mkdir(parents=True, exist_ok=True)
+    info = {"energon_version": ENERGON_VERSION, "shard_counts": {shard.name: shard.samples for shard in shards}}
+    parts = {split: [part.name for part in parts] for split, parts in splits.items()}
+    dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    write_atomic(meta / ".info.json", (json.dumps(info, indent=1) + "\n").encode())
+    write_atomic(meta / "split.yaml", yaml.safe_dump({"exclude": [], "split_parts": parts}, sort_keys=False).encode())
+    write_atomic(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())

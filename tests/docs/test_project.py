@@ -1,0 +1,387 @@
+"""The project around the code: what its README, documents, licence and dependencies say is what is there."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.annotations.normalize import AnnotationError, normalise
+from pipeline.annotations.reader import read_annotations
+from pipeline.config.data import Entry
+from pipeline.config.manifest import Manifest, load_manifest
+from pipeline.shards.index import FILES
+from pipeline.shards.ledger import REASONS, SCHEMA
+from pipeline.shards.samples import dialogue_json, media_json
+from tests.helpers.paths import ROOT
+
+PACKAGES = ("pipeline", "trainer", "tools")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# README and documents -------------------------------------------------------------------------------------------------
+
+
+def tree(text: str) -> dict[str, str]:
+    """Files of the README's tree (a fenced block that opens with ```tree) with what it says about each."""
+    block = re.search(r"^```tree\n(.*?)^```$", text, re.S | re.M)
+    assert block, "the README has no tree"
+    files, folders = {}, []
+    for line in block[1].splitlines():
+        name, _, words = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        del folders[depth:]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            path = "".join(folders) + name
+            assert path not in files, f"{path} stands twice"
+            files[path] = words.strip()
+    return files
+
+
+def test_readme_tree_names_every_file_once_and_no_other():
+    named = tree(README)
+    found = {relative(path) for path in SOURCES if path.name != "__init__.py"}
+    found |= {relative(path) for package in PACKAGES for path in (ROOT / package).rglob("*.j2")}
+    found |= {relative(path) for kind in ("yaml", "sbatch") for path in (ROOT / "manifests").rglob(f"*.{kind}")}
+    found |= {relative(path) for path in (ROOT / "docs").glob("*.md")}
+    found |= {relative(path) for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "__init__.py"}
+    assert set(named) == found
+    assert all(named.values()), "a file of the tree has no line that says what it is"
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_documents_name_only_what_exists(path):
+    text = path.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.M))
+    assert set(re.findall(r"`?\bmake ([a-z]+)`|^ {4}make ([a-z]+)\b", text, re.M)) <= {
+        pair for target in targets for pair in ((target, ""), ("", target))
+    }
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (path.parent / link).exists(), f"{link} is not there"
+    for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        target = path.parent / link if link else path
+        assert anchor in anchors(target.read_text(encoding="utf-8")), f"{link}#{anchor} is not there"
+    for name in re.findall(r"python (?:-m )?((?:pipeline|trainer|tools)[\w./]*)", text):
+        candidates = [ROOT / name] if name.endswith(".py") else [ROOT / (name.replace(".", "/") + ".py")]
+        candidates.append(ROOT / name.replace(".", "/") / "__main__.py")
+        assert any(candidate.is_file() for candidate in candidates), f"{name} cannot be run"
+    for name in re.findall(r"\b((?:pipeline|trainer|tools|manifests|tests|docs)/[\w./]+\.(?:py|yaml|md))", text):
+        assert (ROOT / name).is_file(), f"{name} is not there"
+
+
+def test_the_two_commands_of_the_readme_are_targets():
+    commands = re.findall(r"^ {4}(make \w+)", README, re.M)
+    assert commands[:2] == ["make demo", "make test"]
+
+
+def fields(cls: type, path: str = "") -> Iterator[tuple[str, dataclasses.Field, str]]:
+    """(dotted name, field, type in words) of every field that a manifest can hold."""
+    words = {"str": "text", "int": "integer", "float": "number", "bool": "true/false"}
+    for field in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[field.name]
+        many = typing.get_origin(hint) is tuple
+        inner = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        if inner:
+            yield from fields(inner, f"{path}{field.name}{'[]' if many else ''}.")
+        else:
+            first = next(iter(typing.get_args(hint)), hint)
+            yield f"{path}{field.name}", field, words[first.__name__]
+
+
+def manual_cells(name: str, field: dataclasses.Field, kind: str) -> str:
+    """The first three cells of a field's row in docs/manifest.md."""
+    choices, low = field.metadata.get("choices") or (), field.metadata.get("low")
+    allowed = ", ".join(f"`{choice}`" for choice in choices) or (f"{kind}, at least {low}" if low is not None else kind)
+    default = field.default
+    if isinstance(default, bool):
+        shown = f"`{str(default).lower()}`"
+    else:
+        shown = "required" if default is dataclasses.MISSING else "none" if default is None else f"`{default}`"
+    shown = "empty" if shown == "``" else shown
+    return f"| `{name}` | {allowed} | {shown} |"
+
+
+def test_every_manifest_field_is_documented_with_its_values_and_default():
+    lines = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if re.match(r"\| `[a-z0-9_.\[\]]+` \|", line)]
+    wanted = [manual_cells(*field) for field in fields(Manifest)]
+    missing = [cells for cells in wanted if not any(row.startswith(cells + " ") for row in rows)]
+    assert not missing, "add to docs/manifest.md:\n" + "\n".join(missing)
+    assert len(rows) == len(wanted), "docs/manifest.md describes a field that does not exist"
+    assert all(len(row.split(" | ")) == 4 and len(row.split(" | ")[3]) > 5 for row in rows), "say what it means"
+
+
+def test_every_manifest_field_is_read_somewhere():
+    """A field that nothing reads would be a switch without a wire."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    for name, _, _ in fields(Manifest):
+        leaf = name.rpartition(".")[2]
+        assert re.search(rf"\.{leaf}\b(?! ?[:(]| ?=[^=])", text), f"{name} is read nowhere"
+
+
+def test_the_format_page_names_every_field_column_and_reason():
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    named = {word for cell in re.findall(r"^\| (`[^|]+`) \|", text, re.M) for word in re.findall(r"`([^`]+)`", cell)}
+    nothing = {name: 0 for name in ("start", "width", "height", "source_width", "source_height", "vlen", "fps")}
+    lists = {name: [] for name in ("sample", "frame_index", "timestamps")}
+    media = media_json(key="", kind="", source="", duration=0, salvaged=False, sha256="", **nothing, **lists)
+    dialogue = dialogue_json(key="", id="", entry="", split="", media=[], conversations=[], meta={})
+    columns = {name for schema in (*FILES.values(), SCHEMA) for name in schema.names}
+    wanted = columns | json.loads(media).keys() | json.loads(dialogue).keys() | REASONS.keys()
+    assert wanted <= named, f"docs/format.md lacks {sorted(wanted - named)}"
+    reasons = re.search(r"\| reason \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)+)", text)[1]
+    assert re.findall(r"^\| `(\w+)`", reasons, re.M) == list(REASONS)
+
+
+def fenced(path: Path, language: str) -> str:
+    """The only fenced block of a language in a document."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.S | re.M)
+    assert len(blocks) == 1, f"{relative(path)}: {len(blocks)} blocks of {language}"
+    return blocks[0]
+
+
+def test_the_readmes_manifest_loads(tmp_path):
+    text = fenced(ROOT / "README.md", "yaml").replace("extends: ", f"extends: {ROOT}/")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    manifest = load_manifest(tmp_path / "mine.yaml")
+    assert [entry.split for entry in manifest.data.entries] == ["train", "val"]
+    used = re.findall(r"--stage (\d) --manifest mine\.yaml", README)
+    assert used and set(used) == {str(manifest.stage)}
+
+
+def test_the_annotation_examples_are_read_as_described(tmp_path):
+    (tmp_path / "a.jsonl").write_text(fenced(ROOT / "docs" / "annotations.md", "jsonl"), encoding="utf-8")
+    whole, clip, pair = read_annotations(tmp_path / "a.jsonl", Entry(annotation="a.jsonl", root="r"))
+    assert (whole.id, [(m.path, m.start, m.end) for m in whole.media]) == ("a1", [("a.mp4", None, None)])
+    assert [(m.path, m.start, m.end) for m in clip.media] == [("a.mp4", 2, 5.5)]
+    assert (clip.id, clip.meta, clip.turns[0]) == (
+        "1",
+        {"family": "colour"},
+        {"from": "human", "value": "<image>\nWhich colour?"},
+    )
+    assert [(m.kind, m.path) for m in pair.media] == [("image", "b.jpg"), ("image", "c.jpg")]
+
+
+def test_names_that_the_annotation_page_calls_unread_are_unread():
+    entry, mark = Entry(annotation="a.jsonl", root="r", media_type="video"), "<image>\n"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    marked = [{"from": "human", "value": f"{mark}What?"}, turns[1]]
+    with pytest.raises(AnnotationError) as error:
+        normalise({"messages": turns, "video": "a.mp4"}, entry, 0)
+    assert error.value.reason == "no_conversations"
+    for conversation in (turns, marked):
+        for name in ("images", "videos"):
+            with pytest.raises(AnnotationError) as error:
+                normalise({"conversations": conversation, name: ["a.mp4"]}, entry, 0)
+            assert error.value.reason == "bad_media"
+
+
+# Licence and dependencies ---------------------------------------------------------------------------------------------
+
+
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def requirements(text: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def test_licence_is_the_whole_apache_licence():
+    words = " ".join((ROOT / "LICENSE").read_text(encoding="utf-8").split())
+    assert words.startswith("Apache License Version 2.0, January 2004")
+    assert hashlib.sha256(words.encode()).hexdigest() == APACHE_2
+    assert setup()["metadata"]["license"] == "Apache-2.0"
+
+
+#: sha256 of the licence's words joined by single spaces, as in apache.org/licenses/LICENSE-2.0.txt
+APACHE_2 = "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_constraints_pin_every_dependency_within_its_bounds(python):
+    pins = {}
+    for pin in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8")):
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin} is not exact"
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice"
+            pins[canonicalize_name(pin.name)] = str(pin.specifier)[2:]
+    options = setup()
+    wanted = requirements(options["options"]["install_requires"] + options["options.extras_require"]["dev"])
+    for requirement in wanted:
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), f"{requirement} is not pinned"
+
+
+def brought_along(waiting: list[Requirement]) -> set[str]:
+    """Requirements and what they depend on here; torch pins its own CUDA parts exactly."""
+    needed = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in needed or name.startswith(("nvidia-", "cuda-", "triton")):
+            continue
+        needed.add(name)
+        for line in importlib.metadata.requires(name) or []:
+            inner = Requirement(line)
+            extras = [*requirement.extras, ""]
+            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(inner)
+    return needed
+
+
+def test_constraints_pin_what_dependencies_depend_on():
+    """Nothing that `pip install -e .[dev]` brings along is left to chance."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    options = setup()
+    needed = brought_along(
+        requirements(options["options"]["install_requires"] + options["options.extras_require"]["dev"])
+    )
+    assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints.txt"
+    unpaired = {pin.name for pin in requirements(text) if pin.marker and "<" in str(pin.marker)}
+    assert pinned <= needed | {canonicalize_name(name) for name in unpaired}, "constraints.txt pins what nothing needs"
+
+
+def test_constraints_of_the_peers_are_exact_and_within_bounds():
+    pins = requirements((ROOT / "constraints-peers.txt").read_text(encoding="utf-8"))
+    exact = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
+    assert len(exact) == len(pins) and all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    for requirement in requirements(setup()["options.extras_require"]["peers"]):
+        assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), (
+            f"{requirement} is not pinned"
+        )
+    both = {canonicalize_name(pin.name) for pin in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8"))}
+    assert not both & exact.keys(), "constraints.txt has it already"
+
+
+@pytest.mark.peers
+def test_constraints_pin_what_the_peers_depend_on():
+    pytest.importorskip("megatron.energon")
+    needed = brought_along(requirements(setup()["options.extras_require"]["peers"]))
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "constraints-peers.txt"))
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints-peers.txt"
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports absolutely."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_imports_are_declared_dependencies():
+    options = setup()
+    declared = [options["options"]["install_requires"], *options["options.extras_require"].values()]
+    named = {canonicalize_name(requirement.name) for text in declared for requirement in requirements(text)}
+    owners = importlib.metadata.packages_distributions()
+    optional = {"flash_attn": "flash-attn", "megatron": "megatron-energon"}
+    for path in SOURCES:
+        for name in imported(path) - set(PACKAGES) - sys.stdlib_module_names:
+            owner = owners.get(name, [optional.get(name, name)])
+            assert named & {canonicalize_name(item) for item in owner}, f"{relative(path)} imports {name}"
+
+
+def test_declared_dependencies_are_imported():
+    owners = importlib.metadata.packages_distributions()
+    used = {canonicalize_name(owner) for path in SOURCES for name in imported(path) for owner in owners.get(name, [])}
+    named = {canonicalize_name(item.name) for item in requirements(setup()["options"]["install_requires"])}
+    assert named - used == {"tensorboard"}  # torch.utils.tensorboard needs it
+
+
+def test_arrows_go_one_way():
+    """tools and trainer use pipeline, pipeline uses neither."""
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        assert not imported(path) & {"trainer", "tools"}, f"{relative(path)} reaches up"
+    for path in (ROOT / "trainer").rglob("*.py"):
+        assert "tools" not in imported(path), f"{relative(path)} imports tools"
+
+
+# Calls that run or unpack what others wrote ---------------------------------------------------------------------------
+
+BANNED = {"os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+
+
+def banned(text: str) -> list[str]:
+    """Calls in Python source ``text`` that the project never makes, as ``line: call``."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        bad = (
+            name in BANNED
+            or name in ("eval", "exec")
+            or name.endswith((".extractall", ".extract"))
+            or (name == "torch.load" and keywords.get("weights_only") != "True")
+            or keywords.get("shell", "False") != "False"
+            or keywords.get("allow_pickle", "False") != "False"
+            or keywords.get("trust_remote_code", "False") != "False"
+        )
+        if bad:
+            found.append(f"{node.lineno}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_banned_calls(path):
+    assert not banned(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "subprocess.run(line, shell=True)",
+        "os.system(line)",
+        "pickle.load(file)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "tar.extractall(path)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "eval(text)",
+    ],
+)
+def test_banned_calls_are_seen(call):
+    assert banned(f"if True:\n    x = {call}\n") == [f"2: {call.partition('(')[0]}"]
+
+
+@pytest.mark.parametrize("call", ["torch.load(p, weights_only=True)", "model.eval()", "run(['a'], shell=False)"])
+def test_allowed_calls_are_not(call):
+    assert not banned(call)

@@ -1,0 +1,103 @@
+"""docs/reuse.md: every example is run on a built root, and what it prints is right."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.corpora.real_root import build
+from tests.helpers.model.torchvision_import import import_torchvision
+from tests.helpers.paths import ROOT
+
+import_torchvision()  # before anything imports transformers
+
+PAGE = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")
+HUB_NAME = '"Qwen/Qwen3-VL-8B-Instruct"'
+SHOWN = "torch.Size([8, 112, 112, 3])"
+
+#: heading, the module that it needs, and what is printed by its example
+EXAMPLES = [
+    ("PyTorch", "torch", [SHOWN + r" \[0.88, .*\]", r"\[{'from': 'human', 'value': .*}\]", "6 5"]),
+    (
+        "Hugging Face processors",
+        "torchvision",
+        [r"{'role': 'user', 'content': \[{'type': 'video'}, .*", ".*'video_grid_thw'.*"],
+    ),
+    ("webdataset", "webdataset", [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
+    ("wids", "wids", ["3 " + SHOWN]),
+    ("datasets", "datasets", ["3 " + SHOWN]),
+    ("Megatron-Energon", "megatron", [SHOWN + r" torch.Size\(\[8\]\) [12]"] * 3),
+]
+#: runs example.py, in the peers' environment with torchvision imported first
+RUN = """
+import runpy
+from tests.helpers.model.torchvision_import import import_torchvision
+import_torchvision()
+runpy.run_path("example.py", run_name="__main__")
+"""
+PEERS = ("torchvision", "datasets", "megatron")
+
+
+def example(heading: str, language: str = "python") -> str:
+    """The only block of a language below a heading."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M)[1]
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", section, re.S | re.M)
+    return block
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder in which shards/stage3 is a built root."""
+    folder = tmp_path_factory.mktemp("reuse")
+    root = build(folder / "built")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "stage3").symlink_to(root)
+    return folder
+
+
+def test_every_example_is_run():
+    assert re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", PAGE, re.M) == [heading for heading, *_ in EXAMPLES]
+    assert all(ast.parse(example(heading)) for heading, *_ in EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("heading", "needs", "printed"),
+    [pytest.param(*case, id=case[0], marks=[pytest.mark.peers] * (case[1] in PEERS)) for case in EXAMPLES],
+)
+def test_example(place, heading, needs, printed):
+    if not importlib.util.find_spec(needs):
+        pytest.skip(f"{needs} is not installed")
+    code = example(heading)
+    if HUB_NAME in code:
+        from tests.helpers.model.processors import processor
+
+        processor("qwen3_vl").save_pretrained(place / "processor")
+        code = code.replace(HUB_NAME, '"processor"')
+    (place / "example.py").write_text(code, encoding="utf-8")
+    cache = {"HF_HOME": str(place / "cache"), "WIDS_CACHE": str(place / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN]
+    run = subprocess.run(command, cwd=place, env={**os.environ, **cache}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    wanted = [line.replace(SHOWN, re.escape(SHOWN)) for line in printed]
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+@pytest.mark.peers
+def test_energon_info(place):
+    if not importlib.util.find_spec("megatron"):
+        pytest.skip("megatron is not installed")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-ec", example("Megatron-Energon", "sh")]
+    said = subprocess.run(command, cwd=place, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "4 samples" in said.stdout and "in 2 shards" in said.stdout

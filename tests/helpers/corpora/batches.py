@@ -1,0 +1,16 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from pipeline import build_loader
+from pipeline.loading.batch import Batch
+
+
+def contents(batch: Batch) -> dict:
+    """All that a row holds, comparable."""
+    values = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
+    return {name: value.numpy().tobytes() if hasattr(value, "numpy") else value for name, value in values.items()}
+
+
+def batches(made) -> list[dict]:
+    return [contents(batch) for batch in build_loader(made)]

@@ -1,0 +1,129 @@
+"""A small real corpus, its shards and a manifest, for tests that run the real command lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import yaml
+from PIL import Image
+
+from tests.helpers.paths import ROOT
+
+PROJECT = ROOT
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), "white": (240, 240, 240)}
+
+
+def environment() -> dict[str, str]:
+    """Environment of a command under test: this interpreter's programs first, one thread a process, no GPU."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def run(*command: str, check: bool = True, cwd: Path = PROJECT) -> subprocess.CompletedProcess:
+    """Run a command to its end in ``cwd``; shows its output where it fails."""
+    done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=280)
+    if check and done.returncode:
+        raise AssertionError(
+            f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
+    return done
+
+
+def train_command(manifest: Path, ranks: int, *assignments: str) -> list[str]:
+    """The command that trains ``manifest`` on ``ranks`` processes of this machine."""
+    sets = [word for assignment in assignments for word in ("--set", assignment)]
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, "-m", "trainer", "--manifest", str(manifest), *sets]
+
+
+def log(folder: Path) -> list[dict]:
+    """The records of RUN/log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def write_video(path: Path, colour: tuple[int, int, int], seconds: int, rate: int = 4, seed: int = 0) -> None:
+    """An H.264 clip of a coloured square that moves over noise."""
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
+        stream.width = stream.height = 96
+        stream.pix_fmt = "yuv420p"
+        for i in range(seconds * rate):
+            picture = rng.integers(0, 60, (96, 96, 3), dtype=np.uint8)
+            at = 8 + 2 * i % 48
+            picture[24:64, at : at + 40] = colour
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+
+
+def make(folder: Path, videos: int = 8, stage: int = 2, **over: object) -> Path:
+    """Write clips, stills, texts, annotations and a manifest into ``folder``, build the shards; the manifest's path."""
+    media = folder / "media"
+    media.mkdir(parents=True)
+    names = list(COLOURS)
+    samples = []
+    for i in range(videos):
+        colour = names[i % len(names)]
+        write_video(media / f"v{i}.mp4", COLOURS[colour], seconds=4 + i % 5, seed=i)
+        for question in ("Which colour is it?", "Name the colour."):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": colour}]
+            samples.append(
+                {"id": f"v{i}-{question[0]}", "video": f"v{i}.mp4", "conversations": turns, "family": "colour"}
+            )
+    for i, size in enumerate(((128, 128), (300, 140), (90, 260))):
+        Image.new("RGB", size, COLOURS[names[i]]).save(media / f"s{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": names[i]}]
+        samples.append({"id": f"s{i}", "image": f"s{i}.png", "conversations": turns})
+    for i in range(3):
+        turns = [{"from": "human", "value": f"What is {i} plus 1?"}, {"from": "gpt", "value": str(i + 1)}]
+        samples.append({"id": f"t{i}", "conversations": turns})
+    (folder / "all.json").write_text(json.dumps(samples))
+    (folder / "val.json").write_text(json.dumps(samples[: 2 * videos]))
+    manifest = {
+        "stage": stage,
+        "output": str(folder / "run"),
+        "shards": str(folder / "shards"),
+        "data": {
+            "entries": [
+                {"annotation": str(folder / "all.json"), "root": str(media)},
+                {"annotation": str(folder / "val.json"), "root": str(media), "split": "val"},
+            ]
+        },
+        "frames": {"sampler": "dynamic_fps1", "min": 4, "max": 8, "size": 128},
+        "images": {"max_grid": 2},
+        "text": {"tokenizer": str(PROJECT / "tests" / "golden" / "tokens_labels" / "tokenizer"), "max_tokens": 1024},
+        "batching": {"global_batch": 6, "row_multiple": 4},
+        "model": {
+            "vision_tower": {"width": 32, "depth": 3, "heads": 2, "table_side": 8, "group_clips": 4},
+            "language_model": {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 1024,
+                "max_position_embeddings": 4096,
+            },
+        },
+        "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
+        "train": {
+            "vision_tower": {"train": True, "lr": 1e-3},
+            "connector": {"train": True, "lr": 3e-3, "weight_decay": 0.01},
+            "language_model": {"train": True, "lr": 2e-3},
+            "dtype": "fp32",
+            "persistence_threshold": 0,
+            "epochs": 3,
+            "save_every": 3,
+        },
+        **over,
+    }
+    path = folder / "manifest.yaml"
+    path.write_text(yaml.safe_dump(manifest, sort_keys=False))
+    run(sys.executable, "tools/build_shards.py", "--stage", str(stage), "--manifest", str(path), "--workers", "1")
+    return path

@@ -1,0 +1,34 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.preprocessing import Text
+from pipeline.tokenization.chat_template import (
+    MARK,
+    Conversation,
+    text_of,
+)
+from tests.helpers.golden_data import GOLDEN, TOKENIZER, json_lines, present
+
+HERE = present("tokens_labels/tokenizer/tokenizer.json", "tokens_labels/tokenizer/tokenizer_config.json")
+
+
+def conversation(template: str = "qwen_2", folder: Path = TOKENIZER, **settings) -> Conversation:
+    return Conversation(Text(tokenizer=str(folder), template=template, **settings))
+
+
+FOLDER = GOLDEN / "tokens_labels" / "tokenizer"
+
+ROWS = json_lines("tokens_labels/cases.jsonl") if HERE else []
+
+
+def encode(row: dict, turns: list[dict], fetch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels without the check that marks and media agree, which the published code does not make."""
+    coder = conversation(row["version"], FOLDER)
+    kinds = [] if row["media"] == "text" else [row["media"]] * sum(text_of(turn).count(MARK) for turn in turns)
+    kinds = kinds or ([] if row["media"] == "text" else [row["media"]])
+    return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds), fetch)])[0]

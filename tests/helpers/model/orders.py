@@ -1,0 +1,67 @@
+"""Rows of four kinds in every order over the ranks, and what one process makes of them: used by test and worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from pipeline.config.manifest import Manifest
+from pipeline.config.model import InitFrom
+from pipeline.loading.batch import Batch
+from tests.helpers.model.manifests import manifest
+from tests.helpers.model.rows import SMALL, dialogue, pack
+from trainer.model.video_llm import VideoLLM, build_model
+from trainer.weights.load import initialise
+
+SIDE = 160  #: pixels: a still of 100 patches is merged too
+KINDS = ("text", "still", "video", "mixed")
+ORDERS = list(itertools.permutations(KINDS))
+SEEDS = (65, 19, 41)  #: of the noise of still, video and mixed
+SOME = ORDERS[::11]  #: for settings that are no different from others but in one thing
+SETTINGS = {  #: name -> fields of ``train``, orders
+    "zero3": ({"zero_stage": 3}, ORDERS),
+    "zero1": ({"zero_stage": 1}, SOME),
+    "zero2_offload": ({"zero_stage": 2, "offload": "optimizer"}, SOME),
+    "zero3_offload": ({"zero_stage": 3, "offload": "all"}, SOME),
+}
+
+
+def row(kind: str, groups: int = 1) -> Batch:
+    """One dialogue of noise as a row; the seeds are those whose merging choices have a margin, as the test checks."""
+    made = {
+        "text": lambda: dialogue(0, text=30, size=SIDE),
+        "still": lambda: dialogue(SEEDS[0], stills=2, text=14, size=SIDE),
+        "video": lambda: dialogue(SEEDS[1], clips=3, text=11, size=SIDE),
+        "mixed": lambda: dialogue(SEEDS[2], clips=1, stills=1, text=9, size=SIDE),
+    }
+    return pack([made[kind]()], groups, SIDE)
+
+
+def side_by_side(order: tuple[str, ...], world: int) -> list[list[Batch]]:
+    """The rows of each micro-step, one for each rank, with as many tower groups as the fullest needs."""
+    steps = []
+    for start in range(0, len(order), world):
+        kinds = order[start : start + world]
+        units = max(len(row(kind).clips) + len(row(kind).stills) for kind in kinds)
+        steps.append([row(kind, max(1, -(-units // 2))) for kind in kinds])
+    return steps
+
+
+def settings(**train) -> Manifest:
+    """A small model in float32 that nothing but its gradient is wanted of."""
+    base = manifest(SIDE, SMALL)
+    plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, persistence_threshold=0, **train)
+    return dataclasses.replace(base, train=plain, init_from=InitFrom(run="start"))
+
+
+def one_process() -> tuple[float, dict[str, torch.Tensor], VideoLLM]:
+    """Loss and gradients of the four rows as one global batch without DeepSpeed, and the model."""
+    made = settings()
+    model = build_model(made)
+    initialise(model, made)
+    model.train()
+    loss = sum(model(row(kind)) for kind in KINDS) / len(KINDS)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}, model

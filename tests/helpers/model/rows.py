@@ -1,0 +1,119 @@
+"""Rows for tests of the model: small random models, dialogues and their packing, independent of the loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.config.model import LanguageModel, Model, VisionTower
+from pipeline.loading.batch import Batch
+from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from trainer.model.video_llm import VideoLLM
+from trainer.weights.load import fill, random_tensor
+from trainer.weights.tensor_files import Stored
+
+SIZE = 128
+SMALL = Model(
+    vision_tower=VisionTower(width=48, depth=3, heads=4, patch=16, table_side=8, group_clips=2),
+    language_model=LanguageModel(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        rms_norm_eps=1e-6,
+    ),
+)
+
+INTERNVIDEO2 = dataclasses.replace(
+    SMALL,
+    vision_tower=VisionTower(
+        type="internvideo2", width=48, depth=3, heads=4, patch=16, mlp_ratio=48 / 11, group_clips=2, drop_path=0.0
+    ),
+)
+
+
+def small_model(recompute: bool = False, cfg: Model = SMALL, scale: float = 8.0, size: int = SIZE) -> VideoLLM:
+    """A model whose start values are ``scale`` times those of training, so that outputs differ visibly."""
+    model = VideoLLM(cfg, size, 4, recompute)
+    values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
+    values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
+    fill(model, {name: Stored(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
+    return model
+
+
+def parameters(model: VideoLLM) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(model.named_parameters())
+
+
+@dataclass
+class Dialogue:
+    """Ids with IMAGE repeated for every visual token, labels as written, and its own media in order of use."""
+
+    ids: list[int]
+    labels: list[int]
+    clips: torch.Tensor  # (n, 4, S, S, 3)
+    stills: torch.Tensor  # (m, S, S, 3)
+    visual: list[tuple[str, int]] = field(default_factory=list)  # ("clip" | "still", token of the dialogue's own)
+    weight: float | None = None  # of every labelled place; 1 / labelled places if not given
+
+
+def no_clips(size: int = SIZE) -> torch.Tensor:
+    return torch.zeros(0, 4, size, size, 3, dtype=torch.uint8)
+
+
+def no_stills(size: int = SIZE) -> torch.Tensor:
+    return torch.zeros(0, size, size, 3, dtype=torch.uint8)
+
+
+def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12, size: int = SIZE) -> Dialogue:
+    """Text with all clips, then all stills, at its third place; two places in three are labelled."""
+    make = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, 96, (text,), generator=make).tolist()
+    visual = [("clip", i) for i in range(64 * clips)] + [("still", i) for i in range(64 * stills)]
+    ids = words[:2] + [IMAGE] * len(visual) + words[2:]
+    labels = [IGNORE if word == IMAGE or place % 3 == 0 else word for place, word in enumerate(ids)]
+
+    def pictures(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*shape, size, size, 3), generator=make, dtype=torch.uint8)
+
+    return Dialogue(ids, labels, pictures(clips, 4), pictures(stills), visual)
+
+
+def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
+    """One row of these dialogues; an empty list makes the empty row."""
+    clips = torch.cat([d.clips for d in dialogues] or [no_clips(size)])
+    stills = torch.cat([d.stills for d in dialogues] or [no_stills(size)])
+    index, clips_before, stills_before = [], 0, 0
+    for d in dialogues:
+        before = {"clip": 64 * clips_before, "still": 64 * (len(clips) + stills_before)}
+        index += [before[kind] + token for kind, token in d.visual]
+        clips_before, stills_before = clips_before + len(d.clips), stills_before + len(d.stills)
+    rows = [(d.ids, [IGNORE, *d.labels[1:]], d.weight) for d in dialogues] or [([0], [IGNORE], 1.0)]
+    weights = []
+    for _, labels, weight in rows:
+        labelled = sum(label != IGNORE for label in labels)
+        each = 1 / max(labelled, 1) if weight is None else weight
+        weights += [each if label != IGNORE else 0.0 for label in labels]
+    lengths = [len(ids) for ids, _, _ in rows]
+    return Batch(
+        epoch=0,
+        step=0,
+        micro=0,
+        micros=1,
+        last=True,
+        keys=[f"d{n}" for n in range(len(dialogues))],
+        input_ids=torch.tensor([token for ids, _, _ in rows for token in ids]),
+        labels=torch.tensor([label for _, labels, _ in rows for label in labels]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        token_weight=torch.tensor(weights, dtype=torch.float32),
+        total_weight=float(len(dialogues)),
+        clips=clips,
+        stills=stills,
+        visual_index=torch.tensor(index, dtype=torch.int64),
+        groups=groups,
+    )

@@ -1,0 +1,58 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipeline.config.manifest import Manifest
+from pipeline.config.model import InitFrom
+from tests.helpers.model.manifests import FROZEN, manifest
+from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack
+
+EPSILON = 1e-4  #: of AdamW: large enough that a gradient which is but rounding makes no step
+
+
+STARTS = {  #: folder of the start weights -> architecture
+    "start": SMALL,
+    "tied": dataclasses.replace(
+        SMALL, language_model=dataclasses.replace(SMALL.language_model, tie_word_embeddings=True)
+    ),
+    "internvideo2": INTERNVIDEO2,
+}
+
+
+#: the tensors of ``start`` in files of other layouts; relative, because rank 1 works in a folder that has none of them
+FILES = {
+    "released": InitFrom(run="released"),
+    "own_files": InitFrom(vision_tower="encoder.pt", connector="mm_projector.bin", language_model="qwen"),
+}
+
+
+def settings(init: InitFrom, start: str = "start", **train) -> Manifest:
+    base = manifest(SIZE, STARTS[start], **train)
+    plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, epsilon=EPSILON)
+    return dataclasses.replace(base, train=plain, init_from=init)
+
+
+RATE = 1e-2
+
+
+def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
+    """Name -> manifest and, for every step, the row of each rank."""
+    text, video = dialogue(0, text=20), dialogue(1, clips=2, text=11)
+    stills, both, long = dialogue(2, stills=3), dialogue(3, clips=1, stills=1, text=9), dialogue(4, clips=9, text=60)
+    steps = [
+        (pack([text]), pack([video])),
+        (pack([long, text], groups=9), pack([video], groups=9)),  # nine groups beside one, as nine with dummies
+        (pack([]), pack([both, text, stills])),
+        (pack([stills]), pack([], groups=1)),
+    ]
+    start, frozen = InitFrom(run="start"), {"language_model": FROZEN}
+    return {
+        "all_trained": (settings(start), steps),
+        "stage_1": (settings(start, vision_tower=FROZEN, **frozen), steps),
+        "stage_4": (settings(start, **frozen), steps),
+        "tied_head": (settings(InitFrom(run="tied"), "tied"), steps),
+        "internvideo2_trained": (settings(InitFrom(run="internvideo2"), "internvideo2"), steps),
+        **{name: (settings(init), steps[2:3]) for name, init in FILES.items()},
+    }

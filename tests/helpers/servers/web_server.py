@@ -1,0 +1,113 @@
+"""A web server on the loopback interface that does what a test tells it to, well or badly."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tools.fetch.http.retry import Limits
+
+#: Limits under which a test is done in seconds.
+QUICK = Limits(seconds=30, bytes=1 << 20, retries=3, stall=0.5, backoff=0.01)
+
+
+class Server:
+    """Answers GET by ``routes[path without query](request)``; 404 where there is none. ``asked`` holds the path and the
+    headers of every request, with small names."""
+
+    def __init__(self):
+        self.routes, self.asked = {}, []
+        self.closing = threading.Event()  # ends what waits for ever
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16
+
+            def do_GET(self):
+                server.asked.append((self.path, {name.lower(): text for name, text in self.headers.items()}))
+                route = server.routes.get(self.path.partition("?")[0], missing)
+                try:
+                    route(self)
+                    self.wfile.flush()
+                except OSError:
+                    self.close_connection = True
+
+            def log_message(self, *_):
+                pass
+
+            def answer(self, status=200, body=b"", length=None, **headers):
+                """A head, with Content-Length ``length`` (of the body if not given), and a body."""
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                for name, text in headers.items():
+                    self.send_header(name.replace("_", "-"), text)
+                self.end_headers()
+                self.wfile.write(body)
+                if length not in (None, len(body)):
+                    self.close_connection = True
+
+            def reset(self):
+                """Break the connection as a crash would."""
+                self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                self.close_connection = True
+
+            def stall(self):
+                """Say nothing more until the test is over."""
+                self.wfile.flush()
+                server.closing.wait(60)
+
+            def wanted(self, data):
+                """First and last+1 byte that the request asks for; None if it asks for the whole."""
+                found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                if not found or self.headers.get("If-Range", self.etag) != self.etag:
+                    return None
+                return int(found[1]), min(int(found[2] or len(data)) + bool(found[2]), len(data))
+
+            etag = '"one"'
+
+            def serve(self, data, **headers):
+                """A file as a good server sends it, by ranges too."""
+                headers = {"ETag": self.etag, **headers}
+                part = self.wanted(data)
+                if part is None:
+                    return self.answer(body=data, **headers)
+                start, end = part
+                if start >= len(data):
+                    return self.answer(416, Content_Range=f"bytes */{len(data)}")
+                headers |= {"Content_Range": f"bytes {start}-{end - 1}/{len(data)}"}
+                return self.answer(206, data[start:end], **headers)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # clients hang up on what they need no more
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def ranges(self, path):
+        """The Range header of every request for ``path``."""
+        return [headers.get("range") for asked, headers in self.asked if asked.partition("?")[0] == path]
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def missing(request):
+    """404."""
+    request.answer(404, b"no such file")
+
+
+def turns(*routes):
+    """A route that behaves like each of ``routes`` in turn, and then like the last."""
+    left = list(routes)
+    return lambda request: (left.pop(0) if len(left) > 1 else left[0])(request)

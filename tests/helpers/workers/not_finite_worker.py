@@ -1,0 +1,90 @@
+"""Started by torchrun: global batches of which one is not finite, and the same without it. Argument: a folder.
+
+``FOLDER/result-STAGE-OFFLOAD.json``: for each fault, whether the weights of both ways are equal bit by bit, and what
+the first way's records and ledger say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from pipeline.config.model import InitFrom
+from tests.helpers.model.manifests import TRAINED, manifest
+from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
+from trainer.distributed.process_group import barrier, start, stop
+from trainer.monitoring.run_ledger import RunLedger, read_run_ledger
+from trainer.training.engine import build_engine
+from trainer.training.loop import Run, _global_batch
+from trainer.weights.load import gathered
+
+RATE = 1e-2
+
+
+def main(folder: Path) -> None:
+    place = start(timeout_minutes=2)
+    for stage, offload in ((1, "none"), (3, "none"), (3, "optimizer")):
+        without, _ = train(stage, offload, "none", (0, 2, 3), folder / "unused", place)
+        result = {}
+        for fault in ("loss", "gradient"):
+            run = folder / f"{stage}-{offload}-{fault}"
+            with_it, records = train(stage, offload, fault, range(4), run, place)
+            barrier()
+            noted = [[row["key"], row["epoch"], row["step"], row["message"]] for row in read_run_ledger(run)]
+            equal = all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+            result[fault] = {"equal": equal, "records": records, "noted": noted}
+        if place.first:
+            (folder / f"result-{stage}-{offload}.json").write_text(json.dumps(result))
+    stop()
+
+
+def train(stage: int, offload: str, fault: str, steps, folder: Path, place) -> tuple[list[torch.Tensor], list[dict]]:
+    """Weights after these global batches, of which number 1 has ``fault`` on rank 1, and the records."""
+    settings = manifest(SIZE, SMALL)
+    options = dataclasses.replace(
+        settings.train, zero_stage=stage, offload=offload, dtype="fp32", persistence_threshold=0, vision_tower=TRAINED
+    )
+    first = InitFrom(vision_tower="random", connector="random", language_model="random")
+    settings = dataclasses.replace(settings, train=options, init_from=first)
+    engine, model = build_engine(settings, place)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = RATE
+    leave, heart = SimpleNamespace(check=lambda place: None), SimpleNamespace(doing=lambda what: None)
+    ledger = RunLedger(folder, place.rank, place.world)
+    run = Run(settings, engine, place, folder, ledger, leave, heart)
+    records, embed = [], model.embed
+    for step in steps:
+        faulty = step == 1 and place.rank == 1
+        model.embed = (lambda batch: hurt(embed(batch))) if faulty and fault == "gradient" else embed
+        rows = iter([row(step, micro, place.rank, faulty and fault == "loss") for micro in range(2)])
+        records.append(_global_batch(run, rows))
+    weights = []
+    for parameter in model.parameters():
+        with gathered(parameter):
+            weights.append(parameter.detach().clone())
+    engine.destroy()
+    return weights, records
+
+
+def row(step: int, micro: int, rank: int, faulty: bool):
+    seed = 100 * step + 10 * micro + rank
+    batch = pack([dialogue(seed, clips=1)])
+    if faulty and micro == 1:
+        batch.token_weight *= float("inf")  # and 0 x inf is NaN
+    place = {"step": step, "micro": micro, "micros": 2, "last": micro == 1}
+    return dataclasses.replace(batch, **place, total_weight=4.0, keys=[f"d{seed}"])
+
+
+def hurt(embeddings: torch.Tensor) -> torch.Tensor:
+    """The same values, whose gradient overflows."""
+    embeddings.register_hook(lambda gradient: gradient * float("inf"))
+    return embeddings
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

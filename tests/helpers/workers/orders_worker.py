@@ -1,0 +1,65 @@
+"""One rank of test_orders.py: every order of rows under every setting, with calls compared; rank 0 writes gradients.
+
+    torchrun --nproc_per_node 2 orders_worker.py FOLDER
+
+Works in FOLDER, where ``start/`` holds the first weights. Writes WORLD.json, SETTING -> ORDER -> loss, and
+WORLD-SETTING-ORDER.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+from tests.helpers.model.orders import SETTINGS, settings, side_by_side
+from trainer.distributed.call_order import CallLog
+from trainer.distributed.process_group import start, stop, total
+from trainer.training.engine import build_engine
+
+
+def gradients(engine, calls: CallLog, order: tuple[str, ...], place) -> tuple[float, dict]:
+    """Loss and gradients of one global batch, the loop's way; the weights stay what they are."""
+    loss, steps = 0.0, side_by_side(order, place.world)
+    for number, rows in enumerate(steps):
+        part = engine(rows[place.rank]) / len(order)
+        engine.set_gradient_accumulation_boundary(number + 1 == len(steps))
+        engine.backward(part * place.world)
+        loss += part.item()
+    found = {name: safe_get_full_grad(p).clone().cpu() for name, p in engine.module.named_parameters()}
+    calls.compare(place)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.step()
+    return total([loss], place)[0], found
+
+
+def main() -> None:
+    os.chdir(sys.argv[1])
+    place = start(timeout_minutes=4)
+    losses: dict[str, dict[str, float]] = {}
+    try:
+        for name, (train, orders) in SETTINGS.items():
+            if place.world > 2 and name != "zero3":
+                continue
+            engine, model = build_engine(settings(**train), place)
+            calls = CallLog(model)
+            losses[name] = {}
+            for order in orders:
+                loss, found = gradients(engine, calls, order, place)
+                losses[name]["-".join(order)] = loss
+                if place.first:
+                    save_file(found, f"{place.world}-{name}-{'-'.join(order)}.safetensors")
+            engine.destroy()
+    finally:
+        stop()
+    if place.first:
+        Path(f"{place.world}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""One rank of test_zero3.py: trains on given rows under ZeRO-3, checks what only a sharded run can show, saves.
+
+    torchrun --nproc_per_node 2 zero3_worker.py FOLDER
+
+The cases are those of ``test_zero3.cases``, whose first weights lie in FOLDER; results go to FOLDER/NAME/. Rank 0 works
+in FOLDER and the others in an empty folder, so that only rank 0 finds what the manifests name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from pipeline.config.model import InitFrom
+from tests.helpers.model.zero3_cases import RATE, cases
+from trainer.distributed.process_group import start, stop
+from trainer.model.video_llm import build_model
+from trainer.training.engine import build_engine
+from trainer.weights.load import initialise, save
+from trainer.weights.tensor_files import WeightsError
+
+
+def run_case(name: str, settings, steps, folder: Path, place) -> None:
+    """Train on this rank's rows, write every loss and the final weights."""
+    engine, model = build_engine(settings, place)
+    assert engine.zero_optimization_stage() == 3
+    for group in engine.optimizer.param_groups:
+        group["lr"] = RATE
+    losses = []
+    for rows in steps:
+        loss = engine(rows[place.rank])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    (folder / f"{name}-{place.rank}.json").write_text(json.dumps(losses))
+    save(model, folder / name, settings, 20_000)
+
+
+def check_constants(settings) -> None:
+    """Positions and RoPE frequencies made inside zero.Init in 16 bit equal those made outside."""
+    outside = dict(build_model(settings).named_buffers())
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "bf16": {"enabled": True}}):
+        model = build_model(settings)
+    assert all(torch.equal(outside[name], buffer) for name, buffer in model.named_buffers())
+
+
+def check_errors(settings) -> None:
+    """Every rank raises what rank 0 found, instead of waiting for it."""
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}):
+        model = build_model(settings)
+    nowhere = InitFrom(vision_tower="nowhere/at/all", language_model="random")
+    try:
+        initialise(model, dataclasses.replace(settings, init_from=nowhere))
+    except WeightsError as error:
+        assert "nowhere/at/all" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    place = start(timeout_minutes=2)
+    nothing = folder / f"rank-{place.rank}"
+    nothing.mkdir()
+    os.chdir(nothing if place.rank else folder)
+    try:
+        for name, (settings, steps) in cases().items():
+            run_case(name, settings, steps, folder, place)
+        check_constants(settings)
+        check_errors(settings)
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Benchmarks run: what model.py and loader.py compare is the same, and index.py says how memory grows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.model.torchvision_import import import_torchvision
+
+import_torchvision()  # before anything imports transformers
+
+from benchmarks.building import plan
+from benchmarks.loading import index, loader, remote
+from benchmarks.loading import isolated as loader_apart
+from benchmarks.loading import readers as loader_readers
+from benchmarks.loading.media import Media, write_media  # noqa: E402
+from benchmarks.loading.slow_server import SlowServer  # noqa: E402
+from benchmarks.model import gpu_step
+from benchmarks.model import lmms_eval as lmms
+from benchmarks.model import parts as model
+from benchmarks.training import packing as train
+from pipeline.config.manifest import load_manifest  # noqa: E402
+from pipeline.config.model import VisionTower  # noqa: E402
+from pipeline.evaluation.questions import Question  # noqa: E402
+from pipeline.shards.memory_index import File  # noqa: E402
+from trainer.model.tome import ToMeConnector  # noqa: E402
+
+
+@pytest.mark.parametrize("ways", [model.merging, model.connecting, model.learning], ids=lambda ways: ways.__name__)
+def test_connectors_agree(ways):
+    torch.manual_seed(0)
+    model.compare(ways(ToMeConnector(48, 24, heads=4), torch.randn(3, 196, 48)))
+
+
+@pytest.mark.parametrize(("clips", "stills"), [(2, 1), (1, 0)])
+def test_towers_agree(clips, stills):
+    torch.manual_seed(0)
+    cfg = VisionTower(width=48, depth=3, heads=4, patch=16, table_side=8)
+    pixels = torch.randn(clips, 3, 4, 128, 128), torch.randn(stills, 3, 1, 128, 128)
+    with torch.no_grad():
+        model.compare(model.encoding(cfg, 128, *pixels))
+
+
+def test_results_that_differ_are_refused():
+    ways = {"framestream": lambda: torch.zeros(4, 2), "other": lambda: torch.eye(4)[:, :2]}
+    model.compare(ways, flips=0.5)
+    with pytest.raises(SystemExit, match="other and framestream differ in 2 of 4"):
+        model.compare(ways, flips=0.4)
+
+
+def test_rows_name_every_implementation(capsys):
+    model.measure("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "framestream" in first and "other" in second
+
+
+def test_remote_reads_are_measured_over_every_client(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["remote", "--requests", "80"])
+    remote.main()
+    text = capsys.readouterr().out
+    assert all(f"| {name} |" in text for name in ("http.client", "urllib3", "httpx2", "1", "32"))
+    assert "kB of a request of 1 MiB" in text
+
+
+def test_planning_counts_what_was_generated(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["plan", "--files", "2", "--dialogues", "50", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        plan.main()
+    assert left.value.code == 0 and "100 dialogues in 2 files" in capfd.readouterr().out
+
+
+def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_path):
+    """Four lengths, two orders and what sorting needs: 48 bytes a dialogue are far below any Python object for each."""
+    made = {}
+    for dialogues in (20_000, 220_000):
+        folder = tmp_path / str(dialogues)
+        folder.mkdir()
+        index.generate(folder, dialogues, media=500)
+        made[dialogues] = index.in_process(folder, 2000)
+    small, large = made.values()
+    held = [one.reading[-1].anonymous - one.idle.anonymous for one in (small, large)]
+    assert held[1] - held[0] < 48 * 200_000
+    for one in (small, large):
+        assert one.reading[-1].anonymous - one.reading[2].anonymous < 2 * index.MIB
+        assert one.reading[-1].peak - one.idle.now < 200 * index.MIB
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Media:
+    return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=32)
+
+
+def frames_of(reader: loader_readers.Reader, count: int) -> list[bytes]:
+    """The frames of each medium, in some order, once each."""
+    arrays = [array.copy() for array in reader(count)]
+    return sorted({part.tobytes() for array in arrays for part in array.reshape(-1, count, *array.shape[1:])})
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_readers_hand_out_the_same_frames(media, count):
+    wanted = frames_of(loader_readers.limit(media), count)
+    assert len(wanted) == 3
+    assert frames_of(loader_readers.pixels(media), count) == wanted
+    assert frames_of(loader_readers.pixels(media, threads=2), count) == wanted
+    assert frames_of(loader_readers.rows(media, threads=2), count) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("webdataset", "webdataset"),
+        pytest.param("energon", "megatron.energon", marks=pytest.mark.peers),
+        pytest.param("mosaic", "streaming", marks=pytest.mark.peers),
+        pytest.param("litdata", "litdata", marks=pytest.mark.peers),
+    ],
+)
+def test_peers_hand_out_the_same_frames(media, name, module):
+    pytest.importorskip(module)
+    lent = loader_readers.peer(name, media, loader_readers.by_offset)
+    assert frames_of(lent, 4) == frames_of(loader_readers.limit(media), 4)
+    for own, wanted in zip(loader_readers.peer(name, media)(4), loader_readers.limit(media)(4), strict=True):
+        assert own.shape == wanted.shape
+        assert np.abs(own.astype(int) - wanted).mean() < 8  # other JPEG decoders; another frame differs by 40
+
+
+def test_a_slow_line_is_read_in_a_process_of_its_own(media):
+    with SlowServer(media.folder, 0.001, 1e8) as server:
+        over_it = loader_readers.pixels(media, threads=2, address=server.address)
+        assert frames_of(over_it, 4) == frames_of(loader_readers.limit(media), 4)
+        server.sent()
+        rate = loader_apart.media_rate(loader_apart.OURS, media, 4, server.address)
+        requests, sent = server.sent()
+        assert requests >= rate / 3 and sent > rate * 4 * 100  # at least 100 bytes a frame
+
+
+def test_shares_are_of_the_same_round():
+    rates = {"limit": {4: [100.0, 200.0, 400.0]}, "half": {4: [50.0, 100.0, 200.0]}, "slow": {4: [1.0, 4.0, 4.0]}}
+    _, _, base, half, slow = loader.shares(rates, "limit")
+    assert base == "| limit | 200 frames/s |"
+    assert half == "| half | 0.50 (0.50 to 0.50) |"
+    assert slow == "| slow | 0.010 (0.010 to 0.020) |"
+
+
+def test_a_step_is_that_of_plain_transformers(capsys, tmp_path):
+    """Stage 3 of the CPU preset: packed under ZeRO-3 beside one dialogue after the other, from the same weights."""
+    gpu_step.main(["--cpu", "--stages", "3", "--steps", "3", "--folder", str(tmp_path)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert len(cells) == len(gpu_step.COLUMNS) and "4 of 4 layers" in cells[1]
+    assert float(cells[8]) == pytest.approx(float(cells[12]), abs=2e-3)
+
+
+def test_models_that_do_not_fit_have_fewer_layers():
+    """16 bytes for each of the 1.8 or 7.9 billion weights that stage 3 trains; 60 % of the memory."""
+    for name, layers in (("2b", 28), ("7b", 14)):
+        language = load_manifest(gpu_step.MODELS[name]).model.language_model
+        whole = load_manifest(gpu_step.MANIFESTS / "stage3.yaml")
+        whole = dataclasses.replace(whole, model=dataclasses.replace(whole.model, language_model=language))
+        fitted = gpu_step.fewer_layers(whole, 140 * gpu_step.GIB)
+        assert fitted.model.language_model.num_hidden_layers == layers
+
+
+def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
+    together = train.rows_of(16, 4, seed=0)
+    assert [sorted(np.concatenate(rows).tolist()) for rows in together.values()] == [list(range(16))] * 2
+    lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * train.PATCHES
+    batch, small = train.row(lengths, patches, seed=0), train.build_small()
+    assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
+    with torch.no_grad():
+        packed, padded = small(batch), train.padded(small, batch)
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+    assert packed > 1  # something is learned
+
+
+def test_the_loss_in_chunks_is_that_of_all_logits():
+    chunked, full = (train.loss_memory(50, way, vocabulary=3000) for way in (True, False))
+    assert chunked[0] == pytest.approx(full[0], rel=1e-6)
+
+
+def question(key: str, answer: str, file: File, context: tuple[dict, ...] = (), **meta) -> Question:
+    turns = [*context, {"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
+    return Question.of(key, turns, "entry", meta, [file])
+
+
+def test_questions_become_documents_with_options():
+    whole, clip = File("/a.mp4"), File("/a.mp4", 1, 2)
+    named = question("c", "white", whole, options=["grey", "white"])
+    last, first = lmms.docs_of([question("a", "red", whole), question("b", "blue", whole), named], ["c", "a"])
+    asked = {"key": "a", "question": "Which?", "media": ["/a.mp4"]}
+    assert first == {**asked, "options": ["red", "blue", "white"], "target": 0}
+    assert (last["options"], last["target"]) == (["grey", "white"], 1)
+    earlier = ({"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."})
+    for bad, why in (
+        (question("a", "red", clip), "whole files"),
+        (question("a", "red", whole, earlier), "one turn"),
+        (question("a", "red", whole, options=["blue", "green"]), "'red' is none of its options"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            lmms.docs_of([bad], ["a"])
+
+
+def test_answers_that_differ_or_count_otherwise_are_named():
+    ours = {key: lmms.Answer("red", True) for key in "abcd"}
+    theirs = {**ours, "b": lmms.Answer("blue", False), "c": lmms.Answer("red", False), "e": lmms.Answer("red", True)}
+    del theirs["d"]
+    assert lmms.differing(ours, theirs) == ["b", "c", "d", "e"] and not lmms.differing(ours, dict(ours))

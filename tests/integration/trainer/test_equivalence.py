@@ -1,0 +1,84 @@
+"""The same training however it is run, through the real command line on the demo's stage 2, and in plain PyTorch.
+
+Each run must have the global batches of the first, its losses and gradient norms, and its final weights. Here each of
+two runs differs from it in several things at once; ``python -m benchmarks.training.equivalence`` takes them one by one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.corpora import training_corpus as corpus
+from tests.helpers.model import training_ways as ways
+
+STEPS = "train.max_steps=4"
+OTHERS: dict[str, ways.Way] = {
+    "one_rank_zero1_dialogues_alone": (1, (ways.ALONE, "train.zero_stage=1")),
+    "four_ranks_offloaded_recomputed": (
+        4,
+        ("train.offload=all", "train.gradient_checkpointing=true", "train.check_calls=true"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo's commands run: its data, and the shards of stage 2."""
+    folder = tmp_path_factory.mktemp("demo")
+    ways.prepare(folder, share=0.03)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curve(folder: Path) -> str:
+    """What the command says that compares two ranks under ZeRO-3, whose run stays in ``first``, with plain PyTorch."""
+    words = [word for setting in ways.SETTINGS for word in ("--set", setting)]
+    options = ("--manifest", str(ways.MANIFEST), "--steps", "4", "--keep", "first")
+    return corpus.run(sys.executable, "-m", "benchmarks.training.loss_curve", *options, *words, cwd=folder).stdout
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path, curve: str) -> Path:
+    return folder / "first"
+
+
+def test_the_loss_curve_is_that_of_plain_pytorch(curve: str) -> None:
+    """The command's exit status says whether it is, up to the first merging choice that differs."""
+    assert "2 ranks, ZeRO-3, 4 steps" in curve and "no patch was merged into another token" in curve
+    assert len([line for line in curve.splitlines() if line.startswith("| ")]) == 2 + 4
+    assert float(re.search(r"largest relative difference: (\S+) in the 4 steps", curve)[1]) <= ways.TOLERANCES["loss"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_however_it_is_run_it_is_the_same_training(folder: Path, first: Path, name: str) -> None:
+    corpus.run(*ways.command(name, OTHERS[name], STEPS), cwd=folder)
+    away = ways.apart(folder / name, first)
+    print(name, {field: f"{value:.1e}" for field, value in away.items()})
+    assert all(away[field] <= tolerance for field, tolerance in ways.TOLERANCES.items()), away
+
+
+def test_killed_and_resumed_is_the_same_to_the_last_bit(folder: Path, first: Path) -> None:
+    words = ways.command("resumed", (2, ()), STEPS, "train.save_every=1")
+    log = folder / "resumed" / "log.jsonl"
+    with open(os.devnull, "wb") as nowhere:
+        process = subprocess.Popen(
+            words, env=corpus.environment(), cwd=folder, start_new_session=True, stdout=nowhere, stderr=nowhere
+        )
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    corpus.run(*words, cwd=folder)
+    ours, theirs = corpus.log(log.parent), corpus.log(first)
+    assert [(record["batch"], record["loss"]) for record in ours] == [(r["batch"], r["loss"]) for r in theirs]
+    mine, other = ways.weights(log.parent), ways.weights(first)
+    assert mine.keys() == other.keys() and all(torch.equal(mine[key], value) for key, value in other.items())

@@ -1,0 +1,182 @@
+"""Scoring through its command line: shards and annotation files, both methods, both controls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline import Questions, load_manifest
+from pipeline.evaluation.file_questions import FileQuestions
+from tests.helpers.corpora import training_corpus as corpus
+from tests.helpers.html_page import Page
+from trainer import evaluate
+from trainer.model.video_llm import build_model
+from trainer.weights.load import initialise, load_pretrained, save
+
+OPTIONS = list(corpus.COLOURS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A manifest with shards, a model that was never trained, and questions of the held-out videos with options."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    path = corpus.make(folder, videos=4)
+    manifest = load_manifest(path)
+    model = build_model(manifest)
+    initialise(model, manifest)
+    with torch.no_grad():
+        model.language_model.model.embed_tokens.weight.mul_(30)
+    save(model, Path(manifest.output) / "final", manifest)
+    samples = json.loads((folder / "val.json").read_text())
+    (folder / "asked.json").write_text(json.dumps([{**sample, "options": OPTIONS} for sample in samples]))
+    return path
+
+
+def asked(made: Path, *words: str) -> dict:
+    out = made.parent / "evaluation.json"
+    assert evaluate.main(["--manifest", str(made), "--out", str(out), *words]) == 0
+    return json.loads(out.read_text())
+
+
+def files(made: Path, name: str = "asked.json") -> tuple[str, ...]:
+    return "--annotations", str(made.parent / name), "--root", str(made.parent / "media")
+
+
+def test_files_are_scored_as_shards_are(made, capsys):
+    html = made.parent / "scores.html"
+    shards, loose = asked(made), asked(made, *files(made), "--html", str(html))
+    mine, theirs = ({(row["question"], row["expected"], row["own"]) for row in r["answers"]} for r in (loose, shards))
+    assert mine == theirs and len(shards["answers"]) == len(loose["answers"]) == 8
+    assert [row["method"] for row in shards["families"]] == ["generation"]
+    assert [row["method"] for row in loose["families"]] == ["generation", "likelihood"]
+    assert "likelihood" in capsys.readouterr().out and "--root" in loose["command"]
+    text = Page(html.read_text()).cells()
+    assert "likelihood" in text and "shuffled" in text and "Which colour is it?" in text
+
+
+def test_the_likeliest_option_is_that_of_whole_dialogues(made):
+    manifest = load_manifest(made)
+    questions = FileQuestions(manifest, made.parent / "asked.json", made.parent / "media")
+    result, model = asked(made, *files(made)), load_pretrained(Path(manifest.output) / "final")
+    by_key = {row["key"]: row for row in result["answers"]}
+    for i in range(3):
+        row, logs = questions.prompt(i), []
+        for option in OPTIONS:
+            ids = questions.conversation.answer_ids(option)
+            whole = torch.cat([row.input_ids, torch.tensor(ids)])
+            length = len(whole)
+            more = {"input_ids": whole, "position_ids": torch.arange(length)}
+            more["labels"] = torch.tensor([-100] * len(row.input_ids) + ids)
+            more["token_weight"] = torch.ones(length)
+            more["cu_seqlens"] = torch.tensor([0, length], dtype=torch.int32)
+            with torch.no_grad():
+                logs.append(-float(model(dataclasses.replace(row, **more))))
+        assert by_key[questions[i].key]["likeliest"]["own"] == OPTIONS[int(np.argmax(logs))]
+
+
+def test_controls_show_other_frames_and_another_order(made):
+    questions = Questions(load_manifest(made))
+    own, rng = questions.prompt(0), np.random.default_rng(0)
+    shuffled = questions.prompt(0, shuffle=rng)
+    flat = [batch.clips.flatten(0, 1).numpy() for batch in (own, shuffled)]
+    assert not np.array_equal(*flat) and own.input_ids.tolist() == shuffled.input_ids.tolist()
+    ordered = [sorted(frame.tobytes() for frame in frames) for frames in flat]
+    assert ordered[0] == ordered[1]
+
+
+def test_what_cannot_be_shown_is_left_out_and_named(made, capsys):
+    folder = made.parent
+    samples = json.loads((folder / "asked.json").read_text())
+    (folder / "media" / "cut.mp4").write_bytes((folder / "media" / "v0.mp4").read_bytes()[:700])
+    (folder / "media" / "away.mp4").symlink_to("/etc/hostname")
+    for number, name in enumerate(("cut.mp4", "../all.json", "away.mp4", "gone.mp4")):
+        samples.append({**samples[number], "id": f"bad{number}", "video": name})
+    (folder / "bad.json").write_text(json.dumps(samples))
+    result = asked(made, *files(made, "bad.json"))
+    told = " ".join(result["unreadable"])
+    assert len(result["answers"]) < 12 and result["families"][0]["questions"] == len(result["answers"])
+    assert "../all.json" in told and "away.mp4" in told and "cut.mp4" in told and "gone.mp4" in told
+    assert "questions left out; the first:" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_frame_size_is_scored_at_the_manifests(made, capsys):
+    """A larger picture is another position table, and weights go on as they are."""
+    result = asked(made, *files(made), "--set", "frames.size=160", "--limit", "1")
+    assert len(result["answers"]) == 1
+
+
+def test_a_limit_does_not_change_what_is_asked_of_a_question(made):
+    whole, first = asked(made, *files(made)), asked(made, *files(made), "--limit", "1")
+    assert first["answers"] == whole["answers"][:1]
+
+
+def test_what_cannot_be_right_or_compared_is_said(made, tmp_path, capsys):
+    samples = json.loads((made.parent / "val.json").read_text())
+    samples[0]["family"] = "alone"
+    samples[1]["conversations"][1]["value"] = "red " * 40
+    (tmp_path / "some.json").write_text(json.dumps(samples))
+    out = tmp_path / "new" / "evaluation.json"
+    words = [
+        "--manifest",
+        str(made),
+        "--annotations",
+        str(tmp_path / "some.json"),
+        "--root",
+        str(made.parent / "media"),
+    ]
+    assert evaluate.main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "no other answer to be blind with, in: alone" in said and "1 answers have more tokens than" in said
+    assert said.splitlines()[-1] == str(out) and json.loads(out.read_text())["without_partner"] == ["alone"]
+
+
+def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
+    folder = made.parent
+    samples = json.loads((folder / "asked.json").read_text())
+    for sample, options in zip(samples, ("red", ["red"], [["red"], "blue"], ["one", "two"]), strict=False):
+        sample["options"] = options
+    (folder / "options.json").write_text(json.dumps(samples))
+    result = asked(made, *files(made, "options.json"))
+    assert len(result["answers"]) == len(samples) - 4 and len(result["unreadable"]) == 4
+    told = "\n".join(result["unreadable"])
+    assert told.count("is no list of at least two answers") == 3 and "options.json: sample 0: " in told
+    assert "is none of its options, one, two" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--annotations", "a.json"), 2, "belong together"),
+        (("--annotations", "gone.json", "--root", "."), 2, "gone.json"),
+        (("--checkpoint", "gone"), 1, "no weights there"),
+        (("--set", "output=gone"), 1, "train it first, python -m trainer --manifest"),
+        (("--set", "evaluate.batch=0"), 2, "evaluate.batch"),
+    ],
+)
+def test_bad_input_is_one_clear_line(made, tmp_path, capsys, words, status, message):
+    out = tmp_path / "evaluation.json"
+    assert evaluate.main(["--manifest", str(made), "--out", str(out), *words]) == status
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said and not out.exists()
+
+
+def test_ctrl_c_has_its_status_and_writes_nothing(made, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    out = tmp_path / "evaluation.json"
+    assert evaluate.main(["--manifest", str(made), "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "stopped; nothing was written\n" and not out.exists()
+
+
+def test_an_empty_annotation_file_is_named(made, capsys):
+    (made.parent / "none.json").write_text(yaml.safe_dump([]))
+    assert evaluate.main(["--manifest", str(made), *files(made, "none.json")]) == 2
+    assert "none.json: no answered dialogue" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""Any mix of text, stills and videos on any rank: no rank waits for ever, and the result is that of one process.
+
+Ranks run the four kinds of rows in all 24 orders, on two ranks in two micro-steps, on four in one, and compare their
+model calls after each. Loss and every part's gradient must equal those of one process without DeepSpeed: float32, norm
+of the difference at most 1e-5 of the norm. The frames are noise, chosen so that no choice of token merging hangs on
+less than 1e-4 of cosine similarity; a choice that rounding flips would change the output wholesale.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config.model import TOKENS_PER_CLIP
+from tests.helpers.corpora import training_corpus as corpus
+from tests.helpers.model.margins import margin
+from tests.helpers.model.orders import KINDS, ORDERS, SETTINGS, SIDE, one_process, row, settings
+from tests.helpers.model.rows import SMALL, small_model
+from tests.helpers.paths import ROOT
+from trainer.model.parts import PARTS
+from trainer.weights.load import save
+
+MARGIN = 1e-4  #: of cosine similarities; float32 knows them to about 1e-6
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """First weights in ``start/``."""
+    folder = tmp_path_factory.mktemp("orders")
+    save(small_model(size=SIDE), folder / "start" / "final", settings())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path):
+    """Loss, gradients and model of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return one_process()
+
+
+def test_no_merging_choice_is_close(alone) -> None:
+    _, _, model = alone
+    for kind in set(KINDS) - {"text"}:
+        batch = row(kind)
+        with torch.no_grad():
+            units = model.vision_tower(model.pixels(batch.clips), model.pixels(batch.stills.unsqueeze(1)))
+        for patches in (*units[0], *units[1]):
+            assert len(patches) > TOKENS_PER_CLIP
+            assert margin(patches.numpy(), TOKENS_PER_CLIP, SMALL.vision_tower.heads) > MARGIN
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_order_of_rows_over_ranks_equals_one_process(folder: Path, alone, world: int) -> None:
+    loss, gradients, _ = alone
+    worker = str(ROOT / "tests/helpers/workers/orders_worker.py")
+    corpus.run("torchrun", "--standalone", "--nproc_per_node", str(world), worker, str(folder))
+    losses = json.loads((folder / f"{world}.json").read_text())
+    assert len(losses["zero3"]) == len(ORDERS) == 24 and losses.keys() == (SETTINGS.keys() if world == 2 else {"zero3"})
+    worst = 0.0
+    for name, of_orders in losses.items():
+        for order, found in of_orders.items():
+            assert found == pytest.approx(loss, rel=TOLERANCE), (name, order)
+            theirs = load_file(folder / f"{world}-{name}-{order}.safetensors")
+            assert theirs.keys() == gradients.keys()
+            for part in PARTS:
+                mine = {key: value for key, value in gradients.items() if key.startswith(part)}
+                away = sum((theirs[key].reshape(value.shape) - value).square().sum() for key, value in mine.items())
+                norm = sum(value.square().sum() for value in mine.values())
+                assert norm > 0
+                worst = max(worst, (away / norm).sqrt().item())
+    print(f"{world} ranks: largest difference of a part's gradient {worst:.1e} of its norm")
+    assert worst <= TOLERANCE

@@ -1,0 +1,127 @@
+"""Going on through the real command line: on another number of ranks, after SIGTERM and SIGUSR1."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pipeline.config.manifest import load_manifest
+from tests.helpers.corpora import training_corpus as corpus
+from trainer.checkpoint import disk_usage as disk
+from trainer.checkpoint.save import latest
+from trainer.distributed.launchers import STATUS
+
+#: different rates and decays, large enough that one in place of another would show at once, and a part that is frozen
+PARTS = (
+    "train.vision_tower={train: true, lr: 1e-3, weight_decay: 0.1}",
+    "train.connector={train: true, lr: 4e-3, weight_decay: 20}",
+    "train.language_model={train: false}",
+    "train.save_every=100",
+)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus.make(tmp_path_factory.mktemp("corpus"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted((run / "final").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def part_of(name: str) -> str:
+    return next((part for part in ("vision_tower", "mm_projector") if part in name), "language_model")
+
+
+def leaves(command: list[str], run: Path, step: int, number: int) -> tuple[int, str]:
+    """Exit status and output of ``command``, which gets signal ``number`` once ``step`` steps are logged."""
+    process = subprocess.Popen(
+        command,
+        env=corpus.environment(),
+        cwd=corpus.PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = run / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= step):
+        time.sleep(0.02)
+    process.send_signal(number)
+    try:
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two ranks under ZeRO-3."""
+    run = tmp_path_factory.mktemp("straight")
+    corpus.run(*corpus.train_command(manifest, 2, f"output={run}", *PARTS))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "asked", "options"),
+    [(3, signal.SIGTERM, ()), (1, signal.SIGUSR1, ("--signals_to_handle", "SIGTERM,SIGINT,SIGUSR1"))],
+    ids=["zero3", "zero1"],
+)
+def test_two_ranks_then_one_then_two_equal_two_all_along(
+    manifest: Path, straight: Path, tmp_path: Path, zero_stage: int, asked: signal.Signals, options: tuple[str, ...]
+) -> None:
+    """Each time the run is asked to leave, and saves at a step where no checkpoint was due."""
+    run = tmp_path / "run"
+    sets = (f"output={run}", f"train.zero_stage={zero_stage}", *PARTS)
+    launcher, *rest = corpus.train_command(manifest, 2, *sets)
+    two = [launcher, *options, *rest]
+
+    _, said = leaves(two, run, 2, asked)  # torchrun's own status is 1, whatever that of its ranks
+    assert f"stopped by {asked.name}" in said
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    files = list((run / "checkpoints").glob("step-*/*optim_states.pt"))
+    assert len(files) == 2
+
+    one = [sys.executable, *two[two.index("-m") :]]
+    status, said = leaves(one, run, 5, signal.SIGUSR1)
+    assert status == STATUS == 75
+    assert "the number of ranks was 2, is 1; converting it" in said and "stopped by SIGUSR1" in said
+
+    done, made = corpus.run(*two), load_manifest(manifest, sets)
+    assert "the number of ranks was 1, is 2; converting it" in done.stdout
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(("part", "univ"))] == []
+    stated = disk.checkpoint_bytes(made)  # of what is trained; pickled names and settings come on top
+    assert stated < sum(path.stat().st_size for path in latest(run).glob("*.pt")) < stated + 150_000
+    assert disk.describe_disk(made) in done.stdout
+
+    ours, theirs = corpus.log(run), corpus.log(straight)
+    assert [(r["step"], r["batch"], r["lr"]) for r in ours] == [(r["step"], r["batch"], r["lr"]) for r in theirs]
+    assert {r["ranks"] for r in ours} == {1, 2}
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    found, wanted = weights(run), weights(straight)
+    for part in ("vision_tower", "mm_projector", "language_model"):
+        names = [name for name in wanted if part_of(name) == part]
+        difference = sum((found[n] - wanted[n]).pow(2).sum() for n in names).sqrt()
+        norm = sum(wanted[n].pow(2).sum() for n in names).sqrt()
+        assert names and difference <= (0 if part == "language_model" else 1e-2) * norm, part
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused_before_it_begins(manifest: Path, tmp_path: Path) -> None:
+    keep = 10**9
+    command = corpus.train_command(manifest, 2, f"output={tmp_path / 'run'}", f"train.keep_last={keep}")
+    done = corpus.run(*command, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1
+    assert "GB are needed" in line and "lower train.keep_last" in line
+    assert not (tmp_path / "run").exists()

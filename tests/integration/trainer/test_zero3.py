@@ -1,0 +1,100 @@
+"""Two ZeRO-3 ranks with rows of different kinds neither hang nor differ from one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config.manifest import Manifest
+from pipeline.config.model import InitFrom
+from tests.helpers.model.rows import SMALL
+from tests.helpers.model.zero3_cases import EPSILON, FILES, RATE, STARTS, cases, settings
+from tests.helpers.paths import ROOT
+from trainer.model.video_llm import VideoLLM, build_model
+from trainer.training.engine import freeze
+from trainer.weights.load import initialise, load_pretrained, save
+from trainer.weights.tensor_files import INDEX, published_name
+
+
+def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """Losses of every step and rank, and final weights, of plain AdamW on the mean over ranks."""
+    model = build_model(settings)
+    initialise(model, settings)
+    freeze(model.parts(), settings.train)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, eps=EPSILON, weight_decay=0.0)
+    losses = []
+    for rows in steps:
+        optimizer.zero_grad()
+        loss = [model(dataclasses.replace(row, groups=1)) for row in rows]  # however many groups the ranks run
+        (sum(loss) / len(loss)).backward()
+        optimizer.step()
+        losses.append([value.item() for value in loss])
+    return losses, dict(model.named_parameters())
+
+
+def write_files(model: VideoLLM, folder: Path) -> None:
+    """The model's tensors as ``FILES`` names them: a released folder in shards, and the files of the three parts."""
+    tensors = {published_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    (folder / "released").mkdir()
+    (folder / "released" / "config.json").write_text("{}")
+    located = {}
+    for n in range(3):
+        file = f"model-{n + 1:05d}-of-00003.safetensors"
+        share = {name: tensors[name] for name in sorted(tensors)[n::3]}
+        save_file(share, folder / "released" / file)
+        located |= dict.fromkeys(share, file)
+    (folder / "released" / INDEX).write_text(json.dumps({"weight_map": located}))
+    tower = {n.removeprefix("model.vision_tower.vision_tower."): v for n, v in tensors.items() if "vision_tower" in n}
+    torch.save({n.replace("vision_layernorm", "norm"): value for n, value in tower.items()}, folder / "encoder.pt")
+    adapter = {name: value for name, value in tensors.items() if "mm_projector" in name}
+    torch.save(adapter, folder / "mm_projector.bin")
+    qwen = Qwen2ForCausalLM(Qwen2Config(**dataclasses.asdict(SMALL.language_model)))
+    qwen.load_state_dict({n: v for n, v in tensors.items() if n not in adapter and "vision_tower" not in n})
+    qwen.save_pretrained(folder / "qwen", max_shard_size="20KB")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Start weights, then one two-rank run of all cases."""
+    folder = tmp_path_factory.mktemp("zero3")
+    for start in STARTS:
+        random = settings(InitFrom(vision_tower="random", language_model="random"), start)
+        model = build_model(random)
+        initialise(model, random)
+        save(model, folder / start / "final", random)
+        if start == "start":
+            write_files(model, folder)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    worker = str(ROOT / "tests/helpers/workers/zero3_worker.py")
+    done = subprocess.run(
+        [*launch, worker, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_two_sharded_ranks_equal_one_process(folder, name, monkeypatch):
+    """Whatever the layout of the first weights; rank 1, which cannot see them, has them all from rank 0."""
+    monkeypatch.chdir(folder)
+    made, steps = cases()[name]
+    if name in FILES:
+        made = dataclasses.replace(made, init_from=InitFrom(run="start"))
+    losses, weights = one_process(made, steps)
+    for rank in range(2):
+        found = json.loads((folder / f"{name}-{rank}.json").read_text())
+        assert found == pytest.approx([step[rank] for step in losses], rel=2e-4, abs=1e-6)
+    for key, parameter in load_pretrained(folder / name).named_parameters():
+        torch.testing.assert_close(parameter, weights[key], atol=2e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")

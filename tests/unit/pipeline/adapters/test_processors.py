@@ -1,0 +1,119 @@
+"""What four processors of transformers make of samples: tokens, pixels and times of the frames that were shown."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.adapters import ChatCollator, ShardDataset
+from tests.helpers.model.processors import processor
+
+pytestmark = pytest.mark.peers
+if not importlib.util.find_spec("torchvision"):
+    pytest.skip("torchvision is not installed", allow_module_level=True)
+
+NAMES = ("qwen2_5_vl", "qwen3_vl", "llava_next_video", "llava_onevision")
+
+
+@pytest.fixture(scope="module")
+def dataset(footage_root) -> ShardDataset:
+    return ShardDataset(footage_root, frames=8)
+
+
+def levels(made, pixels: torch.Tensor) -> np.ndarray:
+    """Normalised pixels (..., 3, H, W) back to levels."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (made.image_mean, made.image_std))
+    return ((pixels * std + mean) * 255).numpy()
+
+
+def pictures(name: str, made, batch, number: int) -> np.ndarray:
+    """The frames (T, H, W, 3) of video ``number`` as the model will see them, in levels."""
+    if name.startswith("llava"):
+        return levels(made.video_processor, batch["pixel_values_videos"][number]).transpose(0, 2, 3, 1)
+    grids = batch["video_grid_thw"].tolist()
+    first = sum(int(np.prod(grid)) for grid in grids[:number])
+    (t, h, w), side = grids[number], made.video_processor.patch_size
+    patches = batch["pixel_values_videos"][first : first + t * h * w]
+    patches = patches.view(t, h // 2, w // 2, 2, 2, 3, 2, side, side).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return levels(made.video_processor, patches.reshape(t * 2, 3, h * side, w * side)).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_sees_the_frames_of_the_sample(dataset, name):
+    made = processor(name)
+    samples = [dataset[0], dataset[2], dataset[7]]
+    batch = ChatCollator(made)(samples)
+    assert batch["input_ids"].shape[0] == 3 and batch["attention_mask"].shape == batch["input_ids"].shape
+    for number, sample in enumerate(samples[:2]):
+        seen = pictures(name, made, batch, number)
+        frames = sample.media[0].frames.numpy()
+        assert len(seen) == len(frames) == 8
+        size = seen.shape[2:0:-1]
+        resized = [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames]
+        assert np.abs(seen - np.stack(resized)).mean() < 3
+        assert np.abs(seen[1:] - np.stack(resized)[:-1]).mean() > 6
+
+
+def spoken(made, ids: torch.Tensor) -> str:
+    """A row as text, a run of one visual token as <|video_pad|>*N."""
+    text = made.tokenizer.decode(ids).split("<|endoftext|>")[0]
+    return re.sub(r"((<\|?(?:video|image)(?:_pad\|)?>)\2*)", lambda run: f"{run[2]}*{len(run[1]) // len(run[2])}", text)
+
+
+def test_qwen2_5_is_given_the_seconds_of_its_grid(dataset):
+    made = processor("qwen2_5_vl")
+    batch = ChatCollator(made)([dataset[0], dataset[2]])
+    assert batch["second_per_grid_ts"].tolist() == pytest.approx([2 * 10 / 8, 2 * 5.5 / 8])  # 2 frames a grid step
+    tokens = int(batch["video_grid_thw"][0].prod()) // 4
+    assert spoken(made, batch["input_ids"][0]) == (
+        f"<|im_start|>user\n<|vision_start|><|video_pad|>*{tokens}<|vision_end|>What is seen?<|im_end|>\n"
+        "<|im_start|>assistant\nBicycles.<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_qwen3_says_the_true_seconds(dataset, row):
+    made = processor("qwen3_vl")
+    batch = ChatCollator(made)([dataset[row]])
+    said = [float(second) for second in re.findall(r"<(\d+\.\d) seconds>", spoken(made, batch["input_ids"][0]))]
+    (medium,) = dataset[row].media
+    pairs = (medium.timestamps.numpy() - medium.start).reshape(4, 2).mean(axis=1)
+    assert np.abs(pairs - said).max() <= 0.0501 and len(set(said)) == 4
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
+def test_llava_is_told_the_times_in_words(dataset, name):
+    made = processor(name)
+    batch = ChatCollator(made, time_message="long")([dataset[2]])
+    medium = dataset[2].media[0]
+    seconds = ", ".join(f"{second:.1f}" for second in np.around((medium.timestamps - 2).numpy(), 1))
+    assert f"sampled at {seconds} seconds. \nAnd here?" in spoken(made, batch["input_ids"][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stills_several_stills_text_and_video_share_a_batch(dataset, name):
+    made = processor(name)
+    alone = [ChatCollator(made)([dataset[row]]) for row in (0, 5, 6, 7)]
+    batch = ChatCollator(made)([dataset[row] for row in (0, 5, 6, 7)])
+    for one, ids, mask in zip(alone, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert ids[mask.bool()].tolist() == one["input_ids"][0].tolist()
+    assert len(batch["pixel_values"]) == sum(len(one.get("pixel_values", [])) for one in alone)
+    assert torch.equal(batch["pixel_values_videos"], alone[0]["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dialogue_that_ends_with_a_question_is_a_prompt(dataset, name):
+    made, sample = processor(name), dataset[0]
+    asked = sample._replace(dialogues=[sample.dialogues[0]._replace(turns=sample.dialogues[0].turns[:1])])
+    assert spoken(made, ChatCollator(made)([asked])["input_ids"][0]).endswith("<|im_start|>assistant\n")
+
+
+def test_settings_reach_the_processor(dataset):
+    made = processor("llava_onevision")
+    batch = ChatCollator(made, videos_kwargs={"size": {"height": 28, "width": 28}})([dataset[0]])
+    assert batch["pixel_values_videos"].shape[-2:] == (28, 28)

@@ -1,0 +1,290 @@
+"""The typed manifest: what it accepts, and that every refusal is one line naming the file, the field and the fix."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.manifest import Manifest, ManifestError, load_manifest, plain
+from pipeline.config.schema import build, merge, override
+
+SMALL = {
+    "stage": 2,
+    "output": "out",
+    "data": {"entries": [{"annotation": "some/clips.jsonl", "root": "media"}]},
+    "frames": {"sampler": "dynamic_fps1", "min": 4, "max": 8, "size": 144},
+    "text": {"tokenizer": "words"},
+    "batching": {"global_batch": 16, "row_multiple": 4},
+    "init_from": {"vision_tower": "random", "language_model": "random"},
+    "train": {part: {"train": True, "lr": 0.001} for part in ("vision_tower", "connector", "language_model")},
+}
+
+
+def write(folder: Path, value: object, name: str = "m.yaml") -> Path:
+    path = folder / name
+    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type]]:
+    """(path, annotation) of every field below ``cls``; the entries of a list are left out."""
+    for name, hint in typing.get_type_hints(cls).items():
+        options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, (*path, name))
+        elif not (options and typing.get_origin(hint) is not tuple):
+            yield (*path, name), hint
+
+
+def test_defaults_are_resolved(tmp_path):
+    manifest = load_manifest(write(tmp_path, SMALL, "tiny.yaml"))
+    assert manifest.name == "tiny"
+    assert manifest.data.entries[0].name == "clips"
+    assert manifest.shard_root == Path("shards/stage2")
+    assert (manifest.train.dtype, manifest.train.zero_stage, manifest.frames.clip_frames) == ("bf16", 3, 4)
+
+
+def test_drop_path_of_internvideo2_is_the_published_one(tmp_path):
+    path = write(tmp_path, SMALL)
+    for settings, expected in (("{type: internvideo2}", 0.25), ("{type: internvideo2, drop_path: 0.0}", 0.0)):
+        assert load_manifest(path, (f"model.vision_tower={settings}",)).model.vision_tower.drop_path == expected
+    assert load_manifest(path).model.vision_tower.drop_path is None
+
+
+def test_printed_manifest_reads_back_the_same(tmp_path):
+    manifest = load_manifest(write(tmp_path, SMALL))
+    printed = yaml.safe_dump(plain(manifest))
+    assert load_manifest(write(tmp_path, printed, "again.yaml")) == manifest
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        manifest.stage = 3
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong", "right"),
+    [
+        ("", "frame", "frames"),
+        ("frames", "sampller", "sampler"),
+        ("batching", "global_batches", "global_batch"),
+        ("train", "warm_up", "warmup"),
+        ("train.connector", "zzz", None),
+        ("model.vision_tower", "widht", "width"),
+    ],
+)
+def test_unknown_field_suggests_the_nearest(tmp_path, where, wrong, right):
+    path = write(tmp_path, SMALL)
+    field = f"{where}.{wrong}" if where else wrong
+    message = refusal(path, (f"{field}=1",))
+    assert message == f"{path}: {field}: unknown field" + (f"; did you mean `{right}`?" if right else "")
+
+
+def test_unknown_field_of_an_entry_names_its_place(tmp_path):
+    value = copy.deepcopy(SMALL)
+    value["data"]["entries"].append({"annotaton": "x.json"})
+    path = write(tmp_path, value)
+    assert refusal(path) == f"{path}: data.entries[1].annotaton: unknown field; did you mean `annotation`?"
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"), list(leaves(Manifest)), ids=lambda item: ".".join(item) if type(item) is tuple else ""
+)
+def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
+    path = write(tmp_path, SMALL)
+    wrong = "{a: 1}" if hint is not dict else "text"
+    message = refusal(path, (f"{'.'.join(field)}={wrong}",))
+    assert message.startswith(f"{path}: {'.'.join(field)}: expected ")
+    assert "(dict)" in message
+
+
+@pytest.mark.parametrize(
+    ("assignment", "start"),
+    [
+        ("stage=two", "stage: expected a whole number, got 'two' (str)"),
+        ("stage=true", "stage: expected a whole number, got True (bool)"),
+        ("stage=2.0", "stage: expected a whole number, got 2.0 (float)"),
+        ("stage=5", "stage: 5 (int) is not one of 1, 2, 3, 4"),
+        ("train.warmup=true", "train.warmup: expected a number"),
+        ("train.warmup=.nan", "train.warmup: expected a number"),
+        ("train.connector.lr=.inf", "train.connector.lr: expected a number"),
+        ("train.connector.lr=-1", "train.connector.lr: must be at least 0"),
+        ("train.connector.lr=0", "train.connector.lr: a trained part needs a learning rate above 0"),
+        ("train.dtype=bf-16", "train.dtype: 'bf-16' (str) is not one of bf16, fp32; did you mean `bf16`?"),
+        ("frames=8", "frames: expected a mapping with the fields of Frames, got 8 (int)"),
+        ("data.entries=clips.json", "data.entries: expected a list, got 'clips.json' (str)"),
+        ("data.entries=[]", "data.entries: the list is empty"),
+        ("frames.sampler=midle", "frames.sampler: 'midle' is not middle, dynamic_fps1, rand or fpsX"),
+        ("frames.sampler=fps0", "frames.sampler: 'fps0' is not"),
+        ("frames.max=10", "frames.max: 10 is not a multiple of clip_frames (4)"),
+        ("frames.min=12", "frames.min: 12 is larger than max (8)"),
+        ("frames.size=100", "frames.size: 100 is not a multiple of model.vision_tower.patch (16)"),
+        ("frames.size=112", "frames.size: 112 gives 49 patches; a tile needs at least 64"),
+        ("model.vision_tower.heads=7", "model.vision_tower.heads: 7 does not divide width (1024)"),
+        ("model.vision_tower.type=uml", "model.vision_tower.type: 'uml' (str) is not one of umt, internvideo2"),
+        ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: umt has none"),
+        ("model.vision_tower={type: internvideo2, drop_path: 1.0}", "model.vision_tower.drop_path: 1.0 is a probab"),
+        ("model.vision_tower={type: internvideo2, width: 24, heads: 2}", "model.vision_tower.width: 24 is not a mult"),
+        (
+            "model.language_model.max_position_embeddings=4096",
+            "text.max_tokens: 32768 is more than model.language_model.max_position_embeddings (4096); lower it",
+        ),
+        ("init_from.vision_tower=", "init_from.vision_tower: expected text"),
+        ("init_from.vision_tower=''", "init_from: name a run, or vision_tower and language_model"),
+        ("init_from={run: out/}", "init_from.run: out/ is this run's own output; name the stage before it"),
+    ],
+)
+def test_bad_value_names_file_and_field(tmp_path, assignment, start):
+    path = write(tmp_path, SMALL)
+    message = refusal(path, (assignment,))
+    assert message.startswith(f"{path}: {start}")
+
+
+def test_parameters_are_offloaded_under_zero_3_alone(tmp_path):
+    path = write(tmp_path, SMALL)
+    assert load_manifest(path, ("train.offload=all",)).train.zero_stage == 3
+    message = refusal(path, ("train.offload=all", "train.zero_stage=2"))
+    assert message.startswith(f"{path}: train.offload: all needs zero_stage 3")
+
+
+def test_a_stage_is_continued_by_name(tmp_path):
+    write(tmp_path, {"output": "runs/first"}, "base.yaml")
+    write(tmp_path, {"extends": "base.yaml", "stage": 1}, "stage1.yaml")
+    goes_on = {**SMALL, "init_from": {"run": "stage1", "connector": "random"}}
+    start = load_manifest(write(tmp_path, goes_on)).init_from
+    assert (start.run, start.connector) == ("runs/first", "random")
+    for place in ("./stage1", "runs/stage1", "stage0", "hf:acme/stage1"):
+        assert load_manifest(tmp_path / "m.yaml", (f"init_from.run={place}",)).init_from.run == place
+    write(tmp_path, {"stage": 1}, "stage1.yaml")
+    message = refusal(tmp_path / "m.yaml")
+    assert (
+        message
+        == f"{tmp_path}/m.yaml: init_from.run: {tmp_path}/stage1.yaml has no output; give it one, or name a folder"
+    )
+    write(tmp_path, {"extends": "m.yaml"}, "stage1.yaml")
+    assert "init_from.run: out is this run's own output" in refusal(tmp_path / "m.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"text"}) + ["text"])
+def test_missing_field_is_named(tmp_path, name):
+    path = write(tmp_path, {key: value for key, value in SMALL.items() if key != name})
+    assert refusal(path) == f"{path}: {name}: required field is missing; add `{name}: ...`"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("stage: [1", "not valid YAML"),
+        ("- stage: 1", "expected a mapping of fields at the top level"),
+        ("", "expected a mapping of fields at the top level"),
+        ("stage: 1\nseed: 1\nstage: 2\n", "`stage` stands twice"),
+        ("extends: []", "extends: expected a file name or a list of them, got [] (list)"),
+        ("extends: [3]", "extends: expected a file name or a list of them"),
+        ("extends: nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
+        ("extends: [nowhere.yaml]", "nowhere.yaml: cannot be read (No such file or directory)"),
+        ("extends: m.yaml", "extends: the file extends itself"),
+        ("extends: [m.yaml]", "extends: the file extends itself"),
+    ],
+)
+def test_unreadable_file(tmp_path, text, part):
+    assert part in refusal(write(tmp_path, text))
+
+
+def test_file_that_is_not_text(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    assert refusal(path) == f"{path}: cannot be read (not a UTF-8 text file); give the path of a manifest"
+    assert "cannot be read (Is a directory)" in refusal(tmp_path)
+
+
+def test_numbers_with_an_exponent_and_no_dot(tmp_path):
+    """YAML 1.1 reads 1e-5 as text; here it is the number that it looks like."""
+    text = yaml.safe_dump(SMALL).replace("lr: 0.001", "lr: 1e-5")
+    assert load_manifest(write(tmp_path, text)).train.connector.lr == 1e-5
+
+
+def test_extends_merges_mappings_and_replaces_lists(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, SMALL, "base.yaml")
+    write(tmp_path, {"extends": "base.yaml", "frames": {"max": 16}}, "middle.yaml")
+    over = {"extends": "../middle.yaml", "frames": {"size": 160}, "data": {"entries": [{"annotation": "b.json"}]}}
+    manifest = load_manifest(write(tmp_path / "sub", over, "top.yaml"))
+    assert (manifest.frames.min, manifest.frames.max, manifest.frames.size) == (4, 16, 160)
+    assert [entry.annotation for entry in manifest.data.entries] == ["b.json"]
+    assert manifest.name == "top"
+
+
+def test_extends_overlays_a_list_of_files_in_order(tmp_path):
+    """Two branches may share a base; what the later one says wins, and the file itself over both."""
+    write(tmp_path, SMALL, "base.yaml")
+    write(tmp_path, {"extends": "base.yaml", "frames": {"max": 16, "size": 160}, "seed": 1}, "first.yaml")
+    write(tmp_path, {"extends": "base.yaml", "frames": {"size": 192}, "seed": 2}, "second.yaml")
+    manifest = load_manifest(write(tmp_path, {"extends": ["first.yaml", "second.yaml"], "seed": 3}, "top.yaml"))
+    assert (manifest.frames.max, manifest.frames.size, manifest.seed) == (SMALL["frames"]["max"], 192, 3)
+    write(tmp_path, {"frames": {"size": 192}}, "second.yaml")
+    manifest = load_manifest(write(tmp_path, {"extends": ["first.yaml", "second.yaml"]}, "top.yaml"))
+    assert (manifest.frames.max, manifest.frames.size, manifest.seed) == (16, 192, 1)
+
+
+def test_extends_of_a_list_that_comes_back_is_refused(tmp_path):
+    write(tmp_path, SMALL, "base.yaml")
+    write(tmp_path, {"extends": ["base.yaml", "top.yaml"]}, "second.yaml")
+    path = write(tmp_path, {"extends": ["base.yaml", "second.yaml"]}, "top.yaml")
+    assert "top.yaml: extends: the file extends itself; remove the loop" in refusal(path)
+
+
+def test_overrides_win_over_the_file_and_come_in_order(tmp_path):
+    path = write(tmp_path, SMALL)
+    manifest = load_manifest(path, ["train.max_steps=3", "train.max_steps=5", "loader.threads=1"])
+    assert (manifest.train.max_steps, manifest.loader.threads) == (5, 1)
+    assert load_manifest(path, ["train.max_steps=null"]).train.max_steps is None
+
+
+@pytest.mark.parametrize("assignment", ["seed", "=3", "seed=[1"])
+def test_override_that_is_no_assignment(tmp_path, assignment):
+    assert refusal(write(tmp_path, SMALL), (assignment,)).startswith(f"--set {assignment}: expected FIELD.FIELD=VALUE")
+
+
+numbers = st.dictionaries(st.sampled_from("ab"), st.integers())
+#: fields a and b are numbers, c and d mappings: as in manifests, a field has one kind
+mappings = st.recursive(
+    numbers, lambda inner: st.builds(dict.__or__, numbers, st.dictionaries(st.sampled_from("cd"), inner)), max_leaves=8
+)
+
+
+@given(mappings, mappings, mappings)
+def test_merge_is_associative_and_keeps_its_inputs(a, b, c):
+    before = copy.deepcopy((a, b, c))
+    assert merge(merge(a, b), c) == merge(a, merge(b, c))
+    assert merge(a, {}) == merge({}, a) == a
+    assert (a, b, c) == before
+
+
+@given(mappings, st.lists(st.sampled_from("abcd"), min_size=1, max_size=4), st.integers())
+def test_override_sets_exactly_that_field(value, path, number):
+    changed = override(value, f"{'.'.join(path)}={number}")
+    item = changed
+    for name in path:
+        item = item[name]
+    assert item == number
+    assert {name: changed[name] for name in changed if name != path[0]} == {n: value[n] for n in value if n != path[0]}
+
+
+@given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.integers() | st.text(), st.lists)))
+def test_any_mapping_is_refused_in_one_line_and_never_crashes(value):
+    with pytest.raises(ManifestError) as caught:
+        build(Manifest, value, "m.yaml: ")
+    assert len(str(caught.value).splitlines()) == 1

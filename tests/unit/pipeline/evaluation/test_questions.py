@@ -1,0 +1,97 @@
+"""Held-out dialogues as prompts, with their own media and with another's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import Questions, load_manifest
+from pipeline.shards.index import ShardsError
+from pipeline.tokenization.chat_template import load_tokenizer
+from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest, mixed_root, turns
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return mixed_root(tmp_path_factory.mktemp("questions"))
+
+
+def text(made, ids) -> str:
+    """The prompt's text with every run of visual tokens as one mark."""
+    ids = [i for i, before in zip(ids, [0, *ids[:-1]], strict=True) if not i == before == IMAGE]
+    pieces, tokenizer = [[]], load_tokenizer(made.text.tokenizer)
+    for i in ids:
+        pieces.append([]) if i == IMAGE else pieces[-1].append(i)
+    return "<image>".join(tokenizer.decode(piece) for piece in pieces)
+
+
+def test_prompts_end_where_the_answer_begins(root):
+    made = manifest(root)
+    questions = Questions(made)
+    assert len(questions) == 4
+    for i in range(4):
+        batch = questions.prompt(i)
+        vlen = (5, 60)[i % 2]
+        assert text(made, batch.input_ids.tolist()) == (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nLook.<|im_end|>\n"
+            "<|im_start|>assistant\nI do.<|im_end|>\n<|im_start|>user\n<image>\nThe video lasts for "
+            f"{vlen / 2:.2f} seconds, and 8 frames are uniformly sampled from it. \nWhich is it, {i}?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert questions[i].answer == f"It is {i}." and questions[i].text == f"Which is it, {i}?"
+        assert questions[i].family == ("count" if i % 2 else "held out")
+        assert questions[i].meta == ({"family": "count"} if i % 2 else {})
+        assert (batch.labels == IGNORE).all() and batch.clips.shape == (2, 4, SIZE, SIZE, 3)
+        assert batch.keys == [questions[i].key] and batch.groups == 1 and batch.last
+        assert len(batch.input_ids) == questions.length(i)
+        assert batch.visual_index.tolist() == list(range(128))
+
+
+def test_another_questions_media_come_with_their_own_message(root):
+    questions = Questions(manifest(root))
+    own, blind = questions.prompt(0), questions.prompt(0, media_of=1)
+    assert np.array_equal(blind.clips, questions.prompt(1).clips) and not np.array_equal(own.clips, blind.clips)
+    assert "lasts for 30.00 seconds" in text(manifest(root), blind.input_ids.tolist())
+    assert "lasts for 2.50 seconds" in text(manifest(root), own.input_ids.tolist())
+    assert text(manifest(root), blind.input_ids.tolist()).count("Which is it, 0?") == 1
+    assert np.abs(own.clips[0, 0].numpy() - np.array(colour(0, 0))).max() <= 3
+    assert len(blind.input_ids) == questions.length(0, 1)
+
+
+def test_only_what_precedes_the_answer_is_shown(tmp_path):
+    made = Root(tmp_path)
+    first, second, still = made.video(8, 8), made.video(9, 9), made.still(150, 60)
+    made.dialogue(turns("Hello", "Hi", "<image>\nWhich?", "This.", "<image>\nNo answer."), [first, second], split="val")
+    made.dialogue(turns("Only a question"), split="val")
+    made.dialogue(turns("<image>\nColours?", "Four."), [still], split="val")
+    made.dialogue(turns("Text?", "Yes."), split="val")
+    questions = Questions(manifest(made.write()))
+    assert [questions[i].answer for i in range(len(questions))] == ["This.", "Four.", "Yes."]
+    assert questions.prompt(0).clips.shape[0] == 2
+    tiled = questions.prompt(1)
+    assert tiled.stills.shape == (3, SIZE, SIZE, 3) and len(tiled.visual_index) == 192
+    assert sorted(tiled.visual_index.tolist()) == list(range(192)) != tiled.visual_index.tolist()
+    assert questions.prompt(2).clips.shape[0] == questions.prompt(2).stills.shape[0] == 0
+    with pytest.raises(ValueError, match="question 1 shows 1 media, question 2 has 0"):
+        questions.prompt(1, media_of=2)
+
+
+def test_a_split_without_questions_is_one_clear_line(tmp_path):
+    made = Root(tmp_path)
+    made.dialogue(turns("Hello", "Hi"))
+    with pytest.raises(ShardsError, match="no answered dialogue of split val"):
+        Questions(manifest(made.write()))
+
+
+def test_reading_a_manifest_loads_no_framework():
+    heavy = "{'torch', 'pyarrow', 'transformers'}"
+    code = f"import sys, pipeline; pipeline.load_manifest; print({heavy} & set(sys.modules))"
+    assert load_manifest.__module__ == "pipeline.config.manifest"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    with pytest.raises(AttributeError, match="nothing_such"):
+        __import__("pipeline").nothing_such  # noqa: B018

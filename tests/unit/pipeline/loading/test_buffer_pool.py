@@ -1,0 +1,133 @@
+"""Buffers are used again once nobody refers to them, and never before."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.loading import buffer_pool as buffers
+from pipeline.loading.buffer_pool import LEAST, Pool
+
+#: What a consumer may keep of an array: each refers to the same memory in another way.
+HOLDS = {
+    "array": lambda array: array,
+    "view of a view": lambda array: array[: len(array) // 2].reshape(2, -1)[1],
+    "tensor": torch.from_numpy,
+    "part of a tensor": lambda array: torch.from_numpy(array.reshape(-1, 4))[3:, 1],
+    "array of a tensor": lambda array: torch.from_numpy(array).numpy()[5:],
+    "storage": lambda array: torch.from_numpy(array).untyped_storage(),
+    "memoryview": lambda array: memoryview(array[8:]),
+    "dlpack": lambda array: np.from_dlpack(torch.from_numpy(array)),
+    "iterator": lambda array: iter(array[1:]),
+}
+
+
+def content(held) -> set[int]:
+    if isinstance(held, torch.UntypedStorage):
+        held = torch.empty(0, dtype=torch.uint8).set_(held)
+    return set(np.unique(np.asarray(held)).tolist())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("how", HOLDS)
+def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
+    pool = Pool(8 * LEAST, shared)
+    array, first = pool.take(4096)
+    array[:] = 7
+    held = HOLDS[how](array)
+    del array
+    gc.collect()
+    pool.hand_on(first)
+    for _ in range(3):
+        other, second = pool.take(4096)
+        assert second is not first
+        other[:] = 9
+    assert [int(value) for value in held][:3] == [7] * 3 if how == "iterator" else content(held) == {7}
+    del held, other
+    gc.collect()
+    assert pool.lent == 0
+    assert first.number in pool.numbers
+    count = len(pool.numbers)
+    taken = [pool.take(4096) for _ in range(count)]  # all are used again, and no other
+    assert {buffer.number for _, buffer in taken} == pool.numbers and len(pool.numbers) == count
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**32),
+    shared=st.booleans(),
+    bound=st.integers(1, 6),
+    steps=st.lists(st.sampled_from(["take", "take", "hand on", "drop", "forget"]), min_size=10, max_size=60),
+)
+def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps):
+    draw, pool = random.Random(seed), Pool(bound * LEAST, shared)
+    ahead, handed, stamp = [], [], 0
+    largest = 0
+    for step in steps:
+        if step == "take":
+            size = draw.choice([0, 1, 1000, LEAST, LEAST + 1, 3 * LEAST, draw.randrange(5 * LEAST)])
+            lent = pool.take(size)
+            assert lent is not None or ahead, "with nothing ahead there is always room"
+            if lent:
+                array, buffer = lent
+                assert array.shape == (size,) and array.dtype == np.uint8
+                stamp = stamp % 250 + 1
+                array[:] = stamp
+                ahead.append((draw.choice([torch.from_numpy, np.asarray])(array), buffer, stamp))
+                largest = max(largest, len(buffer.memory))
+                del array, lent, buffer
+        elif step == "hand on" and ahead:
+            handed.append(ahead.pop(0))
+            pool.hand_on(handed[-1][1])
+        elif step == "drop" and handed:
+            del handed[draw.randrange(len(handed))]
+        elif step == "forget" and ahead:
+            pool.forget(ahead[0][1])
+            handed.append(ahead.pop(0))
+        held = sum(len(buffer.memory) for _, buffer, _ in handed if buffer.number in pool.numbers)
+        assert pool.nbytes - held <= max(bound * LEAST, largest) + 2 * largest
+    for held, _, value in (*ahead, *handed):
+        assert not len(held) or content(held) == {value}
+
+
+def test_a_forgotten_buffer_is_not_lent_again():
+    pool = Pool(4 * LEAST, True)
+    array, bad = pool.take(10)
+    pool.forget(bad)
+    del array
+    gc.collect()
+    assert pool.take(10)[1].number != bad.number and bad.number not in pool.numbers
+
+
+def test_another_mapping_of_a_shared_buffer_sees_its_pixels():
+    array, buffer = Pool(LEAST, True).take(100)
+    array[:] = 3
+    with mmap.mmap(buffer.descriptor, 0) as other:
+        assert other[:100] == bytes([3]) * 100
+        other[:2] = b"ab"
+    assert array[:2].tobytes() == b"ab"
+
+
+def test_few_files_are_open_and_none_after(monkeypatch):
+    monkeypatch.setattr(buffers, "MOST_FREE", 5)
+    before = len(os.listdir("/proc/self/fd"))
+    pool = Pool(100 * LEAST, True)
+    arrays = [pool.take(10) for _ in range(20)]
+    del arrays
+    gc.collect()
+    assert pool.lent == 0 and len(pool.numbers) == 5
+    held = pool.take(10)[0]
+    del pool
+    gc.collect()
+    held[:] = 1  # outlives its pool
+    del held
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -1,0 +1,122 @@
+"""Tasks in threads: every picture once, faults alone, stuck reads given up."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.loading import decode_threads as decoders
+from pipeline.loading.decode_threads import CHUNK, Item, Task, Threads, tasks_of
+from pipeline.shards.media_view import View
+
+
+class Numbers:
+    """A source whose pictures are numbers; some media are bad, and some never come until they are let go."""
+
+    def __init__(self, bad: tuple[int, ...] = (), stuck: tuple[int, ...] = ()) -> None:
+        self.bad, self.stuck, self.go = bad, stuck, threading.Event()
+
+    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
+        if view.row in self.stuck:
+            self.go.wait(60)
+        if view.row in self.bad:
+            raise ValueError("is\nbad")
+        out[:] = view.places[start : start + len(out), None, None, None]
+
+    def read_still(self, view: View, out: np.ndarray) -> None:
+        self.read_frames(view, 0, out)
+
+    def where(self, view: View) -> str:
+        return f"medium {view.row}"
+
+
+def items(*counts: int) -> list[Item]:
+    """Videos of some frames, or a still of -n tiles; picture k is k."""
+    made, at = [], 0
+    for row, count in enumerate(counts):
+        kind = "video" if count > 0 else "image"
+        places = np.arange(at, at + abs(count))
+        made.append(Item(View(row, kind, places, "", 0, 0), 0, at, abs(count), row))
+        at += abs(count)
+    return made
+
+
+def decoded(threads: Threads, made: list[Item]) -> tuple[np.ndarray, list[Task]]:
+    pictures = np.full((sum(item.count for item in made), 1, 1, 1), 255, dtype=np.uint8)
+    done: queue.Queue[Task] = queue.Queue()
+    tasks = tasks_of(made, pictures, None, done.put)
+    for task in tasks:
+        threads.give(task)
+    ended = 0
+    while ended < len(tasks):
+        threads.check()
+        try:
+            done.get(timeout=0.05)
+            ended += 1
+        except queue.Empty:
+            pass
+    assert done.empty()
+    return pictures.ravel(), tasks
+
+
+@given(st.lists(st.integers(1, 100) | st.integers(-80, -1), max_size=12))
+def test_tasks_hold_every_picture_once_and_small_media_together(counts):
+    made = items(*counts)
+    tasks = tasks_of(made, np.empty((0, 1, 1, 1)), None, print)
+    parts = [item for task in tasks for item in task.items]
+    assert [p for item in parts for p in range(item.at, item.at + item.count)] == list(range(sum(map(abs, counts))))
+    assert all(part.at - part.start == made[part.dialogue].at for part in parts)
+    for task in tasks:
+        assert sum(item.count for item in task.items) <= CHUNK or len(task.items) == 1
+        assert all(item.count <= CHUNK for item in task.items if item.view.kind == "video")
+    for one, two in itertools.pairwise(tasks):
+        assert sum(item.count for item in one.items) + two.items[0].count > CHUNK
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_item_that_cannot_be_read_fails_alone(count):
+    threads = Threads(Numbers(bad=(1,)), count, 60)
+    pictures, tasks = decoded(threads, items(40, 5, -2, 7))
+    threads.close()
+    wanted = np.arange(54)
+    wanted[40:45] = 255
+    assert pictures.tolist() == wanted.tolist()
+    failed = [(task.items[place].dialogue, reason) for task in tasks for place, reason in task.failed.items()]
+    assert failed == [(1, "medium 1: is bad")]
+
+
+def test_a_stuck_read_is_given_up_and_the_rest_is_read(monkeypatch):
+    monkeypatch.setattr(decoders, "GRACE", 0.2)
+    source = Numbers(stuck=(0, 2))
+    threads = Threads(source, 1, 0.2)
+    pictures, tasks = decoded(threads, items(3, 4, -2, 7))
+    assert pictures.tolist() == [255] * 3 + [3, 4, 5, 6] + [255] * 2 + list(range(9, 16))
+    assert tasks[0].failed == {
+        0: "medium 0: took longer than loader.read_timeout (0.2 s)",
+        2: "medium 2: took longer than loader.read_timeout (0.2 s)",
+    }
+    assert tasks[0].stuck
+    left = [thread for thread in threading.enumerate() if thread.name == "decode"]
+    source.go.set()  # what they read in the end changes no result, and they end
+    again, more = decoded(threads, items(5, 5))
+    assert again.tolist() == list(range(10)) and not more[0].failed and not more[0].stuck
+    threads.close()
+    for thread in left:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert tasks[0].failed.keys() == {0, 2} and tasks[0].place == 4
+
+
+def test_a_fault_of_the_program_is_kept(monkeypatch):
+    source = Numbers()
+    monkeypatch.setattr(source, "read_frames", lambda *_: 1 / 0)
+    threads = Threads(source, 2, 60)
+    _, tasks = decoded(threads, items(3, 3))
+    threads.close()
+    assert isinstance(tasks[0].error, ZeroDivisionError)

@@ -1,0 +1,534 @@
+"""Batches: their contents against a slow construction, their order whatever interrupts it, and faults."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import io
+import json
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import build_loader
+from pipeline.config.loading import ORDERS
+from pipeline.config.manifest import Manifest, ManifestError
+from pipeline.loading import pending_row as reading
+from pipeline.loading.buffer_pool import LEAST, Pool
+from pipeline.loading.loader import Loader, StateError, UnreadableError
+from pipeline.loading.pending_row import Row
+from pipeline.media.sampling import sample_indices, time_message
+from pipeline.media.tiling import best_grid, tiles
+from pipeline.planning.dataset import open_corpus
+from pipeline.planning.epoch_plan import Plan
+from pipeline.planning.summary import contents
+from pipeline.shards.index import Index, ShardsError
+from pipeline.shards.media_view import Visuals
+from pipeline.tokenization.chat_template import Conversation
+from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from tests.helpers.corpora.damage import same, spoil
+from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest, mixed_root, turns
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return mixed_root(tmp_path_factory.mktemp("loader"))
+
+
+# Contents -------------------------------------------------------------------------------------------------------------
+
+
+def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
+    """The row of some dialogues, built token by token with other means: PIL, tarfile and flat lists.
+
+    Visual tokens are named (medium's number in the row, kind, unit, place in the unit).
+    """
+    index = Index.open(made.shard_root)
+    dialogues = {d["key"]: d for d in index.dialogues.to_pylist()}
+    conversation = Conversation(made.text)
+    out = {name: [] for name in ("ids", "labels", "positions", "weights", "visual", "edges", "clips", "stills")}
+    out["edges"].append(0)
+    for key in keys:
+        dialogue = dialogues[key]
+        media = [{name: index.media[name][row].as_py() for name in index.media.column_names} | {"row": row}
+                 for row in dialogue["media"]]  # fmt: skip
+        stills = [medium for medium in media if medium["kind"] == "image"]
+        messages, expansions = [], []
+        for medium in media:
+            if medium["kind"] == "image":
+                mode = made.images.mode
+                expansions.append(slow_still(index, medium, mode, len(stills) > 1, out))
+                messages.append("")
+                continue
+            wanted = sample_indices(made.frames, medium["vlen"], medium["fps"], medium["duration"]).tolist()
+            wanted += wanted[-1:] * (-len(wanted) % 4)
+            numbers = [min(medium["frame_index"], key=lambda f: (abs(f - w), f)) for w in wanted]  # noqa: B023
+            messages.append(time_message("short", medium["duration"], np.array(numbers), medium["fps"]))
+            first = len(out["clips"]) // 4
+            out["clips"] += [colour(medium["row"], number) for number in numbers]
+            expansions.append([("clip", first + c, t) for c in range(len(numbers) // 4) for t in range(64)])
+        turns = json.loads(dialogue["conversations"])
+        ids, labels = conversation.encode(turns, [m["kind"] for m in media], messages)
+        learned = sum(label != IGNORE for label in labels.tolist()[1:])
+        row_ids, row_labels = [], []
+        for i, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
+            if token == IMAGE:
+                visual = expansions.pop(0)
+                out["visual"] += visual
+                row_ids += [IMAGE] * len(visual)
+                row_labels += [IGNORE] * len(visual)
+            else:
+                row_ids.append(token)
+                row_labels.append(label if i else IGNORE)
+        out["ids"] += row_ids
+        out["labels"] += row_labels
+        out["positions"] += range(len(row_ids))
+        weight = 1.0 if made.batching.loss_weight == "token" else 1.0 / learned
+        out["weights"] += [0.0 if label == IGNORE else weight for label in row_labels]
+        out["edges"].append(len(out["ids"]))
+    return out
+
+
+def slow_still(index: Index, medium: dict, mode: str, several: bool, out: dict) -> list[tuple]:
+    with tarfile.open(index.path_of(medium["shard"])) as tar:
+        picture = Image.open(io.BytesIO(tar.extractfile(f"{medium['key']}.jpg").read()))
+    cut, _ = tiles(picture, mode, SIZE, 2, several)
+    first = len(out["stills"])
+    out["stills"] += list(cut)
+    tokens = [("still", first, t) for t in range(64)]
+    if len(cut) > 1:
+        w, h = best_grid(medium["width"], medium["height"], SIZE, 2)
+        for y in range(8 * h):
+            for x in range(8 * w):
+                tokens.append(("still", first + 1 + y // 8 * w + x // 8, y % 8 * 8 + x % 8))
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {},
+        {"frames__max": 16, "frames__sampler": "dynamic_fps1", "frames__min": 4},
+        {"images__mode": "square", "batching__loss_weight": "token"},
+        {"frames__sampler": "fps1", "text__mask_prompt_markers": True},
+    ],
+)
+def test_batches_hold_what_a_slow_construction_holds(root, over):
+    made = manifest(root, **over)
+    loader = build_loader(made)
+    total, seen = 0.0, []
+    for batch in loader:
+        seen += batch.keys
+        if batch.micro == 0:
+            total = 0.0
+        if not batch.keys:
+            assert batch.input_ids.tolist() == [0] and batch.labels.tolist() == [IGNORE]
+            assert batch.cu_seqlens.tolist() == [0, 1] and batch.tokens == 0
+            continue
+        want = slow_row(made, batch.keys)
+        assert batch.input_ids.tolist() == want["ids"]
+        assert batch.labels.tolist() == want["labels"]
+        assert batch.position_ids.tolist() == want["positions"]
+        assert batch.cu_seqlens.tolist() == want["edges"]
+        np.testing.assert_allclose(batch.token_weight, want["weights"], rtol=1e-6)
+        units = [("clip", i) for i in range(len(batch.clips))] + [("still", i) for i in range(len(batch.stills))]
+        assert [(*units[i // 64], i % 64) for i in batch.visual_index.tolist()] == want["visual"]
+        frames = batch.clips.flatten(0, 1).numpy()
+        assert len(frames) == len(want["clips"])
+        for frame, expected in zip(frames, want["clips"], strict=True):
+            assert np.abs(frame.reshape(-1, 3) - np.array(expected)).max() <= 3
+        assert (
+            np.abs(batch.stills.numpy().astype(int) - np.array(want["stills"]).reshape(batch.stills.shape)).max(
+                initial=0
+            )
+            <= 2
+        )
+        assert batch.input_ids.dtype == batch.labels.dtype == batch.visual_index.dtype == torch.int64
+        assert (batch.cu_seqlens.dtype, batch.token_weight.dtype) == (torch.int32, torch.float32)
+        assert batch.clips.dtype == batch.stills.dtype == torch.uint8
+        assert batch.tokens == len(want["ids"]) and batch.frames == len(want["clips"]) + len(want["stills"])
+        units = len(batch.clips) + len(batch.stills)
+        assert batch.groups == max(1, -(-units // 2))
+        total += float(batch.token_weight.sum())
+        if batch.last:
+            assert total == pytest.approx(batch.total_weight)
+    assert len(seen) == len(set(seen)) == 21
+
+
+def test_report_says_what_the_epoch_holds(root):
+    loader = build_loader(manifest(root))
+    report = loader.report()
+    batches = list(loader)
+    assert sum(e.tokens for e in report.entries) == sum(batch.tokens for batch in batches)
+    assert sum(e.frames for e in report.entries) == sum(batch.frames for batch in batches)
+    assert sum(e.learned for e in report.entries) == sum(int((b.labels != IGNORE).sum()) for b in batches)
+    assert {e.entry: e.dialogues for e in report.entries} == {"stills": 9, "texts": 3, "videos": 9}
+    assert str(report).splitlines()[4].split()[:2] == ["all", "21"]
+
+
+def test_batches_move_as_one(root):
+    batch = next(iter(build_loader(manifest(root))))
+    moved = batch.to("meta")
+    assert {t.device.type for t in moved._tensors().values()} == {"meta"}
+    assert moved.keys == batch.keys and batch.input_ids.device.type == "cpu"
+
+
+# Order ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def parts(root: Path, batch: int, multiple: int, limit: int, squared: bool, order: str = "shuffle") -> Plan:
+    cost = {"patch": 1.0, "token": 10.0, "pair": 0.1 if squared else 0.0}
+    made = manifest(
+        root,
+        batching={"global_batch": batch, "row_multiple": multiple, "cost": cost, "order": order},
+        text__max_tokens=limit,
+    )
+    return Plan(open_corpus(made), made, "train")
+
+
+class Fleet:
+    """The ranks of one run, and the global batches they were given, as tuples of rows of keys."""
+
+    def __init__(self, plan: Plan, world: int, state: dict | None = None) -> None:
+        self.ranks = [Loader(plan, rank, world) for rank in range(world)]
+        for loader in self.ranks if state else ():
+            loader.load_state_dict(json.loads(json.dumps(state)))
+
+    def run(self, count: int) -> list[tuple]:
+        """The next ``count`` global batches of all ranks (fewer at the end of the epoch)."""
+        streams = [iter(loader) for loader in self.ranks]
+        done: list[tuple] = []
+        while len(done) < count:
+            rows: list[tuple] = []
+            while True:
+                batches = [next(stream, None) for stream in streams]
+                if batches[0] is None:
+                    assert batches == [None] * len(batches) and not rows
+                    return done
+                assert (
+                    len({(b.epoch, b.step, b.micro, b.micros, b.last, b.groups, b.total_weight) for b in batches}) == 1
+                )
+                assert max(b.tokens for b in batches) <= self.ranks[0]._plan.manifest.text.max_tokens
+                assert batches[0].groups >= max(-(-(len(b.clips) + len(b.stills)) // 2) for b in batches)
+                rows += [tuple(b.keys) for b in batches]
+                if batches[0].last:
+                    break
+            done.append((batches[0].epoch, batches[0].step, tuple(rows)))
+        for stream in streams:
+            stream.close()
+        return done
+
+    def state(self) -> dict:
+        states = [loader.state_dict() for loader in self.ranks]
+        assert all(state == states[0] for state in states)
+        return states[0]
+
+
+@settings(max_examples=25)
+@given(
+    batch=st.integers(1, 9),
+    limit=st.sampled_from([500, 1024]),
+    squared=st.booleans(),
+    order=st.sampled_from(ORDERS),
+    stops=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 4)), min_size=1, max_size=4),
+)
+def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit, squared, order, stops):
+    plan = parts(root, batch, 4, limit, squared, order)
+    got, state = [], None
+    for world, count in [*stops, (2, 10**6)]:
+        fleet = Fleet(plan, world, state)
+        got += fleet.run(count)
+        state = fleet.state()
+    straight = Fleet(plan, 1)
+    whole = [done for _ in range(state["epoch"]) for done in straight.run(10**6)]
+    assert got == whole
+    assert straight.state() == state and state["step"] == 0
+    size = len(straight.ranks[0])
+    assert [place for *place, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
+    for epoch in range(state["epoch"]):
+        keys = [key for e, _, rows in whole if e == epoch for row in rows for key in row]
+        assert len(keys) == len(set(keys)) == 21 - plan.dropped
+
+
+def test_a_row_within_a_global_batch_is_not_counted(root):
+    loader = build_loader(manifest(root))
+    stream = iter(loader)
+    first = next(stream)
+    assert not first.last and loader.state_dict()["step"] == 0
+    again = next(iter(loader))
+    assert same(first, again)
+    while not next(stream).last:
+        assert loader.state_dict()["step"] == 0
+    assert loader.state_dict()["step"] == 1
+
+
+def test_epochs_differ_and_sequential_keeps_the_order_of_the_index(root):
+    loader = build_loader(manifest(root))
+    first, second = ([b.keys for b in loader] for _ in range(2))
+    assert first != second
+    plain = build_loader(manifest(root, batching={"global_batch": 1, "row_multiple": 1, "order": "sequential"}))
+    wanted = [d["key"] for d in Index.open(root / "stage2").dialogues.to_pylist() if d["split"] == "train"]
+    assert [key for batch in plain for key in batch.keys] == wanted
+
+
+def test_modality_makes_global_batches_of_one_kind(root):
+    plan = parts(root, 4, 4, 1024, False, "modality")
+    kinds = []
+    for step in range(plan.batches):
+        rows = np.concatenate(plan.global_batch(0, step).rows)
+        kinds.append({plan.units(np.array([row])) > 0 for row in rows})
+    assert [len(kind) for kind in kinds] == [1, 1, 1, 1, 2, 1]  # 18 with media, 3 of text; left over: 2 and 3
+    assert not plan.dropped
+
+
+def test_modality_length_says_what_it_drops(root):
+    plan = parts(root, 2, 4, 1024, False, "modality_length")
+    assert plan.batches == 8 + 1 and plan.dropped == 2 + 1
+    assert str(contents(plan)).endswith("; batching.order drops 3 of all in each epoch")
+    with pytest.raises(ShardsError, match="split train has no others; use modality"):
+        parts(root, 18, 4, 1024, False, "modality_length")
+
+
+def test_threads_and_prefetch_change_nothing(root):
+    one = list(build_loader(manifest(root, loader__threads=1, loader__prefetch_mb=1)))
+    many = list(build_loader(manifest(root, loader__threads=4, loader__prefetch_mb=64)))
+    assert len(one) == len(many) and all(same(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_val_is_a_split_of_its_own(root):
+    keys = [key for batch in build_loader(manifest(root), split="val") for key in batch.keys]
+    assert len(keys) == 4
+
+
+def test_a_state_of_other_settings_is_refused_by_name(root):
+    state = build_loader(manifest(root)).state_dict()
+    other = build_loader(manifest(root, batching__global_batch=5, frames__max=16))
+    with pytest.raises(StateError, match=r"batching.global_batch \(6 there, 5 here\), tokens"):
+        other.load_state_dict(state)
+    build_loader(manifest(root, loader__threads=7, output="elsewhere")).load_state_dict(state)
+
+
+def test_ranks_have_to_divide_the_rows(root):
+    with pytest.raises(ManifestError, match="row_multiple: 4 is not a multiple of 3 ranks"):
+        build_loader(manifest(root), 0, 3)
+    with pytest.raises(ValueError, match="rank 2"):
+        build_loader(manifest(root), 2, 2)
+
+
+def test_nothing_to_train_on_is_one_clear_line(tmp_path):
+    with pytest.raises(ShardsError, match="build them with"):
+        build_loader(manifest(tmp_path))
+    made = Root(tmp_path)
+    made.dialogue(turns("Hello", "word " * 300))
+    folder = made.write()
+    with pytest.raises(ShardsError, match="1 are left out, the first because .* text.max_tokens"):
+        build_loader(manifest(folder, text__max_tokens=64, text__over_length="refuse"))
+    loader = build_loader(manifest(folder, text__max_tokens=64))
+    assert [row.tokens for row in loader if row.keys] == [64]
+    ((key, reason),) = loader.cut()
+    assert key == made.dialogues[0]["key"] and reason.endswith(
+        "tokens are more than text.max_tokens (64), and are cut to it"
+    )
+    assert loader.report().cut == 1 and not list(loader.left_out())
+
+
+def test_left_out_dialogues_are_named(tmp_path):
+    made = Root(tmp_path)
+    made.dialogue(turns("Hello", "word " * 300))
+    made.dialogue(turns("Hello", "Hi"))
+    made.dialogue(turns("<image> <image>", "Hi"), [made.still(30, 30)])
+    loader = build_loader(manifest(made.write(), text__max_tokens=128, text__over_length="refuse"))
+    left = dict(loader.left_out())
+    assert "max_tokens" in left[made.dialogues[0]["key"]]
+    assert "2 <image> marks" in left[made.dialogues[2]["key"]]
+    assert len(left) == loader.report().left_out == 2
+    assert [key for batch in loader for key in batch.keys] == [made.dialogues[1]["key"]]
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_unreadable_media_leave_their_dialogue_out_and_nothing_else_changes(tmp_path, kind):
+    made = Root(tmp_path)
+    video, other = made.video(8, 8), made.video(9, 9)
+    still, picture = made.still(150, 60), made.still(60, 60)
+    for media in ([video], [other], [still], [picture], []):
+        made.dialogue(turns("<image>\nWhat?" if media else "What?", "This."), media)
+    over = {"batching": {"global_batch": 5, "row_multiple": 1}}
+    folder = made.write()
+    good = list(build_loader(manifest(folder, **over)))[0]
+    bad = {"video": 0, "image": 2}[kind]
+    spoil(folder, made.media[made.dialogues[bad]["media"][0]])
+    row = list(build_loader(manifest(folder, **over)))[0]
+    key = made.dialogues[bad]["key"]
+    assert [k for k, _ in row.skipped] == [key]
+    assert "000000.tar" in row.skipped[0][1] and made.media[made.dialogues[bad]["media"][0]]["key"] in row.skipped[0][1]
+    assert row.keys == [k for k in good.keys if k != key]
+    assert (row.total_weight, row.groups, row.last, row.micros) == (5.0, good.groups, True, 1)
+    # what is left equals the row of the others alone, pixels and visual places included
+    want = slow_row(manifest(folder), row.keys)
+    assert row.input_ids.tolist() == want["ids"] and row.cu_seqlens.tolist() == want["edges"]
+    units = [("clip", i) for i in range(len(row.clips))] + [("still", i) for i in range(len(row.stills))]
+    assert [(*units[i // 64], i % 64) for i in row.visual_index.tolist()] == want["visual"]
+    frames = row.clips.flatten(0, 1).numpy()
+    assert all(np.abs(f.reshape(-1, 3) - np.array(c)).max() <= 3 for f, c in zip(frames, want["clips"], strict=True))
+    assert np.abs(row.stills.numpy().astype(int) - np.array(want["stills"])).max() <= 2
+    assert float(row.token_weight.sum()) == pytest.approx(4.0)
+
+
+def test_a_row_that_loses_everything_is_an_empty_row(tmp_path):
+    made = Root(tmp_path)
+    made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
+    folder = made.write()
+    loader = build_loader(manifest(folder))
+    Index.open(folder / "stage2").path_of(0).unlink()
+    rows = list(loader)
+    assert [row.input_ids.tolist() for row in rows] == [[0]] * 4
+    assert sum(len(row.skipped) for row in rows) == 1 and rows[0].total_weight == 1.0
+    assert rows[0].clips.shape == (0, 4, SIZE, SIZE, 3) and "No such file" in rows[0].skipped[0][1]
+
+
+def test_shards_that_are_not_all_there_are_refused(tmp_path):
+    made = Root(tmp_path)
+    made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
+    folder = made.write()
+    path = Index.open(folder / "stage2").path_of(0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ShardsError, match=rf"{path.name}: has [\d,]+ of [\d,]+ bytes"):
+        build_loader(manifest(folder))
+    path.unlink()
+    with pytest.raises(ShardsError, match=f"{path.name}: is missing"):
+        build_loader(manifest(folder))
+    path.write_bytes(whole)
+    assert len(build_loader(manifest(folder))) == 1
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(root):
+    with pytest.raises(ManifestError, match=r"vocab_size: 100 is fewer than the \d+ ids of"):
+        build_loader(manifest(root, model__language_model__vocab_size=100))
+
+
+def test_too_many_unreadable_dialogues_stop_the_run_and_name_files(tmp_path):
+    made = Root(tmp_path)
+    for _ in range(5):
+        made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
+    folder = made.write()
+    for medium in made.media[:3]:
+        spoil(folder, medium)
+    with pytest.raises(UnreadableError, match=r"3 dialogues .* loader.max_unreadable \(2\).*train-00000\d.tar: v"):
+        list(build_loader(manifest(folder)))
+    assert sum(len(row.skipped) for row in build_loader(manifest(folder, loader__max_unreadable=3))) == 3
+
+
+def decoding_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_an_error_of_a_thread_reaches_the_consumer(root, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(Visuals, "read_frames", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        list(build_loader(manifest(root)))
+    assert not decoding_threads()
+
+
+def test_threads_end_with_the_iterator(root):
+    stream = iter(build_loader(manifest(root)))
+    next(stream)
+    assert decoding_threads()
+    stream.close()
+    assert not decoding_threads()
+    stream = iter(build_loader(manifest(root)))
+    next(stream)
+    assert decoding_threads()
+    del stream
+    gc.collect()
+    assert not decoding_threads()
+
+
+def test_rows_ahead_are_bounded(root, monkeypatch):
+    started: list[int] = []
+    begin = Row.start
+
+    def start(row: Row, *rest, **needed) -> bool:
+        size = max(LEAST, row.pictures * SIZE * SIZE * 3)  # a row of text alone counts too
+        return begin(row, *rest, **needed) and not started.append(size)
+
+    monkeypatch.setattr(Row, "start", start)
+    for bound in (1, 3):
+        started.clear()
+        used = 0
+        for _ in build_loader(manifest(root, loader__prefetch_mb=bound, batching__row_multiple=1)):
+            assert sum(started[used:]) <= bound << 20 or len(started) - used == 1
+            used += 1
+        assert used == len(started) > 4
+
+
+def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monkeypatch):
+    """Wherever a run stops, and whatever was decoded by then, it goes on with the batch after the last whole one."""
+    ahead: list[int] = []
+    begin = Row.start
+    monkeypatch.setattr(Row, "start", lambda row, *rest, **needed: begin(row, *rest, **needed) and not ahead.append(1))
+    first = build_loader(manifest(root, loader__prefetch_mb=64))
+    whole = list(first)
+    for stop in range(1, len(whole) + 1):
+        ahead.clear()
+        loader = Loader(first._plan, 0, 1)
+        stream = iter(loader)
+        for _ in range(stop):
+            batch = next(stream)
+        assert len(ahead) == len(whole)  # all were started with the first
+        state = loader.state_dict()
+        ended = batch.last and batch.step + 1 == len(loader)
+        assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.last))
+        stream.close()
+        if not ended:
+            again = Loader(first._plan, 0, 1)
+            again.load_state_dict(state)
+            rest = [row for row in whole if row.step >= batch.step + batch.last]
+            for a, b in zip(again, rest, strict=True):
+                assert a.keys == b.keys and torch.equal(a.input_ids, b.input_ids) and torch.equal(a.clips, b.clips)
+
+
+def test_a_consumer_may_keep_every_batch(root, monkeypatch):
+    """Also more of them than there may be buffers out."""
+    monkeypatch.setattr(reading, "MOST_LENT", 3)
+    kept = list(build_loader(manifest(root, loader__prefetch_mb=1)))
+    read = [row.clips.clone() for row in build_loader(manifest(root, loader__prefetch_mb=1))]
+    assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
+
+
+def test_passes_that_were_broken_off_or_go_on_beside_another_take_no_room_from_it(root):
+    loader = build_loader(manifest(root, loader__prefetch_mb=2))
+    gc.disable()
+    try:
+        others = [iter(loader) for _ in range(3)]
+        for stream in others:
+            next(stream)
+        others.pop().close()
+        assert len(list(loader)) == len(list(loader)) > 8  # two whole epochs
+        for stream in others:
+            stream.close()
+        assert loader._pool.lent == 0
+    finally:
+        gc.enable()
+
+
+def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root, monkeypatch):
+    made, make = [], Pool._make
+    monkeypatch.setattr(Pool, "_make", lambda pool, size: made.append(size) or make(pool, size))
+    over = {"batching": {"global_batch": 1, "row_multiple": 1}, "loader__prefetch_mb": 3}
+    assert sum(1 for _ in build_loader(manifest(root, **over))) == 21
+    assert made == [LEAST] * len(made) and len(made) <= 3 + 2  # ahead, the consumer's, and the one before it

@@ -1,0 +1,68 @@
+"""A root in a data set of a hub on this machine."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import constants
+
+from pipeline import ShardsError
+from pipeline.shards.index import Index
+from pipeline.storage import Reading
+from tests.helpers.corpora.batches import batches
+from tests.helpers.corpora.small_root import manifest
+from tests.helpers.servers.fetch_hub import COMMIT, serve_hub
+
+
+def point_at(url, monkeypatch):
+    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(server, root, monkeypatch):
+    """The root under shards/ of the data set me/data, its larger files behind redirects."""
+    point_at(server.url, monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    paths = [path for path in (root / "stage2").rglob("*") if path.is_file() and not path.name.startswith("tokens-")]
+    serve_hub(server, {f"shards/{path.relative_to(root).as_posix()}": path.read_bytes() for path in paths})
+    return server
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}", "@refs%2Fpr%2F1"])
+def test_batches_are_those_of_the_folder(hub, root, tmp_path, revision):
+    cache = str(tmp_path / "cache")
+    remote = manifest(root, shards=f"hf://datasets/me/data{revision}/shards", loader__cache=cache)
+    assert batches(remote) == batches(manifest(root))
+    resolved = [headers for path, headers in hub.asked if "/resolve/" in path]
+    assert resolved and all(headers["authorization"] == "Bearer hf_secret" for headers in resolved)
+
+
+@pytest.mark.parametrize(
+    "address, text",
+    [
+        ("hf://datasets/me/other/shards", "no such data set, or it is private; accept .* set HF_TOKEN"),
+        ("hf://datasets/me/data@v9/shards", "the data set has no revision v9"),
+        ("hf://datasets/me/gated/shards", "is gated; accept .* set HF_TOKEN"),
+        ("hf://datasets/me/data/other/", "404 Not Found .*no finished shards"),
+    ],
+)
+def test_what_is_not_there_is_named(hub, tmp_path, address, text):
+    codes = {
+        "other/revision/main": "RepoNotFound",
+        "data/revision/v9": "RevisionNotFound",
+        "gated/revision/main": "GatedRepo",
+    }
+    for path, code in codes.items():
+        hub.routes[f"/api/datasets/me/{path}"] = lambda request, code=code: request.answer(404, X_Error_Code=code)
+    with pytest.raises(ShardsError, match=f"^{address.rstrip('/')}[:/].*{text}"):
+        Index.open(address, Reading(cache=str(tmp_path / "cache")))
+
+
+def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
+    point_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(ShardsError, match="^hf://datasets/me/data: the hub cannot be asked .*HF_ENDPOINT"):
+        Index.open("hf://datasets/me/data", Reading(cache=str(tmp_path / "cache")))

@@ -1,0 +1,181 @@
+"""Conversations against the golden ids and labels, and the rules the golden files cannot show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.manifest import ManifestError
+from pipeline.tokenization.chat_template import (
+    IGNORE,
+    IMAGE,
+    MARK,
+    Conversation,
+    fetched,
+    load_tokenizer,
+    media_step,
+    question_and_answer,
+    text_of,
+)
+from tests.helpers.golden_data import json_file
+from tests.helpers.model.golden_tokens import FOLDER, HERE, ROWS, conversation, encode
+
+FACTS = json_file("tokens_labels/facts.json") if HERE else None
+NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Conversation:
+    return conversation()
+
+
+def cases(rows: Iterable[dict]) -> list:
+    return [pytest.param(row, id=f"{row['version']}-{row['case']}") for row in rows]
+
+
+def assert_encoded(got: tuple[np.ndarray, np.ndarray], ids: list[int], labels: list[int]) -> None:
+    assert got[0].dtype == got[1].dtype == np.int32
+    assert got[0].tolist() == ids
+    # The label of a mark in an answer is a passing state there: it becomes -100 when the picture is put in.
+    assert got[1].tolist() == [IGNORE if i == IMAGE else x for i, x in zip(ids, labels, strict=True)]
+
+
+def accepted(row: dict) -> bool:
+    """Whether the published code fails on a name of the first turn; ours accepts them."""
+    turns = row["conversation"]
+    first = turns[0].get("from", turns[0].get("role")) if turns else None
+    return row["version"] == "qwen_2" and first in NAMES and turns[0].get("from") not in ("human", "gpt")
+
+
+@pytest.mark.parametrize("fetch", [0, 1], ids=["meant", "published"])
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" not in row))
+def test_golden_ids_and_labels(row, fetch):
+    turns = row["conversation"]
+    if row["media"] != "text":
+        marks = sum(text_of(turn).count(MARK) for turn in turns)
+        assert media_step(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
+    ids, labels = encode(row, turns, fetch)
+    assert_encoded((ids, labels), row["input_ids"], row["labels"])
+    assert load_tokenizer(str(FOLDER)).decode(labels[labels >= 0]) == row["learned_text"]
+    assert turns == row["conversation"], "the dialogue was changed in place"
+
+
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "second_fetch_conversation" in row))
+def test_golden_second_fetch(row):
+    """Published: the dialogue as its first fetch left it goes through the media step again. Meant: nothing changes."""
+    turns = row["conversation"]
+    messages = [row["time_message"]] * sum(text_of(turn).count(MARK) for turn in turns)
+    assert fetched(turns, messages, row["version"], 1) == row["conversation_after_media_step"]
+    assert fetched(turns, messages, row["version"], 2) == row["second_fetch_conversation"]
+    assert_encoded(encode(row, turns, 2), row["second_fetch_input_ids"], row["second_fetch_labels"])
+    first, second = encode(row, turns), encode(row, turns)
+    assert first[0].tolist() == second[0].tolist() == row["input_ids"]
+
+
+@pytest.mark.parametrize("fetch", [0, 1], ids=["meant", "published"])
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and not accepted(row)))
+def test_golden_refused(row, fetch):
+    with pytest.raises(ValueError, match="turns"):
+        encode(row, row["conversation"], fetch)
+
+
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
+def test_golden_first_turns_fail_when_published(row):
+    with pytest.raises(ValueError, match="first of the turns is from human or gpt"):
+        encode(row, row["conversation"], fetch=1)
+
+
+@pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
+def test_golden_first_turns_accepted_as_what_they_say(row):
+    ids, labels = encode(row, row["conversation"])
+    tokenizer = load_tokenizer(str(FOLDER))
+    spoken = [(NAMES[turn.get("from", turn.get("role"))], text_of(turn)) for turn in row["conversation"]]
+    if spoken[0][0] != "system":
+        spoken.insert(0, ("system", "You are a helpful assistant."))
+    assert tokenizer.decode(ids) == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
+    assert tokenizer.decode(labels[labels >= 0]).endswith(f"assistant\n{spoken[-1][1]}<|im_end|>\n")
+
+
+@pytest.mark.parametrize("facts", [pytest.param(facts, id="tokenizer") for facts in [FACTS] if facts])
+def test_golden_tokenizer_facts(facts):
+    tokenizer = load_tokenizer(str(FOLDER))
+    assert len(tokenizer) == facts["vocabulary"]
+    assert tokenizer.convert_ids_to_tokens(198) == facts["id_198"]
+    assert tokenizer.encode("\n") == facts["newline_encodes_to"]
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in facts["special"]} == facts["special"]
+    for name in ("eos", "pad", "bos", "unk"):
+        assert getattr(tokenizer, f"{name}_token") == facts[name], name
+    # There the mark is added as a token to find its place; here it never is one, and its id is IMAGE in both.
+    assert facts["image_token_id_when_added"] == len(tokenizer) and IMAGE < 0
+
+
+def test_a_dropped_first_turn_takes_no_message(qwen):
+    turns = [{"from": "gpt", "value": "<image>"}, {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]
+    ids, _ = qwen.encode(turns, ["video"], ["\n4 frames. "])
+    assert ids.tolist() == qwen.encode(turns[1:], ["video"], ["\n4 frames. "])[0].tolist()
+    assert "4 frames" in qwen.tokenizer.decode(ids[ids != IMAGE])
+
+
+def test_prompt_markers_can_be_masked(qwen):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+    ids, _ = qwen.encode(turns, [], [])
+    same_ids, labels = conversation(mask_prompt_markers=True).encode(turns, [], [])
+    assert same_ids.tolist() == ids.tolist()
+    assert qwen.tokenizer.decode(labels[labels != IGNORE]) == "<|im_start|>assistant\nYes<|im_end|>\n"
+
+
+def test_marks_have_to_fit_the_media(qwen):
+    turns = [{"from": "human", "value": "<image>\nA?"}, {"from": "gpt", "value": "B"}]
+    with pytest.raises(ValueError, match="1 <image> marks are left for 2 media"):
+        qwen.encode(turns, ["image", "image"], ["", ""])
+    with pytest.raises(ValueError, match="no role"):
+        qwen.encode([{"value": "A"}], [], [])
+    with pytest.raises(ValueError, match="no text"):
+        qwen.encode([{"from": "human", "value": None}], [], [])
+
+
+def test_each_medium_has_its_own_message(qwen):
+    turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "B"}]
+    ids, _ = qwen.encode(turns, ["image", "video"], ["", "\nThe video lasts for 1.00 seconds. "])
+    text = qwen.tokenizer.decode([i if i != IMAGE else 0 for i in ids])
+    first = qwen.tokenizer.decode([0])
+    assert f"user\n{first} or {first}\nThe video lasts for 1.00 seconds. ?" in text
+
+
+@given(st.lists(st.text(max_size=12), min_size=2, max_size=6), st.booleans())
+def test_prompt_is_the_beginning_of_the_whole_dialogue(texts, seen):
+    coder = conversation()
+    texts = [text.replace(MARK, "").replace("<", "") for text in texts]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    if seen:
+        turns[0]["value"] = f"{MARK}\n{turns[0]['value']}"
+    asked, answer = question_and_answer(turns)
+    media = (["video"], ["\nN frames. "]) if seen else ([], [])
+    prompt = coder.prompt(asked, *media)
+    ids, _ = coder.encode(turns[: len(asked) + 1], *media)
+    header = coder.tokenizer.encode("<|im_start|>assistant\n")
+    assert prompt[-len(header) :].tolist() == header
+    assert answer == texts[len(asked)]
+    assert ids[: len(prompt) - len(header)].tolist() == prompt[: -len(header)].tolist()
+
+
+def test_question_is_the_last_answered_one():
+    turns = [{"from": role, "value": role + str(i)} for i, role in enumerate(["human", "gpt", "human", "gpt", "human"])]
+    asked, answer = question_and_answer(turns)
+    assert (len(asked), answer) == (3, "gpt3")
+    with pytest.raises(ValueError, match="answer"):
+        question_and_answer(turns[:1])
+
+
+def test_plain_prompt_is_the_mark_alone():
+    turns = [{"from": "human", "value": "<image>\nDescribe."}]
+    assert conversation("plain").prompt(turns, ["video"], ["\nN frames. "]).tolist() == [IMAGE]
+
+
+def test_absent_tokenizer_is_one_clear_line(tmp_path):
+    with pytest.raises(ManifestError, match="text.tokenizer: .*none is not a folder here"):
+        load_tokenizer(str(tmp_path / "none"))

@@ -1,0 +1,159 @@
+"""A remote file read at any place: right bytes, few requests, bounded memory."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.servers.web_server import QUICK, turns
+from tools.fetch.base import FetchError
+from tools.fetch.http.client import Http
+from tools.fetch.http.ranged_file import BLOCK, CACHED, READ_AHEAD, HttpBytes
+from tools.fetch.http.response import Facts
+
+DATA = random.Random(0).randbytes(20 << 20)
+
+
+@pytest.fixture
+def remote(server):
+    server.routes["/file"] = lambda request: request.serve(DATA)
+    return HttpBytes.open(Http(QUICK), server.url + "/file", "file")
+
+
+class Memory:
+    """Stands for the client; counts the requests."""
+
+    def __init__(self, data):
+        self.data, self.asked = data, []
+
+    def read(self, url, place, offset, size, known):
+        assert offset >= 0 and offset + size <= len(self.data) and size > 0
+        self.asked.append((offset, size))
+        return self.data[offset : offset + size], Facts(len(self.data), '"1"', "", True)
+
+
+@given(
+    size=st.integers(0, 3 * BLOCK + 5),
+    reads=st.lists(st.tuples(st.integers(0, 3 * BLOCK + 9), st.integers(0, 2 * BLOCK)), max_size=12),
+)
+def test_reads_are_slices_and_nothing_is_asked_for_twice(size, reads):
+    data = DATA[:size]
+    memory = Memory(data)
+    remote = HttpBytes(memory, lambda: "", "x", size, "")
+    for offset, count in reads:
+        assert remote.read(offset, count) == data[offset : offset + count]
+    blocks = [
+        number for start, length in memory.asked for number in range(start // BLOCK, -(-(start + length) // BLOCK))
+    ]
+    assert len(blocks) == len(set(blocks))
+
+
+def test_threads_share_a_file():
+    """Eight read at random places, more than the blocks that are kept, and one from front to end."""
+    remote = HttpBytes(Memory(DATA), lambda: "", "x", len(DATA), "")
+
+    def read(seed):
+        places = random.Random(seed)
+        for step in range(400):
+            offset = step * 50_000 if seed == 0 else places.randrange(len(DATA))
+            size = places.randrange(BLOCK)
+            assert remote.read(offset, size) == DATA[offset : offset + size]
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(8)))
+    finally:
+        sys.setswitchinterval(switching)
+    assert len(remote._blocks) <= CACHED // BLOCK
+
+
+def test_reading_forwards_asks_for_more_and_more():
+    memory = Memory(DATA)
+    remote = HttpBytes(memory, lambda: "", "x", len(DATA), "")
+    got = b"".join(remote.read(place, 10_000) for place in range(0, len(DATA), 10_000))
+    assert got == DATA
+    sizes = [size for _, size in memory.asked]
+    assert len(sizes) < 40 and READ_AHEAD <= max(sizes) <= READ_AHEAD + 2 * BLOCK
+    assert sum(sizes) == len(DATA)
+
+
+def test_reading_here_and_there_asks_for_little():
+    memory = Memory(DATA)
+    remote = HttpBytes(memory, lambda: "", "x", len(DATA), "")
+    places = random.Random(1).sample(range(0, len(DATA) - 1000, 5 * BLOCK), 40)
+    for place in places:
+        assert remote.read(place, 1000) == DATA[place : place + 1000]
+    assert all(size <= 2 * BLOCK for _, size in memory.asked)
+
+
+def test_what_is_kept_is_bounded_and_large_reads_go_past_it():
+    memory = Memory(DATA)
+    remote = HttpBytes(memory, lambda: "", "x", len(DATA), "")
+    assert remote.read(5, len(DATA)) == DATA[5:] and memory.asked == [(5, len(DATA) - 5)]
+    for place in range(0, len(DATA), BLOCK):
+        remote.read(place, 1)
+        assert sum(map(len, remote._blocks.values())) <= CACHED
+    assert remote.read(0, CACHED // 2) == DATA[: CACHED // 2]
+
+
+def test_a_zip_on_a_server_is_read_by_a_few_requests(server):
+    text = {f"{number}.txt": DATA[number * 1000 :][:3000] for number in range(200)}
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w") as made:
+        for name, body in text.items():
+            made.writestr(name, body)
+    server.routes["/file"] = lambda request: request.serve(stored.getvalue())
+    remote = HttpBytes.open(Http(QUICK), server.url + "/file", "file")
+
+    class File(io.RawIOBase):
+        place = 0
+        seekable = readable = lambda self: True
+
+        def seek(self, offset, whence=0):
+            self.place = offset + (0, self.place, remote.size)[whence]
+            return self.place
+
+        def tell(self):
+            return self.place
+
+        def readinto(self, buffer):
+            data = remote.read(self.place, len(buffer))
+            buffer[: len(data)] = data
+            self.place += len(data)
+            return len(data)
+
+    with zipfile.ZipFile(File()) as opened:
+        assert {name: opened.read(name) for name in opened.namelist()} == text
+    assert len(server.asked) < 20
+
+
+def test_servers_without_ranges_and_files_that_change(server, remote):
+    assert remote.size == len(DATA) and remote.read(len(DATA) - 3, 10) == DATA[-3:]
+    server.routes["/file"] = lambda request: request.serve(DATA[::-1], ETag='"two"')
+    with pytest.raises(FetchError, match="changed") as error:
+        remote.read(0, 10)
+    assert error.value.reason == "bad_checksum"
+    server.routes["/file"] = turns(lambda request: request.answer(503), lambda request: request.answer(body=DATA))
+    with pytest.raises(FetchError, match="dir:PATH") as error:
+        HttpBytes.open(Http(QUICK), server.url + "/file", "file")
+    assert error.value.reason == "unsupported"
+    server.routes["/file"] = lambda request: request.serve(b"")
+    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").read(0, 5) == b""
+    with pytest.raises(FetchError) as error:
+        HttpBytes.open(Http(QUICK), server.url + "/none", "file")
+    assert error.value.reason == "missing_file"
+
+
+def test_identity_follows_the_contents(server, remote):
+    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").identity == remote.identity
+    server.routes["/file"] = lambda request: request.serve(DATA, ETag='"two"')
+    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").identity != remote.identity

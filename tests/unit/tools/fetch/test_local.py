@@ -1,0 +1,75 @@
+"""Folders of this machine; links lead nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.fetch.base import FetchError
+from tools.fetch.local import FolderSource, LocalBytes
+
+
+@pytest.fixture
+def root(tmp_path):
+    """root/ with a file, frames, a link within, links out of it; root is itself reached by a link."""
+    root = tmp_path / "real"
+    (root / "frames").mkdir(parents=True)
+    (root / "mixed").mkdir()
+    (root / "a.mp4").write_bytes(b"abcd")
+    for number in (1, 2):
+        (root / "frames" / f"{number}.jpg").write_bytes(b"x" * number)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "s.jpg").write_bytes(b"secret")
+    (root / "link.mp4").symlink_to("a.mp4")
+    (root / "out.mp4").symlink_to("../secret/s.jpg")
+    (root / "out").symlink_to("../secret")
+    (root / "loop").symlink_to("loop")
+    (root / "dead").symlink_to("nothing")
+    (root / "mixed" / "1.jpg").symlink_to("../../secret/s.jpg")
+    (tmp_path / "root").symlink_to("real")
+    return FolderSource(tmp_path / "root")
+
+
+def test_files_and_folders_where_they_are(root, tmp_path):
+    assert root.find("a.mp4") == 4 and root.find("link.mp4") == 4 and root.find("frames", tree=True) == 3
+    assert root.fetch("a.mp4", tmp_path) == tmp_path / "real" / "a.mp4"
+    assert root.fetch("link.mp4", tmp_path).read_bytes() == b"abcd"
+    assert sorted(item.name for item in root.fetch("frames", tmp_path, tree=True).iterdir()) == ["1.jpg", "2.jpg"]
+
+
+@pytest.mark.parametrize("path", ["b.mp4", "a.mp4/b", "loop", "dead", "n" * 300, "x" * 5000, "a\udc80"])
+def test_nothing_there(root, tmp_path, path):
+    assert root.find(path) is None
+    with pytest.raises(FetchError) as error:
+        root.fetch(path, tmp_path)
+    assert error.value.reason == "missing_file"
+
+
+def test_a_folder_is_no_file(root):
+    assert root.find("frames") is None and root.find("a.mp4", tree=True) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "tree"),
+    [("out.mp4", False), ("out/s.jpg", False), ("out", True), ("mixed", True), ("../secret", True), ("/x", False)],
+)  # fmt: skip
+def test_ways_out(root, tmp_path, path, tree):
+    for ask in (lambda: root.find(path, tree), lambda: root.fetch(path, tmp_path, tree)):
+        with pytest.raises(FetchError) as error:
+            ask()
+        assert error.value.reason == "outside_root"
+
+
+def test_bytes_of_a_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    file = LocalBytes(path)
+    assert (file.size, file.read(2, 3), file.read(8, 5), file.read(20, 1)) == (10, b"234", b"89", b"")
+    path.write_bytes(b"012345678")
+    assert LocalBytes(path).identity != file.identity
+    with pytest.raises(FetchError, match="changed"):
+        file.read(0, 1)
+    path.unlink()
+    for ask, reason in ((lambda: LocalBytes(path), "missing_file"), (lambda: file.read(0, 1), "unreachable")):
+        with pytest.raises(FetchError) as error:
+            ask()
+        assert error.value.reason == reason

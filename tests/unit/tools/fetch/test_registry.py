@@ -1,0 +1,57 @@
+"""Places as a root map words them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.servers.web_server import QUICK
+from tools.fetch.base import FetchError
+from tools.fetch.object_listing import name_order
+from tools.fetch.registry import open_files, open_source
+
+
+def test_sources(tmp_path):
+    assert open_source(f"dir:{tmp_path}", QUICK).origin == f"dir:{tmp_path}"
+    assert open_source("url:https://me:pw@h/{path}", QUICK).origin == "url:https://h/{path}"
+    assert open_source("page:https://h/?v={stem}", QUICK).origin == "page:https://h/?v={stem}"
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["", "/data", "dir:", "dir:/no/such/folder", "url:https://h/x", "page:x", "hf:a", "s3:/x", "https://h/{path}", "ftp://h"],
+)  # fmt: skip
+def test_places_that_are_none(place):
+    with pytest.raises(ValueError) as error:
+        open_source(place, QUICK)
+    assert "\n" not in str(error.value)
+
+
+def test_files_come_in_name_order_place_by_place(tmp_path, server):
+    for name in ("p_10.zip", "p_2.zip", "p_1.txt", "[x].zip"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "p_3.zip").mkdir()
+    server.routes["/a.zip"] = lambda request: request.serve(b"from the web")
+    files = open_files([f"url:{server.url}/a.zip", f"dir:{tmp_path}/p_*.zip", f"dir:{tmp_path}/[x].zip"], QUICK)
+    assert [file.read(0, 99) for file in files] == [b"from the web", b"p_2.zip", b"p_10.zip", b"[x].zip"]
+    with pytest.raises(FetchError) as error:
+        open_files(f"dir:{tmp_path}/*.tar", QUICK)
+    assert error.value.reason == "missing_file"
+
+
+@pytest.mark.parametrize(
+    "place", ["dir:/*/x.zip", "dir:/tmp/", "page:https://h/{stem}", "hf:a/b:c*/x.zip", "s3://x", "x.zip"]
+)
+def test_files_of_places_that_hold_none(place):
+    with pytest.raises(ValueError):
+        open_files(place, QUICK)
+
+
+def test_names_sort_with_their_numbers():
+    """As split(1) writes them, padded or not, with letters or digits."""
+    for names in (
+        ["x.z01", "x.z02", "x.z10"],
+        ["p1.zip", "p2.zip", "p10.zip"],
+        ["xaa", "xab", "xzaaa"],
+        ["x89", "x9000"],
+    ):
+        assert sorted(reversed(names), key=name_order) == names

@@ -1,0 +1,142 @@
+"""What is on the disk when a rank dies at any moment of a save: ``latest`` names a whole checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.config.manifest import Manifest
+from tests.helpers.model.manifests import manifest
+from tests.helpers.model.rows import SIZE, SMALL
+from trainer.checkpoint import disk_usage as disk
+from trainer.checkpoint import save as checkpoint
+from trainer.checkpoint.save import CheckpointError, WriteError, latest, read_state, save
+from trainer.distributed.process_group import Place
+
+ALONE = Place(0, 1, torch.device("cpu"))
+STATE = {"epoch": 0, "step": 1, "fingerprint": {}}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the code under test handles it."""
+
+
+class Engine:
+    """Stands for DeepSpeed's: writes two files, the second one in two parts."""
+
+    def save_checkpoint(self, folder: str, tag: str, **options: object) -> None:
+        path = Path(folder) / tag
+        (path / "model.pt").write_bytes(b"m" * 1000)
+        with open(path / "optim.pt", "wb") as file:
+            file.write(b"o" * 1000)
+            os.fsync(file.fileno())
+            file.write(b"o" * 1000)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(checkpoint, "barrier", lambda: None)
+    monkeypatch.setattr(checkpoint, "total", lambda values, place: values)
+
+
+@pytest.fixture
+def small() -> Manifest:
+    return manifest(SIZE, SMALL)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def dies(monkeypatch, moment: int) -> None:
+    """Raise at the ``moment``-th call that changes or flushes the disk, before or after it is done."""
+    calls = 0
+
+    def fatal(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                if moment % 2 and name != "fsync":
+                    real(*arguments, **options)
+                raise Killed
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "write_text"), (Path, "mkdir")):
+        fatal(module, name)
+
+
+def test_whatever_moment_a_save_dies_at_latest_names_a_whole_checkpoint(tmp_path, small, monkeypatch):
+    deaths, moment = 0, 0
+    while True:
+        moment += 1
+        run = tmp_path / str(moment)
+        for step in (2, 4):
+            save(Engine(), run, step, STATE, small, ALONE)
+        with monkeypatch.context() as patch:
+            dies(patch, moment)
+            try:
+                save(Engine(), run, 6, STATE, small, ALONE)
+            except Killed:
+                deaths += 1
+            else:
+                break
+        found = latest(run)
+        assert found.name in ("step-000004", "step-000006")
+        assert read_state(found)["step"] == int(found.name[-1])
+        save(Engine(), run, 6, STATE, small, ALONE)  # the next start comes to the same step
+        assert names(run) == ["latest", "step-000004", "step-000006"]
+        assert latest(run).name == "step-000006" and read_state(latest(run))["step"] == 6
+    assert deaths > 10
+
+
+def test_the_newest_are_kept_by_number(tmp_path, small):
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save(Engine(), tmp_path, step, STATE, small, ALONE)
+    assert names(tmp_path) == ["latest", "step-1000000", "step-1000001"]
+
+
+def test_a_checkpoint_that_lost_a_file_or_a_byte_is_not_loaded(tmp_path, small):
+    save(Engine(), tmp_path, 2, STATE, small, ALONE)
+    optim = latest(tmp_path) / "optim.pt"
+    os.truncate(optim, 1999)
+    with pytest.raises(CheckpointError, match=r"optim.pt: has 1999 bytes instead of 2000; .*latest"):
+        read_state(latest(tmp_path))
+    optim.unlink()
+    with pytest.raises(CheckpointError, match=r"optim.pt: is missing"):
+        read_state(latest(tmp_path))
+    shutil.rmtree(latest(tmp_path))
+    with pytest.raises(CheckpointError, match="names step-000002, which is not there"):
+        latest(tmp_path)
+
+
+def test_no_room_is_told_before_anything_is_written(tmp_path, small, monkeypatch):
+    save(Engine(), tmp_path, 2, STATE, small, ALONE)
+    needed = disk.checkpoint_bytes(small)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(CheckpointError, match="GB are needed"):
+        save(Engine(), tmp_path, 4, STATE, small, ALONE)
+    assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
+
+
+def test_a_disk_that_fills_while_it_is_written_keeps_the_checkpoint_before(tmp_path, small):
+    class Full(Engine):
+        def save_checkpoint(self, folder: str, tag: str, **options: object) -> None:
+            (Path(folder) / tag / "model.pt").write_bytes(b"m")
+            raise OSError(28, "No space left on device")
+
+    save(Engine(), tmp_path, 2, STATE, small, ALONE)
+    with pytest.raises(WriteError, match="rank 0 cannot write its part .*No space left"):
+        save(Full(), tmp_path, 4, STATE, small, ALONE)
+    assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
+    save(Engine(), tmp_path, 4, STATE, small, ALONE)
+    assert names(tmp_path) == ["latest", "step-000002", "step-000004"]

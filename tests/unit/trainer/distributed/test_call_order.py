@@ -1,0 +1,32 @@
+"""Ranks that call the model differently are told so, with the first call that differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.helpers.corpora import training_corpus as corpus
+from tests.helpers.paths import ROOT
+from trainer.distributed.call_order import CallLog
+
+
+def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:
+    worker = str(ROOT / "tests/helpers/workers/calls_worker.py")
+    corpus.run("torchrun", "--standalone", "--nproc_per_node", "2", worker, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["equal"] == first["equal again"] == ""
+    assert "call 2 of a global batch is tower on rank 1 and no call on rank 0, of 2 and 1 calls" in first["more"]
+    assert "call 1 of a global batch is head.0 on rank 1 and tower on rank 0, of 3 and 3 calls" in first["other order"]
+    assert "call 1 of a global batch is no call on rank 1 and tower on rank 0" in first["none"]
+
+
+def test_the_last_call_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    log = CallLog(model)
+    assert log.reached() == "call 0, no call"
+    model(torch.zeros(1, 4))
+    assert log.reached() == "call 2, 2"

@@ -1,0 +1,133 @@
+"""The heartbeat: which rank is named, when, and that a run with a stopped rank ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.corpora import training_corpus as corpus
+from trainer.distributed.watchdog import Beat, Watch
+
+LIMIT = 0.5  #: minutes
+
+
+def beat(number: int, place: int, doing: str = "working") -> Beat:
+    return Beat(number, place, doing, f"host, process {number}")
+
+
+def first_fault(watch: Watch, beats, intervals: int) -> tuple[int, str] | None:
+    """The interval, of 1 s, in which the watch speaks, and what it says; ``beats(i)`` are the beats of interval i."""
+    for i in range(intervals):
+        if fault := watch.look(beats(i)):
+            return i, fault
+    return None
+
+
+def test_ranks_that_go_on_are_never_named():
+    for rank in range(3):
+        watch = Watch(rank, 60, 1)
+        assert first_fault(watch, lambda i: [beat(i, i // 20) for _ in range(3)], 500) is None
+
+
+def test_a_silent_rank_is_named_after_half_the_limit():
+    def beats(i):
+        return [beat(i, 7, "backward pass"), beat(3, 7, "forward pass"), beat(i, 7)]
+
+    when, what = first_fault(Watch(0, 60, 1), beats, 100)
+    assert when == 30 and "no sign of life for 30 s from rank 1 (host, process 3, forward pass)" in what
+    later, _ = first_fault(Watch(2, 60, 1), beats, 100)
+    assert when < later < when + 5  # rank 0 speaks for all
+
+
+def test_a_silent_rank_is_forgiven_while_this_one_goes_on():
+    assert first_fault(Watch(0, 60, 1), lambda i: [beat(i, i // 9), beat(3, 7)], 200) is None
+
+
+def test_a_late_rank_is_named_with_what_it_does():
+    def beats(i):
+        return [beat(i, 9, "forward pass"), beat(i, 9, "forward pass"), beat(i, 8, "waiting for data")]
+
+    when, what = first_fault(Watch(0, 60, 1), beats, 100)
+    assert when == 54 and "rank 2" in what and "waiting for data" in what and "rank 1" not in what
+
+
+def test_ranks_that_stand_at_one_place_are_all_named_up_to_three():
+    when, what = first_fault(Watch(0, 60, 1), lambda i: [beat(i, 9, f"forward {rank}") for rank in range(5)], 100)
+    assert when == 54 and "check_calls" in what and "2 more" in what
+    assert all(f"rank {rank} (host" in what for rank in range(3))
+
+
+def test_a_rank_that_may_take_long_is_waited_for_but_not_when_it_is_silent():
+    """Converting a checkpoint is rank 0's work, however long it takes."""
+
+    def beats(i, silent=False):
+        return [replace(beat(3 if silent else i, 5), unhurried=True), replace(beat(i, 5), unhurried=True)]
+
+    assert first_fault(Watch(1, 60, 1), beats, 500) is None
+    _, what = first_fault(Watch(1, 60, 1), lambda i: beats(i, silent=True), 100)
+    assert "no sign of life" in what and "rank 0" in what
+
+
+def test_a_job_that_slept_as_a_whole_goes_on():
+    """No clock is read: however long an interval lasted, it is one."""
+    watch = Watch(0, 60, 1)
+    assert first_fault(watch, lambda i: [beat(1, 7), beat(1, 7)], 29) is None
+    assert first_fault(watch, lambda i: [beat(2 + i, 8 + i), beat(2 + i, 8 + i)], 100) is None
+
+
+def ranks_of_a_run(manifest: Path, run: Path) -> list[subprocess.Popen]:
+    """Two ranks without a launcher, which would kill the stopped one by itself half a minute after the other ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**corpus.environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = ("--set", f"output={run}", "--set", f"train.timeout_minutes={LIMIT}", "--set", "train.epochs=50")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "trainer", "--manifest", str(manifest), *settings],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=corpus.PROJECT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus.make(tmp_path_factory.mktemp("corpus"), videos=2)
+
+
+def test_a_stopped_rank_is_named_and_the_run_ends(manifest: Path, tmp_path: Path) -> None:
+    """Also rank 0, through which all beats pass where no launcher keeps the store; two runs side by side."""
+    runs = {stopped: ranks_of_a_run(manifest, tmp_path / str(stopped)) for stopped in (0, 1)}
+    try:
+        for stopped, ranks in runs.items():
+            log = tmp_path / str(stopped) / "log.jsonl"
+            while all(rank.poll() is None for rank in ranks) and not (log.exists() and log.stat().st_size):
+                time.sleep(0.05)
+            ranks[stopped].send_signal(signal.SIGSTOP)
+        for stopped, ranks in runs.items():
+            other = ranks[1 - stopped]
+            _, told = other.communicate(timeout=LIMIT * 60)
+            assert other.returncode == 1
+            (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+            assert "no sign of life" in line and f"rank {stopped} (" in line
+            assert f"process {ranks[stopped].pid}" in line
+            assert "global batch" in line or "waiting for data" in line
+    finally:
+        for rank in (rank for ranks in runs.values() for rank in ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+            rank.wait()

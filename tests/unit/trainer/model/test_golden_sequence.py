@@ -1,0 +1,120 @@
+"""The whole model against the published one: embeddings, labels, loss, logits and gradients, alone and packed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.model import LanguageModel, Model, VisionTower
+from pipeline.tokenization.special_ids import IGNORE
+from tests.helpers.model.golden_sequence import CASES, CONFIG, FILES, dialogues
+from tests.helpers.model.rows import Dialogue, pack
+from trainer.model.video_llm import VideoLLM
+from trainer.weights.load import fill, read_part
+from trainer.weights.tensor_files import published_name
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoLLM:
+    """The golden model; its pixels are normalised already, so the model's own normalisation is left out."""
+    tower, language = CONFIG["vision_tower"], dict(CONFIG["language_model"])
+    assert language.pop("hidden_act") == "silu"
+    cfg = Model(
+        vision_tower=VisionTower(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
+        language_model=LanguageModel(**language),
+    )
+    model = VideoLLM(cfg, tower["size"], 4, recompute=True)
+    weights = FILES / "weights.safetensors"
+    fill(model, {name: t for part in model.parts() for name, t in read_part(model, part, weights, cfg).items()})
+    model.pixels = lambda frames: frames.movedim(-1, 1)
+    return model.train()
+
+
+def labelled(row: Dialogue) -> int:
+    return sum(label != IGNORE for label in row.labels[1:])
+
+
+def padding_term(model: VideoLLM, case: dict, rows: list[Dialogue]) -> tuple[float, int]:
+    """Cross entropy and count of the first tokens that the published model predicts from left padding before them.
+
+    Padding is a zero vector that may see nothing; the published mask then lets it see every place alike.
+    """
+    longest, loss, count = max(len(row.ids) for row in rows), 0.0, 0
+    for row in rows:
+        missing = longest - len(row.ids)
+        if case["padding"] != "left" or not missing or row.labels[0] == IGNORE:
+            continue
+        with torch.no_grad():
+            embeddings = model.embed(pack([row], 1, CONFIG["vision_tower"]["size"]))
+            embeddings = torch.cat([embeddings.new_zeros(missing, embeddings.shape[1]), embeddings]).unsqueeze(0)
+            seen = torch.ones(longest, longest, dtype=torch.bool).tril()
+            seen[:, :missing] = False
+            mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+            hidden = model.language_model.model(
+                inputs_embeds=embeddings, attention_mask={"full_attention": mask[None, None]}, use_cache=False
+            ).last_hidden_state
+            logits = model.language_model.lm_head(hidden[0, missing - 1])
+        loss -= logits.log_softmax(-1)[row.labels[0]].item()
+        count += 1
+    return loss, count
+
+
+@pytest.mark.parametrize("groups", [1, 3], ids=["one_group", "three_groups"])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES])
+def test_golden_multimodal_sequence_packed(model, case, groups):
+    """All rows of the case packed into one: embeddings, labels, loss, tail logits and gradients."""
+    rows, outputs = dialogues(case), np.load(FILES / "outputs.npz")
+    padding, first_tokens = padding_term(model, case, rows)
+    places = sum(map(labelled, rows)) + first_tokens
+    for row in rows:
+        row.weight = 1 / places
+    batch = pack(rows, groups, CONFIG["vision_tower"]["size"])
+    model.zero_grad()
+    loss = model(batch)
+    loss.backward()
+    assert loss.item() + padding / places == pytest.approx(case["loss"], abs=1e-4)
+    with torch.no_grad():
+        embeddings, hidden = model.embed(batch), model.hidden(batch)
+        logits = model.language_model.lm_head(hidden)
+    mask = torch.from_numpy(outputs[f"{case['case']}.attention_mask"])
+    expected = torch.from_numpy(outputs[f"{case['case']}.inputs_embeds"])[mask]
+    torch.testing.assert_close(embeddings, expected, atol=1e-4, rtol=0)
+    assert [len(rows), max(len(row.ids) for row in rows), embeddings.shape[-1]] == case["out_shape"]
+    assert mask.sum(1).tolist() == [len(row.ids) for row in rows]
+    labels = torch.from_numpy(outputs[f"{case['case']}.labels"])
+    assert [label for row in rows for label in row.labels] == labels[mask].tolist()
+    places_of = torch.full(mask.shape, -1).masked_scatter(mask, torch.arange(int(mask.sum())))[:, -6:]
+    tail = torch.from_numpy(outputs[f"{case['case']}.logits_tail"])[places_of >= 0]
+    torch.testing.assert_close(logits[places_of[places_of >= 0]], tail, atol=5e-4, rtol=0)
+    if case["padding"] == "right":
+        compare_gradients(model, case)
+
+
+def compare_gradients(model: VideoLLM, case: dict) -> None:
+    gradients = {published_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    assert set(gradients) == set(case["gradient_norms_of_all_parameters"])
+    for name, norm in case["gradient_norms_of_all_parameters"].items():
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7), name
+    for name, values in case["gradients"].items():
+        assert gradients[name].norm().item() == pytest.approx(values["norm"], rel=1e-3, abs=1e-7), name
+        first = gradients[name].flatten()[:8]
+        np.testing.assert_allclose(first, values["first8"], atol=1e-3, rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES if len(c["input_ids"]) > 1])
+def test_golden_multimodal_sequence_rows_alone(model, case):
+    """Every row of a batch by itself has the published embeddings, and the losses add up to the batch's."""
+    rows, outputs = dialogues(case), np.load(FILES / "outputs.npz")
+    padding, first_tokens = padding_term(model, case, rows)
+    places, losses = sum(map(labelled, rows)) + first_tokens, padding
+    for n, row in enumerate(rows):
+        row.weight = 1.0
+        batch = pack([row], 1, CONFIG["vision_tower"]["size"])
+        with torch.no_grad():
+            losses += model(batch).item()
+            embeddings = model.embed(batch)
+        mask = torch.from_numpy(outputs[f"{case['case']}.attention_mask"])[n]
+        expected = torch.from_numpy(outputs[f"{case['case']}.inputs_embeds"])[n][mask]
+        torch.testing.assert_close(embeddings, expected, atol=1e-4, rtol=0)
+    assert losses / places == pytest.approx(case["loss"], abs=1e-4)

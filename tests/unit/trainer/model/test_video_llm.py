@@ -1,0 +1,249 @@
+"""Properties of the whole model: packing, groups, dummies, freezing, recomputation, dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config.model import Model
+from tests.helpers.model.rows import INTERNVIDEO2, SMALL, Dialogue, dialogue, pack, parameters, small_model
+from trainer.model import attention
+from trainer.model.attention import Segments, attend_sdpa, language_model_attention
+from trainer.model.video_llm import groups
+from trainer.training.drop_path_rng import draw
+
+KINDS = {
+    "video": {"clips": 2},
+    "stills": {"stills": 3},
+    "both": {"clips": 1, "stills": 2},
+    "text": {},
+}
+
+
+def some(*kinds: str) -> list[Dialogue]:
+    return [dialogue(seed, **KINDS[kind], text=9 + 4 * seed) for seed, kind in enumerate(kinds)]
+
+
+def gradients(model, *batches) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    for batch in batches:
+        model(batch).backward()
+    return {name: parameter.grad.clone() for name, parameter in parameters(model)}
+
+
+def assert_same(first: dict, second: dict, tolerance: float = 1e-5) -> None:
+    """The difference of each gradient is small beside the gradient."""
+    for name, value in first.items():
+        assert (value - second[name]).norm() <= tolerance * value.norm(), name
+
+
+both_towers = pytest.mark.parametrize("cfg", [SMALL, INTERNVIDEO2], ids=["umt", "internvideo2"])
+
+
+@both_towers
+def test_packed_equals_alone(cfg):
+    model, dialogues = small_model(cfg=cfg), some("video", "text", "stills", "both")
+    alone = [pack([d]) for d in dialogues]
+    assert model(pack(dialogues)).item() == pytest.approx(sum(model(row).item() for row in alone), rel=1e-5)
+    assert_same(gradients(model, pack(dialogues)), gradients(model, *alone))
+
+
+@both_towers
+@pytest.mark.parametrize("number", [2, 3, 7, 12])
+def test_groups_and_recomputation_change_nothing(number, cfg):
+    dialogues = some("both", "text", "video")
+    plain = gradients(small_model(cfg=cfg).train(), pack(dialogues))
+    assert_same(plain, gradients(small_model(recompute=True, cfg=cfg).train(), pack(dialogues, groups=number)))
+
+
+def test_recomputation_drops_the_same_paths():
+    tower = dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.9)
+    cfg, batch = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), pack(some("both", "stills", "video"), groups=3)
+    found = []
+    for seed, recompute in ((1, False), (1, True), (2, True)):
+        model = small_model(recompute, cfg).train()
+        batch.draws = draw(batch, seed, model.vision_tower.draws)
+        found.append(gradients(model, batch))
+    assert_same(found[0], found[1])
+    name = "vision_tower.patch_embed.proj.weight"
+    assert (found[0][name] - found[2][name]).norm() > 0.01 * found[0][name].norm()
+
+
+def test_dialogues_drop_the_same_paths_in_any_row():
+    """Packed in another order and into other groups, or alone, each dialogue has the loss that it has."""
+    tower = dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.9)
+    cfg, dialogues = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), some("both", "stills", "text", "video")
+    model = small_model(cfg=cfg).train()
+
+    def loss(numbers: list[int], groups: int, seed: int = 1) -> float:
+        batch = pack([dialogues[number] for number in numbers], groups)
+        batch.keys = [f"d{number}" for number in numbers]
+        batch.draws = draw(batch, seed, model.vision_tower.draws)
+        return model(batch).item()
+
+    together = loss([0, 1, 2, 3], 1)
+    assert loss([3, 1, 2, 0], 7) == pytest.approx(together, rel=1e-5)
+    assert loss([1, 3], 9) + loss([2, 0], 2) == pytest.approx(together, rel=1e-5)
+    assert loss([0, 1, 2, 3], 1, seed=2) != pytest.approx(together, rel=1e-3)
+
+
+@given(clips=st.integers(0, 9), stills=st.integers(0, 9), number=st.integers(1, 8))
+@settings(max_examples=40)
+def test_groups_cover_every_unit_once_in_order(clips, stills, number):
+    batch = dataclasses.replace(
+        pack([]),
+        clips=torch.arange(clips, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, 4, 1, 1, 3),
+        stills=100 + torch.arange(stills, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3),
+        groups=number,
+    )
+    parts = list(groups(batch))
+    assert len(parts) == number and all(len(c) + len(s) for c, s in parts)
+    assert torch.equal(torch.cat([c for c, _ in parts]), batch.clips)
+    assert torch.equal(torch.cat([s for _, s in parts])[:stills], batch.stills)
+    sizes = [len(c) + len(s) for c, s in parts]
+    assert max(sizes) <= -(-(clips + stills) // number) or max(sizes) == 1
+
+
+@both_towers
+@pytest.mark.parametrize("kinds", [["text"], []], ids=["text_only", "empty_row"])
+def test_rows_without_media_have_zero_gradients_not_missing_ones(kinds, cfg):
+    model = small_model(recompute=True, cfg=cfg).train()
+    batch = pack(some(*kinds), groups=2)
+    found = gradients(model, batch)
+    for name, gradient in found.items():
+        if name.startswith(("vision_tower", "connector")) or not kinds:
+            assert gradient.abs().max() == 0, name
+    if kinds:
+        assert found["language_model.lm_head.weight"].abs().max() > 0
+    else:
+        assert model(batch).item() == 0
+
+
+def test_the_dummy_still_does_not_change_the_text():
+    model, batch = small_model(), pack(some("text"))
+    with torch.no_grad():
+        embeddings = model.language_model.model.embed_tokens(batch.input_ids)
+        assert torch.equal(model.embed(batch), embeddings)
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks:UserWarning", "ignore:Full backward hook:UserWarning")
+@pytest.mark.parametrize("frozen", [[], ["vision_tower", "language_model"], ["language_model"]])
+@pytest.mark.parametrize("recompute", [True, False])
+@both_towers
+def test_every_module_is_entered_in_the_same_order_whatever_the_row_holds(frozen, recompute, cfg):
+    """ZeRO-3 gathers and releases in module calls, forward, backward and recomputed: ranks must agree on the order."""
+    model = small_model(recompute, cfg).train()
+    for part in frozen:
+        model.parts()[part].requires_grad_(False)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(f"forward {name}"))
+        module.register_forward_hook(lambda *_, name=name: calls.append(f"after {name}"))
+        module.register_full_backward_pre_hook(lambda *_, name=name: calls.append(f"backward {name}"))
+    reference: list[str] = []
+    for kinds in (["both", "text"], ["text"], ["video"], ["stills"], []):
+        calls.clear()
+        model(pack(some(*kinds), groups=3)).backward()
+        reference = reference or list(calls)
+        assert calls == reference, kinds
+
+
+def test_a_frozen_tower_runs_without_gradient_and_is_not_recomputed():
+    model = small_model(recompute=True).train()
+    model.vision_tower.requires_grad_(False)
+    runs = []
+    model.vision_tower.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    model(pack(some("video"), groups=2)).backward()
+    assert runs == [False, False]
+    assert model.connector.mlp[0].weight.grad.abs().max() > 0
+
+
+def test_a_frozen_language_model_passes_gradients_on():
+    model = small_model(recompute=True).train()
+    whole = gradients(model, pack(some("video")))
+    model.language_model.requires_grad_(False)
+    model.zero_grad()
+    model(pack(some("video"))).backward()
+    assert_same({n: p.grad for n, p in parameters(model) if p.requires_grad}, whole)
+
+
+def test_text_equals_transformers_own_model():
+    cfg = SMALL.language_model
+    ours = small_model().eval()
+    fields = dataclasses.asdict(cfg)
+    theta = fields.pop("rope_theta")
+    config = Qwen2Config(
+        **fields, rope_parameters={"rope_type": "default", "rope_theta": theta}, attn_implementation="eager"
+    )
+    theirs = Qwen2ForCausalLM(config).eval()
+    theirs.load_state_dict(ours.language_model.state_dict())
+    batch = pack(some("text"))
+    with torch.no_grad():
+        expected = theirs(batch.input_ids.unsqueeze(0)).logits[0]
+        torch.testing.assert_close(ours.language_model.lm_head(ours.hidden(batch)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_constants_stay_float32_when_the_model_is_cast():
+    model = small_model().to(torch.bfloat16)
+    kept = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert set(kept.values()) == {torch.float32} and len(kept) == 6
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(pack(some("both"))))
+
+
+def test_pixels_are_normalised_as_published():
+    frames = torch.randint(0, 256, (1, 4, 8, 8, 3), dtype=torch.uint8)
+    expected = (frames.numpy() / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(small_model().pixels(frames), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
+
+
+def test_no_mask_is_built_and_attention_is_called_per_run(monkeypatch):
+    lengths = []
+
+    def watch(module, query, key, value, attention_mask, segments=None, **settings):
+        assert attention_mask is None
+        lengths.append(segments.runs)
+        return language_model_attention(module, query, key, value, attention_mask, segments, **settings)
+
+    attention.AttentionInterface.register(attention.PACKED, watch)
+    try:
+        small_model()(pack([dialogue(n, text=length) for n, length in enumerate((9, 9, 20))]))
+    finally:
+        attention.AttentionInterface.register(attention.PACKED, language_model_attention)
+    assert lengths == [((2, 9), (1, 20))] * 2
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    causal=st.booleans(),
+    shared=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_equals_softmax_within_each_segment(lengths, causal, shared, seed):
+    torch.manual_seed(seed)
+    total = sum(lengths)
+    q, k, v = torch.randn(total, 4, 8), torch.randn(total, 4 // shared, 8), torch.randn(total, 4 // shared, 8)
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    out = attend_sdpa(q, k, v, Segments.of_cu_seqlens(ends), causal)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = segment[:, None] == segment[None]
+    if causal:
+        seen &= torch.ones(total, total, dtype=torch.bool).tril()
+    for head in range(4):
+        scores = (q[:, head] @ k[:, head // shared].T / 8**0.5).masked_fill(~seen, float("-inf"))
+        torch.testing.assert_close(out[:, head], scores.softmax(-1) @ v[:, head // shared], atol=1e-5, rtol=1e-4)
+
+
+def test_the_head_is_the_embedding_when_tied():
+    language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=True)
+    model = small_model(cfg=Model(vision_tower=SMALL.vision_tower, language_model=language))
+    assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+    found = gradients(model, pack(some("video", "text")))
+    assert "language_model.lm_head.weight" not in found
+    assert found["language_model.model.embed_tokens.weight"].abs().sum(1).gt(0).all()  # every word is scored

@@ -1,0 +1,53 @@
+"""Peaks of devices by the names that drivers give them, and memory of a process."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.training import Part, Train
+from tests.helpers.corpora import training_corpus as corpus
+from trainer.monitoring.device import named_peak, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 311.9),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA L4", 121.0),
+    ],
+)
+def test_dense_bf16_peak_of_published_names(name, tflops):
+    assert named_peak(name) == pytest.approx(tflops * 1e12)
+
+
+def test_a_peak_that_is_not_known_is_none_and_a_stated_one_counts():
+    train = Train(vision_tower=Part(train=False), connector=Part(train=True, lr=1e-3), language_model=Part(train=False))
+    assert named_peak("Tesla T4") is None
+    assert peak_flops(train, torch.device("cpu")) is None
+    stated = dataclasses.replace(train, peak_tflops=0.25)
+    assert peak_flops(stated, torch.device("cpu")) == 0.25e12
+
+
+def test_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    held = np.ones(600 << 20, dtype=np.uint8)
+    lines = ["from trainer.monitoring.device import process_peak", "before = process_peak()", "x = b'x' * (100 << 20)"]
+    code = "; ".join([*lines, "print(before, process_peak() - before)"])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=corpus.PROJECT, env=corpus.environment()
+    )
+    before, grown = map(int, done.stdout.split())
+    assert before < held.nbytes
+    assert 60 << 20 <= grown <= 110 << 20

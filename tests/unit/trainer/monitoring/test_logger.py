@@ -1,0 +1,56 @@
+"""The log of a run: strict JSON, curves that TensorBoard reads, one line for each step, one straight story."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.monitoring.logger import Meter, progress
+
+
+def record(step: int, **over: object) -> dict:
+    made = {"step": step, "steps": 9, "lr": {"connector": 1e-3}, "loss": 2.5 / step, "tokens_per_s": 1234.4}
+    made |= {"frames_per_s": 56.2, "data_wait": 0.031, "seconds": 1.5, "tflops": 123.4, "mfu": 0.413}
+    made |= {"peak_memory": 3 * 2**29, "grad_norm": 0.75, "skipped": 2, "not_finite": 0, "zero_stage": 3, "ranks": 2}
+    return made | over
+
+
+def write(run: Path, start: int, records: list[dict]) -> None:
+    meter = Meter(run, "stage", start, 9)
+    for one in records:
+        meter.write(one)
+    meter.close()
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
+
+
+def test_a_resumed_run_writes_one_straight_story(tmp_path):
+    write(tmp_path, 0, [record(step) for step in (1, 2, 3)])
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')
+    write(tmp_path, 2, [record(step, loss=9.0) for step in (3, 4)])
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 2.5), (2, 1.25), (3, 9.0), (4, 9.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(point.step, point.value) for point in board.Scalars("loss")] == [(1, 2.5), (2, 1.25), (3, 9.0), (4, 9.0)]
+    assert {"mfu", "peak_memory", "not_finite", "lr/connector"} <= set(board.Tags()["scalars"])
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path, capsys):
+    write(tmp_path, 0, [record(1, loss=float("nan"), grad_norm=float("inf"), mfu=None, not_finite=1)])
+    (line,) = lines(tmp_path)
+    assert line["loss"] is line["grad_norm"] is line["mfu"] is None
+    shown = capsys.readouterr().err
+    assert "loss nan" in shown and "MFU unknown" in shown and "1 steps not finite" in shown
+
+
+def test_the_line_says_it_all():
+    text = progress(record(2))
+    for part in ("loss 1.250", "connector 1.0e-03", "1234 tokens/s", "56 frames/s", "waiting 3%", "MFU 41.3%"):
+        assert part in text
+    assert "memory 1.50 GiB" in text and "grad 0.75" in text and "skipped 2" in text and "finite" not in text

@@ -1,0 +1,38 @@
+"""The profiler records the steps that the manifest names, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+
+import torch
+
+from tests.helpers.model.manifests import manifest
+from trainer.monitoring.profiler import Profiler
+
+
+def run(folder, steps: int, **wanted: int) -> None:
+    profiler = Profiler(folder, dataclasses.replace(manifest().train, **wanted), steps)
+    for step, operation in enumerate((torch.sin, torch.cos, torch.tan, torch.exp)[:steps], 1):
+        profiler.before(step)
+        operation(torch.ones(8))
+        profiler.after(step)
+
+
+def test_the_steps_that_are_named_are_recorded(tmp_path):
+    run(tmp_path, 4, profile_step=2, profile_steps=2)
+    with gzip.open(tmp_path / "profile" / "steps-000002-000003.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::cos", "aten::tan"} <= names and not {"aten::sin", "aten::exp"} & names
+    assert "aten::cos" in (tmp_path / "profile" / "steps-000002-000003.txt").read_text()
+
+
+def test_a_run_that_ends_earlier_still_leaves_its_record(tmp_path):
+    run(tmp_path, 3, profile_step=3, profile_steps=5)
+    assert (tmp_path / "profile" / "steps-000003-000003.json.gz").exists()
+
+
+def test_without_a_step_there_is_none(tmp_path):
+    run(tmp_path, 4)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+"""What is refused before anything is allocated: weights of another model, and what does not fit into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config.manifest import Manifest, load_manifest, plain
+from pipeline.config.model import InitFrom
+from tests.helpers.model.rows import SMALL
+from tests.helpers.model.weights import initialised, start
+from tests.helpers.paths import ROOT
+from trainer.training import preflight as checks
+from trainer.training.preflight import GIB, memory_faults, weights_faults
+from trainer.weights import hf_config as release
+from trainer.weights.load import save
+
+STAGE3 = load_manifest(ROOT / "manifests" / "stage3.yaml")
+
+
+def qwen2(folder: Path, **other: object) -> Path:
+    """A folder as transformers writes it, with ``other`` settings than the small model's."""
+    fields = dataclasses.asdict(SMALL.language_model) | other
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    Qwen2ForCausalLM(Qwen2Config(**fields, rope_parameters=rope)).save_pretrained(folder)
+    return folder
+
+
+def run_of(folder: Path, manifest: Manifest) -> Path:
+    """A finished run with random weights."""
+    save(initialised(manifest), folder / "final", manifest)
+    return folder
+
+
+def test_weights_that_fit_are_not_refused(tmp_path: Path) -> None:
+    assert weights_faults(start()) == []
+    assert weights_faults(start(language_model=qwen2(tmp_path / "qwen2"))) == []
+    run = run_of(tmp_path / "run", start())
+    assert weights_faults(dataclasses.replace(start(), init_from=InitFrom(run=str(run)))) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"rope_theta": 5e5}, "rope_theta is 500000.0, model.language_model.rope_theta is"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "num_attention_heads is 2, model.language_model."),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, model.language_model.rms_norm_eps is 1e-06"),
+    ],
+)
+def test_what_shapes_do_not_show_is_refused(tmp_path: Path, other: dict, told: str) -> None:
+    """Key and value heads half as many and twice as wide have the same shapes."""
+    faults = weights_faults(start(language_model=qwen2(tmp_path / "qwen2", **other)))
+    assert faults and all("\n" not in fault for fault in faults)
+    assert any(told in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
+
+
+def test_another_tower_and_other_heads_of_a_run_or_a_release_are_refused(tmp_path: Path) -> None:
+    tower = dataclasses.replace(SMALL.vision_tower, heads=SMALL.vision_tower.heads // 2)
+    other = dataclasses.replace(SMALL, vision_tower=tower)
+    run = run_of(tmp_path / "run", start(other))
+    goes_on = dataclasses.replace(start(), init_from=InitFrom(run=str(run)))
+    (fault,) = weights_faults(goes_on)
+    given = f"heads is {tower.heads}, model.vision_tower.heads is {SMALL.vision_tower.heads}"
+    assert fault.startswith("init_from.run: ") and given in fault
+    released = run / "final"
+    made = start(other)
+    settings = release.Settings(other, made.frames, made.images, made.text, "float32")
+    (released / "config.json").write_text(json.dumps(release.release_config(settings, {})))
+    (fault,) = weights_faults(dataclasses.replace(start(), init_from=InitFrom(run=str(released))))
+    assert given in fault
+
+
+def test_a_size_may_change_and_training_alone_too(tmp_path: Path) -> None:
+    """The switch of stage 4: frames of another size, and groups of other lengths."""
+    run = run_of(tmp_path / "run", start())
+    tower = dataclasses.replace(SMALL.vision_tower, group_clips=SMALL.vision_tower.group_clips + 1)
+    larger = start(dataclasses.replace(SMALL, vision_tower=tower))
+    frames = dataclasses.replace(larger.frames, size=larger.frames.size * 2)
+    assert weights_faults(dataclasses.replace(larger, frames=frames, init_from=InitFrom(run=str(run)))) == []
+
+
+def test_absent_places_and_unfinished_runs_are_one_line(tmp_path: Path) -> None:
+    (fault,) = weights_faults(start(language_model=tmp_path / "nothing" / "here"))
+    assert fault == f"init_from.language_model: {tmp_path}/nothing/here: no such file or folder"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000001")
+    (fault,) = weights_faults(dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path / "run"))))
+    assert "has checkpoints and no final weights; finish that stage first" in fault
+
+
+def offloading(what: str) -> Manifest:
+    return dataclasses.replace(STAGE3, train=dataclasses.replace(STAGE3.train, offload=what))
+
+
+@pytest.mark.parametrize(
+    ("world", "neighbours", "offload", "device", "host", "told"),
+    [  # 7.92 billion weights in bf16, their gradients, and 12 bytes each of the optimiser: 118 GiB
+        (1, 1, "none", 80, 999, "need 118.1 GiB a rank, the GPU has 80.0 GiB"),
+        (1, 1, "none", 140, 999, None),
+        (8, 8, "none", 80, 999, None),
+        (1, 1, "optimizer", 80, 64, "train.offload puts 88.5 GiB into this machine's memory, which is 64.0 GiB"),
+        (1, 1, "optimizer", 80, 128, None),
+        (16, 8, "optimizer", 80, 40, "train.offload puts 44.3 GiB"),
+        (4, 4, "none", None, 64, "need 29.5 GiB a rank, a rank's share of this machine has 16.0 GiB"),
+    ],
+)
+def test_what_cannot_fit_is_refused(world, neighbours, offload, device, host, told) -> None:
+    faults = memory_faults(offloading(offload), world, neighbours, device and device * GIB, host * GIB)
+    assert len(faults) == (told is not None)
+    if told:
+        assert told in faults[0] and "\n" not in faults[0]
+
+
+def test_what_may_not_fit_is_said(capsys: pytest.CaptureFixture) -> None:
+    assert memory_faults(STAGE3, 8, 8, 16 * GIB, 999 * GIB) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: memory: about ") and "with 512 frames, the GPU has 16.0 GiB" in line
+
+
+def test_the_machines_memory_is_at_most_what_it_has() -> None:
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    assert 2**28 < checks.host_bytes() <= int(total.split()[1]) * 1024
+
+
+def test_fields_that_may_differ_are_fields() -> None:
+    named = plain(SMALL.vision_tower).keys() | plain(SMALL.language_model).keys()
+    assert named >= checks.FREE

@@ -1,0 +1,73 @@
+"""The tasks of a build on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tools.builder.task import Job, make_worker
+from tools.builder.worker_pool import Pool
+from tools.common.errors import BuildError, WorkError
+
+try:
+    import ray
+except ImportError:
+    raise BuildError("--executor ray needs Ray: pip install -e '.[ray]'") from None
+
+RETRIES = 20  #: machines that may be lost under one task
+WAIT = 10.0  #: seconds for a first answer of the cluster
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would wait for many minutes.
+
+    Raises:
+        BuildError: nothing answers at ``address``, HOST:PORT or what else Ray takes.
+    """
+    if found := re.fullmatch(r"(?:ray://)?([^/:]+):(\d{1,5})", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=WAIT).close()
+        except (OSError, OverflowError) as error:
+            raise BuildError(f"--address {address}: no Ray cluster ({error})") from None
+
+
+def run_tasks(address: str, job: Job, tasks: Sequence[int]) -> Iterator[Mapping[str, int]]:
+    """Run ``tasks`` on the cluster at ``address``; yields the counts of each as it ends. See ``executors.ray``."""
+    if not ray.is_initialized():
+        _connect(address)
+    job_here = ray.put(job)
+    waiting = [_run.remote(job_here, task) for task in tasks]
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                yield ray.get(ready[0])
+            except ray.exceptions.RayTaskError as error:
+                raise WorkError(" ".join(str(error.cause).split())) from None
+            except ray.exceptions.RayError as error:
+                raise WorkError(f"the Ray cluster lost a task: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        for task in waiting:
+            ray.cancel(task)
+
+
+def _connect(address: str) -> None:
+    folders = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, folders))}}
+    try:
+        ray.init(address=address or None, runtime_env=environment, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BuildError(f"--address {address}: no Ray cluster ({' '.join(str(error).split())[:200]})") from None
+
+
+@ray.remote(num_cpus=1, max_retries=RETRIES)
+def _run(job: Job, task: int) -> dict[str, int]:
+    done: Counter[str] = Counter()
+    with Pool(make_worker, (job,), workers=1) as pool:
+        for counts in pool.run([task]):
+            done.update(counts)
+    return dict(done)

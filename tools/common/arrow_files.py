@@ -1,0 +1,56 @@
+"""Arrow files in a build's work folder: written row by row or whole, read through memory maps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.utils.atomic_io import atomic_file
+
+BATCH_ROWS = 4096
+
+
+class TableWriter:
+    """Rows gathered into record batches for an Arrow file, or only counted."""
+
+    def __init__(self, schema: pa.Schema, path: Path | None) -> None:
+        self._schema = schema
+        self._file = open(path, "wb") if path else None  # noqa: SIM115 - closed by close()
+        self._writer = pa.ipc.new_file(self._file, schema) if path else None
+        self._pending: list[dict[str, Any]] = []
+        self.rows = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        if self._writer:
+            self._pending.append(row)
+            if len(self._pending) == BATCH_ROWS:
+                self._flush()
+
+    def close(self) -> None:
+        if self._writer:
+            self._flush()
+            self._writer.close()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, self._schema))
+            self._pending = []
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow IPC file, whole or not at all."""
+    with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+            writer.write_batch(batch)
+
+
+def map_table(path: Path) -> pa.Table:
+    """An Arrow IPC file as a table over a memory map."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()

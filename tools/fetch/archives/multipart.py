@@ -1,0 +1,38 @@
+"""Files that were cut into parts, read as the one file they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from tools.fetch.base import Bytes
+
+
+class Joined:
+    """The :class:`~tools.fetch.base.Bytes` of parts in the order given."""
+
+    def __init__(self, parts: Sequence[Bytes]) -> None:
+        if not parts:
+            raise ValueError("no parts to join")
+        self.parts = tuple(parts)
+        self.starts = [0, *accumulate(part.size for part in parts)]  #: of each part, and the end of the last
+        self.size = self.starts.pop()
+        self.name = f"{parts[0].name} to {parts[-1].name}" if len(parts) > 1 else parts[0].name
+        facts = json.dumps([[part.name, part.size, part.identity] for part in parts])
+        self.identity = hashlib.sha256(facts.encode()).hexdigest()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``, across the borders of parts; fewer only at the end."""
+        pieces, end = [], min(offset + size, self.size)
+        while offset < end:
+            number = bisect_right(self.starts, offset) - 1
+            part, start = self.parts[number], self.starts[number]
+            piece = part.read(offset - start, min(end, start + part.size) - offset)
+            if not piece:
+                break
+            pieces.append(piece)
+            offset += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -1,0 +1,218 @@
+"""Where annotation files and media really are: local folders, the user's root map, and the hub.
+
+The published recipe names web pages as roots. A root map (``data.roots``, a YAML file) says where their contents lie;
+its keys are an entry's name, an entry's root or, for annotation files, ``hf:OWNER/NAME``::
+
+    https://github.com/m-bain/webvid: dir:/data/webvid
+    https://huggingface.co/datasets/lmms-lab/M4-Instruct-Data: hf:lmms-lab/M4-Instruct-Data
+
+Places that are no folder of this machine are opened by :func:`tools.fetch.registry.open_source`. Annotation files of such
+places, and of web addresses, buckets and the hub without any root map, are fetched (``tools/fetch/annotation_cache.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from pipeline.config.data import Data, Entry
+from pipeline.config.manifest import Manifest, ManifestError
+from pipeline.config.schema import read_yaml
+from pipeline.utils.daemon_pool import Threads
+from tools.fetch.annotation_cache import AnnotationFiles, cache_folder, remote_file
+from tools.fetch.base import FetchError, Source
+from tools.fetch.host_health import Opened
+from tools.fetch.http.retry import Limits
+from tools.fetch.registry import check_archives, open_files, open_source, shown
+
+THREADS = 8  #: places opened and annotation files fetched at once
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Something that an entry needs: where it is, or why it is not there (one line with the fix)."""
+
+    path: Path | None  #: on this machine; None for a place elsewhere
+    origin: str  #: what it is read from, or would come from
+    missing: str = ""
+    name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
+    given: str | Mapping[str, Any] = ""  #: opens it: a value of a root map, a hub repository's with its commit
+    limits: Limits = Limits()
+    lists: Path | None = None  #: folder where lists of what archives hold are kept
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the place is known; what is in it may still be missing."""
+        return not self.missing
+
+    def open(self) -> Source:
+        """The files below it, for places that are resolved.
+
+        Raises:
+            FetchError: the place cannot be asked, or is none.
+        """
+        try:
+            return open_source(self.given, self.limits, self.lists)
+        except ValueError as error:
+            raise FetchError("unresolved", self.name, str(error)) from None
+
+
+class Roots:
+    """The root map of a manifest; a manifest without one has only local folders."""
+
+    def __init__(self, data: Data, limits: Limits, quick: Limits) -> None:
+        self._file = data.roots
+        self._opened = Opened(quick)
+        self._cache = cache_folder(data.cache)
+        self._annotations = AnnotationFiles(self._cache, self._opened, limits)
+        self._map: dict[str, str | dict[str, Any]] = {}
+        if data.roots:
+            if not Path(data.roots).is_file():
+                raise ManifestError(f"data.roots: {data.roots}: no such file; name your root map, or none")
+            for name, place in read_yaml(data.roots).items():
+                if not isinstance(place, (str, dict)):
+                    where = f"data.roots: {data.roots}: {name}"
+                    raise ManifestError(f"{where}: expected text such as dir:/path or a mapping, got {place!r}")
+                self._map[str(name)] = place
+
+    def annotation(self, entry: Entry) -> Place:
+        """The entry's annotation file, on this machine."""
+        name, far = entry.annotation, remote_file(entry.annotation)
+        if not far:
+            if not Path(name).is_file():
+                return Place(None, name, f"{name}: no such annotation file; correct data.entries or fetch it")
+            return Place(Path(name), name)
+        place, path = far
+        hub = place.partition("@")[0] if place.startswith("hf:") else ""
+        mapped = next((key for key in (place, hub) if key in self._map), "")
+        given = self._map[mapped] if mapped else place
+        if isinstance(given, str) and given.startswith("dir:"):
+            folder = self._place(mapped)
+            file = folder.path and folder.path / path
+            if file and not file.is_file():
+                return Place(None, folder.origin, f"{file}: no such annotation file")
+            return Place(file, folder.origin, folder.missing)
+        try:
+            return Place(self._annotations.fetch(given, path), mapped or name)
+        except ManifestError:
+            raise
+        except (FetchError, ValueError) as error:
+            fix = f"fetch it and map {hub} to dir:FOLDER{self._where}" if hub else "fetch it and name the local file"
+            return Place(None, name, f"the annotation file is not on this machine: {error}; {fix}")
+
+    def media(self, entry: Entry) -> Place:
+        """The place that the entry's media paths are relative to; a folder without links."""
+        for name in (entry.name, entry.root):
+            if name and name in self._map:
+                return self._place(name)
+        if not entry.root:
+            return Place(None, "", "the entry has media but no root; set its root to their folder")
+        if "://" in entry.root or entry.root.startswith("hf:"):
+            fix = f"map the root to a place{self._where}, see manifests/roots.example.yaml{self._near(entry.root)}"
+            return Place(None, entry.root, f"the root is not a folder on this machine; {fix}")
+        if not Path(entry.root).is_dir():
+            fix = f"correct the entry's root{f', or map it{self._where}' if self._file else ''}{self._near(entry.root)}"
+            return Place(None, entry.root, f"{entry.root}: no such folder; {fix}")
+        return _folder(Path(entry.root), entry.root, entry.root)
+
+    def _place(self, name: str) -> Place:
+        """What the root map says of ``name``."""
+        given, limits = self._map[name], self._opened.limits
+        if not isinstance(given, str):  # archives, which take long to open
+            return self._archives(name, given)
+        if given.startswith("dir:"):
+            folder = Path(given[len("dir:") :])
+            if not folder.is_dir():
+                return Place(None, given, f"{self._file}: {name}: {folder} is not a folder")
+            return _folder(folder, given, name)
+        try:
+            origin = self._opened.source(given).origin
+        except ValueError as error:
+            raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
+        except FetchError as error:
+            return Place(None, given, f"{self._file}: {name}: {error}", name)
+        return Place(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
+
+    def _archives(self, name: str, given: Mapping[str, Any]) -> Place:
+        """Archives that are there, at the commits that their hub repositories are at now."""
+        try:
+            check_archives(given)
+            files = [given["archives"]] if isinstance(given["archives"], str) else given["archives"]
+            pinned = {**given, "archives": [self._pinned(file) for file in files]}
+            open_files(pinned["archives"], self._opened.limits)
+        except ValueError as error:
+            raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
+        except FetchError as error:
+            return Place(None, shown(given), f"{self._file}: {name}: {error}", name)
+        lists = self._cache / "archives"
+        try:
+            lists.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ManifestError(f"data.cache: {lists}: cannot be made ({error.strerror})") from None
+        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, lists)
+
+    def _pinned(self, file: str) -> str:
+        if not file.startswith("hf:"):
+            return file
+        repository, _, path = file.removeprefix("hf:").partition(":")
+        return self._opened.source(f"hf:{repository}:").origin + path
+
+    @property
+    def _where(self) -> str:
+        return f" in {self._file or 'a YAML file named by data.roots'}"
+
+    def _near(self, name: str) -> str:
+        """Names the key that is ``name`` but for small letters and slashes at its ends."""
+        near = (key for key in self._map if key.strip("/").casefold() == name.strip("/").casefold())
+        return next((f"; it has `{key}`" for key in near), "")
+
+
+def _folder(path: Path, origin: str, name: str) -> Place:
+    real = os.path.realpath(path)
+    return Place(Path(real), origin, "", name, f"dir:{real}")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """An entry with its number, its unique name, and the places of its annotation file and media."""
+
+    number: int
+    entry: Entry
+    annotation: Place
+    media: Place
+
+
+def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
+    """The manifest's entries in order; a name that an earlier entry has gets ``~2``, ``~3`` ... appended.
+
+    Args:
+        quick: give up places that do not answer within seconds.
+
+    Raises:
+        ManifestError: the root map cannot be used.
+    """
+    limits = Limits.of(manifest.data)
+    roots = Roots(manifest.data, limits, replace(limits, retries=1, stall=5.0) if quick else limits)
+    entries = manifest.data.entries
+    media = _in_threads(roots.media, entries, "places")
+    annotations = _in_threads(roots.annotation, entries, "annotation files")
+    seen, found = Counter(), []
+    for number, (entry, annotation, place) in enumerate(zip(entries, annotations, media, strict=True)):
+        seen[entry.name] += 1
+        if seen[entry.name] > 1:
+            entry = replace(entry, name=f"{entry.name}~{seen[entry.name]}")
+        found.append(Origin(number, entry, annotation, place))
+    return found
+
+
+def _in_threads(call: Callable[[Entry], T], entries: tuple[Entry, ...], what: str) -> list[T]:
+    with Threads(THREADS) as threads:
+        return list(tqdm(threads.map(call, entries), desc=what, total=len(entries), disable=None, leave=False))

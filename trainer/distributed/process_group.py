@@ -1,0 +1,107 @@
+"""One process among ``world`` others: start-up, devices and the few collectives that the training loop needs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads this when it is imported first
+
+import deepspeed  # noqa: E402
+import deepspeed.comm as dist  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+from trainer.distributed.launchers import StartError, settle  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs: its rank, the number of ranks, its device, and the group of all processors (gloo)."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: torch.distributed.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes logs."""
+        return self.rank == 0
+
+
+def start(timeout_minutes: float) -> Place:
+    """Join the process group (made for one process if no launcher did) and choose the device.
+
+    Collectives that take longer than ``timeout_minutes`` raise instead of hanging, DeepSpeed's too: it would make its
+    own group of all ranks with torch's limits, which are 10 minutes for NCCL and 30 for gloo.
+
+    Raises:
+        StartError: the launcher left something open, or started more processes than there are GPUs.
+    """
+    settle(os.environ)
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce at start-up that only inference uses: a minute lost, a
+        # compiler needed, and a lock that a killed process leaves behind for the next one to wait on.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
+        if local >= devices:
+            raise StartError(
+                f"rank {os.environ['RANK']} would use GPU {local}, here are {devices}; start as many ranks"
+            )
+        accelerator.set_device(local)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    limit = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=limit
+    )
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=limit)
+    control = torch.distributed.new_group(backend="gloo", timeout=limit)
+    return Place(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), control)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        deepspeed.utils.groups._WORLD_GROUP = None
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def highest(number: int, place: Place) -> int:
+    """The largest of all ranks' numbers, agreed on between processors: nothing on the devices is waited for."""
+    tensor = torch.tensor(number)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=place.control)
+    return int(tensor)
+
+
+def total(values: list[float], place: Place) -> list[float]:
+    """Sum each value over all ranks (float64)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def largest(values: list[float], place: Place) -> list[float]:
+    """The largest of each value over all ranks (float64)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def gather(values: torch.Tensor, place: Place) -> torch.Tensor:
+    """The int64 ``values`` (n,) of every rank: (world, n), on the CPU."""
+    table = torch.zeros(place.world, len(values), dtype=torch.int64, device=place.device)
+    table[place.rank] = values.to(place.device)
+    dist.all_reduce(table)
+    return table.cpu()

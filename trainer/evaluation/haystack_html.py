@@ -1,0 +1,28 @@
+"""Heat maps of needles in haystacks as HTML: by themselves, and what reports of runs show of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.html.page import render_page
+from pipeline.html.svg import heat_map
+from trainer.evaluation.scores_html import FILTERS
+
+
+def shown(result: dict) -> dict[str, Any]:
+    """What the templates show of a result of :func:`trainer.evaluation.haystack_search.search`."""
+    rows = [row for row in result["families"] if row["method"] == "generation"]
+    frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
+    across, down = [f"{count:,}" for count in frames], [f"{depth:g} %" for depth in depths]
+    maps = []
+    for value, title in (("accuracy", "accuracy, %"), ("blind", "blind, %")):
+        values = {(row["frames"], row["depth"]): row[value] for row in rows}
+        cells = [[values.get((count, depth)) for count in frames] for depth in depths]
+        maps.append(heat_map(title, across, down, cells, "frames", "depth"))
+    return {"haystack": result, "maps": maps}
+
+
+def page(result: dict) -> str:
+    """A page about one result."""
+    return render_page(Path(__file__).parent / "search.html.j2", FILTERS, **shown(result))

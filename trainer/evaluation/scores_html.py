@@ -1,0 +1,32 @@
+"""Scores as HTML: by themselves, and what reports of runs show of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.html.page import render_page
+from pipeline.html.svg import COLOURS, Bar, bar_chart
+from trainer.evaluation.metrics import is_right
+
+#: colours of the bars: with a question's own frames, with another's, with its own in another order
+KEY = {"own": COLOURS[0], "blind": "#b9c0cc", "shuffled": "#e0b36a"}
+FILTERS = {"points": "{:.1f}".format, "right": lambda example: is_right(example["given"], example["expected"])}
+
+
+def shown(result: dict) -> dict[str, Any]:
+    """What the templates show of a result of :func:`trainer.evaluation.scorer.evaluate`."""
+    groups = []
+    for row in result["families"]:
+        if row["method"] != "generation":
+            continue
+        bars = [Bar(row["accuracy"], row["low"], row["high"], KEY["own"], "own frames")]
+        for name in ("blind", "shuffled"):
+            bars.append(Bar(row[name], row[f"{name}_low"], row[f"{name}_high"], KEY[name], name))
+        groups.append((row["family"], bars))
+    return {"scores": result, "chart": bar_chart("accuracy by question family", groups)}
+
+
+def page(result: dict) -> str:
+    """A page about one result."""
+    return render_page(Path(__file__).parent / "evaluation.html.j2", FILTERS, **shown(result), **KEY)

@@ -1,0 +1,67 @@
+"""The language model's head: logits for generation, the weighted loss for training without ever holding all logits.
+
+A row of 32,768 places times 152,064 words would be 20 GB in float32. So only labelled places go through the head, in
+chunks whose logits are recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.tokenization.special_ids import IGNORE
+
+CHUNK_LOGITS = 2**27  #: logits of one chunk: half a GiB in float32
+
+
+class LossHead(nn.Module):
+    """Linear head (no bias) that owns the weight (V, H) of ``source``, a linear layer or the embedding it is tied to.
+
+    The weight is used in this module's own ``forward`` alone, however many chunks there are: ZeRO-3 gathers it once
+    for each call, so ranks with different numbers of labelled places stay in step.
+    """
+
+    def __init__(self, source: nn.Linear | nn.Embedding):
+        super().__init__()
+        self.weight = source.weight
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        token_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (..., V) of ``hidden`` (..., H); with labels the loss of a row.
+
+        Args:
+            hidden: (L, H) when labels are given.
+            labels: int64 (L,), not shifted; place i predicts label i + 1, and the first label of every dialogue is
+                IGNORE, so no dialogue predicts the next one's start.
+            token_weight: float32 (L,) weight of the loss at each labelled place.
+
+        Returns:
+            float32 scalar, sum of token_weight x cross entropy; zero with zero gradients where nothing is labelled.
+        """
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        places = (labels[1:] != IGNORE).nonzero().squeeze(1)
+        if len(places):
+            targets, weights = labels[places + 1], token_weight[places + 1]
+        else:  # place 0 stands in, with weight 0: every parameter gets its (zero) gradient on every rank
+            places = targets = labels.new_zeros(1)
+            weights = token_weight.new_zeros(1)
+        rows = hidden[places]
+        size = max(1, CHUNK_LOGITS // self.weight_rows)
+        chunks = zip(rows.split(size), targets.split(size), weights.split(size), strict=True)
+        return torch.stack([checkpoint(self._chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+    @property
+    def weight_rows(self) -> int:
+        """V, also while ZeRO-3 holds only a part of the weight."""
+        return getattr(self.weight, "ds_shape", self.weight.shape)[0]
+
+    def _chunk(self, rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(rows, self.weight).float()
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()

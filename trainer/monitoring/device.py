@@ -1,0 +1,76 @@
+"""How fast and how large a device is: peak products a second by name, and peak memory in use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.config.training import Train
+
+#: TFLOP/s of dense bf16 matrix products, from the makers' data sheets (the figure without sparsity), at full power.
+#: The first name that a device's name contains counts.
+BF16_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
+    "A100": 311.9,
+    "A800": 311.9,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.1,
+    "L40": 181.1,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "MI300X": 1307.4,
+}
+
+
+def peak_flops(train: Train, device: torch.device) -> float | None:
+    """FLOP/s that one rank's device could do: ``train.peak_tflops``, or by its name in bf16; None where unknown.
+
+    float32 products run at other speeds on every generation, and a CPU's depend on its cores: these have to be stated.
+    """
+    if train.peak_tflops is not None:
+        return train.peak_tflops * 1e12
+    if device.type != "cuda" or train.dtype != "bf16":
+        return None
+    return named_peak(torch.cuda.get_device_name(device))
+
+
+def named_peak(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name as the driver tells it, such as ``NVIDIA H100 80GB HBM3``."""
+    found = (tflops for name, tflops in BF16_TFLOPS.items() if name in device_name)
+    tflops = next(found, None)
+    return None if tflops is None else tflops * 1e12
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest point: of a GPU's allocations since the last call, of a CPU process's memory since it began.
+
+    A process's memory (its resident set) counts what it maps of the shards too.
+    """
+    if device.type != "cuda":
+        return process_peak()
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most
+
+
+def process_peak() -> int:
+    """Largest resident set of this process, bytes; ``getrusage`` would count that of the process which started it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,44 @@
+"""torch's profiler over a few optimiser steps of rank 0: ``train.profile_step`` and ``train.profile_steps``.
+
+RUN/profile/steps-000010-000011.json.gz    the trace, for chrome://tracing or https://ui.perfetto.dev
+RUN/profile/steps-000010-000011.txt        operators by their own time
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, supported_activities
+
+from pipeline.config.training import Train
+
+ROWS = 60  #: operators in the table
+
+
+class Profiler:
+    """Records the optimiser steps that ``train`` names, counted from 1; a run that goes on after the first, none."""
+
+    def __init__(self, run: Path, train: Train, steps: int) -> None:
+        self._folder, self._running = run / "profile", None
+        self._first = train.profile_step
+        self._last = min(steps, (train.profile_step or 0) + train.profile_steps - 1)
+
+    def before(self, step: int) -> None:
+        """Optimiser step ``step`` begins now."""
+        if step == self._first:
+            wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
+            self._running = profile(activities=sorted(wanted, key=str))
+            self._running.start()
+
+    def after(self, step: int) -> None:
+        """Optimiser step ``step`` is done; the last one's writes the files."""
+        if self._running is None or step < self._last:
+            return
+        recorded, self._running = self._running, None
+        recorded.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"steps-{self._first:06d}-{self._last:06d}"
+        device = "cuda" if ProfilerActivity.CUDA in supported_activities() else "cpu"
+        table = recorded.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        path.with_suffix(".txt").write_text(table, encoding="utf-8")
+        recorded.export_chrome_trace(f"{path}.json.gz")

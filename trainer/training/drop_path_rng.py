@@ -1,0 +1,44 @@
+"""What is drawn at random while training: a function of the seed, the global batch and the dialogue alone.
+
+So a dialogue is dropped the same paths wherever it stands: in whatever row, on whatever rank, in a resumed run, and
+again where the tower is recomputed for the backward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from pipeline.config.model import TOKENS_PER_TILE
+from pipeline.loading.batch import Batch
+from pipeline.tokenization.special_ids import IMAGE
+
+
+def draw(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:
+    """``Batch.draws``: uniform random numbers in [0, 1), float32 (U, numbers); None where none are wanted.
+
+    Of the U rows the first are for the batch's clips, then its stills; dummy stills of groups without either have ones,
+    which drop nothing.
+    """
+    if not numbers:
+        return None
+    units = len(batch.clips) + len(batch.stills)
+    drawn = torch.ones(max(units, batch.groups), numbers)
+    dialogues = dialogue_of(batch)
+    for number, key in enumerate(batch.keys):
+        mine = (dialogues == number).nonzero().squeeze(1)
+        digest = hashlib.sha256(f"{seed}:{batch.epoch}:{batch.step}:{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        drawn[mine] = torch.rand(len(mine), numbers, generator=generator)
+    return drawn
+
+
+def dialogue_of(batch: Batch) -> torch.Tensor:
+    """Which of the row's dialogues each clip, then each still, belongs to: int64 (N_c + N_s,)."""
+    places = (batch.input_ids == IMAGE).nonzero().squeeze(1)
+    dialogues = torch.full((len(batch.clips) + len(batch.stills),), -1)
+    dialogues[batch.visual_index // TOKENS_PER_TILE] = (
+        torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
+    )
+    return dialogues

@@ -1,0 +1,90 @@
+"""What a run would be, before anything is read: the resolved manifest, parameters, tokens, memory, FLOPs, steps.
+
+Works without shards, weights or a network. What only an index can tell stands as ``unknown`` beside the command that
+would tell it.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from pipeline import build_loader
+from pipeline.config.manifest import Manifest, plain
+from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from pipeline.shards.index import ShardsError
+from trainer.checkpoint.disk_usage import describe_disk
+from trainer.model import cost
+from trainer.model.parts import PARTS
+from trainer.training.loop import steps_in_all, with_cost
+
+GIB = 1024**3
+
+
+def describe(manifest: Manifest) -> str:
+    """The dry run's text."""
+    manifest = with_cost(manifest)
+    sections = [
+        yaml.safe_dump(plain(manifest), sort_keys=False, allow_unicode=True).rstrip(),
+        _parameters(manifest),
+        _tokens(manifest),
+        _costs(manifest),
+        _plan(manifest),
+    ]
+    return "\n\n".join(sections)
+
+
+def _parameters(manifest: Manifest) -> str:
+    counts = cost.parameters(manifest)
+    lines = [f"{'parameters':<16}{'count':>16}  state"]
+    for name in PARTS:
+        part = getattr(manifest.train, name)
+        state = f"trained, lr {part.lr:g}, weight decay {part.weight_decay:g}" if part.train else "frozen"
+        lines.append(f"{name:<16}{counts[name]:>16,}  {state}")
+    trained = sum(counts[name] for name in PARTS if getattr(manifest.train, name).train)
+    lines.append(f"{'all':<16}{sum(counts.values()):>16,}  {trained:,} trained")
+    return "\n".join(lines)
+
+
+def _tokens(manifest: Manifest) -> str:
+    frames = manifest.frames
+    per_frame = TOKENS_PER_CLIP // frames.clip_frames
+    still = "1 tile" if manifest.images.mode == "square" else f"2 to {manifest.images.max_grid**2 + 1} tiles"
+    most = 1 if manifest.images.mode == "square" else manifest.images.max_grid**2 + 1
+    least = 1 if manifest.images.mode == "square" else 2
+    return "\n".join(
+        [
+            "tokens per sample (visual; text is added to it)",
+            f"  video  {frames.min * per_frame:,} to {frames.max * per_frame:,}  ({frames.min} to {frames.max} frames)",
+            f"  still  {least * TOKENS_PER_TILE:,} to {most * TOKENS_PER_TILE:,}  ({still})",
+            f"  row    at most {manifest.text.max_tokens:,}",
+        ]
+    )
+
+
+def _costs(manifest: Manifest) -> str:
+    frames, text = manifest.frames.max, 256
+    tera = cost.flops(manifest, frames=frames, text_tokens=text) / 1e12
+    tokens = frames * TOKENS_PER_CLIP // manifest.frames.clip_frames + text
+    memory = cost.memory(manifest, frames=frames, tokens=tokens, world=manifest.batching.row_multiple)
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
+    return "\n".join(
+        [
+            f"costs, for a sample of {frames} frames and {text} text tokens (the largest of this stage)",
+            f"  FLOPs   {tera:,.4g} TFLOP a sample, {tera * manifest.batching.global_batch:,.4g} TFLOP an optimiser "
+            f"step of {manifest.batching.global_batch} such samples",
+            f"  memory  {parts}; estimated for each of {manifest.batching.row_multiple} ranks",
+            f"  disk    {describe_disk(manifest)}",
+        ]
+    )
+
+
+def _plan(manifest: Manifest) -> str:
+    try:
+        loader = build_loader(manifest)
+    except ShardsError as error:
+        stated = [entry.samples for entry in manifest.data.entries if entry.split == "train"]
+        known = sum(samples or 0 for samples in stated)
+        hint = f"; {known:,} samples are stated for {sum(s is not None for s in stated)} of {len(stated)} entries"
+        return f"steps: unknown{hint}\n  {error}"
+    steps = steps_in_all(manifest, len(loader))
+    return f"steps: {steps:,} optimiser steps, {len(loader):,} global batches an epoch\n{loader.report()}"

@@ -1,0 +1,186 @@
+"""config.json of a released checkpoint: written from a manifest's sections, and read back into them.
+
+A release's own code builds the tower by its name, so the file says neither depth nor heads nor, except in the sizes of
+its picture grids, pixels. What that leaves open stands in a section of its own, ``framestream``, which other readers
+pass over; a config.json without it is read by the tower's published name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.manifest import plain
+from pipeline.config.model import Connector, LanguageModel, Model, VisionTower
+from pipeline.config.preprocessing import Frames, Images, Text
+from pipeline.config.schema import ManifestError, build
+
+ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
+MODEL_TYPE = "videochat_flash_qwen"
+CODE = "modeling_videochat_flash"  #: the release's python file that ``auto_map`` names
+OURS = "framestream"
+
+#: published towers: name -> pixels along a side of a frame, architecture
+TOWERS = {
+    "umt-large": (224, VisionTower()),
+    "umt-hd-large": (448, VisionTower()),
+    "internvideo2": (
+        224,
+        VisionTower(type="internvideo2", width=1408, depth=40, heads=16, patch=14, mlp_ratio=48 / 11),
+    ),
+}
+
+#: the same in every release: the connector, how media become tokens, and settings of parts that are switched off
+FIXED: dict[str, Any] = {
+    "frame_aspect_ratio": "square",
+    "frame_grid_pinpoints": None,
+    "image_crop_resolution": None,
+    "image_split_resolution": None,
+    "llm_compress_layer_list": [8, 16, 24],
+    "llm_compress_type": "attention",
+    "llm_image_token_ratio_list": [1.0, 0.5, 0.25, 0.125],
+    "max_num_pixels": 14745600000,
+    "min_slow_num_frames": 4,
+    "mm_close_init": False,
+    "mm_llm_compress": False,
+    "mm_newline_position": "nothing",
+    "mm_num_compress_latents": 128,
+    "mm_num_compress_query_type": "learnable",
+    "mm_pos_num_frames": 8,
+    "mm_projector_type": "tome16_mlp_hd64",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "pos_skipping_range": 4096,
+    "tokenizer_padding_side": "right",
+    "use_mm_proj": True,
+    "use_pos_skipping": False,
+    "vision_encode_type": "video_image",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sections of a manifest that a set of weights needs, and the weights' dtype (``bfloat16``, ``float32``)."""
+
+    model: Model
+    frames: Frames
+    images: Images
+    text: Text
+    dtype: str
+
+    @classmethod
+    def of(cls, config: dict, dtype: str, where: str) -> Settings:
+        """From ``framestream``'s own config.json; ``where`` leads every error (ManifestError)."""
+        kinds = {"model": Model, "frames": Frames, "images": Images, "text": Text}
+        sections = {name: build(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()}
+        return cls(**sections, dtype=dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def tower_name(model: Model, size: int) -> str:
+    """Published name of the tower that is nearest to frames of ``size`` pixels: the largest one that is not larger."""
+    sizes = {pixels: name for name, (pixels, tower) in TOWERS.items() if tower.type == model.vision_tower.type}
+    return sizes[max((pixels for pixels in sizes if pixels <= size), default=min(sizes))]
+
+
+def differs(settings: Settings) -> str:
+    """What the release's own code would build otherwise than this model, in words; empty where it builds the same."""
+    pixels, tower = TOWERS[tower_name(settings.model, settings.frames.size)]
+    ours, theirs = plain(settings.model.vision_tower), plain(tower)
+    ours["frames.size"], theirs["frames.size"] = settings.frames.size, pixels
+    names = [name for name in ours if name not in ("group_clips", "drop_path")]  # of training alone
+    return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in names if ours[name] != theirs[name])
+
+
+def release_config(settings: Settings, tokens: dict[str, int]) -> dict[str, Any]:
+    """config.json of the release.
+
+    Args:
+        settings: of the weights.
+        tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the tokenizer, those that it has.
+    """
+    model, size, images = settings.model, settings.frames.size, settings.images
+    grids = [[size * i, size * j] for i in range(1, images.max_grid + 1) for j in range(1, images.max_grid + 1)]
+    square = images.mode == "square"
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "auto_map": {"AutoConfig": f"{CODE}.VideoChatFlashQwenConfig", "AutoModel": f"{CODE}.{ARCHITECTURE}"},
+        "torch_dtype": settings.dtype,
+        **_qwen2(model.language_model),
+        **{name: number for name, number in tokens.items() if name != "pad_token_id"},  # as Qwen2's config.json
+        **FIXED,
+        "image_aspect_ratio": images.mode,
+        "image_grid_pinpoints": grids,
+        "mm_hidden_size": model.vision_tower.width,
+        "mm_local_num_frames": settings.frames.clip_frames,
+        "mm_patch_merge_type": "flat" if square else "spatial_nopad",
+        "mm_vision_tower": tower_name(model, size),
+        "tokenizer_model_max_length": settings.text.max_tokens,
+        OURS: {name: plain(getattr(settings, name)) for name in ("model", "frames", "images")},
+    }
+
+
+def _qwen2(language: LanguageModel) -> dict[str, Any]:
+    """Qwen2's keys, as transformers wrote them before version 5 (``rope_theta``); later versions read them too."""
+    return {
+        **plain(language),
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_window_layers": language.num_hidden_layers,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
+
+
+def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
+    """generation_config.json: greedy, as the published evaluation; an answer ends at the turn's or the text's end."""
+    ends = list(dict.fromkeys(tokens[name] for name in ("eos_token_id", "pad_token_id") if name in tokens))
+    return {**tokens, "do_sample": False, "eos_token_id": ends}
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def architecture(config: dict, where: str) -> tuple[Model, int, int]:
+    """Model, pixels along a side of a frame and frames of a clip of a release's config.json.
+
+    Raises:
+        ManifestError: ``where`` and the field that is missing or describes another model.
+    """
+    if OURS in config:
+        own = config[OURS] if isinstance(config[OURS], dict) else {}
+        frames = build(Frames, own.get("frames"), f"{where}: {OURS}.frames")
+        return build(Model, own.get("model"), f"{where}: {OURS}.model"), frames.size, frames.clip_frames
+    name = config.get("mm_vision_tower")
+    if name not in TOWERS:
+        raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(TOWERS)}")
+    size, tower = TOWERS[name]
+    wanted = {
+        "mm_hidden_size": tower.width,
+        "mm_local_num_frames": 4,
+        "mm_projector_type": FIXED["mm_projector_type"],
+        "rope_scaling": None,
+    }
+    for field, value in wanted.items():
+        if config.get(field) != value:
+            raise ManifestError(f"{where}: {field}: {config.get(field)!r} is not {value!r}; this is another model")
+    rope = config.get("rope_parameters") or {}
+    known = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **config}
+    fields = plain(LanguageModel()).keys()
+    if absent := sorted(fields - known.keys()):
+        raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release holds all of Qwen2's keys")
+    language = build(LanguageModel, {field: known[field] for field in fields}, f"{where}: ")
+    return Model(vision_tower=tower, connector=Connector(), language_model=language), size, 4
+
+
+def is_release(config: dict) -> bool:
+    """Whether config.json is a release's, also one whose ``model_type`` is another (some published ones say qwen2)."""
+    return config.get("model_type") == MODEL_TYPE or "mm_vision_tower" in config

@@ -1,0 +1,320 @@
+"""Weights in and out: published files and our own, on one process or under ZeRO-3.
+
+``initialise`` fills a new model from the places that the manifest names, ``save`` writes a folder, ``load_pretrained``
+reads one for inference. Under ZeRO-3 every parameter is gathered by itself: rank 0 reads or writes it and no rank holds
+the whole model. What stands in files is the business of ``trainer.weights.tensor_files``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from pipeline.config.manifest import Manifest, plain
+from pipeline.config.model import Model
+from pipeline.config.schema import build
+from trainer.model.internvideo2 import LAYER_SCALE, TABLES, fit_positions, grid, start_positions
+from trainer.model.video_llm import VideoLLM
+from trainer.weights import hf_config as release
+from trainer.weights.hub import locate
+from trainer.weights.tensor_files import (
+    DTYPES,
+    SHARD_BYTES,
+    Stored,
+    WeightsError,
+    names_in_file,
+    published_name,
+    shard_files,
+    stored_tensors,
+    write_index,
+    write_shard,
+)
+
+NAMED = 3  #: names of faulty tensors in a message
+
+
+def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, Stored]:
+    """The tensors of one part by our names, complete and of the right shapes.
+
+    Learned positions for another number of patches or frames are fitted to the model's.
+
+    Raises:
+        WeightsError: lists missing, unexpected and wrongly shaped tensors by name.
+    """
+    tensors = stored_tensors(path)
+    found = {name: tensors[key] for key, name in names_in_file(part, list(tensors), cfg).items()}
+    wanted = {name: shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
+    found = {name: _fitted(name, tensor, wanted[name]) if name in wanted else tensor for name, tensor in found.items()}
+    wrong = [
+        f"{name} is {list(found[name].shape)}, the model's {list(size)}"
+        for name, size in wanted.items()
+        if name in found and found[name].shape != size
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "wrong shape": wrong,
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
+    return found
+
+
+def _fitted(name: str, tensor: Stored, size: tuple[int, ...]) -> Stored:
+    """Learned positions as the model wants them; anything else, and a table that cannot be one, as it is."""
+    frames = TABLES.get(name.removeprefix("vision_tower."))
+    if frames is None or tensor.shape == size or len(tensor.shape) != 3 or tensor.shape[::2] != size[::2]:
+        return tensor
+    wanted = grid(size[1], frames)
+    if wanted is None or grid(tensor.shape[1], frames) is None:
+        return tensor
+    return Stored(size, lambda: fit_positions(tensor.read(), *wanted))
+
+
+# ------------------------------------------------------------------------------------------------------- filling
+
+
+def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
+    """float32 start value that depends on the seed, the name and the shape alone.
+
+    Matrices are normal with variance 1 / inputs (LeCun's rule; a deviation of 0.017 at 3,584 inputs, where Qwen2 has
+    0.02, and more in smaller models); norm weights are one, biases zero. InternVideo2's layer scales and positions have
+    the published start values.
+    """
+    frames = TABLES.get(name.removeprefix("vision_tower."))
+    if frames is not None and (table := grid(size[1], frames)):
+        return start_positions(size[2], *table)
+    if name.endswith((".ls1.weight", ".ls2.weight")):
+        return torch.full(size, LAYER_SCALE)
+    if len(size) == 1:
+        return torch.ones(size) if name.endswith(".weight") else torch.zeros(size)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(size, generator=generator) * math.prod(size[1:]) ** -0.5
+
+
+def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None = None) -> dict[str, Stored]:
+    """Where every parameter of ``parts`` (all if None) starts from: our name -> tensor, as ``manifest.init_from`` says.
+
+    A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
+    """
+    tensors, places = {}, {}
+    for part in model.parts() if parts is None else parts:
+        field, place = weights_place(manifest, part)
+        if place == "random":
+            for name, p in model.named_parameters():
+                if name.startswith(part + "."):
+                    size = shape(p)
+                    tensors[name] = Stored(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
+        else:
+            try:
+                places[part] = (f"{field}: ", locate(place))
+            except WeightsError as error:
+                raise WeightsError(f"{field}: {error}") from error
+    return tensors | _read_parts(model, places, manifest.model)
+
+
+def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: Model) -> dict[str, Stored]:
+    """The tensors of several parts by our names; ``places``: part -> how its errors begin, file or folder.
+
+    Raises:
+        WeightsError: one, with the faults of all parts.
+    """
+    tensors, faults = {}, {}
+    for part, (where, path) in places.items():
+        try:
+            tensors |= read_part(model, part, path, cfg)
+        except WeightsError as error:
+            faults[f"{where}{error}"] = None  # a damaged folder of all parts is one fault
+    if faults:
+        raise WeightsError("; ".join(faults))
+    return tensors
+
+
+def weights_place(manifest: Manifest, part: str) -> tuple[str, str]:
+    """Field of the manifest that says where a part starts from, and that place, or ``random``.
+
+    Raises:
+        WeightsError: ``init_from.run`` is a run that is not finished.
+    """
+    given = manifest.init_from
+    if own := getattr(given, part):
+        return f"init_from.{part}", own
+    return "init_from.run", _weights_of(given.run) if given.run else "random"
+
+
+def _some(names: list[str]) -> str:
+    """The first of ``names``, in one line that can be read."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _weights_of(run: str) -> str:
+    """Place of the weights of a run, or of a released checkpoint, also one of the hub (``hf:``): that itself."""
+    folder = Path(run)
+    if run.startswith("hf:") or (not (folder / "final").exists() and (folder / "config.json").is_file()):
+        return run
+    if not folder.is_dir():
+        raise WeightsError(f"init_from.run: {run}: no such folder, nor a stage of that name; train that stage first")
+    if (folder / "checkpoints" / "latest").exists() and not (folder / "final").exists():
+        raise WeightsError(f"init_from.run: {run}: has checkpoints and no final weights; finish that stage first")
+    return str(folder / "final")
+
+
+def initialise(model: VideoLLM, manifest: Manifest) -> None:
+    """Fill every parameter as ``manifest.init_from`` says. Call before ``deepspeed.initialize``, on every rank.
+
+    Raises:
+        WeightsError: on every rank alike, before anything is filled.
+    """
+    partitioned = any(is_partitioned(p) for p in model.parameters())
+    reads = not partitioned or dist.get_rank() == 0
+    tensors: dict[str, Stored] = {}
+    outcome: list[str | None] = [None]
+    if reads:
+        try:
+            tensors = sources(model, manifest)
+        except WeightsError as error:
+            outcome = [str(error)]
+    if partitioned:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise WeightsError(outcome[0])
+    fill(model, tensors if reads else None)
+
+
+def fill(model: nn.Module, tensors: dict[str, Stored] | None) -> None:
+    """Copy ``tensors`` (our names) into all parameters; a rank that does not read passes None and takes part."""
+    for name, parameter in model.named_parameters():
+        with gathered(parameter, write=True), torch.no_grad():
+            if tensors is not None:
+                parameter.copy_(tensors[name].read())
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds only a part of the parameter on this rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def gathered(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
+    """The whole parameter on every rank for a while; with ``write``, rank 0's values are kept."""
+    if not is_partitioned(parameter):
+        yield
+        return
+    import deepspeed  # only a sharded run needs it
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- saving, loading
+
+
+def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write all parameters under published names, with config.json; call on every rank.
+
+    One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (a larger tensor has a shard of its own)
+    with their index. config.json, written last, holds the manifest's sections that inference needs.
+    """
+    folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+    tower = manifest.model.vision_tower.type
+    parameters = {published_name(name, tower): p for name, p in model.named_parameters()}
+    sizes = {name: _bytes(p) for name, p in parameters.items()}
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, names in shard_files(sizes, shard_bytes).items():
+        tensors = {}
+        for name in names:
+            with gathered(parameters[name]):
+                if writes:
+                    tensors[name] = parameters[name].detach().cpu().contiguous()
+        if writes:
+            write_shard(folder / file, tensors)
+    if not writes:
+        return
+    write_index(folder, sizes, shard_bytes)
+    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    sections = {name: plain(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
+    config = {"architectures": ["VideoLLM"], "model_type": release.OURS, "dtype": dtype, **sections}
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+
+def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
+    """The model of a folder that ``save`` or ``trainer.export`` wrote, or of a released checkpoint, on the CPU.
+
+    It has the dtype that config.json names.
+
+    Args:
+        size: pixels of a frame's side; what config.json names if None.
+
+    Raises:
+        WeightsError: no config.json there, or its weights do not fit it.
+        ManifestError: config.json describes a model that cannot be built here.
+    """
+    folder = Path(folder)
+    config, where = read_config(folder), str(folder / "config.json")
+    if release.is_release(config):
+        cfg, trained_size, clip_frames = release.architecture(config, where)
+    elif config.get("model_type") == release.OURS:
+        cfg = build(Model, config["model"], f"{where}: model")
+        trained_size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
+    else:
+        kind = config.get("model_type")
+        raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
+    with no_init_weights():
+        model = VideoLLM(cfg, size or trained_size, clip_frames)
+    model.to(dtype_of(config, where))
+    fill(model, read_model(model, folder, cfg))
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a folder of weights; WeightsError where it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder}: no config.json; name the `final` folder of a finished run")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: a {type(config).__name__} instead of an object; fetch it again")
+    return config
+
+
+def dtype_of(config: dict, where: str) -> torch.dtype:
+    """dtype that a config.json names (``dtype``, or ``torch_dtype`` as before transformers 5)."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name not in DTYPES:
+        raise WeightsError(f"{where}: dtype: {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def empty_model(cfg: Model, size: int, clip_frames: int) -> VideoLLM:
+    """A model without storage (``meta``), for its parameters' names and shapes."""
+    with torch.device("meta"), no_init_weights():
+        return VideoLLM(cfg, size, clip_frames)
+
+
+def read_model(model: VideoLLM, folder: Path, cfg: Model) -> dict[str, Stored]:
+    """The tensors of all parts by our names; one WeightsError as from ``read_part``, with the faults of all parts."""
+    return _read_parts(model, {part: ("", folder) for part in model.parts()}, cfg)

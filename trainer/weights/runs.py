@@ -1,0 +1,20 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.weights.tensor_files import WeightsError
+
+
+def weights_of(checkpoint: str | Path) -> Path:
+    """The folder of weights of a finished run, or ``checkpoint`` itself.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    checkpoint = Path(checkpoint)
+    weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
+    if not (weights / "config.json").is_file():
+        raise WeightsError(f"{checkpoint}: no weights there; name a finished run, or a folder of weights")
+    return weights

@@ -1,0 +1,209 @@
+"""Tensors in files: published names, reading without loading, and writing in shards.
+
+Files carry the published names (``published_name``). Tensors are read with safetensors or
+``torch.load(weights_only=True)``; nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.config.model import Model
+from trainer.model.internvideo2 import TABLES
+
+SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
+INDEX = "model.safetensors.index.json"
+
+TOWERS = {  #: published prefix of the vision tower, by its type
+    "umt": "model.vision_tower.vision_tower.encoder.",
+    "internvideo2": "model.vision_tower.vision_tower.",
+}
+PUBLISHED = {  #: our prefix -> published prefix of the other parts, once the vision tower's has been tried
+    "connector.": "model.mm_projector.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  #: of weights in files
+ENCODER_PREFIXES = (  #: in an encoder's own file; longer ones first
+    "vision_tower.vision_tower.encoder.",
+    "vision_tower.vision_tower.",
+    "vision_tower.encoder.",
+    "vision_tower.",
+    "vision_encoder.",
+    "encoder.",
+    "",
+)
+#: what files of InternVideo2 may hold for its own pretraining, which compares features with other models'
+PRETRAINING = ("clip_projector.", "clip_decoder.", "final_clip_decoder.", "clip_pos_embed", "clip_img_pos_embed")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, or that do not fit the model; one line with the file and the names."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape is known, its values are read when wanted."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+def published_name(name: str, tower: str = "umt") -> str:
+    """Published name of one of our parameters; ``tower`` is the vision tower's type."""
+    for ours, published in _prefixes(tower):
+        if name.startswith(ours):
+            return published + name[len(ours) :]
+    raise KeyError(name)
+
+
+def our_name(name: str, tower: str = "umt") -> str | None:
+    """Our name of a tensor with a published name; None for other names."""
+    for ours, published in _prefixes(tower):
+        if name.startswith(published):
+            return ours + name[len(published) :]
+    return None
+
+
+def _prefixes(tower: str) -> list[tuple[str, str]]:
+    """(ours, published), the first match being right; any other tower's tensors are a vision tower's too."""
+    return [("vision_tower.", TOWERS[tower]), ("vision_tower.", TOWERS["internvideo2"]), *PUBLISHED.items()]
+
+
+def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
+    """Our name for every key of a file that belongs to ``part``; keys that fit nothing keep their own name.
+
+    Accepted are whole models with published names (other parts' tensors are passed over), the encoder's own file
+    (any of ``ENCODER_PREFIXES``; UMT's last norm is called ``norm``), ``mm_projector.bin`` (any prefix before
+    ``mm_projector.``) and a connector's or encoder's bare names.
+    """
+    tower = cfg.vision_tower.type
+    published = {key: our_name(key, tower) for key in keys}
+    if any(name and name.startswith(part + ".") for name in published.values()):
+        names = {key: name or key for key, name in published.items() if not name or name.startswith(part + ".")}
+    elif part == "connector":
+        names = {key: "connector." + key.rpartition("mm_projector.")[2] for key in keys}
+    elif part == "vision_tower":
+        prefix = next(p for p in ENCODER_PREFIXES if any(key.startswith(p) for key in keys))
+        names = {key: key.removeprefix(prefix) for key in keys}
+        if tower == "umt":
+            names = {key: re.sub(r"^norm\.", "vision_layernorm.", name) for key, name in names.items()}
+        names = {key: "vision_tower." + name for key, name in names.items()}
+    else:
+        names = {key: key for key in keys}
+    return {key: name for key, name in names.items() if not name.startswith(_unused(cfg))}
+
+
+def _unused(cfg: Model) -> tuple[str, ...]:
+    """Beginnings of names that files may hold and the model computes, shares or never runs."""
+    computed = tuple(TABLES) if cfg.vision_tower.type == "umt" else PRETRAINING
+    in_tower = tuple("vision_tower." + name for name in computed)
+    last_block = (f"vision_tower.blocks.{cfg.vision_tower.depth - 1}.",)
+    tied_head = ("language_model.lm_head.",) if cfg.language_model.tie_word_embeddings else ()
+    return in_tower + last_block + tied_head
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file or folder by its own name, unread.
+
+    A folder holds a safetensors index, safetensors files, or one torch file (.bin, .pt, .pth).
+
+    Raises:
+        WeightsError: nothing there, a file of another kind, or a damaged one.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in _weight_files(path):
+        try:
+            tensors.update(_safetensors(file) if file.suffix == ".safetensors" else _torch_file(file))
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise WeightsError(f"{file}: not a file of tensors that can be read ({reason}); fetch it again") from error
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if absent := [name for name in names if not (path / name).is_file()]:
+            raise WeightsError(f"{path}: {INDEX} names files that are missing: {', '.join(absent)}")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        files = sorted(file for suffix in ("bin", "pt", "pth") for file in path.glob(f"*.{suffix}"))
+        if len(files) > 1:
+            raise WeightsError(f"{path}: several weights files; name one of {', '.join(file.name for file in files)}")
+    if not files:
+        raise WeightsError(f"{path}: no weights here (*.safetensors, *.bin, *.pt, *.pth)")
+    return files
+
+
+def _safetensors(file: Path) -> dict[str, Stored]:
+    opened = safe_open(file, framework="pt")
+    return {
+        key: Stored(tuple(opened.get_slice(key).get_shape()), lambda key=key: opened.get_tensor(key))
+        for key in opened.keys()  # noqa: SIM118 (not a mapping)
+    }
+
+
+def _torch_file(file: Path) -> dict[str, Stored]:
+    values = torch.load(file, map_location="cpu", weights_only=True)
+    for wrapper in ("module", "model", "state_dict"):
+        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            values = values[wrapper]
+    if not isinstance(values, dict):
+        raise ValueError(f"a {type(values).__name__} instead of named tensors")
+    return {
+        key: Stored(tuple(value.shape), lambda value=value: value)
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def shard_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> its tensors' names, in the order of ``sizes`` (bytes); each file is filled up to ``limit`` bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, readable by whoever may read its folder."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+
+
+def write_index(folder: Path, sizes: dict[str, int], limit: int) -> None:
+    """The index of the files that ``shard_files`` names, where there is more than one."""
+    shards = shard_files(sizes, limit)
+    if len(shards) > 1:
+        located = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": located}
+        (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
