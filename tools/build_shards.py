@@ -46,13 +46,13 @@ def _run(options: argparse.Namespace) -> int:
     from pipeline.config.manifest import ManifestError, load_manifest
     from pipeline.shards.ledger import read_ledger
     from tools.builder import executors
-    from tools.builder.build import Options, build
+    from tools.builder.build import BuildOptions, build
     from tools.builder.plan_report import plan_rows, plan_summary, write_report
     from tools.builder.planner import make_plan
     from tools.builder.summary import build_summary, first_of_reasons, shard_counts
-    from tools.common.errors import BuildError, WorkError
-    from tools.fetch.disk_cache import DiskFull, disk_full_at
-    from tools.fetch.root_map import origins
+    from tools.common.errors import BuildError, WorkerError
+    from tools.fetch.disk_cache import DiskFullError, disk_full_at
+    from tools.fetch.root_map import resolve_entries
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.out:
             manifest = replace(manifest, shards=options.out)
         if options.dry_run:
-            found = origins(manifest, quick=True)
+            found = resolve_entries(manifest, quick=True)
             rows = plan_rows(found, make_plan(manifest, found, None, options.limit, strict=False))
             print(plan_summary(rows))
             if options.report:
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"report: {options.report}/plan.html, {options.report}/plan.parquet")
             return 0
         executor = executors.ray(options.address) if options.executor == "ray" else executors.local(options.workers)
-        settings = Options(
+        settings = BuildOptions(
             limit=options.limit,
             skip_unresolved=options.skip_unresolved,
             retry_failed=options.retry_failed,
@@ -82,9 +82,9 @@ def _run(options: argparse.Namespace) -> int:
         )
         with disk_full_at(manifest.shard_root):
             outcome = build(manifest, executor, settings)
-    except (ManifestError, BuildError, AnnotationFileError, WorkError, DiskFull) as error:
+    except (ManifestError, BuildError, AnnotationFileError, WorkerError, DiskFullError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (WorkError, DiskFull)) else 2
+        return 1 if isinstance(error, (WorkerError, DiskFullError)) else 2
     if not outcome.built:
         what = "nothing to try again" if options.retry_failed else "nothing to do"
         print(f"{manifest.shard_root}: finished already, {what}")

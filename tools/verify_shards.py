@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tools.common.text_table import size_text
+    from tools.common.text_table import format_bytes
     from tools.verify.root import VerifyError, verify
 
     try:
@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"... and {findings.count - len(findings.kept):,} more; --show {findings.count} prints all")
     looked = "decoded" if options.deep else "found whole"
     counts = f"{outcome.shards:,} shards, {outcome.samples:,} samples, {outcome.frames:,} frames {looked}"
-    print(f"{options.root}: {counts}, {size_text(outcome.bytes)}, {findings.count:,} findings")
+    print(f"{options.root}: {counts}, {format_bytes(outcome.bytes)}, {findings.count:,} findings")
     return 1 if findings.count else 0
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 
 from pipeline.config.manifest import ManifestError, load_manifest
 from pipeline.shards.index import ShardsError
-from trainer.distributed.launchers import SIGNALS, STATUS
+from trainer.distributed.launchers import PREEMPTION_SIGNALS, EXIT_PREEMPTED
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(manifest))
             return 0
-        for number in SIGNALS:  # until the run takes them over
+        for number in PREEMPTION_SIGNALS:  # until the run takes them over
             signal.signal(number, _leave)
         return _train(manifest)
     except (ManifestError, ShardsError) as error:
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(manifest) -> int:
     from pipeline.loading.loader import LoaderError
     from trainer.checkpoint.save import CheckpointError, WriteError
-    from trainer.distributed.call_order import CallsError
-    from trainer.distributed.launchers import StartError
+    from trainer.distributed.call_order import CallOrderError
+    from trainer.distributed.launchers import LaunchError
     from trainer.distributed.preemption import Preempted
     from trainer.training.loop import TrainingError, train
     from trainer.weights.tensor_files import WeightsError
@@ -60,14 +60,14 @@ def _train(manifest) -> int:
     except Preempted as asked:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped by {asked}; the same command goes on from the last checkpoint", file=sys.stderr)
-        return STATUS
+        return EXIT_PREEMPTED
     except WriteError as error:
         return _failed(error, 1, all_ranks=False)
-    except StartError as error:
+    except LaunchError as error:
         for fault in error.faults:
             _failed(fault, 2, error.everywhere)
         return 2
-    except (CallsError, CheckpointError, TrainingError, WeightsError) as error:
+    except (CallOrderError, CheckpointError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)
@@ -77,7 +77,7 @@ def _train(manifest) -> int:
 def _leave(number: int, frame: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"stopped by {signal.Signals(number).name}; the same command starts again", file=sys.stderr)
-    raise SystemExit(STATUS)
+    raise SystemExit(EXIT_PREEMPTED)
 
 
 def _failed(error: Exception | str, status: int, all_ranks: bool = True) -> int:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pipeline.config.manifest import ManifestError
 from pipeline.media.errors import MediaError
-from pipeline.shards.memory_index import STILL, File
+from pipeline.shards.memory_index import IMAGE_READER, MediaFile
 from pipeline.tokenization.chat_template import MARK
-from trainer.inference.chat_session import Talk, texts
-from trainer.inference.contact_sheet import write_sheet
+from trainer.inference.chat_session import ChatSession, stream_text
+from trainer.inference.contact_sheet import write_contact_sheet
 from trainer.inference.generate import Sampling
-from trainer.inference.predictor import Asker, find
+from trainer.inference.predictor import Predictor, resolve_run
 from trainer.weights.tensor_files import WeightsError
 
 
@@ -34,9 +34,9 @@ class Chat:
         MediaError: a file cannot be used; one line that names it.
     """
 
-    def __init__(self, asker: Asker, files: list[File], tokens: int, sampling: Sampling) -> None:
+    def __init__(self, asker: Predictor, files: list[MediaFile], tokens: int, sampling: Sampling) -> None:
         self._asker, self._files = asker, files
-        self._talk = Talk(asker.model, tokens, asker.tokenizer.eos_token_id, sampling)
+        self._talk = ChatSession(asker.model, tokens, asker.tokenizer.eos_token_id, sampling)
         self._turns: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
@@ -44,7 +44,7 @@ class Chat:
         marks = "" if self._turns else f"{MARK}\n" * len(self._files)
         turns = [*self._turns, {"from": "human", "value": marks + question.replace(MARK, "")}]
         said = ""
-        for piece in texts(self._talk.answer(self._asker.prompt(turns, self._files)), self._asker.text):
+        for piece in stream_text(self._talk.answer(self._asker.prompt(turns, self._files)), self._asker.text):
             said += piece
             yield piece
         self._turns = [*turns, {"from": "gpt", "value": said}]
@@ -57,7 +57,7 @@ class Chat:
         words = [f"{second:.1f} s" for shown in seconds for second in shown]
         for view, file in zip(views, self._files, strict=True):
             words += [f"{Path(file.path).name} {tile + 1}/{view.tiles}" for tile in range(view.tiles)]
-        return [*row.clips.flatten(0, 1).cpu().numpy(), *row.stills.cpu().numpy()], words
+        return [*row.clips.flatten(0, 1).cpu().numpy(), *row.image_tiles.cpu().numpy()], words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,14 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         _check(options)
-        weights, manifest = find(options.checkpoint, options.manifest, options.set)
-        files = [File(path, options.start, options.end) for path in options.video]
-        files += [File(path, reader=STILL) for path in options.image]
+        weights, manifest = resolve_run(options.checkpoint, options.manifest, options.set)
+        files = [MediaFile(path, options.start, options.end) for path in options.video]
+        files += [MediaFile(path, reader=IMAGE_READER) for path in options.image]
         sampling = Sampling(options.temperature, options.top_p, options.seed)
-        chat = Chat(Asker(weights, manifest), files, options.max_new_tokens, sampling)
+        chat = Chat(Predictor(weights, manifest), files, options.max_new_tokens, sampling)
         if options.sheet:
             try:
-                write_sheet(options.sheet, *chat.shown())
+                write_contact_sheet(options.sheet, *chat.shown())
             except OSError as error:
                 raise ChatError(f"--sheet {options.sheet}: cannot be written ({error.strerror})") from None
         _converse(chat, options.question)

@@ -21,7 +21,7 @@ from pathlib import Path
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.evaluation.file_questions import FileQuestions
 from pipeline.evaluation.questions import Questions
-from trainer.evaluation.cli import carry_out, parser_of
+from trainer.evaluation.cli import run_command, build_parser
 from trainer.evaluation.scorer import evaluate
 from trainer.evaluation.scores_html import page
 
@@ -31,11 +31,11 @@ COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 weights that cannot be read, 2 bad input)."""
     held_out = "the stage's YAML; its held-out entries are asked"
-    parser = parser_of("evaluate", __doc__.split("\n\n")[0], held_out, "evaluation.json, or evaluation-STEM.json")
+    parser = build_parser("evaluate", __doc__.split("\n\n")[0], held_out, "evaluation.json, or evaluation-STEM.json")
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
-    return carry_out(parser, arguments, _ask, page, table, _name)
+    return run_command(parser, arguments, _ask, page, table, _name)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -27,18 +27,18 @@ from safetensors import SafetensorError
 
 from pipeline.config.manifest import ManifestError, load_manifest
 from pipeline.tokenization.chat_template import load_tokenizer
-from pipeline.utils.atomic_io import sync
+from pipeline.utils.atomic_io import fsync_path
 from trainer.model.parts import PARTS
 from trainer.model.video_llm import build_model
 from trainer.weights import hf_config as release
-from trainer.weights.hf_config import Settings
-from trainer.weights.load import dtype_of, empty_model, read_config, read_model, shape, sources
+from trainer.weights.hf_config import ReleaseConfig
+from trainer.weights.load import dtype_of, empty_model, read_config, read_model, shape, resolve_init_tensors
 from trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
-    Stored,
+    LazyTensor,
     WeightsError,
-    published_name,
+    to_hf_name,
     shard_files,
     write_index,
     write_shard,
@@ -59,7 +59,9 @@ class ExportError(ValueError):
     """An export that cannot be made; one line that names the file or folder and the fix."""
 
 
-def export(checkpoint: Path, out: Path, release_files: Path | None = None, shard_bytes: int = SHARD_BYTES) -> Settings:
+def export(
+    checkpoint: Path, out: Path, release_files: Path | None = None, shard_bytes: int = SHARD_BYTES
+) -> ReleaseConfig:
     """Write ``checkpoint`` to the folder ``out``, which appears whole or not at all; returns what was exported.
 
     No more than one shard is held in memory.
@@ -81,9 +83,9 @@ def export(checkpoint: Path, out: Path, release_files: Path | None = None, shard
         _write_json(part / "generation_config.json", release.generation_config(tokens))
         _write_json(part / "config.json", release.release_config(settings, tokens))
         for path in (*part.iterdir(), part):
-            sync(path)
+            fsync_path(path)
         os.replace(part, out)
-        sync(part.parent)
+        fsync_path(part.parent)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
@@ -107,7 +109,7 @@ def python_files(folder: Path) -> list[Path]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def open_checkpoint(folder: Path) -> tuple[Settings, dict[str, Stored]]:
+def open_checkpoint(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     """Settings and tensors, by our names and not yet read, of a run, its final weights or one of its checkpoints."""
     if (folder / "final" / "config.json").is_file():
         return _final(folder / "final")
@@ -120,17 +122,17 @@ def open_checkpoint(folder: Path) -> tuple[Settings, dict[str, Stored]]:
     raise ExportError(f"{folder}: no weights there; name a RUN, its RUN/final or one of its RUN/checkpoints/step-*")
 
 
-def _final(folder: Path) -> tuple[Settings, dict[str, Stored]]:
+def _final(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     config, where = read_config(folder), str(folder / "config.json")
     if config.get("model_type") != release.OURS:
         raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; name the `final` folder of a run")
-    settings = Settings.of(config, _name(dtype_of(config, where)), where)
+    settings = ReleaseConfig.of(config, _name(dtype_of(config, where)), where)
     model = empty_model(settings.model, settings.frames.size, settings.frames.clip_frames)
     tensors = read_model(model, folder, settings.model)
     return settings, {name: tensors[name] for name, _ in model.named_parameters()}
 
 
-def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Stored]]:
+def _unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     """From DeepSpeed's files (the newest checkpoint if None): float32 weights of the optimiser in the run's dtype."""
     from trainer.checkpoint import load as resume  # brings DeepSpeed along, which final weights do not need
     from trainer.checkpoint import save as checkpoint  # brings DeepSpeed along, which final weights do not need
@@ -149,12 +151,12 @@ def _unfinished(folder: Path | None, run: Path) -> tuple[Settings, dict[str, Sto
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{folder / 'state.json'}: cannot be read; take another checkpoint of the run") from error
     frozen = [part for part in PARTS if not getattr(manifest.train, part).train]
-    tensors |= sources(model, manifest, frozen)
+    tensors |= resolve_init_tensors(model, manifest, frozen)
     wrong = [name for name, size in wanted.items() if name not in tensors or tensors[name].shape != size]
     if wrong:
         raise WeightsError(f"{folder}: missing, or not as {run / 'manifest.yaml'} says: {', '.join(wrong)}")
     dtype = _name(TRAINED_IN[manifest.train.dtype])
-    settings = Settings(manifest.model, manifest.frames, manifest.images, manifest.text, dtype)
+    settings = ReleaseConfig(manifest.model, manifest.frames, manifest.images, manifest.text, dtype)
     return settings, {name: tensors[name] for name in wanted}
 
 
@@ -165,9 +167,9 @@ def _name(dtype: torch.dtype) -> str:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def _write_weights(folder: Path, tensors: dict[str, Stored], settings: Settings, limit: int) -> None:
+def _write_weights(folder: Path, tensors: dict[str, LazyTensor], settings: ReleaseConfig, limit: int) -> None:
     kind, tower = DTYPES[settings.dtype], settings.model.vision_tower.type
-    stored = {published_name(name, tower): tensor for name, tensor in tensors.items()}
+    stored = {to_hf_name(name, tower): tensor for name, tensor in tensors.items()}
     sizes = {name: math.prod(tensor.shape) * kind.itemsize for name, tensor in stored.items()}
     for file, names in shard_files(sizes, limit).items():
         write_shard(folder / file, {name: stored[name].read().to(kind).contiguous() for name in names})

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.evaluation.haystack import Haystack
-from trainer.evaluation.cli import carry_out, parser_of
+from trainer.evaluation.cli import run_command, build_parser
 from trainer.evaluation.haystack_html import page
-from trainer.evaluation.haystack_search import search
+from trainer.evaluation.haystack_search import run_haystack
 
 FRAMES = (8, 32, 128, 512)
 DEPTHS = (0, 25, 50, 75, 100)
@@ -54,18 +54,18 @@ def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> d
     _check(options, manifest)
     frames, depths = sorted(set(options.frames)), sorted(set(options.depths))
     haystack = Haystack(manifest, options.needles, options.root, options.video, frames, depths)
-    return search(manifest, checkpoint, haystack)
+    return run_haystack(manifest, checkpoint, haystack)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status (0 done, 1 files or weights that cannot be read, 2 bad input)."""
-    parser = parser_of("haystack", __doc__.split("\n\n")[0], "the stage's YAML", "haystack.json")
+    parser = build_parser("haystack", __doc__.split("\n\n")[0], "the stage's YAML", "haystack.json")
     parser.add_argument("--needles", type=Path, required=True, help="annotation file: pictures with a question each")
     parser.add_argument("--root", type=Path, required=True, help="folder that its picture paths are relative to")
     parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
-    return carry_out(parser, arguments, _ask, page, table, lambda _: "haystack.json")
+    return run_command(parser, arguments, _ask, page, table, lambda _: "haystack.json")
 
 
 if __name__ == "__main__":

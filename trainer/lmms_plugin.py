@@ -20,10 +20,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from pipeline.shards.memory_index import STILL, File
+from pipeline.shards.memory_index import IMAGE_READER, MediaFile
 from pipeline.tokenization.chat_template import MARK
 from trainer.inference.generate import Sampling
-from trainer.inference.predictor import Asker, find
+from trainer.inference.predictor import Predictor, resolve_run
 
 MANIFEST = ModelManifest(
     "framestream", simple_class_path="trainer.lmms_plugin.SimpleModel", chat_class_path="trainer.lmms_plugin.ChatModel"
@@ -40,7 +40,7 @@ class SimpleModel(lmms):
     def __init__(self, checkpoint: str, manifest: str = "", frames: int = 0, **_: Any) -> None:
         super().__init__()
         overrides = (f"frames.max={frames}",) if frames else ()
-        self._asker = Asker(*find(checkpoint, manifest or None, overrides))
+        self._asker = Predictor(*resolve_run(checkpoint, manifest or None, overrides))
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         return [self._one(*self._turn(*self._simple(request))) for request in tqdm(requests, disable=None)]
@@ -146,7 +146,7 @@ def _turns(messages: Sequence[dict]) -> tuple[list[dict], list[Any]]:
 
 
 @contextlib.contextmanager
-def _files(media: Sequence[Any]) -> Iterator[list[File]]:
+def _files(media: Sequence[Any]) -> Iterator[list[MediaFile]]:
     """Media of a task as files: paths, (path, start, end), or pictures, which are written for a while."""
     with tempfile.TemporaryDirectory() as folder:
         files = []
@@ -155,9 +155,9 @@ def _files(media: Sequence[Any]) -> Iterator[list[File]]:
             if isinstance(medium, PIL.Image.Image):
                 path = Path(folder) / f"{number}.png"
                 medium.convert("RGB").save(path)
-                files.append(File(path, reader=STILL))
+                files.append(MediaFile(path, reader=IMAGE_READER))
             elif isinstance(medium, (str, Path)):
-                files.append(File(medium, start, end))
+                files.append(MediaFile(medium, start, end))
             else:
                 raise TypeError(f"a medium is {type(medium).__name__}; framestream's models take paths and pictures")
         yield files

@@ -20,11 +20,11 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.html.page import render_page
-from pipeline.html.svg import COLOURS, Line, compact, duration, line_chart
+from pipeline.html.svg import COLOURS, Line, format_number, format_duration, line_chart
 from pipeline.shards.ledger import REASONS
 from trainer.checkpoint.save import write_atomically
 from trainer.evaluation import haystack_html as haystack_page
-from trainer.evaluation.scores_html import FILTERS, KEY, shown
+from trainer.evaluation.scores_html import FILTERS, KEY, render_fragment
 from trainer.monitoring.run_ledger import read_run_ledger
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
@@ -95,10 +95,10 @@ def render(runs: list[Run]) -> str:
     """The page as HTML."""
     return render_page(
         Path(__file__).parent / "evaluation" / "report.html.j2",
-        {"compact": compact, "duration": duration, **FILTERS},
+        {"compact": format_number, "duration": format_duration, **FILTERS},
         runs=[(run, summary(run), charts(run)) for run in runs],
-        scored=[{"name": run.name, **shown(run.evaluation)} for run in runs if run.evaluation],
-        searched=[{"name": run.name, **haystack_page.shown(run.haystack)} for run in runs if run.haystack],
+        scored=[{"name": run.name, **render_fragment(run.evaluation)} for run in runs if run.evaluation],
+        searched=[{"name": run.name, **haystack_page.render_fragment(run.haystack)} for run in runs if run.haystack],
         **KEY,
     )
 

@@ -36,15 +36,15 @@ from PIL import Image
 
 from pipeline.config.manifest import load_manifest
 from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.sampling import fit_to_clips, sample_indices
+from pipeline.media.sampling import pad_to_clips, sample_indices
 from pipeline.media.video import open_video
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.footage import FOOTAGE
-from tools.builder.build import job_of
+from tools.builder.build import make_job
 from tools.builder.planner import make_plan
 from tools.builder.task import make_worker
-from tools.builder.worker_pool import Pool
-from tools.fetch.root_map import origins
+from tools.builder.worker_pool import WorkerPool
+from tools.fetch.root_map import resolve_entries
 
 SIZE, RATE = 224, 30
 SAMPLERS = {  #: of each kind of media: sampler, least and most frames
@@ -95,14 +95,14 @@ class Builds:
         self.manifest = load_manifest(file, ("data.shard_mb=1",))
         self._pools = {}
         for workers in (1, 2):
-            found, work = origins(self.manifest), folder / f"work{workers}"
+            found, work = resolve_entries(self.manifest), folder / f"work{workers}"
             (work / "plan").mkdir(parents=True)
             (work / "tasks").mkdir()
             make_plan(self.manifest, found, work / "plan")
-            job = job_of(self.manifest, found, work)
+            job = make_job(self.manifest, found, work)
             tasks = [task for task, name in enumerate(job.tasks) if name.startswith("video")]
             with processors(workers):
-                pool = Pool(make_worker, (job,), workers)
+                pool = WorkerPool(make_worker, (job,), workers)
                 list(pool.run(tasks[:workers]))
             self._pools[workers] = pool, iter(tasks[workers:])
 
@@ -119,7 +119,7 @@ class Builds:
         """Distinct source frames that a build takes of the video."""
         source, frames = open_video(path), self.manifest.frames
         taken = sample_indices(frames, len(source.seconds), source.fps, len(source.seconds) / source.fps)
-        return np.unique(fit_to_clips(taken, len(source.seconds), frames.clip_frames))
+        return np.unique(pad_to_clips(taken, len(source.seconds), frames.clip_frames))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 import decord
 import numpy as np
 
-from pipeline.media.video import InexactError, open_straight, open_video
+from pipeline.media.video import InexactSeekError, open_sequential, open_video
 from tests.helpers.media.footage import number_of, write_video
 
 FRAMES, SAMPLE = 250, 8
@@ -41,8 +41,8 @@ def with_framestream(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     try:
         source = open_video(path)
         list(source.pictures(np.arange(0, FRAMES, 7)))
-    except InexactError:
-        source = open_straight(path)
+    except InexactSeekError:
+        source = open_sequential(path)
     return lambda numbers: list(source.pictures(numbers))
 
 

@@ -19,10 +19,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from pipeline.config.data import Data, Entry
+from pipeline.config.data import DataConfig, EntryConfig
 from pipeline.config.manifest import load_manifest
 from tools.builder.planner import make_plan
-from tools.fetch.root_map import origins
+from tools.fetch.root_map import resolve_entries
 
 MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
 
@@ -51,9 +51,9 @@ def measure(folder: Path) -> None:
     root = folder / "media"
     root.mkdir(exist_ok=True)
     files = sorted(folder.glob("*.jsonl"))
-    entries = tuple(Entry(annotation=str(path), root=str(root)) for path in files)
-    manifest = replace(load_manifest(MANIFEST), data=Data(entries=entries))
-    found = origins(manifest)
+    entries = tuple(EntryConfig(annotation=str(path), root=str(root)) for path in files)
+    manifest = replace(load_manifest(MANIFEST), data=DataConfig(entries=entries))
+    found = resolve_entries(manifest)
     before = resource.getrusage(resource.RUSAGE_SELF)
     work = folder / "plan"
     shutil.rmtree(work, ignore_errors=True)

@@ -26,16 +26,16 @@ import pyarrow as pa
 
 from pipeline import build_loader
 from pipeline.config.manifest import Manifest
-from pipeline.config.schema import build
+from pipeline.config.schema import from_dict
 from pipeline.media.jpeg import encode_jpeg
 from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, table
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, build_table
+from pipeline.shards.media_view import MediaViews
 from pipeline.shards.writer import ShardWriter
-from pipeline.tokenization.chat_template import conversation_of
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.chat_template import build_chat_template
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
-from pipeline.tokenization.token_cache import fingerprint
+from pipeline.tokenization.token_cache import token_fingerprint
 
 TOKENIZER = Path(__file__).parents[2] / "tests" / "golden" / "tokens_labels" / "tokenizer"
 MEDIA, STORED, SHOWN, SIDE = 20_000, 512, 8, 64
@@ -78,7 +78,7 @@ def manifest(folder: Path) -> Manifest:
         "init_from": {"vision_tower": "random", "language_model": "random"},
         "train": {part: {"train": True, "lr": 1e-3} for part in parts} | {"epochs": 3},
     }
-    return build(Manifest, value, "benchmark")
+    return from_dict(Manifest, value, "benchmark")
 
 
 def generate(folder: Path, dialogues: int, media: int = MEDIA) -> None:
@@ -87,13 +87,13 @@ def generate(folder: Path, dialogues: int, media: int = MEDIA) -> None:
     (root / "video").mkdir(parents=True)
     (root / "index").mkdir()
     offsets, sizes, shard = _shard(root / "video" / "train-000000.tar")
-    _write(root / "index" / "shards.arrow", SHARD_SCHEMA, table(SHARD_SCHEMA, [shard]).to_batches())
+    _write(root / "index" / "shards.arrow", SHARD_SCHEMA, build_table(SHARD_SCHEMA, [shard]).to_batches())
     _write(root / "index" / "media.arrow", MEDIA_SCHEMA, _media(media, offsets, sizes))
     _write(root / "index" / "dialogues.arrow", DIALOGUE_SCHEMA, _dialogues(dialogues, media))
     (root / "build.json").write_text(json.dumps({"index_fingerprint": f"{dialogues} of {media}"}))
     made = manifest(folder)
     index = Index.open(root)
-    name = fingerprint(index, made, conversation_of(made), Visuals(index, made))[:32]
+    name = token_fingerprint(index, made, build_chat_template(made), MediaViews(index, made))[:32]
     _write(root / "index" / f"tokens-{name}.arrow", TOKEN_SCHEMA, _tokens(dialogues))
 
 
@@ -148,8 +148,8 @@ def _dialogues(count: int, media: int) -> Iterator[pa.RecordBatch]:
 def _tokens(count: int) -> Iterator[pa.RecordBatch]:
     draw, rows = np.random.default_rng(0), []
     for length in draw.integers(40, 200, min(count, BATCH)).tolist():
-        ids = [IMAGE, *draw.integers(0, 1000, length - 1).tolist()]
-        labels = [IGNORE] * (length // 2) + ids[length // 2 :]
+        ids = [IMAGE_TOKEN_INDEX, *draw.integers(0, 1000, length - 1).tolist()]
+        labels = [IGNORE_INDEX] * (length // 2) + ids[length // 2 :]
         clips = SHOWN // 4
         lengths = {"length": length - 1 + 64 * clips, "clips": clips, "tiles": 0, "learned": length - length // 2}
         rows.append({"ids": ids, "labels": labels, **lengths, "error": ""})
@@ -177,7 +177,7 @@ def forget_peak() -> None:
 def measure(folder: Path, samples: int) -> Measured:
     """Open the root in ``folder``, take ``samples`` dialogues, then resume elsewhere; of a process that did nothing."""
     made = manifest(folder)
-    conversation_of(made)  # imports what tokenizers need
+    build_chat_template(made)  # imports what tokenizers need
     forget_peak()
     idle, started, cpu = memory(), time.perf_counter(), time.process_time()
     loader = build_loader(made)

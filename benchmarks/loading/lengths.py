@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config.loading import Cost
+from pipeline.config.loading import CostModel
 from pipeline.config.model import TOKENS_PER_TILE
-from pipeline.planning.packing import balance, costs, pack
+from pipeline.planning.packing import load_balance, costs, pack
 
 BATCH, ROW = 256, 32_768  #: dialogues of a global batch, tokens of a row
 TOKENS_PER_FRAME = 16
 PATCHES = 196  #: of a frame of 224 pixels
 #: UMT-L on 224 pixels with the connector, and Qwen2-7B: ``python -m trainer --dry-run`` prints these for stage 3.
-COST = Cost(patch=1.9725e9, token=4.2424e10, pair=6.02112e5)
+COST = CostModel(patch=1.9725e9, token=4.2424e10, pair=6.02112e5)
 
 
 class Kind(NamedTuple):
@@ -91,8 +91,8 @@ def table(batches: int) -> None:
         count = sum(len(rows) for rows in packed)
         fill, spent = tokens.sum() / (count * ROW), 1000 * statistics.median(seconds)
         for ranks in worlds:
-            every = balance([row for rows in packed for row in rows], ranks)
-            worst = min(balance(rows, ranks) for rows in packed)
+            every = load_balance([row for rows in packed for row in rows], ranks)
+            worst = min(load_balance(rows, ranks) for rows in packed)
             rows = f"{count / batches:>7.1f}{fill:>8.3f}"
             print(f"{multiple:>9}{ranks:>7}{rows}{every:>9.3f}{worst:>8.3f}{spent:>7.1f}")
 

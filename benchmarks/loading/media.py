@@ -13,14 +13,14 @@ import av
 import numpy as np
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.schema import build
+from pipeline.config.schema import from_dict
 from pipeline.media.jpeg import encode_jpeg
 from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
 from pipeline.media.resize import resize
 from pipeline.media.sampling import frame_indices
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, table, write_index
-from pipeline.shards.samples import dialogue_key, media_json, media_key
-from pipeline.shards.sidecars import write_reader_files
+from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, build_table, write_index
+from pipeline.shards.samples import dialogue_key, media_metadata, media_key
+from pipeline.shards.sidecars import write_sidecars
 from pipeline.shards.writer import ShardWriter
 from tests.helpers.golden_data import TOKENIZER
 from tests.helpers.media.footage import FOOTAGE
@@ -81,7 +81,7 @@ class Media:
             "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
             "train": {part: {"train": True, "lr": 1e-3} for part in ("vision_tower", "connector", "language_model")},
         }
-        return build(Manifest, value, "benchmark")
+        return from_dict(Manifest, value, "benchmark")
 
 
 def write_media(folder: Path, count: int, frames: int, size: int) -> Media:
@@ -100,7 +100,7 @@ def write_media(folder: Path, count: int, frames: int, size: int) -> Media:
             for number in range(first, min(first + SHARD_MEDIA, count)):
                 rows.append({**_add(writer, media, footage, number), "shard": len(shards)})
         shards.append(writer.info)
-    write_reader_files(media.root / "video", shards)
+    write_sidecars(media.root / "video", shards)
     facts = [
         {
             "folder": "video",
@@ -149,7 +149,7 @@ def _add(writer: ShardWriter, media: Media, footage: list[np.ndarray], number: i
         "timestamps": seconds.tolist(),
         "sha256": "",
     }
-    at, length = writer.add(key, {"mp4": mp4, "json": media_json(**facts, salvaged=False)})["mp4"]
+    at, length = writer.add(key, {"mp4": mp4, "json": media_metadata(**facts, salvaged=False)})["mp4"]
     offsets, sizes, _ = mjpeg_frames(mp4)
     places = {"offset": at, "size": length, "frame_offset": offsets + at, "frame_size": sizes}
     return {**facts, **places, "split": "train"}
@@ -169,7 +169,7 @@ def _finish(root: Path, media: list[dict], shards: list[dict], dialogues: int) -
         }
         for number in range(dialogues * len(media))
     ]
-    tables = table(MEDIA_SCHEMA, media), table(DIALOGUE_SCHEMA, talks), table(SHARD_SCHEMA, shards)
+    tables = build_table(MEDIA_SCHEMA, media), build_table(DIALOGUE_SCHEMA, talks), build_table(SHARD_SCHEMA, shards)
     (root / "build.json").write_text(json.dumps({"index_fingerprint": write_index(root, *tables)}))
 
 

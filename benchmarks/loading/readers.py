@@ -23,9 +23,9 @@ from PIL import Image
 
 from benchmarks.loading.media import Media
 from pipeline import build_loader
-from pipeline.shards.frame_reader import Pixels
+from pipeline.shards.frame_reader import FrameReader
 from pipeline.shards.index import Index, row_values
-from pipeline.storage import Reading
+from pipeline.storage import ReadOptions
 from tests.helpers.model.torchvision_import import import_torchvision
 
 Reader = Callable[[int], Iterator[np.ndarray]]
@@ -79,8 +79,8 @@ def pixels(media: Media, threads: int = 0, address: str | None = None, least: in
     ``address`` is of the media's folder, where that is read from a server; nothing is cached but the index.
     """
     root = media.root if address is None else f"{address}/{media.root.relative_to(media.folder)}"
-    reading = None if address is None else Reading(cache=tempfile.mkdtemp())
-    read = Pixels(Index.open(root, reading)).read_frames
+    reading = None if address is None else ReadOptions(cache=tempfile.mkdtemp())
+    read = FrameReader(Index.open(root, reading)).read_frames
     ahead = 2 * threads
     arrays = [_Arrays(media.size) for _ in range(ahead + 1)]
 

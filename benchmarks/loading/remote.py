@@ -22,7 +22,7 @@ import httpx2
 import urllib3
 
 from benchmarks.loading.slow_server import SlowServer
-from pipeline.storage import Shard, open_storage
+from pipeline.storage import ShardRef, open_storage
 
 FRAME = 18_000  #: bytes, of a JPEG of 224 pixels
 SIZE = 64 << 20  #: bytes of the file that is read
@@ -111,7 +111,7 @@ def clients(url: str, requests: int) -> Iterator[str]:
 def reads(url: str, media: int) -> Iterator[str]:
     """Rows: reads of four far frames of a medium through the storage, by some threads."""
     base, _, name = url.rpartition("/")
-    storage, shard = open_storage(base), Shard(name, SIZE, "")
+    storage, shard = open_storage(base), ShardRef(name, SIZE, "")
     for threads in (1, 2, 4, 8, 16, 32):
         seconds, used = run(
             media,
@@ -124,7 +124,7 @@ def reads(url: str, media: int) -> Iterator[str]:
 def gap(url: str, calls: int) -> str:
     """What a request costs beyond its bytes, as bytes of a long one, at full load."""
     base, _, name = url.rpartition("/")
-    storage, shard, long = open_storage(base), Shard(name, SIZE, ""), 1 << 20
+    storage, shard, long = open_storage(base), ShardRef(name, SIZE, ""), 1 << 20
     frame, _ = run(calls, CLIENT_THREADS, lambda: lambda number: storage.read(shard, [(place(number), FRAME)]))
     large, _ = run(calls // 8, CLIENT_THREADS, lambda: lambda number: storage.read(shard, [(place(number), long)]))
     each, byte = frame / calls, large / (calls // 8) / long

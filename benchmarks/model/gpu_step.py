@@ -36,7 +36,7 @@ import torch
 import yaml
 
 from benchmarks.loading.media import write_media
-from pipeline.config.manifest import Manifest, load_manifest, plain
+from pipeline.config.manifest import Manifest, load_manifest, to_dict
 from trainer.model import cost
 from trainer.monitoring.device import peak_flops
 
@@ -70,16 +70,16 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
         "output": str(folder / "run"),
         "data": {"entries": [{"annotation": "footage.json"}]},
         "mix": [{"root": root, "repeat": COPIES} for root in roots(folder, counts, base.frames.size)],
-        "frames": {**plain(base.frames), "min": min(counts), "max": max(counts)},
-        "text": {**plain(base.text), "tokenizer": str(MANIFESTS.parent / "tests/golden/tokens_labels/tokenizer")},
+        "frames": {**to_dict(base.frames), "min": min(counts), "max": max(counts)},
+        "text": {**to_dict(base.text), "tokenizer": str(MANIFESTS.parent / "tests/golden/tokens_labels/tokenizer")},
         "batching": {"global_batch": sum(counts.values()), "row_multiple": 1, "order": "sequential"},
         "loader": {"threads": 2, "workers": 2, "prefetch_mb": 2048},
         "model": {
-            **plain(base.model),
-            "language_model": plain(dataclasses.replace(language, vocab_size=max(language.vocab_size, 1024))),
+            **to_dict(base.model),
+            "language_model": to_dict(dataclasses.replace(language, vocab_size=max(language.vocab_size, 1024))),
         },
         "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
-        "train": {**plain(base.train), "epochs": 1, "max_steps": None, "save_every": 10**9, "zero_stage": 3},
+        "train": {**to_dict(base.train), "epochs": 1, "max_steps": None, "save_every": 10**9, "zero_stage": 3},
     }
     path = folder / "case.yaml"
     path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
@@ -90,7 +90,7 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
     else:
         manifest = manifest if small else fewer_layers(manifest, torch.cuda.get_device_properties(0).total_memory)
         name = f"{manifest.model.language_model.num_hidden_layers} of {language.num_hidden_layers} layers"
-    path.write_text(yaml.safe_dump(plain(manifest), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(to_dict(manifest), sort_keys=False), encoding="utf-8")
     return Case(f"{'small' if small else model}, {name}", manifest, not offload)
 
 

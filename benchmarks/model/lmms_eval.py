@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from pipeline.evaluation.file_questions import FileQuestions
 from pipeline.evaluation.questions import Question, Questions
-from trainer.evaluation.metrics import is_right
+from trainer.evaluation.metrics import is_correct
 from trainer.evaluation.scorer import evaluate
-from trainer.inference.predictor import find
+from trainer.inference.predictor import resolve_run
 
 TASK = "choice"
 YAML = """\
@@ -137,11 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, required=True, help="folder that their media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
     options = parser.parse_args(arguments)
-    weights, manifest = find(options.checkpoint, options.manifest)
+    weights, manifest = resolve_run(options.checkpoint, options.manifest)
     model = {"checkpoint": options.checkpoint} | ({"manifest": options.manifest} if options.manifest else {})
     questions = FileQuestions(manifest, options.annotations, options.root)
     rows = evaluate(manifest, weights, questions, options.limit, controls=("blind",), examples=0)["answers"]
-    ours = {row["key"]: Answer(row["own"], is_right(row["own"], row["expected"])) for row in rows}
+    ours = {row["key"]: Answer(row["own"], is_correct(row["own"], row["expected"])) for row in rows}
     print(f"{options.annotations.name}: {len(ours)} of {len(questions)} questions")
     print("| | accuracy | answers that differ |\n| --- | --- | --- |")
     print(f"| trainer.evaluate | {100 * accuracy(ours):.2f} | |")

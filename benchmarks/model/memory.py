@@ -21,12 +21,12 @@ import numpy as np
 from benchmarks.loading.lengths import PATCHES, TOKENS_PER_FRAME
 from benchmarks.training.packing import row
 from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from trainer.model.cost import memory
 from trainer.monitoring.device import process_peak
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
-RANDOM = InitFrom(vision_tower="random", connector="random", language_model="random")
+RANDOM = InitFromConfig(vision_tower="random", connector="random", language_model="random")
 TEXT = 256  #: tokens of text of a row
 PUBLISHED = {1: (4,), 2: (8,), 3: (64, 256, 512), 4: (64, 256, 512)}  #: stage -> frames
 MIB, GIB = 2**20, 2**30
@@ -41,26 +41,26 @@ def demo(stage: int, checkpointing: bool) -> Manifest:
 
 def measure(stage: int, frames: int, checkpointing: bool) -> int:
     """Bytes that two steps of the demo's model need at most; in a process of its own."""
-    from trainer.distributed.preemption import Leave
-    from trainer.distributed.process_group import start, stop
-    from trainer.distributed.watchdog import Heartbeat
+    from trainer.distributed.preemption import PreemptionHandler
+    from trainer.distributed.process_group import init_process_group, destroy_process_group
+    from trainer.distributed.watchdog import Watchdog
     from trainer.monitoring.run_ledger import RunLedger
     from trainer.training.engine import build_engine
-    from trainer.training.loop import Run, _global_batch
+    from trainer.training.loop import RunContext, _global_batch
 
     manifest = demo(stage, checkpointing)
     batch = row(
         np.array([frames * TOKENS_PER_FRAME + TEXT]), np.array([frames * PATCHES]), seed=0, size=manifest.frames.size
     )
-    place = start(timeout_minutes=5)
+    place = init_process_group(timeout_minutes=5)
     before = process_peak()
     engine, _ = build_engine(manifest, place)
     with tempfile.TemporaryDirectory() as folder:
         ledger = RunLedger(Path(folder), 0, 1)
-        run = Run(manifest, engine, place, Path(folder), ledger, Leave(), Heartbeat(5, place))
+        run = RunContext(manifest, engine, place, Path(folder), ledger, PreemptionHandler(), Watchdog(5, place))
         for _ in range(2):
             _global_batch(run, iter([batch]))
-    stop()
+    destroy_process_group()
     return process_peak() - before + batch.nbytes  # the row was there before
 
 

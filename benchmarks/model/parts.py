@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks.model import plain_parts as plain_model
 from pipeline.config.manifest import load_manifest
-from pipeline.config.model import TOKENS_PER_CLIP, VisionTower
+from pipeline.config.model import TOKENS_PER_CLIP, VisionTowerConfig
 from trainer.model.tome import ToMeConnector
 from trainer.model.umt import UMT
 
@@ -70,7 +70,7 @@ def learning(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
     return {name: lambda way=way: step(way) for name, way in connecting(connector, clips.requires_grad_()).items()}
 
 
-def encoding(cfg: VisionTower, size: int, clips: torch.Tensor, stills: torch.Tensor) -> Ways:
+def encoding(cfg: VisionTowerConfig, size: int, clips: torch.Tensor, stills: torch.Tensor) -> Ways:
     """The tower, clips (N, 3, T, S, S) and stills (M, 3, 1, S, S) -> patches of both, (tokens, C)."""
     tower = UMT(cfg, size, clips.shape[2])
     for block in tower.blocks:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config.model import VisionTower
+from pipeline.config.model import VisionTowerConfig
 from trainer.model.umt import BLOCK_EPS, FINAL_EPS, UMT
 
 
@@ -58,7 +58,7 @@ class PlainTower(nn.Module):
         tower: whose parameters and positions are used, not copied.
     """
 
-    def __init__(self, cfg: VisionTower, tower: UMT):
+    def __init__(self, cfg: VisionTowerConfig, tower: UMT):
         super().__init__()
         step = (1, cfg.patch, cfg.patch)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, cfg.width, step, stride=step)})
@@ -82,7 +82,7 @@ class PlainTower(nn.Module):
 class PlainBlock(nn.Module):
     """Pre-norm transformer block over a batch (N, t, C)."""
 
-    def __init__(self, cfg: VisionTower):
+    def __init__(self, cfg: VisionTowerConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.width, eps=BLOCK_EPS)
         self.attn = PlainAttention(cfg.width, cfg.heads)

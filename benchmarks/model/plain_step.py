@@ -25,14 +25,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.model.plain_parts import PlainTower, merge
 from pipeline import build_loader
-from pipeline.config.manifest import Manifest, load_manifest, plain
+from pipeline.config.manifest import Manifest, load_manifest, to_dict
 from pipeline.config.model import TOKENS_PER_CLIP
 from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE
+from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 from trainer.model.parts import PARTS
 from trainer.model.video_llm import VideoLLM, build_model
 from trainer.monitoring.device import peak_memory
-from trainer.training.loop import with_cost
+from trainer.training.loop import resolve_cost
 from trainer.weights.load import initialise
 
 
@@ -53,7 +53,7 @@ def dialogues(rows: list[Batch]) -> Iterator[Dialogue]:
         clip, ends = 0, row.cu_seqlens.tolist()
         for start, end in zip(ends, ends[1:], strict=False):
             ids = row.input_ids[start:end]
-            clips = int((ids == IMAGE).sum()) // TOKENS_PER_CLIP
+            clips = int((ids == IMAGE_TOKEN_INDEX).sum()) // TOKENS_PER_CLIP
             yield Dialogue(ids, row.labels[start:end], row.clips[clip : clip + clips], 1 / total)
             clip += clips
 
@@ -64,7 +64,7 @@ class PlainModel(nn.Module):
     def __init__(self, manifest: Manifest, model: VideoLLM, flash: bool):
         super().__init__()
         self.cfg, self.recompute = manifest.model.vision_tower, manifest.train.gradient_checkpointing
-        fields = plain(manifest.model.language_model)
+        fields = to_dict(manifest.model.language_model)
         rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
         attention = "flash_attention_2" if flash else "sdpa"
         qwen2 = Qwen2ForCausalLM(Qwen2Config(**fields, rope_parameters=rope, attn_implementation=attention))
@@ -83,7 +83,7 @@ class PlainModel(nn.Module):
     def forward(self, dialogue: Dialogue) -> torch.Tensor:
         """Mean cross entropy of a dialogue's learned tokens."""
         visual = self.connector(merge(self.encode(dialogue.clips), TOKENS_PER_CLIP, self.cfg.heads)).flatten(0, 1)
-        image = dialogue.ids == IMAGE
+        image = dialogue.ids == IMAGE_TOKEN_INDEX
         text = self.language_model.get_input_embeddings()(dialogue.ids.masked_fill(image, 0))
         merged = text.index_put((image.nonzero().squeeze(1),), visual.to(text.dtype))
         labels = dialogue.labels[None]
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("manifest")
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
-    manifest = with_cost(load_manifest(options.manifest))
+    manifest = resolve_cost(load_manifest(options.manifest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         from flash_attn import flash_attn_func

@@ -33,7 +33,7 @@ import yaml
 
 from pipeline.shards.index import Index
 from pipeline.shards.ledger import read_ledger
-from pipeline.utils.atomic_io import sha256
+from pipeline.utils.atomic_io import file_sha256
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.layouts import parts, read, serve, write
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
@@ -234,7 +234,7 @@ def walk(folder: Path) -> Iterator[str]:
 
 def digests(folder: Path) -> dict[str, bytes]:
     """Digest of every file below a folder."""
-    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def workers(process: int) -> list[int]:

@@ -30,7 +30,7 @@ from pathlib import Path
 import yaml
 
 from pipeline import Batch, build_loader, load_manifest
-from pipeline.config.manifest import plain
+from pipeline.config.manifest import to_dict
 from pipeline.loading.loader import LoaderError
 from tests.helpers.corpora.small_root import manifest, mixed_root
 
@@ -77,7 +77,7 @@ class Campaign:
     def __init__(self, folder: Path, workers: int, copies: int) -> None:
         self._folder, self._workers = folder, workers
         made = manifest(mixed_root(folder / "root", copies), loader__workers=workers, loader__prefetch_mb=2)
-        (folder / "manifest.yaml").write_text(yaml.safe_dump(plain(made)))
+        (folder / "manifest.yaml").write_text(yaml.safe_dump(to_dict(made)))
         self.kills: Counter[str] = Counter()
         self.worlds: Counter[int] = Counter()
         self.whole = self._undisturbed()

@@ -27,11 +27,11 @@ import torch
 
 from pipeline import build_loader
 from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from trainer.model import tome
 from trainer.model.video_llm import VideoLLM, build_model
-from trainer.training.drop_path_rng import dialogue_of, draw
-from trainer.training.loop import steps_in_all, train, with_cost
+from trainer.training.drop_path_rng import unit_sample_ids, drop_path_random
+from trainer.training.loop import total_steps, train, resolve_cost
 from trainer.training.optim import freeze, parameter_groups, set_learning_rates
 from trainer.weights.load import initialise
 
@@ -44,14 +44,14 @@ Choices = dict[tuple[int, int, str], list[str]]  #: (epoch, global batch, dialog
 def settings(manifest: Path, overrides: list[str], steps: int, output: Path) -> Manifest:
     """The manifest in float32 under ZeRO-3, its first weights from the seed."""
     fixed = [f"output={output}", f"train.max_steps={steps}", "train.dtype=fp32", "train.zero_stage=3"]
-    random = InitFrom(vision_tower="random", connector="random", language_model="random")
+    random = InitFromConfig(vision_tower="random", connector="random", language_model="random")
     return dataclasses.replace(load_manifest(manifest, [*overrides, *fixed]), init_from=random)
 
 
 @contextlib.contextmanager
 def noted(choices: Choices) -> Iterator[None]:
     """Note the merging choices of every row that a model computes: 8 bytes of a digest for each clip and tile."""
-    assign, forward, rows = tome.assign, VideoLLM.forward, []
+    assign, forward, rows = tome.assign_tokens, VideoLLM.forward, []
 
     def noting_assign(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
         token = assign(patches, wanted, heads)
@@ -61,15 +61,15 @@ def noted(choices: Choices) -> Iterator[None]:
     def noting_forward(model: VideoLLM, batch) -> torch.Tensor:
         rows.clear()
         loss = forward(model, batch)
-        for dialogue, choice in zip(dialogue_of(batch).tolist(), rows, strict=False):  # dummies come last
+        for dialogue, choice in zip(unit_sample_ids(batch).tolist(), rows, strict=False):  # dummies come last
             choices.setdefault((batch.epoch, batch.step, batch.keys[dialogue]), []).append(choice)
         return loss
 
-    tome.assign, VideoLLM.forward = noting_assign, noting_forward
+    tome.assign_tokens, VideoLLM.forward = noting_assign, noting_forward
     try:
         yield
     finally:
-        tome.assign, VideoLLM.forward = assign, forward
+        tome.assign_tokens, VideoLLM.forward = assign, forward
 
 
 def one_rank(manifest: Manifest, folder: Path) -> None:
@@ -83,7 +83,7 @@ def one_rank(manifest: Manifest, folder: Path) -> None:
 
 def plain(manifest: Manifest) -> tuple[list[float], Choices]:
     """Losses and choices of the same run in plain PyTorch."""
-    manifest = with_cost(manifest)
+    manifest = resolve_cost(manifest)
     loader = build_loader(manifest)
     model = build_model(manifest)
     initialise(model, manifest)
@@ -94,10 +94,10 @@ def plain(manifest: Manifest) -> tuple[list[float], Choices]:
         parameter_groups(model.parts(), options), lr=0.0, betas=(options.beta1, options.beta2), eps=options.epsilon
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses, choices, steps, loss = [], {}, steps_in_all(manifest, len(loader)), 0.0
+    losses, choices, steps, loss = [], {}, total_steps(manifest, len(loader)), 0.0
     with noted(choices):
         for row in (row for _ in range(options.epochs) for row in loader):
-            row.draws = draw(row, manifest.seed, model.vision_tower.draws)
+            row.draws = drop_path_random(row, manifest.seed, model.vision_tower.draws)
             part = model(row) / row.total_weight
             part.backward()
             loss += part.item()
@@ -165,7 +165,7 @@ def main() -> int:
         if options.keep:
             shutil.move(run, options.keep)
     losses, choices = plain(manifest)
-    batches = len(build_loader(with_cost(manifest)))
+    batches = len(build_loader(resolve_cost(manifest)))
     return 0 if report([record["loss"] for record in records], losses, flipped(chosen, choices), batches) else 1
 
 

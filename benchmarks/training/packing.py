@@ -35,16 +35,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.loading.lengths import PATCHES, Lengths, stage3
 from benchmarks.loading.media import write_media
-from pipeline.config.manifest import Manifest, load_manifest, plain
-from pipeline.config.model import LanguageModel, Model, VisionTower
+from pipeline.config.manifest import Manifest, load_manifest, to_dict
+from pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pipeline.loading.batch import Batch
 from pipeline.planning.packing import pack
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from trainer.model.cost import flops_by_part
-from trainer.model.lm_head import LossHead
+from trainer.model.lm_head import ChunkedLMHead
 from trainer.model.video_llm import VideoLLM
 from trainer.monitoring.device import process_peak
-from trainer.training.loop import with_cost
+from trainer.training.loop import resolve_cost
 from trainer.weights.load import random_tensor
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +54,9 @@ SHORTER = 8  #: dialogues have this part of their frames and tokens, because att
 WORDS = 512  #: ids of the text
 LEARNED = 16  #: places of a dialogue that are learned, at its end
 #: the tower has 22 % of the FLOPs of 64 frames; UMT-L beside Qwen2-7B 31 % of those of 512
-SMALL = Model(
-    vision_tower=VisionTower(width=160, depth=3, heads=4, table_side=8),
-    language_model=LanguageModel(
+SMALL = ModelConfig(
+    vision_tower=VisionTowerConfig(width=160, depth=3, heads=4, table_side=8),
+    language_model=LanguageModelConfig(
         hidden_size=512,
         intermediate_size=2048,
         num_hidden_layers=2,
@@ -84,15 +84,15 @@ def row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -
     ids, labels = [], []
     for length, here in zip(lengths.tolist(), visual, strict=True):
         text = torch.randint(0, WORDS, (max(length - here, LEARNED + 2),), generator=draw)
-        ids.append(torch.cat([text[:1], torch.full((here,), IMAGE), text[1:]]))
-        labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE), text[-LEARNED:]]))
+        ids.append(torch.cat([text[:1], torch.full((here,), IMAGE_TOKEN_INDEX), text[1:]]))
+        labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE_INDEX), text[-LEARNED:]]))
     ends = np.cumsum([0, *map(len, ids)])
     return Batch(
         epoch=0,
         step=0,
-        micro=0,
-        micros=1,
-        last=True,
+        micro_step=0,
+        num_micro_steps=1,
+        is_last=True,
         keys=[str(number) for number in range(len(ids))],
         input_ids=torch.cat(ids),
         labels=torch.cat(labels),
@@ -101,7 +101,7 @@ def row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -
         token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
         total_weight=float(len(ids)),
         clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=draw, dtype=torch.uint8),
-        stills=torch.zeros(0, size, size, 3, dtype=torch.uint8),
+        image_tiles=torch.zeros(0, size, size, 3, dtype=torch.uint8),
         visual_index=torch.arange(sum(visual)),
         groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
     )
@@ -144,7 +144,7 @@ def rows_of(count: int, share: int, seed: int) -> dict[str, list[np.ndarray]]:
 
 def _small_manifest() -> Manifest:
     demo = load_manifest(DEMO)
-    return with_cost(dataclasses.replace(demo, model=SMALL, frames=dataclasses.replace(demo.frames, size=SIZE)))
+    return resolve_cost(dataclasses.replace(demo, model=SMALL, frames=dataclasses.replace(demo.frames, size=SIZE)))
 
 
 def compare_packing(count: int, share: int, rounds: int) -> None:
@@ -192,7 +192,7 @@ def _clocks() -> np.ndarray:
 def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
     """A root of ``videos`` videos of real footage, and a manifest for the demo's model on ``frames`` of each."""
     media = write_media(folder, videos, max(frames, 64), SIZE)
-    demo, own = plain(load_manifest(DEMO)), plain(media.manifest(frames, threads=1))
+    demo, own = to_dict(load_manifest(DEMO)), to_dict(media.manifest(frames, threads=1))
     demo["model"]["language_model"]["vocab_size"] = 1024  # the tokenizer of the tests has more ids than the demo's
     value = {
         **{name: own[name] for name in ("output", "shards", "data", "frames", "init_from")},
@@ -234,7 +234,7 @@ def measure_waiting(steps: int, ranks: int = 2) -> None:
 def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -> tuple[float, int]:
     """Loss of random states (float32) and bytes that forward and backward need at most; in a process of its own."""
     torch.manual_seed(0)
-    head = LossHead(nn.Linear(width, vocabulary, bias=False))
+    head = ChunkedLMHead(nn.Linear(width, vocabulary, bias=False))
     hidden = torch.randn(places + 1, width, requires_grad=True)
     labels, weight = torch.randint(0, vocabulary, (places + 1,)), torch.rand(places + 1)
     head.weight.grad = torch.zeros_like(head.weight)  # it is kept anyway

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from pipeline.adapters.frame_selection import Choice, check_choice, choose, shown_size
+from pipeline.adapters.frame_selection import FrameChoice, validate_choice, choose_stored_frames, shown_size
 from pipeline.adapters.types import Dialogue, Media, Sample, SampleError
 from pipeline.media.sampling import media_seed
-from pipeline.shards.frame_reader import Pixels
+from pipeline.shards.frame_reader import FrameReader
 from pipeline.shards.index import Index, ShardsError, row_values
 
 
@@ -38,11 +38,11 @@ class ShardDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, root: str | os.PathLike, *, by: str = "dialogue", frames: Choice = None, split: str = "train"
+        self, root: str | os.PathLike, *, by: str = "dialogue", frames: FrameChoice = None, split: str = "train"
     ) -> None:
         if by not in ("dialogue", "media"):
             raise ValueError(f"by: {by!r} is not dialogue or media")
-        check_choice(frames)
+        validate_choice(frames)
         self.root, self.by, self.frames, self.split = os.fspath(root), by, frames, split
         self._open()
 
@@ -50,7 +50,7 @@ class ShardDataset(Dataset[Sample]):
         self.index = index = Index.open(self.root)
         if self.frames is not None and index.specification.get("compat", "none") == "published":
             raise ShardsError(f"{self.root}: was built with compat: published, which stores what is shown; frames=None")
-        self._pixels = Pixels(index)
+        self._pixels = FrameReader(index)
         self._columns = {name: index.dialogues[name] for name in index.dialogues.column_names}
         self._rows = _rows(index.media if self.by == "media" else index.dialogues, self.split)
         if not len(self._rows):
@@ -99,25 +99,25 @@ class ShardDataset(Dataset[Sample]):
         try:
             frames, timestamps = self._still(row) if self._value("kind", row) == "image" else self._video(row)
         except (OSError, ValueError) as error:
-            raise SampleError(f"{self._pixels.where(row)}: {' '.join(str(error).split())}") from None
+            raise SampleError(f"{self._pixels.describe(row)}: {' '.join(str(error).split())}") from None
         facts = {name: self._value(name, row) for name in ("key", "kind", "start", "duration", "source")}
         return Media(torch.from_numpy(frames), torch.from_numpy(timestamps), **facts)
 
     def _still(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._pixels.read_still(row)[None], np.zeros(1)
+        return self._pixels.read_image(row)[None], np.zeros(1)
 
     def _video(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         vlen, fps, duration, key = (self._value(name, row) for name in ("vlen", "fps", "duration", "key"))
         stored, seconds = (row_values(self.index.media[name], row) for name in ("frame_index", "timestamps"))
         seed = media_seed(self.index.specification.get("seed", 0), key)
-        places = choose(self.frames, stored, vlen, fps, duration, seed)
+        places = choose_stored_frames(self.frames, stored, vlen, fps, duration, seed)
         width, height = shown_size(self.frames, self._value("width", row), self._value("height", row))
         frames = np.empty((len(places), height, width, 3), dtype=np.uint8)
         self._pixels.read_frames(row, places.tolist(), frames)
         return frames, seconds[places]
 
     def _value(self, name: str, row: int) -> Any:
-        return self._pixels.value(name, row)
+        return self._pixels.column_value(name, row)
 
 
 def _rows(table: pa.Table, split: str) -> np.ndarray:

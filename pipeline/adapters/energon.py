@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.adapters.frame_selection import Choice, check_choice
+from pipeline.adapters.frame_selection import FrameChoice, validate_choice
 from pipeline.adapters.sample_members import read_members
 from pipeline.adapters.types import Dialogue
 
@@ -45,13 +45,13 @@ class DialogueSample(Sample):
     media: list[str]
 
 
-def media_cooker(frames: Choice = None) -> Callable[[dict], MediaSample]:
+def media_cooker(frames: FrameChoice = None) -> Callable[[dict], MediaSample]:
     """A cooker for the folders ``video`` and ``image``; ``frames`` as for :class:`pipeline.adapters.ShardDataset`."""
-    check_choice(frames)
+    validate_choice(frames)
     return stateless(functools.partial(cook_media, frames=frames))
 
 
-def cook_media(sample: dict[str, Any], *, frames: Choice = None) -> MediaSample:
+def cook_media(sample: dict[str, Any], *, frames: FrameChoice = None) -> MediaSample:
     """A crude sample with its members as bytes, cooked."""
     read = read_members(sample, frames)
     (medium,) = read.media

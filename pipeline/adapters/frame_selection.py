@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.media.resize import stored_size
-from pipeline.media.sampling import fit_to_clips, frame_indices, sample_indices
-from pipeline.shards.media_view import nearest
+from pipeline.media.sampling import pad_to_clips, frame_indices, sample_indices
+from pipeline.shards.media_view import nearest_indices
 
 #: So many frames; or a manifest's ``frames``, its size included; or None: each stored frame once.
-Choice = int | Frames | None
+FrameChoice = int | FramesConfig | None
 
 
-def check_choice(choice: Choice) -> None:
+def validate_choice(choice: FrameChoice) -> None:
     """Refuse what is no number of frames (ValueError)."""
-    if not (choice is None or isinstance(choice, Frames) or (type(choice) is int and choice > 0)):
+    if not (choice is None or isinstance(choice, FramesConfig) or (type(choice) is int and choice > 0)):
         raise ValueError(f"frames: {choice!r} is no number of frames; give one of at least 1, Frames(...) or None")
 
 
-def choose(choice: Choice, stored: np.ndarray, vlen: int, fps: float, duration: float, seed: int) -> np.ndarray:
+def choose_stored_frames(
+    choice: FrameChoice, stored: np.ndarray, vlen: int, fps: float, duration: float, seed: int
+) -> np.ndarray:
     """Places in ``stored``, int64 (T,), ascending, with repeats where fewer frames are stored than wanted.
 
     A number N takes the middles of N equal parts of the video, as the sampler ``middle``; ``Frames`` goes by its own
@@ -35,18 +37,20 @@ def choose(choice: Choice, stored: np.ndarray, vlen: int, fps: float, duration: 
     """
     if choice is None:
         return np.arange(len(stored))
-    if isinstance(choice, Frames):
+    if isinstance(choice, FramesConfig):
         rng = np.random.default_rng(seed) if choice.sampler == "rand" else None
-        wanted = fit_to_clips(sample_indices(choice, vlen, fps, duration, rng), vlen, choice.clip_frames)
+        wanted = pad_to_clips(sample_indices(choice, vlen, fps, duration, rng), vlen, choice.clip_frames)
     else:
         wanted = frame_indices("middle", vlen, fps, duration, choice, choice, 1)
-    return nearest(stored, wanted)
+    return nearest_indices(stored, wanted)
 
 
-def shown_size(choice: Choice, width: int, height: int) -> tuple[int, int]:
+def shown_size(choice: FrameChoice, width: int, height: int) -> tuple[int, int]:
     """(width, height) of what is shown of frames stored at ``width`` x ``height``: as stored, or as ``Frames`` says.
 
     Raises:
         ValueError: the frames are too narrow to keep their proportions at that size.
     """
-    return stored_size(choice.resize, choice.size, width, height) if isinstance(choice, Frames) else (width, height)
+    return (
+        stored_size(choice.resize, choice.size, width, height) if isinstance(choice, FramesConfig) else (width, height)
+    )

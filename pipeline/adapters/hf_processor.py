@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.adapters.types import Dialogue, Media, Sample
 from pipeline.media.sampling import time_message as message_of
-from pipeline.tokenization.chat_template import MARK, media_step, role_of, text_of
+from pipeline.tokenization.chat_template import MARK, preprocess_multimodal, role_of, text_of
 
 TICKS = 1000  #: of the clock of video metadata, a second
 
@@ -114,7 +114,7 @@ def _messages(dialogue: Dialogue, media: Sequence[Media], style: str) -> list[di
         return [_message(turn, [text_of(turn)], []) for turn in turns]
     kinds = iter([medium.kind for medium in media])
     messages = []
-    for turn in media_step(turns, [_said(medium, style) for medium in media]):
+    for turn in preprocess_multimodal(turns, [_said(medium, style) for medium in media]):
         texts = text_of(turn).split(MARK)
         found = [kind for _, kind in zip(texts[1:], kinds, strict=False)]
         if len(found) < len(texts) - 1:

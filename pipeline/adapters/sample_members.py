@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adapters.frame_selection import Choice, check_choice, choose, shown_size
+from pipeline.adapters.frame_selection import FrameChoice, validate_choice, choose_stored_frames, shown_size
 from pipeline.adapters.types import Dialogue, Media, Sample, SampleError
 from pipeline.media.jpeg import decode_jpeg
 from pipeline.media.mjpeg_mp4 import mjpeg_frames
@@ -20,7 +20,7 @@ from pipeline.media.sampling import media_seed
 from pipeline.shards.frame_reader import decode_into
 
 
-def read_members(members: Mapping[str, Any], frames: Choice = None) -> Sample:
+def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Sample:
     """The sample whose members a reader gave by extension (``mp4`` or ``jpg``, and ``json``; other names are ignored).
 
     A member may be bytes, an open file, or what ``datasets`` gives undecoded; ``json`` may be text, or parsed already.
@@ -33,7 +33,7 @@ def read_members(members: Mapping[str, Any], frames: Choice = None) -> Sample:
     Raises:
         SampleError: the members are not those of a sample, or cannot be read.
     """
-    check_choice(frames)
+    validate_choice(frames)
     found = {name.lstrip("."): value for name, value in members.items()}
     key = found.get("__key__", "a sample")
     try:
@@ -53,9 +53,11 @@ def read_members(members: Mapping[str, Any], frames: Choice = None) -> Sample:
         raise SampleError(f"{key}: {' '.join(str(error).split())}") from None
 
 
-def _video(mp4: bytes, facts: Mapping[str, Any], choice: Choice) -> Media:
+def _video(mp4: bytes, facts: Mapping[str, Any], choice: FrameChoice) -> Media:
     stored, seconds = np.array(facts["frame_index"]), np.array(facts["timestamps"], dtype=np.float64)
-    places = choose(choice, stored, facts["vlen"], facts["fps"], facts["duration"], media_seed(0, facts["key"]))
+    places = choose_stored_frames(
+        choice, stored, facts["vlen"], facts["fps"], facts["duration"], media_seed(0, facts["key"])
+    )
     offsets, sizes, _ = mjpeg_frames(mp4)
     if len(offsets) != len(stored):
         raise ValueError(f"the mp4 has {len(offsets)} frames, the json {len(stored)}")

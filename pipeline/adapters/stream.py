@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pipeline.adapters.dataset import ShardDataset
 from pipeline.adapters.types import Sample, SampleError
 from pipeline.loading.loader import StateError, UnreadableError
-from pipeline.planning.mixing import epoch_start, shuffled
+from pipeline.planning.mixing import epoch_seed, permute
 
 
 class StreamBatch(NamedTuple):
@@ -113,7 +113,7 @@ class ShardStream(IterableDataset[StreamBatch]):
 
     def _order(self, epoch: int) -> np.ndarray:
         numbers = np.arange(len(self.dataset))
-        return shuffled(numbers, epoch_start(self.seed, epoch)) if self.shuffle else numbers
+        return permute(numbers, epoch_seed(self.seed, epoch)) if self.shuffle else numbers
 
     def _state(self, position: int) -> dict[str, Any]:
         data = {"index": self.dataset.index.fingerprint, "by": self.dataset.by, "split": self.dataset.split}

@@ -7,12 +7,12 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.annotations.surrogates import NO_CHARACTER
-from pipeline.config.data import READERS, Entry
+from pipeline.annotations.surrogates import REPLACEMENT
+from pipeline.config.data import READERS, EntryConfig
 
-MARK = "<image>"  #: stands where a media item belongs, an image or a video
+IMAGE_PLACEHOLDER = "<image>"  #: stands where a media item belongs, an image or a video
 
-VIDEO_MARK = "<video>"
+VIDEO_PLACEHOLDER = "<video>"
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
@@ -57,8 +57,8 @@ class AnnotationError(ValueError):
         self.id = id
 
 
-def normalise(
-    sample: Any, entry: Entry, position: int, placeholder: str = "convert", compat: str = "none"
+def normalize(
+    sample: Any, entry: EntryConfig, position: int, placeholder: str = "convert", compat: str = "none"
 ) -> Annotation:
     """One sample as an :class:`Annotation`.
 
@@ -76,8 +76,8 @@ def normalise(
         raise AnnotationError("bad_turn", message)
     media = _media(meta, entry)
     meta.pop("id", None)
-    if placeholder == "refuse" and any(VIDEO_MARK in turn["value"] for turn in turns):
-        message = f"a turn holds {VIDEO_MARK}, which would stay text; set data.text_placeholder: convert"
+    if placeholder == "refuse" and any(VIDEO_PLACEHOLDER in turn["value"] for turn in turns):
+        message = f"a turn holds {VIDEO_PLACEHOLDER}, which would stay text; set data.text_placeholder: convert"
         raise AnnotationError("placeholder_refused", message)
     turns = _marked(turns, media)
     try:
@@ -111,7 +111,7 @@ def _turns(value: Any) -> list[dict[str, str]]:
     return turns
 
 
-def _media(meta: dict[str, Any], entry: Entry) -> tuple[MediaRef, ...]:
+def _media(meta: dict[str, Any], entry: EntryConfig) -> tuple[MediaRef, ...]:
     """The media of a sample; their fields are taken out of ``meta``. ``image`` wins where both are given."""
     for name in ("images", "videos"):
         if meta.get(name) and not (meta.get("image") or meta.get("video")):
@@ -135,7 +135,7 @@ def _media(meta: dict[str, Any], entry: Entry) -> tuple[MediaRef, ...]:
     return (MediaRef("video", entry.root, _path("video", video), reader, start, end),)
 
 
-def _check_kind(kind: str, entry: Entry) -> None:
+def _check_kind(kind: str, entry: EntryConfig) -> None:
     if entry.media_type not in ("auto", "mix", kind):
         raise AnnotationError("wrong_media", f"{kind}: the entry's media_type is {entry.media_type}; use mix")
 
@@ -166,14 +166,14 @@ def _marked(turns: list[dict[str, str]], media: tuple[MediaRef, ...]) -> tuple[d
     so its marks are not counted."""
     marks = 0
     for number, turn in enumerate(turns):
-        turn["value"] = turn["value"].replace(VIDEO_MARK, MARK)
+        turn["value"] = turn["value"].replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
         if number or turn["from"] != "gpt":
-            marks += turn["value"].count(MARK)
+            marks += turn["value"].count(IMAGE_PLACEHOLDER)
     if len(media) == 1 and not marks:
         first = next(turn for turn in turns if turn["from"] == "human")
-        first["value"] = f"{MARK}\n{first['value']}"
+        first["value"] = f"{IMAGE_PLACEHOLDER}\n{first['value']}"
     elif marks != len(media):
-        message = f"conversations: {marks} {MARK} or {VIDEO_MARK} marks for {len(media)} media"
+        message = f"conversations: {marks} {IMAGE_PLACEHOLDER} or {VIDEO_PLACEHOLDER} marks for {len(media)} media"
         raise AnnotationError("placeholder_mismatch", message)
     return tuple(turns)
 
@@ -200,7 +200,7 @@ def _clean(value: Any) -> Any:
 def _whole(text: str) -> str:
     """``text``; UnicodeEncodeError if it holds half a UTF-16 pair."""
     if not text.isascii():
-        text.replace(NO_CHARACTER, "\ud800").encode()
+        text.replace(REPLACEMENT, "\ud800").encode()
     return text
 
 

@@ -28,10 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.annotations.normalize import Annotation, AnnotationError, _id, normalise
-from pipeline.annotations.surrogates import PairedEscapes
-from pipeline.config.data import Entry
-from pipeline.config.subset import select
+from pipeline.annotations.normalize import Annotation, AnnotationError, _id, normalize
+from pipeline.annotations.surrogates import SurrogateFilter
+from pipeline.config.data import EntryConfig
+from pipeline.config.subset import select_subset
 
 COMPRESSED = (".gz", ".zst")
 
@@ -42,7 +42,7 @@ class AnnotationFileError(ValueError):
 
 def read_annotations(
     path: str | Path,
-    entry: Entry,
+    entry: EntryConfig,
     *,
     placeholder: str = "convert",
     seed: int = 0,
@@ -65,12 +65,12 @@ def read_annotations(
     path = Path(path)
     samples: Iterator[tuple[int, Any]] = enumerate(_samples(path))
     if entry.sampling != "all":
-        samples = _picked(samples, select(entry.sampling, count_samples(path), seed))
+        samples = _picked(samples, select_subset(entry.sampling, count_samples(path), seed))
     for position, sample in islice(samples, limit):
         try:
             if isinstance(sample, AnnotationError):
                 raise sample
-            yield normalise(sample, entry, position, placeholder, compat)
+            yield normalize(sample, entry, position, placeholder, compat)
         except AnnotationError as error:
             error.entry, error.position = entry.name, position
             error.id = _id(sample, position)
@@ -123,7 +123,7 @@ def _json_list(path: Path, file: io.BufferedReader) -> Iterator[Any]:
         return
     if not head.startswith(b"["):
         raise AnnotationFileError(f"{path}: expected a JSON list of samples; name a file of JSON lines .jsonl")
-    yield from ijson.items(PairedEscapes(head, file), "item", use_float=True)
+    yield from ijson.items(SurrogateFilter(head, file), "item", use_float=True)
 
 
 def _json_lines(file: io.BufferedReader) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import BinaryIO
 
-NO_CHARACTER = "\uffff"  #: stands for half a pair; Unicode reserves it, so that no real text holds it
+REPLACEMENT = "\uffff"  #: stands for half a pair; Unicode reserves it, so that no real text holds it
 
 _LONGEST = 12  #: bytes of the longest escape, a pair
 _ESCAPE = re.compile(
@@ -13,7 +13,7 @@ _ESCAPE = re.compile(
 )
 
 
-class PairedEscapes:
+class SurrogateFilter:
     """A readable of ``head`` and the rest of ``file`` in which every escape of half a pair is ``\\uffff``."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.preprocessing import Frames
-from pipeline.config.schema import ManifestError, field
+from pipeline.config.preprocessing import FramesConfig
+from pipeline.config.schema import ManifestError, config_field
 
 READERS = ("decord", "img", "frame", "gif", "av")  #: of a video
 
@@ -20,17 +20,19 @@ SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class EntryConfig:
     """One dataset entry: an annotation file, where its media lie and how to take samples of it."""
 
-    annotation: str = field(doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
-    root: str = field("", doc="folder that the annotation's media paths are relative to, or a name in the root map")
-    sampling: str = field("all", doc=SAMPLING_HELP)
-    reader: str = field("decord", choices=READERS)
-    media_type: str = field("auto", choices=("auto", "image", "video", "text", "mix"))
-    split: str = field("train", choices=("train", "val"), doc="val is held out of training and used for scoring")
-    name: str = field("", doc="name in ledgers and reports; the annotation file's stem if empty")
-    samples: int | None = field(None, low=0, doc="number of samples as published, where it is stated")
+    annotation: str = config_field(doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
+    root: str = config_field(
+        "", doc="folder that the annotation's media paths are relative to, or a name in the root map"
+    )
+    sampling: str = config_field("all", doc=SAMPLING_HELP)
+    reader: str = config_field("decord", choices=READERS)
+    media_type: str = config_field("auto", choices=("auto", "image", "video", "text", "mix"))
+    split: str = config_field("train", choices=("train", "val"), doc="val is held out of training and used for scoring")
+    name: str = config_field("", doc="name in ledgers and reports; the annotation file's stem if empty")
+    samples: int | None = config_field(None, low=0, doc="number of samples as published, where it is stated")
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -40,17 +42,21 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     """What is read: the entries, and the user's root map that says where media really are."""
 
-    entries: tuple[Entry, ...]
-    roots: str = field("", doc="YAML file that maps an entry's root to a place that can be read")
-    cache: str = field("", doc="folder of fetched annotation files; ~/.cache/framestream if empty")
-    text_placeholder: str = field("convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn")
-    shard_mb: int = field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
-    decode_timeout: int = field(600, low=1, doc="seconds that building one media item may take")
-    fetch_timeout: int = field(1800, low=1, doc="seconds that fetching one media file may take, with all retries")
-    fetch_mb: int = field(8192, low=1, doc="megabytes of the largest media file that is fetched")
+    entries: tuple[EntryConfig, ...]
+    roots: str = config_field("", doc="YAML file that maps an entry's root to a place that can be read")
+    cache: str = config_field("", doc="folder of fetched annotation files; ~/.cache/framestream if empty")
+    text_placeholder: str = config_field(
+        "convert", choices=("convert", "refuse"), doc="what to do with <video> in a turn"
+    )
+    shard_mb: int = config_field(64, low=1, doc="estimated megabytes of one shard, which decide what goes into it")
+    decode_timeout: int = config_field(600, low=1, doc="seconds that building one media item may take")
+    fetch_timeout: int = config_field(
+        1800, low=1, doc="seconds that fetching one media file may take, with all retries"
+    )
+    fetch_mb: int = config_field(8192, low=1, doc="megabytes of the largest media file that is fetched")
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -58,34 +64,36 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixEntry:
+class MixEntryConfig:
     """What is taken of one entry of a shard root that is mixed."""
 
-    entry: str = field(doc="name of the entry as the shards were built")
-    sampling: str = field("all", doc=f"of its dialogues in the order of the index: {SAMPLING_HELP}")
-    repeat: float | None = field(None, low=0, doc="times an epoch, in place of the root's; 0 leaves it out")
-    cap: int | None = field(None, low=1, doc="dialogues of it in an epoch at most; the others come in the next ones")
-    min: int | None = field(None, low=1, doc="frames.min of its videos")
-    max: int | None = field(None, low=1, doc="frames.max of its videos")
+    entry: str = config_field(doc="name of the entry as the shards were built")
+    sampling: str = config_field("all", doc=f"of its dialogues in the order of the index: {SAMPLING_HELP}")
+    repeat: float | None = config_field(None, low=0, doc="times an epoch, in place of the root's; 0 leaves it out")
+    cap: int | None = config_field(
+        None, low=1, doc="dialogues of it in an epoch at most; the others come in the next ones"
+    )
+    min: int | None = config_field(None, low=1, doc="frames.min of its videos")
+    max: int | None = config_field(None, low=1, doc="frames.max of its videos")
 
     def __post_init__(self) -> None:
         if not SAMPLING.fullmatch(self.sampling):
             raise ManifestError(f"sampling: {self.sampling!r} is not {SAMPLING_HELP}")
 
-    def frames(self, frames: Frames) -> Frames:
+    def frames(self, frames: FramesConfig) -> FramesConfig:
         """``frames`` within the bounds of the entry."""
         bounds = {name: getattr(self, name) for name in ("min", "max") if getattr(self, name) is not None}
         return dataclasses.replace(frames, **bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixRoot:
+class MixRootConfig:
     """One shard root of a mix; entries that it does not name are taken whole, as often as the root says."""
 
-    root: str = field(doc="folder or address of finished shards, such as shards/stage2")
-    repeat: float = field(1.0, low=0, doc="how often an epoch has each dialogue")
-    weight: float | None = field(None, low=0, doc="share of an epoch; every root has one, or none has")
-    entries: tuple[MixEntry, ...] = ()
+    root: str = config_field(doc="folder or address of finished shards, such as shards/stage2")
+    repeat: float = config_field(1.0, low=0, doc="how often an epoch has each dialogue")
+    weight: float | None = config_field(None, low=0, doc="share of an epoch; every root has one, or none has")
+    entries: tuple[MixEntryConfig, ...] = ()
 
     def __post_init__(self) -> None:
         names = [entry.entry for entry in self.entries]

@@ -12,37 +12,39 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.data import Data, MixRoot
-from pipeline.config.loading import Batching, Loader
-from pipeline.config.model import TOKENS_PER_TILE, InitFrom, Model
-from pipeline.config.preprocessing import Frames, Images, Text
-from pipeline.config.schema import ManifestError, build, field, override, plain, read_yaml
-from pipeline.config.training import Evaluate, Train
+from pipeline.config.data import DataConfig, MixRootConfig
+from pipeline.config.loading import BatchingConfig, LoaderConfig
+from pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, ModelConfig
+from pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
+from pipeline.config.schema import ManifestError, from_dict, config_field, apply_override, to_dict, read_yaml
+from pipeline.config.training import EvaluateConfig, TrainConfig
 
-__all__ = ["Manifest", "ManifestError", "load_manifest", "plain"]
+__all__ = ["Manifest", "ManifestError", "load_manifest", "to_dict"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """One stage, whole."""
 
-    stage: int = field(choices=(1, 2, 3, 4))
-    output: str = field(doc="folder of the run: checkpoints, logs, final weights")
-    data: Data
-    frames: Frames
-    text: Text
-    batching: Batching
-    train: Train
-    init_from: InitFrom
+    stage: int = config_field(choices=(1, 2, 3, 4))
+    output: str = config_field(doc="folder of the run: checkpoints, logs, final weights")
+    data: DataConfig
+    frames: FramesConfig
+    text: TextConfig
+    batching: BatchingConfig
+    train: TrainConfig
+    init_from: InitFromConfig
     name: str = ""
-    seed: int = field(0, low=0)
-    shards: str = field("shards", doc="stage N is read from SHARDS/stageN; a folder or an address")
-    compat: str = field("none", choices=("none", "published"), doc="published: with the published readers' faults")
-    images: Images = Images()
-    mix: tuple[MixRoot, ...] = ()
-    loader: Loader = Loader()
-    model: Model = Model()
-    evaluate: Evaluate = Evaluate()
+    seed: int = config_field(0, low=0)
+    shards: str = config_field("shards", doc="stage N is read from SHARDS/stageN; a folder or an address")
+    compat: str = config_field(
+        "none", choices=("none", "published"), doc="published: with the published readers' faults"
+    )
+    images: ImagesConfig = ImagesConfig()
+    mix: tuple[MixRootConfig, ...] = ()
+    loader: LoaderConfig = LoaderConfig()
+    model: ModelConfig = ModelConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
         patch, size = self.model.vision_tower.patch, self.frames.size
@@ -92,7 +94,7 @@ class Manifest:
         return Path(self.shards) / f"stage{self.stage}"
 
     @property
-    def shard_place(self) -> str:
+    def shard_address(self) -> str:
         """Folder or address that this stage's shards are read from."""
         return f"{self.shards.rstrip('/')}/stage{self.stage}" if "://" in self.shards else str(self.shard_root)
 
@@ -107,9 +109,9 @@ def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ())
     """
     value = read_yaml(path)
     for assignment in overrides:
-        value = override(value, assignment)
+        value = apply_override(value, assignment)
     value = _chained(value, Path(path))
-    manifest = build(Manifest, value, f"{path}: ")
+    manifest = from_dict(Manifest, value, f"{path}: ")
     return manifest if manifest.name else dataclasses.replace(manifest, name=Path(path).stem)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import ManifestError, field
+from pipeline.config.schema import ManifestError, config_field
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 
@@ -12,18 +12,24 @@ TOKENS_PER_TILE = 64  #: tokens of one tile of a still
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionTower:
+class VisionTowerConfig:
     """Video transformer; the dimensions' defaults are UMT-L's."""
 
-    type: str = field("umt", choices=("umt", "internvideo2"))
-    width: int = field(1024, low=1)
-    depth: int = field(24, low=2, doc="blocks of the published encoder; the last one is not run")
-    heads: int = field(16, low=1)
-    patch: int = field(16, low=1)
+    type: str = config_field("umt", choices=("umt", "internvideo2"))
+    width: int = config_field(1024, low=1)
+    depth: int = config_field(24, low=2, doc="blocks of the published encoder; the last one is not run")
+    heads: int = config_field(16, low=1)
+    patch: int = config_field(16, low=1)
     mlp_ratio: float = 4.0
-    table_side: int = field(14, low=1, doc="umt: patches along a side of the position table before interpolation")
-    drop_path: float | None = field(None, low=0, doc="internvideo2: drop path of the last block; 0.25 if not given")
-    group_clips: int = field(8, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once")
+    table_side: int = config_field(
+        14, low=1, doc="umt: patches along a side of the position table before interpolation"
+    )
+    drop_path: float | None = config_field(
+        None, low=0, doc="internvideo2: drop path of the last block; 0.25 if not given"
+    )
+    group_clips: int = config_field(
+        8, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once"
+    )
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -41,23 +47,23 @@ class VisionTower:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Connector:
+class ConnectorConfig:
     """ToMe16 MLP: token merging to 16 tokens a frame, then two linear layers."""
 
-    type: str = field("tome16_mlp", choices=("tome16_mlp",))
+    type: str = config_field("tome16_mlp", choices=("tome16_mlp",))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModel:
+class LanguageModelConfig:
     """Qwen2 family; the defaults are Qwen2-7B."""
 
-    hidden_size: int = field(3584, low=1)
-    intermediate_size: int = field(18944, low=1)
-    num_hidden_layers: int = field(28, low=1)
-    num_attention_heads: int = field(28, low=1)
-    num_key_value_heads: int = field(4, low=1)
-    vocab_size: int = field(152064, low=1)
-    max_position_embeddings: int = field(32768, low=1)
+    hidden_size: int = config_field(3584, low=1)
+    intermediate_size: int = config_field(18944, low=1)
+    num_hidden_layers: int = config_field(28, low=1)
+    num_attention_heads: int = config_field(28, low=1)
+    num_key_value_heads: int = config_field(4, low=1)
+    vocab_size: int = config_field(152064, low=1)
+    max_position_embeddings: int = config_field(32768, low=1)
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -72,22 +78,22 @@ class LanguageModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """The architecture; it stands in the manifest so that nothing needs weights to be planned."""
 
-    vision_tower: VisionTower = VisionTower()
-    connector: Connector = Connector()
-    language_model: LanguageModel = LanguageModel()
+    vision_tower: VisionTowerConfig = VisionTowerConfig()
+    connector: ConnectorConfig = ConnectorConfig()
+    language_model: LanguageModelConfig = LanguageModelConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitFrom:
+class InitFromConfig:
     """Where weights come from. ``run`` is an earlier stage; a part named beside it wins.
 
     Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
     """
 
-    run: str = field("", doc="the stage that this one continues, by name or folder, or a published checkpoint")
-    vision_tower: str = field("", doc="encoder file or folder; `random` starts from the seed")
-    connector: str = field("", doc="mm_projector.bin, folder, or `random`")
-    language_model: str = field("", doc="Qwen2 folder, hub name, or `random`")
+    run: str = config_field("", doc="the stage that this one continues, by name or folder, or a published checkpoint")
+    vision_tower: str = config_field("", doc="encoder file or folder; `random` starts from the seed")
+    connector: str = config_field("", doc="mm_projector.bin, folder, or `random`")
+    language_model: str = config_field("", doc="Qwen2 folder, hub name, or `random`")

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import ManifestError, field
+from pipeline.config.schema import ManifestError, config_field
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frames:
+class FramesConfig:
     """How a video becomes frames, when building and when reading."""
 
-    sampler: str = field(doc="middle, dynamic_fps1, rand, or fpsX with X frames a second")
-    min: int = field(low=1)
-    max: int = field(low=1)
-    size: int = field(low=16, doc="pixels of a side of a frame as the model sees it")
-    resize: str = field(
+    sampler: str = config_field(doc="middle, dynamic_fps1, rand, or fpsX with X frames a second")
+    min: int = config_field(low=1)
+    max: int = config_field(low=1)
+    size: int = config_field(low=16, doc="pixels of a side of a frame as the model sees it")
+    resize: str = config_field(
         "stretch",
         choices=("stretch", "short_side", "long_side"),
         doc="how frames are stored: size x size, or with the aspect kept and the short or long side of size pixels",
     )
-    clip_frames: int = field(4, choices=(4,), doc="frames of one clip, the unit of the vision tower")
-    time_message: str = field("short", choices=("short", "long", "none"))
-    quality: int = field(90, low=1, doc="JPEG quality of stored frames")
-    subsampling: str = field("420", choices=("420", "422", "444"))
+    clip_frames: int = config_field(4, choices=(4,), doc="frames of one clip, the unit of the vision tower")
+    time_message: str = config_field("short", choices=("short", "long", "none"))
+    quality: int = config_field(90, low=1, doc="JPEG quality of stored frames")
+    subsampling: str = config_field("420", choices=("420", "422", "444"))
 
     def __post_init__(self) -> None:
         named = self.sampler in ("middle", "dynamic_fps1", "rand")
@@ -41,22 +41,24 @@ class Frames:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class ImagesConfig:
     """How a still becomes tiles of ``frames.size`` pixels."""
 
-    mode: str = field("anyres_nopad", choices=("square", "anyres_nopad"))
-    max_grid: int = field(6, low=1, doc="largest number of tiles along one side")
-    quality: int = field(95, low=1, doc="JPEG quality of stills that have to be re-encoded")
-    max_side: int = field(4096, low=16, doc="stills with a longer side are stored reduced to it")
+    mode: str = config_field("anyres_nopad", choices=("square", "anyres_nopad"))
+    max_grid: int = config_field(6, low=1, doc="largest number of tiles along one side")
+    quality: int = config_field(95, low=1, doc="JPEG quality of stills that have to be re-encoded")
+    max_side: int = config_field(4096, low=16, doc="stills with a longer side are stored reduced to it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class TextConfig:
     """How a conversation becomes token ids and labels."""
 
-    tokenizer: str = field(doc="folder of a Hugging Face tokenizer, or a hub name")
-    template: str = field("qwen_2", choices=("plain", "qwen_2"))
+    tokenizer: str = config_field(doc="folder of a Hugging Face tokenizer, or a hub name")
+    template: str = config_field("qwen_2", choices=("plain", "qwen_2"))
     system: str = "You are a helpful assistant."
-    mask_prompt_markers: bool = field(False, doc="true: do not learn <|im_start|>, <|im_end|> and newline in prompts")
-    max_tokens: int = field(32768, low=1, doc="longest dialogue and longest row, visual tokens included")
-    over_length: str = field("cut", choices=("cut", "refuse"))
+    mask_prompt_markers: bool = config_field(
+        False, doc="true: do not learn <|im_start|>, <|im_end|> and newline in prompts"
+    )
+    max_tokens: int = config_field(32768, low=1, doc="longest dialogue and longest row, visual tokens included")
+    over_length: str = config_field("cut", choices=("cut", "refuse"))

@@ -22,7 +22,9 @@ class ManifestError(ValueError):
     """Bad input in a manifest: one line that names the file, the field and the fix."""
 
 
-def field(default: Any = dataclasses.MISSING, *, choices: tuple = (), low: float | None = None, doc: str = "") -> Any:
+def config_field(
+    default: Any = dataclasses.MISSING, *, choices: tuple = (), low: float | None = None, doc: str = ""
+) -> Any:
     """A dataclass field with a permitted set (``choices``), an inclusive lower bound (``low``) and a description."""
     metadata = {"choices": choices, "low": low, "doc": doc}
     if default is dataclasses.MISSING:
@@ -30,7 +32,7 @@ def field(default: Any = dataclasses.MISSING, *, choices: tuple = (), low: float
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def build(cls: type, value: Any, where: str) -> Any:
+def from_dict(cls: type, value: Any, where: str) -> Any:
     """Build dataclass ``cls`` from the plain mapping ``value``; ``where`` (file: field path) leads every error."""
     if not isinstance(value, dict):
         raise ManifestError(f"{where}: expected a mapping with the fields of {cls.__name__}, got {_show(value)}")
@@ -82,20 +84,20 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {_show(named)}")
     merged: dict = {}
     for base in bases:
-        merged = merge(merged, read_yaml(path.parent / base, (*seen, path.resolve())))
-    return merge(merged, value)
+        merged = merge_mappings(merged, read_yaml(path.parent / base, (*seen, path.resolve())))
+    return merge_mappings(merged, value)
 
 
-def merge(base: dict, over: dict) -> dict:
+def merge_mappings(base: dict, over: dict) -> dict:
     """Overlay ``over`` on ``base``: mappings are merged field by field, everything else is replaced."""
     merged = dict(base)
     for name, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = merge(merged[name], value) if both else value
+        merged[name] = merge_mappings(merged[name], value) if both else value
     return merged
 
 
-def override(value: dict, assignment: str) -> dict:
+def apply_override(value: dict, assignment: str) -> dict:
     """Apply one ``a.b.c=YAML`` assignment from a command line to a plain mapping."""
     path, sign, text = assignment.partition("=")
     if not sign or not path:
@@ -106,17 +108,17 @@ def override(value: dict, assignment: str) -> dict:
         raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE with a value in YAML") from None
     for name in reversed(path.split(".")):
         item = {name: item}
-    return merge(value, item)
+    return merge_mappings(value, item)
 
 
-def plain(value: Any) -> Any:
+def to_dict(value: Any) -> Any:
     """The inverse of :func:`build`: dataclasses become mappings and tuples lists, ready for YAML or JSON."""
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
+        return [to_dict(item) for item in value]
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_dict(item) for key, item in value.items()}
     return value
 
 
@@ -149,7 +151,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         inner = typing.get_args(hint)[1]
         return {str(key): _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return from_dict(hint, value, where)
     if hint is float:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5, without a dot, as text
             try:

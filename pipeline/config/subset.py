@@ -8,7 +8,7 @@ from pipeline.config.data import SAMPLING, SAMPLING_HELP
 from pipeline.config.manifest import ManifestError
 
 
-def select(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:
+def select_subset(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:
     """Positions, ascending, that a sampling strategy takes of ``n`` samples; a range, or int64.
 
     ``all``; ``first:N`` [0, N), ``first2:N`` [N, 2N), ``first3:N`` [2N, 3N), ``first4:N`` [3N, 4N); ``end:N`` the last

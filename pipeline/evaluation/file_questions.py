@@ -9,15 +9,15 @@ import numpy as np
 
 from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
 from pipeline.annotations.reader import read_annotations
-from pipeline.config.data import Entry
+from pipeline.config.data import EntryConfig
 from pipeline.config.manifest import Manifest
-from pipeline.evaluation.prompts import Prompts
+from pipeline.evaluation.prompts import PromptBuilder
 from pipeline.evaluation.questions import Question, Questions
 from pipeline.loading.batch import Batch
 from pipeline.media.errors import MediaError
 from pipeline.shards.index import ShardsError
-from pipeline.shards.memory_index import STILL, File, Handfuls
-from pipeline.tokenization.chat_template import conversation_of
+from pipeline.shards.memory_index import IMAGE_READER, MediaFile, MediaFileCache
+from pipeline.tokenization.chat_template import build_chat_template
 
 
 class FileQuestions(Questions):
@@ -34,17 +34,17 @@ class FileQuestions(Questions):
     """
 
     def __init__(self, manifest: Manifest, path: str | Path, root: str | Path, reader: str = "decord") -> None:
-        self.conversation = conversation_of(manifest)
-        self._manifest, self._root, self._handfuls = manifest, Path(root).resolve(), Handfuls(manifest)
-        self._list, self.refused = [], []
-        entry = Entry(annotation=str(path), root=str(root), reader=reader)
+        self.chat_template = build_chat_template(manifest)
+        self._manifest, self._root, self._handfuls = manifest, Path(root).resolve(), MediaFileCache(manifest)
+        self._list, self.rejected = [], []
+        entry = EntryConfig(annotation=str(path), root=str(root), reader=reader)
         for found in read_annotations(path, entry, seed=manifest.seed, compat=manifest.compat):
             try:
                 self._list.append(self._question(found))
             except (AnnotationError, MediaError, ValueError) as error:
-                self.refused.append(f"{path}: sample {found.position}: {error}")
+                self.rejected.append(f"{path}: sample {found.position}: {error}")
         if not self._list:
-            why = f"; the first is refused: {self.refused[0]}" if self.refused else ""
+            why = f"; the first is refused: {self.rejected[0]}" if self.rejected else ""
             raise ShardsError(f"{path}: no answered dialogue{why}")
 
     def _question(self, found: Annotation | AnnotationError) -> Question:
@@ -54,13 +54,13 @@ class FileQuestions(Questions):
         key = f"{found.entry}:{found.position}:{found.id}"
         return Question.of(key, list(found.turns), found.entry, found.meta, media)
 
-    def _file(self, ref: MediaRef) -> File:
+    def _file(self, ref: MediaRef) -> MediaFile:
         path = (self._root / ref.path).resolve()
         if not path.is_relative_to(self._root):
             raise MediaError("outside_root", ref.path, f"leads out of {self._root}")
-        return File(path, ref.start, ref.end, STILL if ref.kind == "image" else ref.reader)
+        return MediaFile(path, ref.start, ref.end, IMAGE_READER if ref.kind == "image" else ref.reader)
 
-    def length(self, i: int, media_of: int | None = None) -> int:
+    def prompt_length(self, i: int, media_of: int | None = None) -> int:
         """0: it is not known before the media are decoded."""
         return 0
 
@@ -71,6 +71,6 @@ class FileQuestions(Questions):
             MediaError: a file cannot be used.
             ValueError: the other question has fewer media than this one shows.
         """
-        files: Sequence[File] = self._media(i, media_of)
-        prompts = Prompts(self._manifest, self._handfuls.visuals(files), self.conversation)
-        return prompts.row(self._list[i].turns, range(len(files)), self._list[i].key, shuffle)
+        files: Sequence[MediaFile] = self._media(i, media_of)
+        prompts = PromptBuilder(self._manifest, self._handfuls.media_views(files), self.chat_template)
+        return prompts.build(self._list[i].turns, range(len(files)), self._list[i].key, shuffle)

@@ -15,18 +15,18 @@ import numpy as np
 
 from pipeline.config.manifest import Manifest
 from pipeline.evaluation.file_questions import FileQuestions
-from pipeline.evaluation.prompts import Prompts
+from pipeline.evaluation.prompts import PromptBuilder
 from pipeline.loading.batch import Batch
 from pipeline.media.errors import MediaError
 from pipeline.media.image import read_image
 from pipeline.media.jpeg import decode_jpeg, encode_jpeg
 from pipeline.media.resize import resize
 from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import View, Visuals
-from pipeline.shards.memory_index import STILL, File, index_of
+from pipeline.shards.media_view import MediaView, MediaViews
+from pipeline.shards.memory_index import IMAGE_READER, MediaFile, build_memory_index
 
 
-class Cell(NamedTuple):
+class HaystackCell(NamedTuple):
     """One place of a heat map."""
 
     frames: int  #: that are shown
@@ -38,15 +38,15 @@ class Cell(NamedTuple):
         return f"{self.frames} frames, {self.depth:g} % deep"
 
     @property
-    def place(self) -> int:
+    def position(self) -> int:
         """Which of the frames the needle replaces, from 0."""
         return round(self.depth / 100 * (self.frames - 1))
 
 
-class Shown(NamedTuple):
+class HaystackSample(NamedTuple):
     """What a question shows: a video with a picture in it."""
 
-    cell: Cell
+    cell: HaystackCell
     video: int
     needle: Path
 
@@ -83,27 +83,27 @@ class Haystack(FileQuestions):
         super().__init__(manifest, needles, root)
         asked = []
         for question in self._list:
-            if [medium.reader for medium in question.media] == [STILL]:
+            if [medium.reader for medium in question.media] == [IMAGE_READER]:
                 asked.append(question)
             else:
-                self.refused.append(f"{needles}: {question.key}: needles are questions about one picture")
+                self.rejected.append(f"{needles}: {question.key}: needles are questions about one picture")
         if not asked:
             raise ShardsError(f"{needles}: no question about one picture; needles are pictures with a question each")
         self._manifests = {count: _sampled(manifest, count) for count in frames}
         self._videos = [_stored(video, self._manifests[max(frames)], max(frames)) for video in videos]
-        self.cells = {cell.name: cell for cell in (Cell(count, depth) for count in frames for depth in depths)}
+        self.cells = {cell.name: cell for cell in (HaystackCell(count, depth) for count in frames for depth in depths)}
         self._list = [
             dataclasses.replace(
                 question,
                 key=f"{question.key}, {name}",
                 meta={**question.meta, "family": name},
-                media=[Shown(cell, number % len(videos), question.media[0].path)],
+                media=[HaystackSample(cell, number % len(videos), question.media[0].path)],
             )
             for name, cell in self.cells.items()
             for number, question in enumerate(asked)
         ]
 
-    def length(self, i: int, media_of: int | None = None) -> int:
+    def prompt_length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
         (shown,) = self._media(i, media_of)
         return self._prompts(shown).tokens(self._list[i].turns, [0])
@@ -115,22 +115,22 @@ class Haystack(FileQuestions):
             MediaError: the picture cannot be used.
         """
         (shown,) = self._media(i, media_of)
-        return self._prompts(shown).row(self._list[i].turns, [0], self._list[i].key, shuffle)
+        return self._prompts(shown).build(self._list[i].turns, [0], self._list[i].key, shuffle)
 
-    def _prompts(self, shown: Shown) -> Prompts:
+    def _prompts(self, shown: HaystackSample) -> PromptBuilder:
         manifest = self._manifests[shown.cell.frames]
-        visuals = _Hidden(self._videos[shown.video], manifest, shown.needle, shown.cell.place)
-        return Prompts(manifest, visuals, self.conversation)
+        visuals = _Hidden(self._videos[shown.video], manifest, shown.needle, shown.cell.position)
+        return PromptBuilder(manifest, visuals, self.chat_template)
 
 
-class _Hidden(Visuals):
+class _Hidden(MediaViews):
     """A video with the picture ``needle`` in place of the frame ``place`` that is shown."""
 
     def __init__(self, index: Index, manifest: Manifest, needle: Path, place: int) -> None:
         super().__init__(index, manifest)
         self._needle, self._place = needle, place
 
-    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
+    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
         super().read_frames(view, start, out)
         if start <= self._place < start + len(out):
             size, stored = out.shape[1], self.frames
@@ -146,7 +146,7 @@ def _sampled(manifest: Manifest, count: int) -> Manifest:
 
 def _stored(video: str | Path, manifest: Manifest, count: int) -> Index:
     """The frames of ``video`` that are ever shown."""
-    index = index_of([File(video)], manifest)
+    index = build_memory_index([MediaFile(video)], manifest)
     if index.media["kind"][0].as_py() != "video":
         raise MediaError("no_video_stream", video, "is a picture; needles are hidden in videos")
     if (vlen := index.media["vlen"][0].as_py()) < count:

@@ -8,26 +8,26 @@ import numpy as np
 
 from pipeline.config.manifest import Manifest
 from pipeline.loading.batch import Batch
-from pipeline.loading.collate import Piece, Place, assemble
-from pipeline.shards.media_view import View, Visuals
-from pipeline.tokenization.chat_template import Conversation
-from pipeline.tokenization.special_ids import IGNORE
+from pipeline.loading.collate import PackedSample, MicroStep, collate
+from pipeline.shards.media_view import MediaView, MediaViews
+from pipeline.tokenization.chat_template import ChatTemplate
+from pipeline.tokenization.special_ids import IGNORE_INDEX
 
 
-class Prompts:
+class PromptBuilder:
     """Makes rows under one manifest, exactly as the loader makes those that are trained on.
 
     Args:
         visuals: whose media are shown.
     """
 
-    def __init__(self, manifest: Manifest, visuals: Visuals, conversation: Conversation) -> None:
+    def __init__(self, manifest: Manifest, visuals: MediaViews, conversation: ChatTemplate) -> None:
         self._visuals, self._conversation = visuals, conversation
         self._size, self._clip = manifest.frames.size, manifest.frames.clip_frames
         self._group_clips = manifest.model.vision_tower.group_clips
         self._most = manifest.model.language_model.max_position_embeddings
 
-    def ids(self, turns: Sequence[dict], media: Sequence[int]) -> tuple[np.ndarray, list[View]]:
+    def encode(self, turns: Sequence[dict], media: Sequence[int]) -> tuple[np.ndarray, list[MediaView]]:
         """Ids of the prompt, int32 (n,) with one ``IMAGE`` for each medium, and what is shown of each.
 
         Args:
@@ -43,9 +43,9 @@ class Prompts:
 
     def tokens(self, turns: Sequence[dict], media: Sequence[int]) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded. Arguments and errors of :meth:`ids`."""
-        return _tokens(*self.ids(turns, media))
+        return _tokens(*self.encode(turns, media))
 
-    def row(
+    def build(
         self,
         turns: Sequence[dict],
         media: Sequence[int],
@@ -62,7 +62,7 @@ class Prompts:
             ValueError: as of :meth:`ids`, the model takes fewer tokens, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
-        ids, views = self.ids(turns, media)
+        ids, views = self.encode(turns, media)
         if (tokens := _tokens(ids, views)) >= self._most:
             raise ValueError(
                 f"{tokens:,} tokens were asked, and the model takes {self._most:,}; ask less, or start anew"
@@ -73,17 +73,17 @@ class Prompts:
         frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
         for view in views:
             if view.kind == "video":
-                shown = frames[frame : frame + len(view.places)]
+                shown = frames[frame : frame + len(view.frame_indices)]
                 self._visuals.read_frames(view, 0, shown)
                 if shuffle is not None:
                     shown[:] = shown[shuffle.permutation(len(shown))]
             else:
-                self._visuals.read_still(view, stills[tile : tile + view.tiles])
-            frame, tile = frame + len(view.places), tile + view.tiles
+                self._visuals.read_image(view, stills[tile : tile + view.tiles])
+            frame, tile = frame + len(view.frame_indices), tile + view.tiles
         groups = max(1, -(-(len(clips) + len(stills)) // self._group_clips))
-        piece = Piece(key, ids, np.full_like(ids, IGNORE), 0.0, views, clips, stills)
-        return assemble(Place(groups=groups), [piece], clips, stills, [])
+        piece = PackedSample(key, ids, np.full_like(ids, IGNORE_INDEX), 0.0, views, clips, stills)
+        return collate(MicroStep(groups=groups), [piece], clips, stills, [])
 
 
-def _tokens(ids: np.ndarray, views: Sequence[View]) -> int:
+def _tokens(ids: np.ndarray, views: Sequence[MediaView]) -> int:
     return len(ids) - len(views) + sum(view.tokens for view in views)

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.config.manifest import Manifest
-from pipeline.evaluation.prompts import Prompts
+from pipeline.evaluation.prompts import PromptBuilder
 from pipeline.loading.batch import Batch
 from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import Visuals
-from pipeline.storage import Reading
-from pipeline.tokenization.chat_template import MARK, conversation_of, question_and_answer, text_of
+from pipeline.shards.media_view import MediaViews
+from pipeline.storage import ReadOptions
+from pipeline.tokenization.chat_template import MARK, build_chat_template, question_and_answer, text_of
 
 
 class OptionsError(ValueError):
@@ -79,19 +79,19 @@ class Questions:
     """
 
     def __init__(self, manifest: Manifest, split: str = "val") -> None:
-        self.conversation = conversation_of(manifest)
-        self.index = Index.open(manifest.shard_place, Reading.of(manifest.loader))
-        self.index.check(manifest)
-        self._prompts = Prompts(manifest, Visuals(self.index, manifest), self.conversation)
+        self.chat_template = build_chat_template(manifest)
+        self.index = Index.open(manifest.shard_address, ReadOptions.from_manifest(manifest.loader))
+        self.index.validate_manifest(manifest)
+        self._prompts = PromptBuilder(manifest, MediaViews(self.index, manifest), self.chat_template)
         self._list: list[Question] = []
-        self.refused: list[str] = []
+        self.rejected: list[str] = []
         for row in np.flatnonzero(pc.equal(self.index.dialogues["split"], split).to_numpy()).tolist():
             found = self.index.dialogues.slice(row, 1).to_pylist()[0]
             turns, meta = json.loads(found["conversations"]), json.loads(found["meta"] or "{}")
             try:
                 self._list.append(Question.of(found["key"], turns, found["entry"], meta, found["media"]))
             except OptionsError as error:
-                self.refused.append(f"{found['key']}: {error}")
+                self.rejected.append(f"{found['key']}: {error}")
             except ValueError:
                 continue
         if not self._list:
@@ -105,9 +105,9 @@ class Questions:
 
     def answer_tokens(self, i: int) -> int:
         """Tokens of the expected answer, without the one that ends it."""
-        return len(self.conversation.answer_ids(self._list[i].answer)) - 1
+        return len(self.chat_template.answer_ids(self._list[i].answer)) - 1
 
-    def length(self, i: int, media_of: int | None = None) -> int:
+    def prompt_length(self, i: int, media_of: int | None = None) -> int:
         """Tokens of the prompt, visual ones included; nothing is decoded."""
         return self._prompts.tokens(self._list[i].turns, self._media(i, media_of))
 
@@ -122,7 +122,7 @@ class Questions:
             ValueError: the other question has fewer media than this one shows, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
-        return self._prompts.row(self._list[i].turns, self._media(i, media_of), self._list[i].key, shuffle)
+        return self._prompts.build(self._list[i].turns, self._media(i, media_of), self._list[i].key, shuffle)
 
     def _media(self, i: int, media_of: int | None) -> Sequence[Any]:
         shown, media = len(self._list[i].media), self._list[i if media_of is None else media_of].media

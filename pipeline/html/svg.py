@@ -48,7 +48,7 @@ class Bin:
         return f"{self.low:,.6g}" if self.low == self.high else f"{self.low:,.6g} to {self.high:,.6g}"
 
 
-def compact(value: float) -> str:
+def format_number(value: float) -> str:
     """A number in few characters: 0, 0.25, 12, 3.4k, 1e-5."""
     size = abs(value)
     if size == 0:
@@ -61,7 +61,7 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds in words: ``3.2 s``, ``4 min 05 s`` or ``2 h 03 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -80,7 +80,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def thin(values: Sequence[float], most: int = MOST_POINTS) -> list[float]:
+def downsample(values: Sequence[float], most: int = MOST_POINTS) -> list[float]:
     """At most ``most`` values, each the mean of a stretch of ``values``."""
     if len(values) <= most:
         return list(values)
@@ -94,7 +94,7 @@ def line_chart(
     width: int = 430,
     height: int = 210,
     low: float | None = None,
-    show: Callable[[float], str] = compact,
+    show: Callable[[float], str] = format_number,
 ) -> Markup:
     """Lines over optimiser steps, as an SVG element.
 
@@ -123,11 +123,13 @@ def line_chart(
         parts.append(f'<text class="tick" x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{show(y)}</text>')
     for x in x_ticks:
         parts.append(
-            f'<text class="tick" x="{across(x):.1f}" y="{height - 8}" text-anchor="middle">{compact(x)}</text>'
+            f'<text class="tick" x="{across(x):.1f}" y="{height - 8}" text-anchor="middle">{format_number(x)}</text>'
         )
     for line in lines:
         points = [
-            f"{across(x):.1f},{up(y):.1f}" for x, y in zip(thin(line.x), thin(line.y), strict=True) if math.isfinite(y)
+            f"{across(x):.1f},{up(y):.1f}"
+            for x, y in zip(downsample(line.x), downsample(line.y), strict=True)
+            if math.isfinite(y)
         ]
         style = "faint" if line.faint else "line"
         parts.append(f'<polyline class="{style}" stroke="{line.colour}" points="{" ".join(points)}"/>')
@@ -196,7 +198,9 @@ def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 2
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
     for y in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{compact(y)}</text>')
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{up(y) + 3.5:.1f}" text-anchor="end">{format_number(y)}</text>'
+        )
     every = -(-len(bins) // 8)
     for number, bin in enumerate(bins):
         x = left + number * step
@@ -208,7 +212,7 @@ def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 2
         if number % every == 0:
             middle = x + step / 2 if bin.low == bin.high else x
             parts.append(
-                f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{compact(bin.low)}</text>'
+                f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{format_number(bin.low)}</text>'
             )
     return _svg(title, width, height, parts)
 
@@ -242,7 +246,7 @@ def heat_map(
             x = left + wide * column
             label = escape(f"{words} {across}, {down} {name}: {value:.1f} %")
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}" fill="{heat(value)}">'
+                f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}" fill="{heat_color(value)}">'
                 f"<title>{label}</title></rect>"
             )
             parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + tall / 2 + 4}" text-anchor="middle">{value:.0f}</text>')
@@ -256,7 +260,7 @@ def heat_map(
     return _svg(title, width, height, parts)
 
 
-def heat(value: float) -> str:
+def heat_color(value: float) -> str:
     """The colour of a percentage between 0 and 100."""
     stops = ((230, 107, 91), (247, 222, 131), (112, 190, 131))
     at = min(max(value, 0.0), 100.0) / 50

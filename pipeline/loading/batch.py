@@ -19,9 +19,9 @@ class Batch:
 
     epoch: int
     step: int  #: number of the global batch in its epoch
-    micro: int  #: which micro-step of the global batch
-    micros: int  #: micro-steps of this global batch, equal on all ranks
-    last: bool  #: the global batch ends with this micro-step
+    micro_step: int  #: which micro-step of the global batch
+    num_micro_steps: int  #: micro-steps of this global batch, equal on all ranks
+    is_last: bool  #: the global batch ends with this micro-step
     keys: list[str]  #: dialogue keys, in the order of ``cu_seqlens``
     input_ids: torch.Tensor  #: int64 (L,), IMAGE once per visual token
     labels: torch.Tensor  #: int64 (L,), not shifted; IGNORE where nothing is learned and at each dialogue's first token
@@ -30,10 +30,10 @@ class Batch:
     token_weight: torch.Tensor  #: float32 (L,), weight of the loss at each labelled place, 0 elsewhere
     total_weight: float  #: planned weight of the whole global batch over all rows, unreadable dialogues included
     clips: torch.Tensor  #: uint8 (N_c, 4, S, S, 3)
-    stills: torch.Tensor  #: uint8 (N_s, S, S, 3), tiles of stills
+    image_tiles: torch.Tensor  #: uint8 (N_s, S, S, 3), tiles of stills
     visual_index: torch.Tensor  #: int64 (V,): the row of concat(clip tokens, still tokens) for each IMAGE, in order
     groups: int  #: tower groups that every rank runs in this micro-step, at least 1
-    draws: torch.Tensor | None = (
+    drop_path_rand: torch.Tensor | None = (
         None  #: float32 (U, n), random numbers of each clip and still (trainer/training/drop_path_rng.py)
     )
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  #: (dialogue key, reason) left out
@@ -46,7 +46,7 @@ class Batch:
     @property
     def frames(self) -> int:
         """Pictures that go through the vision tower: frames of clips and tiles of stills."""
-        return self.clips.shape[0] * self.clips.shape[1] + self.stills.shape[0]
+        return self.clips.shape[0] * self.clips.shape[1] + self.image_tiles.shape[0]
 
     @property
     def nbytes(self) -> int:

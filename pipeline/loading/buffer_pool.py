@@ -32,7 +32,7 @@ class Buffer:
             os.close(self.descriptor)
 
 
-class Pool:
+class BufferPool:
     """Buffers of one consumer; :meth:`take` is called by one thread.
 
     What is decoded ahead and what waits to be used again are at most ``bound`` bytes together, but for one buffer ahead
@@ -58,7 +58,7 @@ class Pool:
         return self._lent.keys() | {buffer.number for buffer in self._free}
 
     @property
-    def lent(self) -> int:
+    def in_use(self) -> int:
         """Number of buffers that somebody holds."""
         self._collect()
         return len(self._lent)
@@ -69,7 +69,7 @@ class Pool:
         self._collect()
         return sum(len(buffer.memory) for buffer in (*self._lent.values(), *self._free))
 
-    def take(self, size: int, needed: bool = False) -> tuple[np.ndarray, Buffer] | None:
+    def acquire(self, size: int, needed: bool = False) -> tuple[np.ndarray, Buffer] | None:
         """``size`` bytes (size,) uint8 with any content; None where they and those ahead exceed the bound.
 
         With ``needed``, or with none ahead, there is always room.
@@ -95,11 +95,11 @@ class Pool:
         weakref.finalize(array, self._returned.append, buffer.number).atexit = False
         return array[:size], buffer
 
-    def hand_on(self, buffer: Buffer) -> None:
+    def release(self, buffer: Buffer) -> None:
         """``buffer`` belongs to the consumer now, and counts no more as ahead."""
         self._ahead.pop(buffer.number, None)
 
-    def forget(self, buffer: Buffer) -> None:
+    def discard(self, buffer: Buffer) -> None:
         """Never lend ``buffer`` again: somebody out of reach may still write to it."""
         self._lent.pop(buffer.number, None)
         self._ahead.pop(buffer.number, None)

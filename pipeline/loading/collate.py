@@ -10,48 +10,48 @@ import torch
 from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from pipeline.loading.batch import Batch
 from pipeline.media.tiling import raster_order
-from pipeline.shards.media_view import View
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.shards.media_view import MediaView
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MicroStep:
     """Where a row stands in its epoch, and what the plan says about its global batch; see :class:`Batch`."""
 
     epoch: int = 0
     step: int = 0
-    micro: int = 0
-    micros: int = 1
+    index: int = 0
+    count: int = 1
     total_weight: float = 0.0
     groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PackedSample:
     """One dialogue of a row, its media read."""
 
     key: str
     ids: np.ndarray  #: int32 (n,), IMAGE once per medium
     labels: np.ndarray  #: int32 (n,)
     weight: float  #: of the loss at each labelled place
-    views: list[View]
+    views: list[MediaView]
     clips: np.ndarray  #: uint8 (N_c, T, S, S, 3), clips of the dialogue in order of use
-    stills: np.ndarray  #: uint8 (N_s, S, S, 3)
+    tiles: np.ndarray  #: uint8 (N_s, S, S, 3)
 
 
-def assemble(
-    place: Place, pieces: list[Piece], clips: np.ndarray, stills: np.ndarray, skipped: list[tuple[str, str]]
+def collate(
+    place: MicroStep, pieces: list[PackedSample], clips: np.ndarray, stills: np.ndarray, skipped: list[tuple[str, str]]
 ) -> Batch:
     """The row of ``pieces``, whose clips and stills are ``clips`` and ``stills`` in order."""
     ids, labels, positions, weights, visual = [], [], [], [], []
     clip, tile = 0, len(clips) * TOKENS_PER_CLIP
     for piece in pieces:
         repeats = np.ones(len(piece.ids), dtype=np.int64)
-        repeats[piece.ids == IMAGE] = [view.tokens for view in piece.views]
+        repeats[piece.ids == IMAGE_TOKEN_INDEX] = [view.tokens for view in piece.views]
         ids.append(np.repeat(piece.ids, repeats))
         labels.append(np.repeat(piece.labels, repeats))
         positions.append(np.arange(len(ids[-1])))
-        weights.append(np.where(labels[-1] == IGNORE, 0, piece.weight))
+        weights.append(np.where(labels[-1] == IGNORE_INDEX, 0, piece.weight))
         for view in piece.views:
             if view.clips:
                 visual.append(np.arange(clip, clip + view.tokens))
@@ -60,13 +60,13 @@ def assemble(
                 visual.append(tile + _still_order(view))
                 tile += view.tokens
     if not pieces:
-        ids, labels, positions, weights = [[0]], [[IGNORE]], [[0]], [[0]]
+        ids, labels, positions, weights = [[0]], [[IGNORE_INDEX]], [[0]], [[0]]
     return Batch(
         epoch=place.epoch,
         step=place.step,
-        micro=place.micro,
-        micros=place.micros,
-        last=place.micro + 1 == place.micros,
+        micro_step=place.index,
+        num_micro_steps=place.count,
+        is_last=place.index + 1 == place.count,
         keys=[piece.key for piece in pieces],
         input_ids=_tensor(ids, np.int64),
         labels=_tensor(labels, np.int64),
@@ -75,14 +75,14 @@ def assemble(
         token_weight=_tensor(weights, np.float32),
         total_weight=place.total_weight,
         clips=torch.from_numpy(clips),
-        stills=torch.from_numpy(stills),
+        image_tiles=torch.from_numpy(stills),
         visual_index=_tensor(visual, np.int64),
         groups=place.groups,
         skipped=skipped,
     )
 
 
-def _still_order(view: View) -> np.ndarray:
+def _still_order(view: MediaView) -> np.ndarray:
     return np.arange(TOKENS_PER_TILE) if view.grid is None else raster_order(view.grid)
 
 

@@ -21,9 +21,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from pipeline.config.manifest import Manifest, plain
-from pipeline.loading.buffer_pool import Pool
-from pipeline.loading.decode_threads import Item, LoaderError, Source, Task
+from pipeline.config.manifest import Manifest, to_dict
+from pipeline.loading.buffer_pool import BufferPool
+from pipeline.loading.decode_threads import DecodeItem, LoaderError, FrameSource, DecodeTask
 
 AHEAD = 2  #: tasks that a worker has for each of its threads, so that none waits for the next
 MESSAGE = 1 << 20  #: bytes; longer than any message
@@ -32,7 +32,7 @@ SILENT = 30.0  #: seconds after which a worker that says nothing, where it shoul
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pipeline.loading.decode_worker import main; main(sys.argv[2:])"
 
 
-class WorkerError(LoaderError):
+class DecodeWorkerError(LoaderError):
     """A decoding process died, or failed; one line that says which, how, and what it was reading."""
 
 
@@ -41,12 +41,12 @@ class _Worker:
     name: str
     process: subprocess.Popen
     socket: socket.socket
-    tasks: dict[int, Task] = field(default_factory=dict)  #: given to it, by number
+    tasks: dict[int, DecodeTask] = field(default_factory=dict)  #: given to it, by number
     buffers: set[int] = field(default_factory=set)  #: that it has mapped
     silence: float = SILENT - STARTING  #: seconds since it said something, while this process was awake
 
 
-class Processes:
+class ProcessDecoder:
     """``manifest.loader.workers`` processes that work through tasks in the order they are given.
 
     Args:
@@ -55,14 +55,14 @@ class Processes:
         pool: whose buffers the tasks are decoded into.
     """
 
-    def __init__(self, manifest: Manifest, source: Source, pool: Pool) -> None:
+    def __init__(self, manifest: Manifest, source: FrameSource, pool: BufferPool) -> None:
         self._source, self._pool = source, pool
         self._most = AHEAD * manifest.loader.threads
-        self._waiting: deque[Task] = deque()
+        self._waiting: deque[DecodeTask] = deque()
         self._numbers = itertools.count()
         self._live: set[int] = set()
         self._lock = threading.Lock()
-        self._failure: WorkerError | None = None
+        self._failure: DecodeWorkerError | None = None
         self._closed = False
         self._workers: list[_Worker] = []
         count = manifest.loader.workers
@@ -71,11 +71,11 @@ class Processes:
                 self._workers.append(_start(f"decoding worker {number + 1} of {count}", manifest))
         except OSError as error:
             self._end()
-            raise WorkerError(f"a decoding worker cannot be started ({error}); lower loader.workers") from None
+            raise DecodeWorkerError(f"a decoding worker cannot be started ({error}); lower loader.workers") from None
         self._listener = threading.Thread(target=self._listen, name="decode-listen", daemon=True)
         self._listener.start()
 
-    def give(self, task: Task) -> None:
+    def submit(self, task: DecodeTask) -> None:
         """Decode ``task``; :attr:`Task.done` tells when. Called by one thread, that of the pool."""
         live = self._pool.numbers
         with self._lock:
@@ -83,7 +83,7 @@ class Processes:
             self._waiting.append(task)
             self._deal()
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise what has become of a worker.
 
         Raises:
@@ -122,7 +122,7 @@ class Processes:
             message = {
                 "task": number,
                 "buffer": task.buffer.number,
-                "shape": task.pictures.shape,
+                "shape": task.media_reader.shape,
                 "items": [_plain(item) for item in task.items],
                 "gone": sorted(gone),
             }
@@ -167,13 +167,13 @@ class Processes:
     def _lose(self, worker: _Worker, how: str, hint: str = "") -> None:
         with self._lock:
             if not self._closed and not self._failure:
-                self._failure = WorkerError(f"{worker.name} (process {worker.process.pid}) {how}{hint}")
+                self._failure = DecodeWorkerError(f"{worker.name} (process {worker.process.pid}) {how}{hint}")
 
     def _hint(self, worker: _Worker) -> str:
         """What may have been the matter where the worker itself said nothing."""
         with self._lock:
             items = [item for task in worker.tasks.values() for item in task.items]
-        media = "; ".join(dict.fromkeys(self._source.where(item.view) for item in items[:3]))
+        media = "; ".join(dict.fromkeys(self._source.describe(item.view) for item in items[:3]))
         return (
             f", having been given {media or 'nothing'}; the same command goes on from the last checkpoint; if memory "
             f"ran out, lower loader.workers or loader.prefetch_mb"
@@ -193,7 +193,7 @@ def _start(name: str, manifest: Manifest) -> _Worker:
             start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its workers
         )
     with contextlib.suppress(BrokenPipeError), process.stdin:  # it is gone: the socket says so too
-        process.stdin.write(json.dumps(plain(manifest)).encode())
+        process.stdin.write(json.dumps(to_dict(manifest)).encode())
     return _Worker(name, process, ours)
 
 
@@ -213,8 +213,8 @@ def _how(process: subprocess.Popen) -> str:
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
-def _plain(item: Item) -> dict:
+def _plain(item: DecodeItem) -> dict:
     """An item as JSON; of the view's places only those that are read."""
     view = {name: getattr(item.view, name) for name in item.view.__slots__}
-    view["places"] = item.view.places[item.start : item.start + item.count].tolist()
+    view["places"] = item.view.frame_indices[item.start : item.start + item.count].tolist()
     return {"view": {**view, "message": ""}, "at": item.at, "count": item.count}

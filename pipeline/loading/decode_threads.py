@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.loading.buffer_pool import Buffer
-from pipeline.shards.media_view import View
+from pipeline.shards.media_view import MediaView
 
 GRACE = 2.0  #: seconds over ``loader.read_timeout``, in which a reader with that limit says itself what it waited for
 CHUNK = 32  #: pictures of a task, where an item has not more
@@ -27,21 +27,21 @@ class LoaderError(RuntimeError):
     """Reading cannot go on; one line that says why."""
 
 
-class Source(Protocol):
+class FrameSource(Protocol):
     """Pixels of media; see :class:`pipeline.planning.dataset.Pictures`."""
 
-    def read_frames(self, view: View, start: int, out: np.ndarray) -> None: ...
+    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None: ...
 
-    def read_still(self, view: View, out: np.ndarray) -> None: ...
+    def read_image(self, view: MediaView, out: np.ndarray) -> None: ...
 
-    def where(self, view: View) -> str: ...
+    def describe(self, view: MediaView) -> str: ...
 
 
 @dataclass(slots=True)
-class Item:
+class DecodeItem:
     """A still, or frames of a video, and the pictures of the row that they become."""
 
-    view: View
+    view: MediaView
     start: int  #: first of the view's frames
     at: int  #: first picture of the row
     count: int  #: pictures
@@ -49,33 +49,35 @@ class Item:
 
 
 @dataclass(slots=True, eq=False)
-class Task:
+class DecodeTask:
     """Items of one row that one thread decodes one after the other.
 
     ``done`` is called once, by any thread, when every item has been decoded or has failed; ``stuck`` says that a thread
     that was given up may still write to ``pictures``.
     """
 
-    items: list[Item]
-    pictures: np.ndarray  #: uint8 (P, S, S, 3), all of the row
+    items: list[DecodeItem]
+    media_reader: np.ndarray  #: uint8 (P, S, S, 3), all of the row
     buffer: Buffer | None  #: that holds them at its start; None where other processes have no part in it
-    done: Callable[[Task], None]
+    done: Callable[[DecodeTask], None]
     failed: dict[int, str] = field(default_factory=dict)  #: place in ``items`` -> one line that names the file
     error: BaseException | None = None  #: a fault of the program
     stuck: bool = False
     place: int = 0  #: of the item that is next
 
 
-def tasks_of(items: list[Item], pictures: np.ndarray, buffer: Buffer, done: Callable[[Task], None]) -> list[Task]:
+def split_tasks(
+    items: list[DecodeItem], pictures: np.ndarray, buffer: Buffer, done: Callable[[DecodeTask], None]
+) -> list[DecodeTask]:
     """Tasks of about :data:`CHUNK` pictures: long videos in parts, small media together."""
     parts = [
-        Item(item.view, item.start + first, item.at + first, min(CHUNK, item.count - first), item.dialogue)
+        DecodeItem(item.view, item.start + first, item.at + first, min(CHUNK, item.count - first), item.dialogue)
         if item.view.kind == "video"
         else item
         for item in items
         for first in range(0, item.count if item.view.kind == "video" else 1, CHUNK)
     ]
-    groups: list[list[Item]] = []
+    groups: list[list[DecodeItem]] = []
     room = 0
     for part in parts:
         if part.count > room:
@@ -83,20 +85,20 @@ def tasks_of(items: list[Item], pictures: np.ndarray, buffer: Buffer, done: Call
             room = CHUNK
         groups[-1].append(part)
         room -= part.count
-    return [Task(group, pictures, buffer, done) for group in groups]
+    return [DecodeTask(group, pictures, buffer, done) for group in groups]
 
 
-class Decoders(Protocol):
+class Decoder(Protocol):
     """Who works through tasks: :class:`Threads` or :class:`pipeline.loading.decode_processes.Processes`."""
 
-    def give(self, task: Task) -> None: ...
+    def submit(self, task: DecodeTask) -> None: ...
 
-    def check(self) -> None: ...
+    def raise_if_failed(self) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Threads:
+class ThreadDecoder:
     """``count`` threads that work through tasks in the order they are given.
 
     Args:
@@ -104,20 +106,20 @@ class Threads:
         limit: seconds that one item may take.
     """
 
-    def __init__(self, source: Source, count: int, limit: float) -> None:
+    def __init__(self, source: FrameSource, count: int, limit: float) -> None:
         self._source, self._limit = source, limit
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[DecodeTask | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._at: dict[threading.Thread, tuple[Task, float]] = {}  # what a thread is at, since when; see check
+        self._at: dict[threading.Thread, tuple[DecodeTask, float]] = {}  # what a thread is at, since when; see check
         self._threads: set[threading.Thread] = set()
         for _ in range(count):
             self._start()
 
-    def give(self, task: Task) -> None:
+    def submit(self, task: DecodeTask) -> None:
         """Decode ``task``; :attr:`Task.done` tells when."""
         self._tasks.put(task)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Give up threads whose item takes too long; call it about once a second."""
         now = time.monotonic()
         with self._lock:
@@ -125,7 +127,7 @@ class Threads:
             for thread, task in late.items():
                 self._threads.discard(thread)
                 del self._at[thread]
-                where = self._source.where(task.items[task.place].view)
+                where = self._source.describe(task.items[task.place].view)
                 task.failed[task.place] = f"{where}: took longer than loader.read_timeout ({self._limit:g} s)"
                 task.stuck = True
                 task.place += 1
@@ -154,9 +156,9 @@ class Threads:
             while self._begin(me, task):
                 item, failure, error = task.items[task.place], None, None
                 try:
-                    self._read(item, task.pictures[item.at : item.at + item.count])
+                    self._read(item, task.media_reader[item.at : item.at + item.count])
                 except (OSError, ValueError) as reason:
-                    failure = f"{self._source.where(item.view)}: {' '.join(str(reason).split())}"
+                    failure = f"{self._source.describe(item.view)}: {' '.join(str(reason).split())}"
                 except BaseException as fault:
                     error = fault
                 with self._lock:
@@ -173,7 +175,7 @@ class Threads:
             task.done(task)
             del task  # and with it the row's pictures, while this thread waits
 
-    def _begin(self, me: threading.Thread, task: Task) -> bool:
+    def _begin(self, me: threading.Thread, task: DecodeTask) -> bool:
         """Whether there is another item, which this thread is at from now on."""
         with self._lock:
             if me in self._threads and task.place < len(task.items) and not task.error:
@@ -181,8 +183,8 @@ class Threads:
                 return True
         return False
 
-    def _read(self, item: Item, out: np.ndarray) -> None:
+    def _read(self, item: DecodeItem, out: np.ndarray) -> None:
         if item.view.kind == "video":
             self._source.read_frames(item.view, item.start, out)
         else:
-            self._source.read_still(item.view, out)
+            self._source.read_image(item.view, out)

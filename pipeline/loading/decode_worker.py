@@ -21,11 +21,11 @@ import traceback
 import numpy as np
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.schema import build
+from pipeline.config.schema import from_dict
 from pipeline.loading.decode_processes import MESSAGE
-from pipeline.loading.decode_threads import Item, Task, Threads
-from pipeline.planning.dataset import open_pictures
-from pipeline.shards.media_view import View
+from pipeline.loading.decode_threads import DecodeItem, DecodeTask, ThreadDecoder
+from pipeline.planning.dataset import open_media_reader
+from pipeline.shards.media_view import MediaView
 
 TICK = 1.0  #: seconds between signs of life
 
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _serve(channel: socket.socket, parent: int) -> None:
-    manifest = build(Manifest, json.load(sys.stdin), "manifest")
-    source = open_pictures(manifest)
-    threads = Threads(source, manifest.loader.threads, manifest.loader.read_timeout)
+    manifest = from_dict(Manifest, json.load(sys.stdin), "manifest")
+    source = open_media_reader(manifest)
+    threads = ThreadDecoder(source, manifest.loader.threads, manifest.loader.read_timeout)
     _say(channel)
     memory: dict[int, mmap.mmap] = {}
     checked, poll = time.monotonic(), select.poll()  # not select(), which takes descriptors below 1024 alone
@@ -57,14 +57,14 @@ def _serve(channel: socket.socket, parent: int) -> None:
             data, files, *_ = socket.recv_fds(channel, MESSAGE, 1)
             if not data:
                 return
-            threads.give(_task(json.loads(data), files, memory, channel))
+            threads.submit(_task(json.loads(data), files, memory, channel))
         if time.monotonic() - checked >= TICK:
-            threads.check()
+            threads.raise_if_failed()
             _say(channel)
             checked = time.monotonic()
 
 
-def _task(message: dict, files: list[int], memory: dict[int, mmap.mmap], channel: socket.socket) -> Task:
+def _task(message: dict, files: list[int], memory: dict[int, mmap.mmap], channel: socket.socket) -> DecodeTask:
     for number in message["gone"]:
         memory.pop(number, None)
     number = message["buffer"]
@@ -73,15 +73,15 @@ def _task(message: dict, files: list[int], memory: dict[int, mmap.mmap], channel
         os.close(descriptor)
     shape = tuple(message["shape"])
     pictures = np.frombuffer(memory[number], dtype=np.uint8, count=int(np.prod(shape))).reshape(shape)
-    items = [Item(_view(item["view"]), 0, item["at"], item["count"], 0) for item in message["items"]]
+    items = [DecodeItem(_view(item["view"]), 0, item["at"], item["count"], 0) for item in message["items"]]
 
-    def done(task: Task) -> None:
+    def done(task: DecodeTask) -> None:
         if task.error:
             _say(channel, error=_line(task.error))
         else:
             _say(channel, task=message["task"], failed=task.failed, stuck=task.stuck)
 
-    return Task(items, pictures, None, done)
+    return DecodeTask(items, pictures, None, done)
 
 
 def _line(error: BaseException) -> str:
@@ -92,8 +92,8 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _view(fields: dict) -> View:
-    return View(**{**fields, "places": np.array(fields["places"], dtype=np.int64)})
+def _view(fields: dict) -> MediaView:
+    return MediaView(**{**fields, "places": np.array(fields["places"], dtype=np.int64)})
 
 
 def _say(channel: socket.socket, **message: object) -> None:

@@ -21,14 +21,14 @@ import numpy as np
 
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.loading.batch import Batch
-from pipeline.loading.buffer_pool import Pool
-from pipeline.loading.collate import Place
-from pipeline.loading.decode_processes import Processes
-from pipeline.loading.decode_threads import Decoders, LoaderError, Threads
-from pipeline.loading.pending_row import Row
-from pipeline.planning.dataset import open_corpus
-from pipeline.planning.epoch_plan import Plan
-from pipeline.planning.summary import Contents, contents
+from pipeline.loading.buffer_pool import BufferPool
+from pipeline.loading.collate import MicroStep
+from pipeline.loading.decode_processes import ProcessDecoder
+from pipeline.loading.decode_threads import Decoder, LoaderError, ThreadDecoder
+from pipeline.loading.pending_row import PendingRow
+from pipeline.planning.dataset import open_dataset
+from pipeline.planning.epoch_plan import EpochPlan
+from pipeline.planning.summary import EpochSummary, summarize_epoch
 
 __all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader"]
 
@@ -56,22 +56,22 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
         raise ManifestError(f"batching.row_multiple: {multiple} is not a multiple of {world_size} ranks; change either")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks")
-    corpus = open_corpus(manifest)
+    corpus = open_dataset(manifest)
     for epoch in range(manifest.train.epochs):
-        corpus.at(epoch)  # all caches are made here, where the first rank is alone
-    return Loader(Plan(corpus, manifest, split), rank, world_size)
+        corpus.for_epoch(epoch)  # all caches are made here, where the first rank is alone
+    return Loader(EpochPlan(corpus, manifest, split), rank, world_size)
 
 
 class Loader:
     """Iterates over the rest of the current epoch, then stands at the start of the next one."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int) -> None:
-        self._plan, self._corpus = plan, plan.corpus
+    def __init__(self, plan: EpochPlan, rank: int, world_size: int) -> None:
+        self._plan, self._corpus = plan, plan.dataset
         self._rank, self._world = rank, world_size
         self._epoch, self._step = 0, 0
         self._unreadable: list[str] = []
         loader = plan.manifest.loader
-        self._pool = Pool(loader.prefetch_mb << 20, shared=loader.workers > 0)
+        self._pool = BufferPool(loader.prefetch_mb << 20, shared=loader.workers > 0)
 
     def __len__(self) -> int:
         """Global batches of an epoch, equal on all ranks."""
@@ -94,19 +94,19 @@ class Loader:
             raise StateError(f"the loader's state is of other data or settings: {what}; use those, or start anew")
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
-    def report(self) -> Contents:
+    def report(self) -> EpochSummary:
         """What the first epoch contains, by root and entry; reads nothing but lengths."""
-        return contents(self._plan)
+        return summarize_epoch(self._plan)
 
-    def left_out(self) -> Iterator[tuple[str, str]]:
+    def excluded(self) -> Iterator[tuple[str, str]]:
         """(key, reason) of every dialogue that epochs would contain if it could be used."""
-        for number in self._plan.left_out.tolist():
-            yield self._corpus.key(number), self._corpus.why(number)
+        for number in self._plan.excluded.tolist():
+            yield self._corpus.key(number), self._corpus.skip_reason(number)
 
-    def cut(self) -> Iterator[tuple[str, str]]:
+    def truncated(self) -> Iterator[tuple[str, str]]:
         """(key, reason) of every dialogue of epochs that loses its end to ``text.max_tokens``."""
-        for number in self._plan.cut.tolist():
-            yield self._corpus.key(number), self._corpus.why(number)
+        for number in self._plan.truncated.tolist():
+            yield self._corpus.key(number), self._corpus.skip_reason(number)
 
     def __iter__(self) -> Iterator[Batch]:
         """Rows of this rank from the current place to the end of its epoch.
@@ -118,7 +118,7 @@ class Loader:
         """
         epoch = self._epoch
         rows = self._rows(epoch, self._step)
-        waiting: deque[Row] = deque()
+        waiting: deque[PendingRow] = deque()
         pool, decoders = self._pool, self._decoders()
         try:
             upcoming = next(rows, None)
@@ -128,7 +128,7 @@ class Loader:
                     upcoming = next(rows, None)
                 row = waiting.popleft()
                 batch = row.finish(decoders, pool)
-                if batch.last:
+                if batch.is_last:
                     ended = batch.step + 1 == len(self)
                     self._epoch, self._step = (epoch + 1, 0) if ended else (epoch, batch.step + 1)
                 del row  # the consumer alone holds the pixels
@@ -140,36 +140,36 @@ class Loader:
             for row in waiting:
                 row.abandon(pool)
 
-    def _decoders(self) -> Decoders:
+    def _decoders(self) -> Decoder:
         manifest = self._plan.manifest
         if manifest.loader.workers:
-            return Processes(manifest, self._corpus.pictures, self._pool)
-        return Threads(self._corpus.pictures, manifest.loader.threads, manifest.loader.read_timeout)
+            return ProcessDecoder(manifest, self._corpus.media_reader, self._pool)
+        return ThreadDecoder(self._corpus.media_reader, manifest.loader.threads, manifest.loader.read_timeout)
 
-    def _rows(self, epoch: int, first: int) -> Iterator[Row]:
+    def _rows(self, epoch: int, first: int) -> Iterator[PendingRow]:
         """The rows of this rank, planned one global batch at a time."""
         for step in range(first, len(self)):
             planned = self._plan.global_batch(epoch, step)
             micros = len(planned.rows) // self._world
             for micro in range(micros):
                 side_by_side = planned.rows[micro * self._world : (micro + 1) * self._world]
-                groups = self._plan.groups(side_by_side)
-                place = Place(epoch, step, micro, micros, planned.total_weight, groups)
+                groups = self._plan.num_tower_groups(side_by_side)
+                place = MicroStep(epoch, step, micro, micros, planned.total_weight, groups)
                 yield self._row(place, side_by_side[self._rank].tolist())
 
-    def _row(self, place: Place, dialogues: list[int]) -> Row:
-        frames, corpus = self._plan.manifest.frames, self._corpus.at(place.epoch)
+    def _row(self, place: MicroStep, dialogues: list[int]) -> PendingRow:
+        frames, corpus = self._plan.manifest.frames, self._corpus.for_epoch(place.epoch)
         views = [corpus.views(number) for number in dialogues]
         clips = [sum(view.clips for view in shown) for shown in views]
         tiles = [sum(view.tiles for view in shown) for shown in views]
-        return Row(
-            place=place,
+        return PendingRow(
+            micro_step=place,
             keys=[corpus.key(number) for number in dialogues],
             texts=[corpus.text(number) for number in dialogues],
             weights=[self._plan.weight(number, place.epoch) for number in dialogues],
             views=views,
-            clip_edges=np.cumsum([0, *clips]),
-            tile_edges=np.cumsum([0, *tiles]),
+            clip_offsets=np.cumsum([0, *clips]),
+            tile_offsets=np.cumsum([0, *tiles]),
             clip_shape=(frames.clip_frames, frames.size, frames.size, 3),
         )
 

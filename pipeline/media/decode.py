@@ -22,16 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.media import reference_sampling as published
 from pipeline.media.errors import REASONS, MediaError
 from pipeline.media.frame_sequences import open_folder, open_gif
-from pipeline.media.image import encode_still, read_image
+from pipeline.media.image import encode_image, read_image
 from pipeline.media.resize import resize, stored_size
-from pipeline.media.sampling import fit_to_clips, sample_indices
-from pipeline.media.video import InexactError, Source, open_straight, open_video
+from pipeline.media.sampling import pad_to_clips, sample_indices
+from pipeline.media.video import InexactSeekError, VideoSource, open_sequential, open_video
 
-__all__ = ["REASONS", "Decoded", "MediaError", "decode_video", "encode_still", "read_image"]
+__all__ = ["REASONS", "Decoded", "MediaError", "decode_video", "encode_image", "read_image"]
 
 _SLACK = 1e-6  #: seconds by which a frame may miss a clip's edge: times are sums of binary fractions
 
@@ -59,7 +59,7 @@ def decode_video(
     reader: str,
     start: float | None,
     end: float | None,
-    frames: Frames,
+    frames: FramesConfig,
     seed: int = 0,
     compat: str = "none",
     split: str = "train",
@@ -101,8 +101,8 @@ def decode_video(
         source = opener(path, shrink)
         choice = choose(source)
         return _take(path, source, choice, _salvaged(path, source, choice, end, frames), shrink)
-    except InexactError:
-        source = open_straight(path, shrink, partial(_likely, choose), _least(frames))
+    except InexactSeekError:
+        source = open_sequential(path, shrink, partial(_likely, choose), _least(frames))
         choice = choose(source)
         return _take(path, source, choice, _salvaged(path, source, choice, end, frames), shrink)
 
@@ -110,7 +110,7 @@ def decode_video(
 class _Shrink:
     """Resizes the pictures of one video, all to the size that follows from the first."""
 
-    def __init__(self, path: str | Path, frames: Frames) -> None:
+    def __init__(self, path: str | Path, frames: FramesConfig) -> None:
         self._path, self._frames = path, frames
         self.source = self._stored = (0, 0)
 
@@ -138,12 +138,12 @@ class _Choice:
 
 
 def _choose(
-    path: str | Path, start: float | None, end: float | None, frames: Frames, seed: int, source: Source
+    path: str | Path, start: float | None, end: float | None, frames: FramesConfig, seed: int, source: VideoSource
 ) -> _Choice:
     first, stop, duration = _clip(path, source, start, end)
     vlen = stop - first
     indices = sample_indices(frames, vlen, source.fps, duration, np.random.default_rng(seed))
-    indices = fit_to_clips(indices, vlen, frames.clip_frames)
+    indices = pad_to_clips(indices, vlen, frames.clip_frames)
     return _Choice(indices, first, vlen, source.fps, max(start or 0.0, 0.0), duration, np.empty(0, dtype=np.int64))
 
 
@@ -152,17 +152,17 @@ def _choose_published(
     reader: str,
     start: float | None,
     end: float | None,
-    frames: Frames,
+    frames: FramesConfig,
     seed: int,
     split: str,
-    source: Source,
+    source: VideoSource,
 ) -> _Choice:
     """A clip has both bounds there; with one alone the whole video is read."""
     rng = np.random.default_rng(seed)
-    wanted = published.Wanted(frames.sampler, frames.min, frames.max, frames.clip_frames, rng)
+    wanted = published.SamplingRequest(frames.sampler, frames.min, frames.max, frames.clip_frames, rng)
     clip = None if start is None or end is None else (start, end)
     try:
-        choice = published.choose(wanted, reader, source, clip, split)
+        choice = published.select_frames(wanted, reader, source, clip, split)
         choice.check_clips(frames.clip_frames)
     except ValueError as error:
         reason, where = ("too_few_frames", "") if clip is None else ("bad_clip", f" from {start} s to {end} s")
@@ -171,7 +171,7 @@ def _choose_published(
     return _Choice(choice.read, 0, len(source.seconds), choice.fps, begin, choice.duration, choice.nominal)
 
 
-def _likely(choose: Callable[[Source], _Choice], promised: Source) -> list[int]:
+def _likely(choose: Callable[[VideoSource], _Choice], promised: VideoSource) -> list[int]:
     """Numbers of the frames that will be wanted if the file keeps its promise."""
     try:
         choice = choose(promised)
@@ -180,14 +180,14 @@ def _likely(choose: Callable[[Source], _Choice], promised: Source) -> list[int]:
     return (choice.indices + choice.first).tolist()
 
 
-def _least(frames: Frames) -> int:
+def _least(frames: FramesConfig) -> int:
     """Frames that must come before the damage of a damaged video."""
     return max(frames.min, frames.clip_frames)
 
 
-def _salvaged(path: str | Path, source: Source, choice: _Choice, end: float | None, frames: Frames) -> bool:
+def _salvaged(path: str | Path, source: VideoSource, choice: _Choice, end: float | None, frames: FramesConfig) -> bool:
     """Whether a damaged file's damage concerns the choice; MediaError if too little comes before it."""
-    if not source.salvaged or (end is not None and end <= source.end):
+    if not source.recovered or (end is not None and end <= source.end):
         return False
     if choice.vlen < (least := _least(frames)):
         text = f"is damaged, and has only {choice.vlen} frames before that; {least} are needed; fetch the file again"
@@ -195,7 +195,7 @@ def _salvaged(path: str | Path, source: Source, choice: _Choice, end: float | No
     return True
 
 
-def _take(path: str | Path, source: Source, choice: _Choice, salvaged: bool, shrink: _Shrink) -> Decoded:
+def _take(path: str | Path, source: VideoSource, choice: _Choice, salvaged: bool, shrink: _Shrink) -> Decoded:
     """Decode and resize the frames of a choice."""
     distinct, sample = np.unique(choice.indices, return_inverse=True)
     count, taken = 0, None
@@ -222,7 +222,7 @@ def _take(path: str | Path, source: Source, choice: _Choice, salvaged: bool, shr
     )
 
 
-def _clip(path: str | Path, source: Source, start: float | None, end: float | None) -> tuple[int, int, float]:
+def _clip(path: str | Path, source: VideoSource, start: float | None, end: float | None) -> tuple[int, int, float]:
     """The frame numbers [first, stop) of a clip and its duration in seconds."""
     if start is None and end is None:
         return 0, len(source.seconds), len(source.seconds) / source.fps
@@ -231,7 +231,7 @@ def _clip(path: str | Path, source: Source, start: float | None, end: float | No
     first = int(np.searchsorted(source.seconds, low - _SLACK, "left"))
     stop = int(np.searchsorted(source.seconds, high + _SLACK, "right"))
     if not low < high or first >= stop:  # also for times that are not numbers
-        lost = source.salvaged and low >= source.end and (end is None or end > low)
+        lost = source.recovered and low >= source.end and (end is None or end > low)
         where = f"the file is damaged at {source.end:.2f} s" if lost else f"the video ends at {source.end:.2f} s"
         shown = "the end" if end is None else f"{end} s"
         raise MediaError(

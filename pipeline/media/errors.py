@@ -69,7 +69,7 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
-def explain_unopened(path: Path) -> MediaError:
+def diagnose_open_error(path: Path) -> MediaError:
     """Why a file that no decoder could open is broken, judged from its bytes: not_media, truncated or corrupt."""
     with open(path, "rb") as file:
         head = file.read(16)
@@ -83,7 +83,7 @@ def explain_unopened(path: Path) -> MediaError:
     return MediaError("not_media", path, f"is {kind}, whatever its name says")
 
 
-def ends_early(path: Path) -> bool:
+def is_truncated(path: Path) -> bool:
     """Whether an MP4, Matroska or AVI file is shorter than its own structure says; False where it does not say."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)

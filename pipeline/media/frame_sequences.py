@@ -11,12 +11,12 @@ from PIL import Image, ImageSequence
 
 from pipeline.media.errors import MAX_PIXELS, MediaError, check_file
 from pipeline.media.image import read_image
-from pipeline.media.video import Shrink, Source, whole
+from pipeline.media.video import ResizeFn, VideoSource, identity
 
-PICTURES = (".jpg", ".jpeg", ".png")  #: of the files of a folder, which are frames
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  #: of the files of a folder, which are frames
 
 
-def open_gif(path: str | Path, shrink: Shrink = whole) -> Source:
+def open_gif(path: str | Path, shrink: ResizeFn = identity) -> VideoSource:
     """Open a GIF as 1 frame a second, whatever its own delays; transparent places are black.
 
     A frame that covers a part of the picture is shown over those before it, as the file says.
@@ -51,7 +51,7 @@ def open_gif(path: str | Path, shrink: Shrink = whole) -> Source:
                     shown = Image.alpha_composite(Image.new("RGBA", frame.size, "black"), frame)
                     yield shrink(np.asarray(shown.convert("RGB")))
 
-    return Source(np.arange(count, dtype=np.float64), 1.0, float(count), broken, pictures)
+    return VideoSource(np.arange(count, dtype=np.float64), 1.0, float(count), broken, pictures)
 
 
 def _no_gif(path: Path, error: Exception) -> MediaError:
@@ -62,15 +62,15 @@ def _no_gif(path: Path, error: Exception) -> MediaError:
     return MediaError(reason, path, f"no frame of the GIF can be read ({error}); fetch the file again")
 
 
-def last_number(name: str) -> int:
+def trailing_number(name: str) -> int:
     """What orders the files of a folder: the last number in a name, -1 where there is none."""
     numbers = re.findall(r"\d+", Path(name).stem)
     return int(numbers[-1]) if numbers else -1
 
 
 def open_folder(
-    path: str | Path, shrink: Shrink = whole, order: Callable[[str], int] = last_number, name: str = ""
-) -> Source:
+    path: str | Path, shrink: ResizeFn = identity, order: Callable[[str], int] = trailing_number, name: str = ""
+) -> VideoSource:
     """Open a folder of jpg, jpeg and png frames, ordered by what ``order`` makes of their names, then by name.
 
     Numbers order the frames and do not time them: a gap in the numbers is no gap in time. There are 3 frames a second
@@ -81,7 +81,7 @@ def open_folder(
     """
     path = Path(path)
     try:
-        names = sorted(item.name for item in path.iterdir() if item.suffix.lower() in PICTURES)
+        names = sorted(item.name for item in path.iterdir() if item.suffix.lower() in IMAGE_EXTENSIONS)
     except NotADirectoryError:
         raise MediaError("not_media", path, "is no folder of frames; videos need the reader decord") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
@@ -95,4 +95,4 @@ def open_folder(
     def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
         return (shrink(np.asarray(read_image(path / names[number]))) for number in wanted.tolist())
 
-    return Source(np.arange(len(names)) / fps, fps, len(names) / fps, False, pictures)
+    return VideoSource(np.arange(len(names)) / fps, fps, len(names) / fps, False, pictures)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.config.preprocessing import Images
+from pipeline.config.preprocessing import ImagesConfig
 from pipeline.media.errors import MAX_PIXELS, MediaError, check_file
 from pipeline.media.jpeg import decode_jpeg, encode_jpeg
 
@@ -30,7 +30,7 @@ def read_image(path: str | Path) -> Image.Image:
     return _load(path, _read(path))[0]
 
 
-def encode_still(path: str | Path, images: Images) -> tuple[bytes, int, int, int, int]:
+def encode_image(path: str | Path, images: ImagesConfig) -> tuple[bytes, int, int, int, int]:
     """A still as it is stored: (JPEG, width, height, source width, source height), sizes in pixels, upright.
 
     A JPEG in RGB or grey that libjpeg-turbo reads, lies upright and is at most ``images.max_side`` on its longer side

@@ -25,7 +25,7 @@ from fractions import Fraction
 import numpy as np
 
 from pipeline.media.sampling import fps1_count, frame_indices
-from pipeline.media.video import Clock, Source
+from pipeline.media.video import FrameTimes, VideoSource
 
 Clip = tuple[float, float]  #: start and end in seconds
 
@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"_(\d+)\.(?:jpg|jpeg|png)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SamplingRequest:
     """The manifest's sampler and its bounds, in frames; ``local`` is the number of frames of a clip of the tower."""
 
     sampler: str
@@ -54,7 +54,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class FrameSelection:
     """What a published reader gives of a video or clip."""
 
     read: np.ndarray  #: int64 (R,) numbers of the file's frames that are read, in the order shown
@@ -68,39 +68,41 @@ class Choice:
             raise ValueError(f"{len(self.read)} frames are read, which is no whole number of clips of {local}")
 
 
-def choose(wanted: Wanted, reader: str, source: Source, clip: Clip | None, split: str) -> Choice:
+def select_frames(
+    wanted: SamplingRequest, reader: str, source: VideoSource, clip: Clip | None, split: str
+) -> FrameSelection:
     """What ``reader`` takes of an opened file; clips of split ``train`` are read as in training."""
     count, fps = len(source.seconds), source.fps
     if reader in ("img", "frame"):
-        return folder(wanted, count, fps, clip)
+        return folder_frames(wanted, count, fps, clip)
     if reader == "gif":
-        return gif(wanted, count, clip)
+        return gif_frames(wanted, count, clip)
     if clip is None:
-        return whole(wanted, count, fps)
+        return full_video(wanted, count, fps)
     if split != "train":
-        return clip_evaluated(wanted, count, fps, clip)
+        return eval_clip(wanted, count, fps, clip)
     if source.clock is None:
         raise ValueError("the frames have no times or no rate")
-    return clip_trained(wanted, source.clock, clip)
+    return train_clip(wanted, source.clock, clip)
 
 
-def whole(wanted: Wanted, vlen: int, fps: float) -> Choice:
+def full_video(wanted: SamplingRequest, vlen: int, fps: float) -> FrameSelection:
     """A video of ``vlen`` frames without a clip."""
     indices = wanted.indices(vlen, fps)
-    return Choice(indices, indices, fps, vlen / fps)
+    return FrameSelection(indices, indices, fps, vlen / fps)
 
 
-def clip_evaluated(wanted: Wanted, vlen: int, fps: float, clip: Clip) -> Choice:
+def eval_clip(wanted: SamplingRequest, vlen: int, fps: float, clip: Clip) -> FrameSelection:
     """A clip of a video of ``vlen`` frames, as outside of training."""
     start, end = max(0, clip[0]), min(vlen / fps - 0.1, clip[1])
     indices = wanted.indices(int((end - start) * fps), fps) + int(start * fps)
-    return Choice(indices, indices, fps, end - start)
+    return FrameSelection(indices, indices, fps, end - start)
 
 
-def clip_trained(wanted: Wanted, clock: Clock, clip: Clip) -> Choice:
+def train_clip(wanted: SamplingRequest, clock: FrameTimes, clip: Clip) -> FrameSelection:
     """A clip of a video whose frames are shown at the times of ``clock``, as in training."""
     (start, end), ticks, rate = clip, clock.ticks, clock.rate
-    nominal = spread(int(end - start) * rate, wanted.count(end - start, end - start))
+    nominal = spread_evenly(int(end - start) * rate, wanted.count(end - start, end - start))
     place, read = int(np.searchsorted(ticks, int(start / float(clock.base)))), []
     for index in nominal.tolist():
         target = math.ceil(int(index / rate) / clock.base)  # whole seconds from the start of the file
@@ -111,10 +113,10 @@ def clip_trained(wanted: Wanted, clock: Clock, clip: Clip) -> Choice:
         place += 1
     if not read:
         raise ValueError(f"no frame lies where {len(nominal)} are looked for")
-    return Choice(np.array(read, dtype=np.int64), nominal, float(rate), end - start)
+    return FrameSelection(np.array(read, dtype=np.int64), nominal, float(rate), end - start)
 
 
-def spread(frames: Fraction | int, count: int) -> np.ndarray:
+def spread_evenly(frames: Fraction | int, count: int) -> np.ndarray:
     """``count`` numbers, int64, over ``frames`` frames at even distances; -1 stands among them for no frames."""
     if count < 1:
         raise ValueError(f"{count} frames are asked for")
@@ -122,11 +124,11 @@ def spread(frames: Fraction | int, count: int) -> np.ndarray:
     return int(step / 2) + np.round(step * np.arange(count)).astype(np.int64)
 
 
-def folder(wanted: Wanted, files: int, fps: float, clip: Clip | None) -> Choice:
+def folder_frames(wanted: SamplingRequest, files: int, fps: float, clip: Clip | None) -> FrameSelection:
     """A folder of ``files`` frames at ``fps``, in the order of :func:`file_number`."""
     if clip is None:
         indices = wanted.indices(files, 1.0)
-        return Choice(indices, indices, fps, files / fps)
+        return FrameSelection(indices, indices, fps, files / fps)
     vlen = (min(files / fps, clip[1]) - max(0, clip[0])) * fps
     duration = vlen / fps
     first, last = max(1, round(clip[0] * fps)), min(round(clip[1] * fps), files - 1)
@@ -138,7 +140,7 @@ def folder(wanted: Wanted, files: int, fps: float, clip: Clip | None) -> Choice:
         read = np.arange(files)[indices]  # a number below 0 counts from the end
     except IndexError:
         raise ValueError(f"frame {indices.max()} is asked for, the folder has {files}") from None
-    return Choice(read, indices, fps, duration)
+    return FrameSelection(read, indices, fps, duration)
 
 
 def file_number(name: str) -> int:
@@ -147,9 +149,9 @@ def file_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def gif(wanted: Wanted, frames: int, clip: Clip | None) -> Choice:
+def gif_frames(wanted: SamplingRequest, frames: int, clip: Clip | None) -> FrameSelection:
     """A GIF of ``frames`` frames, at 1 frame a second; clips of it fail."""
     if clip is not None:
         raise ValueError("a GIF has no clips")
     indices = wanted.indices(frames, 1.0)
-    return Choice(np.unique(indices), indices, 1.0, float(frames))
+    return FrameSelection(np.unique(indices), indices, 1.0, float(frames))

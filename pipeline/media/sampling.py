@@ -18,11 +18,11 @@ import hashlib
 
 import numpy as np
 
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 
 
 def sample_indices(
-    frames: Frames, vlen: int, fps: float, duration: float, rng: np.random.Generator | None = None
+    frames: FramesConfig, vlen: int, fps: float, duration: float, rng: np.random.Generator | None = None
 ) -> np.ndarray:
     """Source frame numbers in [0, vlen), int64 (N,), in time order and with repeats.
 
@@ -89,7 +89,7 @@ def check_count(count: int, clip_frames: int) -> None:
         raise ValueError(f"{count} frames are not a multiple of {clip_frames} (frames.clip_frames); change frames.max")
 
 
-def fit_to_clips(indices: np.ndarray, vlen: int, clip_frames: int) -> np.ndarray:
+def pad_to_clips(indices: np.ndarray, vlen: int, clip_frames: int) -> np.ndarray:
     """``indices`` with the last repeated up to a multiple of ``clip_frames``; the middle frame where none are given.
 
     ``middle`` and ``dynamic_fps1`` pass unchanged; ``fpsX`` may end within a clip or take nothing of a short video.

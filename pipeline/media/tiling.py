@@ -45,7 +45,7 @@ def best_grid(
     return chosen
 
 
-def tiles(
+def split_into_tiles(
     picture: Image.Image, mode: str, size: int, max_grid: int, several: bool = False
 ) -> tuple[np.ndarray, Grid | None]:
     """Tiles of a picture: uint8 (n, size, size, 3) with the overview first, and the (w, h) grid of the tiles after it.

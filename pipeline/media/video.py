@@ -31,7 +31,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from pipeline.media.errors import MAX_PIXELS, MediaError, check_file, ends_early, explain_unopened
+from pipeline.media.errors import MAX_PIXELS, MediaError, check_file, is_truncated, diagnose_open_error
 
 #: Containers that are opened. Playlists and scripts (HLS, concat, SDP ...) are not: they make ffmpeg open other files.
 FORMATS = (
@@ -44,15 +44,15 @@ BY_DECODING_TIME = ("mpegts", "mpeg")  #: formats in which a seek leads to the p
 SKIPPING = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 _NO_TIME = -(2**63)
 
-Shrink = Callable[[np.ndarray], np.ndarray]  #: what is made of a picture, uint8 (H, W, 3), as soon as it is there
+ResizeFn = Callable[[np.ndarray], np.ndarray]  #: what is made of a picture, uint8 (H, W, 3), as soon as it is there
 
 
-def whole(picture: np.ndarray) -> np.ndarray:
+def identity(picture: np.ndarray) -> np.ndarray:
     """The :data:`Shrink` that changes nothing."""
     return picture
 
 
-class InexactError(Exception):
+class InexactSeekError(Exception):
     """Seeking in this file does not lead to the frames asked for; read it straight through."""
 
 
@@ -61,7 +61,7 @@ class _BrokenError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class FrameTimes:
     """Times of a video's N frames as the file has them."""
 
     ticks: np.ndarray  #: int64 (N,), ascending: presentation times in units of ``base``
@@ -70,18 +70,18 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class VideoSource:
     """An opened video of N frames."""
 
     seconds: np.ndarray  #: float64 (N,), ascending: when each frame is shown, from the start of the file
     fps: float
     end: float  #: second at which the last frame stops being shown
-    salvaged: bool  #: the file is damaged: more frames than these were in it, or are promised
+    recovered: bool  #: the file is damaged: more frames than these were in it, or are promised
     pictures: Callable[[np.ndarray], Iterator[np.ndarray]]  #: shrunk RGB pictures of ascending, distinct frame numbers
-    clock: Clock | None = None  #: None for a GIF, a folder, or a file without times or a rate
+    clock: FrameTimes | None = None  #: None for a GIF, a folder, or a file without times or a rate
 
 
-def open_video(path: str | Path, shrink: Shrink = whole) -> Source:
+def open_video(path: str | Path, shrink: ResizeFn = identity) -> VideoSource:
     """Open a video whose frames are found by their times; only its packets are read before a frame is asked for.
 
     Raises:
@@ -93,7 +93,7 @@ def open_video(path: str | Path, shrink: Shrink = whole) -> Source:
     scan = _scan(path)
     ticks, starts = scan.ticks, scan.keys
     if not len(starts) or not scan.timed:
-        raise InexactError("frames or their times are missing")
+        raise InexactSeekError("frames or their times are missing")
     places = np.searchsorted(ticks, starts)  # number of each key frame
 
     def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
@@ -112,19 +112,19 @@ def open_video(path: str | Path, shrink: Shrink = whole) -> Source:
                     frame = _at(frames, tick)
                     back += frame is None
                 if frame is None:
-                    raise InexactError(f"no frame at {tick}")
+                    raise InexactSeekError(f"no frame at {tick}")
                 shown = number
                 yield shrink(_pixels(frame))
 
     return _source(scan, ticks, pictures, scan.damaged)
 
 
-def open_straight(
+def open_sequential(
     path: str | Path,
-    shrink: Shrink = whole,
-    likely: Callable[[Source], Collection[int]] | None = None,
+    shrink: ResizeFn = identity,
+    likely: Callable[[VideoSource], Collection[int]] | None = None,
     least: int = 1,
-) -> Source:
+) -> VideoSource:
     """Open a video by decoding it from its first frame to its end, or to the first place that does not decode.
 
     Args:
@@ -203,7 +203,7 @@ def _scan(path: Path) -> _Scan:
         ticks, starts = np.sort(np.array(times, dtype=np.int64)), np.array(keys, dtype=np.int64)
         order = np.argsort(starts)
         timed = _NO_TIME not in ticks[:1] and bool((np.diff(ticks) > 0).all())
-        damaged = broken or len(ticks) < _promised_frames(stream, len(ticks)) or ends_early(path)
+        damaged = broken or len(ticks) < _promised_frames(stream, len(ticks)) or is_truncated(path)
         if damaged and timed and limit is not None:  # what was to come may be shown before what is there
             ticks, order = ticks[ticks <= limit], order[starts[order] <= limit]
         return _Scan(
@@ -230,9 +230,9 @@ def _promised_frames(stream: VideoStream, found: int) -> int:
 
 def _source(
     scan: _Scan, ticks: np.ndarray, pictures: Callable[[np.ndarray], Iterator[np.ndarray]], salvaged: bool
-) -> Source:
+) -> VideoSource:
     """A source of frames at ``ticks``; evenly spaced ones where these are no times."""
-    clock = Clock(ticks, scan.base, scan.rate) if scan.rate and scan.base else None
+    clock = FrameTimes(ticks, scan.base, scan.rate) if scan.rate and scan.base else None
     seconds = ticks * float(scan.base) - scan.origin
     if ticks[0] == _NO_TIME or not (np.diff(ticks) > 0).all():
         clock, seconds = None, np.arange(len(ticks)) / (scan.nominal or 1.0)
@@ -242,7 +242,7 @@ def _source(
     measured = len(seconds) / (seconds[-1] - seconds[0] + last)
     stated = scan.nominal or measured
     fps = stated if abs(stated - measured) <= 0.1 * measured else measured  # some containers state what is not so
-    return Source(seconds, float(fps), float(seconds[-1] + last), salvaged, pictures, clock)
+    return VideoSource(seconds, float(fps), float(seconds[-1] + last), salvaged, pictures, clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +255,7 @@ class _Run:
     kept: dict[int, np.ndarray]  #: shrunk pictures by frame number
 
 
-def _run(path: Path, strict: bool, shrink: Shrink, keep: Collection[int]) -> _Run:
+def _run(path: Path, strict: bool, shrink: ResizeFn, keep: Collection[int]) -> _Run:
     ticks, kept, broken, faults = array("q"), {}, False, []
     with _open(path, strict) as (container, stream):
         try:
@@ -279,10 +279,10 @@ def _open(path: Path, strict: bool = False) -> Iterator[tuple[InputContainer, Vi
     except av.ArgumentError:
         raise MediaError("unsupported", path, "is in a container format that is not read") from None
     except (av.FFmpegError, ValueError):
-        raise explain_unopened(path) from None
+        raise diagnose_open_error(path) from None
     with container:
         if not len(container.streams):
-            raise explain_unopened(path)
+            raise diagnose_open_error(path)
         stream = container.streams.best("video")
         if stream is not None and stream.disposition & Disposition.attached_pic:
             moving = (other for other in container.streams.video if not other.disposition & Disposition.attached_pic)

@@ -16,25 +16,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.data import MixRoot
+from pipeline.config.data import MixRootConfig
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.shards.index import Index
-from pipeline.shards.media_view import View, Visuals
-from pipeline.storage import Reading
-from pipeline.tokenization.chat_template import conversation_of
-from pipeline.tokenization.token_cache import Tokens
-from pipeline.utils.arrow_mmap import PageLimit
+from pipeline.shards.media_view import MediaView, MediaViews
+from pipeline.storage import ReadOptions
+from pipeline.tokenization.chat_template import build_chat_template
+from pipeline.tokenization.token_cache import TokenCache
+from pipeline.utils.arrow_mmap import ResidentPageLimiter
 
 LENGTHS = ("length", "clips", "tiles", "learned")  #: of :class:`Tokens`
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DatasetPart:
     """One root."""
 
     index: Index
-    visuals: Visuals
-    tokens: Tokens
+    media_views: MediaViews
+    tokens: TokenCache
 
     def in_split(self, split: str) -> np.ndarray:
         """Whether each dialogue is of ``split``, bool (dialogues,)."""
@@ -54,33 +54,33 @@ class Part:
         return np.concatenate([np.empty(0, dtype=np.int32), *codes])
 
 
-class Pictures:
+class MediaReader:
     """Pixels of the media of all roots, by view: what decoding needs of a corpus. Usable from many threads."""
 
-    def __init__(self, visuals: Sequence[Visuals]) -> None:
+    def __init__(self, visuals: Sequence[MediaViews]) -> None:
         self._visuals = list(visuals)
-        self._pages = PageLimit(self._release)
+        self._pages = ResidentPageLimiter(self._release)
 
-    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
+    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
         """See :meth:`Visuals.read_frames`."""
-        self._pages.looked_up()
+        self._pages.on_lookup()
         self._visuals[view.root].read_frames(view, start, out)
 
-    def read_still(self, view: View, out: np.ndarray) -> None:
+    def read_image(self, view: MediaView, out: np.ndarray) -> None:
         """See :meth:`Visuals.read_still`."""
-        self._pages.looked_up()
-        self._visuals[view.root].read_still(view, out)
+        self._pages.on_lookup()
+        self._visuals[view.root].read_image(view, out)
 
-    def where(self, view: View) -> str:
+    def describe(self, view: MediaView) -> str:
         """Shard and member of a medium, for messages."""
-        return self._visuals[view.root].where(view)
+        return self._visuals[view.root].describe(view)
 
     def _release(self) -> None:
         for visuals in self._visuals:
             visuals.index.release()
 
 
-class Corpus:
+class ConcatDataset:
     """Dialogues of all roots by number; usable from many threads.
 
     ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,), as of :class:`Tokens`.
@@ -89,9 +89,9 @@ class Corpus:
     length: np.ndarray
     clips: np.ndarray
     tiles: np.ndarray
-    learned: np.ndarray
+    num_label_tokens: np.ndarray
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[DatasetPart]) -> None:
         self.parts = list(parts)
         sizes = [len(part.tokens.length) for part in parts]
         self.starts = np.cumsum([0, *sizes]).tolist()
@@ -101,56 +101,56 @@ class Corpus:
             for part, start, size in zip(parts, self.starts, sizes, strict=False):  # the roots' own become views
                 setattr(part.tokens, name, getattr(self, name)[start : start + size])
         self._columns = [[part.index.dialogues[name] for name in ("key", "media", "entry")] for part in parts]
-        self._other: tuple[list[Tokens], Corpus] | None = None
-        self._pages = PageLimit(self.release)
-        self.pictures = Pictures([part.visuals for part in parts])
+        self._other: tuple[list[TokenCache], ConcatDataset] | None = None
+        self._pages = ResidentPageLimiter(self.release)
+        self.media_reader = MediaReader([part.media_views for part in parts])
 
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def at(self, epoch: int) -> Corpus:
+    def for_epoch(self, epoch: int) -> ConcatDataset:
         """The corpus as it is in one epoch; texts and lengths differ with ``compat: published`` only.
 
         Raises:
             ManifestError: an epoch after the last of ``train.epochs``, with ``compat: published``.
         """
-        tokens = [part.tokens.at(epoch) for part in self.parts]
+        tokens = [part.tokens.for_epoch(epoch) for part in self.parts]
         if all(there is part.tokens for there, part in zip(tokens, self.parts, strict=True)):
             return self
         if self._other is None or any(a is not b for a, b in zip(tokens, self._other[0], strict=True)):
             parts = [replace(part, tokens=there) for part, there in zip(self.parts, tokens, strict=True)]
-            self._other = tokens, Corpus(parts)
+            self._other = tokens, ConcatDataset(parts)
         return self._other[1]
 
-    def place(self, number: int) -> tuple[int, int]:
+    def locate(self, number: int) -> tuple[int, int]:
         """Number of the root, and the row in its index, of a dialogue."""
         root = bisect_right(self.starts, number) - 1
         return root, number - self.starts[root]
 
     def key(self, number: int) -> str:
         """The key of a dialogue."""
-        root, row = self.place(number)
+        root, row = self.locate(number)
         return self._columns[root][0][row].as_py()
 
-    def views(self, number: int) -> list[View]:
+    def views(self, number: int) -> list[MediaView]:
         """What is shown of the media of a dialogue; see :meth:`Visuals.views`."""
-        self._pages.looked_up()
-        root, row = self.place(number)
+        self._pages.on_lookup()
+        root, row = self.locate(number)
         _, media, entry = self._columns[root]
-        visuals = self.parts[root].visuals
+        visuals = self.parts[root].media_views
         return visuals.views(media[row].as_py(), entry[row].as_py() if visuals.bounds else "")
 
     def text(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels of a dialogue, see :meth:`Tokens.of`; copies, so that no page is looked at later."""
-        self._pages.looked_up()
-        root, row = self.place(number)
-        ids, labels = self.parts[root].tokens.of(row)
+        self._pages.on_lookup()
+        root, row = self.locate(number)
+        ids, labels = self.parts[root].tokens.get(row)
         return ids.copy(), labels.copy()
 
-    def why(self, number: int) -> str:
+    def skip_reason(self, number: int) -> str:
         """Why a dialogue cannot be used, or what it loses, see :meth:`Tokens.why`."""
-        root, row = self.place(number)
-        return self.parts[root].tokens.why(row)
+        root, row = self.locate(number)
+        return self.parts[root].tokens.skip_reason(row)
 
     def release(self) -> None:
         """Give back the memory of what was read of indexes and token caches; see :mod:`pipeline.utils.arrow_mmap`."""
@@ -159,43 +159,45 @@ class Corpus:
             part.tokens.release()
 
 
-def roots_of(manifest: Manifest) -> tuple[MixRoot, ...]:
+def mix_roots(manifest: Manifest) -> tuple[MixRootConfig, ...]:
     """What is read: ``mix``, or the stage's own shards once."""
-    return manifest.mix or (MixRoot(root=str(manifest.shard_place)),)
+    return manifest.mix or (MixRootConfig(root=str(manifest.shard_address)),)
 
 
-def open_corpus(manifest: Manifest) -> Corpus:
+def open_dataset(manifest: Manifest) -> ConcatDataset:
     """All roots of ``manifest``, checked against it; each is tokenised once where needed.
 
     Raises:
         ShardsError: shards are not there, or cannot give the frames that are wanted.
         ManifestError: the tokenizer cannot be loaded, or ``mix`` names an entry that a root does not have.
     """
-    roots, opened = roots_of(manifest), []
+    roots, opened = mix_roots(manifest), []
     for number, root in enumerate(roots):
         index, visuals = _open(manifest, number, root)
-        index.check(manifest)
+        index.validate_manifest(manifest)
         for place, entry in enumerate(root.entries):
             index.check_frames(entry.frames(manifest.frames), f"mix[{number}].entries[{place}]")
         opened.append((index, visuals))
-    conversation = conversation_of(manifest)
-    parts = [Part(index, visuals, Tokens(index, manifest, conversation, visuals)) for index, visuals in opened]
+    conversation = build_chat_template(manifest)
+    parts = [
+        DatasetPart(index, visuals, TokenCache(index, manifest, conversation, visuals)) for index, visuals in opened
+    ]
     for number, (root, part) in enumerate(zip(roots, parts, strict=True)):
         _check_entries(number, root, part)
-    return Corpus(parts)
+    return ConcatDataset(parts)
 
 
-def open_pictures(manifest: Manifest) -> Pictures:
+def open_media_reader(manifest: Manifest) -> MediaReader:
     """The pixels alone, of roots that :func:`open_corpus` has checked; ShardsError if they cannot be opened."""
-    return Pictures([_open(manifest, number, root)[1] for number, root in enumerate(roots_of(manifest))])
+    return MediaReader([_open(manifest, number, root)[1] for number, root in enumerate(mix_roots(manifest))])
 
 
-def _open(manifest: Manifest, number: int, root: MixRoot) -> tuple[Index, Visuals]:
-    index = Index.open(root.root, Reading.of(manifest.loader))
-    return index, Visuals(index, manifest, root.entries, number)
+def _open(manifest: Manifest, number: int, root: MixRootConfig) -> tuple[Index, MediaViews]:
+    index = Index.open(root.root, ReadOptions.from_manifest(manifest.loader))
+    return index, MediaViews(index, manifest, root.entries, number)
 
 
-def _check_entries(number: int, root: MixRoot, part: Part) -> None:
+def _check_entries(number: int, root: MixRootConfig, part: DatasetPart) -> None:
     there = part.entry_names() if root.entries else []
     for place, entry in enumerate(root.entries):
         if entry.entry not in there:

@@ -11,11 +11,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from pipeline.config.data import MixRoot
-from pipeline.config.manifest import Manifest, ManifestError, plain
-from pipeline.config.subset import select
-from pipeline.planning.dataset import Corpus, roots_of
-from pipeline.planning.mixing import CHUNK, Share, appearances, apportion, epoch_order
+from pipeline.config.data import MixRootConfig
+from pipeline.config.manifest import Manifest, ManifestError, to_dict
+from pipeline.config.subset import select_subset
+from pipeline.planning.dataset import ConcatDataset, mix_roots
+from pipeline.planning.mixing import CHUNK, EntryQuota, draw_samples, apportion, epoch_order
 from pipeline.planning.packing import costs, pack
 from pipeline.shards.index import ShardsError
 
@@ -28,14 +28,14 @@ class GlobalBatch:
     total_weight: float  #: loss weight of all dialogues
 
 
-class Plan:
+class EpochPlan:
     """Order, rows and weights of every epoch of one split under one manifest."""
 
-    def __init__(self, corpus: Corpus, manifest: Manifest, split: str) -> None:
-        self.corpus, self.manifest, self.split = corpus, manifest, split
-        self.shares, self.left_out = _shares(corpus, manifest, split)
+    def __init__(self, corpus: ConcatDataset, manifest: Manifest, split: str) -> None:
+        self.dataset, self.manifest, self.split = corpus, manifest, split
+        self.quotas, self.excluded = _shares(corpus, manifest, split)
         corpus.release()
-        if not any(share.appearances for share in self.shares):
+        if not any(share.num_samples for share in self.quotas):
             raise ShardsError(f"{self._roots()}: no dialogue of split {split} can be used; {self._why()}")
         side = manifest.frames.size // manifest.model.vision_tower.patch
         self.patches = side * side  #: of a frame
@@ -47,31 +47,31 @@ class Plan:
             )
 
     def _roots(self) -> str:
-        return ", ".join(str(part.index.root) for part in self.corpus.parts)
+        return ", ".join(str(part.index.root) for part in self.dataset.parts)
 
     def _why(self) -> str:
-        if not len(self.left_out):
+        if not len(self.excluded):
             named = "mix takes none" if self.manifest.mix else "the manifest's data.entries name none"
             return f"{named}, or all are in the build's ledger"
-        return f"{len(self.left_out)} are left out, the first because {self.corpus.why(int(self.left_out[0]))}"
+        return f"{len(self.excluded)} are left out, the first because {self.dataset.skip_reason(int(self.excluded[0]))}"
 
     @property
-    def appearances(self) -> int:
+    def draw_samples(self) -> int:
         """Dialogues of an epoch, each as often as it appears, ``dropped`` ones included."""
-        return sum(share.appearances for share in self.shares)
+        return sum(share.num_samples for share in self.quotas)
 
     @property
     def dropped(self) -> int:
         """Appearances that ``batching.order`` leaves out of an epoch, others in each."""
-        return self.appearances - len(self._order)
+        return self.draw_samples - len(self._order)
 
     @property
-    def cut(self) -> np.ndarray:
+    def truncated(self) -> np.ndarray:
         """The numbers of dialogues of epochs that lose their end to ``text.max_tokens``, int64, ascending."""
-        corpus = self.corpus
-        cuts = [part.tokens.cut + start for part, start in zip(corpus.parts, corpus.starts, strict=False)]
+        corpus = self.dataset
+        cuts = [part.tokens.truncated + start for part, start in zip(corpus.parts, corpus.starts, strict=False)]
         every = np.concatenate(cuts)
-        taken = [every[np.isin(every, share.numbers)] for share in self.shares]
+        taken = [every[np.isin(every, share.numbers)] for share in self.quotas]
         return np.sort(np.concatenate(taken)).astype(np.int64)
 
     @property
@@ -87,8 +87,8 @@ class Plan:
         return self._order
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        corpus, batching, seed = self.corpus, self.manifest.batching, self.manifest.seed
-        numbers = appearances(self.shares, len(corpus), seed, epoch)
+        corpus, batching, seed = self.dataset, self.manifest.batching, self.manifest.seed
+        numbers = draw_samples(self.quotas, len(corpus), seed, epoch)
         lengths = np.empty(0, dtype=np.int32)
         if batching.order not in ("shuffle", "sequential"):
             # With compat: published lengths grow with the epoch; those of the last one group the dialogues of all.
@@ -98,49 +98,49 @@ class Plan:
         order = epoch_order(numbers, lengths, batching, seed, epoch)
         return order if numbers[-1] < len(corpus) else (order % len(corpus)).astype(np.int32)
 
-    def units(self, rows: np.ndarray) -> int:
+    def num_vision_units(self, rows: np.ndarray) -> int:
         """Clips and tiles of dialogues together: what goes through the vision tower one by one."""
-        return int(self.corpus.clips[rows].sum() + self.corpus.tiles[rows].sum())
+        return int(self.dataset.clips[rows].sum() + self.dataset.tiles[rows].sum())
 
-    def pictures(self, rows: np.ndarray) -> np.ndarray:
+    def num_images(self, rows: np.ndarray) -> np.ndarray:
         """Frames and tiles of each dialogue, int64 (n,)."""
-        clips = self.corpus.clips[rows].astype(np.int64)
-        return clips * self.manifest.frames.clip_frames + self.corpus.tiles[rows]
+        clips = self.dataset.clips[rows].astype(np.int64)
+        return clips * self.manifest.frames.clip_frames + self.dataset.tiles[rows]
 
     def costs(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Estimated FLOPs of dialogues, float64 (n,)."""
-        lengths = self.corpus.at(epoch).length[rows].astype(np.int64)
-        return costs(self.manifest.batching.cost, self.pictures(rows) * self.patches, lengths)
+        lengths = self.dataset.for_epoch(epoch).length[rows].astype(np.int64)
+        return costs(self.manifest.batching.cost, self.num_images(rows) * self.patches, lengths)
 
     def global_batch(self, epoch: int, step: int) -> GlobalBatch:
         """Slice ``step`` of the epoch's order, as rows."""
         batching, size = self.manifest.batching, self.manifest.batching.global_batch
         members = self.order(epoch)[step * size : (step + 1) * size].astype(np.int64)
-        corpus = self.corpus.at(epoch)
+        corpus = self.dataset.for_epoch(epoch)
         lengths = corpus.length[members].astype(np.int64)
         packed = pack(lengths, self.costs(epoch, members), self.manifest.text.max_tokens, batching.row_multiple)
         by_token = batching.loss_weight == "token"
-        weight = float(corpus.learned[members].sum()) if by_token else float(len(members))
+        weight = float(corpus.num_label_tokens[members].sum()) if by_token else float(len(members))
         return GlobalBatch([members[row] for row in packed], weight)
 
     def weight(self, row: int, epoch: int) -> float:
         """Loss weight of each labelled place of one dialogue."""
         by_token = self.manifest.batching.loss_weight == "token"
-        return 1.0 if by_token else 1.0 / float(self.corpus.at(epoch).learned[row])
+        return 1.0 if by_token else 1.0 / float(self.dataset.for_epoch(epoch).num_label_tokens[row])
 
-    def groups(self, rows: list[np.ndarray]) -> int:
+    def num_tower_groups(self, rows: list[np.ndarray]) -> int:
         """Tower groups of a micro-step whose ranks run ``rows``: the maximum over them, at least 1."""
         size = self.manifest.model.vision_tower.group_clips
-        return max(1, *(-(-self.units(row) // size) for row in rows))
+        return max(1, *(-(-self.num_vision_units(row) // size) for row in rows))
 
     def fingerprint(self) -> dict[str, object]:
         """Everything that decides order and contents of global batches, by name; where roots lie is no part of it."""
         manifest, batching = self.manifest, self.manifest.batching
         cost, roots = batching.cost, {}
-        for number, part in enumerate(self.corpus.parts):
+        for number, part in enumerate(self.dataset.parts):
             place = f"mix[{number}]." if manifest.mix else ""
             roots |= {f"{place}index": part.index.fingerprint, f"{place}tokens": part.tokens.fingerprint}
-            settings = plain(manifest.mix[number]) if manifest.mix else {}
+            settings = to_dict(manifest.mix[number]) if manifest.mix else {}
             roots |= {f"{place}{name}": value for name, value in settings.items() if name != "root"}
         return {
             **roots,
@@ -168,10 +168,10 @@ class _Pool:
     cap: int | None
 
 
-def _shares(corpus: Corpus, manifest: Manifest, split: str) -> tuple[list[Share], np.ndarray]:
+def _shares(corpus: ConcatDataset, manifest: Manifest, split: str) -> tuple[list[EntryQuota], np.ndarray]:
     """What every epoch takes, and the numbers of dialogues that it would take if they could be used, int64."""
     pools, left_out = [], []
-    roots = roots_of(manifest)
+    roots = mix_roots(manifest)
     for number, root in enumerate(roots):
         here, left = _pools(corpus, number, root, split, manifest.seed)
         pools.append(here)
@@ -180,7 +180,7 @@ def _shares(corpus: Corpus, manifest: Manifest, split: str) -> tuple[list[Share]
     if roots[0].weight is not None:
         counts = _weighted(roots, pools, split)
     shares = [
-        Share(pool.numbers, count)
+        EntryQuota(pool.numbers, count)
         for here, row in zip(pools, counts, strict=True)
         for pool, count in zip(here, row, strict=True)
         if count
@@ -188,14 +188,16 @@ def _shares(corpus: Corpus, manifest: Manifest, split: str) -> tuple[list[Share]
     return shares, np.concatenate(left_out)
 
 
-def _pools(corpus: Corpus, number: int, root: MixRoot, split: str, seed: int) -> tuple[list[_Pool], np.ndarray]:
+def _pools(
+    corpus: ConcatDataset, number: int, root: MixRootConfig, split: str, seed: int
+) -> tuple[list[_Pool], np.ndarray]:
     part, start = corpus.parts[number], corpus.starts[number]
-    in_split, usable = part.in_split(split), part.tokens.learned > 0
+    in_split, usable = part.in_split(split), part.tokens.num_label_tokens > 0
     pools, taken = [], np.zeros(len(usable), dtype=bool)
     codes = part.entry_codes([entry.entry for entry in root.entries]) if root.entries else None
     for place, entry in enumerate(root.entries):
         rows = _places(in_split & (codes == place))
-        chosen = select(entry.sampling, len(rows), seed)
+        chosen = select_subset(entry.sampling, len(rows), seed)
         rows = rows[chosen.start : chosen.stop] if isinstance(chosen, range) else rows[chosen]
         repeat = root.repeat if entry.repeat is None else entry.repeat
         if repeat:
@@ -220,7 +222,7 @@ def _pool(numbers: np.ndarray, repeat: float, cap: int | None) -> _Pool:
     return _Pool(numbers, count if cap is None else min(count, cap), cap)
 
 
-def _weighted(roots: tuple[MixRoot, ...], pools: list[list[_Pool]], split: str) -> list[list[int]]:
+def _weighted(roots: tuple[MixRootConfig, ...], pools: list[list[_Pool]], split: str) -> list[list[int]]:
     """As many appearances as without weights, by weight; within a root in its own proportions, none above its cap."""
     total = sum(pool.wanted for here in pools for pool in here)
     sizes = apportion(total, [Fraction(str(root.weight)) for root in roots])

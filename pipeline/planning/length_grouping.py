@@ -20,13 +20,13 @@ CHUNK = 50  #: global batches, at most, that ``length`` sorts together
 CHUNKS = 4  #: chunks, at least, of an epoch that has as many global batches
 
 
-def plain(lengths: np.ndarray, size: int, shares: int, generator: torch.Generator) -> np.ndarray:
+def random_batches(lengths: np.ndarray, size: int, shares: int, generator: torch.Generator) -> np.ndarray:
     """A permutation, cut into global batches; lengths decide places within them alone."""
     batches = _slices(_permutation(len(lengths), generator), size)
     return _joined(_shared(batch, lengths, shares) for batch in batches)
 
 
-def length(lengths: np.ndarray, size: int, shares: int, generator: torch.Generator) -> np.ndarray:
+def length_grouped(lengths: np.ndarray, size: int, shares: int, generator: torch.Generator) -> np.ndarray:
     """Global batches of like lengths: chunks of a permutation, each sorted, cut into global batches in random order.
 
     The first chunk's longest dialogue changes places with the longest of all.
@@ -39,7 +39,7 @@ def length(lengths: np.ndarray, size: int, shares: int, generator: torch.Generat
     return _joined(_shuffled(batches, generator))
 
 
-def length_windows(lengths: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
+def length_grouped_windows(lengths: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
     """Global batches of like lengths: all sorted, shuffled within windows of 8, cut, in random order."""
     rank = _permutation(len(lengths), generator)
     windows = _slices(_falling(np.arange(len(lengths)), lengths), size * WINDOW)
@@ -47,7 +47,7 @@ def length_windows(lengths: np.ndarray, size: int, generator: torch.Generator) -
     return _joined(_shuffled(batches, generator))
 
 
-def modality(
+def modality_grouped(
     lengths: np.ndarray, size: int, shares: int, generator: torch.Generator, within: torch.Generator | None = None
 ) -> np.ndarray:
     """Global batches of one kind, :func:`plain` within each, in random order; what is left of both stands last.
@@ -55,20 +55,20 @@ def modality(
     ``within`` draws the order within each kind where both are there; ``generator`` if not given. ValueError where a
     length is 0, which is of no kind.
     """
-    return _by_kind(plain, lengths, size, shares, generator, within, keep_rest=True)
+    return _by_kind(random_batches, lengths, size, shares, generator, within, keep_rest=True)
 
 
-def modality_length(
+def modality_length_grouped(
     lengths: np.ndarray, size: int, shares: int, generator: torch.Generator, within: torch.Generator | None = None
 ) -> np.ndarray:
     """As :func:`modality`, with :func:`length` within each kind and without the last global batch of either.
 
     Where there is one kind alone, nothing is dropped. The order may be empty.
     """
-    return _by_kind(length, lengths, size, shares, generator, within, keep_rest=False)
+    return _by_kind(length_grouped, lengths, size, shares, generator, within, keep_rest=False)
 
 
-def even_chunks(places: np.ndarray, lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
+def split_by_length(places: np.ndarray, lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
     """``places`` dealt out in order, each to the chunk of least total length with room, the first of equals.
 
     Where ``chunks`` does not divide their number, every ``chunks``-th goes to one chunk instead.
@@ -110,7 +110,7 @@ def _by_kind(
 
 
 def _shared(batch: np.ndarray, lengths: np.ndarray, shares: int) -> np.ndarray:
-    return np.concatenate(even_chunks(_falling(batch, lengths), lengths, shares))
+    return np.concatenate(split_by_length(_falling(batch, lengths), lengths, shares))
 
 
 def _falling(places: np.ndarray, by: np.ndarray) -> np.ndarray:

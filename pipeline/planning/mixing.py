@@ -14,25 +14,25 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from pipeline.config.loading import Batching
+from pipeline.config.loading import BatchingConfig
 from pipeline.planning import length_grouping as grouping
 
 CHUNK = 1 << 18  #: numbers that are hashed or sorted at once, to bound memory
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class EntryQuota:
     """Dialogues that appear equally often, and how many appearances they have together in every epoch."""
 
     numbers: np.ndarray  #: int (n,) of dialogues, ascending
-    appearances: int
+    num_samples: int
 
     def copies(self) -> int:
         """The most appearances that one of its dialogues has in an epoch."""
-        return -(-self.appearances // len(self.numbers)) if self.appearances else 0
+        return -(-self.num_samples // len(self.numbers)) if self.num_samples else 0
 
 
-def appearances(shares: Sequence[Share], total: int, seed: int, epoch: int) -> np.ndarray:
+def draw_samples(shares: Sequence[EntryQuota], total: int, seed: int, epoch: int) -> np.ndarray:
     """The appearances of one epoch, ascending; of the dtype of the shares' numbers, or int64 where that is too small.
 
     With a appearances of n dialogues each has floor(a / n), and a mod n of them one more: the next ones, epoch by
@@ -42,16 +42,16 @@ def appearances(shares: Sequence[Share], total: int, seed: int, epoch: int) -> n
         total: dialogues of all shares and others; numbers are below it.
     """
     most = max((share.copies() for share in shares), default=0)
-    if len(shares) == 1 and shares[0].appearances == len(shares[0].numbers):
+    if len(shares) == 1 and shares[0].num_samples == len(shares[0].numbers):
         return shares[0].numbers
     small = most * total <= np.iinfo(np.int32).max
     parts = [np.empty(0, dtype=np.int32 if small else np.int64)]
-    for share in filter(lambda share: share.appearances, shares):
+    for share in filter(lambda share: share.num_samples, shares):
         numbers = share.numbers if small else share.numbers.astype(np.int64)
-        whole, rest = divmod(share.appearances, len(numbers))
+        whole, rest = divmod(share.num_samples, len(numbers))
         parts += [numbers + copy * total for copy in range(whole)]
         if rest:
-            circle = shuffled(numbers, epoch_start(seed, "mix"))
+            circle = permute(numbers, epoch_seed(seed, "mix"))
             parts.append(np.roll(circle, -(epoch * rest % len(circle)))[:rest] + whole * total)
     return np.sort(np.concatenate(parts))
 
@@ -84,7 +84,7 @@ def apportion(total: int, weights: Sequence[Fraction], limits: Sequence[int | No
     return parts
 
 
-def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: Batching, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: BatchingConfig, seed: int, epoch: int) -> np.ndarray:
     """``rows`` (numbers of appearances, ascending) in the order of one epoch, same dtype; see ``batching.order``.
 
     ``modality_length`` alone leaves some out, as many in every epoch.
@@ -92,30 +92,30 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: Batching, seed:
     Args:
         lengths: int (n,), tokens of each appearance, negative for text without media.
     """
-    start = epoch_start(seed, epoch)
+    start = epoch_seed(seed, epoch)
     size, shares = batching.global_batch, batching.row_multiple
     generator = torch.Generator().manual_seed(start)
     match batching.order:
         case "shuffle":
-            return shuffled(rows, start)
+            return permute(rows, start)
         case "sequential":
             return rows
         case "length":
-            return rows[grouping.length(np.abs(lengths), size, shares, generator)]
+            return rows[grouping.length_grouped(np.abs(lengths), size, shares, generator)]
         case "length_windows":
-            return rows[grouping.length_windows(np.abs(lengths), size, generator)]
+            return rows[grouping.length_grouped_windows(np.abs(lengths), size, generator)]
         case "modality":
-            return rows[grouping.modality(lengths, size, shares, generator)]
+            return rows[grouping.modality_grouped(lengths, size, shares, generator)]
         case _:  # modality_length
-            return rows[grouping.modality_length(lengths, size, shares, generator)]
+            return rows[grouping.modality_length_grouped(lengths, size, shares, generator)]
 
 
-def epoch_start(seed: int, epoch: int | str) -> int:
+def epoch_seed(seed: int, epoch: int | str) -> int:
     """The 64-bit number that all of an epoch's order comes from."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
 
 
-def shuffled(rows: np.ndarray, start: int) -> np.ndarray:
+def permute(rows: np.ndarray, start: int) -> np.ndarray:
     """A permutation of ``rows`` that no library's random numbers decide: sorted by a hash of ``start`` + row."""
     parts = max(1, min(256, len(rows) // CHUNK))  # by their hash's first byte, so that little is held at once
     first = np.empty(len(rows), dtype=np.uint8)

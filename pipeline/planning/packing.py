@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.config.loading import Cost
+from pipeline.config.loading import CostModel
 
 UNITS = 1 << 32  #: of cost that the costliest dialogue has
 TOLERANCE = 0.002  #: share of the mean row; rows that are no further above their target are not refined
 ROUNDS = 2  #: exchanges, at most, for each row
 
 
-def costs(cost: Cost | None, patches: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def costs(cost: CostModel | None, patches: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Estimated FLOPs of dialogues, float64 (n,): patch x patches + token x length + pair x length squared.
 
     Each dialogue is one attention segment of its row, so costs add up over a row. Without coefficients: the length.
@@ -68,7 +68,7 @@ def pack(lengths: np.ndarray, cost: np.ndarray, max_tokens: int, row_multiple: i
     return [np.flatnonzero(row_of == row) for row in np.argsort(-totals, kind="stable")]
 
 
-def balance(costs: Sequence[np.ndarray], ranks: int) -> float:
+def load_balance(costs: Sequence[np.ndarray], ranks: int) -> float:
     """Mean over max cost of the rows that ``ranks`` run side by side, over all micro-steps of a global batch: the share
     of the ranks' time that is not spent waiting for each other.
 

@@ -6,33 +6,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.planning.epoch_plan import Plan
-from pipeline.planning.packing import balance
+from pipeline.planning.epoch_plan import EpochPlan
+from pipeline.planning.packing import load_balance
 
 BATCHES = 32  #: global batches, the first of the epoch, of which fill and balance are told
 
 
 @dataclass(frozen=True, slots=True)
-class EntryShare:
+class EntryStats:
     """What one entry of one root gives to an epoch."""
 
     root: str
     entry: str
     dialogues: int  #: different ones
-    appearances: int  #: the same as often as they appear; all that follows counts these
+    num_samples: int  #: the same as often as they appear; all that follows counts these
     frames: int  #: frames of clips and tiles of stills that go through the vision tower
     tokens: int
-    learned: int  #: labelled tokens
+    num_label_tokens: int  #: labelled tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class EpochSummary:
     """What the first epoch contains; ``str()`` is a table."""
 
-    entries: list[EntryShare]
-    left_out: int  #: dialogues that epochs would contain if they could be used, see ``Loader.left_out``
+    entries: list[EntryStats]
+    num_excluded: int  #: dialogues that epochs would contain if they could be used, see ``Loader.left_out``
     dropped: int  #: appearances that ``batching.order`` leaves out of an epoch, others in each
-    cut: int  #: different dialogues that lose their end to text.max_tokens
+    num_truncated: int  #: different dialogues that lose their end to text.max_tokens
     batches: int  #: global batches
     rows: float  #: of a global batch, mean over the first ones
     fill: float  #: share of text.max_tokens that rows have, over the first global batches
@@ -55,15 +55,15 @@ class Contents:
             for line in table
         ]
         rows = f"rows: {self.rows:.1f} a global batch, fill {self.fill:.3f}, balance {self.balance:.3f} over "
-        ends = f"left out: {self.left_out:,} dialogues; cut to text.max_tokens: {self.cut:,}"
+        ends = f"left out: {self.num_excluded:,} dialogues; cut to text.max_tokens: {self.num_truncated:,}"
         dropped = f"; batching.order drops {self.dropped:,} of all in each epoch" if self.dropped else ""
         shown = f"{self.row_multiple} ranks (first {min(self.batches, BATCHES)} of {self.batches:,} global batches)"
         return "\n".join([*lines, rows + shown, ends + dropped])
 
 
-def contents(plan: Plan) -> Contents:
+def summarize_epoch(plan: EpochPlan) -> EpochSummary:
     """What the first epoch of ``plan`` contains; arithmetic on lengths, no media are read."""
-    corpus, manifest = plan.corpus, plan.manifest
+    corpus, manifest = plan.dataset, plan.manifest
     numbers = np.sort(np.concatenate([plan.order(0), np.empty(0, dtype=np.int32)]))
     shares = []
     for part, start, stop in zip(corpus.parts, corpus.starts, corpus.starts[1:], strict=False):
@@ -75,21 +75,21 @@ def contents(plan: Plan) -> Contents:
             rows = np.flatnonzero((codes == code) & (times > 0))
             if len(rows):
                 often, there = times[rows], rows + start
-                sums = [plan.pictures(there), corpus.length[there], corpus.learned[there]]
+                sums = [plan.num_images(there), corpus.length[there], corpus.num_label_tokens[there]]
                 counts = (int((values * often).sum()) for values in sums)
-                shares.append(EntryShare(str(part.index.root), name, len(rows), int(often.sum()), *counts))
+                shares.append(EntryStats(str(part.index.root), name, len(rows), int(often.sum()), *counts))
     corpus.release()
     batches = [plan.global_batch(0, step).rows for step in range(min(BATCHES, plan.batches))]
     members = [np.concatenate(rows) for rows in batches]
     room = manifest.text.max_tokens * sum(map(len, batches))
     multiple = manifest.batching.row_multiple
-    shares_of_time = [balance([plan.costs(0, row) for row in rows], multiple) for rows in batches]
-    first = corpus.at(0)
-    return Contents(
+    shares_of_time = [load_balance([plan.costs(0, row) for row in rows], multiple) for rows in batches]
+    first = corpus.for_epoch(0)
+    return EpochSummary(
         entries=shares,
-        left_out=len(plan.left_out),
+        num_excluded=len(plan.excluded),
         dropped=plan.dropped,
-        cut=len(plan.cut),
+        num_truncated=len(plan.truncated),
         batches=plan.batches,
         rows=sum(map(len, batches)) / len(batches),
         fill=sum(int(first.length[rows].sum()) for rows in members) / room,

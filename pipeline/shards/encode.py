@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.preprocessing import Frames, Images
-from pipeline.media.decode import decode_video, encode_still
+from pipeline.config.preprocessing import FramesConfig, ImagesConfig
+from pipeline.media.decode import decode_video, encode_image
 from pipeline.media.jpeg import encode_jpeg
 from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
 from pipeline.shards.index import NOMINAL
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class EncodedMedia:
     """What is stored of a media item."""
 
     data: bytes  #: of an MP4 or a JPEG
@@ -26,17 +26,17 @@ class Made:
     salvaged: bool  #: the file is damaged: fewer frames could be read than it promises
 
 
-def make_video(
+def encode_video(
     path: Path,
     reader: str,
     start: float | None,
     end: float | None,
-    frames: Frames,
+    frames: FramesConfig,
     seed: int = 0,
     compat: str = "none",
     split: str = "train",
     name: str = "",
-) -> Made:
+) -> EncodedMedia:
     """The frames that ``frames.sampler`` takes of a video; arguments and errors of
     :func:`pipeline.media.decode.decode_video`."""
     decoded = decode_video(path, reader, start, end, frames, seed, compat, split=split, name=name)
@@ -60,12 +60,12 @@ def make_video(
         "frame_size": sizes.tolist(),
         NOMINAL.name: decoded.nominal.tolist(),
     }
-    return Made(data, columns, decoded.salvaged)
+    return EncodedMedia(data, columns, decoded.salvaged)
 
 
-def make_still(path: Path, images: Images) -> Made:
+def encode_image_file(path: Path, images: ImagesConfig) -> EncodedMedia:
     """A picture; errors of :func:`pipeline.media.decode.encode_still`."""
-    data, width, height, source_width, source_height = encode_still(path, images)
+    data, width, height, source_width, source_height = encode_image(path, images)
     columns = {
         "width": width,
         "height": height,
@@ -82,4 +82,4 @@ def make_still(path: Path, images: Images) -> Made:
         "frame_size": [len(data)],
         NOMINAL.name: [],
     }
-    return Made(data, columns, False)
+    return EncodedMedia(data, columns, False)

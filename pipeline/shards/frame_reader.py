@@ -9,16 +9,16 @@ import numpy as np
 from pipeline.media.jpeg import decode_jpeg
 from pipeline.media.resize import resize
 from pipeline.shards.index import Index, row_values
-from pipeline.storage import Shard
+from pipeline.storage import ShardRef
 
 
-class Pixels:
+class FrameReader:
     """Frames and stills of an index's media; usable from many threads."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
         self._column = {name: index.media[name] for name in index.media.column_names}
-        self._shards: dict[int, Shard] = {}  # a few thousand at most
+        self._shards: dict[int, ShardRef] = {}  # a few thousand at most
 
     def read_frames(self, row: int, places: Sequence[int], out: np.ndarray) -> None:
         """Decode the stored frames ``places`` of video ``row`` into ``out`` (len(places), H, W, 3) uint8.
@@ -29,7 +29,7 @@ class Pixels:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
         """
         offsets, sizes = (row_values(self._column[name], row) for name in ("frame_offset", "frame_size"))
-        shard, width, height = (self.value(name, row) for name in ("shard", "width", "height"))
+        shard, width, height = (self.column_value(name, row) for name in ("shard", "width", "height"))
         first = [k for k, place in enumerate(places) if not k or place != places[k - 1]]
         ranges = [(int(offsets[places[k]]), int(sizes[places[k]])) for k in first]
         for k, jpeg in zip(first, self.index.storage.read(self._shard(shard), ranges), strict=True):
@@ -38,30 +38,30 @@ class Pixels:
             if k and place == places[k - 1]:
                 out[k] = out[k - 1]
 
-    def read_still(self, row: int) -> np.ndarray:
+    def read_image(self, row: int) -> np.ndarray:
         """The picture of still ``row`` as stored, (H, W, 3) uint8.
 
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
         """
-        offset, size, shard = (self.value(name, row) for name in ("offset", "size", "shard"))
+        offset, size, shard = (self.column_value(name, row) for name in ("offset", "size", "shard"))
         [jpeg] = self.index.storage.read(self._shard(shard), [(offset, size)])
         pixels = decode_jpeg(jpeg)
-        stated = self.value("height", row), self.value("width", row)
+        stated = self.column_value("height", row), self.column_value("width", row)
         if pixels.shape[:2] != stated:
             raise ValueError(f"the still is {pixels.shape[:2]} (height, width), the index says {stated}")
         return pixels
 
-    def where(self, row: int) -> str:
+    def describe(self, row: int) -> str:
         """Shard and member of a medium, for messages."""
-        extension = "jpg" if self.value("kind", row) == "image" else "mp4"
-        return f"{self.index.path_of(self.value('shard', row))}: {self.value('key', row)}.{extension}"
+        extension = "jpg" if self.column_value("kind", row) == "image" else "mp4"
+        return f"{self.index.path_of(self.column_value('shard', row))}: {self.column_value('key', row)}.{extension}"
 
-    def value(self, name: str, row: int):
+    def column_value(self, name: str, row: int):
         """What the media table has in column ``name``."""
         return self._column[name][row].as_py()
 
-    def _shard(self, row: int) -> Shard:
+    def _shard(self, row: int) -> ShardRef:
         shard = self._shards.get(row)
         if shard is None:
             shard = self._shards[row] = self.index.shard(row)

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.preprocessing import Frames
-from pipeline.storage import Reading, Shard, Storage, is_remote, open_storage
+from pipeline.config.preprocessing import FramesConfig
+from pipeline.storage import ReadOptions, ShardRef, Storage, is_remote, open_storage
 from pipeline.utils.arrow_mmap import MappedTable
-from pipeline.utils.atomic_io import atomic_file, sha256
+from pipeline.utils.atomic_io import atomic_file, file_sha256
 
 #: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
 BATCH_ROWS = 4096
@@ -89,7 +89,7 @@ class ShardsError(ValueError):
     """A shard root that cannot be read: one line that names the folder and the fix."""
 
 
-def table(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+def build_table(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """A table of ``rows`` (mappings by column), built batch by batch so that any number of them is safe."""
     rows, batches = iter(rows), []
     while chunk := list(itertools.islice(rows, BATCH_ROWS)):
@@ -113,7 +113,7 @@ def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: 
         with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
             for batch in rows.cast(schema).to_batches(max_chunksize=BATCH_ROWS):
                 writer.write_batch(batch)
-        fingerprint.update(sha256(path))
+        fingerprint.update(file_sha256(path))
     return fingerprint.hexdigest()
 
 
@@ -130,7 +130,7 @@ class Index:
     maps: Mapping[str, MappedTable]  #: the files of the tables, by name
 
     @classmethod
-    def open(cls, root: str | os.PathLike, reading: Reading | None = None) -> Index:
+    def open(cls, root: str | os.PathLike, reading: ReadOptions | None = None) -> Index:
         """Open the index of ``root``: a folder, or an address (:func:`pipeline.storage.open_storage`), whose index is
         copied into the cache folder once.
 
@@ -140,11 +140,11 @@ class Index:
         """
         try:
             storage = open_storage(root, reading)
-            build = json.loads(storage.whole("build.json"))
+            build = json.loads(storage.read_all("build.json"))
             fingerprint, specification = build["index_fingerprint"], build.get("specification", {})
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
             names = [f"index/{name}.arrow" for name in schemas]
-            paths = storage.local(names, fingerprint, lambda copies: _check_copies(copies, fingerprint))
+            paths = storage.local_copy(names, fingerprint, lambda copies: _check_copies(copies, fingerprint))
             maps = {name: _map(path, schemas[name]) for name, path in zip(schemas, paths, strict=True)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(_unreadable(root, error)) from None
@@ -160,9 +160,9 @@ class Index:
     def release(self) -> None:
         """Give back the memory of what was read of the tables, see :class:`pipeline.utils.arrow_mmap.MappedTable`."""
         for mapped in self.maps.values():
-            mapped.release()
+            mapped.drop_pages()
 
-    def check(self, manifest: Manifest) -> None:
+    def validate_manifest(self, manifest: Manifest) -> None:
         """Refuse shards that are not all there, or that do not hold what ``manifest`` wants of them.
 
         Shards hold the frames of the manifest that built them: smaller and fewer frames can be had of them, and other
@@ -199,14 +199,14 @@ class Index:
 
     def path_of(self, shard: int) -> Path | str:
         """The file of row ``shard`` of the shard table; an address where the root is one."""
-        return self.storage.place(self.shard(shard).name)
+        return self.storage.describe(self.shard(shard).name)
 
-    def shard(self, row: int) -> Shard:
+    def shard(self, row: int) -> ShardRef:
         """What reading asks for: row ``row`` of the shard table."""
         found = {column: self.shards[column][row].as_py() for column in ("folder", "name", "bytes", "sha256")}
-        return Shard(f"{found['folder']}/{found['name']}", found["bytes"], found["sha256"])
+        return ShardRef(f"{found['folder']}/{found['name']}", found["bytes"], found["sha256"])
 
-    def check_frames(self, wanted: Frames, field: str = "frames") -> None:
+    def check_frames(self, wanted: FramesConfig, field: str = "frames") -> None:
         """ShardsError where the shards cannot give the frames that ``field`` of a manifest wants."""
         again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
         built, published = self.specification.get("frames", {}), self.specification.get("compat") == "published"
@@ -237,7 +237,7 @@ def _map(path: Path, schema: pa.Schema) -> MappedTable:
 def _check_copies(copies: Sequence[Path], fingerprint: str) -> None:
     found = hashlib.sha256()
     for path in copies:
-        found.update(sha256(path))
+        found.update(file_sha256(path))
     if found.hexdigest() != fingerprint:
         raise ValueError("its files are not those of build.json")
 

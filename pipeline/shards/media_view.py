@@ -16,23 +16,23 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.config.data import MixEntry
+from pipeline.config.data import MixEntryConfig
 from pipeline.config.manifest import Manifest
 from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from pipeline.config.preprocessing import Frames
-from pipeline.media.sampling import fit_to_clips, media_seed, sample_indices, time_message
-from pipeline.media.tiling import Grid, best_grid, tiles
-from pipeline.shards.frame_reader import Pixels
+from pipeline.config.preprocessing import FramesConfig
+from pipeline.media.sampling import pad_to_clips, media_seed, sample_indices, time_message
+from pipeline.media.tiling import Grid, best_grid, split_into_tiles
+from pipeline.shards.frame_reader import FrameReader
 from pipeline.shards.index import Index, row_values
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class MediaView:
     """What is shown of one medium."""
 
     row: int  #: of the media table
     kind: str  #: image or video
-    places: np.ndarray  #: int64 (F,) stored frames of a video as they are shown, with repeats; empty for a still
+    frame_indices: np.ndarray  #: int64 (F,) stored frames of a video as they are shown, with repeats; empty for a still
     message: str  #: time message of a video, else empty
     clips: int  #: clips of a video
     tiles: int  #: tiles of a still
@@ -46,17 +46,17 @@ class View:
         return self.clips * TOKENS_PER_CLIP + self.tiles * TOKENS_PER_TILE
 
 
-class Visuals:
+class MediaViews:
     """Views and pixels of an index's media under one manifest; usable from many threads."""
 
-    def __init__(self, index: Index, manifest: Manifest, entries: Sequence[MixEntry] = (), root: int = 0) -> None:
+    def __init__(self, index: Index, manifest: Manifest, entries: Sequence[MixEntryConfig] = (), root: int = 0) -> None:
         """Of the media of ``index``; ``entries`` may have bounds of frames of their own."""
         self.index, self.root = index, root
         self.frames, self.images, self.seed = manifest.frames, manifest.images, manifest.seed
         self._bounded = {entry.entry: entry.frames(manifest.frames) for entry in entries}
         self._published = manifest.compat == "published"
         self._column = {name: index.media[name] for name in index.media.column_names}
-        self._pixels = Pixels(index)
+        self._pixels = FrameReader(index)
 
     @property
     def bounds(self) -> dict[str, list[int]]:
@@ -64,7 +64,7 @@ class Visuals:
         kept = {name: frames for name, frames in self._bounded.items() if frames != self.frames}
         return {name: [frames.min, frames.max] for name, frames in kept.items()}
 
-    def views(self, rows: list[int], entry: str = "") -> list[View]:
+    def views(self, rows: list[int], entry: str = "") -> list[MediaView]:
         """Views of all media of one dialogue of ``entry``; several stills are padded and get one tile each.
 
         Raises:
@@ -77,15 +77,15 @@ class Visuals:
             for row in rows
         ]
 
-    def _still(self, row: int, several: bool) -> View:
+    def _still(self, row: int, several: bool) -> MediaView:
         grid, count = None, 1
         if not several and self.images.mode != "square":
             size = self._value("width", row), self._value("height", row)
             grid = best_grid(*size, self.frames.size, self.images.max_grid)
             count = grid[0] * grid[1] + 1
-        return View(row, "image", np.empty(0, dtype=np.int64), "", 0, count, grid, several, self.root)
+        return MediaView(row, "image", np.empty(0, dtype=np.int64), "", 0, count, grid, several, self.root)
 
-    def _video(self, row: int, frames: Frames) -> View:
+    def _video(self, row: int, frames: FramesConfig) -> MediaView:
         vlen, fps, duration = (self._value(name, row) for name in ("vlen", "fps", "duration"))
         if self._published:
             places = row_values(self._column["sample"], row).astype(np.int64)
@@ -94,39 +94,39 @@ class Visuals:
             rng = None
             if frames.sampler == "rand":
                 rng = np.random.default_rng(media_seed(self.seed, self._value("key", row)))
-            wanted = fit_to_clips(sample_indices(frames, vlen, fps, duration, rng), vlen, frames.clip_frames)
+            wanted = pad_to_clips(sample_indices(frames, vlen, fps, duration, rng), vlen, frames.clip_frames)
             stored = row_values(self._column["frame_index"], row)
-            places = nearest(stored, wanted)
+            places = nearest_indices(stored, wanted)
             counted = stored[places]
         message = time_message(frames.time_message, duration, counted, fps)
-        return View(row, "video", places, message, len(places) // frames.clip_frames, 0, root=self.root)
+        return MediaView(row, "video", places, message, len(places) // frames.clip_frames, 0, root=self.root)
 
-    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
+    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
         """Decode the shown frames ``start`` .. ``start + len(out)`` of a video into ``out`` (n, S, S, 3) uint8.
 
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
         """
-        self._pixels.read_frames(view.row, view.places[start : start + len(out)].tolist(), out)
+        self._pixels.read_frames(view.row, view.frame_indices[start : start + len(out)].tolist(), out)
 
-    def read_still(self, view: View, out: np.ndarray) -> None:
+    def read_image(self, view: MediaView, out: np.ndarray) -> None:
         """Decode a still and cut it into ``out`` (view.tiles, S, S, 3) uint8.
 
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
         """
-        picture = Image.fromarray(self._pixels.read_still(view.row))
-        out[:] = tiles(picture, self.images.mode, out.shape[1], self.images.max_grid, view.padded)[0]
+        picture = Image.fromarray(self._pixels.read_image(view.row))
+        out[:] = split_into_tiles(picture, self.images.mode, out.shape[1], self.images.max_grid, view.padded)[0]
 
-    def where(self, view: View) -> str:
+    def describe(self, view: MediaView) -> str:
         """Shard and member of a medium, for messages."""
-        return self._pixels.where(view.row)
+        return self._pixels.describe(view.row)
 
     def _value(self, name: str, row: int):
-        return self._pixels.value(name, row)
+        return self._pixels.column_value(name, row)
 
 
-def nearest(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def nearest_indices(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """For each of ``wanted``, the place of the nearest number in ``stored`` (ascending); the earlier of two."""
     if len(stored) == 1:
         return np.zeros(len(wanted), dtype=np.int64)

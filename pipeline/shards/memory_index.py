@@ -18,18 +18,18 @@ from PIL import Image
 from pipeline.config.manifest import Manifest
 from pipeline.media.errors import MediaError, check_file
 from pipeline.media.sampling import media_seed
-from pipeline.shards.encode import Made, make_still, make_video
-from pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, Index, media_schema, table
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
+from pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, Index, media_schema, build_table
+from pipeline.shards.media_view import MediaViews
 from pipeline.shards.samples import media_key
-from pipeline.storage import Shard
+from pipeline.storage import ShardRef
 
-STILL = "still"  #: how pictures are read
-KEPT = 4  #: lists of files that stay decoded, because several questions are asked about the same
+IMAGE_READER = "still"  #: how pictures are read
+CACHE_SIZE = 4  #: lists of files that stay decoded, because several questions are asked about the same
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class MediaFile:
     """A video, GIF, picture or folder of frames, or a clip of a video."""
 
     path: str | Path
@@ -37,7 +37,7 @@ class File:
     end: float | None = None
     reader: str = ""  #: how it is read: :data:`STILL`, or a reader of annotations; by what is in the file if empty
 
-    def recognised(self) -> str:
+    def detect_reader(self) -> str:
         """The reader, told from the file where none is named.
 
         Raises:
@@ -49,23 +49,23 @@ class File:
             return "img"
         try:
             with Image.open(check_file(self.path)) as picture:
-                return {"GIF": "gif", "MPEG": "decord"}.get(picture.format, STILL)
+                return {"GIF": "gif", "MPEG": "decord"}.get(picture.format, IMAGE_READER)
         except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
             return "decord"
 
-    def make(self, manifest: Manifest) -> Made:
+    def encode(self, manifest: Manifest) -> EncodedMedia:
         """What a build with ``manifest`` would store.
 
         Raises:
             MediaError: the file cannot be used; one line that names it.
         """
-        reader, bounds = self.recognised(), (self.start, self.end)
-        if reader != STILL:
+        reader, bounds = self.detect_reader(), (self.start, self.end)
+        if reader != IMAGE_READER:
             seed = media_seed(manifest.seed, self.key)
-            return make_video(Path(self.path), reader, *bounds, manifest.frames, seed, manifest.compat, split="val")
+            return encode_video(Path(self.path), reader, *bounds, manifest.frames, seed, manifest.compat, split="val")
         if bounds != (None, None):
             raise MediaError("bad_clip", self.path, "is a picture; only videos have a start and an end")
-        return make_still(Path(self.path), manifest.images)
+        return encode_image_file(Path(self.path), manifest.images)
 
     @property
     def key(self) -> str:
@@ -73,7 +73,7 @@ class File:
         return media_key("video", f"{self.path}:{self.start}:{self.end}")
 
 
-def index_of(files: Sequence[File], manifest: Manifest) -> Index:
+def build_memory_index(files: Sequence[MediaFile], manifest: Manifest) -> Index:
     """An index whose media table has a row for each of ``files``, in order, and no dialogues.
 
     Raises:
@@ -81,8 +81,8 @@ def index_of(files: Sequence[File], manifest: Manifest) -> Index:
     """
     media, shards, data, schema = [], [], [], media_schema(manifest.compat)
     for number, file in enumerate(files):
-        made = file.make(manifest)
-        kind = "image" if file.recognised() == STILL else "video"
+        made = file.encode(manifest)
+        kind = "image" if file.detect_reader() == IMAGE_READER else "video"
         place = {"split": "val", "shard": number, "offset": 0, "size": len(made.data)}
         digest = hashlib.sha256(made.data).hexdigest()
         names = {"key": file.key, "kind": kind, "source": str(file.path), "sha256": digest}
@@ -92,22 +92,24 @@ def index_of(files: Sequence[File], manifest: Manifest) -> Index:
         shards.append({"folder": kind, "split": "val", "name": name, **size})
         data.append(made.data)
     tables = {
-        "media": table(schema, ({name: row[name] for name in schema.names} for row in media)),
+        "media": build_table(schema, ({name: row[name] for name in schema.names} for row in media)),
         "dialogues": pa.Table.from_pylist([], schema=DIALOGUE_SCHEMA),
-        "shards": table(SHARD_SCHEMA, shards),
+        "shards": build_table(SHARD_SCHEMA, shards),
     }
     names = [f"{row['folder']}/{row['name']}" for row in shards]
     storage = _Memory(dict(zip(names, data, strict=True)), {n: str(f.path) for n, f in zip(names, files, strict=True)})
     return Index(storage=storage, fingerprint="", specification={}, maps={}, **tables)
 
 
-class Handfuls:
+class MediaFileCache:
     """What is shown of files under one manifest; the last few lists of files stay decoded."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._visuals = functools.lru_cache(KEPT)(lambda files: Visuals(index_of(files, manifest), manifest))
+        self._visuals = functools.lru_cache(CACHE_SIZE)(
+            lambda files: MediaViews(build_memory_index(files, manifest), manifest)
+        )
 
-    def visuals(self, files: Sequence[File]) -> Visuals:
+    def media_views(self, files: Sequence[MediaFile]) -> MediaViews:
         """Visuals whose media table has a row for each of ``files``, in order.
 
         Raises:
@@ -124,17 +126,17 @@ class _Memory:
     def __init__(self, files: dict[str, bytes], shown: dict[str, str]) -> None:
         self._files, self._shown = files, shown
 
-    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+    def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         data = memoryview(self._files[shard.name])
         return (data[offset : offset + size] for offset, size in ranges)
 
-    def whole(self, name: str) -> bytes:
+    def read_all(self, name: str) -> bytes:
         if name not in self._files:
             raise FileNotFoundError(name)
         return self._files[name]
 
-    def local(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
+    def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         raise FileNotFoundError(f"{', '.join(names)}: in memory only")
 
-    def place(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         return self._shown[name]

@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.utils.canonical_json import json_text
+from pipeline.utils.canonical_json import canonical_json
 
 # Keys and JSON members ------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def dialogue_key(identity: str) -> str:
     return "d" + hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
-def media_json(
+def media_metadata(
     *,
     key: str,
     kind: str,
@@ -75,12 +75,12 @@ def media_json(
         "frame_index": [int(frame) for frame in frame_index],
         "timestamps": [float(second) for second in timestamps],
         "sha256": str(sha256),
-        "dialogues": json_text([dict(dialogue) for dialogue in dialogues]),
+        "dialogues": canonical_json([dict(dialogue) for dialogue in dialogues]),
     }
-    return json_text(value).encode()
+    return canonical_json(value).encode()
 
 
-def dialogue_json(
+def dialogue_metadata(
     *,
     key: str,
     id: str,
@@ -99,11 +99,11 @@ def dialogue_json(
         "id": str(id),
         "entry": str(entry),
         "split": str(split),
-        "media": json_text([str(item) for item in media]),
-        "conversations": json_text([{"from": turn["from"], "value": turn["value"]} for turn in conversations]),
-        "meta": json_text(dict(meta)),
+        "media": canonical_json([str(item) for item in media]),
+        "conversations": canonical_json([{"from": turn["from"], "value": turn["value"]} for turn in conversations]),
+        "meta": canonical_json(dict(meta)),
     }
-    return json_text(value).encode()
+    return canonical_json(value).encode()
 
 
 # Frames ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pipeline.utils.atomic_io import write_atomic
 ENERGON_VERSION = "7.4.1"  #: the Megatron-Energon release whose folder layout is written
 
 
-def read_reader_files(folder: str | Path) -> list[ShardInfo]:
+def read_sidecars(folder: str | Path) -> list[ShardInfo]:
     """The shards that ``write_reader_files`` described in ``folder``, in order of name; ``sha256`` is empty."""
     folder, shards = Path(folder), []
     for path in folder.glob("shardindex*.json"):
@@ -26,7 +26,7 @@ def read_reader_files(folder: str | Path) -> list[ShardInfo]:
     return sorted(shards, key=lambda shard: shard.name)
 
 
-def write_reader_files(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
+def write_sidecars(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
     """Write what Megatron-Energon and wids expect beside the shards of one folder (video, image or dialogue).
 
     ``.nv-meta/`` and ``NAME.tar.idx`` are Energon's (its parsers refuse unknown keys, so nothing of ours is added);

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 
-from pipeline.storage.addresses import is_remote, open_place
-from pipeline.storage.base import Reading, Shard, Storage
+from pipeline.storage.addresses import is_remote, open_resolver
+from pipeline.storage.base import ReadOptions, ShardRef, Storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.remote import RemoteStorage
 
-__all__ = ["Reading", "Shard", "Storage", "is_remote", "open_storage"]
+__all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
 
 
-def open_storage(root: str | os.PathLike, reading: Reading | None = None) -> Storage:
+def open_storage(root: str | os.PathLike, reading: ReadOptions | None = None) -> Storage:
     """The storage of ``root``: a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH`` or
     ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
 
@@ -24,5 +24,5 @@ def open_storage(root: str | os.PathLike, reading: Reading | None = None) -> Sto
         ValueError: an address of none of these forms, or the extra that reads it is not installed.
         OSError: the hub does not have the repository, or cannot be reached.
     """
-    reading = reading or Reading()
-    return RemoteStorage(open_place(str(root), reading), reading) if is_remote(root) else LocalStorage(root)
+    reading = reading or ReadOptions()
+    return RemoteStorage(open_resolver(str(root), reading), reading) if is_remote(root) else LocalStorage(root)

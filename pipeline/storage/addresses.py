@@ -6,14 +6,14 @@ import os
 from typing import Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pipeline.storage.base import Reading
+from pipeline.storage.base import ReadOptions
 from pipeline.storage.connections import basic_login
 from pipeline.storage.http import Address
 
 FORMS = "https://HOST/PATH, http://HOST/PATH, s3://BUCKET/PATH or hf://datasets/OWNER/NAME[@REVISION]/PATH"
 
 
-class Place(Protocol):
+class AddressResolver(Protocol):
     """A remote root."""
 
     shown: str  #: the root for messages, without a password
@@ -27,7 +27,7 @@ def is_remote(root: str | os.PathLike) -> bool:
     return isinstance(root, str) and "://" in root
 
 
-def open_place(root: str, reading: Reading) -> Place:
+def open_resolver(root: str, reading: ReadOptions) -> AddressResolver:
     """The remote root at an address of one of the forms above.
 
     Raises:
@@ -36,19 +36,19 @@ def open_place(root: str, reading: Reading) -> Place:
     """
     kind = root.partition("://")[0]
     if kind in ("http", "https"):
-        return Web(root)
+        return WebAddresses(root)
     if kind == "s3":
-        from pipeline.storage.s3 import Bucket
+        from pipeline.storage.s3 import S3Addresses
 
-        return Bucket(root)
+        return S3Addresses(root)
     if kind == "hf":
-        from pipeline.storage.hub import Hub  # huggingface_hub takes a while to import
+        from pipeline.storage.hub import HubAddresses  # huggingface_hub takes a while to import
 
-        return Hub(root, reading)
+        return HubAddresses(root, reading)
     raise ValueError(f"{root}: not {FORMS}")
 
 
-class Web:
+class WebAddresses:
     """``https://HOST/PATH``, with ``USER:PASSWORD@`` before the host where the server wants them."""
 
     def __init__(self, root: str) -> None:

@@ -15,16 +15,16 @@ LARGEST = 1 << 20  #: bytes of a request of several ranges, so that long reads c
 
 
 @dataclass(slots=True)
-class Request:
+class RangeRequest:
     """Bytes ``offset`` to ``offset + size`` of a file."""
 
     offset: int
     size: int
 
 
-def coalesce(ranges: Sequence[tuple[int, int]]) -> list[Request]:
+def coalesce(ranges: Sequence[tuple[int, int]]) -> list[RangeRequest]:
     """Requests, ascending, such that each range (offset, size) lies whole in one."""
-    requests: list[Request] = []
+    requests: list[RangeRequest] = []
     for offset, size in sorted(set(ranges)):
         last = requests[-1] if requests else None
         if last is not None:
@@ -32,12 +32,12 @@ def coalesce(ranges: Sequence[tuple[int, int]]) -> list[Request]:
             if offset - (last.offset + last.size) <= GAP and end - last.offset <= max(LARGEST, last.size):
                 last.size = end - last.offset
                 continue
-        requests.append(Request(offset, size))
+        requests.append(RangeRequest(offset, size))
     return requests
 
 
-def cut(
-    ranges: Sequence[tuple[int, int]], requests: Sequence[Request], data: Sequence[bytes | memoryview]
+def slice_ranges(
+    ranges: Sequence[tuple[int, int]], requests: Sequence[RangeRequest], data: Sequence[bytes | memoryview]
 ) -> list[memoryview]:
     """The bytes of each range out of those of :func:`coalesce`'s requests; views, not copies."""
     starts = [request.offset for request in requests]

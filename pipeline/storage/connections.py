@@ -22,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 STALL = 0.25  #: share of the time limit for which a request may wait for a byte, so that others can follow it
 
 
-class Ticket:
+class Deadline:
     """Time for one read, shared by its requests; when it is over, they end wherever they stand."""
 
     def __init__(self, seconds: float) -> None:
@@ -71,14 +71,14 @@ class Ticket:
             self._busy.discard(connection)
 
 
-class Connections:
+class ConnectionPool:
     """The connections of one process to all servers; threads share them."""
 
     def __init__(self) -> None:
         self._idle: dict[tuple[str, str], deque[http.client.HTTPConnection]] = {}
 
     @contextlib.contextmanager
-    def get(self, url: str, headers: Mapping[str, str], ticket: Ticket) -> Iterator[http.client.HTTPResponse]:
+    def get(self, url: str, headers: Mapping[str, str], ticket: Deadline) -> Iterator[http.client.HTTPResponse]:
         """The answer to GET, its body unread; a connection whose answer was read whole is kept.
 
         Raises:
@@ -114,7 +114,7 @@ class Connections:
 
 
 def _ask(
-    connection: http.client.HTTPConnection, parts: SplitResult, headers: Mapping[str, str], ticket: Ticket
+    connection: http.client.HTTPConnection, parts: SplitResult, headers: Mapping[str, str], ticket: Deadline
 ) -> http.client.HTTPResponse:
     connection.timeout = ticket.stall()
     if connection.sock is not None:

@@ -10,26 +10,26 @@ from email.utils import parsedate_to_datetime
 UNKNOWN = -1  #: a number that the server does not tell
 
 
-def count(text: str) -> int:
+def parse_int(text: str) -> int:
     """A number of bytes or seconds, or UNKNOWN."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text.strip()) else UNKNOWN
 
 
-def total(headers: Mapping[str, str]) -> int:
+def content_total(headers: Mapping[str, str]) -> int:
     """Bytes of the whole file by Content-Range: 100 of ``bytes 0-9/100``."""
-    return count(headers.get("content-range", "").rpartition("/")[2])
+    return parse_int(headers.get("content-range", "").rpartition("/")[2])
 
 
-def first_byte(headers: Mapping[str, str]) -> int:
+def range_start(headers: Mapping[str, str]) -> int:
     """Where the part that is sent begins, by Content-Range."""
     found = re.match(r"bytes\s+([0-9]{1,18})-", headers.get("content-range", ""))
     return int(found[1]) if found else UNKNOWN
 
 
-def asked_wait(headers: Mapping[str, str]) -> float:
+def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the server asks to wait: Retry-After (seconds or a date), or the ``t`` of RateLimit."""
     text = headers.get("retry-after", "").strip()
-    if (seconds := count(text)) != UNKNOWN:
+    if (seconds := parse_int(text)) != UNKNOWN:
         return float(seconds)
     try:
         return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.storage.connections import Connections, Ticket
-from pipeline.storage.headers import UNKNOWN, asked_wait, count, first_byte, total
+from pipeline.storage.connections import ConnectionPool, Deadline
+from pipeline.storage.headers import UNKNOWN, retry_after, parse_int, range_start, content_total
 
 REDIRECTS = 10  #: followed one after another
 REDIRECTING = (301, 302, 303, 307, 308)
@@ -37,7 +37,7 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RangeResponse:
     """A range of a file, as it came."""
 
     data: bytes
@@ -45,7 +45,7 @@ class Part:
     identity: str  #: ETag or date: another text where the file is another
 
 
-class Again(Exception):
+class RetryableError(Exception):
     """A failure that may pass.
 
     Args:
@@ -59,14 +59,14 @@ class Again(Exception):
         self.error, self.wait, self.retries = error, wait, retries
 
 
-class Client:
+class RangeClient:
     """Requests of one process; threads share it."""
 
     def __init__(self) -> None:
-        self._connections = Connections()
+        self._connections = ConnectionPool()
         self._moved: dict[str, tuple[str, float]] = {}  # where addresses redirected to, and until when that counts
 
-    def fetch(self, address: Address, offset: int, size: int, ticket: Ticket, retries: int) -> Part:
+    def fetch(self, address: Address, offset: int, size: int, ticket: Deadline, retries: int) -> RangeResponse:
         """The bytes of a file from ``offset``: ``size`` of them, or fewer where the file ends before.
 
         Raises:
@@ -77,7 +77,7 @@ class Client:
         while True:
             try:
                 return self._attempt(address, offset, size, ticket)
-            except Again as again:
+            except RetryableError as again:
                 tries += 1
                 allowed = retries if again.retries is None else min(retries, again.retries)
                 wait = again.wait + random.uniform(0, min(BACKOFF * 2**tries, LONGEST_BACKOFF))
@@ -87,7 +87,7 @@ class Client:
                     raise again.error(f"{address.shown}: {again} (try {tries}; another one {ticket.late()})") from None
             ticket.wait(wait)
 
-    def _attempt(self, address: Address, offset: int, size: int, ticket: Ticket) -> Part:
+    def _attempt(self, address: Address, offset: int, size: int, ticket: Deadline) -> RangeResponse:
         """One try, through redirects."""
         wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
         target, until = self._moved.get(address.url, ("", 0.0))
@@ -114,26 +114,26 @@ class Client:
         raise ValueError(f"{address.shown}: the server redirects more than {REDIRECTS} times")
 
 
-def _part(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> Part:
+def _part(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> RangeResponse:
     """The body of an answer, checked."""
     headers, status = response.headers, response.status
     identity = headers.get("etag", "") or headers.get("last-modified", "")
-    whole = total(headers)
+    whole = content_total(headers)
     if status == 416 and 0 <= whole <= offset:  # nothing lies there, as in an empty file
-        return Part(b"", whole, identity)
+        return RangeResponse(b"", whole, identity)
     _check(address, status, headers)
-    if first_byte(headers) != offset:
-        raise Again(ConnectionError, f"the server sent another part than byte {offset}")
+    if range_start(headers) != offset:
+        raise RetryableError(ConnectionError, f"the server sent another part than byte {offset}")
     if whole == UNKNOWN:
         raise ValueError(f"{address.shown}: the server does not tell how large the file is")
     wanted = min(size, whole - offset)
     data = response.read(wanted)
-    stated = count(headers.get("content-length", ""))
+    stated = parse_int(headers.get("content-length", ""))
     if len(data) != wanted or stated not in (UNKNOWN, wanted):
-        raise Again(ConnectionError, f"the server sent {len(data)} of {wanted} bytes")
+        raise RetryableError(ConnectionError, f"the server sent {len(data)} of {wanted} bytes")
     if not response.isclosed():
         response.read(1)  # the end of a body in chunks
-    return Part(data, whole, identity)
+    return RangeResponse(data, whole, identity)
 
 
 def _check(address: Address, status: int, headers: Mapping[str, str]) -> None:
@@ -152,13 +152,13 @@ def _check(address: Address, status: int, headers: Mapping[str, str]) -> None:
     if region := headers.get("x-amz-bucket-region", "") if status in (301, 307, 400) else "":
         raise ValueError(f"{address.shown}: the bucket is in region {region}; set AWS_REGION={region}")
     if status in (404, 410):
-        raise Again(FileNotFoundError, said, retries=0)
+        raise RetryableError(FileNotFoundError, said, retries=0)
     if status in (401, 402, 407, 451):
-        raise Again(PermissionError, refused, retries=0)
+        raise RetryableError(PermissionError, refused, retries=0)
     if status == 403:
-        raise Again(PermissionError, refused, retries=REFUSALS)
+        raise RetryableError(PermissionError, refused, retries=REFUSALS)
     if status in (408, 425, 429) or status >= 500:
-        raise Again(ConnectionError, said, wait=asked_wait(headers))
+        raise RetryableError(ConnectionError, said, wait=retry_after(headers))
     raise ValueError(f"{address.shown}: {said}")
 
 
@@ -168,20 +168,20 @@ def _redirected(before: str, to: str) -> str:
     schemes = urlsplit(before).scheme, urlsplit(target).scheme
     if schemes[1] not in ("http", "https") or schemes == ("https", "http") or not urlsplit(target).hostname:
         message = f"the server redirects from {schemes[0]}: to {schemes[1] or 'nowhere'}:"
-        raise Again(ConnectionError, message, retries=0)
+        raise RetryableError(ConnectionError, message, retries=0)
     return target
 
 
-def _passing(error: OSError | http.client.HTTPException, address: Address, ticket: Ticket) -> Exception:
+def _passing(error: OSError | http.client.HTTPException, address: Address, ticket: Deadline) -> Exception:
     """A failed connection in one line that names no address, which could hold a password."""
     if ticket.left <= 0:
         return TimeoutError(f"{address.shown}: {ticket.late()}")
     if isinstance(error, TimeoutError):
-        return Again(TimeoutError, "the server said nothing for too long")
+        return RetryableError(TimeoutError, "the server said nothing for too long")
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectionError(f"{address.shown}: the server's certificate is not good ({error.verify_message})")
     text = " ".join(str(error).split()) or type(error).__name__
-    return Again(ConnectionError, f"the connection broke ({text})")
+    return RetryableError(ConnectionError, f"the connection broke ({text})")
 
 
 def _same_server(a: str, b: str) -> bool:

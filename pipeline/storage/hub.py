@@ -12,17 +12,17 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
-from pipeline.storage.base import Reading
+from pipeline.storage.base import ReadOptions
 from pipeline.storage.http import Address
 
 LOGIN = "accept the data set's terms on the hub and set HF_TOKEN"
 
 
-class Hub:
+class HubAddresses:
     """``hf://datasets/OWNER/NAME[@REVISION]/PATH`` at the commit that the revision has when it is opened, with the
     login and the endpoint of huggingface_hub."""
 
-    def __init__(self, root: str, reading: Reading) -> None:
+    def __init__(self, root: str, reading: ReadOptions) -> None:
         found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/\s]+))?(?:/(.*?))?/*", root, re.ASCII)
         if not found:
             raise ValueError(f"{root}: not hf://datasets/OWNER/NAME[@REVISION]/PATH (%2F for a / in the revision)")

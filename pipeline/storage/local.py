@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pipeline.storage.base import Shard
+from pipeline.storage.base import ShardRef
 
 OPEN_FILES = 128  #: files of a root that a process keeps open
 
@@ -26,17 +26,17 @@ class LocalStorage:
     def folder(self) -> Path:
         return self.root / "index"
 
-    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         file = self._file(shard.name)
         return (file.read(offset, size) for offset, size in ranges)  # one at a time stays in the processor's cache
 
-    def whole(self, name: str) -> bytes:
+    def read_all(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
-    def local(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
+    def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         return [self.root / name for name in names]
 
-    def place(self, name: str) -> Path:
+    def describe(self, name: str) -> Path:
         return self.root / name
 
     def _file(self, name: str) -> _File:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 
-from pipeline.storage.addresses import Place
-from pipeline.storage.base import Reading, Shard
+from pipeline.storage.addresses import AddressResolver
+from pipeline.storage.base import ReadOptions, ShardRef
 from pipeline.storage.cache import RangeCache
-from pipeline.storage.coalesce import Request, coalesce, cut
-from pipeline.storage.connections import Ticket
-from pipeline.storage.http import Client, Part
-from pipeline.utils.daemon_pool import Threads
+from pipeline.storage.coalesce import RangeRequest, coalesce, slice_ranges
+from pipeline.storage.connections import Deadline
+from pipeline.storage.http import RangeClient, RangeResponse
+from pipeline.utils.daemon_pool import DaemonThreadPool
 
 REQUESTS = 64  #: requests of a process that run at once
 PIECE = 4 << 20  #: bytes of a whole file that one request brings
@@ -26,11 +26,11 @@ SIDE_BY_SIDE = 8  #: such requests at once; a line of 5 Mbit/s brings them withi
 SMALL = 64 << 20  #: most bytes of a file that is read whole into memory
 
 
-class Network:
+class SharedClient:
     """Connections and threads of one process, for all roots."""
 
     def __init__(self) -> None:
-        self.client, self.threads = Client(), Threads(REQUESTS)
+        self.client, self.threads = RangeClient(), DaemonThreadPool(REQUESTS)
 
 
 class RemoteStorage:
@@ -38,7 +38,7 @@ class RemoteStorage:
 
     remote = True
 
-    def __init__(self, place: Place, reading: Reading) -> None:
+    def __init__(self, place: AddressResolver, reading: ReadOptions) -> None:
         self.root = place.shown
         self._place, self._reading = place, reading
         cache = Path(reading.cache).expanduser()
@@ -52,7 +52,7 @@ class RemoteStorage:
             self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
-    def read(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         key = f"{shard.digest} {list(ranges)}" if self._ranges and shard.digest else ""
         if key and (kept := self._ranges.get(key)) is not None:
             return _split(kept, ranges)
@@ -61,21 +61,23 @@ class RemoteStorage:
         for part, request in zip(parts, requests, strict=True):
             if part.total != shard.size:
                 there = f"has {part.total:,} of {shard.size:,} bytes"
-                raise ValueError(f"{self.place(shard.name)}: {there}; copy the file there again")
+                raise ValueError(f"{self.describe(shard.name)}: {there}; copy the file there again")
             if len(part.data) < request.size:
-                raise ValueError(f"{self.place(shard.name)}: ends within the {request.size} bytes at {request.offset}")
-        found = cut(ranges, requests, [part.data for part in parts])
+                raise ValueError(
+                    f"{self.describe(shard.name)}: ends within the {request.size} bytes at {request.offset}"
+                )
+        found = slice_ranges(ranges, requests, [part.data for part in parts])
         if key:
             self._ranges.put(key, found)
         return found
 
-    def whole(self, name: str) -> bytes:
-        [part] = self._fetch(name, [Request(0, SMALL)])
+    def read_all(self, name: str) -> bytes:
+        [part] = self._fetch(name, [RangeRequest(0, SMALL)])
         if part.total > SMALL:
-            raise ValueError(f"{self.place(name)}: has {part.total:,} bytes, which is no such file of a root")
+            raise ValueError(f"{self.describe(name)}: has {part.total:,} bytes, which is no such file of a root")
         return part.data
 
-    def local(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
+    def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         if not re.fullmatch(r"\w{1,128}", version):  # it comes from the other machine
             raise ValueError(f"{version!r} is no fingerprint")
         folder = self.folder / version
@@ -92,14 +94,14 @@ class RemoteStorage:
                 os.rename(temporary, folder)
         return [folder / name for name in names]
 
-    def place(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         return f"{self.root}/{name}"
 
-    def _fetch(self, name: str, requests: Sequence[Request]) -> list[Part]:
+    def _fetch(self, name: str, requests: Sequence[RangeRequest]) -> list[RangeResponse]:
         """Parts of one file, all within one time limit."""
-        ticket, address, client = Ticket(self._reading.timeout), self._place.address(name), _network.client
+        ticket, address, client = Deadline(self._reading.timeout), self._place.address(name), _network.client
 
-        def fetch(request: Request) -> Part:
+        def fetch(request: RangeRequest) -> RangeResponse:
             return client.fetch(address, request.offset, request.size, ticket, self._reading.retries)
 
         futures = [_network.threads.submit(fetch, request) for request in requests]
@@ -118,21 +120,21 @@ class RemoteStorage:
 
     def _copy(self, name: str, path: Path) -> None:
         """Write the whole file ``name`` to ``path``."""
-        [first] = self._fetch(name, [Request(0, PIECE)])
+        [first] = self._fetch(name, [RangeRequest(0, PIECE)])
         with open(path, "wb") as file:
             file.write(first.data)
             step = PIECE * SIDE_BY_SIDE
             for start in range(PIECE, first.total, step):
                 end = min(start + step, first.total)
-                requests = [Request(at, min(PIECE, end - at)) for at in range(start, end, PIECE)]
+                requests = [RangeRequest(at, min(PIECE, end - at)) for at in range(start, end, PIECE)]
                 for part in self._fetch(name, requests):
                     if (part.identity, part.total) != (first.identity, first.total):
-                        raise ValueError(f"{self.place(name)}: has changed while it was being read; open it again")
+                        raise ValueError(f"{self.describe(name)}: has changed while it was being read; open it again")
                     file.write(part.data)
             file.flush()
             os.fsync(file.fileno())
         if path.stat().st_size != first.total:
-            raise ValueError(f"{self.place(name)}: {path.stat().st_size:,} of {first.total:,} bytes have come")
+            raise ValueError(f"{self.describe(name)}: {path.stat().st_size:,} of {first.total:,} bytes have come")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -165,7 +167,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _renew() -> None:
     global _network
-    _network = Network()
+    _network = SharedClient()
 
 
 _renew()

@@ -13,7 +13,7 @@ SIGNED_AGAIN = 300  #: seconds after which it is signed anew: botocore renews cr
 LOGIN = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
-class Bucket:
+class S3Addresses:
     """``s3://BUCKET/PATH``: botocore signs the addresses, with credentials, region and AWS_ENDPOINT_URL as it finds
     them; without credentials the bucket is asked as anybody."""
 

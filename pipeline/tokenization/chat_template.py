@@ -25,15 +25,15 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.config.preprocessing import Text
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.config.preprocessing import TextConfig
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 MARK = "<image>"
 NOISE = "QA_GT_caption_based_noisy"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 Turns = Sequence[dict]
-Segments = list[tuple[list[str], bool]]  # texts with a medium between each two, and whether all of it is learned
+TokenSegments = list[tuple[list[str], bool]]  # texts with a medium between each two, and whether all of it is learned
 
 
 def load_tokenizer(name: str):
@@ -71,7 +71,7 @@ def text_of(turn: dict) -> str:
     return text
 
 
-def media_step(turns: Turns, messages: Sequence[str]) -> list[dict]:
+def preprocess_multimodal(turns: Turns, messages: Sequence[str]) -> list[dict]:
     """Turns as the published media step leaves them; the k-th mark of the dialogue is followed by ``messages[k]``."""
     left = iter(messages)
     done = []
@@ -87,13 +87,13 @@ def media_step(turns: Turns, messages: Sequence[str]) -> list[dict]:
     return done
 
 
-def fetched(turns: Turns, messages: Sequence[str], template: str, fetch: int) -> list[dict]:
+def reused_sample(turns: Turns, messages: Sequence[str], template: str, fetch: int) -> list[dict]:
     """Turns after ``fetch`` media steps, in between which template ``plain`` reduces the first turn to its mark."""
     for _ in range(fetch - 1):
-        turns = media_step(turns, messages)
+        turns = preprocess_multimodal(turns, messages)
         if template == "plain":
             turns = [{**turns[0], "value": MARK}, *turns[1:]]
-    return media_step(turns, messages)
+    return preprocess_multimodal(turns, messages)
 
 
 def question_and_answer(turns: Turns) -> tuple[list[dict], str]:
@@ -104,10 +104,10 @@ def question_and_answer(turns: Turns) -> tuple[list[dict], str]:
     raise ValueError("no human turn is followed by an answer")
 
 
-class Conversation:
+class ChatTemplate:
     """Encodes dialogues under one manifest's text settings."""
 
-    def __init__(self, text: Text, tokenizer=None) -> None:
+    def __init__(self, text: TextConfig, tokenizer=None) -> None:
         self.text = text
         self.tokenizer = load_tokenizer(text.tokenizer) if tokenizer is None else tokenizer
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
@@ -132,7 +132,7 @@ class Conversation:
             ValueError: the turns do not fit the template, or the marks do not fit the media.
         """
         ids, labels = self.tokenize([self.segments(turns, kinds, messages, fetch)])[0]
-        self.check_marks(ids, kinds)
+        self.check_placeholders(ids, kinds)
         return ids, labels
 
     def prompt(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str]) -> np.ndarray:
@@ -143,7 +143,7 @@ class Conversation:
         else:
             segments = [*self.segments(turns, kinds, messages), (["<|im_start|>assistant\n"], True)]
         ids, _ = self.tokenize([segments])[0]
-        self.check_marks(ids, kinds)
+        self.check_placeholders(ids, kinds)
         return ids
 
     def answer_ids(self, text: str) -> list[int]:
@@ -153,15 +153,15 @@ class Conversation:
         head, whole = self._ids(["<|im_start|>assistant\n", f"<|im_start|>assistant\n{text}<|im_end|>"])
         return whole[len(head) :]
 
-    def check_marks(self, ids: np.ndarray, kinds: Sequence[str]) -> None:
+    def check_placeholders(self, ids: np.ndarray, kinds: Sequence[str]) -> None:
         """ValueError unless there is one mark for each medium."""
-        marks = int((ids == IMAGE).sum())
+        marks = int((ids == IMAGE_TOKEN_INDEX).sum())
         if marks != len(kinds):
             raise ValueError(
                 f"{marks} {MARK} marks are left for {len(kinds)} media under template {self.text.template}"
             )
 
-    def segments(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0) -> Segments:
+    def segments(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0) -> TokenSegments:
         """Texts to be tokenised one by one, split at their marks; in a text-only dialogue a mark is a literal word."""
         if not turns:
             raise ValueError("the dialogue has no turns")
@@ -170,7 +170,7 @@ class Conversation:
             raise ValueError("with compat: published the first of the turns is from human or gpt")
         turns = turns if plain else self._spoken(turns)
         if kinds:
-            turns = fetched(turns, messages, self.text.template, max(fetch, 1))
+            turns = reused_sample(turns, messages, self.text.template, max(fetch, 1))
         segments = self._plain(turns) if plain else self._qwen_2(turns)
         return [(text.split(MARK) if kinds else [text], learned) for text, learned in segments]
 
@@ -190,7 +190,7 @@ class Conversation:
         spoken = [(role_of(turn), text_of(turn)) for turn in turns]
         return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role not in ("system", "user")) for role, text in spoken]
 
-    def tokenize(self, dialogues: Iterable[Segments]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def tokenize(self, dialogues: Iterable[TokenSegments]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and labels, int32 (n,), of many dialogues in one call of the tokenizer."""
         dialogues = list(dialogues)
         pieces = [piece for segments in dialogues for texts, _ in segments for piece in texts]
@@ -208,27 +208,27 @@ class Conversation:
             verbose=False,
         )["input_ids"]
 
-    def _join(self, segments: Segments, encoded: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _join(self, segments: TokenSegments, encoded: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         ids, learned = [], []
         for texts, whole in segments:
             start = len(ids)
             ids += next(encoded)
             for _ in texts[1:]:
-                ids.append(IMAGE)
+                ids.append(IMAGE_TOKEN_INDEX)
                 ids += next(encoded)
             learned += [whole] * (len(ids) - start)
         ids = np.array(ids, dtype=np.int32)
-        keep = (np.array(learned, dtype=bool) | np.isin(ids, self._learned)) & (ids != IMAGE)
-        return ids, np.where(keep, ids, np.int32(IGNORE))
+        keep = (np.array(learned, dtype=bool) | np.isin(ids, self._learned)) & (ids != IMAGE_TOKEN_INDEX)
+        return ids, np.where(keep, ids, np.int32(IGNORE_INDEX))
 
 
-def conversation_of(manifest: Manifest) -> Conversation:
+def build_chat_template(manifest: Manifest) -> ChatTemplate:
     """The manifest's tokenizer and template.
 
     Raises:
         ManifestError: the tokenizer cannot be loaded, or the language model has no place for some of its ids.
     """
-    made, size = Conversation(manifest.text), manifest.model.language_model.vocab_size
+    made, size = ChatTemplate(manifest.text), manifest.model.language_model.vocab_size
     if len(made.tokenizer) > size:
         raise ManifestError(
             f"model.language_model.vocab_size: {size} is fewer than the {len(made.tokenizer)} ids of "

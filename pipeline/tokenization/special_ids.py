@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-IMAGE = -200  #: id that stands where visual tokens go
+IMAGE_TOKEN_INDEX = -200  #: id that stands where visual tokens go
 
-IGNORE = -100  #: label of a place that is not learned
+IGNORE_INDEX = -100  #: label of a place that is not learned

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from pipeline.shards.index import Index, ShardsError, row_values
-from pipeline.shards.media_view import View, Visuals
-from pipeline.tokenization.chat_template import Conversation
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.shards.media_view import MediaView, MediaViews
+from pipeline.tokenization.chat_template import ChatTemplate
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.utils.arrow_mmap import MappedTable
 
 FORMAT = 1  #: raise it when the meaning of a column changes
@@ -42,7 +42,9 @@ SCHEMA = pa.schema(
 )
 
 
-def fingerprint(index: Index, manifest: Manifest, conversation: Conversation, visuals: Visuals, fetch: int = 0) -> str:
+def token_fingerprint(
+    index: Index, manifest: Manifest, conversation: ChatTemplate, visuals: MediaViews, fetch: int = 0
+) -> str:
     """Sha256 hex over all that the cached rows depend on; ``fetch`` as of :class:`Conversation`."""
     frames, text = manifest.frames, manifest.text
     content = conversation.tokenizer.backend_tokenizer.to_str()
@@ -60,7 +62,7 @@ def fingerprint(index: Index, manifest: Manifest, conversation: Conversation, vi
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class Tokens:
+class TokenCache:
     """Ids, labels and lengths of every dialogue under the manifest's ``text.max_tokens`` and ``text.over_length``.
 
     ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,). A dialogue over the limit is cut at
@@ -75,16 +77,16 @@ class Tokens:
         self,
         index: Index,
         manifest: Manifest,
-        conversation: Conversation,
-        visuals: Visuals,
+        conversation: ChatTemplate,
+        visuals: MediaViews,
         epoch: int | None = None,
     ) -> None:
         # Only the published epochs need the tokenizer again, which is large.
         self._made_of = (index, manifest, conversation, visuals) if manifest.compat == "published" else None
         self._epoch = manifest.train.epochs - 1 if epoch is None else epoch
-        self._other: Tokens | None = None
+        self._other: TokenCache | None = None
         fetch = self._epoch + 1 if manifest.compat == "published" else 0
-        self.fingerprint = fingerprint(index, manifest, conversation, visuals, fetch)
+        self.fingerprint = token_fingerprint(index, manifest, conversation, visuals, fetch)
         path = index.storage.folder / f"tokens-{self.fingerprint[:32]}.arrow"
         if not path.is_file():
             _build(path, index, conversation, visuals, fetch)
@@ -96,13 +98,13 @@ class Tokens:
         if table is None or table.schema != SCHEMA or len(table) != len(index.dialogues):
             raise ShardsError(f"{path}: damaged, or not the tokens of this index; remove the file, it is made again")
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
-        self.length, self.clips, self.tiles, self.learned = (
+        self.length, self.clips, self.tiles, self.num_label_tokens = (
             self._mapped.array(name) for name in ("length", "clips", "tiles", "learned")
         )
         self._limit, self._cuts = manifest.text.max_tokens, manifest.text.over_length == "cut"
-        self.cut = self._apply_limit()
+        self.truncated = self._apply_limit()
 
-    def at(self, epoch: int) -> Tokens:
+    def for_epoch(self, epoch: int) -> TokenCache:
         """The tokens of one epoch; they differ with ``compat: published`` only.
 
         Raises:
@@ -114,24 +116,24 @@ class Tokens:
         if epoch >= manifest.train.epochs:
             raise ManifestError(f"train.epochs: is {manifest.train.epochs}, and compat: published has none after them")
         if self._other is None or self._other._epoch != epoch:
-            self._other = Tokens(*self._made_of, epoch)
+            self._other = TokenCache(*self._made_of, epoch)
         return self._other
 
-    def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def get(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels, int32 (n,), of one dialogue, within the limit; views, not to be written to."""
         ids, kept = row_values(self._ids, row), None
         if len(ids) > self._limit - self._visual(row):
             kept = self._kept(row, ids)
         return ids[:kept], row_values(self._labels, row)[:kept]
 
-    def why(self, row: int) -> str:
+    def skip_reason(self, row: int) -> str:
         """Why a refused dialogue is refused, or what a cut one loses."""
         ids = row_values(self._ids, row)
-        length = len(ids) - int((ids == IMAGE).sum()) + self._visual(row)
+        length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + self._visual(row)
         if length <= self._limit:
             return self._error[row].as_py() or "the dialogue has nothing to learn"
         text = f"{length} tokens are more than text.max_tokens ({self._limit})"
-        if self.learned[row]:
+        if self.num_label_tokens[row]:
             return f"{text}, and are cut to it"
         if not self._cuts:
             return text
@@ -141,36 +143,36 @@ class Tokens:
 
     def release(self) -> None:
         """Give back the memory of what was read of the file, see :class:`pipeline.utils.arrow_mmap.MappedTable`."""
-        self._mapped.release()
+        self._mapped.drop_pages()
 
     def _visual(self, row: int) -> int:
         return int(self.clips[row]) * TOKENS_PER_CLIP + int(self.tiles[row]) * TOKENS_PER_TILE
 
     def _kept(self, row: int, ids: np.ndarray) -> int:
         """How many of ``ids`` fit the limit, if all media lie among them."""
-        return max(0, self._limit - self._visual(row) + int((ids == IMAGE).sum()))
+        return max(0, self._limit - self._visual(row) + int((ids == IMAGE_TOKEN_INDEX).sum()))
 
     @staticmethod
     def _cuts_media(ids: np.ndarray, kept: int) -> bool:
-        return bool((ids[kept:] == IMAGE).any())
+        return bool((ids[kept:] == IMAGE_TOKEN_INDEX).any())
 
     def _apply_limit(self) -> np.ndarray:
         """Set the lengths of what is cut and refused; the rows of what is cut, int32."""
         over = np.flatnonzero(self.length > self._limit)
         if not self._cuts:
-            self.learned[over] = 0
+            self.num_label_tokens[over] = 0
             return np.empty(0, dtype=np.int32)
         cut = np.zeros(len(over), dtype=bool)
         for number, row in enumerate(over.tolist()):
             ids, labels = row_values(self._ids, row), row_values(self._labels, row)
             kept = self._kept(row, ids)
-            self.learned[row] = 0 if self._cuts_media(ids, kept) else (labels[:kept] != IGNORE).sum()
-            cut[number] = self.learned[row] > 0
+            self.num_label_tokens[row] = 0 if self._cuts_media(ids, kept) else (labels[:kept] != IGNORE_INDEX).sum()
+            cut[number] = self.num_label_tokens[row] > 0
         self.length[over[cut]] = self._limit
         return over[cut].astype(np.int32)
 
 
-def _build(path: Path, index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> None:
+def _build(path: Path, index: Index, conversation: ChatTemplate, visuals: MediaViews, fetch: int) -> None:
     """Write the cache under a name of its own, then rename: several processes may do it at once, with equal bytes."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -188,7 +190,7 @@ def _build(path: Path, index: Index, conversation: Conversation, visuals: Visual
         raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
 
 
-def _batches(index: Index, conversation: Conversation, visuals: Visuals, fetch: int) -> Iterator[pa.RecordBatch]:
+def _batches(index: Index, conversation: ChatTemplate, visuals: MediaViews, fetch: int) -> Iterator[pa.RecordBatch]:
     columns = index.dialogues.select(["media", "entry", "conversations"])
     total = len(columns)
     with tqdm(total=total, desc="tokens", unit="dialogue", disable=total < 20 * CHUNK, dynamic_ncols=True) as bar:
@@ -206,7 +208,7 @@ def _batches(index: Index, conversation: Conversation, visuals: Visuals, fetch: 
 
 
 def _prepare(
-    conversation: Conversation, visuals: Visuals, media: list[int], entry: str, turns: str, fetch: int
+    conversation: ChatTemplate, visuals: MediaViews, media: list[int], entry: str, turns: str, fetch: int
 ) -> tuple[list, list, str]:
     try:
         views = visuals.views(media, entry)
@@ -216,21 +218,21 @@ def _prepare(
         return [], [], str(error)
 
 
-def _row(conversation: Conversation, ids: np.ndarray, labels: np.ndarray, views: list[View], error: str) -> dict:
+def _row(conversation: ChatTemplate, ids: np.ndarray, labels: np.ndarray, views: list[MediaView], error: str) -> dict:
     if not error:
         try:
-            conversation.check_marks(ids, views)
+            conversation.check_placeholders(ids, views)
         except ValueError as mismatch:
             error = str(mismatch)
     if error:
         return {"ids": [], "labels": [], "length": 0, "clips": 0, "tiles": 0, "learned": 0, "error": error}
-    labels[:1] = IGNORE
+    labels[:1] = IGNORE_INDEX
     return {
         "ids": ids,
         "labels": labels,
         "length": len(ids) - len(views) + sum(view.tokens for view in views),
         "clips": sum(view.clips for view in views),
         "tiles": sum(view.tiles for view in views),
-        "learned": int((labels != IGNORE).sum()),
+        "learned": int((labels != IGNORE_INDEX).sum()),
         "error": "",
     }

@@ -35,15 +35,15 @@ class MappedTable:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self.table: pa.Table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
-        self.release()  # the headers of all batches
+        self.drop_pages()  # the headers of all batches
 
     def chunks(self, name: str) -> Iterator[pa.Array]:
         """The chunks of a column, of which no views are to be kept: their pages are given back on the way."""
         for number, chunk in enumerate(self.table[name].chunks, 1):
             yield chunk
             if number % RELEASE == 0:
-                self.release()
-        self.release()
+                self.drop_pages()
+        self.drop_pages()
 
     def array(self, name: str) -> np.ndarray:
         """A column of numbers without nulls, in one array of its own."""
@@ -53,12 +53,12 @@ class MappedTable:
             done += len(chunk)
         return out
 
-    def release(self) -> None:
+    def drop_pages(self) -> None:
         """Give the pages back; whoever reads on gets them again, from the page cache."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
-class PageLimit:
+class ResidentPageLimiter:
     """Calls ``release`` when the files that this process has mapped have come to hold more than ``LIMIT`` bytes more.
 
     Usable from many threads: that counts are then about right is enough.
@@ -68,7 +68,7 @@ class PageLimit:
         self._release = release
         self._lookups, self._least = 0, _resident()
 
-    def looked_up(self) -> None:
+    def on_lookup(self) -> None:
         """To be called with every lookup of random rows."""
         self._lookups += 1
         if self._lookups % EVERY == 0 and _resident() - self._least > LIMIT:

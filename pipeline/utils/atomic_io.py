@@ -28,7 +28,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -37,7 +37,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
-def sha256(path: str | Path) -> bytes:
+def file_sha256(path: str | Path) -> bytes:
     """Digest of a file, read piece by piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -46,7 +46,7 @@ def sha256(path: str | Path) -> bytes:
     return digest.digest()
 
 
-def sync(path: str | Path) -> None:
+def fsync_path(path: str | Path) -> None:
     """Make a file, or the renames inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -8,6 +8,6 @@ from typing import Any
 _COMPACT = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def json_text(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """``value`` as compact JSON with sorted keys; the same value gives the same text."""
     return _COMPACT.encode(value)

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Threads:
+class DaemonThreadPool:
     """Up to ``count`` daemon threads, started when there is something to do; a context manager that ends them."""
 
     def __init__(self, count: int) -> None:
@@ -24,7 +24,7 @@ class Threads:
         self._calls: queue.SimpleQueue[tuple[Future, Callable, object] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Threads:
+    def __enter__(self) -> DaemonThreadPool:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -22,7 +22,7 @@ from tests.helpers.documents import commands
 from tests.helpers.paths import ROOT
 from tools.builder.build_spec import LIBRARIES
 from tools.fetch.registry import check_archives
-from tools.fetch.url import Template
+from tools.fetch.url import UrlTemplate
 
 PAGE = (ROOT / "docs" / "building.md").read_text(encoding="utf-8")
 
@@ -136,7 +136,7 @@ def test_the_root_map_of_the_page_has_places_of_every_kind(tmp_path):
             check_archives(place)
         elif place.startswith(("url:", "page:")):
             kind, _, address = place.partition(":")
-            assert "pass@" not in Template(kind, address).shown
+            assert "pass@" not in UrlTemplate(kind, address).shown
     kinds = {place.partition(":")[0] for place in places.values() if isinstance(place, str)}
     assert kinds == {"dir", "hf", "s3", "url", "page"}
     named = set().union(*(place for place in places.values() if isinstance(place, dict)))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pipeline import load_manifest
-from pipeline.config.manifest import plain
+from pipeline.config.manifest import to_dict
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.documents import commands
 from tests.helpers.html_page import Page
@@ -25,7 +25,7 @@ from tools import demo_data
 from tools.demo import tokenizer as demo_tokenizer
 from tools.demo import worlds as demo_worlds
 from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, save
+from trainer.weights.load import initialise, save_weights
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TESTS = {"building.md", "reuse.md"}
@@ -78,8 +78,8 @@ def inside(project, monkeypatch) -> Path:
     if not Path("demo/runs/stage4/final").exists():
         model = build_model(stage4)
         initialise(model, stage4)
-        save(model, Path("demo/runs/stage4/final"), stage4)
-        Path("demo/runs/stage4/manifest.yaml").write_text(yaml.safe_dump(plain(stage4)))
+        save_weights(model, Path("demo/runs/stage4/final"), stage4)
+        Path("demo/runs/stage4/manifest.yaml").write_text(yaml.safe_dump(to_dict(stage4)))
     return project
 
 

@@ -19,11 +19,11 @@ import yaml
 from PIL import Image
 
 from pipeline.config.manifest import load_manifest
-from pipeline.media.sampling import fit_to_clips, sample_indices
+from pipeline.media.sampling import pad_to_clips, sample_indices
 from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index
 from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from pipeline.shards.ledger import read_ledger
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.media_view import MediaViews
 from tests.helpers.corpora.small_build import build_root
 from tests.helpers.format_reader import Reader
 from tests.helpers.paths import ROOT
@@ -150,7 +150,7 @@ def test_samples_stand_in_the_order_of_the_rows_and_say_the_same(reader, root):
 
 def test_frames_are_those_the_project_shows(reader, root):
     manifest = load_manifest(root.parents[1] / "stage2.yaml")
-    visuals = Visuals(Index.open(root), manifest)
+    visuals = MediaViews(Index.open(root), manifest)
     for row, item in enumerate(reader.media.to_pylist()):
         jpegs = reader.frames(row)
         pixels = [np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), dtype=np.int16) for jpeg in jpegs]
@@ -161,8 +161,8 @@ def test_frames_are_those_the_project_shows(reader, root):
             assert len(jpegs) == 1 and item["timestamps"] == [0.0]
             continue
         assert all(jpeg[-2:] == b"\xff\xd9" for jpeg in jpegs)
-        assert view.places.tolist() == item["sample"]
-        out = np.empty((len(view.places), manifest.frames.size, manifest.frames.size, 3), dtype=np.uint8)
+        assert view.frame_indices.tolist() == item["sample"]
+        out = np.empty((len(view.frame_indices), manifest.frames.size, manifest.frames.size, 3), dtype=np.uint8)
         visuals.read_frames(view, 0, out)
         for place, shown in zip(item["sample"], out, strict=True):
             assert np.abs(pixels[place] - shown).mean() < 1
@@ -171,12 +171,12 @@ def test_frames_are_those_the_project_shows(reader, root):
 
 def test_fewer_frames_are_the_nearest_ones(reader, root):
     manifest = load_manifest(root.parents[1] / "stage2.yaml", ["frames.sampler=middle"])
-    visuals = Visuals(Index.open(root), manifest)
+    visuals = MediaViews(Index.open(root), manifest)
     for row, item in enumerate(reader.media.to_pylist()):
         if item["kind"] == "video":
             wanted = sample_indices(manifest.frames, item["vlen"], item["fps"], item["duration"])
-            wanted = fit_to_clips(wanted, item["vlen"], 4).tolist()
-            assert [reader.nearest(row, number) for number in wanted] == visuals.views([row])[0].places.tolist()
+            wanted = pad_to_clips(wanted, item["vlen"], 4).tolist()
+            assert [reader.nearest(row, number) for number in wanted] == visuals.views([row])[0].frame_indices.tolist()
 
 
 def test_marks_stand_for_media_in_order(reader):

@@ -18,13 +18,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.annotations.normalize import AnnotationError, normalise
+from pipeline.annotations.normalize import AnnotationError, normalize
 from pipeline.annotations.reader import read_annotations
-from pipeline.config.data import Entry
+from pipeline.config.data import EntryConfig
 from pipeline.config.manifest import Manifest, load_manifest
 from pipeline.shards.index import FILES
 from pipeline.shards.ledger import REASONS, SCHEMA
-from pipeline.shards.samples import dialogue_json, media_json
+from pipeline.shards.samples import dialogue_metadata, media_metadata
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("pipeline", "trainer", "tools")
@@ -151,8 +151,8 @@ def test_the_format_page_names_every_field_column_and_reason():
     named = {word for cell in re.findall(r"^\| (`[^|]+`) \|", text, re.M) for word in re.findall(r"`([^`]+)`", cell)}
     nothing = {name: 0 for name in ("start", "width", "height", "source_width", "source_height", "vlen", "fps")}
     lists = {name: [] for name in ("sample", "frame_index", "timestamps")}
-    media = media_json(key="", kind="", source="", duration=0, salvaged=False, sha256="", **nothing, **lists)
-    dialogue = dialogue_json(key="", id="", entry="", split="", media=[], conversations=[], meta={})
+    media = media_metadata(key="", kind="", source="", duration=0, salvaged=False, sha256="", **nothing, **lists)
+    dialogue = dialogue_metadata(key="", id="", entry="", split="", media=[], conversations=[], meta={})
     columns = {name for schema in (*FILES.values(), SCHEMA) for name in schema.names}
     wanted = columns | json.loads(media).keys() | json.loads(dialogue).keys() | REASONS.keys()
     assert wanted <= named, f"docs/format.md lacks {sorted(wanted - named)}"
@@ -178,7 +178,7 @@ def test_the_readmes_manifest_loads(tmp_path):
 
 def test_the_annotation_examples_are_read_as_described(tmp_path):
     (tmp_path / "a.jsonl").write_text(fenced(ROOT / "docs" / "annotations.md", "jsonl"), encoding="utf-8")
-    whole, clip, pair = read_annotations(tmp_path / "a.jsonl", Entry(annotation="a.jsonl", root="r"))
+    whole, clip, pair = read_annotations(tmp_path / "a.jsonl", EntryConfig(annotation="a.jsonl", root="r"))
     assert (whole.id, [(m.path, m.start, m.end) for m in whole.media]) == ("a1", [("a.mp4", None, None)])
     assert [(m.path, m.start, m.end) for m in clip.media] == [("a.mp4", 2, 5.5)]
     assert (clip.id, clip.meta, clip.turns[0]) == (
@@ -190,16 +190,16 @@ def test_the_annotation_examples_are_read_as_described(tmp_path):
 
 
 def test_names_that_the_annotation_page_calls_unread_are_unread():
-    entry, mark = Entry(annotation="a.jsonl", root="r", media_type="video"), "<image>\n"
+    entry, mark = EntryConfig(annotation="a.jsonl", root="r", media_type="video"), "<image>\n"
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
     marked = [{"from": "human", "value": f"{mark}What?"}, turns[1]]
     with pytest.raises(AnnotationError) as error:
-        normalise({"messages": turns, "video": "a.mp4"}, entry, 0)
+        normalize({"messages": turns, "video": "a.mp4"}, entry, 0)
     assert error.value.reason == "no_conversations"
     for conversation in (turns, marked):
         for name in ("images", "videos"):
             with pytest.raises(AnnotationError) as error:
-                normalise({"conversations": conversation, name: ["a.mp4"]}, entry, 0)
+                normalize({"conversations": conversation, name: ["a.mp4"]}, entry, 0)
             assert error.value.reason == "bad_media"
 
 

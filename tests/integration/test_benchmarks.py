@@ -23,9 +23,9 @@ from benchmarks.model import lmms_eval as lmms
 from benchmarks.model import parts as model
 from benchmarks.training import packing as train
 from pipeline.config.manifest import load_manifest  # noqa: E402
-from pipeline.config.model import VisionTower  # noqa: E402
+from pipeline.config.model import VisionTowerConfig  # noqa: E402
 from pipeline.evaluation.questions import Question  # noqa: E402
-from pipeline.shards.memory_index import File  # noqa: E402
+from pipeline.shards.memory_index import MediaFile  # noqa: E402
 from trainer.model.tome import ToMeConnector  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def test_connectors_agree(ways):
 @pytest.mark.parametrize(("clips", "stills"), [(2, 1), (1, 0)])
 def test_towers_agree(clips, stills):
     torch.manual_seed(0)
-    cfg = VisionTower(width=48, depth=3, heads=4, patch=16, table_side=8)
+    cfg = VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8)
     pixels = torch.randn(clips, 3, 4, 128, 128), torch.randn(stills, 3, 1, 128, 128)
     with torch.no_grad():
         model.compare(model.encoding(cfg, 128, *pixels))
@@ -180,13 +180,13 @@ def test_the_loss_in_chunks_is_that_of_all_logits():
     assert chunked[0] == pytest.approx(full[0], rel=1e-6)
 
 
-def question(key: str, answer: str, file: File, context: tuple[dict, ...] = (), **meta) -> Question:
+def question(key: str, answer: str, file: MediaFile, context: tuple[dict, ...] = (), **meta) -> Question:
     turns = [*context, {"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
     return Question.of(key, turns, "entry", meta, [file])
 
 
 def test_questions_become_documents_with_options():
-    whole, clip = File("/a.mp4"), File("/a.mp4", 1, 2)
+    whole, clip = MediaFile("/a.mp4"), MediaFile("/a.mp4", 1, 2)
     named = question("c", "white", whole, options=["grey", "white"])
     last, first = lmms.docs_of([question("a", "red", whole), question("b", "blue", whole), named], ["c", "a"])
     asked = {"key": "a", "question": "Which?", "media": ["/a.mp4"]}

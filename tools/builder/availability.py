@@ -10,19 +10,19 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pipeline.shards.ledger import REASONS
-from pipeline.utils.daemon_pool import Threads
-from tools.builder.unique_ids import Distinct
-from tools.fetch.base import UNKNOWN, FetchError, Source
-from tools.fetch.host_health import Hosts
-from tools.fetch.root_map import Place
+from pipeline.utils.daemon_pool import DaemonThreadPool
+from tools.builder.unique_ids import UniqueIds
+from tools.fetch.base import UNKNOWN, FetchError, MediaSource
+from tools.fetch.host_health import HostCircuitBreaker
+from tools.fetch.root_map import ResolvedLocation
 
 THREADS = 16  #: requests under way at once
 _REASONS = tuple(REASONS)
 
-Wanted = tuple[Place, str, bool]  #: a place, the path of a file there, and whether it is a folder of frames
+Wanted = tuple[ResolvedLocation, str, bool]  #: a place, the path of a file there, and whether it is a folder of frames
 
 
-class Answer(NamedTuple):
+class Availability(NamedTuple):
     """What is known of a file."""
 
     size: int  #: bytes, or UNKNOWN
@@ -31,26 +31,26 @@ class Answer(NamedTuple):
     message: str
 
 
-class Survey:
+class AvailabilityChecker:
     """Asks places for files; a context manager."""
 
     def __init__(self) -> None:
-        self._files = Distinct()
+        self._files = UniqueIds()
         self._answers = array("q")  # by number of the file: its size, or UNKNOWN - 1 - number of the reason
-        self._hosts = Hosts()
-        self._sources: dict[str, Source] = {}
-        self._threads = Threads(THREADS)
+        self._hosts = HostCircuitBreaker()
+        self._sources: dict[str, MediaSource] = {}
+        self._threads = DaemonThreadPool(THREADS)
 
-    def __enter__(self) -> Survey:
+    def __enter__(self) -> AvailabilityChecker:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._threads.__exit__(kind, error, trace)
 
-    def ask(self, wanted: Sequence[Wanted]) -> list[Answer]:
+    def ask(self, wanted: Sequence[Wanted]) -> list[Availability]:
         """An answer for each file."""
         names = [f"{place.path or place.origin}/{path}\0{tree}" for place, path, tree in wanted]
-        numbers, first = (column.tolist() for column in self._files.number(names))
+        numbers, first = (column.tolist() for column in self._files.assign(names))
         fresh = iter(self._ask_new([item for item, new in zip(wanted, first, strict=True) if new]))
         answers = []
         for (place, path, _), number, new in zip(wanted, numbers, first, strict=True):
@@ -62,7 +62,7 @@ class Survey:
                 self._answers.append(UNKNOWN - 1 - _REASONS.index(answer.reason) if failed else answer)
             known = self._answers[number]
             reason = "" if known >= UNKNOWN else _REASONS[UNKNOWN - 1 - known]
-            answers.append(Answer(max(known, UNKNOWN), new, reason, message if reason else ""))
+            answers.append(Availability(max(known, UNKNOWN), new, reason, message if reason else ""))
         return answers
 
     def _ask_new(self, wanted: Sequence[Wanted]) -> list[int | FetchError]:
@@ -95,12 +95,12 @@ class Survey:
             return error
         return FetchError("missing_file", name, REASONS["missing_file"]) if size is None else size
 
-    def _source(self, place: Place) -> Source:
+    def _source(self, place: ResolvedLocation) -> MediaSource:
         at = str(place.path or place.origin)
         if at not in self._sources:
             self._sources[at] = place.open()
         return self._sources[at]
 
 
-def _shown(place: Place, path: str) -> str:
+def _shown(place: ResolvedLocation, path: str) -> str:
     return f"{place.path}/{path}" if place.path else f"{place.origin} {path}"

@@ -24,22 +24,22 @@ from tqdm import tqdm
 
 from pipeline.annotations.reader import AnnotationFileError
 from pipeline.config.manifest import Manifest
-from pipeline.utils.atomic_io import sync, write_atomic
-from pipeline.utils.canonical_json import json_text
+from pipeline.utils.atomic_io import fsync_path, write_atomic
+from pipeline.utils.canonical_json import canonical_json
 from tools.builder.build_spec import difference, specification, without_additions
 from tools.builder.executors import Executor
 from tools.builder.finalize import finish, write_outcomes
-from tools.builder.incremental import Previous, Selection, keep
-from tools.builder.locks import LOCKS, root_folder, step
+from tools.builder.incremental import ExistingBuild, Selection, snapshot
+from tools.builder.locks import LOCKS, lock_root, lock_step
 from tools.builder.planner import make_plan
-from tools.builder.task import Job, is_dialogue, task_folder
+from tools.builder.task import BuildJob, is_dialogue, task_folder
 from tools.common.arrow_files import map_table
 from tools.common.errors import BuildError
-from tools.fetch.root_map import Origin, origins
+from tools.fetch.root_map import ResolvedEntry, resolve_entries
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BuildOptions:
     """How a build is run; the first three decide what is taken, nothing else changes a byte."""
 
     limit: int | None = None  #: take only the first so many samples of each entry
@@ -51,7 +51,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class BuildResult:
     """What a build came to."""
 
     record: Mapping[str, Any] | None  #: contents of build.json; None while other machines are not done
@@ -59,7 +59,7 @@ class Outcome:
     left: int = 0  #: media that other machines still have to build
 
 
-def build(manifest: Manifest, executor: Executor, options: Options) -> Outcome:
+def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> BuildResult:
     """Build ``manifest.shard_root``, or this machine's share of it.
 
     Raises:
@@ -68,25 +68,25 @@ def build(manifest: Manifest, executor: Executor, options: Options) -> Outcome:
         AnnotationFileError: an annotation file is broken.
     """
     root = manifest.shard_root
-    found = origins(manifest)
+    found = resolve_entries(manifest)
     wanted = specification(manifest, found, options.limit)
-    with root_folder(root, shared=options.ranks > 1):
-        with step(root):
+    with lock_root(root, shared=options.ranks > 1):
+        with lock_step(root):
             if not _plan(manifest, found, wanted, root, options):
-                return Outcome(_record(root), built=False)
-        job = job_of(manifest, found, root / "work", options.cache_bytes)
+                return BuildResult(_record(root), built=False)
+        job = make_job(manifest, found, root / "work", options.cache_bytes)
         _run_media(job, executor, options)
-        with step(root):
+        with lock_step(root):
             if not (job.work / "plan").is_dir():  # another machine was done last
-                return Outcome(_record(root))
+                return BuildResult(_record(root))
             if left := _tasks_left(job):
-                return Outcome(None, left=int(_sizes(job)[left].sum()))
+                return BuildResult(None, left=int(_sizes(job)[left].sum()))
             _run_dialogues(job, executor)
             record = finish(root, job, wanted)
             done = root / "work.done"
             os.rename(job.work, done)
             shutil.rmtree(done)
-        return Outcome(record)
+        return BuildResult(record)
 
 
 def _record(root: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _record(root: Path) -> dict[str, Any]:
 
 
 def _check_same(
-    root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], found: Sequence[Origin], finished: bool
+    root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], found: Sequence[ResolvedEntry], finished: bool
 ) -> None:
     if other := difference(there, wanted, found):
         what = "another build" if finished else "another build, which is not finished"
@@ -102,7 +102,9 @@ def _check_same(
         raise BuildError(f"{root}: holds {what}: {other}; give another --out, remove {root}, or {undo}")
 
 
-def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any], root: Path, options: Options) -> bool:
+def _plan(
+    manifest: Manifest, found: Sequence[ResolvedEntry], wanted: Mapping[str, Any], root: Path, options: BuildOptions
+) -> bool:
     """Make work/plan unless it is there; it appears whole. False if the root is finished and nothing is to be added."""
     work, folder, scratch = root / "work", root / "work" / "plan", root / "work" / "plan.tmp"
     if folder.is_dir():
@@ -119,8 +121,8 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
         if adds:
             there = _record(root)["specification"]
             _check_same(root, there, without_additions(there, wanted), found, finished=True)
-            keep(root, scratch / "previous")
-        selection = Selection(Previous.open(scratch / "previous", manifest.compat), wanted, options.retry_failed)
+            snapshot(root, scratch / "previous")
+        selection = Selection(ExistingBuild.open(scratch / "previous", manifest.compat), wanted, options.retry_failed)
         planned = selection.wants_any() and make_plan(
             manifest, found, scratch, options.limit, not options.skip_unresolved, selection
         )
@@ -130,15 +132,15 @@ def _plan(manifest: Manifest, found: Sequence[Origin], wanted: Mapping[str, Any]
     except (BuildError, AnnotationFileError):
         shutil.rmtree(work)
         raise
-    write_atomic(scratch / "specification.json", json_text(wanted).encode())
+    write_atomic(scratch / "specification.json", canonical_json(wanted).encode())
     os.rename(scratch, folder)
-    sync(work)
+    fsync_path(work)
     return True
 
 
-def job_of(manifest: Manifest, found: Sequence[Origin], work: Path, cache_bytes: int = 0) -> Job:
+def make_job(manifest: Manifest, found: Sequence[ResolvedEntry], work: Path, cache_bytes: int = 0) -> BuildJob:
     """What workers need to know of the build whose plan is in ``work``."""
-    return Job(
+    return BuildJob(
         work=work,
         tasks=tuple(json.loads((work / "plan" / "tasks.json").read_bytes())["tasks"]),
         entries=tuple(origin.entry.name for origin in found),
@@ -156,13 +158,13 @@ def job_of(manifest: Manifest, found: Sequence[Origin], work: Path, cache_bytes:
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def _sizes(job: Job) -> np.ndarray:
+def _sizes(job: BuildJob) -> np.ndarray:
     """Media of each task, int64 (tasks,)."""
     tasks = map_table(job.work / "plan" / "media.arrow")["task"].to_numpy()
     return np.bincount(tasks[tasks >= 0], minlength=len(job.tasks))
 
 
-def _tasks_left(job: Job, dialogues: bool = False) -> list[int]:
+def _tasks_left(job: BuildJob, dialogues: bool = False) -> list[int]:
     """Tasks about media, or about dialogues, that are not finished."""
     return [
         task
@@ -171,7 +173,7 @@ def _tasks_left(job: Job, dialogues: bool = False) -> list[int]:
     ]
 
 
-def _run_media(job: Job, executor: Executor, options: Options) -> None:
+def _run_media(job: BuildJob, executor: Executor, options: BuildOptions) -> None:
     """Run this machine's tasks that are not finished."""
     (job.work / "tasks").mkdir(exist_ok=True)
     media = [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
@@ -192,7 +194,7 @@ def _run_media(job: Job, executor: Executor, options: Options) -> None:
                 bar.set_postfix_str(f"{frames / elapsed:.0f} frames/s", refresh=False)
 
 
-def _run_dialogues(job: Job, executor: Executor) -> None:
+def _run_dialogues(job: BuildJob, executor: Executor) -> None:
     """Write the dialogues, when the outcome of every media item is known."""
     write_outcomes(job)
     left = _tasks_left(job, dialogues=True)

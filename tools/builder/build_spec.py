@@ -8,25 +8,25 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config.manifest import Manifest, plain
-from pipeline.utils.atomic_io import sha256
-from tools.fetch.root_map import Origin
+from pipeline.config.manifest import Manifest, to_dict
+from pipeline.utils.atomic_io import file_sha256
+from tools.fetch.root_map import ResolvedEntry
 
 FORMAT = 2  #: of the shards; raised whenever a change of the code changes their bytes
 LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "torch")  #: whose versions decide the bytes
 LEFT_OUT = "left out"  #: stands for what an entry names and is not on this machine
 
 
-def specification(manifest: Manifest, found: Sequence[Origin], limit: int | None) -> dict[str, Any]:
+def specification(manifest: Manifest, found: Sequence[ResolvedEntry], limit: int | None) -> dict[str, Any]:
     """Everything that decides the bytes of the shards, as JSON; two builds with the same one give the same shards.
 
     Annotation files count by content and roots by how they lie to one another, so that moving data changes nothing.
     """
-    frames, images = plain(manifest.frames), plain(manifest.images)
+    frames, images = to_dict(manifest.frames), to_dict(manifest.images)
     entries = [
         {
             "name": origin.entry.name,
-            "annotation": sha256(origin.annotation.path).hex() if origin.annotation.path else LEFT_OUT,
+            "annotation": file_sha256(origin.annotation.path).hex() if origin.annotation.path else LEFT_OUT,
             "media": "found" if origin.media.resolved else LEFT_OUT,
             **{name: getattr(origin.entry, name) for name in ("root", "sampling", "reader", "media_type", "split")},
         }
@@ -60,7 +60,7 @@ def without_additions(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict
     return {**here, "entries": entries, "nested_roots": roots}
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any], found: Sequence[Origin]) -> str:
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], found: Sequence[ResolvedEntry]) -> str:
     """How the specification of a build differs from the one wanted, of the entries ``found``; empty if it does not.
 
     Names the entry or annotation file that is another one now, or else the first field, as ``FIELD is X there and Y
@@ -79,7 +79,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any], found: Sequenc
     return _first_difference(there, here)
 
 
-def _entry_difference(old: Mapping[str, Any], new: Mapping[str, Any], origin: Origin) -> str:
+def _entry_difference(old: Mapping[str, Any], new: Mapping[str, Any], origin: ResolvedEntry) -> str:
     before, now, file = old["annotation"], new["annotation"], origin.annotation.path or origin.entry.annotation
     if before != now:
         if now == LEFT_OUT:
@@ -113,7 +113,7 @@ def _name(value: Any) -> Any:
     return value.get("name", value) if isinstance(value, dict) else value
 
 
-def _nested(found: Sequence[Origin]) -> list[list[str]]:
+def _nested(found: Sequence[ResolvedEntry]) -> list[list[str]]:
     """Roots that are one place or lie within another, as [root, other root, path from one to the other]."""
     places = {origin.media.name: origin.media.path for origin in found if origin.media.path}
     pairs = []

@@ -10,18 +10,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from tools.builder.task import Job, make_worker
-from tools.builder.worker_pool import Pool
+from tools.builder.task import BuildJob, make_worker
+from tools.builder.worker_pool import WorkerPool
 
 Counts: TypeAlias = Mapping[str, int]
-Executor: TypeAlias = Callable[[Job, Sequence[int]], Iterator[Counts]]
+Executor: TypeAlias = Callable[[BuildJob, Sequence[int]], Iterator[Counts]]
 
 
 def local(workers: int) -> Executor:
     """``workers`` processes of this machine."""
 
-    def run(job: Job, tasks: Sequence[int]) -> Iterator[Counts]:
-        with Pool(make_worker, (job,), workers) as pool:
+    def run(job: BuildJob, tasks: Sequence[int]) -> Iterator[Counts]:
+        with WorkerPool(make_worker, (job,), workers) as pool:
             yield from pool.run(tasks)
 
     return run
@@ -41,7 +41,7 @@ def ray(address: str) -> Executor:
 
     check_address(address or os.environ.get("RAY_ADDRESS", ""))
 
-    def run(job: Job, tasks: Sequence[int]) -> Iterator[Counts]:
+    def run(job: BuildJob, tasks: Sequence[int]) -> Iterator[Counts]:
         return run_tasks(address, job, tasks)
 
     return run

@@ -18,21 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.shards.index import SHARD_SCHEMA, table, write_index
+from pipeline.shards.index import SHARD_SCHEMA, build_table, write_index
 from pipeline.shards.ledger import write_ledger
-from pipeline.shards.sidecars import read_reader_files, write_reader_files
+from pipeline.shards.sidecars import read_sidecars, write_sidecars
 from pipeline.shards.writer import ShardInfo
-from pipeline.utils.atomic_io import sync, write_atomic
-from tools.builder.incremental import Previous, without
-from tools.builder.task import OUTCOMES, PLAN_ROW, Job, read_shard_info, task_folder
+from pipeline.utils.atomic_io import fsync_path, write_atomic
+from tools.builder.incremental import ExistingBuild, drop_rows
+from tools.builder.task import OUTCOMES, PLAN_ROW, BuildJob, read_shard_info, task_folder
 from tools.common.arrow_files import map_table, write_table
-from tools.common.errors import WorkError
+from tools.common.errors import WorkerError
 
 FOLDERS = ("video", "image", "dialogue")
 SPLITS = ("train", "val")
 
 
-def write_outcomes(job: Job) -> None:
+def write_outcomes(job: BuildJob) -> None:
     """For each media item of the plan its row in the index, or why it has none, into work/outcomes.arrow."""
     media = map_table(job.work / "plan" / "media.arrow")
     rows, failed = media["built"].to_numpy().copy(), media["failed"].combine_chunks()
@@ -52,7 +52,7 @@ def write_outcomes(job: Job) -> None:
     write_table(job.work / "outcomes.arrow", pa.table([pa.array(rows), reason], schema=OUTCOMES))
 
 
-def finish(root: Path, job: Job, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Take the last steps; returns the contents of build.json.
 
     Raises:
@@ -66,7 +66,7 @@ def finish(root: Path, job: Job, wanted: Mapping[str, Any]) -> dict[str, Any]:
     ledgers = [map_table(job.work / "plan" / "ledger.arrow")]
     for folder in FOLDERS:
         kept = {shard["name"]: shard["sha256"] for shard in shards if shard["folder"] == folder}
-        infos = [replace(i, sha256=kept[i.name]) for i in read_reader_files(root / folder) if i.name in kept]
+        infos = [replace(i, sha256=kept[i.name]) for i in read_sidecars(root / folder) if i.name in kept]
         numbers = Counter(info.split for info in infos)
         for _, name in _ordered(job, folder):
             results, split = task_folder(job.work, name), name.split("-")[1]
@@ -86,11 +86,11 @@ def finish(root: Path, job: Job, wanted: Mapping[str, Any]) -> dict[str, Any]:
             shards.append(_shard_row(folder, split, info))
             infos.append(info)
         if infos:
-            write_reader_files(root / folder, infos)
+            write_sidecars(root / folder, infos)
     media, dialogues = (pa.concat_tables([*tables[name], *new[name]]) for name in ("media", "dialogues"))
     fresh = pa.concat_tables(ledgers)
     ledger = pa.concat_tables([_kept(previous, job, fresh), fresh])
-    fingerprint = write_index(root, media, dialogues, table(SHARD_SCHEMA, shards))
+    fingerprint = write_index(root, media, dialogues, build_table(SHARD_SCHEMA, shards))
     write_ledger(root / "ledger" / "ledger.parquet", ledger)
     record = {
         "index_fingerprint": fingerprint,
@@ -102,11 +102,11 @@ def finish(root: Path, job: Job, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _previous(job: Job) -> Previous:
-    return Previous.open(job.work / "plan" / "previous", job.compat)
+def _previous(job: BuildJob) -> ExistingBuild:
+    return ExistingBuild.open(job.work / "plan" / "previous", job.compat)
 
 
-def _ordered(job: Job, folder: str) -> list[tuple[int, str]]:
+def _ordered(job: BuildJob, folder: str) -> list[tuple[int, str]]:
     """Number and name of the tasks of a folder, in the order of their shards: by split, then as planned."""
     tasks = [(task, name) for task, name in enumerate(job.tasks) if name.startswith(f"{folder}-")]
     return sorted(tasks, key=lambda task: (SPLITS.index(task[1].split("-")[1]), task[0]))
@@ -117,7 +117,7 @@ def _move(path: Path, place: Path) -> None:
     if path.is_file():
         place.parent.mkdir(exist_ok=True)
         os.replace(path, place)
-        sync(place.parent)
+        fsync_path(place.parent)
 
 
 def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:
     return {"folder": folder, "split": split, "name": info.name, **facts}
 
 
-def _kept(previous: Previous, job: Job, fresh: pa.Table) -> pa.Table:
+def _kept(previous: ExistingBuild, job: BuildJob, fresh: pa.Table) -> pa.Table:
     """The rows of the ledger before that are not about something planned again."""
     plan = job.work / "plan"
     media = map_table(plan / "media.arrow")
@@ -135,15 +135,15 @@ def _kept(previous: Previous, job: Job, fresh: pa.Table) -> pa.Table:
         fresh["key"],
     ]
     again = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
-    return without(previous.ledger, again, set(_tasks(job)["samples"]))
+    return drop_rows(previous.ledger, again, set(_tasks(job)["samples"]))
 
 
-def _tasks(job: Job) -> dict[str, Any]:
+def _tasks(job: BuildJob) -> dict[str, Any]:
     return json.loads((job.work / "plan" / "tasks.json").read_bytes())
 
 
 def _count(
-    job: Job, previous: Previous, media: pa.Table, dialogues: pa.Table, ledger: pa.Table
+    job: BuildJob, previous: ExistingBuild, media: pa.Table, dialogues: pa.Table, ledger: pa.Table
 ) -> list[dict[str, Any]]:
     """Per entry, in plan order: what was built and what was left out; checks that no dialogue was lost on the way."""
     outcomes = map_table(job.work / "outcomes.arrow")["row"].to_numpy()
@@ -168,7 +168,7 @@ def _count(
         planned = old.get("planned") or samples.get(name, 0)
         done = written.get(name, 0) + sum(left_out.get("dialogue", {}).values())
         if done != planned:
-            raise WorkError(f"entry {name}: {planned} dialogues were planned, {done} are in the shards or the ledger")
+            raise WorkerError(f"entry {name}: {planned} dialogues were planned, {done} are in the shards or the ledger")
         facts = {key: values[number] + old.get(key, 0) for key, values in built.items()}
         counts.append(
             {"name": name, "planned": planned, "dialogues": written.get(name, 0), **facts, "left_out": left_out}

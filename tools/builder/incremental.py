@@ -31,7 +31,7 @@ FILES = ("build.json", "index/media.arrow", "index/dialogues.arrow", "index/shar
 
 
 @dataclass(frozen=True, slots=True)
-class Previous:
+class ExistingBuild:
     """The record and tables of a finished root; of an empty one where nothing was built."""
 
     record: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Previous:
     ledger: pa.Table
 
     @classmethod
-    def open(cls, folder: Path, compat: str) -> Previous:
+    def open(cls, folder: Path, compat: str) -> ExistingBuild:
         """From the links that :func:`keep` made; empty where it was not called."""
         if not (folder / "build.json").is_file():
             schemas = (media_schema(compat), DIALOGUE_SCHEMA, SHARD_SCHEMA, LEDGER_SCHEMA)
@@ -53,7 +53,7 @@ class Previous:
         )
 
 
-def keep(root: Path, folder: Path) -> None:
+def snapshot(root: Path, folder: Path) -> None:
     """Link the files of a finished ``root`` into ``folder``, where they outlive their replacement."""
     folder.mkdir()
     for name in FILES:
@@ -64,7 +64,7 @@ def keep(root: Path, folder: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class MediaStatus:
     """What a root knows of a media item."""
 
     built: int = -1  #: its row in the index
@@ -75,7 +75,7 @@ class Known:
 class Selection:
     """What of the annotation files belongs to an addition to ``previous``."""
 
-    def __init__(self, previous: Previous, specification: Mapping[str, Any], retry: bool) -> None:
+    def __init__(self, previous: ExistingBuild, specification: Mapping[str, Any], retry: bool) -> None:
         self._again = set(RETRYABLE) if retry else {"unresolved"}
         there = {entry["name"]: entry for entry in previous.record.get("specification", {}).get("entries", [])}
         self._new, self._open = set(), set()  # entries of which all, and of which only failed samples are planned
@@ -108,12 +108,12 @@ class Selection:
         """Whether a sample of the entry is planned."""
         return entry in self._new or key in self._dialogues
 
-    def media(self, key: str) -> Known:
+    def media(self, key: str) -> MediaStatus:
         """What the root knows of a media item."""
         row = self._media.get(key)
         if row is None:
-            return Known(built=self._built.row(key))
-        return Known(failed="" if row["reason"] in self._again else row["reason"], attempts=row["attempts"])
+            return MediaStatus(built=self._built.row(key))
+        return MediaStatus(failed="" if row["reason"] in self._again else row["reason"], attempts=row["attempts"])
 
 
 class _Keys:
@@ -138,7 +138,7 @@ class _Keys:
         return int(self._rows[place]) if found else -1
 
 
-def without(ledger: pa.Table, keys: pa.ChunkedArray, entries: set[str]) -> pa.Table:
+def drop_rows(ledger: pa.Table, keys: pa.ChunkedArray, entries: set[str]) -> pa.Table:
     """Rows of a ledger less those about ``keys`` (planned again), and less those about ``entries`` as a whole."""
     again = pc.and_(pc.is_in(ledger["key"], keys.combine_chunks()), pc.not_equal(ledger["key"], ""))
     whole = pc.and_(

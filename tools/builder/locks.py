@@ -14,7 +14,7 @@ LOCKS = ("build.lock", "step.lock")  #: files that are locked; there while a bui
 
 
 @contextlib.contextmanager
-def root_folder(root: Path, shared: bool) -> Iterator[None]:
+def lock_root(root: Path, shared: bool) -> Iterator[None]:
     """Hold ``root``, created where missing, against other builds; folders that stay empty are removed.
 
     Args:
@@ -45,7 +45,7 @@ def root_folder(root: Path, shared: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def step(root: Path) -> Iterator[None]:
+def lock_step(root: Path) -> Iterator[None]:
     """Hold the steps that one machine at a time may take, planning and finishing; waits for the one that does."""
     with _locked(root, "step.lock", fcntl.LOCK_EX):
         yield

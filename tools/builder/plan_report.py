@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.shards.ledger import REASONS
 from pipeline.utils.atomic_io import atomic_file, write_atomic
-from tools.builder.planner import EntryCount
-from tools.common.text_table import aligned, shortened, size_text
-from tools.fetch.root_map import Origin
+from tools.builder.planner import PlannedEntry
+from tools.common.text_table import format_table, truncate, format_bytes
+from tools.fetch.root_map import ResolvedEntry
 
 #: plan.parquet: one row for each entry, in the manifest's order.
 SCHEMA = pa.schema(
@@ -77,7 +77,7 @@ class Row:
     problems: tuple[Problem, ...]
 
 
-def plan_rows(found: Sequence[Origin], counts: Mapping[str, EntryCount]) -> list[Row]:
+def plan_rows(found: Sequence[ResolvedEntry], counts: Mapping[str, PlannedEntry]) -> list[Row]:
     """The rows of a dry run."""
     rows = []
     for origin in found:
@@ -100,7 +100,7 @@ def plan_rows(found: Sequence[Origin], counts: Mapping[str, EntryCount]) -> list
     return rows
 
 
-def _problems(origin: Origin, count: EntryCount) -> list[Problem]:
+def _problems(origin: ResolvedEntry, count: PlannedEntry) -> list[Problem]:
     problems = []
     if not origin.annotation.resolved:
         problems.append(Problem("annotation", "unresolved", None, origin.annotation.missing))
@@ -120,7 +120,7 @@ def causes(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     found: dict[str, list[str]] = {}
     for row in rows:
         for problem in row.problems:
-            text, name = problem.message, shortened(row.entry, 50)
+            text, name = problem.message, truncate(row.entry, 50)
             if problem.about == "media":
                 text = f"{problem.count:,} of {row.media:,} media cannot be had ({problem.reason}); first {text}"
             if problem.about == "dialogue":
@@ -134,7 +134,7 @@ def totals(rows: Sequence[Row]) -> str:
     names = ("dialogues", "media", "found", "bytes")
     dialogues, media, found, size = (sum(getattr(row, name) or 0 for row in rows) for name in names)
     more = " and files of unknown size" if any(row.unsized for row in rows) else ""
-    return f"{dialogues:,} dialogues, {media:,} distinct media, {found:,} of them found with {size_text(size)}{more}"
+    return f"{dialogues:,} dialogues, {media:,} distinct media, {found:,} of them found with {format_bytes(size)}{more}"
 
 
 def plan_summary(rows: Sequence[Row]) -> str:
@@ -142,10 +142,10 @@ def plan_summary(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         numbers = ["?" if number is None else f"{number:,}" for number in (row.dialogues, row.media, row.found)]
-        size = "?" if row.bytes is None else size_text(row.bytes) + ("+" if row.unsized else "")
-        source = shortened(row.place or row.annotation, 39)
-        cells.append([shortened(row.entry, 50), *numbers, size, "yes" if row.resolved else "no", source])
-    lines = [aligned(["entry", "dialogues", "media", "found", "bytes", "resolves", "from"], cells)]
+        size = "?" if row.bytes is None else format_bytes(row.bytes) + ("+" if row.unsized else "")
+        source = truncate(row.place or row.annotation, 39)
+        cells.append([truncate(row.entry, 50), *numbers, size, "yes" if row.resolved else "no", source])
+    lines = [format_table(["entry", "dialogues", "media", "found", "bytes", "resolves", "from"], cells)]
     for cause, names in causes(rows):
         shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
         lines += ["", f"{_entries(len(names))}: {cause}", f"  {', '.join(shown)}"]
@@ -170,7 +170,7 @@ def write_report(folder: Path, title: str, rows: Sequence[Row]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["size"] = size_text
+    environment.filters["size"] = format_bytes
     page = environment.get_template("plan_report.html.j2").render(
         title=title, rows=rows, causes=causes(rows), totals=totals(rows)
     )

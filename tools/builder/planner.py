@@ -27,22 +27,22 @@ from tqdm import tqdm
 
 from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
 from pipeline.annotations.reader import read_annotations
-from pipeline.config.data import FOLDER_READERS, Entry
+from pipeline.config.data import FOLDER_READERS, EntryConfig
 from pipeline.config.manifest import Manifest
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.media.sampling import frame_indices
 from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from pipeline.shards.ledger import LedgerRow
 from pipeline.shards.samples import dialogue_key, media_key
 from pipeline.utils.atomic_io import write_atomic
-from pipeline.utils.canonical_json import json_text
-from tools.builder.availability import Survey
-from tools.builder.incremental import Known, Selection
-from tools.builder.unique_ids import Distinct
+from pipeline.utils.canonical_json import canonical_json
+from tools.builder.availability import AvailabilityChecker
+from tools.builder.incremental import MediaStatus, Selection
+from tools.builder.unique_ids import UniqueIds
 from tools.common.arrow_files import TableWriter, map_table, write_table
 from tools.common.errors import BuildError
 from tools.fetch.base import UNKNOWN
-from tools.fetch.root_map import Origin, Place
+from tools.fetch.root_map import ResolvedEntry, ResolvedLocation
 
 BYTES_PER_PIXEL = 0.37  #: of a stored frame: JPEG of quality 90, measured on 720p footage reduced to 224 pixels
 STILL_BYTES = 150_000  #: assumed for a still
@@ -86,7 +86,7 @@ ALONE = pa.field("dialogues", pa.list_(pa.int64()))
 
 
 @dataclass(slots=True)
-class EntryCount:
+class PlannedEntry:
     """What the plan found of one entry; its media are looked for by a dry run alone."""
 
     samples: int = 0  #: that the sampling strategy takes
@@ -103,12 +103,12 @@ class EntryCount:
 
 def make_plan(
     manifest: Manifest,
-    found: Sequence[Origin],
+    found: Sequence[ResolvedEntry],
     folder: Path | None,
     limit: int | None = None,
     strict: bool = True,
     selection: Selection | None = None,
-) -> dict[str, EntryCount]:
+) -> dict[str, PlannedEntry]:
     """Read all annotation files and write the plan to ``folder``; with None only count, and look for the media.
 
     Args:
@@ -126,12 +126,12 @@ def make_plan(
     for origin in found:
         if strict and not origin.annotation.resolved:
             raise BuildError(_unresolved(origin, origin.annotation))
-    with Survey() as survey:
+    with AvailabilityChecker() as survey:
         tables = folder and _Tables(manifest, folder, selection)
-        plan = _Plan(tables, survey, selection)
+        plan = _Planner(tables, survey, selection)
         for origin in tqdm(found, desc="plan", unit=" entries", disable=None, leave=False):
             _read_entry(plan, manifest, origin, limit, strict)
-        plan.work_off()
+        plan.flush()
     if tables:
         retried = selection is not None and not any(selection.is_new(name) for name in plan.counts)
         if retried and not any(count.samples for count in plan.counts.values()):
@@ -142,9 +142,9 @@ def make_plan(
     return plan.counts
 
 
-def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | None, strict: bool) -> None:
+def _read_entry(plan: _Planner, manifest: Manifest, origin: ResolvedEntry, limit: int | None, strict: bool) -> None:
     entry, file = origin.entry, origin.annotation.path
-    plan.counts[entry.name] = EntryCount()
+    plan.counts[entry.name] = PlannedEntry()
     if file is None:
         plan.leave_out(LedgerRow(entry.name, "entry", "unresolved", origin.annotation.missing))
         return
@@ -167,30 +167,30 @@ def _read_entry(plan: _Plan, manifest: Manifest, origin: Origin, limit: int | No
         plan.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
 
 
-def _unresolved(origin: Origin, place: Place) -> str:
+def _unresolved(origin: ResolvedEntry, place: ResolvedLocation) -> str:
     return f"entry {origin.entry.name}: {place.missing}; or leave it out with --skip-unresolved"
 
 
-def _causes(counts: Mapping[str, EntryCount], shown: int = 3) -> str:
+def _causes(counts: Mapping[str, PlannedEntry], shown: int = 3) -> str:
     """Why entries give no dialogue: the first cause of the first of them."""
     texts = [f"entry {name}: {count.cause}" for name, count in counts.items()]
     more = [f"{len(texts) - shown} more entries"] if len(texts) > shown else []
     return ", ".join([*texts[:shown], *more])
 
 
-class _Plan:
+class _Planner:
     """A plan while annotations are read: dialogues are gathered, and their media numbered in batches.
 
     With ``tables`` it is written; without, the media are looked for.
     """
 
-    def __init__(self, tables: _Tables | None, survey: Survey, selection: Selection | None) -> None:
+    def __init__(self, tables: _Tables | None, survey: AvailabilityChecker, selection: Selection | None) -> None:
         self._tables = tables
         self._selection = selection
         self._survey = survey
-        self._distinct = Distinct()
-        self._gathered: list[tuple[Origin, Annotation]] = []
-        self.counts: dict[str, EntryCount] = {}
+        self._distinct = UniqueIds()
+        self._gathered: list[tuple[ResolvedEntry, Annotation]] = []
+        self.counts: dict[str, PlannedEntry] = {}
 
     def leave_out(self, row: LedgerRow) -> None:
         count = self.counts[row.entry]
@@ -199,7 +199,7 @@ class _Plan:
         if self._tables:
             self._tables.leave_out(row)
 
-    def add(self, origin: Origin, sample: Annotation | AnnotationError) -> None:
+    def add(self, origin: ResolvedEntry, sample: Annotation | AnnotationError) -> None:
         entry = origin.entry
         if self._selection and not self._selection.dialogue(entry.name, _key(entry, sample.position)):
             return
@@ -215,12 +215,12 @@ class _Plan:
         if not error or (not self._tables and error is not sample):  # media without a place are counted, too
             self._gathered.append((origin, sample))
             if len(self._gathered) == BATCH_SAMPLES:
-                self.work_off()
+                self.flush()
 
-    def work_off(self) -> None:
+    def flush(self) -> None:
         """Number the media of the gathered dialogues in the order of their first naming."""
         media = [(origin, ref) for origin, sample in self._gathered for ref in sample.media]
-        rows, first = (column.tolist() for column in self._distinct.number([_identity(*item) for item in media]))
+        rows, first = (column.tolist() for column in self._distinct.assign([_identity(*item) for item in media]))
         for (origin, _), new in zip(media, first, strict=True):
             self.counts[origin.entry.name].media += new
         if not self._tables:
@@ -235,7 +235,7 @@ class _Plan:
                 self._tables.add_dialogue(origin.entry, sample, rows[done - len(sample.media) : done])
         self._gathered.clear()
 
-    def _look(self, media: list[tuple[Origin, MediaRef]]) -> None:
+    def _look(self, media: list[tuple[ResolvedEntry, MediaRef]]) -> None:
         wanted = [(origin.media, ref.path, ref.reader in FOLDER_READERS) for origin, ref in media]
         for (origin, _), answer in zip(media, self._survey.ask(wanted), strict=True):
             count = self.counts[origin.entry.name]
@@ -249,22 +249,22 @@ class _Plan:
                 count.bytes += max(answer.size, 0)
 
 
-def _identity(origin: Origin, ref: MediaRef) -> str:
+def _identity(origin: ResolvedEntry, ref: MediaRef) -> str:
     """What a media item really is, whatever its root is called."""
     place = origin.media.path or origin.media.origin
     return f"{ref.kind}\0{place}/{ref.path}\0{ref.reader}\0{ref.start}\0{ref.end}"
 
 
-def _key(entry: Entry, position: int) -> str:
+def _key(entry: EntryConfig, position: int) -> str:
     return dialogue_key(f"[{_quoted(entry.name)},{position}]")
 
 
 @lru_cache
 def _quoted(name: str) -> str:
-    return json_text(name)
+    return canonical_json(name)
 
 
-def _source(entry: Entry, sample: Annotation | AnnotationError) -> str:
+def _source(entry: EntryConfig, sample: Annotation | AnnotationError) -> str:
     return f"{entry.annotation}#{sample.position}"
 
 
@@ -288,8 +288,8 @@ class _Tables:
     def leave_out(self, row: LedgerRow) -> None:
         self._ledger.add(row.columns())
 
-    def add_dialogue(self, entry: Entry, sample: Annotation, media: list[int]) -> None:
-        conversations = json_text(sample.turns)
+    def add_dialogue(self, entry: EntryConfig, sample: Annotation, media: list[int]) -> None:
+        conversations = canonical_json(sample.turns)
         if len(media) == 1 and self._held_out[media[0]] == (entry.split == "val"):
             self._alone[0].append(media[0])
             self._alone[1].append(self._dialogues.rows)
@@ -302,17 +302,17 @@ class _Tables:
                 "source": _source(entry, sample),
                 "media": media,
                 "conversations": conversations,
-                "meta": json_text(sample.meta),
+                "meta": canonical_json(sample.meta),
                 "task": self._tasks.put("dialogue", entry.split, len(conversations) + DIALOGUE_BYTES),
             }
         )
 
-    def add_media(self, origin: Origin, ref: MediaRef, duration: Any) -> None:
+    def add_media(self, origin: ResolvedEntry, ref: MediaRef, duration: Any) -> None:
         """Add a media item, of which its annotation says that it lasts ``duration`` seconds, or something else."""
         self._held_out.append(origin.entry.split == "val")
         size = STILL_BYTES if ref.kind == "image" else _video_bytes(self._frames, ref, duration)
-        key = media_key(ref.kind, json_text([origin.media.name, ref.path, ref.reader, ref.start, ref.end]))
-        known = self._selection.media(key) if self._selection else Known()
+        key = media_key(ref.kind, canonical_json([origin.media.name, ref.path, ref.reader, ref.start, ref.end]))
+        known = self._selection.media(key) if self._selection else MediaStatus()
         settled = known.built >= 0 or known.failed
         self._media.add(
             {
@@ -345,7 +345,7 @@ class _Tables:
         write_table(self._folder / "media.arrow", media.append_column(ALONE, lists))
         (self._folder / "distinct.arrow").unlink()
         tasks = {"tasks": self._tasks.names, "samples": samples}
-        write_atomic(self._folder / "tasks.json", json_text(tasks).encode())
+        write_atomic(self._folder / "tasks.json", canonical_json(tasks).encode())
 
 
 class _Tasks:
@@ -369,7 +369,7 @@ class _Tasks:
         return current[0]
 
 
-def _video_bytes(frames: Frames, ref: MediaRef, duration: Any) -> int:
+def _video_bytes(frames: FramesConfig, ref: MediaRef, duration: Any) -> int:
     """Estimated bytes of a video in its shard."""
     if ref.end is not None:
         seconds = ref.end - (ref.start or 0)
@@ -383,7 +383,7 @@ def _video_bytes(frames: Frames, ref: MediaRef, duration: Any) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _frames_of(frames: Frames, seconds: int) -> int:
+def _frames_of(frames: FramesConfig, seconds: int) -> int:
     """Frames that the sampler takes of a video of 25 frames a second."""
     sampler = "middle" if frames.sampler == "rand" else frames.sampler
     taken = frame_indices(sampler, seconds * 25, 25.0, seconds, frames.min, frames.max, frames.clip_frames)

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 AHEAD = 4  #: files that wait, or are on their way, while one is decoded
 
 
-def fetched_ahead(
+def prefetch(
     items: Iterable[Item], fetch: Callable[[Item, Path], Path], scratch: Path, ahead: int = AHEAD
 ) -> Iterator[tuple[Item, Future[Path]]]:
     """Each item with its file, in order; the file goes when the next item is asked for.

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tools.builder.task import Job, make_worker
-from tools.builder.worker_pool import Pool
-from tools.common.errors import BuildError, WorkError
+from tools.builder.task import BuildJob, make_worker
+from tools.builder.worker_pool import WorkerPool
+from tools.common.errors import BuildError, WorkerError
 
 try:
     import ray
@@ -35,7 +35,7 @@ def check_address(address: str) -> None:
             raise BuildError(f"--address {address}: no Ray cluster ({error})") from None
 
 
-def run_tasks(address: str, job: Job, tasks: Sequence[int]) -> Iterator[Mapping[str, int]]:
+def run_tasks(address: str, job: BuildJob, tasks: Sequence[int]) -> Iterator[Mapping[str, int]]:
     """Run ``tasks`` on the cluster at ``address``; yields the counts of each as it ends. See ``executors.ray``."""
     if not ray.is_initialized():
         _connect(address)
@@ -47,9 +47,9 @@ def run_tasks(address: str, job: Job, tasks: Sequence[int]) -> Iterator[Mapping[
             try:
                 yield ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
-                raise WorkError(" ".join(str(error.cause).split())) from None
+                raise WorkerError(" ".join(str(error.cause).split())) from None
             except ray.exceptions.RayError as error:
-                raise WorkError(f"the Ray cluster lost a task: {' '.join(str(error).split())[:300]}") from None
+                raise WorkerError(f"the Ray cluster lost a task: {' '.join(str(error).split())[:300]}") from None
     finally:
         for task in waiting:
             ray.cancel(task)
@@ -65,9 +65,9 @@ def _connect(address: str) -> None:
 
 
 @ray.remote(num_cpus=1, max_retries=RETRIES)
-def _run(job: Job, task: int) -> dict[str, int]:
+def _run(job: BuildJob, task: int) -> dict[str, int]:
     done: Counter[str] = Counter()
-    with Pool(make_worker, (job,), workers=1) as pool:
+    with WorkerPool(make_worker, (job,), workers=1) as pool:
         for counts in pool.run([task]):
             done.update(counts)
     return dict(done)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tools.common.text_table import aligned, size_text
+from tools.common.text_table import format_table, format_bytes
 
 #: What rows of the ledger are about, by their kind.
 NAMES = {"entry": "entries", "dialogue": "dialogues", "media": "media", "salvaged": "media kept in part"}
@@ -25,10 +25,10 @@ def build_summary(record: Mapping[str, Any]) -> str:
         for kind, reasons in entry["left_out"].items():
             left_out.setdefault(kind, Counter()).update(reasons)
         numbers = [f"{entry[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-        rows.append([entry["name"], *numbers, size_text(entry["bytes"]), _reasons(entry["left_out"])])
+        rows.append([entry["name"], *numbers, format_bytes(entry["bytes"]), _reasons(entry["left_out"])])
     numbers = [f"{total[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-    rows.append(["total", *numbers, size_text(total["bytes"]), _reasons(left_out)])
-    return aligned(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
+    rows.append(["total", *numbers, format_bytes(total["bytes"]), _reasons(left_out)])
+    return format_table(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
 
 
 def first_of_reasons(ledger: pa.Table) -> str:

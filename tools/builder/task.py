@@ -27,22 +27,22 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.data import FOLDER_READERS
-from pipeline.config.preprocessing import Frames, Images
+from pipeline.config.preprocessing import FramesConfig, ImagesConfig
 from pipeline.media.errors import MediaError
 from pipeline.media.sampling import media_seed
-from pipeline.shards.encode import Made, make_still, make_video
-from pipeline.shards.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, table
+from pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
+from pipeline.shards.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, build_table
 from pipeline.shards.ledger import LedgerRow, ledger_table
-from pipeline.shards.samples import dialogue_json, media_json
+from pipeline.shards.samples import dialogue_metadata, media_metadata
 from pipeline.shards.writer import ShardInfo, ShardWriter
-from pipeline.utils.atomic_io import sync, write_atomic
-from pipeline.utils.canonical_json import json_text
-from tools.builder.prefetch import AHEAD, fetched_ahead
+from pipeline.utils.atomic_io import fsync_path, write_atomic
+from pipeline.utils.canonical_json import canonical_json
+from tools.builder.prefetch import AHEAD, prefetch
 from tools.builder.worker_pool import Report, Run
 from tools.common.arrow_files import map_table, write_table
-from tools.fetch.base import FetchError, Source
+from tools.fetch.base import FetchError, MediaSource
 from tools.fetch.disk_cache import Cache, CachedSource, disk_full_at, is_full
-from tools.fetch.root_map import Place
+from tools.fetch.root_map import ResolvedLocation
 
 GRACE = 60.0  #: seconds that fetching gets beyond its own limit before the process is stopped
 OPENING = 6 * 3600.0  #: seconds that opening a place may take: archives are read through once to list what they hold
@@ -53,15 +53,15 @@ OUTCOMES = pa.schema([("row", pa.int32()), ("reason", pa.string())])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Job:
+class BuildJob:
     """What workers need to know of a build; goes to them once."""
 
     work: Path
     tasks: tuple[str, ...]  #: name of each task
     entries: tuple[str, ...]  #: name of each entry
-    places: tuple[Place, ...]  #: where each entry's media are
-    frames: Frames
-    images: Images
+    places: tuple[ResolvedLocation, ...]  #: where each entry's media are
+    frames: FramesConfig
+    images: ImagesConfig
     seed: int
     compat: str
     cache_bytes: int  #: of fetched files that are kept, because several media may be clips of one
@@ -88,7 +88,7 @@ def is_dialogue(name: str) -> bool:
     return name.startswith("dialogue-")
 
 
-def make_worker(job: Job) -> Run:
+def make_worker(job: BuildJob) -> Run:
     """What a worker process does with a task."""
     plan, sources = _Plan(job), _Sources(job)
 
@@ -103,7 +103,7 @@ def make_worker(job: Job) -> Run:
 
 
 def _build_media(
-    job: Job,
+    job: BuildJob,
     plan: _Plan,
     sources: _Sources,
     task: int,
@@ -129,14 +129,14 @@ def _build_media(
             raise _lost(*lost[item["row"]])
         return sources.fetch(item, folder)
 
-    for item, file in fetched_ahead(items(), fetch, result.scratch / "fetched", 1 if careful else AHEAD):
+    for item, file in prefetch(items(), fetch, result.scratch / "fetched", 1 if careful else AHEAD):
         row = item["row"]
         try:
             report(row, {}, job.fetch_seconds + GRACE)
             path = _arrived(item, file)
             report(row, {}, job.decode_seconds)
             members, columns, salvaged = _build(job, path, item, plan.alone(item))
-        except _Unbuilt as error:
+        except _MediaBuildError as error:
             result.leave_out(job, item, error.reason, str(error), attempts=error.attempts)
             report(None, {"media": 1})
             continue
@@ -147,7 +147,7 @@ def _build_media(
         report(None, {"media": 1, "frames": len(columns["timestamps"])})
 
 
-def _write_dialogues(job: Job, plan: _Plan, task: int, result: _Result) -> None:
+def _write_dialogues(job: BuildJob, plan: _Plan, task: int, result: _Result) -> None:
     """The dialogues of a task whose media are all in the index; the outcome of every media item is known by then."""
     outcomes = map_table(job.work / "outcomes.arrow")
     index_rows = outcomes["row"].to_numpy()
@@ -161,7 +161,7 @@ def _write_dialogues(job: Job, plan: _Plan, task: int, result: _Result) -> None:
             result.add_dialogue(plan_row, item, media, [plan.media["key"][row].as_py() for row in item["media"]])
 
 
-class _Unbuilt(Exception):
+class _MediaBuildError(Exception):
     """A media item that cannot be built, with its reason for the ledger."""
 
     def __init__(self, reason: str, message: str, attempts: int = 1) -> None:
@@ -169,24 +169,24 @@ class _Unbuilt(Exception):
         self.reason, self.attempts = reason, attempts
 
 
-def _lost(reason: str, attempts: int) -> _Unbuilt:
+def _lost(reason: str, attempts: int) -> _MediaBuildError:
     texts = {
         "timeout": "took longer than data.decode_timeout, or than data.fetch_timeout to arrive, and was stopped",
         "crashed": f"the process that decoded it died, {attempts} times",
     }
-    return _Unbuilt(reason, texts[reason], attempts)
+    return _MediaBuildError(reason, texts[reason], attempts)
 
 
 class _Sources:
     """The sources of a worker's media, opened when first used and shared by the threads that fetch."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BuildJob) -> None:
         self._places = job.places
         self._cache = Cache(job.work / "cache", job.cache_bytes)
-        self._opened: dict[str, Source] = {}
+        self._opened: dict[str, MediaSource] = {}
         self._locks = {place.name: threading.Lock() for place in job.places}
 
-    def open(self, entry: int) -> Source:
+    def open(self, entry: int) -> MediaSource:
         """The source of an entry's media; one thread opens it while others wait."""
         place = self._places[entry]
         with self._locks[place.name]:
@@ -203,14 +203,14 @@ class _Sources:
 def _arrived(item: Mapping[str, Any], file: Future[Path]) -> Path:
     try:
         return file.result()
-    except _Unbuilt:
+    except _MediaBuildError:
         raise
     except FetchError as error:
-        raise _Unbuilt(error.reason, str(error)) from None
+        raise _MediaBuildError(error.reason, str(error)) from None
     except Exception as error:  # what reads archives and answers of servers is other people's code, too
         if is_full(error):
             raise
-        raise _Unbuilt("crashed", _described(item, error)) from error
+        raise _MediaBuildError("crashed", _described(item, error)) from error
 
 
 def _described(item: Mapping[str, Any], error: Exception) -> str:
@@ -220,7 +220,7 @@ def _described(item: Mapping[str, Any], error: Exception) -> str:
 class _Plan:
     """A worker's view of the plan, over memory maps."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BuildJob) -> None:
         self.media = map_table(job.work / "plan" / "media.arrow")
         self._dialogues = map_table(job.work / "plan" / "dialogues.arrow")
         self._media_tasks = self.media["task"].to_numpy()
@@ -279,12 +279,12 @@ class _Result:
     def add_dialogue(self, plan_row: int, item: Mapping[str, Any], media: list[int], keys: list[str]) -> None:
         texts = {name: item[name] for name in ("key", "id", "entry", "split")}
         turns, meta = json.loads(item["conversations"]), json.loads(item["meta"])
-        self._shard.add(item["key"], {"json": dialogue_json(**texts, media=keys, conversations=turns, meta=meta)})
+        self._shard.add(item["key"], {"json": dialogue_metadata(**texts, media=keys, conversations=turns, meta=meta)})
         columns = {name: item[name] for name in DIALOGUE_SCHEMA.names}
         self.rows.append({**columns, "media": media, PLAN_ROW.name: plan_row})
 
     def leave_out(
-        self, job: Job, item: Mapping[str, Any], reason: str, message: str, kind: str = "media", attempts: int = 1
+        self, job: BuildJob, item: Mapping[str, Any], reason: str, message: str, kind: str = "media", attempts: int = 1
     ) -> None:
         entry, key, source = job.entries[item["entry"]], item["key"], item["source"]
         attempts += item["attempts"]
@@ -296,7 +296,7 @@ class _Result:
 
 
 @contextlib.contextmanager
-def _result(job: Job, task: int) -> Iterator[_Result]:
+def _result(job: BuildJob, task: int) -> Iterator[_Result]:
     """Gather the results of a task; its folder appears when the block ends."""
     final = task_folder(job.work, job.tasks[task])
     scratch = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -306,24 +306,24 @@ def _result(job: Job, task: int) -> Iterator[_Result]:
         result = _Result(task, shard, scratch)
         yield result
     schema = DIALOGUE_SCHEMA if is_dialogue(final.name) else media_schema(job.compat)
-    write_table(scratch / "rows.arrow", table(schema.append(PLAN_ROW), result.rows))
+    write_table(scratch / "rows.arrow", build_table(schema.append(PLAN_ROW), result.rows))
     write_table(scratch / "ledger.arrow", ledger_table(result.ledger))
     if shard.samples:
-        write_atomic(scratch / "shard.json", json_text(dataclasses.asdict(shard.info)).encode())
+        write_atomic(scratch / "shard.json", canonical_json(dataclasses.asdict(shard.info)).encode())
     try:
         os.rename(scratch, final)
     except OSError:
         if not final.is_dir():  # else a worker of a build that was killed got there first, with the same bytes
             raise
         shutil.rmtree(scratch)
-    sync(final.parent)
+    fsync_path(final.parent)
 
 
 # Media ----------------------------------------------------------------------------------------------------------------
 
 
 def _build(
-    job: Job, path: Path, item: Mapping[str, Any], dialogues: list[dict[str, Any]]
+    job: BuildJob, path: Path, item: Mapping[str, Any], dialogues: list[dict[str, Any]]
 ) -> tuple[dict[str, bytes], dict[str, Any], bool]:
     """Decode and encode one media item: members of its sample, its index columns (frame offsets from the member's
     start), and whether it was salvaged. Whatever goes wrong becomes an :class:`_Unbuilt`."""
@@ -331,20 +331,20 @@ def _build(
         made = _make(job, path, item)
     except MediaError as error:
         local = path if job.places[item["entry"]].path else item["source"]  # fetched files have names of the moment
-        raise _Unbuilt(error.reason, str(error).replace(str(path), str(local))) from None
+        raise _MediaBuildError(error.reason, str(error).replace(str(path), str(local))) from None
     except Exception as error:  # decoders are other people's code; one item must not end a build
-        raise _Unbuilt("crashed", _described(item, error)) from error
+        raise _MediaBuildError("crashed", _described(item, error)) from error
     columns = {**made.columns, "key": item["key"], "kind": item["kind"], "source": item["source"]}
     columns["sha256"] = hashlib.sha256(made.data).hexdigest()
     hidden = ("frame_offset", "frame_size", NOMINAL.name)
     facts = {name: value for name, value in columns.items() if name not in hidden}
     extension = "mp4" if item["kind"] == "video" else "jpg"
-    json_member = media_json(**facts, salvaged=made.salvaged, dialogues=dialogues)
+    json_member = media_metadata(**facts, salvaged=made.salvaged, dialogues=dialogues)
     return {extension: made.data, "json": json_member}, columns, made.salvaged
 
 
-def _make(job: Job, path: Path, item: Mapping[str, Any]) -> Made:
+def _make(job: BuildJob, path: Path, item: Mapping[str, Any]) -> EncodedMedia:
     if item["kind"] == "image":
-        return make_still(path, job.images)
+        return encode_image_file(path, job.images)
     seed, bounds = media_seed(job.seed, item["key"]), (item["start"], item["end"])
-    return make_video(path, item["reader"], *bounds, job.frames, seed, job.compat, item["split"], item["source"])
+    return encode_video(path, item["reader"], *bounds, job.frames, seed, job.compat, item["split"], item["source"])

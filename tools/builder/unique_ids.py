@@ -10,7 +10,7 @@ import numpy as np
 DIGEST = np.dtype("S16")  #: of what a thing is; compared whole, as numpy pads shorter ones with zeros
 
 
-class Distinct:
+class UniqueIds:
     """Numbers 0, 1, 2 ... for the distinct texts of any number of batches.
 
     Digests lie in sorted runs that are merged as soon as a younger one has half the length of its elder, so there are
@@ -21,7 +21,7 @@ class Distinct:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # digests in order (n,) S16, their numbers (n,) int32
         self.count = 0
 
-    def number(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The number of each text, int64 (n,), and whether the text comes here for the first time, bool (n,)."""
         digests = [hashlib.blake2b(text.encode(), digest_size=DIGEST.itemsize).digest() for text in texts]
         keys, first, places = np.unique(

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tools.common.errors import WorkError
+from tools.common.errors import WorkerError
 
 CRASHES = 2  #: processes that may die on one item before it is left out, or be lost with one task outside any item
 OUTSIDE = 3600.0  #: seconds that a process may be outside any item: starting, writing a shard
@@ -40,7 +40,7 @@ Run = Callable[[int, Mapping[int, tuple[str, int]], bool, Report], None]
 _spawn = multiprocessing.get_context("spawn")
 
 
-class Pool:
+class WorkerPool:
     """Up to ``workers`` processes, started when there is something to do; a context manager that ends them.
 
     Args:
@@ -51,7 +51,7 @@ class Pool:
         self._make_run, self._arguments, self._size = make_run, arguments, workers
         self._workers: list[_Worker] = []
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -121,7 +121,7 @@ class _Worker:
         """Take one report; EOFError if the process is gone, WorkError if it gave up."""
         message = json.loads(self.connection.recv_bytes())
         if "error" in message:
-            raise WorkError(message["error"])
+            raise WorkerError(message["error"])
         self._item, self.busy = message["item"], not message["ended"]
         self.deadline = time.monotonic() + (OUTSIDE if self._item is None else message["seconds"])
         return message["counts"]
@@ -133,7 +133,7 @@ class _Worker:
         if self._item is None:
             if crashes[None] == CRASHES:
                 how = f"with exit code {self._process.exitcode}" if reason == "crashed" else f"after {OUTSIDE:g} s"
-                raise WorkError(f"a worker ended {how} outside any item; see its messages above")
+                raise WorkerError(f"a worker ended {how} outside any item; see its messages above")
         elif reason == "timeout" or crashes[self._item] == CRASHES:
             lost[self._item] = (reason, crashes[self._item])
         return self._task, lost, crashes

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def shortened(text: str, width: int) -> str:
+def truncate(text: str, width: int) -> str:
     """``text``, cut to ``width`` characters by leaving out some before its last third."""
     tail = width // 3
     return text if len(text) <= width else f"{text[: width - tail - 3]}...{text[-tail:]}"
 
 
-def size_text(count: int) -> str:
+def format_bytes(count: int) -> str:
     """``count`` bytes in the largest fitting unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -20,7 +20,7 @@ def size_text(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for the terminal; numbers are at the right of their columns."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     numbers = {

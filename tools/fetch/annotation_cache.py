@@ -20,11 +20,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.config.manifest import ManifestError
-from pipeline.utils.atomic_io import sha256, sync, write_atomic
-from pipeline.utils.canonical_json import json_text
+from pipeline.utils.atomic_io import file_sha256, fsync_path, write_atomic
+from pipeline.utils.canonical_json import canonical_json
 from tools.fetch.base import FetchError
-from tools.fetch.host_health import Opened
-from tools.fetch.http.retry import Limits
+from tools.fetch.host_health import SourcePool
+from tools.fetch.http.retry import FetchLimits
 
 HUB_FILE = re.compile(r"(hf:(?:(?:datasets|models)/)?[\w.-]+/[\w.-]+(?:@[^:]+)?):(.+)", re.ASCII)
 HUB_ADDRESS = re.compile(
@@ -58,10 +58,10 @@ def cache_folder(given: str) -> Path:
     return Path(given or default).expanduser()
 
 
-class AnnotationFiles:
+class AnnotationCache:
     """The fetched files below ``folder``; threads and processes may share it."""
 
-    def __init__(self, folder: Path, opened: Opened, limits: Limits) -> None:
+    def __init__(self, folder: Path, opened: SourcePool, limits: FetchLimits) -> None:
         self._folder = folder / "annotations"
         self._opened, self._limits = opened, limits
 
@@ -73,7 +73,7 @@ class AnnotationFiles:
             ValueError: ``given`` is no place.
             ManifestError: the folder cannot be written.
         """
-        key = hashlib.sha256(json_text([given, path]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(canonical_json([given, path]).encode()).hexdigest()[:32]
         kept = self._folder / key / PurePosixPath(path).name
         if _whole(kept):
             return kept
@@ -96,7 +96,7 @@ class AnnotationFiles:
 def _whole(kept: Path) -> bool:
     """Whether a kept file is there and has the checksum that it was fetched with."""
     try:
-        return json.loads((kept.parent / RECORD).read_bytes())["sha256"] == sha256(kept).hex()
+        return json.loads((kept.parent / RECORD).read_bytes())["sha256"] == file_sha256(kept).hex()
     except (OSError, ValueError, KeyError):
         return False
 
@@ -104,11 +104,11 @@ def _whole(kept: Path) -> bool:
 def _keep(file: Path, kept: Path, record: dict[str, Any]) -> None:
     """Move a fetched file to its place, which appears whole."""
     named = file.rename(file.with_name(kept.name))
-    record |= {"bytes": named.stat().st_size, "sha256": sha256(named).hex()}
-    write_atomic(named.parent / RECORD, json_text(record).encode())
+    record |= {"bytes": named.stat().st_size, "sha256": file_sha256(named).hex()}
+    write_atomic(named.parent / RECORD, canonical_json(record).encode())
     shutil.rmtree(kept.parent, ignore_errors=True)  # one that has been damaged
     os.rename(named.parent, kept.parent)
-    sync(kept.parent.parent)
+    fsync_path(kept.parent.parent)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class FetchError(Exception):
         self.reason = reason
 
 
-class Source(Protocol):
+class MediaSource(Protocol):
     """The files below one root; ``path`` is relative, with forward slashes, without ``.`` and ``..``."""
 
     origin: str  #: what it reads from, as the root map words it, with its revision and without credentials
@@ -59,7 +59,7 @@ class Source(Protocol):
         """
 
 
-class Bytes(Protocol):
+class RandomAccessFile(Protocol):
     """One file that can be read at any place."""
 
     name: str  #: for messages, and its extension tells its kind

@@ -25,8 +25,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.utils.atomic_io import sync
-from tools.fetch.base import Source
+from pipeline.utils.atomic_io import fsync_path
+from tools.fetch.base import MediaSource
 
 ABANDONED = 24 * 3600  #: seconds after which the scratch folder of another machine counts as left behind
 SLACK = 256  #: the cache is measured again after one process has added a SLACK-th of its bound
@@ -35,13 +35,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  #: copying works where these occur
 
 
-class DiskFull(OSError):
+class DiskFullError(OSError):
     """No space is left: one line with the fix."""
 
 
 def is_full(error: Exception) -> bool:
     """Whether no space is left."""
-    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in FULL)
+    return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in FULL)
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def disk_full_at(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise DiskFull(f"{folder}: no space left on the disk; free some and repeat the command") from None
+        raise DiskFullError(f"{folder}: no space left on the disk; free some and repeat the command") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class Cache:
             ready.mkdir()
             for file in files:
                 _place(file, ready / file.name)
-                sync(ready / file.name)
+                fsync_path(ready / file.name)
             try:
                 os.rename(ready, kept)
             except OSError as error:
@@ -204,7 +204,7 @@ class CachedSource:
     A file that several threads ask for at once is fetched by one of them, whose failure is also that of the others.
     """
 
-    def __init__(self, source: Source, cache: Cache) -> None:
+    def __init__(self, source: MediaSource, cache: Cache) -> None:
         self.origin = source.origin
         self._source, self._cache = source, cache
         self._coming: dict[str, Future[None]] = {}  # by key
@@ -269,7 +269,7 @@ class CachedSource:
             if error.errno not in FULL:
                 raise
             message = f"{scratch.parent}: no space left to fetch {self.origin} {path}; free some and repeat the command"
-            raise DiskFull(message) from None
+            raise DiskFullError(message) from None
 
 
 def _place(source: str | Path, target: Path) -> None:

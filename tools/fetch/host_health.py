@@ -8,26 +8,26 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from pipeline.utils.canonical_json import json_text
-from tools.fetch.base import FetchError, Source
-from tools.fetch.http.retry import Limits
+from pipeline.utils.canonical_json import canonical_json
+from tools.fetch.base import FetchError, MediaSource
+from tools.fetch.http.retry import FetchLimits
 from tools.fetch.registry import open_source
 
-PATIENCE = 8  #: failures one after another, after which a host is asked no more for single files
+MAX_FAILURES = 8  #: failures one after another, after which a host is asked no more for single files
 OF_HOST = ("unreachable", "timeout")  #: reasons that speak of the host, not of the file
 OF_PLACE = "denied"  #: speaks of the repository, bucket or folder
 
 T = TypeVar("T")
 
 
-class Hosts:
+class HostCircuitBreaker:
     """Calls to places on other machines. Threads may share one."""
 
     def __init__(self) -> None:
         self._failed: dict[str, tuple[FetchError, int]] = {}  # the first of a row of failures, and how many there were
         self._lock = threading.Lock()
 
-    def call(self, origin: str, function: Callable[[], T], patience: int = PATIENCE) -> T:
+    def call(self, origin: str, function: Callable[[], T], patience: int = MAX_FAILURES) -> T:
         """What ``function`` returns, which asks the place ``origin``, worded as in a root map.
 
         Args:
@@ -63,16 +63,16 @@ def host_of(origin: str) -> str:
     return found[1] if found else origin
 
 
-class Opened:
+class SourcePool:
     """The sources of places, each opened once; threads may share one."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: FetchLimits) -> None:
         self.limits = limits
-        self.hosts = Hosts()
-        self._sources: dict[str, Future[Source]] = {}
+        self.hosts = HostCircuitBreaker()
+        self._sources: dict[str, Future[MediaSource]] = {}
         self._lock = threading.Lock()
 
-    def source(self, given: str | Mapping[str, Any], limits: Limits | None = None) -> Source:
+    def source(self, given: str | Mapping[str, Any], limits: FetchLimits | None = None) -> MediaSource:
         """The source of ``given``, a value of a root map, under ``limits`` in place of the usual ones.
 
         Raises:
@@ -80,7 +80,7 @@ class Opened:
             ValueError: it is no place.
         """
         limits = limits or self.limits
-        key = f"{json_text(given)} {limits}"
+        key = f"{canonical_json(given)} {limits}"
         with self._lock:
             opened = self._sources.get(key)
             waiting = Future() if opened is None else None
@@ -93,6 +93,6 @@ class Opened:
                 waiting.set_exception(error)
         return opened.result()
 
-    def _open(self, given: str | Mapping[str, Any], limits: Limits) -> Source:
-        shown = given if isinstance(given, str) else json_text(given)
+    def _open(self, given: str | Mapping[str, Any], limits: FetchLimits) -> MediaSource:
+        shown = given if isinstance(given, str) else canonical_json(given)
         return self.hosts.call(shown, lambda: open_source(given, limits), patience=1)

@@ -16,29 +16,29 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
 from tools.fetch.base import FetchError
-from tools.fetch.http.client import Http
-from tools.fetch.http.retry import Limits
-from tools.fetch.object_listing import Item, ListedSource
+from tools.fetch.http.client import HttpClient
+from tools.fetch.http.retry import FetchLimits
+from tools.fetch.object_listing import ListedFile, ListedSource
 
 PLACE = re.compile(r"hf:(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::(.*))?", re.ASCII)
 ANSWER = 64 << 20  #: most bytes of one page of a listing
 LOGIN = "accept its terms on the hub and set HF_TOKEN"
 
 
-class Repository:
+class HubStore:
     """A hub repository at one commit (see ``tools.fetch.object_listing.Store``).
 
     Raises:
         FetchError: no such repository or revision, no login, hub out of reach.
     """
 
-    def __init__(self, kind: str, name: str, revision: str, limits: Limits, endpoint: str = "") -> None:
+    def __init__(self, kind: str, name: str, revision: str, limits: FetchLimits, endpoint: str = "") -> None:
         self._kind, self._name = kind, name
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.http = Http(limits, build_hf_headers(library_name="framestream"), LOGIN)
+        self.http = HttpClient(limits, build_hf_headers(library_name="framestream"), LOGIN)
         self.commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else self._commit(revision)
 
-    def files(self, folder: str) -> Iterator[tuple[str, Item]]:
+    def files(self, folder: str) -> Iterator[tuple[str, ListedFile]]:
         """Name and item of each file directly in ``folder``."""
         api = f"{self._endpoint}/api/{self._kind}/{self._name}/tree/{self.commit}"
         url = first = f"{api}/{quote(folder)}" if folder else api
@@ -84,7 +84,7 @@ class Repository:
             raise FetchError("unreachable", place, "the hub answered with something that is not JSON") from None
 
 
-def open_hub(place: str, limits: Limits, endpoint: str = "") -> ListedSource:
+def open_hub(place: str, limits: FetchLimits, endpoint: str = "") -> ListedSource:
     """The source of ``hf:OWNER/NAME[@REVISION]:FOLDER``; its origin names the commit, and opens the same files again.
 
     Raises:
@@ -97,14 +97,14 @@ def open_hub(place: str, limits: Limits, endpoint: str = "") -> ListedSource:
     if constants.HF_HUB_OFFLINE and not endpoint:
         raise FetchError("unreachable", place, "the hub is not asked while HF_HUB_OFFLINE is set")
     kind, name, revision, folder = (text or "" for text in found.groups())
-    repository = Repository(kind or "datasets", name, revision, limits, endpoint)
+    repository = HubStore(kind or "datasets", name, revision, limits, endpoint)
     prefix = f"{kind}/" if kind else ""
     return ListedSource(f"hf:{prefix}{name}@{repository.commit}:{folder}", repository, folder)
 
 
-def _item(entry: dict[str, Any]) -> Item:
+def _item(entry: dict[str, Any]) -> ListedFile:
     """A file of the hub's listing: large files have a sha256, small ones the name of a git blob."""
     large = entry.get("lfs")
     if large:
-        return Item(int(large["size"]), large["oid"], {"sha256": large["oid"]})
-    return Item(int(entry["size"]), entry["oid"], {"git": entry["oid"]})
+        return ListedFile(int(large["size"]), large["oid"], {"sha256": large["oid"]})
+    return ListedFile(int(entry["size"]), entry["oid"], {"git": entry["oid"]})

@@ -63,7 +63,7 @@ class FolderSource:
             raise FetchError("outside_root", named, f"a link leads out of its root to {real}")
 
 
-class LocalBytes:
+class LocalFile:
     """A file of this machine that can be read at any place (see ``tools.fetch.base.Bytes``).
 
     Raises:

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Protocol
 
 from tools.fetch.base import FetchError, check_path, local_name
-from tools.fetch.http.client import Expected, Http
-from tools.fetch.http.ranged_file import HttpBytes
+from tools.fetch.http.client import Expected, HttpClient
+from tools.fetch.http.ranged_file import HttpFile
 
 KEPT = 200_000  #: files of listings in memory, about 60 MB
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ListedFile:
     """One file of a listing."""
 
     size: int
@@ -33,12 +33,12 @@ class Item:
     digests: Mapping[str, str] = field(default_factory=dict)  #: see tools.fetch.http.client.Expected
 
 
-class Store(Protocol):
+class ObjectStore(Protocol):
     """A place with folders; paths count from its root."""
 
-    http: Http
+    http: HttpClient
 
-    def files(self, folder: str) -> Iterable[tuple[str, Item]]:
+    def files(self, folder: str) -> Iterable[tuple[str, ListedFile]]:
         """Name and item of each file directly in ``folder``, ``""`` for the root; nothing if it is not there."""
 
     def url(self, path: str) -> str:
@@ -48,9 +48,9 @@ class Store(Protocol):
 class ListedSource:
     """The files below ``folder`` of a store (see ``tools.fetch.base.Source``). Threads may share one."""
 
-    def __init__(self, origin: str, store: Store, folder: str) -> None:
+    def __init__(self, origin: str, store: ObjectStore, folder: str) -> None:
         self.origin, self._store, self._folder = origin, store, folder.strip("/")
-        self._listings: OrderedDict[str, dict[str, Item] | None] = OrderedDict()
+        self._listings: OrderedDict[str, dict[str, ListedFile] | None] = OrderedDict()
         self._kept = 0
         self._lock = threading.Lock()
         self._waiting: dict[str, threading.Lock] = {}  # one thread lists a folder, the others wait for it
@@ -86,7 +86,7 @@ class ListedSource:
         self._download(path, item, scratch / local_name(path), 0, time.monotonic())
         return scratch / local_name(path)
 
-    def matching(self, pattern: str) -> list[HttpBytes]:
+    def matching(self, pattern: str) -> list[HttpFile]:
         """Files whose name matches the last part of ``pattern``, in no order; the folder is named without wildcards."""
         folder, _, wanted = self._full(pattern).rpartition("/")
         return [
@@ -95,9 +95,9 @@ class ListedSource:
             if name == wanted or fnmatch.fnmatchcase(name, wanted)
         ]
 
-    def _bytes(self, full: str, item: Item) -> HttpBytes:
+    def _bytes(self, full: str, item: ListedFile) -> HttpFile:
         store, name = self._store, f"{self.origin} {full}"
-        return HttpBytes(store.http, lambda: store.url(full), name, item.size, item.identity)
+        return HttpFile(store.http, lambda: store.url(full), name, item.size, item.identity)
 
     def _fetch_tree(self, path: str, scratch: Path) -> Path:
         target, done, started = scratch / "frames", 0, time.monotonic()
@@ -113,18 +113,18 @@ class ListedSource:
             done += item.size
         return target
 
-    def _download(self, path: str, item: Item, target: Path, done: int, started: float) -> None:
+    def _download(self, path: str, item: ListedFile, target: Path, done: int, started: float) -> None:
         http, place = self._store.http, f"{self.origin} {path}"
         limits = http.limits.after(started, done)
         http.download(self._store.url(self._full(path)), target, place, Expected(item.size, item.digests), limits)
 
-    def _tree(self, path: str) -> dict[str, Item]:
+    def _tree(self, path: str) -> dict[str, ListedFile]:
         items = self._list(self._full(path)) if _is_text(path) else {}
         if items is None:
             raise FetchError("too_large", f"{self.origin} {path}", f"the folder has more than {KEPT} files")
         return items
 
-    def _item(self, path: str) -> Item | None:
+    def _item(self, path: str) -> ListedFile | None:
         if not _is_text(path):
             return None
         full = self._full(path)
@@ -133,9 +133,9 @@ class ListedSource:
         if items is not None:
             return items.get(name)
         facts = self._store.http.probe(self._store.url(full), f"{self.origin} {path}")
-        return None if facts is None else Item(facts.size, facts.identity)
+        return None if facts is None else ListedFile(facts.size, facts.identity)
 
-    def _list(self, folder: str) -> dict[str, Item] | None:
+    def _list(self, folder: str) -> dict[str, ListedFile] | None:
         """The files of a folder by name; None if they are too many to keep."""
         with self._lock:
             if folder in self._listings:
@@ -147,12 +147,12 @@ class ListedSource:
                     return self._use(folder)
             return self._ask(folder)
 
-    def _use(self, folder: str) -> dict[str, Item] | None:
+    def _use(self, folder: str) -> dict[str, ListedFile] | None:
         self._listings.move_to_end(folder)
         return self._listings[folder]
 
-    def _ask(self, folder: str) -> dict[str, Item] | None:
-        items: dict[str, Item] | None = {}
+    def _ask(self, folder: str) -> dict[str, ListedFile] | None:
+        items: dict[str, ListedFile] | None = {}
         for name, item in self._store.files(folder):
             items[name] = item
             if len(items) > KEPT:
@@ -180,7 +180,7 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _weight(items: dict[str, Item] | None) -> int:
+def _weight(items: dict[str, ListedFile] | None) -> int:
     return 1 + len(items or ())
 
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.utils.canonical_json import json_text
+from pipeline.utils.canonical_json import canonical_json
 from tools.fetch.archives.archive import open_archives
-from tools.fetch.base import Bytes, FetchError, Source
-from tools.fetch.http.client import Http, redacted
-from tools.fetch.http.ranged_file import HttpBytes
-from tools.fetch.http.retry import Limits
+from tools.fetch.base import RandomAccessFile, FetchError, MediaSource
+from tools.fetch.http.client import HttpClient, redacted
+from tools.fetch.http.ranged_file import HttpFile
+from tools.fetch.http.retry import FetchLimits
 from tools.fetch.hub import open_hub
-from tools.fetch.local import FolderSource, LocalBytes
+from tools.fetch.local import FolderSource, LocalFile
 from tools.fetch.object_listing import name_order
 from tools.fetch.s3 import open_s3
 from tools.fetch.url import UrlSource
@@ -24,7 +24,7 @@ FORMS = "dir:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https:/
 FILES = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"
 
 
-def open_source(place: str | Mapping[str, Any], limits: Limits, work: Path | None = None) -> Source:
+def open_source(place: str | Mapping[str, Any], limits: FetchLimits, work: Path | None = None) -> MediaSource:
     """The source of a place: text, or ``{archives: FILES, join: BOOL, inside: FOLDER}`` for what is in archives.
 
     ``work`` is a folder where lists of what archives hold are kept. A hub place without a commit is looked up; the
@@ -65,25 +65,25 @@ def check_archives(place: Mapping[str, Any]) -> None:
         raise ValueError(f"inside: expected a folder within the archives, got {place['inside']!r:.80}")
 
 
-def _open_archives(place: Mapping[str, Any], limits: Limits, work: Path | None) -> Source:
+def _open_archives(place: Mapping[str, Any], limits: FetchLimits, work: Path | None) -> MediaSource:
     check_archives(place)
     files = open_files(place["archives"], limits)
     join, inside = place.get("join", False), place.get("inside", "")
-    return open_archives(files, join, inside, work, limits.bytes, shown(place))
+    return open_archives(files, join, inside, work, limits.bytes, redact(place))
 
 
-def shown(place: str | Mapping[str, Any]) -> str:
+def redact(place: str | Mapping[str, Any]) -> str:
     """A place for tables and messages, without credentials."""
     if not isinstance(place, str):
         files = place.get("archives", ())
-        return json_text(
-            {**place, "archives": [shown(file) for file in ([files] if isinstance(files, str) else files)]}
+        return canonical_json(
+            {**place, "archives": [redact(file) for file in ([files] if isinstance(files, str) else files)]}
         )
     kind, colon, rest = place.partition(":")
     return f"{kind}:{redacted(rest)}" if kind in ("url", "page") else place
 
 
-def open_files(places: str | Sequence[str], limits: Limits) -> list[Bytes]:
+def open_files(places: str | Sequence[str], limits: FetchLimits) -> list[RandomAccessFile]:
     """The files of one place or several, for reading archives: those of each place in the order of their names, with
     numbers as numbers. The last part of a place may hold the wildcards ``*``, ``?`` and ``[...]``, but not of url:.
 
@@ -91,7 +91,7 @@ def open_files(places: str | Sequence[str], limits: Limits) -> list[Bytes]:
         ValueError: one line that says what is wrong with a place.
         FetchError: missing_file where nothing matches, or the place cannot be asked.
     """
-    found: list[Bytes] = []
+    found: list[RandomAccessFile] = []
     for place in [places] if isinstance(places, str) else places:
         files = _matching(place, limits)
         if not files:
@@ -100,11 +100,11 @@ def open_files(places: str | Sequence[str], limits: Limits) -> list[Bytes]:
     return found
 
 
-def _matching(place: str, limits: Limits) -> list[Bytes]:
+def _matching(place: str, limits: FetchLimits) -> list[RandomAccessFile]:
     kind, _, rest = place.partition(":")
     folder, slash, name = rest.rpartition("/")
     if kind == "url":
-        return [HttpBytes.open(Http(limits), rest, f"url:{redacted(rest)}")]
+        return [HttpFile.open(HttpClient(limits), rest, f"url:{redacted(rest)}")]
     if kind not in ("dir", "hf", "s3"):
         raise ValueError(f"{redacted(place)} holds no archives; give {FILES}")
     if kind == "hf":
@@ -117,6 +117,6 @@ def _matching(place: str, limits: Limits) -> list[Bytes]:
         if not parent.is_dir():
             raise FetchError("missing_file", place, f"{parent} is not a folder")
         found = [item for item in parent.iterdir() if item.name == name or fnmatch.fnmatchcase(item.name, name)]
-        return [LocalBytes(item) for item in found if item.is_file()]
+        return [LocalFile(item) for item in found if item.is_file()]
     opened = open_hub(f"hf:{folder}", limits) if kind == "hf" else open_s3(f"s3:{folder}", limits)
     return opened.matching(name)

@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.config.data import Data, Entry
+from pipeline.config.data import DataConfig, EntryConfig
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.config.schema import read_yaml
-from pipeline.utils.daemon_pool import Threads
-from tools.fetch.annotation_cache import AnnotationFiles, cache_folder, remote_file
-from tools.fetch.base import FetchError, Source
-from tools.fetch.host_health import Opened
-from tools.fetch.http.retry import Limits
-from tools.fetch.registry import check_archives, open_files, open_source, shown
+from pipeline.utils.daemon_pool import DaemonThreadPool
+from tools.fetch.annotation_cache import AnnotationCache, cache_folder, remote_file
+from tools.fetch.base import FetchError, MediaSource
+from tools.fetch.host_health import SourcePool
+from tools.fetch.http.retry import FetchLimits
+from tools.fetch.registry import check_archives, open_files, open_source, redact
 
 THREADS = 8  #: places opened and annotation files fetched at once
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ResolvedLocation:
     """Something that an entry needs: where it is, or why it is not there (one line with the fix)."""
 
     path: Path | None  #: on this machine; None for a place elsewhere
@@ -45,7 +45,7 @@ class Place:
     missing: str = ""
     name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
     given: str | Mapping[str, Any] = ""  #: opens it: a value of a root map, a hub repository's with its commit
-    limits: Limits = Limits()
+    limits: FetchLimits = FetchLimits()
     lists: Path | None = None  #: folder where lists of what archives hold are kept
 
     @property
@@ -53,7 +53,7 @@ class Place:
         """Whether the place is known; what is in it may still be missing."""
         return not self.missing
 
-    def open(self) -> Source:
+    def open(self) -> MediaSource:
         """The files below it, for places that are resolved.
 
         Raises:
@@ -65,14 +65,14 @@ class Place:
             raise FetchError("unresolved", self.name, str(error)) from None
 
 
-class Roots:
+class RootMap:
     """The root map of a manifest; a manifest without one has only local folders."""
 
-    def __init__(self, data: Data, limits: Limits, quick: Limits) -> None:
+    def __init__(self, data: DataConfig, limits: FetchLimits, quick: FetchLimits) -> None:
         self._file = data.roots
-        self._opened = Opened(quick)
+        self._opened = SourcePool(quick)
         self._cache = cache_folder(data.cache)
-        self._annotations = AnnotationFiles(self._cache, self._opened, limits)
+        self._annotations = AnnotationCache(self._cache, self._opened, limits)
         self._map: dict[str, str | dict[str, Any]] = {}
         if data.roots:
             if not Path(data.roots).is_file():
@@ -83,13 +83,15 @@ class Roots:
                     raise ManifestError(f"{where}: expected text such as dir:/path or a mapping, got {place!r}")
                 self._map[str(name)] = place
 
-    def annotation(self, entry: Entry) -> Place:
+    def annotation(self, entry: EntryConfig) -> ResolvedLocation:
         """The entry's annotation file, on this machine."""
         name, far = entry.annotation, remote_file(entry.annotation)
         if not far:
             if not Path(name).is_file():
-                return Place(None, name, f"{name}: no such annotation file; correct data.entries or fetch it")
-            return Place(Path(name), name)
+                return ResolvedLocation(
+                    None, name, f"{name}: no such annotation file; correct data.entries or fetch it"
+                )
+            return ResolvedLocation(Path(name), name)
         place, path = far
         hub = place.partition("@")[0] if place.startswith("hf:") else ""
         mapped = next((key for key in (place, hub) if key in self._map), "")
@@ -98,32 +100,32 @@ class Roots:
             folder = self._place(mapped)
             file = folder.path and folder.path / path
             if file and not file.is_file():
-                return Place(None, folder.origin, f"{file}: no such annotation file")
-            return Place(file, folder.origin, folder.missing)
+                return ResolvedLocation(None, folder.origin, f"{file}: no such annotation file")
+            return ResolvedLocation(file, folder.origin, folder.missing)
         try:
-            return Place(self._annotations.fetch(given, path), mapped or name)
+            return ResolvedLocation(self._annotations.fetch(given, path), mapped or name)
         except ManifestError:
             raise
         except (FetchError, ValueError) as error:
             fix = f"fetch it and map {hub} to dir:FOLDER{self._where}" if hub else "fetch it and name the local file"
-            return Place(None, name, f"the annotation file is not on this machine: {error}; {fix}")
+            return ResolvedLocation(None, name, f"the annotation file is not on this machine: {error}; {fix}")
 
-    def media(self, entry: Entry) -> Place:
+    def media(self, entry: EntryConfig) -> ResolvedLocation:
         """The place that the entry's media paths are relative to; a folder without links."""
         for name in (entry.name, entry.root):
             if name and name in self._map:
                 return self._place(name)
         if not entry.root:
-            return Place(None, "", "the entry has media but no root; set its root to their folder")
+            return ResolvedLocation(None, "", "the entry has media but no root; set its root to their folder")
         if "://" in entry.root or entry.root.startswith("hf:"):
             fix = f"map the root to a place{self._where}, see manifests/roots.example.yaml{self._near(entry.root)}"
-            return Place(None, entry.root, f"the root is not a folder on this machine; {fix}")
+            return ResolvedLocation(None, entry.root, f"the root is not a folder on this machine; {fix}")
         if not Path(entry.root).is_dir():
             fix = f"correct the entry's root{f', or map it{self._where}' if self._file else ''}{self._near(entry.root)}"
-            return Place(None, entry.root, f"{entry.root}: no such folder; {fix}")
+            return ResolvedLocation(None, entry.root, f"{entry.root}: no such folder; {fix}")
         return _folder(Path(entry.root), entry.root, entry.root)
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str) -> ResolvedLocation:
         """What the root map says of ``name``."""
         given, limits = self._map[name], self._opened.limits
         if not isinstance(given, str):  # archives, which take long to open
@@ -131,17 +133,17 @@ class Roots:
         if given.startswith("dir:"):
             folder = Path(given[len("dir:") :])
             if not folder.is_dir():
-                return Place(None, given, f"{self._file}: {name}: {folder} is not a folder")
+                return ResolvedLocation(None, given, f"{self._file}: {name}: {folder} is not a folder")
             return _folder(folder, given, name)
         try:
             origin = self._opened.source(given).origin
         except ValueError as error:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
-            return Place(None, given, f"{self._file}: {name}: {error}", name)
-        return Place(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
+            return ResolvedLocation(None, given, f"{self._file}: {name}: {error}", name)
+        return ResolvedLocation(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
 
-    def _archives(self, name: str, given: Mapping[str, Any]) -> Place:
+    def _archives(self, name: str, given: Mapping[str, Any]) -> ResolvedLocation:
         """Archives that are there, at the commits that their hub repositories are at now."""
         try:
             check_archives(given)
@@ -151,13 +153,13 @@ class Roots:
         except ValueError as error:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
-            return Place(None, shown(given), f"{self._file}: {name}: {error}", name)
+            return ResolvedLocation(None, redact(given), f"{self._file}: {name}: {error}", name)
         lists = self._cache / "archives"
         try:
             lists.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ManifestError(f"data.cache: {lists}: cannot be made ({error.strerror})") from None
-        return Place(None, shown(pinned), "", name, pinned, self._opened.limits, lists)
+        return ResolvedLocation(None, redact(pinned), "", name, pinned, self._opened.limits, lists)
 
     def _pinned(self, file: str) -> str:
         if not file.startswith("hf:"):
@@ -175,22 +177,22 @@ class Roots:
         return next((f"; it has `{key}`" for key in near), "")
 
 
-def _folder(path: Path, origin: str, name: str) -> Place:
+def _folder(path: Path, origin: str, name: str) -> ResolvedLocation:
     real = os.path.realpath(path)
-    return Place(Path(real), origin, "", name, f"dir:{real}")
+    return ResolvedLocation(Path(real), origin, "", name, f"dir:{real}")
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ResolvedEntry:
     """An entry with its number, its unique name, and the places of its annotation file and media."""
 
     number: int
-    entry: Entry
-    annotation: Place
-    media: Place
+    entry: EntryConfig
+    annotation: ResolvedLocation
+    media: ResolvedLocation
 
 
-def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
+def resolve_entries(manifest: Manifest, quick: bool = False) -> list[ResolvedEntry]:
     """The manifest's entries in order; a name that an earlier entry has gets ``~2``, ``~3`` ... appended.
 
     Args:
@@ -199,8 +201,8 @@ def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
     Raises:
         ManifestError: the root map cannot be used.
     """
-    limits = Limits.of(manifest.data)
-    roots = Roots(manifest.data, limits, replace(limits, retries=1, stall=5.0) if quick else limits)
+    limits = FetchLimits.from_manifest(manifest.data)
+    roots = RootMap(manifest.data, limits, replace(limits, retries=1, stall=5.0) if quick else limits)
     entries = manifest.data.entries
     media = _in_threads(roots.media, entries, "places")
     annotations = _in_threads(roots.annotation, entries, "annotation files")
@@ -209,10 +211,10 @@ def origins(manifest: Manifest, quick: bool = False) -> list[Origin]:
         seen[entry.name] += 1
         if seen[entry.name] > 1:
             entry = replace(entry, name=f"{entry.name}~{seen[entry.name]}")
-        found.append(Origin(number, entry, annotation, place))
+        found.append(ResolvedEntry(number, entry, annotation, place))
     return found
 
 
-def _in_threads(call: Callable[[Entry], T], entries: tuple[Entry, ...], what: str) -> list[T]:
-    with Threads(THREADS) as threads:
+def _in_threads(call: Callable[[EntryConfig], T], entries: tuple[EntryConfig, ...], what: str) -> list[T]:
+    with DaemonThreadPool(THREADS) as threads:
         return list(tqdm(threads.map(call, entries), desc=what, total=len(entries), disable=None, leave=False))

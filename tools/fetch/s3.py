@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from tools.fetch.base import FetchError
-from tools.fetch.http.client import Http
-from tools.fetch.http.retry import Again, Limits, persist
-from tools.fetch.object_listing import Item, ListedSource
+from tools.fetch.http.client import HttpClient
+from tools.fetch.http.retry import TransientFetchError, FetchLimits, with_retries
+from tools.fetch.object_listing import ListedFile, ListedSource
 
 LOGIN = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 SIGNED = 6 * 3600  #: seconds for which an address is signed, more than any file may take
@@ -21,23 +21,23 @@ SIGNED = 6 * 3600  #: seconds for which an address is signed, more than any file
 T = TypeVar("T")
 
 
-class Bucket:
+class S3Store:
     """A bucket (see ``tools.fetch.object_listing.Store``).
 
     Raises:
         FetchError: s3fs is not installed.
     """
 
-    def __init__(self, name: str, limits: Limits) -> None:
+    def __init__(self, name: str, limits: FetchLimits) -> None:
         try:
             import s3fs
         except ImportError:
             raise FetchError("unsupported", f"s3://{name}", "needs s3fs: pip install -e '.[s3]'") from None
         self._name, self._limits, self._s3fs = name, limits, s3fs
-        self.http = Http(limits, login=LOGIN)
+        self.http = HttpClient(limits, login=LOGIN)
         self._system = self._connect(anonymous=False)
 
-    def files(self, folder: str) -> Iterator[tuple[str, Item]]:
+    def files(self, folder: str) -> Iterator[tuple[str, ListedFile]]:
         """Name and item of each object directly in ``folder``, page by page."""
         prefix, page = f"{folder}/" if folder else "", ""
         while True:
@@ -86,12 +86,12 @@ class Bucket:
             except PermissionError as error:
                 raise FetchError("denied", place, f"{_line(error)}; {LOGIN}") from None
             except (OSError, BotoCoreError) as error:
-                raise Again("unreachable", _line(error)) from None
+                raise TransientFetchError("unreachable", _line(error)) from None
 
-        return persist(attempt, place, self._limits)
+        return with_retries(attempt, place, self._limits)
 
 
-def open_s3(place: str, limits: Limits) -> ListedSource:
+def open_s3(place: str, limits: FetchLimits) -> ListedSource:
     """The source of ``s3://BUCKET/FOLDER``.
 
     Raises:
@@ -101,13 +101,13 @@ def open_s3(place: str, limits: Limits) -> ListedSource:
     found = re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?", place)
     if not found:
         raise ValueError(f"{place} is not s3://BUCKET/FOLDER")
-    return ListedSource(place, Bucket(found[1], limits), found[2] or "")
+    return ListedSource(place, S3Store(found[1], limits), found[2] or "")
 
 
-def _item(item: dict[str, Any]) -> Item:
+def _item(item: dict[str, Any]) -> ListedFile:
     """An object of a listing. Its ETag names its contents; it is a checksum only of objects uploaded in one piece and
     without a key of the customer, which a listing does not tell."""
-    return Item(int(item["Size"]), item.get("ETag", "").strip('"'))
+    return ListedFile(int(item["Size"]), item.get("ETag", "").strip('"'))
 
 
 def _line(error: Exception) -> str:

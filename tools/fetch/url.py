@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
 from tools.fetch.base import FetchError, check_path, local_name
-from tools.fetch.http.client import Http, redacted
-from tools.fetch.http.retry import Limits
+from tools.fetch.http.client import HttpClient, redacted
+from tools.fetch.http.retry import FetchLimits
 
 PLACEHOLDERS = ("path", "name", "stem", "folder")
 
 
-class Template:
+class UrlTemplate:
     """An address with ``{path}`` (all of a media path), ``{name}`` (its last part), ``{stem}`` (that without its
     extension) or ``{folder}`` (all but the last part), which are quoted, so that no path changes the address's form.
 
@@ -53,8 +53,8 @@ class Template:
 class UrlSource:
     """The files of a web server, which cannot list them (see ``tools.fetch.base.Source``)."""
 
-    def __init__(self, template: str, limits: Limits) -> None:
-        self._template, self._http = Template("url", template), Http(limits)
+    def __init__(self, template: str, limits: FetchLimits) -> None:
+        self._template, self._http = UrlTemplate("url", template), HttpClient(limits)
         self.origin = self._template.shown
 
     def find(self, path: str, tree: bool = False) -> int | None:

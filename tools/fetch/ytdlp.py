@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tools.fetch.base import UNKNOWN, FetchError, check_path
 from tools.fetch.http.response import DENIED_RETRIES
-from tools.fetch.http.retry import Again, Limits, out_of_time, persist, too_large
-from tools.fetch.url import Template
+from tools.fetch.http.retry import TransientFetchError, FetchLimits, out_of_time, with_retries, too_large
+from tools.fetch.url import UrlTemplate
 
 #: Frames alone are wanted, and not larger than any model takes them; one file, so that nothing needs to be merged.
 FORMAT = "bv*[height<=?720]/bv*"
@@ -40,8 +40,8 @@ BUSY = 2  #: so many of them may pass
 class PageSource:
     """The videos of a site, by the addresses of their pages (see ``tools.fetch.base.Source``)."""
 
-    def __init__(self, template: str, limits: Limits) -> None:
-        self._template, self._limits = Template("page", template), limits
+    def __init__(self, template: str, limits: FetchLimits) -> None:
+        self._template, self._limits = UrlTemplate("page", template), limits
         self.origin = self._template.shown
         if importlib.util.find_spec("yt_dlp") is None:
             raise FetchError("unsupported", self.origin, "needs yt-dlp: pip install -e '.[pages]'")
@@ -59,7 +59,7 @@ class PageSource:
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
         """Download the video of a page into ``scratch``."""
         place = self._place(path, tree)
-        return persist(lambda deadline: self._try(path, place, scratch, deadline), place, self._limits)
+        return with_retries(lambda deadline: self._try(path, place, scratch, deadline), place, self._limits)
 
     def _place(self, path: str, tree: bool) -> str:
         check_path(self.origin, path)
@@ -101,7 +101,7 @@ class PageSource:
         raise _failure(text, place)
 
 
-def _command(address: str, scratch: Path, limits: Limits) -> list[str]:
+def _command(address: str, scratch: Path, limits: FetchLimits) -> list[str]:
     options = ["--ignore-config", "--no-cache-dir", "--no-playlist", "--no-progress", "--no-warnings", "--no-mtime"]
     options += ["--no-exec", "--no-update", "--playlist-items", "1", "--max-filesize", str(limits.bytes)]
     options += ["--socket-timeout", f"{limits.stall:g}", "--retries", str(limits.retries), "--format", FORMAT]
@@ -127,5 +127,5 @@ def _failure(text: str, place: str) -> Exception:
         if re.search(pattern, line.lower()):
             if number >= BUSY:
                 return FetchError(reason, place, line)
-            return Again(reason, line, retries=DENIED_RETRIES if reason == "denied" else None)
-    return Again("unreachable", line)
+            return TransientFetchError(reason, line, retries=DENIED_RETRIES if reason == "denied" else None)
+    return TransientFetchError("unreachable", line)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from pipeline.html.page import render_page
-from pipeline.html.svg import Bin, compact, duration, histogram, ticks
+from pipeline.html.svg import Bin, format_number, format_duration, histogram, ticks
 from pipeline.media.errors import MAX_PIXELS
 from pipeline.media.jpeg import decode_jpeg, encode_jpeg, jpeg_size
 from pipeline.shards.index import Index, ShardsError
@@ -38,7 +38,7 @@ SMALLEST = 1e-9  #: of the largest value; what is smaller shares a bin
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class UsageStats:
     """Which dialogue uses which media item: one entry for each use, in the order of the dialogues."""
 
     media: np.ndarray  #: int32 rows of the media table
@@ -75,13 +75,13 @@ def inspection_page(root: Path, media: int, frames: int, seed: int) -> str:
     }
     try:
         return render_page(
-            Path(__file__).parent / "inspection.html.j2", {"duration": duration, "size": _size}, **values
+            Path(__file__).parent / "inspection.html.j2", {"duration": format_duration, "size": _size}, **values
         )
     except (TypeError, jinja2.UndefinedError) as error:
         raise ShardsError(f"{root / 'build.json'}: its entries are not those of the format ({error}){VERIFY}") from None
 
 
-def _uses(index: Index) -> Use:
+def _uses(index: Index) -> UsageStats:
     parts: list[tuple[np.ndarray, ...]] = []
     counts, first = [], 0
     names = {name: number for number, name in enumerate(pc.unique(index.dialogues["entry"]).to_pylist())}
@@ -98,7 +98,7 @@ def _uses(index: Index) -> Use:
         columns = [np.empty(0, np.int32)] * 3
     if len(columns[0]) and not 0 <= columns[0].min() <= columns[0].max() < len(index.media):
         raise ShardsError(f"{index.root}: dialogues.arrow names media that are not there{VERIFY}")
-    return Use(*columns, media_count=np.concatenate([np.empty(0, np.int32), *counts]))
+    return UsageStats(*columns, media_count=np.concatenate([np.empty(0, np.int32), *counts]))
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def _left_out(root: Path) -> list[dict[str, Any]]:
 # Histograms -----------------------------------------------------------------------------------------------------------
 
 
-def _charts(index: Index, use: Use) -> list[tuple[Markup, str]]:
+def _charts(index: Index, use: UsageStats) -> list[tuple[Markup, str]]:
     """Histograms, each with a line of figures that says the same in words."""
     media = index.media
     video = pc.equal(media["kind"], "video").to_numpy()
@@ -159,12 +159,12 @@ def _charts(index: Index, use: Use) -> list[tuple[Markup, str]]:
     for title, values, note in measured:
         if len(values):
             low, middle, high, last = np.percentile(values, [0, 50, 95, 100])
-            figures = f"{len(values):,}: least {compact(low)}, median {compact(middle)}, 95 % up to {compact(high)}"
-            charts.append((histogram(title, bins(values)), f"{figures}, most {compact(last)}. {note}".strip()))
+            figures = f"{len(values):,}: least {format_number(low)}, median {format_number(middle)}, 95 % up to {format_number(high)}"
+            charts.append((histogram(title, bins(values)), f"{figures}, most {format_number(last)}. {note}".strip()))
     return charts
 
 
-def _tokens(index: Index, use: Use, video: np.ndarray) -> tuple[np.ndarray, str]:
+def _tokens(index: Index, use: UsageStats, video: np.ndarray) -> tuple[np.ndarray, str]:
     """Tokens of each dialogue and where the numbers are from: the newest token cache, or visual tokens alone."""
     for path in sorted((index.root / "index").glob("tokens-*.arrow"), key=os.path.getmtime, reverse=True):
         try:
@@ -206,7 +206,7 @@ def bins(values: np.ndarray) -> list[Bin]:
 # The sample -----------------------------------------------------------------------------------------------------------
 
 
-def _sample_media(use: Use, count: int, rng: np.random.Generator) -> list[int]:
+def _sample_media(use: UsageStats, count: int, rng: np.random.Generator) -> list[int]:
     """Rows of media, taken from the entries in turn, so that small ones are seen too."""
     order = rng.permutation(len(use.media))
     order = order[np.argsort(use.entry[order], kind="stable")]
@@ -222,13 +222,13 @@ def _sample_media(use: Use, count: int, rng: np.random.Generator) -> list[int]:
     return list(chosen)
 
 
-def _sample_texts(use: Use, count: int, rng: np.random.Generator) -> list[int]:
+def _sample_texts(use: UsageStats, count: int, rng: np.random.Generator) -> list[int]:
     """Rows of dialogues without media."""
     rows = np.flatnonzero(use.media_count == 0)
     return rng.permutation(rows)[:count].tolist()
 
 
-def _sheet(index: Index, use: Use, row: int, frames: int) -> dict[str, Any]:
+def _sheet(index: Index, use: UsageStats, row: int, frames: int) -> dict[str, Any]:
     """One media item of the sample: facts, frames and dialogues."""
     item = index.media.slice(row, 1).to_pylist()[0]
     places = np.unique(np.linspace(0, len(item["timestamps"]) - 1, frames).round().astype(int)).tolist()

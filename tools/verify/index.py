@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.shards.index import FILES, media_schema
-from pipeline.utils.atomic_io import sha256
+from pipeline.utils.atomic_io import file_sha256
 from tools.verify.findings import Findings
-from tools.verify.shard import MEMBERS, Shard
+from tools.verify.shard import MEMBERS, ShardToCheck
 
 SPLITS = ("train", "val")
 ALONE = "; shards were checked by themselves"
@@ -37,13 +37,13 @@ class Tables(NamedTuple):
                 tables.append(pa.ipc.open_file(source).read_all())
         return cls(*tables)
 
-    def list_shards(self, root: Path) -> list[Shard]:
+    def list_shards(self, root: Path) -> list[ShardToCheck]:
         """What the index says of each shard, in its order."""
         listed, rows = [], Counter()
         for row in self.shards.to_pylist():
             kind = "dialogue" if row["folder"] == "dialogue" else "media"
             facts = {name: row[name] for name in ("folder", "split", "samples", "bytes", "sha256")}
-            listed.append(Shard(root / row["folder"] / row["name"], **facts, first=rows[kind]))
+            listed.append(ShardToCheck(root / row["folder"] / row["name"], **facts, first=rows[kind]))
             rows[kind] += row["samples"]
         return listed
 
@@ -53,7 +53,7 @@ def check_index(root: Path, record: Mapping[str, Any], findings: Findings) -> Ta
     digest = hashlib.sha256()
     try:
         for name in FILES:
-            digest.update(sha256(root / "index" / f"{name}.arrow"))
+            digest.update(file_sha256(root / "index" / f"{name}.arrow"))
     except OSError as error:
         findings.add(f"index/{name}.arrow", f"cannot be read ({error.strerror}){ALONE}")
         return None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tools.verify.findings import Findings
 from tools.verify.index import Tables, check_index
-from tools.verify.shard import MEMBERS, Checked, Shard, ShardCheck
+from tools.verify.shard import MEMBERS, ShardResult, ShardToCheck, ShardCheck
 from tools.verify.sidecars import check_counts, check_ledger, check_leftovers, check_reader_files, read_object
 
 
@@ -25,7 +25,7 @@ class VerifyError(ValueError):
 
 
 @dataclass(slots=True)
-class Outcome:
+class VerifyResult:
     """What a verification came to."""
 
     findings: Findings
@@ -35,7 +35,7 @@ class Outcome:
     bytes: int = 0
 
 
-def verify(root: Path, deep: bool, workers: int, most: int) -> Outcome:
+def verify(root: Path, deep: bool, workers: int, most: int) -> VerifyResult:
     """Check the finished root ``root``.
 
     Args:
@@ -48,7 +48,7 @@ def verify(root: Path, deep: bool, workers: int, most: int) -> Outcome:
     """
     if not (root / "build.json").exists():
         raise VerifyError(f"{root}: no finished shards here (no build.json); name a folder such as shards/stage3")
-    outcome = Outcome(Findings(most))
+    outcome = VerifyResult(Findings(most))
     findings = outcome.findings
     record = read_object(root, "build.json", findings)
     tables = check_index(root, record, findings)
@@ -75,15 +75,15 @@ def verify(root: Path, deep: bool, workers: int, most: int) -> Outcome:
     return outcome
 
 
-def _unlisted(root: Path) -> list[Shard]:
+def _unlisted(root: Path) -> list[ShardToCheck]:
     """The shards that are there, where no index says which there should be."""
     paths = [path for folder in MEMBERS for path in sorted((root / folder).glob("*.tar"))]
-    return [Shard(path, path.parent.name, path.name.rpartition("-")[0]) for path in paths]
+    return [ShardToCheck(path, path.parent.name, path.name.rpartition("-")[0]) for path in paths]
 
 
 def _check_all(
-    root: Path, shards: Sequence[Shard], tables: Tables | None, deep: bool, workers: int, most: int
-) -> Iterator[Checked]:
+    root: Path, shards: Sequence[ShardToCheck], tables: Tables | None, deep: bool, workers: int, most: int
+) -> Iterator[ShardResult]:
     """The results in the order of ``shards``."""
     if workers == 1 or len(shards) < 2:
         yield from map(_shard_check(tables, deep, most).check, shards)
@@ -107,5 +107,5 @@ def _start(root: Path, known: bool, deep: bool, most: int) -> None:
     _checker = _shard_check(Tables.map(root) if known else None, deep, most)
 
 
-def _check(shard: Shard) -> Checked:
+def _check(shard: ShardToCheck) -> ShardResult:
     return _checker.check(shard)

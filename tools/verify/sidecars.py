@@ -17,7 +17,7 @@ from pipeline.shards.ledger import KINDS, REASONS
 from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from tools.verify.findings import Findings
 from tools.verify.index import SPLITS, Tables
-from tools.verify.shard import MEMBERS, Shard
+from tools.verify.shard import MEMBERS, ShardToCheck
 
 MAX_TEXT = 1 << 28  #: bytes of a JSON or YAML file that is parsed
 REMOVE = "remove it"
@@ -43,7 +43,7 @@ def read_object(root: Path, name: str, findings: Findings) -> dict[str, Any]:
     return {}
 
 
-def check_leftovers(root: Path, shards: Sequence[Shard], findings: Findings) -> None:
+def check_leftovers(root: Path, shards: Sequence[ShardToCheck], findings: Findings) -> None:
     """Nothing is left over from a build, and no shard is there that the index does not name."""
     named = {shard.path for shard in shards}
     if (root / "work").exists():
@@ -60,7 +60,7 @@ def check_leftovers(root: Path, shards: Sequence[Shard], findings: Findings) -> 
 
 
 def check_reader_files(
-    root: Path, folder: str, shards: Sequence[Shard], md5: Mapping[Path, str], findings: Findings
+    root: Path, folder: str, shards: Sequence[ShardToCheck], md5: Mapping[Path, str], findings: Findings
 ) -> None:
     """The files for Megatron-Energon and wids say what the index says of the ``shards`` of a folder.
 

@@ -18,11 +18,11 @@ FIELDS = {"name": 0, "mode": 100, "uid": 108, "gid": 116, "size": 124, "mtime": 
 FIELDS |= {"link": 157, "magic": 257, "owner": 265, "device": 329, "prefix": 345}
 
 
-class Unreadable(Exception):
+class UnreadableTarError(Exception):
     """The rest of a tar cannot be read."""
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A member: its name, where its header and its data begin in the file, and the data."""
 
     name: str
@@ -41,7 +41,7 @@ class PlainTar:
         self.offsets: list[int] = []  #: header of each sample's first member; at the end also the last member's end
         file.seek(0)
 
-    def samples(self, extensions: Sequence[str]) -> Iterator[tuple[str, list[Member]]]:
+    def samples(self, extensions: Sequence[str]) -> Iterator[tuple[str, list[TarMember]]]:
         """Key and members of each sample.
 
         Raises:
@@ -53,7 +53,7 @@ class PlainTar:
             wanted = [f"{key}.{extension}" for extension in extensions]
             if [member.name for member in sample] != wanted:
                 there = " ".join(member.name for member in sample)
-                raise Unreadable(f"the members {there} stand where {' '.join(wanted)} should")
+                raise UnreadableTarError(f"the members {there} stand where {' '.join(wanted)} should")
             self.offsets.append(sample[0].header)
             yield key, sample
 
@@ -66,12 +66,12 @@ class PlainTar:
         self._rest()
         return self._digests[0].hexdigest(), self._digests[1].hexdigest()
 
-    def _members(self) -> Iterator[Member]:
+    def _members(self) -> Iterator[TarMember]:
         while any(block := self._read(BLOCK)):
             header = self.place - BLOCK
             size = _octal(block[FIELDS["size"] : FIELDS["mtime"]])
             if size is None or _octal(block[148:156]) != _checksum(block):
-                raise Unreadable(f"no tar header stands at byte {header:,}")
+                raise UnreadableTarError(f"no tar header stands at byte {header:,}")
             name = block[:100].rstrip(b"\0")
             shown, expected = name.decode("ascii", "backslashreplace"), plain_header(name, size)
             if block != expected:
@@ -82,7 +82,7 @@ class PlainTar:
             place, data = self.place, self._read(size)
             if any(self._read(-size % BLOCK)):
                 self._report(shown, "its last block is not filled up with zeros")
-            yield Member(shown, header, place, data)
+            yield TarMember(shown, header, place, data)
         last = self.place - BLOCK
         self.offsets.append(last)
         if self._rest() or self.size != -(-(last + 2 * BLOCK) // RECORD) * RECORD:
@@ -90,10 +90,10 @@ class PlainTar:
 
     def _read(self, size: int) -> bytes:
         if size > self.size - self.place:
-            raise Unreadable(f"the file ends within the {size:,} bytes that begin at byte {self.place:,}")
+            raise UnreadableTarError(f"the file ends within the {size:,} bytes that begin at byte {self.place:,}")
         data = self._file.read(size)
         if len(data) < size:
-            raise Unreadable("the file became shorter while it was read")
+            raise UnreadableTarError("the file became shorter while it was read")
         for digest in self._digests:
             digest.update(data)
         self.place += size

@@ -43,7 +43,7 @@ def describe_disk(manifest: Manifest) -> str:
     )
 
 
-def shortage(manifest: Manifest) -> str:
+def check_disk(manifest: Manifest) -> str:
     """Why the disk of ``output`` is too small for the whole run, or an empty text; what lies there counts as free."""
     run = Path(manifest.output)
     needed = checkpoint_bytes(manifest) * (manifest.train.keep_last + 1) + final_bytes(manifest)
@@ -51,7 +51,7 @@ def shortage(manifest: Manifest) -> str:
     return _short(run, needed - there, "lower train.keep_last")
 
 
-def no_room(folder: Path, needed: int) -> str:
+def check_free(folder: Path, needed: int) -> str:
     """Why ``needed`` bytes do not fit on the disk of ``folder``, or an empty text."""
     return _short(folder, needed, "make room, and repeat the command")
 

@@ -24,15 +24,22 @@ import torch
 
 from pipeline.config.manifest import Manifest
 from trainer.checkpoint import disk_usage as disk
-from trainer.checkpoint.save import CheckpointError, check_settings, latest, of_a_file, read_state, refuse
-from trainer.distributed.process_group import Place, barrier
-from trainer.weights.tensor_files import Stored
+from trainer.checkpoint.save import (
+    CheckpointError,
+    check_settings,
+    latest,
+    is_file_error,
+    read_state,
+    raise_write_error,
+)
+from trainer.distributed.process_group import DistributedContext, barrier
+from trainer.weights.tensor_files import LazyTensor
 
 FAULTS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
 TICK = 0.2  #: seconds between looks for the universal form
 
 
-def load(engine, run: Path, manifest: Manifest, place: Place) -> dict | None:
+def load_checkpoint(engine, run: Path, manifest: Manifest, place: DistributedContext) -> dict | None:
     """Continue from the newest checkpoint: loads the engine, returns ``state.json``, or None where there is none.
 
     Learning rate, weight decay and all else of every parameter group stay those of the manifest, whatever the
@@ -72,15 +79,15 @@ def _load(engine, folder: Path, tag: str) -> None:
 
 
 @contextlib.contextmanager
-def _universal(folder: Path, world: int, manifest: Manifest, place: Place) -> Iterator[Path]:
+def _universal(folder: Path, world: int, manifest: Manifest, place: DistributedContext) -> Iterator[Path]:
     """The folder that holds checkpoint ``folder`` of ``world`` ranks in the universal form while the block runs."""
     form, reason = folder.parent / "universal", ""
-    if place.first:
+    if place.is_main:
         for path in (form, folder.parent / "part-universal"):
             shutil.rmtree(path, ignore_errors=True)
-        reason = disk.no_room(folder.parent, disk.conversion_bytes(manifest, world))
-    refuse(reason, place)
-    if place.first:
+        reason = disk.check_free(folder.parent, disk.conversion_bytes(manifest, world))
+    raise_write_error(reason, place)
+    if place.is_main:
         print(f"{manifest.name}: {folder}: the number of ranks was {world}, is {place.world}; converting it")
         _convert(folder, folder.parent / "part-universal", form)
     while not form.exists():  # no collective call: the conversion may take longer than train.timeout_minutes
@@ -89,7 +96,7 @@ def _universal(folder: Path, world: int, manifest: Manifest, place: Place) -> It
         raise CheckpointError((form / "failed").read_text(encoding="utf-8"))
     yield form
     barrier()
-    if place.first:
+    if place.is_main:
         shutil.rmtree(form)
 
 
@@ -115,7 +122,7 @@ def _convert(folder: Path, part: Path, form: Path) -> None:
     os.replace(part, form)
 
 
-def trained_weights(folder: Path) -> dict[str, Stored]:
+def trained_weights(folder: Path) -> dict[str, LazyTensor]:
     """The trained parameters of a checkpoint of any number of ranks: our names -> float32, read when wanted.
 
     Under ZeRO-3 the ranks' files stay on the disk and one parameter at a time is joined; under ZeRO-1 and 2 all are
@@ -130,7 +137,7 @@ def trained_weights(folder: Path) -> dict[str, Stored]:
         tensors = get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), tag=folder.name, exclude_frozen_parameters=True, lazy_mode=True
         )
-    return {name: Stored(tuple(tensor.shape), tensor.contiguous) for name, tensor in tensors.items()}
+    return {name: LazyTensor(tuple(tensor.shape), tensor.contiguous) for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -139,7 +146,7 @@ def _one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        if not of_a_file(error):
+        if not is_file_error(error):
             raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, UnpicklingError):

@@ -16,13 +16,13 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.config.manifest import Manifest, plain
-from pipeline.utils.atomic_io import sync
+from pipeline.config.manifest import Manifest, to_dict
+from pipeline.utils.atomic_io import fsync_path
 from trainer.checkpoint import disk_usage as disk
-from trainer.distributed.process_group import Place, barrier, total
+from trainer.distributed.process_group import DistributedContext, barrier, all_reduce_sum
 
 #: fields of the manifest that may differ between a checkpoint and the run that goes on from it
-FREE = {
+MUTABLE_FIELDS = {
     "name",
     "output",
     "shards",
@@ -53,7 +53,7 @@ class WriteError(CheckpointError):
 
 def settings(manifest: Manifest) -> dict[str, object]:
     """The flat ``field.field`` -> value settings that a resumed run must share with its checkpoint."""
-    return {name: value for name, value in _flat(plain(manifest)) if not _free(name)}
+    return {name: value for name, value in _flat(to_dict(manifest)) if not _free(name)}
 
 
 def check_settings(then: dict[str, object], manifest: Manifest, made: Path) -> None:
@@ -71,17 +71,19 @@ def check_settings(then: dict[str, object], manifest: Manifest, made: Path) -> N
         )
 
 
-def refuse(reason: str, place: Place) -> None:
+def raise_write_error(reason: str, place: DistributedContext) -> None:
     """Raise on every rank if one has a reason to; an empty text is none.
 
     Raises:
         CheckpointError: with the rank's own reason where it has one.
     """
-    if total([float(bool(reason))], place)[0]:
+    if all_reduce_sum([float(bool(reason))], place)[0]:
         raise CheckpointError(reason or "another rank cannot go on; it says why")
 
 
-def save(engine, run: Path, step: int, loader_state: dict, manifest: Manifest, place: Place) -> None:
+def save_checkpoint(
+    engine, run: Path, step: int, loader_state: dict, manifest: Manifest, place: DistributedContext
+) -> None:
     """Write checkpoint ``step`` (optimiser steps done). Every rank calls this; all leave together.
 
     Raises:
@@ -91,25 +93,25 @@ def save(engine, run: Path, step: int, loader_state: dict, manifest: Manifest, p
     folder = run / "checkpoints"
     name, part = f"step-{step:06d}", f"part-{step:06d}"
     reason = ""
-    if place.first:
+    if place.is_main:
         _sweep(folder)
         (folder / part).mkdir(parents=True)
-        reason = disk.no_room(folder, disk.checkpoint_bytes(manifest))
-    refuse(reason, place)
+        reason = disk.check_free(folder, disk.checkpoint_bytes(manifest))
+    raise_write_error(reason, place)
     try:
         engine.save_checkpoint(str(folder), tag=part, save_latest=False, exclude_frozen_parameters=True)
     except (OSError, RuntimeError) as error:
-        if not of_a_file(error):
+        if not is_file_error(error):
             raise
         fault = str(error).strip().split("\n")[0]
         raise WriteError(f"{folder / part}: rank {place.rank} cannot write its part ({fault}); make room") from error
     barrier()
-    if place.first:
+    if place.is_main:
         _put_in_place(folder, part, name, step, loader_state, manifest, place.world)
     barrier()
 
 
-def of_a_file(error: Exception) -> bool:
+def is_file_error(error: Exception) -> bool:
     """Whether an error is that of a file, and not of a peer that is gone: torch raises RuntimeError for both."""
     return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
 
@@ -127,11 +129,11 @@ def _put_in_place(
     }
     (folder / part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     for path in (*(folder / part).iterdir(), folder / part):
-        sync(path)
+        fsync_path(path)
     if (folder / name).exists():  # written by a start that was killed before ``latest`` named it
         os.replace(folder / name, folder / f"{part}-old")
     os.replace(folder / part, folder / name)
-    sync(folder)
+    fsync_path(folder)
     write_atomically(folder / "latest", name)
     _sweep(folder)
     for old in sorted((path for path in folder.glob("step-*") if _step(path) <= step), key=_step)[
@@ -172,9 +174,9 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step, synced to disk."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
-    sync(part)
+    fsync_path(part)
     os.replace(part, path)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
 def _step(checkpoint: Path) -> int:
@@ -195,4 +197,4 @@ def _flat(value: dict, prefix: str = "") -> list[tuple[str, object]]:
 
 
 def _free(name: str) -> bool:
-    return any(name == free or name.startswith(free + ".") for free in FREE)
+    return any(name == free or name.startswith(free + ".") for free in MUTABLE_FIELDS)

@@ -13,14 +13,14 @@ import zlib
 import torch
 from torch import nn
 
-from trainer.distributed.process_group import Place, gather
+from trainer.distributed.process_group import DistributedContext, all_gather
 
 
-class CallsError(RuntimeError):
+class CallOrderError(RuntimeError):
     """Ranks called different modules; one line that names the first call that differs."""
 
 
-class CallLog:
+class ModuleCallTracer:
     """The calls of one rank's model since the last comparison."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,12 +32,12 @@ class CallLog:
                 self._names.append(name)
                 module.register_forward_pre_hook(lambda *_, number=number: self._calls.append(number))
 
-    def reached(self) -> str:
+    def last_call(self) -> str:
         """Where this rank is, for the heartbeat: the number and the name of its last call."""
         calls = self._calls
         return f"call {len(calls)}, {self._name(calls, len(calls) - 1)}"
 
-    def compare(self, place: Place) -> None:
+    def compare(self, place: DistributedContext) -> None:
         """Compare with all ranks and begin anew; every rank calls this.
 
         Raises:
@@ -45,17 +45,17 @@ class CallLog:
         """
         calls, self._calls = self._calls, []
         mine = torch.tensor([len(calls), zlib.crc32(str(calls).encode())])
-        counts = gather(mine, place)
+        counts = all_gather(mine, place)
         if (counts == counts[0]).all():
             return
         padded = torch.full((int(counts[:, 0].max()),), -1)
         padded[: len(calls)] = torch.tensor(calls, dtype=torch.int64)
-        table = gather(padded, place)
+        table = all_gather(padded, place)
         differing = (table != table[0]).nonzero()
         first = int(differing[:, 1].min())
         rank = int(differing[differing[:, 1] == first][0, 0])
         here, there = (self._name(table[n].tolist(), first) for n in (rank, 0))
-        raise CallsError(
+        raise CallOrderError(
             f"ranks call the model differently: call {first + 1} of a global batch is {here} on rank {rank} and "
             f"{there} on rank 0, of {counts[rank, 0]} and {counts[0, 0]} calls; this is a fault of the model's code"
         )

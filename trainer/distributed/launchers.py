@@ -14,12 +14,12 @@ from collections.abc import MutableMapping
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: variables of launchers that are not understood, with their names: each of their processes would train alone
 OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
-STATUS = 75  #: exit status of a run that left when asked: EX_TEMPFAIL of sysexits.h, "try again"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: which ask a run to leave
+EXIT_PREEMPTED = 75  #: exit status of a run that left when asked: EX_TEMPFAIL of sysexits.h, "try again"
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: which ask a run to leave
 PORTS = (20_000, 10_000)  #: first port of srun's jobs, and how many: the job's number chooses one
 
 
-class StartError(RuntimeError):
+class LaunchError(RuntimeError):
     """A run that cannot begin. ``faults``: one line each, with the fix; ``everywhere``: every rank raises the same."""
 
     def __init__(self, *faults: str, everywhere: bool = False) -> None:
@@ -27,7 +27,7 @@ class StartError(RuntimeError):
         self.faults, self.everywhere = faults, everywhere
 
 
-def settle(environment: MutableMapping[str, str]) -> None:
+def setup_environment(environment: MutableMapping[str, str]) -> None:
     """Set the five variables where the launcher has not.
 
     Raises:
@@ -35,14 +35,14 @@ def settle(environment: MutableMapping[str, str]) -> None:
     """
     if "RANK" in environment:
         if missing := [name for name in NEEDED if name not in environment]:
-            raise StartError(f"RANK is set, {', '.join(missing)} not; set all of them, or start with torchrun")
+            raise LaunchError(f"RANK is set, {', '.join(missing)} not; set all of them, or start with torchrun")
         environment.setdefault("LOCAL_RANK", "0")
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         environment.update(_of_slurm(environment))
     else:
         for name, launcher in OTHERS.items():
             if int(environment.get(name, "1")) > 1:
-                raise StartError(
+                raise LaunchError(
                     f"{launcher} started {environment[name]} processes, each of which would train alone; "
                     "start them with torchrun, deepspeed or srun"
                 )

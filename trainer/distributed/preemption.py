@@ -12,21 +12,21 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from trainer.distributed.launchers import SIGNALS
-from trainer.distributed.process_group import Place, highest
+from trainer.distributed.launchers import PREEMPTION_SIGNALS
+from trainer.distributed.process_group import DistributedContext, all_reduce_max_int
 
 
 class Preempted(Exception):
     """The run was asked to leave; the name of the signal."""
 
 
-class Leave:
+class PreemptionHandler:
     """Takes both signals over, for the rest of the process. Repeated ones change nothing."""
 
     def __init__(self) -> None:
         self._asked = 0
         self._held = False
-        for number in SIGNALS:
+        for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._heed)
 
     def _heed(self, number: int, frame: FrameType | None) -> None:
@@ -35,7 +35,7 @@ class Leave:
             raise Preempted(signal.Signals(number).name)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Within the block a request waits for :meth:`check`; elsewhere it raises :class:`Preempted` at once."""
         self._held = True
         try:
@@ -43,9 +43,9 @@ class Leave:
         finally:
             self._held = False
 
-    def check(self, place: Place) -> None:
+    def raise_if_preempted(self, place: DistributedContext) -> None:
         """Raise :class:`Preempted` on every rank if any was asked. Every rank calls this at the same point."""
-        asked = highest(self._asked, place)
+        asked = all_reduce_max_int(self._asked, place)
         if asked:
             self._asked = asked
             raise Preempted(signal.Signals(asked).name)

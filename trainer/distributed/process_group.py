@@ -16,11 +16,11 @@ import deepspeed  # noqa: E402
 import deepspeed.comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-from trainer.distributed.launchers import StartError, settle  # noqa: E402
+from trainer.distributed.launchers import LaunchError, setup_environment  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedContext:
     """Where this process runs: its rank, the number of ranks, its device, and the group of all processors (gloo)."""
 
     rank: int
@@ -29,12 +29,12 @@ class Place:
     control: torch.distributed.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes logs."""
         return self.rank == 0
 
 
-def start(timeout_minutes: float) -> Place:
+def init_process_group(timeout_minutes: float) -> DistributedContext:
     """Join the process group (made for one process if no launcher did) and choose the device.
 
     Collectives that take longer than ``timeout_minutes`` raise instead of hanging, DeepSpeed's too: it would make its
@@ -43,7 +43,7 @@ def start(timeout_minutes: float) -> Place:
     Raises:
         StartError: the launcher left something open, or started more processes than there are GPUs.
     """
-    settle(os.environ)
+    setup_environment(os.environ)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce at start-up that only inference uses: a minute lost, a
@@ -52,7 +52,7 @@ def start(timeout_minutes: float) -> Place:
     else:
         local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
         if local >= devices:
-            raise StartError(
+            raise LaunchError(
                 f"rank {os.environ['RANK']} would use GPU {local}, here are {devices}; start as many ranks"
             )
         accelerator.set_device(local)
@@ -63,10 +63,12 @@ def start(timeout_minutes: float) -> Place:
     )
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=limit)
     control = torch.distributed.new_group(backend="gloo", timeout=limit)
-    return Place(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), control)
+    return DistributedContext(
+        dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), control
+    )
 
 
-def stop() -> None:
+def destroy_process_group() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         deepspeed.utils.groups._WORLD_GROUP = None
@@ -78,28 +80,28 @@ def barrier() -> None:
     dist.barrier()
 
 
-def highest(number: int, place: Place) -> int:
+def all_reduce_max_int(number: int, place: DistributedContext) -> int:
     """The largest of all ranks' numbers, agreed on between processors: nothing on the devices is waited for."""
     tensor = torch.tensor(number)
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=place.control)
     return int(tensor)
 
 
-def total(values: list[float], place: Place) -> list[float]:
+def all_reduce_sum(values: list[float], place: DistributedContext) -> list[float]:
     """Sum each value over all ranks (float64)."""
     tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def largest(values: list[float], place: Place) -> list[float]:
+def all_reduce_max(values: list[float], place: DistributedContext) -> list[float]:
     """The largest of each value over all ranks (float64)."""
     tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
-def gather(values: torch.Tensor, place: Place) -> torch.Tensor:
+def all_gather(values: torch.Tensor, place: DistributedContext) -> torch.Tensor:
     """The int64 ``values`` (n,) of every rank: (world, n), on the CPU."""
     table = torch.zeros(place.world, len(values), dtype=torch.int64, device=place.device)
     table[place.rank] = values.to(place.device)

@@ -26,7 +26,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from trainer.distributed.process_group import Place, barrier
+from trainer.distributed.process_group import DistributedContext, barrier
 
 BEATS = 60  #: in the time limit, at least
 LONGEST = 10.0  #: seconds between beats
@@ -34,18 +34,18 @@ NAMED = 3  #: ranks that a line names at most
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank last said."""
 
     number: int  #: grows with each beat
     place: int  #: how many things the rank has begun; every rank begins the same things in the same order
-    doing: str  #: what it began last
+    phase: str  #: what it began last
     machine: str  #: host name and process id
     call: str = ""  #: the model call it has reached, where ``train.check_calls`` counts them
-    unhurried: bool = False  #: the others wait for what it does without a limit
+    no_deadline: bool = False  #: the others wait for what it does without a limit
 
 
-class Watch:
+class StallDetector:
     """Judges what is heard; pure arithmetic on beats.
 
     Args:
@@ -57,11 +57,11 @@ class Watch:
     def __init__(self, rank: int, seconds: float, interval: float) -> None:
         self._rank, self._interval = rank, interval
         self._silent, self._late = 0.5 * seconds, 0.9 * seconds
-        self._last: Sequence[Beat] = []
+        self._last: Sequence[Heartbeat] = []
         self._same_beat: list[int] = []  #: intervals for which each rank has said nothing
         self._same_place: list[int] = []  #: intervals for which each rank has begun nothing
 
-    def look(self, beats: Sequence[Beat]) -> str | None:
+    def check(self, beats: Sequence[Heartbeat]) -> str | None:
         """One interval later, ``beats`` are the last of all ranks; the line that ends the run, or None."""
         if not beats or not self._last:  # nobody was heard before
             self._last = beats
@@ -80,7 +80,7 @@ class Watch:
             seconds = self._interval * max(self._same_beat[rank] for rank in silent)
             keeper = ", or the launcher that passes its messages on," if unheard else ""
             return f"no sign of life for {seconds:.0f} s from {self._name([0] if unheard else silent)}{keeper}"
-        if not silent and standing >= self._late and not any(beat.unhurried for beat in beats):
+        if not silent and standing >= self._late and not any(beat.no_deadline for beat in beats):
             least = min(beat.place for beat in beats)
             late = [rank for rank in alive if beats[rank].place == least]
             seconds = self._interval * max(self._same_place[rank] for rank in late)
@@ -94,11 +94,11 @@ class Watch:
         named = []
         for rank in ranks[:NAMED]:
             beat = self._last[rank]
-            named.append(f"rank {rank} ({', '.join(filter(None, (beat.machine, beat.doing, beat.call)))})")
+            named.append(f"rank {rank} ({', '.join(filter(None, (beat.machine, beat.phase, beat.call)))})")
         return "; ".join([*named, *([f"{len(ranks) - NAMED} more"] if len(ranks) > NAMED else [])])
 
 
-class Heartbeat:
+class Watchdog:
     """Beats and listens in threads until it is closed; does nothing where there is one rank.
 
     Args:
@@ -106,14 +106,14 @@ class Heartbeat:
         place: this rank; every rank makes its own at the same time.
     """
 
-    def __init__(self, minutes: float, place: Place) -> None:
+    def __init__(self, minutes: float, place: DistributedContext) -> None:
         self.call: Callable[[], str] = str  #: says which model call this rank has reached
         self._rank, self._world = place.rank, place.world
         self._machine = f"{socket.gethostname()}, process {os.getpid()}"
         self._begun = (0, "starting", False)
         self._interval = min(LONGEST, minutes * 60 / BEATS)
-        self._watch = Watch(place.rank, minutes * 60, self._interval)
-        self._heard: list[Beat] = []
+        self._watch = StallDetector(place.rank, minutes * 60, self._interval)
+        self._heard: list[Heartbeat] = []
         self._closed = threading.Event()
         if place.world == 1:
             return
@@ -130,7 +130,7 @@ class Heartbeat:
         for work in (self._talk, self._listen):
             threading.Thread(target=work, daemon=True, name=f"heartbeat{work.__name__}").start()
 
-    def doing(self, what: str, unhurried: bool = False) -> None:
+    def set_phase(self, what: str, unhurried: bool = False) -> None:
         """This rank begins ``what``, such as "backward of global batch 3"; every rank says as many things.
 
         ``unhurried``: it may take longer than the limit, because no collective call waits for it.
@@ -149,13 +149,13 @@ class Heartbeat:
             while not self._closed.wait(self._interval):
                 number += 1
                 self._say(number)
-                self._heard = [Beat(**json.loads(said)) for said in self._store.multi_get(keys)]
+                self._heard = [Heartbeat(**json.loads(said)) for said in self._store.multi_get(keys)]
         except RuntimeError:
             return  # the store has gone, and rank 0 or the launcher with it: from now on nobody is heard
 
     def _say(self, number: int) -> None:
         place, doing, unhurried = self._begun
-        beat = Beat(number, place, doing, self._machine, self.call(), unhurried)
+        beat = Heartbeat(number, place, doing, self._machine, self.call(), unhurried)
         self._store.set(f"{self._run}/{self._rank}", json.dumps(asdict(beat)))
 
     def _listen(self) -> None:
@@ -163,8 +163,8 @@ class Heartbeat:
             heard = list(self._heard)
             if heard:  # what this rank does it knows better than the store
                 place, doing, unhurried = self._begun
-                heard[self._rank] = replace(heard[self._rank], place=place, doing=doing, unhurried=unhurried)
-            fault = self._watch.look(heard)
+                heard[self._rank] = replace(heard[self._rank], place=place, phase=doing, no_deadline=unhurried)
+            fault = self._watch.check(heard)
             if fault and not self._closed.is_set():
                 print(f"error: {fault}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread stands in a collective call, which no exception reaches

@@ -13,11 +13,11 @@ from pipeline.config.manifest import Manifest, ManifestError, load_manifest
 from pipeline.media.errors import MediaError
 from pipeline.shards.index import ShardsError
 from trainer.checkpoint.save import write_atomically
-from trainer.weights.runs import weights_of
+from trainer.weights.runs import resolve_weights
 from trainer.weights.tensor_files import WeightsError
 
 
-def parser_of(program: str, description: str, manifest: str, results: str) -> argparse.ArgumentParser:
+def build_parser(program: str, description: str, manifest: str, results: str) -> argparse.ArgumentParser:
     """Options of ``python -m trainer.PROGRAM``.
 
     Args:
@@ -35,7 +35,7 @@ def parser_of(program: str, description: str, manifest: str, results: str) -> ar
     return parser
 
 
-def carry_out(
+def run_command(
     parser: argparse.ArgumentParser,
     arguments: list[str] | None,
     ask: Callable[[argparse.Namespace, Manifest, Path], dict],
@@ -85,7 +85,7 @@ def carry_out(
 
 def _weights(options: argparse.Namespace, manifest: Manifest) -> Path:
     try:
-        return weights_of(options.checkpoint or manifest.output)
+        return resolve_weights(options.checkpoint or manifest.output)
     except WeightsError:
         if options.checkpoint:
             raise

@@ -10,7 +10,7 @@ from pipeline.html.svg import heat_map
 from trainer.evaluation.scores_html import FILTERS
 
 
-def shown(result: dict) -> dict[str, Any]:
+def render_fragment(result: dict) -> dict[str, Any]:
     """What the templates show of a result of :func:`trainer.evaluation.haystack_search.search`."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
@@ -25,4 +25,4 @@ def shown(result: dict) -> dict[str, Any]:
 
 def page(result: dict) -> str:
     """A page about one result."""
-    return render_page(Path(__file__).parent / "search.html.j2", FILTERS, **shown(result))
+    return render_page(Path(__file__).parent / "search.html.j2", FILTERS, **render_fragment(result))

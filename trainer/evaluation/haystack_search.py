@@ -8,11 +8,11 @@ import numpy as np
 
 from pipeline.config.manifest import Manifest
 from pipeline.evaluation.haystack import Haystack
-from trainer.evaluation.metrics import is_right, summarise
+from trainer.evaluation.metrics import is_correct, summarize
 from trainer.evaluation.scorer import evaluate
 
 
-def search(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
+def run_haystack(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
     """Ask everything; returns what haystack.json holds.
 
     Returns:
@@ -37,5 +37,5 @@ def _together(rows: list[dict], name: str, seed: int) -> dict | None:
     """The accuracy of several cells' answers."""
     if not rows:
         return None
-    own, blind = (np.array([is_right(row[way], row["expected"]) for row in rows]) for way in ("own", "blind"))
-    return summarise(name, "generation", own, {"blind": blind}, seed)
+    own, blind = (np.array([is_correct(row[way], row["expected"]) for row in rows]) for way in ("own", "blind"))
+    return summarize(name, "generation", own, {"blind": blind}, seed)

@@ -12,19 +12,19 @@ TRIES = 4  #: partners of a question
 CONTROLS = ("blind", "shuffled")  #: other frames, and the same frames in another order
 
 
-def normalise(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Case, surrounding space, brackets around all of it and a final full stop do not count."""
     plain = text.strip().lower().rstrip(".").strip()
     return plain[1:-1].strip() if re.fullmatch(r"\([^()]*\)", plain) else plain
 
 
-def is_right(given: str, answer: str) -> bool:
+def is_correct(given: str, answer: str) -> bool:
     """Whether a reply is the answer. Where that is a single letter, a reply may go on after it: ``(B) a square``."""
-    expected = normalise(answer)
+    expected = normalize_answer(answer)
     if re.fullmatch(r"[a-z]", expected):
         first = re.match(r"\(?([a-z])(?![a-z'’])", given.strip().lower())
         return bool(first) and first[1] == expected
-    return normalise(given) == expected
+    return normalize_answer(given) == expected
 
 
 def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Sequence[int], seed: int) -> list[list[int]]:
@@ -40,12 +40,14 @@ def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Seque
     partners: list[list[int]] = []
     for family, answer, count in zip(families, answers, shown, strict=True):
         family_others = by_family[family] if count else []
-        others = [j for j in family_others if normalise(answers[j]) != normalise(answer) and shown[j] >= count]
+        others = [
+            j for j in family_others if normalize_answer(answers[j]) != normalize_answer(answer) and shown[j] >= count
+        ]
         partners.append(rng.permutation(others)[:TRIES].tolist() if others else [])
     return partners
 
 
-def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+def bootstrap_ci(values: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % bootstrap percentile interval of the mean of ``values`` (n,)."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
@@ -53,7 +55,7 @@ def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(family: str, method: str, right: np.ndarray, controls: Mapping[str, np.ndarray], seed: int) -> dict:
+def summarize(family: str, method: str, right: np.ndarray, controls: Mapping[str, np.ndarray], seed: int) -> dict:
     """Accuracy of one family beside its controls, in points of 100, with intervals.
 
     The interval of a gain resamples both answers of a question together.
@@ -74,6 +76,6 @@ def summarise(family: str, method: str, right: np.ndarray, controls: Mapping[str
 
 def _put(row: dict, name: str, prefix: str, values: np.ndarray, seed: int) -> None:
     values = values.astype(float)
-    low, high = interval(values, seed)
+    low, high = bootstrap_ci(values, seed)
     row[name] = 100 * float(values.mean())
     row[f"{prefix}low"], row[f"{prefix}high"] = 100 * low, 100 * high

@@ -17,10 +17,10 @@ from pipeline.loading.batch import Batch
 from pipeline.media.errors import MediaError
 from pipeline.media.jpeg import encode_jpeg
 from pipeline.shards.index import ShardsError
-from trainer.evaluation.metrics import CONTROLS, blind_partners, is_right, summarise
-from trainer.inference.generate import answers, prefill
-from trainer.inference.loglikelihood import likelihoods
-from trainer.inference.vision_cache import Encoded
+from trainer.evaluation.metrics import CONTROLS, blind_partners, is_correct, summarize
+from trainer.inference.generate import generate_from_prefill, prefill
+from trainer.inference.loglikelihood import loglikelihood
+from trainer.inference.vision_cache import VisionFeatureCache
 from trainer.weights.load import load_pretrained
 
 EXAMPLES = 3  #: questions of each family shown with their frames
@@ -36,7 +36,7 @@ class Answers:
     likeliest: dict[int, str] = field(default_factory=dict)  #: of the options, where there are some
 
 
-class Scorer:
+class Evaluator:
     """Answers questions with one model, with their own frames and under ``controls``; a question that cannot be shown
     is left out, with the reason."""
 
@@ -44,15 +44,15 @@ class Scorer:
         self._manifest, self._questions = manifest, questions
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_pretrained(checkpoint, manifest.frames.size).to(self._device)
-        self._model.encode = Encoded(self._model.encode)  # several questions are about one video
-        self._tokenizer = questions.conversation.tokenizer
+        self._model.encode = VisionFeatureCache(self._model.encode)  # several questions are about one video
+        self._tokenizer = questions.chat_template.tokenizer
         self.answers = {way: Answers() for way in ("own", *controls)}
         self.unreadable: dict[int, str] = {}
 
     def run(self, partners: Mapping[int, Sequence[int]]) -> None:
         """Answer the questions that have ``partners``, blind with the media of the first that can be shown."""
         work = [(way, i, others) for i, others in partners.items() for way in self.answers]
-        lengths = [self._questions.length(i, others[0] if way == "blind" else i) for way, i, others in work]
+        lengths = [self._questions.prompt_length(i, others[0] if way == "blind" else i) for way, i, others in work]
         order, size = sorted(range(len(work)), key=lengths.__getitem__), self._manifest.evaluate.batch
         with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=None) as bar:
             for at in range(0, len(order), size):
@@ -81,12 +81,12 @@ class Scorer:
         read = prefill(self._model, [row for _, _, row in prompts])
         for n, (way, i, _) in enumerate(prompts):
             if options := self._questions[i].options:
-                ids = [self._questions.conversation.answer_ids(option) for option in options]
-                found = [likelihood.log for likelihood in likelihoods(self._model, read.alone(n), ids)]
+                ids = [self._questions.chat_template.answer_ids(option) for option in options]
+                found = [likelihood.log for likelihood in loglikelihood(self._model, read.select(n), ids)]
                 self.answers[way].likeliest[i] = options[int(np.argmax(found))]
         keys = [key for _, _, row in prompts for key in row.keys]
         longest, end = self._manifest.evaluate.max_new_tokens, self._tokenizer.eos_token_id
-        outputs = answers(self._model, read, keys, longest, end)
+        outputs = generate_from_prefill(self._model, read, keys, longest, end)
         for (way, i, _), tokens in zip(prompts, outputs, strict=True):
             self.answers[way].given[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
@@ -116,7 +116,7 @@ def evaluate(
     found = {i: [fit[other] for other in others] for i, others in zip(fit, partners, strict=True)}
     chosen = _first(questions, fit, limit)
     pairs = {i: found[i] for i in chosen if found[i]}
-    scorer = Scorer(manifest, checkpoint, questions, controls)
+    scorer = Evaluator(manifest, checkpoint, questions, controls)
     scorer.run(pairs)
     asked = [i for i in pairs if i not in scorer.unreadable]
     if not asked:
@@ -129,15 +129,15 @@ def evaluate(
             members = [i for i in asked if questions[i].family == family and i in found["own"]]
             if members:
                 right = {
-                    way: np.array([is_right(f[i], questions[i].answer) for i in members]) for way, f in found.items()
+                    way: np.array([is_correct(f[i], questions[i].answer) for i in members]) for way, f in found.items()
                 }
-                rows.append(summarise(family, method, right.pop("own"), right, manifest.seed))
+                rows.append(summarize(family, method, right.pop("own"), right, manifest.seed))
     return {
         "checkpoint": str(checkpoint),
         "families": rows,
         "without_partner": sorted({questions[i].family for i in chosen if i not in pairs}),
         "too_long": sum(questions.answer_tokens(i) > manifest.evaluate.max_new_tokens for i in asked),
-        "unreadable": [*questions.refused, *misfits, *scorer.unreadable.values()],
+        "unreadable": [*questions.rejected, *misfits, *scorer.unreadable.values()],
         "answers": [_record(questions, i, scorer.answers) for i in asked],
         "examples": _examples(questions, asked, scorer.answers, examples),
     }
@@ -148,7 +148,7 @@ def _fit(questions: Questions) -> tuple[list[int], list[str]]:
     fit, misfits = [], []
     for i in range(len(questions)):
         options, answer = questions[i].options, questions[i].answer
-        if options and not any(is_right(option, answer) for option in options):
+        if options and not any(is_correct(option, answer) for option in options):
             misfits.append(f"{questions[i].key}: the answer {answer!r} is none of its options, {', '.join(options)}")
         else:
             fit.append(i)
@@ -187,7 +187,7 @@ def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Ans
         if shown[family] > most:
             continue
         row = questions.prompt(i)
-        frames = [*row.clips.flatten(0, 1).numpy(), *row.stills.numpy()]
+        frames = [*row.clips.flatten(0, 1).numpy(), *row.image_tiles.numpy()]
         picked = [frames[n] for n in np.linspace(0, len(frames) - 1, min(len(frames), SHOWN)).round().astype(int)]
         jpegs = [base64.b64encode(encode_jpeg(frame, 85, "420")).decode("ascii") for frame in picked]
         own, blind = (answers[way].given[i] for way in ("own", "blind"))

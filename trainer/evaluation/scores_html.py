@@ -7,14 +7,14 @@ from typing import Any
 
 from pipeline.html.page import render_page
 from pipeline.html.svg import COLOURS, Bar, bar_chart
-from trainer.evaluation.metrics import is_right
+from trainer.evaluation.metrics import is_correct
 
 #: colours of the bars: with a question's own frames, with another's, with its own in another order
 KEY = {"own": COLOURS[0], "blind": "#b9c0cc", "shuffled": "#e0b36a"}
-FILTERS = {"points": "{:.1f}".format, "right": lambda example: is_right(example["given"], example["expected"])}
+FILTERS = {"points": "{:.1f}".format, "right": lambda example: is_correct(example["given"], example["expected"])}
 
 
-def shown(result: dict) -> dict[str, Any]:
+def render_fragment(result: dict) -> dict[str, Any]:
     """What the templates show of a result of :func:`trainer.evaluation.scorer.evaluate`."""
     groups = []
     for row in result["families"]:
@@ -29,4 +29,4 @@ def shown(result: dict) -> dict[str, Any]:
 
 def page(result: dict) -> str:
     """A page about one result."""
-    return render_page(Path(__file__).parent / "evaluation.html.j2", FILTERS, **shown(result), **KEY)
+    return render_page(Path(__file__).parent / "evaluation.html.j2", FILTERS, **render_fragment(result), **KEY)

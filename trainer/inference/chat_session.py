@@ -8,12 +8,12 @@ import torch
 from transformers import DynamicCache
 
 from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE
-from trainer.inference.generate import GREEDY, Sampling, grow, prefill
+from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from trainer.inference.generate import GREEDY, Sampling, decode_steps, prefill
 from trainer.model.video_llm import VideoLLM
 
 
-class Talk:
+class ChatSession:
     """Keeps keys and values of what was said; a question whose prompt begins with it costs only what is new.
 
     Args:
@@ -42,7 +42,7 @@ class Talk:
             self._cache, _, logits = prefill(self._model, [prompt.to(self._device)])
         self._ids = ids
         place = (self._cache, [len(ids)], logits, prompt.keys)
-        for found in grow(self._model, *place, self._limit, self._stop, self._sampling):
+        for found in decode_steps(self._model, *place, self._limit, self._stop, self._sampling):
             for _, token in found:
                 yield token
                 self._ids.append(token)  # in the cache once the next one is asked for
@@ -52,7 +52,7 @@ class Talk:
         held = self._ids[: self._cache.get_seq_length()]
         pairs = zip(held, ids[:-1], strict=False)
         known = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(held), len(ids) - 1))
-        return 0 if IMAGE in ids[known:] else known
+        return 0 if IMAGE_TOKEN_INDEX in ids[known:] else known
 
     @torch.no_grad()
     def _read_on(self, prompt: Batch, known: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Talk:
         return model.lm_head(hidden[:, -1])
 
 
-def texts(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+def stream_text(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
     """Text as it becomes certain: a character of several tokens is held back until it is whole."""
     ids, shown = [], ""
     for token in tokens:

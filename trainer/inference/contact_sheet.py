@@ -14,7 +14,7 @@ from pipeline.media.resize import resize
 SIDE, ACROSS, MARGIN = 160, 8, 14  #: pixels of a picture's side, pictures in a line, pixels for the words below
 
 
-def write_sheet(path: str | Path, pictures: Sequence[np.ndarray], words: Sequence[str]) -> None:
+def write_contact_sheet(path: str | Path, pictures: Sequence[np.ndarray], words: Sequence[str]) -> None:
     """Write ``pictures``, uint8 (S, S, 3) each, with a word below each, as a JPEG or what the suffix says.
 
     Raises:

@@ -30,7 +30,7 @@ class Sampling:
     top_p: float = 1.0  #: only the likeliest tokens are drawn from, as few as reach this probability together
     seed: int = 0
 
-    def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Token ids, int64 (B,), from ``logits`` (B, V)."""
         if not self.temperature:
             return logits.argmax(-1)
@@ -48,19 +48,19 @@ class Sampling:
 GREEDY = Sampling()
 
 
-class Read(NamedTuple):
+class PrefillState(NamedTuple):
     """B prompts that a model has read."""
 
     cache: DynamicCache  #: keys and values (B, heads, longest, D), padded on the left with zeros
     lengths: list[int]  #: tokens of each dialogue
     logits: torch.Tensor  #: (B, V) of each dialogue's next token
 
-    def alone(self, number: int) -> Read:
+    def select(self, number: int) -> PrefillState:
         """One of the dialogues, with a cache of its own."""
         length, cache = self.lengths[number], DynamicCache()
         for n, layer in enumerate(self.cache.layers):
             cache.update(*(kept[number : number + 1, :, -length:].clone() for kept in (layer.keys, layer.values)), n)
-        return Read(cache, [length], self.logits[number : number + 1])
+        return PrefillState(cache, [length], self.logits[number : number + 1])
 
 
 def generate(
@@ -83,12 +83,12 @@ def generate(
         Token ids of each answer without the one that ended it, in the order of the prompts.
     """
     keys = [key for row in prompts for key in row.keys]
-    return answers(model, prefill(model, prompts), keys, max_new_tokens, stop, sampling)
+    return generate_from_prefill(model, prefill(model, prompts), keys, max_new_tokens, stop, sampling)
 
 
-def answers(
+def generate_from_prefill(
     model: VideoLLM,
-    read: Read,
+    read: PrefillState,
     keys: Sequence[str],
     max_new_tokens: int,
     stop: int | Collection[int],
@@ -96,14 +96,14 @@ def answers(
 ) -> list[list[int]]:
     """Continue dialogues that were read, whose ``keys`` these are; else as :func:`generate`. Their cache grows."""
     found: list[list[int]] = [[] for _ in keys]
-    for step in grow(model, *read, keys, max_new_tokens, stop, sampling):
+    for step in decode_steps(model, *read, keys, max_new_tokens, stop, sampling):
         for dialogue, token in step:
             found[dialogue].append(token)
     return found
 
 
 @torch.no_grad()
-def grow(
+def decode_steps(
     model: VideoLLM,
     cache: DynamicCache,
     lengths: list[int],
@@ -128,7 +128,7 @@ def grow(
     present = torch.arange(longest + max_new_tokens, device=device) >= (longest - length).unsqueeze(1)
     growing = [True] * len(lengths)
     for new in range(max_new_tokens):
-        tokens = sampling.choose(logits, generators)  # (B,)
+        tokens = sampling.sample(logits, generators)  # (B,)
         found = list(enumerate(tokens.tolist()))
         growing = [grows and token not in stop for grows, (_, token) in zip(growing, found, strict=True)]
         yield [pair for grows, pair in zip(growing, found, strict=True) if grows]
@@ -145,7 +145,7 @@ def grow(
 
 
 @torch.no_grad()
-def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> Read:
+def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> PrefillState:
     """Run the prompts' rows one after the other."""
     lengths: list[int] = []
     logits: list[torch.Tensor] = []
@@ -163,7 +163,7 @@ def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> Read:
     joined = DynamicCache(config=model.language_model.config)
     for n, (keys, values) in enumerate(layers):
         joined.update(_pad_left(keys, max(lengths)), _pad_left(values, max(lengths)), n)
-    return Read(joined, lengths, torch.cat(logits))
+    return PrefillState(joined, lengths, torch.cat(logits))
 
 
 def _pad_left(states: list[torch.Tensor], length: int) -> torch.Tensor:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from trainer.inference.generate import Read
+from trainer.inference.generate import PrefillState
 from trainer.model.video_llm import VideoLLM
 
 
-class Likelihood(NamedTuple):
+class LogLikelihood(NamedTuple):
     """Of one answer."""
 
     log: float  #: natural logarithm of the probability of all its tokens, one after the other
@@ -19,7 +19,7 @@ class Likelihood(NamedTuple):
 
 
 @torch.no_grad()
-def likelihoods(model: VideoLLM, read: Read, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
+def loglikelihood(model: VideoLLM, read: PrefillState, answers: Sequence[Sequence[int]]) -> list[LogLikelihood]:
     """Likelihoods of ``answers`` (token ids, at least one each) after the one dialogue of ``read``, whose cache grows.
 
     Args:
@@ -47,6 +47,6 @@ def likelihoods(model: VideoLLM, read: Read, answers: Sequence[Sequence[int]]) -
     each = logits.float().log_softmax(-1).gather(2, ids.unsqueeze(2)).squeeze(2)
     same = logits.argmax(-1) == ids
     return [
-        Likelihood(float(each[n, : len(answer)].sum()), bool(same[n, : len(answer)].all()))
+        LogLikelihood(float(each[n, : len(answer)].sum()), bool(same[n, : len(answer)].all()))
         for n, answer in enumerate(answers)
     ]

@@ -8,26 +8,28 @@ from pathlib import Path
 import torch
 
 from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.evaluation.prompts import Prompts
+from pipeline.evaluation.prompts import PromptBuilder
 from pipeline.loading.batch import Batch
-from pipeline.shards.media_view import View
-from pipeline.shards.memory_index import File, Handfuls
-from pipeline.tokenization.chat_template import conversation_of
+from pipeline.shards.media_view import MediaView
+from pipeline.shards.memory_index import MediaFile, MediaFileCache
+from pipeline.tokenization.chat_template import build_chat_template
 from trainer.inference.generate import GREEDY, Sampling, generate, prefill
-from trainer.inference.loglikelihood import Likelihood, likelihoods
+from trainer.inference.loglikelihood import LogLikelihood, loglikelihood
 from trainer.weights.load import load_pretrained
-from trainer.weights.runs import weights_of
+from trainer.weights.runs import resolve_weights
 from trainer.weights.tensor_files import WeightsError
 
 
-def find(checkpoint: str | Path, manifest: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Path, Manifest]:
+def resolve_run(
+    checkpoint: str | Path, manifest: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[Path, Manifest]:
     """The folder of weights and the manifest of a run, of its ``final``, or of an exported checkpoint.
 
     Raises:
         WeightsError: there are no weights, or no manifest beside them.
         ManifestError: the manifest is faulty.
     """
-    weights = weights_of(checkpoint)
+    weights = resolve_weights(checkpoint)
     beside = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
     found = manifest or next((path for path in beside if path.is_file()), None)
     if found is None:
@@ -35,45 +37,45 @@ def find(checkpoint: str | Path, manifest: str | Path | None, overrides: Sequenc
     return weights, load_manifest(found, tuple(overrides))
 
 
-class Asker:
+class Predictor:
     """One model under one manifest, on the GPU if there is one."""
 
     def __init__(self, weights: Path, manifest: Manifest) -> None:
-        self.conversation = conversation_of(manifest)
-        self.tokenizer = self.conversation.tokenizer
+        self.chat_template = build_chat_template(manifest)
+        self.tokenizer = self.chat_template.tokenizer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_pretrained(weights, manifest.frames.size).to(self.device)
         self._manifest = manifest
-        self._handfuls = Handfuls(manifest)
+        self._handfuls = MediaFileCache(manifest)
 
-    def prompt(self, turns: Sequence[dict], files: Sequence[File], key: str = "") -> Batch:
+    def prompt(self, turns: Sequence[dict], files: Sequence[MediaFile], key: str = "") -> Batch:
         """The row of ``turns``, which end with a question and have a mark for each of ``files``.
 
         Raises:
             MediaError: a file cannot be used; one line that names it.
             ValueError: marks and files do not fit, or the model takes fewer tokens.
         """
-        prompts = Prompts(self._manifest, self._handfuls.visuals(files), self.conversation)
-        return prompts.row(turns, range(len(files)), key).to(self.device)
+        prompts = PromptBuilder(self._manifest, self._handfuls.media_views(files), self.chat_template)
+        return prompts.build(turns, range(len(files)), key).to(self.device)
 
-    def views(self, files: Sequence[File]) -> list[View]:
+    def views(self, files: Sequence[MediaFile]) -> list[MediaView]:
         """What is shown of ``files``."""
-        return self._handfuls.visuals(files).views(list(range(len(files))))
+        return self._handfuls.media_views(files).views(list(range(len(files))))
 
-    def seconds(self, files: Sequence[File], view: View) -> list[float]:
+    def seconds(self, files: Sequence[MediaFile], view: MediaView) -> list[float]:
         """Seconds of the source at which the frames of a video's view were shown."""
-        stored = self._handfuls.visuals(files).index.media["timestamps"][view.row].as_py()
-        return [stored[place] for place in view.places]
+        stored = self._handfuls.media_views(files).index.media["timestamps"][view.row].as_py()
+        return [stored[place] for place in view.frame_indices]
 
     def answer(self, prompts: Sequence[Batch], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
         """The answers to ``prompts``, of one question each."""
         tokens = generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_token_id, sampling)
         return [self.text(ids) for ids in tokens]
 
-    def likelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[Likelihood]:
+    def likelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[LogLikelihood]:
         """How likely each of ``answers`` is, with the token that ends it."""
         read = prefill(self.model, [prompt])
-        return likelihoods(self.model, read, [self.conversation.answer_ids(answer) for answer in answers])
+        return loglikelihood(self.model, read, [self.chat_template.answer_ids(answer) for answer in answers])
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens of an answer as text."""

@@ -8,19 +8,19 @@ from collections.abc import Callable
 
 import torch
 
-ROOM = 1 << 30  #: bytes of what is kept
+MAX_BYTES = 1 << 30  #: bytes of what is kept
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Encoded:
+class VisionFeatureCache:
     """In place of :meth:`trainer.model.video_llm.VideoLLM.encode` where nothing is learned: what was encoded lately,
     told by its pixels, is not encoded again.
 
     model.encode = Encoded(model.encode)
     """
 
-    def __init__(self, encode: Encode, room: int = ROOM) -> None:
+    def __init__(self, encode: Encode, room: int = MAX_BYTES) -> None:
         self._encode, self._room = encode, room
         self._kept: collections.OrderedDict[bytes, torch.Tensor] = collections.OrderedDict()
         self._bytes = 0

@@ -26,7 +26,7 @@ PACKED = "framestream_packed"  #: name under which transformers finds ``language
 
 
 @dataclass(frozen=True)
-class Segments:
+class AttentionSegments:
     """How T tokens divide into segments that see only themselves.
 
     ``runs`` are (count, length) pairs of Python ints, consecutive segments of one length together, so that no
@@ -37,14 +37,14 @@ class Segments:
     cu_seqlens: torch.Tensor
 
     @classmethod
-    def of_runs(cls, runs: list[tuple[int, int]], device: torch.device) -> Segments:
+    def of_runs(cls, runs: list[tuple[int, int]], device: torch.device) -> AttentionSegments:
         """Segments from (count, length) pairs; empty ones are dropped."""
         kept = tuple((count, length) for count, length in runs if count and length)
         ends = itertools.accumulate((length for count, length in kept for _ in range(count)), initial=0)
         return cls(kept, torch.tensor(list(ends), dtype=torch.int32, device=device))
 
     @classmethod
-    def of_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> Segments:
+    def of_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> AttentionSegments:
         """Segments from their cumulative lengths, int32 (segments + 1,); waits once for the device."""
         ends = cu_seqlens.tolist()
         lengths = [end - start for start, end in itertools.pairwise(ends)]
@@ -57,7 +57,9 @@ class Segments:
         return max(length for _, length in self.runs)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: AttentionSegments, causal: bool
+) -> torch.Tensor:
     """Softmax attention of each token to its own segment, scaled by 1/sqrt(D).
 
     Args:
@@ -74,7 +76,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
     return attend_sdpa(q, k, v, segments, causal)
 
 
-def attend_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool) -> torch.Tensor:
+def attend_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: AttentionSegments, causal: bool
+) -> torch.Tensor:
     """``attend`` through ``scaled_dot_product_attention``: one batched call for each run of equal lengths."""
     outputs, start = [], 0
     for count, length in segments.runs:
@@ -90,7 +94,9 @@ def attend_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Seg
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def language_model_attention(module, query, key, value, attention_mask, segments: Segments | None = None, **settings):
+def language_model_attention(
+    module, query, key, value, attention_mask, segments: AttentionSegments | None = None, **settings
+):
     """transformers' attention interface: packed rows through ``attend``, anything else through its own SDPA.
 
     Args:

@@ -20,9 +20,9 @@ from functools import cache
 
 import torch
 
-from pipeline.config.loading import Cost
+from pipeline.config.loading import CostModel
 from pipeline.config.manifest import Manifest
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, Model
+from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, ModelConfig
 from trainer.model.lm_head import CHUNK_LOGITS
 from trainer.model.video_llm import VideoLLM
 
@@ -37,7 +37,7 @@ def parameters(manifest: Manifest) -> dict[str, int]:
 
 
 @cache
-def _parameters(cfg: Model, size: int, clip_frames: int) -> dict[str, int]:
+def _parameters(cfg: ModelConfig, size: int, clip_frames: int) -> dict[str, int]:
     with torch.device("meta"):
         model = VideoLLM(cfg, size, clip_frames)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
@@ -141,7 +141,7 @@ def row_flops(manifest: Manifest, clips: int, stills: int, lengths: Sequence[int
     )
 
 
-def cost_coefficients(manifest: Manifest) -> Cost:
+def cost_coefficients(manifest: Manifest) -> CostModel:
     """Coefficients that balance rows: FLOPs a patch (its share of the connector included), a token, and a pair.
 
     Patches of a still are counted like those of a clip, which overstates their attention; class tokens are shared out
@@ -149,7 +149,7 @@ def cost_coefficients(manifest: Manifest) -> Cost:
     """
     costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
     tower, language = costs["vision_tower"], costs["language_model"]
-    return Cost(
+    return CostModel(
         patch=(tower.token * spanned + tower.pair * spanned**2 + costs["connector"].token * TOKENS_PER_CLIP) / patches,
         token=language.token,
         pair=language.pair / 2,

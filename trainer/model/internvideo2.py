@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config.model import VisionTower
-from trainer.model.attention import Segments, attend
-from trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize
+from pipeline.config.model import VisionTowerConfig
+from trainer.model.attention import AttentionSegments, attend
+from trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize_pos_embed
 
 TABLES = {"pos_embed": TABLE_FRAMES, "img_pos_embed": 1}  #: learned positions and how many frames they are for
 PRETRAINED_FRAMES = 8  #: encoders of an earlier stage of the published training have tables for as many
@@ -40,7 +40,7 @@ class InternVideo2(nn.Module):
         frames: T.
     """
 
-    def __init__(self, cfg: VisionTower, size: int, frames: int = TABLE_FRAMES):
+    def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES):
         super().__init__()
         places = (size // cfg.patch) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
@@ -48,7 +48,9 @@ class InternVideo2(nn.Module):
         self.img_pos_embed = nn.Parameter(torch.zeros(1, 1 + places, cfg.width))
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
         hidden, rise = int(cfg.width * cfg.mlp_ratio), (cfg.drop_path or 0.0) / (cfg.depth - 1)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, hidden, rise * i) for i in range(cfg.depth - 1))
+        self.blocks = nn.ModuleList(
+            InternVideo2Block(cfg.width, cfg.heads, hidden, rise * i) for i in range(cfg.depth - 1)
+        )
         self.draws = 2 * len(self.blocks) if rise else 0  #: random numbers that a clip or a still needs while training
 
     def forward(
@@ -77,7 +79,7 @@ class InternVideo2(nn.Module):
         of_clips = self._tokens(patches[:frames], len(clips), self.pos_embed)
         of_stills = self._tokens(patches[frames:], len(stills), self.img_pos_embed)
         runs = [of_clips.shape[:2], of_stills.shape[:2]]
-        segments = Segments.of_runs([tuple(run) for run in runs], patches.device)
+        segments = AttentionSegments.of_runs([tuple(run) for run in runs], patches.device)
         x = torch.cat([of_clips.flatten(0, 1), of_stills.flatten(0, 1)])  # (tokens, C)
         drawn = draws.split(2, dim=1) if self.training and self.draws else [None] * len(self.blocks)
         for block, two in zip(self.blocks, drawn, strict=True):
@@ -92,27 +94,27 @@ class InternVideo2(nn.Module):
         return torch.cat([self.cls_token.expand(count, -1, -1), patches], dim=1) + positions
 
 
-class Block(nn.Module):
+class InternVideo2Block(nn.Module):
     """Pre-norm transformer block over packed tokens (tokens, C); ``drop``: how probably a branch is left out."""
 
     def __init__(self, width: int, heads: int, hidden: int, drop: float):
         super().__init__()
         self.drop = drop
         self.norm1 = nn.RMSNorm(width, eps=EPS)
-        self.attn = Attention(width, heads)
+        self.attn = InternVideo2Attention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.RMSNorm(width, eps=EPS)
         self.mlp = Mlp(width, hidden)
         self.ls2 = LayerScale(width)
 
-    def forward(self, x: torch.Tensor, segments: Segments, drawn: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: AttentionSegments, drawn: torch.Tensor | None) -> torch.Tensor:
         """``drawn`` (segments, 2): a random number for each of the two branches; None drops nothing."""
         first, second = (None, None) if drawn is None else drawn.unbind(1)
         x = x + drop_path(self.ls1(self.attn(self.norm1(x), segments)), segments, self.drop, first)
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), segments, self.drop, second)
 
 
-class Attention(nn.Module):
+class InternVideo2Attention(nn.Module):
     """Self-attention without a bias on queries, keys and values; queries and keys are normalised over all channels."""
 
     def __init__(self, width: int, heads: int):
@@ -123,7 +125,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(width, eps=EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: AttentionSegments) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q_norm(q), self.k_norm(k), v))
         return self.proj(attend(q, k, v, segments, causal=False).flatten(1))
@@ -140,7 +142,7 @@ class LayerScale(nn.Module):
         return x * self.weight
 
 
-def drop_path(x: torch.Tensor, segments: Segments, drop: float, drawn: torch.Tensor | None) -> torch.Tensor:
+def drop_path(x: torch.Tensor, segments: AttentionSegments, drop: float, drawn: torch.Tensor | None) -> torch.Tensor:
     """(tokens, C) with the segments whose ``drawn`` number is below ``drop`` set to zero, the others divided by
     1 - ``drop``; as it is where nothing is drawn."""
     if not drop or drawn is None:
@@ -163,7 +165,7 @@ def grid(rows: int, frames: int) -> tuple[int, int] | None:
     return None
 
 
-def fit_positions(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
+def interpolate_pos_embed(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
     """A checkpoint's positions (1, 1 + f s s, C) for another clip: (1, 1 + frames * side * side, C).
 
     Resized linearly over time, then bicubically over a frame, in float32; the class row stays.
@@ -175,11 +177,11 @@ def fit_positions(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
     if found is None:
         raise ValueError(f"a table of {table.shape[1]} rows is for no whole number of patches and {frames} frames")
     places = table[0, 1:].float().unflatten(0, (found[0], found[1], found[1]))
-    resized = resize(places, frames, side).flatten(0, 2)
+    resized = resize_pos_embed(places, frames, side).flatten(0, 2)
     return torch.cat([table[0, :1], resized.to(table.dtype)]).unsqueeze(0)
 
 
-def start_positions(width: int, frames: int, side: int) -> torch.Tensor:
+def init_pos_embed(width: int, frames: int, side: int) -> torch.Tensor:
     """Start values of a position table: float32 (1, 1 + frames * side * side, width), its class row zero.
 
     The first quarter of the channels holds the frame, the rest column and row in equal shares; each share of n channels

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.tokenization.special_ids import IGNORE
+from pipeline.tokenization.special_ids import IGNORE_INDEX
 
 CHUNK_LOGITS = 2**27  #: logits of one chunk: half a GiB in float32
 
 
-class LossHead(nn.Module):
+class ChunkedLMHead(nn.Module):
     """Linear head (no bias) that owns the weight (V, H) of ``source``, a linear layer or the embedding it is tied to.
 
     The weight is used in this module's own ``forward`` alone, however many chunks there are: ZeRO-3 gathers it once
@@ -46,7 +46,7 @@ class LossHead(nn.Module):
         """
         if labels is None:
             return F.linear(hidden, self.weight)
-        places = (labels[1:] != IGNORE).nonzero().squeeze(1)
+        places = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
         if len(places):
             targets, weights = labels[places + 1], token_weight[places + 1]
         else:  # place 0 stands in, with weight 0: every parameter gets its (zero) gradient on every rank

@@ -69,11 +69,11 @@ def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
         raise ValueError(f"{count} patches cannot be merged to {wanted} tokens; use larger frames or a smaller patch")
     if count == wanted:
         return patches
-    return pool(patches, assign(patches, wanted, heads), wanted, "mean")
+    return pool(patches, assign_tokens(patches, wanted, heads), wanted, "mean")
 
 
 @torch.no_grad()
-def assign(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
+def assign_tokens(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
     """Which of the ``wanted`` tokens each of (N, P, C) patches is merged into: int64 (N, P).
 
     Runs on all N at once and never waits for the device.
@@ -83,13 +83,13 @@ def assign(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
     while keys.shape[1] > wanted:
         tokens = keys.shape[1]
         removed = min(tokens // 2, tokens - wanted)
-        moved = match(keys, removed)  # (N, t) new place of every token
+        moved = bipartite_soft_matching(keys, removed)  # (N, t) new place of every token
         keys = pool(keys, moved, tokens - removed, "sum")
         token = moved.gather(1, token)
     return token
 
 
-def match(keys: torch.Tensor, removed: int) -> torch.Tensor:
+def bipartite_soft_matching(keys: torch.Tensor, removed: int) -> torch.Tensor:
     """One round on (N, t, c) float32 keys of any length: the place of each token among the t - removed left, (N, t)."""
     keys = F.normalize(keys, dim=-1)
     even, odd = keys[:, 0::2], keys[:, 1::2]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config.model import VisionTower
-from trainer.model.attention import Segments, attend
+from pipeline.config.model import VisionTowerConfig
+from trainer.model.attention import AttentionSegments, attend
 
 TABLE_FRAMES = 4  #: frames that the published position table is computed for
 BLOCK_EPS = 1e-6  #: of the norms in blocks
@@ -35,17 +35,17 @@ class UMT(nn.Module):
 
     draws = 0  #: random numbers that a clip or a still needs while training
 
-    def __init__(self, cfg: VisionTower, size: int, frames: int = TABLE_FRAMES):
+    def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES):
         super().__init__()
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
         hidden = int(cfg.width * cfg.mlp_ratio)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, hidden) for _ in range(cfg.depth - 1))
+        self.blocks = nn.ModuleList(UMTBlock(cfg.width, cfg.heads, hidden) for _ in range(cfg.depth - 1))
         self.vision_layernorm = nn.LayerNorm(cfg.width, eps=FINAL_EPS)
         side = size // cfg.patch
-        clip_positions = positions(cfg.width, TABLE_FRAMES, cfg.table_side, frames, side)
+        clip_positions = sinusoid_pos_embed(cfg.width, TABLE_FRAMES, cfg.table_side, frames, side)
         self.register_buffer("clip_positions", clip_positions, persistent=False)  # (T L, C)
         self.register_buffer(
-            "still_positions", positions(cfg.width, 1, cfg.table_side, 1, side), persistent=False
+            "still_positions", sinusoid_pos_embed(cfg.width, 1, cfg.table_side, 1, side), persistent=False
         )  # (L, C)
 
     def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +65,7 @@ class UMT(nn.Module):
         of_clips = of_clips + self.clip_positions.to(patches.dtype)
         of_stills = of_stills + self.still_positions.to(patches.dtype)
         runs = [of_clips.shape[:2], of_stills.shape[:2]]
-        segments = Segments.of_runs([tuple(run) for run in runs], patches.device)
+        segments = AttentionSegments.of_runs([tuple(run) for run in runs], patches.device)
         x = torch.cat([of_clips.flatten(0, 1), of_stills.flatten(0, 1)])  # (tokens, C)
         for block in self.blocks:
             x = block(x, segments)
@@ -100,22 +100,22 @@ class PatchProjection(nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-class Block(nn.Module):
+class UMTBlock(nn.Module):
     """Pre-norm transformer block over packed tokens (tokens, C)."""
 
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
-        self.attn = Attention(width, heads)
+        self.attn = UMTAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=BLOCK_EPS)
         self.mlp = Mlp(width, hidden)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: AttentionSegments) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), segments)
         return x + self.mlp(self.norm2(x))
 
 
-class Attention(nn.Module):
+class UMTAttention(nn.Module):
     """Self-attention with a bias on queries and values and none on keys."""
 
     def __init__(self, width: int, heads: int):
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, segments: AttentionSegments) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = self.qkv(x, bias).unflatten(-1, (3, self.heads, -1)).unbind(1)
         return self.proj(attend(q, k, v, segments, causal=False).flatten(1))
@@ -151,7 +151,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def positions(width: int, table_frames: int, table_side: int, frames: int, side: int) -> torch.Tensor:
+def sinusoid_pos_embed(width: int, table_frames: int, table_side: int, frames: int, side: int) -> torch.Tensor:
     """Fixed sin-cos positions, resized to a clip: float32 (frames * side * side, width).
 
     Place p of the flat ``table_frames * table_side**2`` places has sin on even and cos on odd channels of
@@ -164,10 +164,10 @@ def positions(width: int, table_frames: int, table_side: int, frames: int, side:
     angle = np.arange(table_frames * table_side**2)[:, None] / 10000.0 ** (2 * (channel // 2) / width)
     angle[:, 0::2], angle[:, 1::2] = np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])
     table = torch.from_numpy(angle.astype(np.float32)).view(table_frames, table_side, table_side, width)
-    return resize(table, frames, side).reshape(frames * side * side, width).contiguous()
+    return resize_pos_embed(table, frames, side).reshape(frames * side * side, width).contiguous()
 
 
-def resize(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
+def resize_pos_embed(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
     """Positions (f, s, s, C) for other clips, (frames, side, side, C): linear over time, then bicubic over a frame."""
     if frames != table.shape[0]:
         over_time = table.permute(1, 2, 3, 0).flatten(0, 1)  # (places of a frame, C, f)

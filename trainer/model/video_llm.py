@@ -27,12 +27,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.model import LanguageModel, Model
+from pipeline.config.model import LanguageModelConfig, ModelConfig
 from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE
-from trainer.model.attention import PACKED, Segments
+from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from trainer.model.attention import PACKED, AttentionSegments
 from trainer.model.internvideo2 import InternVideo2
-from trainer.model.lm_head import LossHead
+from trainer.model.lm_head import ChunkedLMHead
 from trainer.model.tome import ToMeConnector
 from trainer.model.umt import UMT
 
@@ -51,7 +51,7 @@ class VideoLLM(nn.Module):
         recompute: gradient checkpointing of tower groups and language-model layers while training.
     """
 
-    def __init__(self, cfg: Model, size: int, clip_frames: int, recompute: bool = False):
+    def __init__(self, cfg: ModelConfig, size: int, clip_frames: int, recompute: bool = False):
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
         self.recompute = recompute
@@ -85,14 +85,14 @@ class VideoLLM(nn.Module):
             position_ids=batch.position_ids.unsqueeze(0),
             past_key_values=cache,
             use_cache=cache is not None,
-            segments=Segments.of_cu_seqlens(batch.cu_seqlens),
+            segments=AttentionSegments.of_cu_seqlens(batch.cu_seqlens),
         )
         return output.last_hidden_state.squeeze(0)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Embeddings of a row, with visual tokens at the IMAGE places: (L, H)."""
         visual = self.visual_tokens(batch)
-        image = batch.input_ids == IMAGE
+        image = batch.input_ids == IMAGE_TOKEN_INDEX
         text = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(image, 0))
         places = image.nonzero().squeeze(1)
         merged = text.index_copy(0, places, visual[batch.visual_index].to(text.dtype))
@@ -104,7 +104,9 @@ class VideoLLM(nn.Module):
         merged, start = [], 0
         for clips, stills in groups(batch):
             end = start + len(clips) + len(stills)
-            units = (clips, stills) if batch.draws is None else (clips, stills, batch.draws[start:end])
+            units = (
+                (clips, stills) if batch.drop_path_rand is None else (clips, stills, batch.drop_path_rand[start:end])
+            )
             if trained and self.recompute and self.training:
                 merged.append(checkpoint(self.encode, *units, use_reentrant=False))
             else:
@@ -155,7 +157,7 @@ def groups(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     Yields:
         clips uint8 (n, T, S, S, 3) and stills uint8 (m, S, S, 3); a group of neither has one black dummy still.
     """
-    clips, stills = batch.clips, batch.stills
+    clips, stills = batch.clips, batch.image_tiles
     share, longer = divmod(len(clips) + len(stills), batch.groups)
     start = 0
     for group in range(batch.groups):
@@ -168,7 +170,7 @@ def groups(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         start = end
 
 
-def build_language_model(cfg: LanguageModel) -> Qwen2ForCausalLM:
+def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
     """Qwen2 with packed attention and the chunked loss head; weights are not initialised."""
     config = Qwen2Config(
         hidden_size=cfg.hidden_size,
@@ -185,7 +187,7 @@ def build_language_model(cfg: LanguageModel) -> Qwen2ForCausalLM:
     )
     with no_init_weights():
         model = Qwen2ForCausalLM(config)
-    model.lm_head = LossHead(model.model.embed_tokens if cfg.tie_word_embeddings else model.lm_head)
+    model.lm_head = ChunkedLMHead(model.model.embed_tokens if cfg.tie_word_embeddings else model.lm_head)
     # Made anew from numpy: inside DeepSpeed's zero.Init torch would have computed the frequencies in 16 bit.
     width = cfg.hidden_size // cfg.num_attention_heads
     exponent = torch.from_numpy(np.arange(0, width, 2, dtype=np.float32)) / width

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.training import Train
+from pipeline.config.training import TrainConfig
 
 #: TFLOP/s of dense bf16 matrix products, from the makers' data sheets (the figure without sparsity), at full power.
 #: The first name that a device's name contains counts.
@@ -38,7 +38,7 @@ BF16_TFLOPS = {
 }
 
 
-def peak_flops(train: Train, device: torch.device) -> float | None:
+def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
     """FLOP/s that one rank's device could do: ``train.peak_tflops``, or by its name in bf16; None where unknown.
 
     float32 products run at other speeds on every generation, and a CPU's depend on its cores: these have to be stated.

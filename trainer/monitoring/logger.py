@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-class Meter:
+class MetricsLogger:
     """Writes a run's log; only rank 0 has one.
 
     Args:

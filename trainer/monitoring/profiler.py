@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-from pipeline.config.training import Train
+from pipeline.config.training import TrainConfig
 
 ROWS = 60  #: operators in the table
 
@@ -18,19 +18,19 @@ ROWS = 60  #: operators in the table
 class Profiler:
     """Records the optimiser steps that ``train`` names, counted from 1; a run that goes on after the first, none."""
 
-    def __init__(self, run: Path, train: Train, steps: int) -> None:
+    def __init__(self, run: Path, train: TrainConfig, steps: int) -> None:
         self._folder, self._running = run / "profile", None
         self._first = train.profile_step
         self._last = min(steps, (train.profile_step or 0) + train.profile_steps - 1)
 
-    def before(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         """Optimiser step ``step`` begins now."""
         if step == self._first:
             wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
             self._running = profile(activities=sorted(wanted, key=str))
             self._running.start()
 
-    def after(self, step: int) -> None:
+    def end_step(self, step: int) -> None:
         """Optimiser step ``step`` is done; the last one's writes the files."""
         if self._running is None or step < self._last:
             return

@@ -26,14 +26,14 @@ class RunLedger:
         self._path = self.folder / f"rank{rank:03d}.jsonl"
         self._rank, self._world = rank, world
 
-    def begin(self, left_out: Iterable[tuple[str, str]] = (), cut: Iterable[tuple[str, str]] = ()) -> None:
+    def start(self, left_out: Iterable[tuple[str, str]] = (), cut: Iterable[tuple[str, str]] = ()) -> None:
         """Start anew with the dialogues that are ``left_out`` of, or ``cut`` in, every epoch, as (key, reason)."""
         for path in self._own():
             path.unlink()
         self._write("unusable", left_out, None, None)
         self._write("cut", cut, None, None)
 
-    def go_on(self, state: Mapping[str, int]) -> None:
+    def resume(self, state: Mapping[str, int]) -> None:
         """Drop the lines of global batches from the loader's ``state`` on, which will be read again."""
         for path in self._own():
             kept = [row for row in _rows(path) if row["epoch"] is None or _place(row) < _place(state)]
@@ -41,7 +41,7 @@ class RunLedger:
             part.write_text("".join(map(_line, kept)), encoding="utf-8")
             os.replace(part, path)
 
-    def note(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
+    def record(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
         """Dialogues, as (key, reason), that could not be read for a global batch."""
         self._write("unreadable", skipped, epoch, step)
 

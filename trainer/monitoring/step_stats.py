@@ -18,13 +18,13 @@ import torch
 
 from pipeline.config.manifest import Manifest
 from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IGNORE
-from trainer.distributed.process_group import Place, largest, total
+from pipeline.tokenization.special_ids import IGNORE_INDEX
+from trainer.distributed.process_group import DistributedContext, all_reduce_max, all_reduce_sum
 from trainer.model.cost import row_flops
 from trainer.monitoring.device import peak_flops, peak_memory
 
 
-class Tally:
+class StepStats:
     """Sums of one global batch; made when its first row is asked for.
 
     Attributes:
@@ -32,7 +32,7 @@ class Tally:
         dialogues: of the global batch that were read, known after :meth:`over_ranks`.
     """
 
-    def __init__(self, manifest: Manifest, place: Place) -> None:
+    def __init__(self, manifest: Manifest, place: DistributedContext) -> None:
         self._manifest, self._place = manifest, place
         self._started = self._asked = time.perf_counter()
         self._waited = self._memory = 0.0
@@ -42,11 +42,11 @@ class Tally:
         self._weight = 1.0
         self.loss, self.dialogues = math.nan, 0
 
-    def arrived(self) -> None:
+    def end_wait(self) -> None:
         """A row is here: the time since it was asked for was spent waiting."""
         self._waited += time.perf_counter() - self._asked
 
-    def asked(self) -> None:
+    def start_wait(self) -> None:
         """The next row is asked for now."""
         self._asked = time.perf_counter()
 
@@ -67,14 +67,14 @@ class Tally:
         self._rows.append((math.nan, row.keys))
         self._weight = row.total_weight
 
-    def over_ranks(self) -> None:
+    def all_reduce(self) -> None:
         """Add up all ranks; every rank calls this once, after its last row."""
         losses = torch.stack(self._losses).tolist()
         self._rows = [(loss, keys) for loss, (_, keys) in zip(losses, self._rows, strict=True)]
-        self.loss, *self._sums = total([sum(losses) / self._weight, *self._sums], self._place)
+        self.loss, *self._sums = all_reduce_sum([sum(losses) / self._weight, *self._sums], self._place)
         self.dialogues = int(self._sums[2])
         waits = [self._waited, float(peak_memory(self._place.device))]
-        self._waited, self._memory = largest(waits, self._place)
+        self._waited, self._memory = all_reduce_max(waits, self._place)
 
     def not_finite(self) -> list[tuple[str, str]]:
         """(dialogue key, reason) on this rank, after a global batch that was not learned.
@@ -88,7 +88,7 @@ class Tally:
         faulty = [(loss, keys) for loss, keys in self._rows if not math.isfinite(loss)]
         return [(key, f"the loss of its row is {loss}") for loss, keys in faulty for key in keys]
 
-    def record(self) -> dict:
+    def to_dict(self) -> dict:
         """The step's figures for the log; called when the step is done."""
         tokens, frames, dialogues, skipped, digest, flops = self._sums
         seconds = time.perf_counter() - self._started
@@ -115,8 +115,8 @@ def _flops(manifest: Manifest, row: Batch) -> float:
     if not row.keys:
         return 0.0
     lengths = row.cu_seqlens.diff().tolist()
-    learned = int((row.labels != IGNORE).sum())
-    return row_flops(manifest, len(row.clips), len(row.stills), lengths, learned)
+    learned = int((row.labels != IGNORE_INDEX).sum())
+    return row_flops(manifest, len(row.clips), len(row.image_tiles), lengths, learned)
 
 
 def _digest(keys: list[str]) -> int:

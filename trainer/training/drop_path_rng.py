@@ -12,10 +12,10 @@ import torch
 
 from pipeline.config.model import TOKENS_PER_TILE
 from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE
+from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 
 
-def draw(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:
+def drop_path_random(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:
     """``Batch.draws``: uniform random numbers in [0, 1), float32 (U, numbers); None where none are wanted.
 
     Of the U rows the first are for the batch's clips, then its stills; dummy stills of groups without either have ones,
@@ -23,9 +23,9 @@ def draw(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:
     """
     if not numbers:
         return None
-    units = len(batch.clips) + len(batch.stills)
+    units = len(batch.clips) + len(batch.image_tiles)
     drawn = torch.ones(max(units, batch.groups), numbers)
-    dialogues = dialogue_of(batch)
+    dialogues = unit_sample_ids(batch)
     for number, key in enumerate(batch.keys):
         mine = (dialogues == number).nonzero().squeeze(1)
         digest = hashlib.sha256(f"{seed}:{batch.epoch}:{batch.step}:{key}".encode()).digest()
@@ -34,10 +34,10 @@ def draw(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:
     return drawn
 
 
-def dialogue_of(batch: Batch) -> torch.Tensor:
+def unit_sample_ids(batch: Batch) -> torch.Tensor:
     """Which of the row's dialogues each clip, then each still, belongs to: int64 (N_c + N_s,)."""
-    places = (batch.input_ids == IMAGE).nonzero().squeeze(1)
-    dialogues = torch.full((len(batch.clips) + len(batch.stills),), -1)
+    places = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
+    dialogues = torch.full((len(batch.clips) + len(batch.image_tiles),), -1)
     dialogues[batch.visual_index // TOKENS_PER_TILE] = (
         torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
     )

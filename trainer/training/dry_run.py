@@ -9,22 +9,22 @@ from __future__ import annotations
 import yaml
 
 from pipeline import build_loader
-from pipeline.config.manifest import Manifest, plain
+from pipeline.config.manifest import Manifest, to_dict
 from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from pipeline.shards.index import ShardsError
 from trainer.checkpoint.disk_usage import describe_disk
 from trainer.model import cost
 from trainer.model.parts import PARTS
-from trainer.training.loop import steps_in_all, with_cost
+from trainer.training.loop import total_steps, resolve_cost
 
 GIB = 1024**3
 
 
 def describe(manifest: Manifest) -> str:
     """The dry run's text."""
-    manifest = with_cost(manifest)
+    manifest = resolve_cost(manifest)
     sections = [
-        yaml.safe_dump(plain(manifest), sort_keys=False, allow_unicode=True).rstrip(),
+        yaml.safe_dump(to_dict(manifest), sort_keys=False, allow_unicode=True).rstrip(),
         _parameters(manifest),
         _tokens(manifest),
         _costs(manifest),
@@ -86,5 +86,5 @@ def _plan(manifest: Manifest) -> str:
         known = sum(samples or 0 for samples in stated)
         hint = f"; {known:,} samples are stated for {sum(s is not None for s in stated)} of {len(stated)} entries"
         return f"steps: unknown{hint}\n  {error}"
-    steps = steps_in_all(manifest, len(loader))
+    steps = total_steps(manifest, len(loader))
     return f"steps: {steps:,} optimiser steps, {len(loader):,} global batches an epoch\n{loader.report()}"

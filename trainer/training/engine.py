@@ -8,7 +8,7 @@ import logging
 import torch
 
 from pipeline.config.manifest import Manifest
-from trainer.distributed.process_group import Place, deepspeed
+from trainer.distributed.process_group import DistributedContext, deepspeed
 from trainer.model.video_llm import VideoLLM, build_model
 from trainer.training.optim import freeze, parameter_groups
 from trainer.weights.load import initialise
@@ -42,7 +42,7 @@ def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
     }
 
 
-def build_engine(manifest: Manifest, place: Place) -> tuple:
+def build_engine(manifest: Manifest, place: DistributedContext) -> tuple:
     """Model with its first weights, sharded: returns (DeepSpeed engine, model).
 
     Under ZeRO-3 every parameter is partitioned as soon as it is made, so no rank ever holds the whole model.

@@ -24,26 +24,26 @@ import torch
 import yaml
 
 from pipeline import build_loader
-from pipeline.config.manifest import Manifest, plain
-from pipeline.utils.atomic_io import sync
+from pipeline.config.manifest import Manifest, to_dict
+from pipeline.utils.atomic_io import fsync_path
 from trainer.checkpoint import disk_usage as disk
 from trainer.checkpoint import load as resume
 from trainer.checkpoint import save as checkpoint
-from trainer.distributed.call_order import CallLog
-from trainer.distributed.launchers import StartError
-from trainer.distributed.preemption import Leave, Preempted
-from trainer.distributed.process_group import Place, barrier, start, stop
-from trainer.distributed.watchdog import Heartbeat
+from trainer.distributed.call_order import ModuleCallTracer
+from trainer.distributed.launchers import LaunchError
+from trainer.distributed.preemption import PreemptionHandler, Preempted
+from trainer.distributed.process_group import DistributedContext, barrier, init_process_group, destroy_process_group
+from trainer.distributed.watchdog import Watchdog
 from trainer.model.cost import cost_coefficients
-from trainer.monitoring.logger import Meter
+from trainer.monitoring.logger import MetricsLogger
 from trainer.monitoring.profiler import Profiler
 from trainer.monitoring.run_ledger import RunLedger, not_finite_before
-from trainer.monitoring.step_stats import Tally
-from trainer.training.drop_path_rng import draw
+from trainer.monitoring.step_stats import StepStats
+from trainer.training.drop_path_rng import drop_path_random
 from trainer.training.engine import build_engine
 from trainer.training.optim import set_learning_rates
-from trainer.training.preflight import check
-from trainer.weights.load import save as save_weights
+from trainer.training.preflight import run_preflight
+from trainer.weights.load import save_weights as save_weights
 
 
 class TrainingError(RuntimeError):
@@ -51,19 +51,19 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """What every step of a run has to do with, on one rank."""
 
     manifest: Manifest
     engine: object
-    place: Place
+    place: DistributedContext
     folder: Path
     ledger: RunLedger
-    leave: Leave
-    heart: Heartbeat
+    leave: PreemptionHandler
+    heart: Watchdog
 
 
-def with_cost(manifest: Manifest) -> Manifest:
+def resolve_cost(manifest: Manifest) -> Manifest:
     """The manifest with ``batching.cost`` computed from the model where it is not given."""
     if manifest.batching.cost is not None:
         return manifest
@@ -77,85 +77,85 @@ def train(manifest: Manifest) -> Path:
     Raises:
         Preempted: SIGTERM or SIGUSR1 came; what was trained stands in a checkpoint.
     """
-    leave = Leave()
-    manifest = with_cost(manifest)
+    leave = PreemptionHandler()
+    manifest = resolve_cost(manifest)
     folder = Path(manifest.output)
     final = folder / "final"
-    place = start(manifest.train.timeout_minutes)
-    heart = Heartbeat(manifest.train.timeout_minutes, place)
+    place = init_process_group(manifest.train.timeout_minutes)
+    heart = Watchdog(manifest.train.timeout_minutes, place)
     try:
         _check_world(manifest, place)
         if final.exists():
             if (folder / "settings.json").exists():  # absent where final/ was put there by hand
                 there = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
                 checkpoint.check_settings(there, manifest, final)
-            if place.first:
+            if place.is_main:
                 print(f"{manifest.name}: already trained; final weights are in {final}")
             return final
-        heart.doing("checking what the run needs")
-        check(manifest, place, folder)
-        if place.first:
+        heart.set_phase("checking what the run needs")
+        run_preflight(manifest, place, folder)
+        if place.is_main:
             print(f"{manifest.name}: {disk.describe_disk(manifest)}")
-        heart.doing("opening the shards")
-        if not place.first:
+        heart.set_phase("opening the shards")
+        if not place.is_main:
             barrier()  # rank 0 opens the shards first and leaves the token cache for the others
         loader = build_loader(manifest, place.rank, place.world)
-        if place.first:
+        if place.is_main:
             barrier()
-        heart.doing("making the model and its first weights")
+        heart.set_phase("making the model and its first weights")
         engine, model = build_engine(manifest, place)
-        heart.doing("reading the last checkpoint", unhurried=True)  # converting it may take long
-        state = resume.load(engine, folder, manifest, place)
+        heart.set_phase("reading the last checkpoint", unhurried=True)  # converting it may take long
+        state = resume.load_checkpoint(engine, folder, manifest, place)
         done, ledger = 0, RunLedger(folder, place.rank, place.world)
         if state is not None:
             loader.load_state_dict(state["loader"])
-            ledger.go_on(state["loader"])
+            ledger.resume(state["loader"])
             done = state["step"]
-            if place.first:
+            if place.is_main:
                 print(f"{manifest.name}: goes on after the checkpoint of step {done}")
-        elif place.first:
-            ledger.begin(loader.left_out(), loader.cut())
+        elif place.is_main:
+            ledger.start(loader.left_out(), loader.cut())
         else:
-            ledger.begin()
-        if place.first:
+            ledger.start()
+        if place.is_main:
             settings = json.dumps(checkpoint.settings(manifest), indent=1)
             checkpoint.write_atomically(folder / "settings.json", settings)
-            checkpoint.write_atomically(folder / "manifest.yaml", yaml.safe_dump(plain(manifest), sort_keys=False))
-        _steps(Run(manifest, engine, place, folder, ledger, leave, heart), loader, done)
-        heart.doing("writing the final weights")
+            checkpoint.write_atomically(folder / "manifest.yaml", yaml.safe_dump(to_dict(manifest), sort_keys=False))
+        _steps(RunContext(manifest, engine, place, folder, ledger, leave, heart), loader, done)
+        heart.set_phase("writing the final weights")
         _finish(model, manifest, folder, place)
-        if place.first:
+        if place.is_main:
             print(f"{manifest.name}: final weights are in {final}")
         return final
     finally:
         heart.close()
-        stop()
+        destroy_process_group()
 
 
-def steps_in_all(manifest: Manifest, batches_per_epoch: int) -> int:
+def total_steps(manifest: Manifest, batches_per_epoch: int) -> int:
     """Optimiser steps of the whole run."""
     steps = manifest.train.epochs * batches_per_epoch
     return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
 
 
-def _steps(run: Run, loader, done: int) -> None:
+def _steps(run: RunContext, loader, done: int) -> None:
     """All optimiser steps from ``done`` on, with logs and checkpoints."""
     manifest, place = run.manifest, run.place
-    steps, saved = steps_in_all(manifest, len(loader)), done
-    if place.first:
+    steps, saved = total_steps(manifest, len(loader)), done
+    if place.is_main:
         print(f"{manifest.name}: {steps} optimiser steps, in {manifest.train.epochs} epochs of {len(loader)} at most")
-    meter = Meter(run.folder, manifest.name, done, steps) if place.first else None
-    profiler = Profiler(run.folder, manifest.train, steps) if place.first else None
-    calls = CallLog(run.engine.module) if manifest.train.check_calls else None
+    meter = MetricsLogger(run.folder, manifest.name, done, steps) if place.is_main else None
+    profiler = Profiler(run.folder, manifest.train, steps) if place.is_main else None
+    calls = ModuleCallTracer(run.engine.module) if manifest.train.check_calls else None
     if calls:
-        run.heart.call = calls.reached
+        run.heart.call = calls.last_call
     not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
     rows = _rows(loader, manifest.train.epochs)
     try:
-        with run.leave.held():
+        with run.leave.deferred():
             while done < steps:
                 if profiler:
-                    profiler.before(done + 1)
+                    profiler.start_step(done + 1)
                 rates = set_learning_rates(run.engine.optimizer, done, steps, manifest)
                 record = _global_batch(run, rows)
                 not_finite += not record.pop("learned")
@@ -163,7 +163,7 @@ def _steps(run: Run, loader, done: int) -> None:
                     calls.compare(place)
                 done += 1
                 if profiler:
-                    profiler.after(done)
+                    profiler.end_step(done)
                 if meter and (done % manifest.train.log_every == 0 or done == steps):
                     meter.write({"step": done, "steps": steps, "lr": rates, **record, "not_finite": not_finite})
                 elif meter:
@@ -186,9 +186,9 @@ def _steps(run: Run, loader, done: int) -> None:
             meter.close()
 
 
-def _save(run: Run, loader, done: int) -> None:
-    run.heart.doing(f"saving the checkpoint of step {done}")
-    checkpoint.save(run.engine, run.folder, done, loader.state_dict(), run.manifest, run.place)
+def _save(run: RunContext, loader, done: int) -> None:
+    run.heart.set_phase(f"saving the checkpoint of step {done}")
+    checkpoint.save_checkpoint(run.engine, run.folder, done, loader.state_dict(), run.manifest, run.place)
 
 
 def _rows(loader, epochs: int) -> Iterator:
@@ -197,66 +197,66 @@ def _rows(loader, epochs: int) -> Iterator:
         yield from loader
 
 
-def _global_batch(run: Run, rows: Iterator) -> dict:
+def _global_batch(run: RunContext, rows: Iterator) -> dict:
     """One optimiser step: every micro-step of a global batch, then the update.
 
     Returns what the log shows, and ``learned``: whether loss and gradient were finite; if not, nothing was updated.
     """
     engine, place, ledger = run.engine, run.place, run.ledger
-    tally = Tally(run.manifest, place)
+    tally = StepStats(run.manifest, place)
     while True:
-        run.leave.check(place)
-        tally.asked()
-        run.heart.doing("waiting for data")
+        run.leave.raise_if_preempted(place)
+        tally.start_wait()
+        run.heart.set_phase("waiting for data")
         row = next(rows)
-        tally.arrived()
-        row.draws = draw(row, run.manifest.seed, engine.module.vision_tower.draws)
+        tally.end_wait()
+        row.draws = drop_path_random(row, run.manifest.seed, engine.module.vision_tower.draws)
         where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro}"
-        run.heart.doing(f"forward pass of {where}")
+        run.heart.set_phase(f"forward pass of {where}")
         loss = engine(row.to(place.device))
         engine.set_gradient_accumulation_boundary(row.last)
-        run.heart.doing(f"backward pass of {where}")
+        run.heart.set_phase(f"backward pass of {where}")
         engine.backward(loss * torch.where(loss.detach().isfinite(), place.world / row.total_weight, torch.nan))
-        ledger.note(row.skipped, row.epoch, row.step)
+        ledger.record(row.skipped, row.epoch, row.step)
         tally.add(row, loss.detach())
         if row.last:
             break
-    tally.over_ranks()
+    tally.all_reduce()
     if not tally.dialogues:
         raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
-    run.heart.doing(f"optimiser step of {where}")
+    run.heart.set_phase(f"optimiser step of {where}")
     engine.step()
     learned = engine.was_step_applied()
     if not learned:
         ledger.not_finite(tally.not_finite(), row.epoch, row.step)
     return {
-        **tally.record(),
+        **tally.to_dict(),
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "zero_stage": engine.zero_optimization_stage(),
         "learned": learned,
     }
 
 
-def _finish(model, manifest: Manifest, folder: Path, place: Place) -> None:
+def _finish(model, manifest: Manifest, folder: Path, place: DistributedContext) -> None:
     """Write the final weights under a temporary name, then put them in place."""
     part = folder / "final.part"
-    if place.first:
+    if place.is_main:
         shutil.rmtree(part, ignore_errors=True)
     barrier()
     save_weights(model, part, manifest)
     barrier()
-    if place.first:
+    if place.is_main:
         for path in (*part.iterdir(), part):
-            sync(path)
+            fsync_path(path)
         part.rename(folder / "final")
-        sync(folder)
+        fsync_path(folder)
     barrier()
 
 
-def _check_world(manifest: Manifest, place: Place) -> None:
+def _check_world(manifest: Manifest, place: DistributedContext) -> None:
     multiple = manifest.batching.row_multiple
     if multiple % place.world:
-        raise StartError(
+        raise LaunchError(
             f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them",
             everywhere=True,
         )

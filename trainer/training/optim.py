@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.training import Part, Train
+from pipeline.config.training import PartConfig, TrainConfig
 from trainer.model.parts import PARTS
 
 
-def freeze(parts: dict[str, nn.Module], train: Train) -> None:
+def freeze(parts: dict[str, nn.Module], train: TrainConfig) -> None:
     """Let gradients flow only into the parts that the manifest trains. Call before DeepSpeed sees the model."""
     for name in PARTS:
         parts[name].requires_grad_(getattr(train, name).train)
 
 
-def parameter_groups(parts: dict[str, nn.Module], train: Train) -> list[dict]:
+def parameter_groups(parts: dict[str, nn.Module], train: TrainConfig) -> list[dict]:
     """One optimiser group for each trained part and kind of parameter.
 
     Biases and norm weights (one-dimensional parameters) are not decayed. Partitioned ZeRO-3 parameters keep their
@@ -26,7 +26,7 @@ def parameter_groups(parts: dict[str, nn.Module], train: Train) -> list[dict]:
     """
     groups = []
     for name in PARTS:
-        part: Part = getattr(train, name)
+        part: PartConfig = getattr(train, name)
         if not part.train:
             continue
         decayed, plain = [], []

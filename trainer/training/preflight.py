@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.config.manifest import Manifest, ManifestError, plain
-from pipeline.config.model import TOKENS_PER_CLIP, LanguageModel, Model
-from pipeline.config.schema import build
+from pipeline.config.manifest import Manifest, ManifestError, to_dict
+from pipeline.config.model import TOKENS_PER_CLIP, LanguageModelConfig, ModelConfig
+from pipeline.config.schema import from_dict
 from trainer.checkpoint import disk_usage as disk
 from trainer.checkpoint.save import settings
-from trainer.distributed.launchers import StartError
-from trainer.distributed.process_group import Place
+from trainer.distributed.launchers import LaunchError
+from trainer.distributed.process_group import DistributedContext
 from trainer.model import cost
 from trainer.model.video_llm import build_model
 from trainer.weights import hf_config as release
 from trainer.weights.hub import locate
-from trainer.weights.load import read_config, sources, weights_place
+from trainer.weights.load import read_config, resolve_init_tensors, weights_place
 from trainer.weights.tensor_files import WeightsError
 
 GIB = 1024**3
@@ -42,34 +42,32 @@ PACKAGES = ("torch", "deepspeed", "transformers")
 FREE = {"group_clips", "drop_path", "max_position_embeddings"}
 
 
-def check(manifest: Manifest, place: Place, run: Path) -> None:
+def run_preflight(manifest: Manifest, place: DistributedContext, run: Path) -> None:
     """Compare, measure, read the heads of weights; every rank calls this and all leave alike.
 
     Raises:
         StartError: with every fault, of every rank that has one.
     """
-    marker = run / f".seen-{_from_first(uuid.uuid4().hex if place.first else None)}"
-    there = _from_first(_of_this_rank(manifest) if place.first else None)
+    marker = run / f".seen-{_from_first(uuid.uuid4().hex if place.is_main else None)}"
+    there = _from_first(_of_this_rank(manifest) if place.is_main else None)
     faults = [*_differing(there, _of_this_rank(manifest)), *_device(manifest, place)]
-    if place.first:
-        faults += weights_faults(manifest)
+    if place.is_main:
+        faults += check_weights(manifest)
         faults += (unwritten := list(_mark(marker)))
-        faults += filter(None, [] if unwritten else [disk.shortage(manifest)])
-    if _from_first(not unwritten if place.first else None) and not _seen(marker):
+        faults += filter(None, [] if unwritten else [disk.check_disk(manifest)])
+    if _from_first(not unwritten if place.is_main else None) and not _seen(marker):
         shared = "put it on a file system that all machines share"
         faults.append(f"output: {run} is not the folder that rank 0 sees; {shared}")
     hosts = _of_all(socket.gethostname())
     if hosts.index(hosts[place.rank]) == place.rank:  # one rank of each machine
-        faults += memory_faults(
-            manifest, place.world, hosts.count(hosts[place.rank]), device_bytes(place), host_bytes()
-        )
-    if place.first:
+        faults += check_memory(manifest, place.world, hosts.count(hosts[place.rank]), device_bytes(place), host_bytes())
+    if place.is_main:
         marker.unlink(missing_ok=True)
     if told := list(_told(_of_all(faults))):
-        if place.first:
+        if place.is_main:
             with contextlib.suppress(OSError):
                 run.rmdir()  # empty if it was made here
-        raise StartError(*told, everywhere=True)
+        raise LaunchError(*told, everywhere=True)
 
 
 def _told(found: list[list[str]]) -> Iterator[str]:
@@ -97,7 +95,7 @@ def _differing(there: dict[str, object], here: dict[str, object]) -> Iterator[st
             yield f"{name} is {here.get(name)!r}, on rank 0 {there.get(name)!r}; start every rank with the same"
 
 
-def _device(manifest: Manifest, place: Place) -> Iterator[str]:
+def _device(manifest: Manifest, place: DistributedContext) -> Iterator[str]:
     if place.device.type == "cuda" and manifest.train.dtype == "bf16" and not torch.cuda.is_bf16_supported():
         yield f"train.dtype: {torch.cuda.get_device_name()} has no bf16; set fp32"
 
@@ -136,10 +134,10 @@ def _of_all(value) -> list:
 # --------------------------------------------------------------------------------------------------------- weights
 
 
-def weights_faults(manifest: Manifest) -> list[str]:
+def check_weights(manifest: Manifest) -> list[str]:
     """What is wrong with the places of ``init_from``: absent, damaged, or of another model. Fetches from the hub."""
     try:
-        sources(build_model(manifest, device="meta"), manifest)
+        resolve_init_tensors(build_model(manifest, device="meta"), manifest)
         return list(_of_another_model(manifest))
     except (WeightsError, ManifestError) as error:
         return [str(error)]
@@ -154,7 +152,7 @@ def _of_another_model(manifest: Manifest) -> Iterator[str]:
             continue
         where = str(folder / "config.json")
         stated = _stated(read_config(folder), part, where)
-        wanted = plain(getattr(manifest.model, part))
+        wanted = to_dict(getattr(manifest.model, part))
         for name in sorted(stated.keys() - FREE):
             if stated[name] != wanted[name]:
                 given = f"{name} is {stated[name]!r}, model.{part}.{name} is {wanted[name]!r}"
@@ -164,18 +162,18 @@ def _of_another_model(manifest: Manifest) -> Iterator[str]:
 def _stated(config: dict, part: str, where: str) -> dict[str, object]:
     """What a config.json says of a part's architecture; empty where it says nothing."""
     if config.get("model_type") == release.OURS:
-        return plain(getattr(build(Model, config.get("model"), f"{where}: model"), part))
+        return to_dict(getattr(from_dict(ModelConfig, config.get("model"), f"{where}: model"), part))
     if release.is_release(config):
-        return plain(getattr(release.architecture(config, where)[0], part))
+        return to_dict(getattr(release.parse_hf_config(config, where)[0], part))
     rope = config.get("rope_parameters") or {}  # of transformers 5; before, rope_theta stood alone
     known = {name: rope[name] for name in ("rope_theta",) if name in rope} | config
-    return {name: known[name] for name in plain(LanguageModel()) if name in known and part == "language_model"}
+    return {name: known[name] for name in to_dict(LanguageModelConfig()) if name in known and part == "language_model"}
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def memory_faults(manifest: Manifest, world: int, neighbours: int, device: int | None, host: int) -> list[str]:
+def check_memory(manifest: Manifest, world: int, neighbours: int, device: int | None, host: int) -> list[str]:
     """What certainly does not fit; what probably does not is said on stderr.
 
     Args:
@@ -206,7 +204,7 @@ def _without_offload(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, train=dataclasses.replace(manifest.train, offload="none"))
 
 
-def device_bytes(place: Place) -> int | None:
+def device_bytes(place: DistributedContext) -> int | None:
     """Memory of this rank's GPU, None on the CPU."""
     return torch.cuda.get_device_properties(place.device).total_memory if place.device.type == "cuda" else None
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.manifest import plain
-from pipeline.config.model import Connector, LanguageModel, Model, VisionTower
-from pipeline.config.preprocessing import Frames, Images, Text
-from pipeline.config.schema import ManifestError, build
+from pipeline.config.manifest import to_dict
+from pipeline.config.model import ConnectorConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
+from pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
+from pipeline.config.schema import ManifestError, from_dict
 
 ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
 MODEL_TYPE = "videochat_flash_qwen"
@@ -22,11 +22,11 @@ OURS = "framestream"
 
 #: published towers: name -> pixels along a side of a frame, architecture
 TOWERS = {
-    "umt-large": (224, VisionTower()),
-    "umt-hd-large": (448, VisionTower()),
+    "umt-large": (224, VisionTowerConfig()),
+    "umt-hd-large": (448, VisionTowerConfig()),
     "internvideo2": (
         224,
-        VisionTower(type="internvideo2", width=1408, depth=40, heads=16, patch=14, mlp_ratio=48 / 11),
+        VisionTowerConfig(type="internvideo2", width=1408, depth=40, heads=16, patch=14, mlp_ratio=48 / 11),
     ),
 }
 
@@ -61,42 +61,42 @@ FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReleaseConfig:
     """The sections of a manifest that a set of weights needs, and the weights' dtype (``bfloat16``, ``float32``)."""
 
-    model: Model
-    frames: Frames
-    images: Images
-    text: Text
+    model: ModelConfig
+    frames: FramesConfig
+    images: ImagesConfig
+    text: TextConfig
     dtype: str
 
     @classmethod
-    def of(cls, config: dict, dtype: str, where: str) -> Settings:
+    def of(cls, config: dict, dtype: str, where: str) -> ReleaseConfig:
         """From ``framestream``'s own config.json; ``where`` leads every error (ManifestError)."""
-        kinds = {"model": Model, "frames": Frames, "images": Images, "text": Text}
-        sections = {name: build(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()}
+        kinds = {"model": ModelConfig, "frames": FramesConfig, "images": ImagesConfig, "text": TextConfig}
+        sections = {name: from_dict(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()}
         return cls(**sections, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def tower_name(model: Model, size: int) -> str:
+def tower_name(model: ModelConfig, size: int) -> str:
     """Published name of the tower that is nearest to frames of ``size`` pixels: the largest one that is not larger."""
     sizes = {pixels: name for name, (pixels, tower) in TOWERS.items() if tower.type == model.vision_tower.type}
     return sizes[max((pixels for pixels in sizes if pixels <= size), default=min(sizes))]
 
 
-def differs(settings: Settings) -> str:
+def differs(settings: ReleaseConfig) -> str:
     """What the release's own code would build otherwise than this model, in words; empty where it builds the same."""
     pixels, tower = TOWERS[tower_name(settings.model, settings.frames.size)]
-    ours, theirs = plain(settings.model.vision_tower), plain(tower)
+    ours, theirs = to_dict(settings.model.vision_tower), to_dict(tower)
     ours["frames.size"], theirs["frames.size"] = settings.frames.size, pixels
     names = [name for name in ours if name not in ("group_clips", "drop_path")]  # of training alone
     return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in names if ours[name] != theirs[name])
 
 
-def release_config(settings: Settings, tokens: dict[str, int]) -> dict[str, Any]:
+def release_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str, Any]:
     """config.json of the release.
 
     Args:
@@ -121,14 +121,14 @@ def release_config(settings: Settings, tokens: dict[str, int]) -> dict[str, Any]
         "mm_patch_merge_type": "flat" if square else "spatial_nopad",
         "mm_vision_tower": tower_name(model, size),
         "tokenizer_model_max_length": settings.text.max_tokens,
-        OURS: {name: plain(getattr(settings, name)) for name in ("model", "frames", "images")},
+        OURS: {name: to_dict(getattr(settings, name)) for name in ("model", "frames", "images")},
     }
 
 
-def _qwen2(language: LanguageModel) -> dict[str, Any]:
+def _qwen2(language: LanguageModelConfig) -> dict[str, Any]:
     """Qwen2's keys, as transformers wrote them before version 5 (``rope_theta``); later versions read them too."""
     return {
-        **plain(language),
+        **to_dict(language),
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "initializer_range": 0.02,
@@ -149,7 +149,7 @@ def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def architecture(config: dict, where: str) -> tuple[Model, int, int]:
+def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
     """Model, pixels along a side of a frame and frames of a clip of a release's config.json.
 
     Raises:
@@ -157,8 +157,8 @@ def architecture(config: dict, where: str) -> tuple[Model, int, int]:
     """
     if OURS in config:
         own = config[OURS] if isinstance(config[OURS], dict) else {}
-        frames = build(Frames, own.get("frames"), f"{where}: {OURS}.frames")
-        return build(Model, own.get("model"), f"{where}: {OURS}.model"), frames.size, frames.clip_frames
+        frames = from_dict(FramesConfig, own.get("frames"), f"{where}: {OURS}.frames")
+        return from_dict(ModelConfig, own.get("model"), f"{where}: {OURS}.model"), frames.size, frames.clip_frames
     name = config.get("mm_vision_tower")
     if name not in TOWERS:
         raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(TOWERS)}")
@@ -174,11 +174,11 @@ def architecture(config: dict, where: str) -> tuple[Model, int, int]:
             raise ManifestError(f"{where}: {field}: {config.get(field)!r} is not {value!r}; this is another model")
     rope = config.get("rope_parameters") or {}
     known = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **config}
-    fields = plain(LanguageModel()).keys()
+    fields = to_dict(LanguageModelConfig()).keys()
     if absent := sorted(fields - known.keys()):
         raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release holds all of Qwen2's keys")
-    language = build(LanguageModel, {field: known[field] for field in fields}, f"{where}: ")
-    return Model(vision_tower=tower, connector=Connector(), language_model=language), size, 4
+    language = from_dict(LanguageModelConfig, {field: known[field] for field in fields}, f"{where}: ")
+    return ModelConfig(vision_tower=tower, connector=ConnectorConfig(), language_model=language), size, 4
 
 
 def is_release(config: dict) -> bool:

@@ -19,22 +19,22 @@ import torch.distributed as dist
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from pipeline.config.manifest import Manifest, plain
-from pipeline.config.model import Model
-from pipeline.config.schema import build
-from trainer.model.internvideo2 import LAYER_SCALE, TABLES, fit_positions, grid, start_positions
+from pipeline.config.manifest import Manifest, to_dict
+from pipeline.config.model import ModelConfig
+from pipeline.config.schema import from_dict
+from trainer.model.internvideo2 import LAYER_SCALE, TABLES, interpolate_pos_embed, grid, init_pos_embed
 from trainer.model.video_llm import VideoLLM
 from trainer.weights import hf_config as release
 from trainer.weights.hub import locate
 from trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
-    Stored,
+    LazyTensor,
     WeightsError,
-    names_in_file,
-    published_name,
+    map_checkpoint_keys,
+    to_hf_name,
     shard_files,
-    stored_tensors,
+    open_tensors,
     write_index,
     write_shard,
 )
@@ -42,7 +42,7 @@ from trainer.weights.tensor_files import (
 NAMED = 3  #: names of faulty tensors in a message
 
 
-def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, Stored]:
+def read_part(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of one part by our names, complete and of the right shapes.
 
     Learned positions for another number of patches or frames are fitted to the model's.
@@ -50,8 +50,8 @@ def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, S
     Raises:
         WeightsError: lists missing, unexpected and wrongly shaped tensors by name.
     """
-    tensors = stored_tensors(path)
-    found = {name: tensors[key] for key, name in names_in_file(part, list(tensors), cfg).items()}
+    tensors = open_tensors(path)
+    found = {name: tensors[key] for key, name in map_checkpoint_keys(part, list(tensors), cfg).items()}
     wanted = {name: shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
     found = {name: _fitted(name, tensor, wanted[name]) if name in wanted else tensor for name, tensor in found.items()}
     wrong = [
@@ -70,7 +70,7 @@ def read_part(model: VideoLLM, part: str, path: Path, cfg: Model) -> dict[str, S
     return found
 
 
-def _fitted(name: str, tensor: Stored, size: tuple[int, ...]) -> Stored:
+def _fitted(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
     """Learned positions as the model wants them; anything else, and a table that cannot be one, as it is."""
     frames = TABLES.get(name.removeprefix("vision_tower."))
     if frames is None or tensor.shape == size or len(tensor.shape) != 3 or tensor.shape[::2] != size[::2]:
@@ -78,7 +78,7 @@ def _fitted(name: str, tensor: Stored, size: tuple[int, ...]) -> Stored:
     wanted = grid(size[1], frames)
     if wanted is None or grid(tensor.shape[1], frames) is None:
         return tensor
-    return Stored(size, lambda: fit_positions(tensor.read(), *wanted))
+    return LazyTensor(size, lambda: interpolate_pos_embed(tensor.read(), *wanted))
 
 
 # ------------------------------------------------------------------------------------------------------- filling
@@ -93,7 +93,7 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
     """
     frames = TABLES.get(name.removeprefix("vision_tower."))
     if frames is not None and (table := grid(size[1], frames)):
-        return start_positions(size[2], *table)
+        return init_pos_embed(size[2], *table)
     if name.endswith((".ls1.weight", ".ls2.weight")):
         return torch.full(size, LAYER_SCALE)
     if len(size) == 1:
@@ -103,7 +103,9 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(size, generator=generator) * math.prod(size[1:]) ** -0.5
 
 
-def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None = None) -> dict[str, Stored]:
+def resolve_init_tensors(
+    model: VideoLLM, manifest: Manifest, parts: Collection[str] | None = None
+) -> dict[str, LazyTensor]:
     """Where every parameter of ``parts`` (all if None) starts from: our name -> tensor, as ``manifest.init_from`` says.
 
     A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
@@ -115,7 +117,7 @@ def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None =
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
                     size = shape(p)
-                    tensors[name] = Stored(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
+                    tensors[name] = LazyTensor(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
         else:
             try:
                 places[part] = (f"{field}: ", locate(place))
@@ -124,7 +126,7 @@ def sources(model: VideoLLM, manifest: Manifest, parts: Collection[str] | None =
     return tensors | _read_parts(model, places, manifest.model)
 
 
-def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: Model) -> dict[str, Stored]:
+def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of several parts by our names; ``places``: part -> how its errors begin, file or folder.
 
     Raises:
@@ -178,11 +180,11 @@ def initialise(model: VideoLLM, manifest: Manifest) -> None:
     """
     partitioned = any(is_partitioned(p) for p in model.parameters())
     reads = not partitioned or dist.get_rank() == 0
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     outcome: list[str | None] = [None]
     if reads:
         try:
-            tensors = sources(model, manifest)
+            tensors = resolve_init_tensors(model, manifest)
         except WeightsError as error:
             outcome = [str(error)]
     if partitioned:
@@ -192,10 +194,10 @@ def initialise(model: VideoLLM, manifest: Manifest) -> None:
     fill(model, tensors if reads else None)
 
 
-def fill(model: nn.Module, tensors: dict[str, Stored] | None) -> None:
+def fill(model: nn.Module, tensors: dict[str, LazyTensor] | None) -> None:
     """Copy ``tensors`` (our names) into all parameters; a rank that does not read passes None and takes part."""
     for name, parameter in model.named_parameters():
-        with gathered(parameter, write=True), torch.no_grad():
+        with gather_parameter(parameter, write=True), torch.no_grad():
             if tensors is not None:
                 parameter.copy_(tensors[name].read())
 
@@ -211,7 +213,7 @@ def shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def gathered(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
+def gather_parameter(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
     """The whole parameter on every rank for a while; with ``write``, rank 0's values are kept."""
     if not is_partitioned(parameter):
         yield
@@ -225,7 +227,7 @@ def gathered(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- saving, loading
 
 
-def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: int = SHARD_BYTES) -> None:
+def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: int = SHARD_BYTES) -> None:
     """Write all parameters under published names, with config.json; call on every rank.
 
     One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (a larger tensor has a shard of its own)
@@ -233,14 +235,14 @@ def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: i
     """
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     tower = manifest.model.vision_tower.type
-    parameters = {published_name(name, tower): p for name, p in model.named_parameters()}
+    parameters = {to_hf_name(name, tower): p for name, p in model.named_parameters()}
     sizes = {name: _bytes(p) for name, p in parameters.items()}
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     for file, names in shard_files(sizes, shard_bytes).items():
         tensors = {}
         for name in names:
-            with gathered(parameters[name]):
+            with gather_parameter(parameters[name]):
                 if writes:
                     tensors[name] = parameters[name].detach().cpu().contiguous()
         if writes:
@@ -249,7 +251,7 @@ def save(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: i
         return
     write_index(folder, sizes, shard_bytes)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
-    sections = {name: plain(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
+    sections = {name: to_dict(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
     config = {"architectures": ["VideoLLM"], "model_type": release.OURS, "dtype": dtype, **sections}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
@@ -273,9 +275,9 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
     folder = Path(folder)
     config, where = read_config(folder), str(folder / "config.json")
     if release.is_release(config):
-        cfg, trained_size, clip_frames = release.architecture(config, where)
+        cfg, trained_size, clip_frames = release.parse_hf_config(config, where)
     elif config.get("model_type") == release.OURS:
-        cfg = build(Model, config["model"], f"{where}: model")
+        cfg = from_dict(ModelConfig, config["model"], f"{where}: model")
         trained_size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
     else:
         kind = config.get("model_type")
@@ -309,12 +311,12 @@ def dtype_of(config: dict, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def empty_model(cfg: Model, size: int, clip_frames: int) -> VideoLLM:
+def empty_model(cfg: ModelConfig, size: int, clip_frames: int) -> VideoLLM:
     """A model without storage (``meta``), for its parameters' names and shapes."""
     with torch.device("meta"), no_init_weights():
         return VideoLLM(cfg, size, clip_frames)
 
 
-def read_model(model: VideoLLM, folder: Path, cfg: Model) -> dict[str, Stored]:
+def read_model(model: VideoLLM, folder: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of all parts by our names; one WeightsError as from ``read_part``, with the faults of all parts."""
     return _read_parts(model, {part: ("", folder) for part in model.parts()}, cfg)

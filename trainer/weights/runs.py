@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.weights.tensor_files import WeightsError
 
 
-def weights_of(checkpoint: str | Path) -> Path:
+def resolve_weights(checkpoint: str | Path) -> Path:
     """The folder of weights of a finished run, or ``checkpoint`` itself.
 
     Raises:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.config.model import Model
+from pipeline.config.model import ModelConfig
 from trainer.model.internvideo2 import TABLES
 
 SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
@@ -51,7 +51,7 @@ class WeightsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor in a file: its shape is known, its values are read when wanted."""
 
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class Stored:
 # ---------------------------------------------------------------------------------------------------------- names
 
 
-def published_name(name: str, tower: str = "umt") -> str:
+def to_hf_name(name: str, tower: str = "umt") -> str:
     """Published name of one of our parameters; ``tower`` is the vision tower's type."""
     for ours, published in _prefixes(tower):
         if name.startswith(ours):
@@ -69,7 +69,7 @@ def published_name(name: str, tower: str = "umt") -> str:
     raise KeyError(name)
 
 
-def our_name(name: str, tower: str = "umt") -> str | None:
+def from_hf_name(name: str, tower: str = "umt") -> str | None:
     """Our name of a tensor with a published name; None for other names."""
     for ours, published in _prefixes(tower):
         if name.startswith(published):
@@ -82,7 +82,7 @@ def _prefixes(tower: str) -> list[tuple[str, str]]:
     return [("vision_tower.", TOWERS[tower]), ("vision_tower.", TOWERS["internvideo2"]), *PUBLISHED.items()]
 
 
-def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
+def map_checkpoint_keys(part: str, keys: list[str], cfg: ModelConfig) -> dict[str, str]:
     """Our name for every key of a file that belongs to ``part``; keys that fit nothing keep their own name.
 
     Accepted are whole models with published names (other parts' tensors are passed over), the encoder's own file
@@ -90,7 +90,7 @@ def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
     ``mm_projector.``) and a connector's or encoder's bare names.
     """
     tower = cfg.vision_tower.type
-    published = {key: our_name(key, tower) for key in keys}
+    published = {key: from_hf_name(key, tower) for key in keys}
     if any(name and name.startswith(part + ".") for name in published.values()):
         names = {key: name or key for key, name in published.items() if not name or name.startswith(part + ".")}
     elif part == "connector":
@@ -106,7 +106,7 @@ def names_in_file(part: str, keys: list[str], cfg: Model) -> dict[str, str]:
     return {key: name for key, name in names.items() if not name.startswith(_unused(cfg))}
 
 
-def _unused(cfg: Model) -> tuple[str, ...]:
+def _unused(cfg: ModelConfig) -> tuple[str, ...]:
     """Beginnings of names that files may hold and the model computes, shares or never runs."""
     computed = tuple(TABLES) if cfg.vision_tower.type == "umt" else PRETRAINING
     in_tower = tuple("vision_tower." + name for name in computed)
@@ -118,7 +118,7 @@ def _unused(cfg: Model) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def stored_tensors(path: Path) -> dict[str, Stored]:
+def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of a file or folder by its own name, unread.
 
     A folder holds a safetensors index, safetensors files, or one torch file (.bin, .pt, .pth).
@@ -126,7 +126,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     Raises:
         WeightsError: nothing there, a file of another kind, or a damaged one.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(path):
         try:
             tensors.update(_safetensors(file) if file.suffix == ".safetensors" else _torch_file(file))
@@ -154,15 +154,15 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _safetensors(file: Path) -> dict[str, Stored]:
+def _safetensors(file: Path) -> dict[str, LazyTensor]:
     opened = safe_open(file, framework="pt")
     return {
-        key: Stored(tuple(opened.get_slice(key).get_shape()), lambda key=key: opened.get_tensor(key))
+        key: LazyTensor(tuple(opened.get_slice(key).get_shape()), lambda key=key: opened.get_tensor(key))
         for key in opened.keys()  # noqa: SIM118 (not a mapping)
     }
 
 
-def _torch_file(file: Path) -> dict[str, Stored]:
+def _torch_file(file: Path) -> dict[str, LazyTensor]:
     values = torch.load(file, map_location="cpu", weights_only=True)
     for wrapper in ("module", "model", "state_dict"):
         if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
@@ -170,7 +170,7 @@ def _torch_file(file: Path) -> dict[str, Stored]:
     if not isinstance(values, dict):
         raise ValueError(f"a {type(values).__name__} instead of named tensors")
     return {
-        key: Stored(tuple(value.shape), lambda value=value: value)
+        key: LazyTensor(tuple(value.shape), lambda value=value: value)
         for key, value in values.items()
         if isinstance(value, torch.Tensor)
     }

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.schema import build
+from pipeline.config.schema import from_dict
 from pipeline.media.jpeg import encode_jpeg
 from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, table, write_index
+from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, build_table, write_index
 from pipeline.shards.samples import dialogue_key, media_key
 from pipeline.shards.writer import ShardWriter
 from tests.helpers.golden_data import TOKENIZER
@@ -54,7 +54,7 @@ def manifest(root: Path, **over) -> Manifest:
         for parent in parents:
             at = at.setdefault(parent, {})
         at[last] = item
-    return build(Manifest, value, "test")
+    return from_dict(Manifest, value, "test")
 
 
 class Root:
@@ -161,9 +161,9 @@ class Root:
         stage.mkdir(parents=True, exist_ok=True)
         fingerprint = write_index(
             stage,
-            table(MEDIA_SCHEMA, self.media),
-            table(DIALOGUE_SCHEMA, self.dialogues),
-            table(SHARD_SCHEMA, shards),
+            build_table(MEDIA_SCHEMA, self.media),
+            build_table(DIALOGUE_SCHEMA, self.dialogues),
+            build_table(SHARD_SCHEMA, shards),
         )
         (stage / "build.json").write_text(json.dumps({"index_fingerprint": fingerprint}))
         return self.folder

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline.media.tiling import best_grid
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import normals
 from tests.helpers.model.rows import Dialogue, no_clips, no_stills
@@ -40,17 +40,17 @@ def dialogues(case: dict) -> list[Dialogue]:
         for token, label, seen in zip(ids, labels, mask, strict=True):
             if not seen:
                 continue
-            if token != IMAGE:
+            if token != IMAGE_TOKEN_INDEX:
                 row.ids.append(token)
                 row.labels.append(label)
                 continue
             visual = take_media(row, *next(media), size, case.get("tile_grid_w_h"), flat)
             row.visual += visual
-            row.ids += [IMAGE] * len(visual)
-            row.labels += [IGNORE] * len(visual)
-        if IMAGE not in ids:  # a text row uses up one dummy image
+            row.ids += [IMAGE_TOKEN_INDEX] * len(visual)
+            row.labels += [IGNORE_INDEX] * len(visual)
+        if IMAGE_TOKEN_INDEX not in ids:  # a text row uses up one dummy image
             assert next(media)[1] == "text"
-        kept = row.ids[:limit].count(IMAGE)
+        kept = row.ids[:limit].count(IMAGE_TOKEN_INDEX)
         row.ids, row.labels, row.visual = row.ids[:limit], row.labels[:limit], row.visual[:kept]
         rows.append(row)
     return rows

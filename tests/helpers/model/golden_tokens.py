@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.preprocessing import Text
+from pipeline.config.preprocessing import TextConfig
 from pipeline.tokenization.chat_template import (
     MARK,
-    Conversation,
+    ChatTemplate,
     text_of,
 )
 from tests.helpers.golden_data import GOLDEN, TOKENIZER, json_lines, present
@@ -17,8 +17,8 @@ from tests.helpers.golden_data import GOLDEN, TOKENIZER, json_lines, present
 HERE = present("tokens_labels/tokenizer/tokenizer.json", "tokens_labels/tokenizer/tokenizer_config.json")
 
 
-def conversation(template: str = "qwen_2", folder: Path = TOKENIZER, **settings) -> Conversation:
-    return Conversation(Text(tokenizer=str(folder), template=template, **settings))
+def conversation(template: str = "qwen_2", folder: Path = TOKENIZER, **settings) -> ChatTemplate:
+    return ChatTemplate(TextConfig(tokenizer=str(folder), template=template, **settings))
 
 
 FOLDER = GOLDEN / "tokens_labels" / "tokenizer"

@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from pipeline.loading.batch import Batch
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SMALL, dialogue, pack
@@ -44,7 +44,7 @@ def side_by_side(order: tuple[str, ...], world: int) -> list[list[Batch]]:
     steps = []
     for start in range(0, len(order), world):
         kinds = order[start : start + world]
-        units = max(len(row(kind).clips) + len(row(kind).stills) for kind in kinds)
+        units = max(len(row(kind).clips) + len(row(kind).image_tiles) for kind in kinds)
         steps.append([row(kind, max(1, -(-units // 2))) for kind in kinds])
     return steps
 
@@ -53,7 +53,7 @@ def settings(**train) -> Manifest:
     """A small model in float32 that nothing but its gradient is wanted of."""
     base = manifest(SIDE, SMALL)
     plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, persistence_threshold=0, **train)
-    return dataclasses.replace(base, train=plain, init_from=InitFrom(run="start"))
+    return dataclasses.replace(base, train=plain, init_from=InitFromConfig(run="start"))
 
 
 def one_process() -> tuple[float, dict[str, torch.Tensor], VideoLLM]:

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.config.model import LanguageModel, Model, VisionTower
+from pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from trainer.model.video_llm import VideoLLM
 from trainer.weights.load import fill, random_tensor
-from trainer.weights.tensor_files import Stored
+from trainer.weights.tensor_files import LazyTensor
 
 SIZE = 128
-SMALL = Model(
-    vision_tower=VisionTower(width=48, depth=3, heads=4, patch=16, table_side=8, group_clips=2),
-    language_model=LanguageModel(
+SMALL = ModelConfig(
+    vision_tower=VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8, group_clips=2),
+    language_model=LanguageModelConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -30,18 +30,18 @@ SMALL = Model(
 
 INTERNVIDEO2 = dataclasses.replace(
     SMALL,
-    vision_tower=VisionTower(
+    vision_tower=VisionTowerConfig(
         type="internvideo2", width=48, depth=3, heads=4, patch=16, mlp_ratio=48 / 11, group_clips=2, drop_path=0.0
     ),
 )
 
 
-def small_model(recompute: bool = False, cfg: Model = SMALL, scale: float = 8.0, size: int = SIZE) -> VideoLLM:
+def small_model(recompute: bool = False, cfg: ModelConfig = SMALL, scale: float = 8.0, size: int = SIZE) -> VideoLLM:
     """A model whose start values are ``scale`` times those of training, so that outputs differ visibly."""
     model = VideoLLM(cfg, size, 4, recompute)
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
     values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
-    fill(model, {name: Stored(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
+    fill(model, {name: LazyTensor(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
     return model
 
 
@@ -74,8 +74,8 @@ def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12, size: i
     make = torch.Generator().manual_seed(seed)
     words = torch.randint(3, 96, (text,), generator=make).tolist()
     visual = [("clip", i) for i in range(64 * clips)] + [("still", i) for i in range(64 * stills)]
-    ids = words[:2] + [IMAGE] * len(visual) + words[2:]
-    labels = [IGNORE if word == IMAGE or place % 3 == 0 else word for place, word in enumerate(ids)]
+    ids = words[:2] + [IMAGE_TOKEN_INDEX] * len(visual) + words[2:]
+    labels = [IGNORE_INDEX if word == IMAGE_TOKEN_INDEX or place % 3 == 0 else word for place, word in enumerate(ids)]
 
     def pictures(*shape: int) -> torch.Tensor:
         return torch.randint(0, 256, (*shape, size, size, 3), generator=make, dtype=torch.uint8)
@@ -92,19 +92,19 @@ def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
         before = {"clip": 64 * clips_before, "still": 64 * (len(clips) + stills_before)}
         index += [before[kind] + token for kind, token in d.visual]
         clips_before, stills_before = clips_before + len(d.clips), stills_before + len(d.stills)
-    rows = [(d.ids, [IGNORE, *d.labels[1:]], d.weight) for d in dialogues] or [([0], [IGNORE], 1.0)]
+    rows = [(d.ids, [IGNORE_INDEX, *d.labels[1:]], d.weight) for d in dialogues] or [([0], [IGNORE_INDEX], 1.0)]
     weights = []
     for _, labels, weight in rows:
-        labelled = sum(label != IGNORE for label in labels)
+        labelled = sum(label != IGNORE_INDEX for label in labels)
         each = 1 / max(labelled, 1) if weight is None else weight
-        weights += [each if label != IGNORE else 0.0 for label in labels]
+        weights += [each if label != IGNORE_INDEX else 0.0 for label in labels]
     lengths = [len(ids) for ids, _, _ in rows]
     return Batch(
         epoch=0,
         step=0,
-        micro=0,
-        micros=1,
-        last=True,
+        micro_step=0,
+        num_micro_steps=1,
+        is_last=True,
         keys=[f"d{n}" for n in range(len(dialogues))],
         input_ids=torch.tensor([token for ids, _, _ in rows for token in ids]),
         labels=torch.tensor([label for _, labels, _ in rows for label in labels]),
@@ -113,7 +113,7 @@ def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
         token_weight=torch.tensor(weights, dtype=torch.float32),
         total_weight=float(len(dialogues)),
         clips=clips,
-        stills=stills,
+        image_tiles=stills,
         visual_index=torch.tensor(index, dtype=torch.int64),
         groups=groups,
     )

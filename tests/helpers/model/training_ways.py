@@ -17,7 +17,7 @@ from tests.helpers.corpora import training_corpus as corpus
 from tools import demo_data
 from trainer.model.video_llm import build_model
 from trainer.weights.load import initialise
-from trainer.weights.tensor_files import published_name
+from trainer.weights.tensor_files import to_hf_name
 
 MANIFEST = corpus.PROJECT / "manifests" / "demo" / "stage2.yaml"
 SETTINGS = (
@@ -72,7 +72,7 @@ def first_weights() -> dict[str, torch.Tensor]:
     manifest = load_manifest(MANIFEST, list(SETTINGS))
     model = build_model(manifest)
     initialise(model, manifest)
-    return {published_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    return {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def apart(ours: Path, theirs: Path) -> dict[str, float]:

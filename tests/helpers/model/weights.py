@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFrom, Model
+from pipeline.config.model import InitFromConfig, ModelConfig
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
 from trainer.model.video_llm import build_model
 from trainer.weights.load import initialise
 
 
-def start(cfg: Model = SMALL, **sources: str) -> Manifest:
+def start(cfg: ModelConfig = SMALL, **sources: str) -> Manifest:
     """A small model's manifest whose parts start from these places, at random where none is given."""
     given = {"vision_tower": "random", "language_model": "random", **{k: str(v) for k, v in sources.items()}}
-    return dataclasses.replace(manifest(SIZE, cfg), init_from=InitFrom(**given), seed=3)
+    return dataclasses.replace(manifest(SIZE, cfg), init_from=InitFromConfig(**given), seed=3)
 
 
 def initialised(settings: Manifest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from tests.helpers.model.manifests import FROZEN, manifest
 from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack
 
@@ -23,12 +23,12 @@ STARTS = {  #: folder of the start weights -> architecture
 
 #: the tensors of ``start`` in files of other layouts; relative, because rank 1 works in a folder that has none of them
 FILES = {
-    "released": InitFrom(run="released"),
-    "own_files": InitFrom(vision_tower="encoder.pt", connector="mm_projector.bin", language_model="qwen"),
+    "released": InitFromConfig(run="released"),
+    "own_files": InitFromConfig(vision_tower="encoder.pt", connector="mm_projector.bin", language_model="qwen"),
 }
 
 
-def settings(init: InitFrom, start: str = "start", **train) -> Manifest:
+def settings(init: InitFromConfig, start: str = "start", **train) -> Manifest:
     base = manifest(SIZE, STARTS[start], **train)
     plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, epsilon=EPSILON)
     return dataclasses.replace(base, train=plain, init_from=init)
@@ -47,12 +47,12 @@ def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
         (pack([]), pack([both, text, stills])),
         (pack([stills]), pack([], groups=1)),
     ]
-    start, frozen = InitFrom(run="start"), {"language_model": FROZEN}
+    start, frozen = InitFromConfig(run="start"), {"language_model": FROZEN}
     return {
         "all_trained": (settings(start), steps),
         "stage_1": (settings(start, vision_tower=FROZEN, **frozen), steps),
         "stage_4": (settings(start, **frozen), steps),
-        "tied_head": (settings(InitFrom(run="tied"), "tied"), steps),
-        "internvideo2_trained": (settings(InitFrom(run="internvideo2"), "internvideo2"), steps),
+        "tied_head": (settings(InitFromConfig(run="tied"), "tied"), steps),
+        "internvideo2_trained": (settings(InitFromConfig(run="internvideo2"), "internvideo2"), steps),
         **{name: (settings(init), steps[2:3]) for name, init in FILES.items()},
     }

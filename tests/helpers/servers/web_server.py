@@ -8,10 +8,10 @@ import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tools.fetch.http.retry import Limits
+from tools.fetch.http.retry import FetchLimits
 
 #: Limits under which a test is done in seconds.
-QUICK = Limits(seconds=30, bytes=1 << 20, retries=3, stall=0.5, backoff=0.01)
+QUICK = FetchLimits(seconds=30, bytes=1 << 20, retries=3, stall=0.5, backoff=0.01)
 
 
 class Server:

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.distributed.call_order import CallLog, CallsError
-from trainer.distributed.process_group import start, stop
+from trainer.distributed.call_order import ModuleCallTracer, CallOrderError
+from trainer.distributed.process_group import init_process_group, destroy_process_group
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    place = start(timeout_minutes=2)
+    place = init_process_group(timeout_minutes=2)
     model = nn.ModuleDict(
         {"tower": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))}
     )
-    log = CallLog(model)
+    log = ModuleCallTracer(model)
     row, told = torch.zeros(1, 4), {}
 
     def compare(name: str, *calls: nn.Module) -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         try:
             log.compare(place)
             told[name] = ""
-        except CallsError as error:
+        except CallOrderError as error:
             told[name] = str(error)
 
     try:
@@ -41,7 +41,7 @@ def main() -> None:
         compare("none", *([] if place.rank else [model["tower"]]))
         compare("equal again", model["head"])
     finally:
-        stop()
+        destroy_process_group()
     (folder / f"{place.rank}.json").write_text(json.dumps(told))
 
 

@@ -14,20 +14,20 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from tests.helpers.model.manifests import TRAINED, manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
-from trainer.distributed.process_group import barrier, start, stop
+from trainer.distributed.process_group import barrier, init_process_group, destroy_process_group
 from trainer.monitoring.run_ledger import RunLedger, read_run_ledger
 from trainer.training.engine import build_engine
-from trainer.training.loop import Run, _global_batch
-from trainer.weights.load import gathered
+from trainer.training.loop import RunContext, _global_batch
+from trainer.weights.load import gather_parameter
 
 RATE = 1e-2
 
 
 def main(folder: Path) -> None:
-    place = start(timeout_minutes=2)
+    place = init_process_group(timeout_minutes=2)
     for stage, offload in ((1, "none"), (3, "none"), (3, "optimizer")):
         without, _ = train(stage, offload, "none", (0, 2, 3), folder / "unused", place)
         result = {}
@@ -38,9 +38,9 @@ def main(folder: Path) -> None:
             noted = [[row["key"], row["epoch"], row["step"], row["message"]] for row in read_run_ledger(run)]
             equal = all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
             result[fault] = {"equal": equal, "records": records, "noted": noted}
-        if place.first:
+        if place.is_main:
             (folder / f"result-{stage}-{offload}.json").write_text(json.dumps(result))
-    stop()
+    destroy_process_group()
 
 
 def train(stage: int, offload: str, fault: str, steps, folder: Path, place) -> tuple[list[torch.Tensor], list[dict]]:
@@ -49,14 +49,14 @@ def train(stage: int, offload: str, fault: str, steps, folder: Path, place) -> t
     options = dataclasses.replace(
         settings.train, zero_stage=stage, offload=offload, dtype="fp32", persistence_threshold=0, vision_tower=TRAINED
     )
-    first = InitFrom(vision_tower="random", connector="random", language_model="random")
+    first = InitFromConfig(vision_tower="random", connector="random", language_model="random")
     settings = dataclasses.replace(settings, train=options, init_from=first)
     engine, model = build_engine(settings, place)
     for group in engine.optimizer.param_groups:
         group["lr"] = RATE
     leave, heart = SimpleNamespace(check=lambda place: None), SimpleNamespace(doing=lambda what: None)
     ledger = RunLedger(folder, place.rank, place.world)
-    run = Run(settings, engine, place, folder, ledger, leave, heart)
+    run = RunContext(settings, engine, place, folder, ledger, leave, heart)
     records, embed = [], model.embed
     for step in steps:
         faulty = step == 1 and place.rank == 1
@@ -65,7 +65,7 @@ def train(stage: int, offload: str, fault: str, steps, folder: Path, place) -> t
         records.append(_global_batch(run, rows))
     weights = []
     for parameter in model.parameters():
-        with gathered(parameter):
+        with gather_parameter(parameter):
             weights.append(parameter.detach().clone())
     engine.destroy()
     return weights, records

@@ -17,12 +17,12 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from tests.helpers.model.orders import SETTINGS, settings, side_by_side
-from trainer.distributed.call_order import CallLog
-from trainer.distributed.process_group import start, stop, total
+from trainer.distributed.call_order import ModuleCallTracer
+from trainer.distributed.process_group import init_process_group, destroy_process_group, all_reduce_sum
 from trainer.training.engine import build_engine
 
 
-def gradients(engine, calls: CallLog, order: tuple[str, ...], place) -> tuple[float, dict]:
+def gradients(engine, calls: ModuleCallTracer, order: tuple[str, ...], place) -> tuple[float, dict]:
     """Loss and gradients of one global batch, the loop's way; the weights stay what they are."""
     loss, steps = 0.0, side_by_side(order, place.world)
     for number, rows in enumerate(steps):
@@ -35,29 +35,29 @@ def gradients(engine, calls: CallLog, order: tuple[str, ...], place) -> tuple[fl
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     engine.step()
-    return total([loss], place)[0], found
+    return all_reduce_sum([loss], place)[0], found
 
 
 def main() -> None:
     os.chdir(sys.argv[1])
-    place = start(timeout_minutes=4)
+    place = init_process_group(timeout_minutes=4)
     losses: dict[str, dict[str, float]] = {}
     try:
         for name, (train, orders) in SETTINGS.items():
             if place.world > 2 and name != "zero3":
                 continue
             engine, model = build_engine(settings(**train), place)
-            calls = CallLog(model)
+            calls = ModuleCallTracer(model)
             losses[name] = {}
             for order in orders:
                 loss, found = gradients(engine, calls, order, place)
                 losses[name]["-".join(order)] = loss
-                if place.first:
+                if place.is_main:
                     save_file(found, f"{place.world}-{name}-{'-'.join(order)}.safetensors")
             engine.destroy()
     finally:
-        stop()
-    if place.first:
+        destroy_process_group()
+    if place.is_main:
         Path(f"{place.world}.json").write_text(json.dumps(losses))
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from tests.helpers.model.zero3_cases import RATE, cases
-from trainer.distributed.process_group import start, stop
+from trainer.distributed.process_group import init_process_group, destroy_process_group
 from trainer.model.video_llm import build_model
 from trainer.training.engine import build_engine
-from trainer.weights.load import initialise, save
+from trainer.weights.load import initialise, save_weights
 from trainer.weights.tensor_files import WeightsError
 
 
@@ -39,7 +39,7 @@ def run_case(name: str, settings, steps, folder: Path, place) -> None:
         engine.step()
         losses.append(loss.item())
     (folder / f"{name}-{place.rank}.json").write_text(json.dumps(losses))
-    save(model, folder / name, settings, 20_000)
+    save_weights(model, folder / name, settings, 20_000)
 
 
 def check_constants(settings) -> None:
@@ -54,7 +54,7 @@ def check_errors(settings) -> None:
     """Every rank raises what rank 0 found, instead of waiting for it."""
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}):
         model = build_model(settings)
-    nowhere = InitFrom(vision_tower="nowhere/at/all", language_model="random")
+    nowhere = InitFromConfig(vision_tower="nowhere/at/all", language_model="random")
     try:
         initialise(model, dataclasses.replace(settings, init_from=nowhere))
     except WeightsError as error:
@@ -65,7 +65,7 @@ def check_errors(settings) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    place = start(timeout_minutes=2)
+    place = init_process_group(timeout_minutes=2)
     nothing = folder / f"rank-{place.rank}"
     nothing.mkdir()
     os.chdir(nothing if place.rank else folder)
@@ -75,7 +75,7 @@ def main() -> None:
         check_constants(settings)
         check_errors(settings)
     finally:
-        stop()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

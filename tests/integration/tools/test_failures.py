@@ -75,7 +75,7 @@ STOPPED = signal.SIGSTOP  # which a process cannot answer in any way
 def worse(job):
     """A worker with files that hang or crash it: while they are fetched, ahead of others, or while they are decoded."""
     told = {"fetch b": signal.SIGSEGV, "decode c": STOPPED, "decode e": signal.SIGSEGV, "fetch g": STOPPED}
-    make, fetch = tools.builder.task.make_video, tools.builder.task._Sources.fetch
+    make, fetch = tools.builder.task.encode_video, tools.builder.task._Sources.fetch
 
     def trouble(what):
         if sent := told.get(what):
@@ -89,7 +89,7 @@ def worse(job):
         trouble(f"fetch {Path(item['path']).stem}")
         return fetch(self, item, scratch)
 
-    tools.builder.task.make_video, tools.builder.task._Sources.fetch, tools.builder.task.GRACE = (
+    tools.builder.task.encode_video, tools.builder.task._Sources.fetch, tools.builder.task.GRACE = (
         make_video,
         fetch_file,
         1,

@@ -10,11 +10,11 @@ import pytest
 
 from pipeline import Questions, load_manifest
 from pipeline.config.manifest import Manifest
-from pipeline.evaluation.prompts import Prompts
+from pipeline.evaluation.prompts import PromptBuilder
 from pipeline.media.errors import MediaError
-from pipeline.shards.media_view import Visuals
-from pipeline.shards.memory_index import File, index_of
-from pipeline.tokenization.chat_template import conversation_of
+from pipeline.shards.media_view import MediaViews
+from pipeline.shards.memory_index import MediaFile, build_memory_index
+from pipeline.tokenization.chat_template import build_chat_template
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.footage import BIKES
 from tests.helpers.paths import ROOT
@@ -62,26 +62,26 @@ def built(request, tmp_path_factory) -> Manifest:
 
 
 def test_rows_are_those_of_the_shards(built):
-    questions, conversation = Questions(built), conversation_of(built)
+    questions, conversation = Questions(built), build_chat_template(built)
     media = Path(built.data.entries[0].root)
     files = {
-        "film0": [File(media / "film.mp4")],
-        "film1": [File(media / "film.mp4", **CLIP)],
-        "gif0": [File(media / "moving.gif")],
-        "img0": [File(media / "frames")],
-        "0": [File(media / "0.png")],
-        "1": [File(media / "0.png"), File(media / "1.png")],
+        "film0": [MediaFile(media / "film.mp4")],
+        "film1": [MediaFile(media / "film.mp4", **CLIP)],
+        "gif0": [MediaFile(media / "moving.gif")],
+        "img0": [MediaFile(media / "frames")],
+        "0": [MediaFile(media / "0.png")],
+        "1": [MediaFile(media / "0.png"), MediaFile(media / "1.png")],
     }
     asked = {name: i for i, name in enumerate(questions.index.dialogues["id"].to_pylist())}
     assert asked.keys() == files.keys()
     for name, shown in files.items():
         theirs = questions.prompt(asked[name])
-        prompts = Prompts(built, Visuals(index_of(shown, built), built), conversation)
+        prompts = PromptBuilder(built, MediaViews(build_memory_index(shown, built), built), conversation)
         turn = {**ASKED, "value": "<image><image>\nWhich?"} if len(shown) > 1 else ASKED
-        ours = prompts.row([turn], range(len(shown)))
+        ours = prompts.build([turn], range(len(shown)))
         for field in ("input_ids", "visual_index", "clips", "stills", "position_ids"):
             assert np.array_equal(getattr(ours, field), getattr(theirs, field)), (name, field)
-        assert len(ours.clips) + len(ours.stills) and ours.groups == theirs.groups
+        assert len(ours.clips) + len(ours.image_tiles) and ours.groups == theirs.groups
 
 
 def test_what_cannot_be_shown_is_named(built, tmp_path):
@@ -89,12 +89,12 @@ def test_what_cannot_be_shown_is_named(built, tmp_path):
     (tmp_path / "empty.jpg").touch()
     picture = corpus.still(tmp_path / "a.png")
     faults = {
-        File(tmp_path / "page.mp4"): "page.mp4",
-        File(tmp_path / "empty.jpg"): "has no bytes",
-        File(tmp_path / "gone.mp4"): "No such file",
-        File(picture, start=1.0): "only videos have a start",
-        File(BIKES, start=500.0, end=600.0): "bikes.mp4",
+        MediaFile(tmp_path / "page.mp4"): "page.mp4",
+        MediaFile(tmp_path / "empty.jpg"): "has no bytes",
+        MediaFile(tmp_path / "gone.mp4"): "No such file",
+        MediaFile(picture, start=1.0): "only videos have a start",
+        MediaFile(BIKES, start=500.0, end=600.0): "bikes.mp4",
     }
     for file, words in faults.items():
         with pytest.raises(MediaError, match=words):
-            index_of([file], built)
+            build_memory_index([file], built)

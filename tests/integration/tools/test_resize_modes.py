@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.manifest import Manifest, load_manifest
 from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.media_view import MediaViews
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TURNS
 from tests.helpers.media.footage import BIKES
@@ -35,10 +35,10 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def shown(manifest: Manifest) -> np.ndarray:
     """The frames of the only video as the trainer gets them."""
     index = Index.open(manifest.shard_root)
-    index.check(manifest)
-    visuals = Visuals(index, manifest)
+    index.validate_manifest(manifest)
+    visuals = MediaViews(index, manifest)
     view = visuals.views([0])[0]
-    out = np.empty((len(view.places), manifest.frames.size, manifest.frames.size, 3), dtype=np.uint8)
+    out = np.empty((len(view.frame_indices), manifest.frames.size, manifest.frames.size, 3), dtype=np.uint8)
     visuals.read_frames(view, 0, out)
     return out
 

@@ -15,12 +15,12 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from pipeline import Questions, load_manifest
-from pipeline.config.manifest import plain
+from pipeline.config.manifest import to_dict
 from tests.helpers.corpora import training_corpus as corpus
 from trainer import chat
 from trainer.inference.generate import generate
 from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, load_pretrained, save
+from trainer.weights.load import initialise, load_pretrained, save_weights
 
 NEW = 6
 
@@ -35,8 +35,8 @@ def run(tmp_path_factory) -> Path:
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)  # or every answer is the same
     folder = Path(manifest.output)
-    save(model, folder / "final", manifest)
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(plain(manifest)))
+    save_weights(model, folder / "final", manifest)
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(to_dict(manifest)))
     return folder
 
 

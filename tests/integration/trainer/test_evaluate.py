@@ -17,7 +17,7 @@ from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.html_page import Page
 from trainer import evaluate
 from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, load_pretrained, save
+from trainer.weights.load import initialise, load_pretrained, save_weights
 
 OPTIONS = list(corpus.COLOURS)
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory) -> Path:
     initialise(model, manifest)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)
-    save(model, Path(manifest.output) / "final", manifest)
+    save_weights(model, Path(manifest.output) / "final", manifest)
     samples = json.loads((folder / "val.json").read_text())
     (folder / "asked.json").write_text(json.dumps([{**sample, "options": OPTIONS} for sample in samples]))
     return path
@@ -68,7 +68,7 @@ def test_the_likeliest_option_is_that_of_whole_dialogues(made):
     for i in range(3):
         row, logs = questions.prompt(i), []
         for option in OPTIONS:
-            ids = questions.conversation.answer_ids(option)
+            ids = questions.chat_template.answer_ids(option)
             whole = torch.cat([row.input_ids, torch.tensor(ids)])
             length = len(whole)
             more = {"input_ids": whole, "position_ids": torch.arange(length)}

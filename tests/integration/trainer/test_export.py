@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config.manifest import Manifest, ManifestError, load_manifest
-from pipeline.config.model import InitFrom, LanguageModel, Model, VisionTower
-from pipeline.config.preprocessing import Images
+from pipeline.config.model import InitFromConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
+from pipeline.config.preprocessing import ImagesConfig
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.golden_data import files
 from tests.helpers.model import golden_sequence as golden
@@ -29,8 +29,8 @@ from tests.helpers.paths import ROOT
 from trainer.export import export, main
 from trainer.model.video_llm import VideoLLM, build_model
 from trainer.weights import hf_config as release
-from trainer.weights.load import initialise, load_pretrained, save
-from trainer.weights.tensor_files import INDEX, WeightsError, published_name
+from trainer.weights.load import initialise, load_pretrained, save_weights
+from trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 
 TOKENIZER = ROOT / "tests" / "golden" / "tokens_labels" / "tokenizer"
 CODE = "modeling_videochat_flash.py"
@@ -39,9 +39,9 @@ CODE = "modeling_videochat_flash.py"
 def settings(tied: bool = False, size: int = SIZE, **fields) -> Manifest:
     """A small model's manifest with random first weights and the golden tokenizer."""
     language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=tied, vocab_size=1024)
-    made = manifest(size, Model(vision_tower=SMALL.vision_tower, language_model=language))
+    made = manifest(size, ModelConfig(vision_tower=SMALL.vision_tower, language_model=language))
     text = dataclasses.replace(made.text, tokenizer=str(TOKENIZER), max_tokens=8192)
-    random = InitFrom(vision_tower="random", language_model="random")
+    random = InitFromConfig(vision_tower="random", language_model="random")
     return dataclasses.replace(made, text=text, init_from=random, seed=5, **fields)
 
 
@@ -50,7 +50,7 @@ def finished(folder: Path, made: Manifest, dtype: torch.dtype = torch.bfloat16) 
     model = build_model(made)
     initialise(model, made)
     model.to(dtype)
-    save(model, folder / "run" / "final", made)
+    save_weights(model, folder / "run" / "final", made)
     return folder / "run", model.eval()
 
 
@@ -65,7 +65,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {published_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    return {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def reference(made: Manifest) -> Shapes:
@@ -150,7 +150,7 @@ PUBLISHED = {
     ],
 )
 def test_config_has_the_published_keys(tmp_path, size, mode, tower, aspect, merge):
-    run, _ = finished(tmp_path, settings(size=size, images=Images(mode=mode)))
+    run, _ = finished(tmp_path, settings(size=size, images=ImagesConfig(mode=mode)))
     export(run, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {name: config[name] for name in PUBLISHED} == PUBLISHED
@@ -176,8 +176,8 @@ def test_golden_settings_are_in_config(tmp_path, path):
 
 
 def test_internvideo2_is_exported_under_its_own_names(tmp_path):
-    tower = VisionTower(type="internvideo2", width=64, depth=3, heads=4, patch=14, mlp_ratio=48 / 11)
-    cfg = Model(vision_tower=tower, language_model=dataclasses.replace(SMALL.language_model, vocab_size=1024))
+    tower = VisionTowerConfig(type="internvideo2", width=64, depth=3, heads=4, patch=14, mlp_ratio=48 / 11)
+    cfg = ModelConfig(vision_tower=tower, language_model=dataclasses.replace(SMALL.language_model, vocab_size=1024))
     made = dataclasses.replace(settings(size=224), model=cfg)
     run, model = finished(tmp_path, made)
     export(run, tmp_path / "out")
@@ -188,7 +188,7 @@ def test_internvideo2_is_exported_under_its_own_names(tmp_path):
     again = load_pretrained(tmp_path / "out")
     assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in model.named_parameters())
     config = released_config(mm_vision_tower="internvideo2", mm_hidden_size=1408)
-    assert release.architecture(config, "config.json")[0].vision_tower.depth == 40
+    assert release.parse_hf_config(config, "config.json")[0].vision_tower.depth == 40
 
 
 # Released folders -----------------------------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ def released_config(**fields) -> dict:
 
 
 def test_a_released_config_is_the_manifests_model():
-    model, size, clip_frames = release.architecture(released_config(), "config.json")
+    model, size, clip_frames = release.parse_hf_config(released_config(), "config.json")
     stage4 = load_manifest(ROOT / "manifests" / "stage4.yaml")
     assert (model, size, clip_frames) == (stage4.model, 448, 4)
     assert release.is_release(released_config(model_type="qwen2"))
-    assert not release.differs(release.Settings(model, stage4.frames, stage4.images, stage4.text, "bfloat16"))
+    assert not release.differs(release.ReleaseConfig(model, stage4.frames, stage4.images, stage4.text, "bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_released_config_is_the_manifests_model():
 )
 def test_released_configs_of_other_models_are_refused(fields, message):
     with pytest.raises(ManifestError) as error:
-        release.architecture(released_config(**fields), "here/config.json")
+        release.parse_hf_config(released_config(**fields), "here/config.json")
     assert message in str(error.value) and str(error.value).startswith("here/config.json: ")
 
 
@@ -231,7 +231,7 @@ def test_a_released_config_without_qwen2s_keys_is_refused():
     config = released_config()
     del config["vocab_size"], config["hidden_size"]
     with pytest.raises(ManifestError, match="hidden_size, vocab_size: missing"):
-        release.architecture(config, "config.json")
+        release.parse_hf_config(config, "config.json")
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]"])
@@ -250,14 +250,14 @@ def test_parts_and_runs_start_from_a_released_folder(tmp_path):
     for part in model.parts():
         given = {"vision_tower": "random", "language_model": "random", part: str(out)}
         started = build_model(other)
-        initialise(started, dataclasses.replace(other, init_from=InitFrom(**given)))
+        initialise(started, dataclasses.replace(other, init_from=InitFromConfig(**given)))
         for name, parameter in started.named_parameters():
-            same = torch.equal(parameter, wanted[published_name(name)])
+            same = torch.equal(parameter, wanted[to_hf_name(name)])
             assert same or not name.startswith(part + "."), name
             assert not same or name.startswith(part + ".") or parameter.ndim == 1, name
     larger = settings(size=192)  # positions are computed: nothing to convert
     started = build_model(larger)
-    initialise(started, dataclasses.replace(larger, init_from=InitFrom(run=str(out))))
+    initialise(started, dataclasses.replace(larger, init_from=InitFromConfig(run=str(out))))
     assert_same(published(started), wanted)
 
 
@@ -283,17 +283,17 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
     released_golden(folder / "released")
     tower, language = golden.CONFIG["vision_tower"], dict(golden.CONFIG["language_model"])
     del language["hidden_act"]
-    cfg = Model(
-        vision_tower=VisionTower(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
-        language_model=LanguageModel(**language),
+    cfg = ModelConfig(
+        vision_tower=VisionTowerConfig(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
+        language_model=LanguageModelConfig(**language),
     )
     made = settings(size=tower["size"])
     text = dataclasses.replace(made.text, max_tokens=language["max_position_embeddings"])
     made = dataclasses.replace(made, model=cfg, text=text)
     parts = dict.fromkeys(("vision_tower", "connector", "language_model"), str(folder / "released"))
     started = build_model(made)
-    initialise(started, dataclasses.replace(made, init_from=InitFrom(**parts)))
-    save(started, folder / "run" / "final", made)
+    initialise(started, dataclasses.replace(made, init_from=InitFromConfig(**parts)))
+    save_weights(started, folder / "run" / "final", made)
     export(folder / "run", folder / "exported")
     assert_same(tensors(folder / "exported"), load_file(golden.FILES / "weights.safetensors"))
     models = [started.eval(), load_pretrained(folder / "exported")]

@@ -15,7 +15,7 @@ from tests.helpers.html_page import Page
 from trainer import haystack
 from trainer.inference.generate import generate
 from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, load_pretrained, save
+from trainer.weights.load import initialise, load_pretrained, save_weights
 
 TAKES_300 = ("--set", "model.language_model.max_position_embeddings=300", "--set", "text.max_tokens=300")
 
@@ -36,7 +36,7 @@ def weights(manifest, folder) -> Path:
     initialise(model, manifest)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)
-    save(model, folder / "final", manifest)
+    save_weights(model, folder / "final", manifest)
     return folder / "final"
 
 
@@ -51,14 +51,14 @@ def test_each_cell_counts_what_the_model_answers(weights, folder, manifest, caps
     assert haystack.main(words(folder, "--html", str(folder / "page.html"))) == 0
     result = json.loads((folder / "haystack.json").read_text())
     asked = Haystack(manifest, folder / "needles.json", folder, [folder / "0.mp4"], FRAMES, DEPTHS)
-    model, end = load_pretrained(weights), asked.conversation.tokenizer.eos_token_id
+    model, end = load_pretrained(weights), asked.chat_template.tokenizer.eos_token_id
     by_key = {row["key"]: row for row in result["answers"]}
     assert len(by_key) == len(asked)
     for i in range(len(asked)):
         other = next(j for j in range(len(asked)) if asked[j].family == asked[i].family and j != i)
         for way, media_of in (("own", None), ("blind", other)):
             (tokens,) = generate(model, [asked.prompt(i, media_of)], manifest.evaluate.max_new_tokens, end)
-            said = asked.conversation.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            said = asked.chat_template.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             assert by_key[asked[i].key][way] == said
     found = {(row["frames"], row["depth"], row["method"]) for row in result["families"]}
     assert found == {(n, d, method) for n in FRAMES for d in DEPTHS for method in ("generation", "likelihood")}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.distributed.launchers import StartError, first_host, settle
+from trainer.distributed.launchers import LaunchError, first_host, setup_environment
 
 SBATCH = corpus.PROJECT / "manifests" / "slurm" / "train.sbatch"
 SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "4711"}
@@ -126,18 +126,18 @@ def test_the_first_of_slurms_nodes(nodes: str, host: str) -> None:
 
 def test_srun_gives_every_task_its_place() -> None:
     task = {**SLURM, "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
-    settle(task)
+    setup_environment(task)
     place = {"RANK": "9", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711"}
     assert task.items() >= place.items()
     alone = {**task, "CUDA_VISIBLE_DEVICES": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"}
     del alone["RANK"]
-    settle(alone)
+    setup_environment(alone)
     assert (alone["LOCAL_RANK"], alone["MASTER_ADDR"], alone["MASTER_PORT"]) == ("0", "10.0.0.1", "5")
 
 
 def test_one_task_and_no_launcher_are_one_process() -> None:
     for environment in ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}):
-        settle(environment)
+        setup_environment(environment)
         assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
 
 
@@ -149,8 +149,8 @@ def test_one_task_and_no_launcher_are_one_process() -> None:
     ],
 )
 def test_launchers_that_leave_something_open_are_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(StartError, match=message):
-        settle(environment)
+    with pytest.raises(LaunchError, match=message):
+        setup_environment(environment)
 
 
 @pytest.mark.parametrize(("ended", "status", "requeued"), [(0, 0, False), (1, 1, False), (75, 0, True)])

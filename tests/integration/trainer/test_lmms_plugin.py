@@ -20,13 +20,13 @@ from lmms_eval.api.instance import Instance  # noqa: E402
 
 from benchmarks.model import lmms_eval as lmms  # noqa: E402
 from pipeline import load_manifest  # noqa: E402
-from pipeline.config.manifest import plain  # noqa: E402
+from pipeline.config.manifest import to_dict  # noqa: E402
 from pipeline.evaluation.file_questions import FileQuestions  # noqa: E402
 from tests.helpers.corpora import training_corpus as corpus  # noqa: E402
 from trainer import evaluate  # noqa: E402
 from trainer.lmms_plugin import SimpleModel  # noqa: E402
 from trainer.model.video_llm import build_model  # noqa: E402
-from trainer.weights.load import initialise, save  # noqa: E402
+from trainer.weights.load import initialise, save_weights  # noqa: E402
 
 pytestmark = pytest.mark.peers
 OPTIONS = list(corpus.COLOURS)
@@ -68,8 +68,8 @@ def run(tmp_path_factory) -> Path:
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)
     run = Path(manifest.output)
-    save(model, run / "final", manifest)
-    (run / "manifest.yaml").write_text(yaml.safe_dump(plain(manifest)))
+    save_weights(model, run / "final", manifest)
+    (run / "manifest.yaml").write_text(yaml.safe_dump(to_dict(manifest)))
     samples = json.loads((folder / "val.json").read_text())
     (folder / "asked.json").write_text(json.dumps([{**sample, "options": OPTIONS} for sample in samples]))
     questions = FileQuestions(manifest, folder / "asked.json", folder / "media")

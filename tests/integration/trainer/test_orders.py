@@ -22,7 +22,7 @@ from tests.helpers.model.orders import KINDS, ORDERS, SETTINGS, SIDE, one_proces
 from tests.helpers.model.rows import SMALL, small_model
 from tests.helpers.paths import ROOT
 from trainer.model.parts import PARTS
-from trainer.weights.load import save
+from trainer.weights.load import save_weights
 
 MARGIN = 1e-4  #: of cosine similarities; float32 knows them to about 1e-6
 TOLERANCE = 1e-5
@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """First weights in ``start/``."""
     folder = tmp_path_factory.mktemp("orders")
-    save(small_model(size=SIDE), folder / "start" / "final", settings())
+    save_weights(small_model(size=SIDE), folder / "start" / "final", settings())
     return folder
 
 
@@ -49,7 +49,7 @@ def test_no_merging_choice_is_close(alone) -> None:
     for kind in set(KINDS) - {"text"}:
         batch = row(kind)
         with torch.no_grad():
-            units = model.vision_tower(model.pixels(batch.clips), model.pixels(batch.stills.unsqueeze(1)))
+            units = model.vision_tower(model.pixels(batch.clips), model.pixels(batch.image_tiles.unsqueeze(1)))
         for patches in (*units[0], *units[1]):
             assert len(patches) > TOKENS_PER_CLIP
             assert margin(patches.numpy(), TOKENS_PER_CLIP, SMALL.vision_tower.heads) > MARGIN

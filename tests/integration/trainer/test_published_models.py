@@ -23,7 +23,7 @@ from trainer.model import cost
 from trainer.model.video_llm import build_model
 from trainer.weights import hf_config as release
 from trainer.weights.load import read_model
-from trainer.weights.tensor_files import INDEX, WeightsError, published_name
+from trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 
 MANIFESTS = ROOT / "manifests"
 
@@ -109,7 +109,7 @@ def test_tensors_are_written_under_the_published_names(variant):
     model = build_model(manifest_of(variant), device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
     tower = tower_type(variant)
-    assert {published_name(n, tower): tuple(p.shape) for n, p in model.named_parameters()} == variant.shapes()
+    assert {to_hf_name(n, tower): tuple(p.shape) for n, p in model.named_parameters()} == variant.shapes()
 
 
 def hollow(folder: Path, shapes: Shapes) -> Path:
@@ -164,12 +164,12 @@ def test_positions_and_norms_are_transformers_own(variant):
 @each_variant
 def test_config_json_is_the_published_models(variant):
     made = manifest_of(variant)
-    settings = release.Settings(made.model, made.frames, made.images, made.text, "bfloat16")
+    settings = release.ReleaseConfig(made.model, made.frames, made.images, made.text, "bfloat16")
     assert not release.differs(settings)
     config = release.release_config(settings, {})
     assert config["mm_vision_tower"] == variant.tower
     assert config["mm_hidden_size"] == (1408 if variant.tower == "internvideo2" else 1024)
     assert {name: config[name] for name in variant.qwen} == variant.qwen
     del config["framestream"]
-    model, size, clip_frames = release.architecture(config, "config.json")
+    model, size, clip_frames = release.parse_hf_config(config, "config.json")
     assert (model, size, clip_frames) == (made.model, made.frames.size, 4)

@@ -16,7 +16,7 @@ from pipeline.config.manifest import load_manifest
 from tests.helpers.corpora import training_corpus as corpus
 from trainer.checkpoint import disk_usage as disk
 from trainer.checkpoint.save import latest
-from trainer.distributed.launchers import STATUS
+from trainer.distributed.launchers import EXIT_PREEMPTED
 
 #: different rates and decays, large enough that one in place of another would show at once, and a part that is frozen
 PARTS = (
@@ -95,7 +95,7 @@ def test_two_ranks_then_one_then_two_equal_two_all_along(
 
     one = [sys.executable, *two[two.index("-m") :]]
     status, said = leaves(one, run, 5, signal.SIGUSR1)
-    assert status == STATUS == 75
+    assert status == EXIT_PREEMPTED == 75
     assert "the number of ranks was 2, is 1; converting it" in said and "stopped by SIGUSR1" in said
 
     done, made = corpus.run(*two), load_manifest(manifest, sets)

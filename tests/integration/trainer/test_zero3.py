@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFrom
+from pipeline.config.model import InitFromConfig
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.zero3_cases import EPSILON, FILES, RATE, STARTS, cases, settings
 from tests.helpers.paths import ROOT
 from trainer.model.video_llm import VideoLLM, build_model
 from trainer.training.engine import freeze
-from trainer.weights.load import initialise, load_pretrained, save
-from trainer.weights.tensor_files import INDEX, published_name
+from trainer.weights.load import initialise, load_pretrained, save_weights
+from trainer.weights.tensor_files import INDEX, to_hf_name
 
 
 def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
@@ -45,7 +45,7 @@ def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float
 
 def write_files(model: VideoLLM, folder: Path) -> None:
     """The model's tensors as ``FILES`` names them: a released folder in shards, and the files of the three parts."""
-    tensors = {published_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
     (folder / "released").mkdir()
     (folder / "released" / "config.json").write_text("{}")
     located = {}
@@ -69,10 +69,10 @@ def folder(tmp_path_factory) -> Path:
     """Start weights, then one two-rank run of all cases."""
     folder = tmp_path_factory.mktemp("zero3")
     for start in STARTS:
-        random = settings(InitFrom(vision_tower="random", language_model="random"), start)
+        random = settings(InitFromConfig(vision_tower="random", language_model="random"), start)
         model = build_model(random)
         initialise(model, random)
-        save(model, folder / start / "final", random)
+        save_weights(model, folder / start / "final", random)
         if start == "start":
             write_files(model, folder)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -91,7 +91,7 @@ def test_two_sharded_ranks_equal_one_process(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
     made, steps = cases()[name]
     if name in FILES:
-        made = dataclasses.replace(made, init_from=InitFrom(run="start"))
+        made = dataclasses.replace(made, init_from=InitFromConfig(run="start"))
     losses, weights = one_process(made, steps)
     for rank in range(2):
         found = json.loads((folder / f"{name}-{rank}.json").read_text())

@@ -25,22 +25,22 @@ from tools.fetch.archives.member_table import (
     PLAIN,
     REFUSALS,
     ROW,
-    Member,
-    Members,
-    clean,
+    ArchiveMember,
+    MemberTable,
+    normalize_path,
     digest,
-    kept,
+    cached_table,
     make_table,
-    own_name,
-    unite,
+    stable_name,
+    merge_tables,
 )
-from tools.fetch.archives.multipart import Joined
-from tools.fetch.archives.parquet import MARK, Pictures, list_parquet
+from tools.fetch.archives.multipart import MultipartFile
+from tools.fetch.archives.parquet import MARK, ParquetImages, list_parquet
 from tools.fetch.archives.parquet_rows import ALIKE, rows_of
-from tools.fetch.archives.readahead import ReadAhead
+from tools.fetch.archives.readahead import ReadAheadFile
 from tools.fetch.archives.tar import copy, gunzip, is_tar, list_tar, list_tar_gz
 from tools.fetch.archives.zip import ends_zip, list_zip, starts_zip, unpack, zip_stream
-from tools.fetch.base import UNKNOWN, Bytes, FetchError, local_name
+from tools.fetch.base import UNKNOWN, RandomAccessFile, FetchError, local_name
 
 #: First bytes of archives that are not read, with their names.
 OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7z", b"Rar!": "RAR"}
@@ -50,7 +50,7 @@ UNIQUE = "name them by the paths they are stored with, or write them to files an
 
 
 def open_archives(
-    files: Sequence[Bytes], join: bool, inside: str, work: Path | None, limit: int, origin: str
+    files: Sequence[RandomAccessFile], join: bool, inside: str, work: Path | None, limit: int, origin: str
 ) -> Archives:
     """The files in one or many archives; of a path in several archives, the first archive's counts.
 
@@ -64,23 +64,25 @@ def open_archives(
     Raises:
         FetchError: an archive cannot be read, or is not whole so that nothing in it can be found.
     """
-    return Archives([Joined(files)] if join else files, inside, work, limit, origin)
+    return Archives([MultipartFile(files)] if join else files, inside, work, limit, origin)
 
 
 class Archives:
     """A :class:`~tools.fetch.base.Source`. Threads may share it; a copy sent to another process reads the lists of
     members from the work folder."""
 
-    def __init__(self, files: Sequence[Bytes], inside: str, work: Path | None, limit: int, origin: str) -> None:
-        folder = clean(inside) if inside.strip("/.") else ""
+    def __init__(
+        self, files: Sequence[RandomAccessFile], inside: str, work: Path | None, limit: int, origin: str
+    ) -> None:
+        folder = normalize_path(inside) if inside.strip("/.") else ""
         if folder is None:
             raise FetchError("outside_root", origin, f"{inside!r} is not a folder in an archive")
         self.origin = origin
         self._files, self._inside, self._work, self._limit = tuple(files), folder, work, limit
         self._names = [digest(file.name, file.size, file.identity) for file in self._files]
         self._indexes: dict[int, bytes] = {}  # of gzip files, if there is no work folder
-        self._pictures = Pictures(self._files, self._names, limit)
-        self._members = Members(self._table())
+        self._pictures = ParquetImages(self._files, self._names, limit)
+        self._members = MemberTable(self._table())
 
     def __reduce__(self) -> tuple:
         return Archives, (self._files, self._inside, self._work, self._limit, self.origin)
@@ -132,9 +134,9 @@ class Archives:
 
     # Members ----------------------------------------------------------------------------------------------------------
 
-    def _wanted(self, path: str, tree: bool) -> list[tuple[str, Member]]:
+    def _wanted(self, path: str, tree: bool) -> list[tuple[str, ArchiveMember]]:
         """The file, or the files directly in the folder, with their names; rows may be several of one name."""
-        if clean(path) != path:
+        if normalize_path(path) != path:
             raise FetchError("outside_root", f"{self.origin} {path!r}", "is not a path below the archives' folder")
         inner = f"{self._inside}/{path}" if self._inside else path
         if tree:
@@ -142,17 +144,19 @@ class Archives:
         member = self._members.get(inner)
         return [(path, member) for member in (rows_of(self._members, inner) if member is None else [member])]
 
-    def _place(self, member: Member) -> str:
+    def _place(self, member: ArchiveMember) -> str:
         return f"in {self._files[member.archive].name}"
 
     def _table(self) -> pa.Table:
         if len(self._files) == 1:
             return self._list(0)
-        return kept(self._work, digest(self._names), lambda: unite([self._list(n) for n in range(len(self._files))]))
+        return cached_table(
+            self._work, digest(self._names), lambda: merge_tables([self._list(n) for n in range(len(self._files))])
+        )
 
     def _list(self, number: int) -> pa.Table:
         """The members of one archive."""
-        return kept(self._work, self._names[number], lambda: self._read_list(number))
+        return cached_table(self._work, self._names[number], lambda: self._read_list(number))
 
     def _read_list(self, number: int) -> pa.Table:
         file, notes = self._files[number], []
@@ -166,7 +170,7 @@ class Archives:
 
     # Contents ---------------------------------------------------------------------------------------------------------
 
-    def _take(self, path: str, wanted: list[tuple[Path, Member]]) -> None:
+    def _take(self, path: str, wanted: list[tuple[Path, ArchiveMember]]) -> None:
         """Write members into files, in the order in which they lie in their archives."""
         wanted.sort(key=lambda item: (item[1].archive, item[1].offset))
         for number, group in groupby(wanted, key=lambda item: item[1].archive):
@@ -178,7 +182,7 @@ class Archives:
                         for piece in pieces(stream, member, f"{path} {self._place(member)}"):
                             out.write(piece)
 
-    def _take_row(self, path: str, rows: list[Member], target: Path) -> Path:
+    def _take_row(self, path: str, rows: list[ArchiveMember], target: Path) -> Path:
         """Write the picture of rows, which must be the same one in all of them, into a file."""
         if len(rows) > ALIKE:
             raise FetchError("bad_media", path, f"{len(rows)} rows of {self.origin} have this name; {UNIQUE}")
@@ -194,7 +198,7 @@ class Archives:
         return target
 
     @contextlib.contextmanager
-    def _open(self, number: int, last: Member) -> Iterator[BinaryIO]:
+    def _open(self, number: int, last: ArchiveMember) -> Iterator[BinaryIO]:
         """A stream from which members of one archive up to ``last`` are read."""
         file, method = self._files[number], last.method
         with contextlib.ExitStack() as stack:
@@ -202,7 +206,7 @@ class Archives:
                 index = stack.enter_context(self._index(number))
                 yield stack.enter_context(gunzip(file, index))
             elif method == PLAIN:
-                yield ReadAhead(file, last.offset + last.packed)
+                yield ReadAheadFile(file, last.offset + last.packed)
             else:
                 yield zip_stream(file, last)
 
@@ -212,7 +216,7 @@ class Archives:
             yield (memory := io.BytesIO())
             self._indexes[number] = memory.getvalue()
         else:
-            part = own_name(self._index_path(number))
+            part = stable_name(self._index_path(number))
             with atomic_file(part) as file:
                 yield file
             os.replace(part, self._index_path(number))
@@ -224,7 +228,7 @@ class Archives:
         return self._work / f"{self._names[number]}.gzip"
 
 
-def _kind(file: Bytes) -> str:
+def _kind(file: RandomAccessFile) -> str:
     """zip, tar, tar.gz or parquet, judged from the contents; names lie."""
     head = file.read(0, 512)
     if not head:
@@ -244,7 +248,7 @@ def _kind(file: Bytes) -> str:
         raise FetchError("not_media", file.name, "is an HTML page, not an archive; the address may need a login")
     if ends_zip(file):  # behind a program that unpacks it
         return "zip"
-    hint = "; its first part may be missing or not the first one" if isinstance(file, Joined) else ""
+    hint = "; its first part may be missing or not the first one" if isinstance(file, MultipartFile) else ""
     raise FetchError("unsupported", file.name, f"is no zip, tar or tar.gz archive and no parquet file{hint}")
 
 

@@ -44,7 +44,7 @@ REFUSALS = {
 PLAIN, GZIPPED, ROW = -1, -2, -3
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     """Where a member is; sizes in bytes."""
 
     archive: int  #: position in the list of archives
@@ -72,13 +72,13 @@ SCHEMA = pa.schema(
 )
 
 
-def clean(name: str) -> str | None:
+def normalize_path(name: str) -> str | None:
     """A member's name as a path relative to the archive, or None where it is none: empty, with ``..`` or NUL."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return None if not parts or ".." in parts or "\0" in name else "/".join(parts)
 
 
-def target_of(path: str, link: str) -> bytes | None:
+def resolve_link(path: str, link: str) -> bytes | None:
     """Key of the member that a symbolic link at ``path`` leads to, or None if it leads out of the archive."""
     parts = path.split("/")[:-1]
     for part in link.split("/"):
@@ -97,7 +97,7 @@ def key_of(path: str) -> bytes:
     return f"{folder}\0{name}".encode("utf-8", "surrogateescape")
 
 
-def make_table(members: Iterable[tuple[str, Member]], notes: list[str]) -> pa.Table:
+def make_table(members: Iterable[tuple[str, ArchiveMember]], notes: list[str]) -> pa.Table:
     """The table of one archive from (path, member) in the archive's order; of equal paths the last one counts, as
     where an archive is unpacked. ``notes`` are read after the members, and kept with the table."""
     rows = ((key_of(path), *member) for path, member in members)
@@ -111,7 +111,7 @@ def make_table(members: Iterable[tuple[str, Member]], notes: list[str]) -> pa.Ta
     return _sorted(table, last=True).replace_schema_metadata({"notes": json.dumps(notes)})
 
 
-def unite(tables: list[pa.Table]) -> pa.Table:
+def merge_tables(tables: list[pa.Table]) -> pa.Table:
     """One table of the members of several archives; of equal paths the first archive's counts."""
     numbered = []
     for number, table in enumerate(tables):
@@ -137,7 +137,7 @@ def _sorted(table: pa.Table, last: bool) -> pa.Table:
     return table
 
 
-class Members:
+class MemberTable:
     """Members by path."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -147,7 +147,7 @@ class Members:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def get(self, path: str) -> Member | None:
+    def get(self, path: str) -> ArchiveMember | None:
         """The member at ``path``, or the one that a link there leads to, or None."""
         try:
             first = member = self._find(key_of(path))
@@ -161,7 +161,7 @@ class Members:
             return first._replace(refusal="dangling")
         return member
 
-    def inside(self, folder: str) -> Iterator[tuple[str, Member]]:
+    def inside(self, folder: str) -> Iterator[tuple[str, ArchiveMember]]:
         """Name and member of everything directly in ``folder``, in the order of names."""
         try:
             prefix = key_of(f"{folder}/")
@@ -174,7 +174,7 @@ class Members:
             name, member = key[len(prefix) :].decode("utf-8", "surrogateescape"), self._member(row)
             yield name, member if member.link is None else self.get(f"{folder}/{name}" if folder else name)
 
-    def _find(self, key: bytes) -> Member | None:
+    def _find(self, key: bytes) -> ArchiveMember | None:
         row = self._row(key)
         return self._member(row) if row < len(self) and self._keys[row].as_py() == key else None
 
@@ -182,8 +182,8 @@ class Members:
         """The first row whose key is not less."""
         return bisect_left(range(len(self)), key, key=lambda row: self._keys[row].as_py())
 
-    def _member(self, row: int) -> Member:
-        return Member(*(column[row].as_py() for column in self._columns))
+    def _member(self, row: int) -> ArchiveMember:
+        return ArchiveMember(*(column[row].as_py() for column in self._columns))
 
 
 # Kept tables ----------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(json.dumps([VERSION, *facts]).encode()).hexdigest()[:32]
 
 
-def kept(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table:
+def cached_table(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table:
     """The table ``name`` in the folder ``work``, made by the first process that asks for it while others wait; made
     anew in memory where ``work`` is None."""
     if work is None:
@@ -206,13 +206,13 @@ def kept(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():
                 _remove_parts(work, name)
-                part = own_name(path)
+                part = stable_name(path)
                 write_table(part, make())
                 os.replace(part, path)
     return map_table(path)
 
 
-def own_name(path: Path) -> Path:
+def stable_name(path: Path) -> Path:
     """A name beside ``path`` that no other process on any machine uses: locks do not reach over every file system."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
 

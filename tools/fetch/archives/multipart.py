@@ -8,13 +8,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from tools.fetch.base import Bytes
+from tools.fetch.base import RandomAccessFile
 
 
-class Joined:
+class MultipartFile:
     """The :class:`~tools.fetch.base.Bytes` of parts in the order given."""
 
-    def __init__(self, parts: Sequence[Bytes]) -> None:
+    def __init__(self, parts: Sequence[RandomAccessFile]) -> None:
         if not parts:
             raise ValueError("no parts to join")
         self.parts = tuple(parts)

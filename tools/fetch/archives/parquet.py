@@ -16,12 +16,12 @@ from itertools import accumulate, islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.utils.daemon_pool import Threads
-from tools.fetch.archives.member_table import ROW, Member
+from pipeline.utils.daemon_pool import DaemonThreadPool
+from tools.fetch.archives.member_table import ROW, ArchiveMember
 from tools.fetch.archives.parquet_footer import read_directory
 from tools.fetch.archives.parquet_rows import listed
-from tools.fetch.archives.readahead import FileOf
-from tools.fetch.base import UNKNOWN, Bytes, FetchError
+from tools.fetch.archives.readahead import RangedFile
+from tools.fetch.base import UNKNOWN, RandomAccessFile, FetchError
 
 MARK = b"PAR1"  #: first and last bytes of a file
 FOOTER = 32 << 20  #: most bytes of the directory at a file's end
@@ -41,7 +41,7 @@ _DAMAGED = "the parquet file is damaged; fetch it again"
 _BROKEN = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
 
 
-def list_parquet(file: Bytes, mark: str, notes: list[str]) -> Iterator[tuple[str, Member]]:
+def list_parquet(file: RandomAccessFile, mark: str, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
     """The names of every row that has a picture, as :func:`tools.fetch.archives.parquet_rows.listed` makes them, and its member, whose
     offset is the row; what is wrong with single row groups into ``notes``.
 
@@ -50,7 +50,7 @@ def list_parquet(file: Bytes, mark: str, notes: list[str]) -> Iterator[tuple[str
     """
     table = _Table(file)
     bound, nameless = RATIO * file.size + SPARE, 0
-    with Threads(_THREADS) as threads:
+    with DaemonThreadPool(_THREADS) as threads:
         for first in range(0, table.groups, _AHEAD):
             groups = range(first, min(first + _AHEAD, table.groups))
             for group, pieces in zip(groups, threads.map(table.small_pieces, groups), strict=True):
@@ -63,7 +63,7 @@ def list_parquet(file: Bytes, mark: str, notes: list[str]) -> Iterator[tuple[str
                             text = f"its names are over {RATIO} times its size; split the file"
                             raise FetchError("too_large", file.name, text)
                         for listed_path in paths:
-                            yield listed_path, Member(0, row, UNKNOWN, 0, 0, ROW)
+                            yield listed_path, ArchiveMember(0, row, UNKNOWN, 0, 0, ROW)
                 except _BROKEN as error:
                     text = f"the names of row group {group} cannot be read ({_line(error)})"
                     notes.append(f"{file.name}: {text}; its pictures are lost; fetch it again")
@@ -71,14 +71,14 @@ def list_parquet(file: Bytes, mark: str, notes: list[str]) -> Iterator[tuple[str
         notes.append(f"{file.name}: {nameless} pictures have neither a path nor an id to be found by")
 
 
-class Pictures:
+class ParquetImages:
     """The pictures of parquet files, by file and row; threads may share it.
 
     Of the two row groups of this process that were read last, the page that is being read and 32 MiB of the pictures
     before it are kept for neighbours.
     """
 
-    def __init__(self, files: Sequence[Bytes], names: Sequence[str], limit: int) -> None:
+    def __init__(self, files: Sequence[RandomAccessFile], names: Sequence[str], limit: int) -> None:
         self._files, self._names, self._limit = files, names, limit
         self._lock = threading.Lock()  # on the next
         self._tables: OrderedDict[int, _Table] = OrderedDict()  # of the files that were read last
@@ -124,7 +124,7 @@ class _Table:
         FetchError: as :func:`list_parquet`.
     """
 
-    def __init__(self, file: Bytes) -> None:
+    def __init__(self, file: RandomAccessFile) -> None:
         self._file = file
         tail = file.read(max(file.size - _TAIL, 0), _TAIL)
         if file.size < 12 or not tail.endswith(MARK):
@@ -217,7 +217,7 @@ class _Table:
                 raise FetchError("too_large", self._file.name, text)
 
 
-def _columns(file: Bytes, schema: pa.Schema) -> tuple[str, ...]:
+def _columns(file: RandomAccessFile, schema: pa.Schema) -> tuple[str, ...]:
     """The columns that names are in."""
     found = [field.name for field in schema]
     image = schema.field("image").type if found.count("image") == 1 else None
@@ -247,10 +247,10 @@ def _texts(column: pa.Array) -> list[str | None]:
     return [None if text is None else text.decode("utf-8", "surrogateescape") for text in binary.to_pylist()]
 
 
-class _Handle(FileOf):
+class _Handle(RangedFile):
     """A file for pyarrow; what lies in ``pieces`` (bytes by offset) is not read again."""
 
-    def __init__(self, file: Bytes, pieces: dict[int, bytes]) -> None:
+    def __init__(self, file: RandomAccessFile, pieces: dict[int, bytes]) -> None:
         super().__init__(file)
         self._pieces = pieces
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-from tools.fetch.archives.member_table import Member, Members, clean
+from tools.fetch.archives.member_table import ArchiveMember, MemberTable, normalize_path
 
 ALIKE = 8  #: rows of one name that are compared; where there are more, none of them is handed out
 
@@ -41,7 +41,7 @@ def listed(path: str | None, name: str | None, mark: str, row: int) -> Iterator[
     return (f"\0{stem}/{facts}" for stem, facts in names.items())
 
 
-def rows_of(members: Members, path: str) -> list[Member]:
+def rows_of(members: MemberTable, path: str) -> list[ArchiveMember]:
     """The rows that ``path`` names, in the order of their files.
 
     The first of these that there are: rows stored with this path; with this path or ``id`` but for the extension; with
@@ -60,7 +60,7 @@ def rows_of(members: Members, path: str) -> list[Member]:
     return []
 
 
-def _named(members: Members, stem: str) -> list[tuple[str, str, Member]]:
+def _named(members: MemberTable, stem: str) -> list[tuple[str, str, ArchiveMember]]:
     """Kind of name, extension and member of the rows of a name."""
     found = []
     for facts, member in islice(members.inside(f"\0{stem}"), _LOOKED_AT):
@@ -70,7 +70,7 @@ def _named(members: Members, stem: str) -> list[tuple[str, str, Member]]:
 
 
 def _usable(name: str) -> str | None:
-    return clean(name) if len(name) <= _LONGEST else None
+    return normalize_path(name) if len(name) <= _LONGEST else None
 
 
 def _stem(name: str) -> str:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import io
 
-from tools.fetch.base import Bytes
+from tools.fetch.base import RandomAccessFile
 
 FIRST = 1 << 16  #: bytes read after a jump
 MOST = 1 << 23  #: bytes read at once, unless more are asked for
 GAP = 1 << 20  #: bytes that are rather read than jumped over
 
 
-class FileOf(io.RawIOBase):
+class RangedFile(io.RawIOBase):
     """``file`` from its start, for libraries that take files; what reads is left to others."""
 
-    def __init__(self, file: Bytes) -> None:
+    def __init__(self, file: RandomAccessFile) -> None:
         self._file, self._place = file, 0
 
     def readable(self) -> bool:
@@ -38,10 +38,10 @@ class FileOf(io.RawIOBase):
         return place
 
 
-class ReadAhead(FileOf):
+class ReadAheadFile(RangedFile):
     """``file`` from its start; nothing behind ``stop`` is read unless it is asked for."""
 
-    def __init__(self, file: Bytes, stop: int | None = None) -> None:
+    def __init__(self, file: RandomAccessFile, stop: int | None = None) -> None:
         super().__init__(file)
         self._stop = file.size if stop is None else stop
         self._size = FIRST  # of the next block

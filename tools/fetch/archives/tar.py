@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 import rapidgzip
 
-from tools.fetch.archives.member_table import GZIPPED, PLAIN, Member, clean, target_of
-from tools.fetch.archives.readahead import MOST, ReadAhead
-from tools.fetch.base import Bytes, FetchError
+from tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, normalize_path, resolve_link
+from tools.fetch.archives.readahead import MOST, ReadAheadFile
+from tools.fetch.base import RandomAccessFile, FetchError
 
 BLOCK = tarfile.BLOCKSIZE
 PIECE = 1 << 20  #: bytes handed on at once
@@ -35,12 +35,12 @@ def is_tar(head: bytes) -> bool:
     return True
 
 
-def list_tar(file: Bytes, notes: list[str]) -> Iterator[tuple[str, Member]]:
+def list_tar(file: RandomAccessFile, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
     """Path and member of every file and link, in the archive's order; what is wrong with the archive into ``notes``."""
-    return _walk(ReadAhead(file), file.name, PLAIN, notes, bound=None)
+    return _walk(ReadAheadFile(file), file.name, PLAIN, notes, bound=None)
 
 
-def list_tar_gz(file: Bytes, index: BinaryIO, notes: list[str]) -> Iterator[tuple[str, Member]]:
+def list_tar_gz(file: RandomAccessFile, index: BinaryIO, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
     """The same for a gzip file; what :func:`gunzip` needs is written into ``index``.
 
     Raises:
@@ -62,7 +62,7 @@ def list_tar_gz(file: Bytes, index: BinaryIO, notes: list[str]) -> Iterator[tupl
         stream.write_index(index)
 
 
-def _is_cut(file: Bytes) -> bool:
+def _is_cut(file: RandomAccessFile) -> bool:
     """Whether a gzip file breaks off in its first block, of which rapidgzip makes nothing and no error."""
     unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     with contextlib.suppress(zlib.error):
@@ -70,12 +70,12 @@ def _is_cut(file: Bytes) -> bool:
     return not unpacker.eof
 
 
-def gunzip(file: Bytes, index: BinaryIO) -> BinaryIO:
+def gunzip(file: RandomAccessFile, index: BinaryIO) -> BinaryIO:
     """What a gzip file unpacks to, readable at any place with the index of :func:`list_tar_gz`."""
     return _Unpacked(file, index)
 
 
-def copy(stream: BinaryIO, member: Member, place: str) -> Iterator[bytes]:
+def copy(stream: BinaryIO, member: ArchiveMember, place: str) -> Iterator[bytes]:
     """The bytes of a member, piece by piece.
 
     Raises:
@@ -94,9 +94,9 @@ def copy(stream: BinaryIO, member: Member, place: str) -> Iterator[bytes]:
 class _Unpacked(io.RawIOBase):
     """A gzip file unpacked."""
 
-    def __init__(self, file: Bytes, index: BinaryIO | None = None) -> None:
+    def __init__(self, file: RandomAccessFile, index: BinaryIO | None = None) -> None:
         self._name = file.name
-        self._stream = rapidgzip.RapidgzipFile(ReadAhead(file), parallelization=1)
+        self._stream = rapidgzip.RapidgzipFile(ReadAheadFile(file), parallelization=1)
         if index:
             self._stream.import_index(index)
 
@@ -138,8 +138,8 @@ _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError, Recursion
 
 def _walk(
     stream: BinaryIO, name: str, method: int, notes: list[str], bound: int | None
-) -> Iterator[tuple[str, Member]]:
-    held: tuple[str, Member] | None = None  # a member is handed on when what comes behind it is in order
+) -> Iterator[tuple[str, ArchiveMember]]:
+    held: tuple[str, ArchiveMember] | None = None  # a member is handed on when what comes behind it is in order
     place = 0
     stream.seek(0)
     try:
@@ -173,7 +173,7 @@ def _infos(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError("bad header" if len(block) == BLOCK else "the end is missing")
 
 
-def _ends_behind(stream: BinaryIO, member: Member) -> bool:
+def _ends_behind(stream: BinaryIO, member: ArchiveMember) -> bool:
     """Whether an archive that breaks after this member holds all of it: where it just ends, behind the member."""
     end = member.offset + member.size
     stream.seek(-(-end // BLOCK) * BLOCK)
@@ -183,16 +183,16 @@ def _ends_behind(stream: BinaryIO, member: Member) -> bool:
     return bool(stream.read(1))
 
 
-def _member(info: tarfile.TarInfo, method: int) -> tuple[str, Member] | None:
+def _member(info: tarfile.TarInfo, method: int) -> tuple[str, ArchiveMember] | None:
     """Path and member, or None for folders and for names that lead out of the archive."""
-    path = clean(info.name)
+    path = normalize_path(info.name)
     if path is None or info.isdir():
         return None
     if info.issym() or info.islnk():
-        link = target_of("", info.linkname.lstrip("/")) if info.islnk() else target_of(path, info.linkname)
-        return path, Member(0, info.offset_data, 0, 0, 0, method, "" if link else "outside", link)
+        link = resolve_link("", info.linkname.lstrip("/")) if info.islnk() else resolve_link(path, info.linkname)
+        return path, ArchiveMember(0, info.offset_data, 0, 0, 0, method, "" if link else "outside", link)
     refusal = "sparse" if info.issparse() else "" if info.isreg() else "special"
-    return path, Member(0, info.offset_data, info.size, info.size, 0, method, refusal)
+    return path, ArchiveMember(0, info.offset_data, info.size, info.size, 0, method, refusal)
 
 
 def _check_bound(name: str, place: int, bound: int) -> None:

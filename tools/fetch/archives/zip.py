@@ -17,10 +17,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from tools.fetch.archives.member_table import Member, clean, target_of
-from tools.fetch.archives.multipart import Joined
-from tools.fetch.archives.readahead import ReadAhead
-from tools.fetch.base import Bytes, FetchError
+from tools.fetch.archives.member_table import ArchiveMember, normalize_path, resolve_link
+from tools.fetch.archives.multipart import MultipartFile
+from tools.fetch.archives.readahead import ReadAheadFile
+from tools.fetch.base import RandomAccessFile, FetchError
 
 PIECE = 1 << 20  #: bytes handed on at once
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
@@ -43,14 +43,14 @@ _UTF8, _ENCRYPTED = 1 << 11, 1 << 0
 _FAT, _UNIX = 0, 3  # systems that an archive was made on
 
 
-def list_zip(file: Bytes) -> Iterator[tuple[str, Member]]:
+def list_zip(file: RandomAccessFile) -> Iterator[tuple[str, ArchiveMember]]:
     """Path and member of every file and link, in the order of the directory.
 
     Raises:
         FetchError: truncated, where the directory or parts of the archive are missing; corrupt.
     """
     directory = _find_directory(file)
-    borders = file.starts if isinstance(file, Joined) else [0]
+    borders = file.starts if isinstance(file, MultipartFile) else [0]
     links, first = 0, {}  # first: the first member that begins in each part
     for path, member, is_link in _entries(file, directory):
         part = bisect_right(borders, member.offset)
@@ -64,7 +64,7 @@ def list_zip(file: Bytes) -> Iterator[tuple[str, Member]]:
         yield path, member
     if len(first) > 1:  # parts in another order are seen before a member is asked for
         for path, member in first.values():
-            _seek_data(ReadAhead(file, member.offset), member, f"{file.name}: {path}")
+            _seek_data(ReadAheadFile(file, member.offset), member, f"{file.name}: {path}")
 
 
 def starts_zip(head: bytes) -> bool:
@@ -72,17 +72,17 @@ def starts_zip(head: bytes) -> bool:
     return head.startswith((b"PK\3\4", _END_MARK, b"PK\7\x08", b"PK00PK\3\4"))
 
 
-def ends_zip(file: Bytes) -> bool:
+def ends_zip(file: RandomAccessFile) -> bool:
     """Whether a file ends like a zip archive, whatever stands before it."""
     return _END_MARK in _tail(file)
 
 
-def zip_stream(file: Bytes, last: Member) -> ReadAhead:
+def zip_stream(file: RandomAccessFile, last: ArchiveMember) -> ReadAheadFile:
     """A stream for reading members up to ``last``, and little that lies behind it."""
-    return ReadAhead(file, last.offset + _LOCAL.size + _SLACK + last.packed)
+    return ReadAheadFile(file, last.offset + _LOCAL.size + _SLACK + last.packed)
 
 
-def unpack(stream: ReadAhead, member: Member, place: str) -> Iterator[bytes]:
+def unpack(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
     """The bytes of a member, piece by piece; never more than its directory states.
 
     Raises:
@@ -107,7 +107,7 @@ def unpack(stream: ReadAhead, member: Member, place: str) -> Iterator[bytes]:
         raise FetchError("bad_checksum", place, text)
 
 
-def _seek_data(stream: ReadAhead, member: Member, place: str) -> None:
+def _seek_data(stream: ReadAheadFile, member: ArchiveMember, place: str) -> None:
     """Set the stream to the data of a member, behind its local header."""
     stream.seek(member.offset)
     head = stream.read(_LOCAL.size)
@@ -118,7 +118,7 @@ def _seek_data(stream: ReadAhead, member: Member, place: str) -> None:
     stream.seek(member.offset + _LOCAL.size + name + extra)
 
 
-def _packed(stream: ReadAhead, member: Member, place: str) -> Iterator[bytes]:
+def _packed(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
     left = member.packed
     while left:
         chunk = stream.read(min(left, PIECE))
@@ -128,7 +128,7 @@ def _packed(stream: ReadAhead, member: Member, place: str) -> Iterator[bytes]:
         yield chunk
 
 
-def _inflated(member: Member, chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _inflated(member: ArchiveMember, chunks: Iterable[bytes]) -> Iterator[bytes]:
     if member.method == 0:
         yield from chunks
     elif member.method == 8:
@@ -169,13 +169,13 @@ class _Directory(NamedTuple):
     starts: list[int]  # offsets of the parts that it was written in
 
 
-def _tail(file: Bytes) -> bytes:
+def _tail(file: RandomAccessFile) -> bytes:
     """The end of a file, in which the end of a directory is; the directory itself lies before that."""
     size = min(_END64.size + _LOCATOR64.size + _END.size + _LONGEST_COMMENT, file.size)
     return file.read(file.size - size, size)
 
 
-def _find_directory(file: Bytes) -> _Directory:
+def _find_directory(file: RandomAccessFile) -> _Directory:
     fix = "it was cut, or its last part is missing or not the last one; fetch it again, and name all parts in order"
     tail = _tail(file)
     ends = {  # of comments
@@ -192,7 +192,7 @@ def _find_directory(file: Bytes) -> _Directory:
         if place < 0 or tail[place : place + 4] != b"PK\6\6":
             raise FetchError("corrupt", file.name, f"the end of the zip archive's directory is damaged: {fix}")
         *_, disk, first_disk, _, _, size, offset = _END64.unpack_from(tail, place)
-    starts = file.starts if disk and isinstance(file, Joined) else [0]
+    starts = file.starts if disk and isinstance(file, MultipartFile) else [0]
     if disk + 1 != len(starts):
         raise FetchError("truncated", file.name, f"the zip archive has {disk + 1} parts, here are {len(starts)}: {fix}")
     start = file.size - len(tail) + place - size
@@ -202,10 +202,10 @@ def _find_directory(file: Bytes) -> _Directory:
     return _Directory(start, size, shift, starts)
 
 
-def _entries(file: Bytes, directory: _Directory) -> Iterator[tuple[str, Member, bool]]:
+def _entries(file: RandomAccessFile, directory: _Directory) -> Iterator[tuple[str, ArchiveMember, bool]]:
     """Path, member and whether it is a symbolic link, of all but folders."""
     end = directory.start + directory.size
-    stream = ReadAhead(file, end)
+    stream = ReadAheadFile(file, end)
     stream.seek(directory.start)
     while (place := stream.tell()) < end:
         entry = stream.read(_ENTRY.size)
@@ -216,7 +216,7 @@ def _entries(file: Bytes, directory: _Directory) -> Iterator[tuple[str, Member, 
         raw, extra, _ = (stream.read(length) for length in lengths)
         system = made >> 8
         name = _name(raw, flags, system)
-        path = clean(name)
+        path = normalize_path(name)
         if path is None or name.endswith("/"):
             continue
         size, packed, offset, disk = _zip64(extra, size, packed, offset, disk)
@@ -227,7 +227,7 @@ def _entries(file: Bytes, directory: _Directory) -> Iterator[tuple[str, Member, 
         if offset + packed > directory.start or size > _LARGEST:
             refusal, offset, size, packed = "cut", 0, 0, 0
         is_link = system == _UNIX and stat.S_ISLNK(attributes >> 16)
-        yield path, Member(0, offset, size, packed, crc, method, refusal), is_link
+        yield path, ArchiveMember(0, offset, size, packed, crc, method, refusal), is_link
 
 
 def _zip64(extra: bytes, size: int, packed: int, offset: int, disk: int) -> list[int]:
@@ -253,7 +253,7 @@ def _name(raw: bytes, flags: int, system: int) -> str:
     return name.replace("\\", "/") if system == _FAT and "/" not in name else name
 
 
-def _follow(file: Bytes, path: str, member: Member) -> Member:
+def _follow(file: RandomAccessFile, path: str, member: ArchiveMember) -> ArchiveMember:
     """A symbolic link, whose data are the path that it leads to, with that path."""
     if member.size > _LONGEST_LINK:
         return member._replace(refusal="outside")
@@ -263,5 +263,5 @@ def _follow(file: Bytes, path: str, member: Member) -> Member:
         if error.reason not in ("corrupt", "truncated", "bad_checksum"):
             raise
         return member._replace(refusal="cut")
-    target = target_of(path, text.decode("utf-8", "surrogateescape"))
+    target = resolve_link(path, text.decode("utf-8", "surrogateescape"))
     return member._replace(link=target, refusal="" if target else "outside")

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 
-from pipeline.storage.headers import first_byte, total
+from pipeline.storage.headers import range_start, content_total
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.response import Facts, check, digests, read_facts
-from tools.fetch.http.retry import Again, Limits, out_of_time, persist, too_large
+from tools.fetch.http.response import RemoteFileInfo, raise_for_status, digests, read_facts
+from tools.fetch.http.retry import TransientFetchError, FetchLimits, out_of_time, with_retries, too_large
 
 REDIRECTS = 10  #: followed one after another
 KEPT_REDIRECT = 240.0  #: seconds for which ranged reads of one file go straight to where it was found
@@ -38,7 +38,7 @@ class Expected:
     digests: Mapping[str, str] = field(default_factory=dict)  #: hexadecimal, by hashlib name, or "git" for a git blob
 
 
-class Http:
+class HttpClient:
     """A client with its connections; threads may share it.
 
     Args:
@@ -46,13 +46,13 @@ class Http:
         login: what to do about a server that refuses, for the error line.
     """
 
-    def __init__(self, limits: Limits, headers: Mapping[str, str] | None = None, login: str = "") -> None:
+    def __init__(self, limits: FetchLimits, headers: Mapping[str, str] | None = None, login: str = "") -> None:
         self.limits, self._headers, self._login = limits, dict(headers or {}), login
         self._client = httpx2.Client(headers={"accept-encoding": "identity", "user-agent": "framestream"})
         self._moved: dict[str, tuple[str, float]] = {}  # where addresses redirected to, and until when that counts
         self._lock = threading.Lock()
 
-    def probe(self, url: str, place: object) -> Facts | None:
+    def probe(self, url: str, place: object) -> RemoteFileInfo | None:
         """What the server says about a file, or None if it has none. Asks for the first byte rather than by HEAD, which
         signed addresses refuse and which does not tell whether ranges work.
 
@@ -60,17 +60,19 @@ class Http:
             FetchError: unreachable, denied, timeout.
         """
 
-        def attempt(deadline: float) -> Facts:
+        def attempt(deadline: float) -> RemoteFileInfo:
             with self._open(url, {"range": "bytes=0-0"}, deadline) as response:
-                if response.status_code == 416 and (size := total(response.headers)) != UNKNOWN:  # an empty file
+                if (
+                    response.status_code == 416 and (size := content_total(response.headers)) != UNKNOWN
+                ):  # an empty file
                     return read_facts(response, size)
-                check(response, place, self._login)
+                raise_for_status(response, place, self._login)
                 if response.status_code == 206:
                     self._collect(response, 1, place, deadline)  # read to its end, so that the connection is kept
                 return read_facts(response)
 
         try:
-            return persist(attempt, place, self.limits)
+            return with_retries(attempt, place, self.limits)
         except FetchError as error:
             if error.reason == "missing_file":
                 return None
@@ -81,15 +83,17 @@ class Http:
 
         def attempt(deadline: float) -> tuple[bytes, Mapping[str, str]]:
             with self._open(url, {}, deadline) as response:
-                check(response, place, self._login)
+                raise_for_status(response, place, self._login)
                 data = self._collect(response, most, place, deadline)
                 if len(data) > most:
                     raise FetchError("too_large", place, f"the server sent more than {most} bytes")
                 return data, response.headers
 
-        return persist(attempt, place, self.limits)
+        return with_retries(attempt, place, self.limits)
 
-    def read(self, url: str, place: object, offset: int, size: int, known: Facts | None) -> tuple[bytes, Facts]:
+    def read(
+        self, url: str, place: object, offset: int, size: int, known: RemoteFileInfo | None
+    ) -> tuple[bytes, RemoteFileInfo]:
         """``size`` bytes from ``offset``, all of them within the file; and what the server says about the file, which
         must be what is ``known``.
 
@@ -97,24 +101,24 @@ class Http:
             FetchError: unsupported if the server ignores ranges, bad_checksum if the file is another one now, ...
         """
 
-        def attempt(deadline: float) -> tuple[bytes, Facts]:
+        def attempt(deadline: float) -> tuple[bytes, RemoteFileInfo]:
             wanted = {"range": f"bytes={offset}-{offset + size - 1}"}
             with self._open(url, wanted, deadline, keep=True) as response:
-                check(response, place, self._login, expect=206)
+                raise_for_status(response, place, self._login, expect=206)
                 facts = read_facts(response)
                 if known is not None and not facts.same(known):
                     raise FetchError("bad_checksum", place, "the file has changed while it was being read")
-                if first_byte(response.headers) != offset:
-                    raise Again("bad_checksum", f"the server sent another part than byte {offset}")
+                if range_start(response.headers) != offset:
+                    raise TransientFetchError("bad_checksum", f"the server sent another part than byte {offset}")
                 data = self._collect(response, size, place, deadline)
                 if len(data) < size:
-                    raise Again("bad_checksum", f"the server sent {len(data)} of {size} bytes")
+                    raise TransientFetchError("bad_checksum", f"the server sent {len(data)} of {size} bytes")
                 return data[:size], facts
 
-        return persist(attempt, place, self.limits)
+        return with_retries(attempt, place, self.limits)
 
     def download(
-        self, url: str, path: Path, place: object, expected: Expected | None = None, limits: Limits | None = None
+        self, url: str, path: Path, place: object, expected: Expected | None = None, limits: FetchLimits | None = None
     ) -> None:
         """Write a file to ``path``; its length and every checksum that is known are those of its place.
 
@@ -127,15 +131,15 @@ class Http:
             raise FetchError("too_large", place, too_large(limits, expected.size))
         with open(path, "wb") as file:
             transfer = _Transfer(file, place, expected, limits)
-            persist(lambda deadline: self._transfer(url, transfer, deadline), place, limits)
+            with_retries(lambda deadline: self._transfer(url, transfer, deadline), place, limits)
 
     def _transfer(self, url: str, transfer: _Transfer, deadline: float) -> None:
         """One try of a download."""
         with self._open(url, transfer.headers(), deadline) as response:
             if response.status_code == 416:
                 transfer.restart()
-                raise Again("bad_checksum", "the server refuses to go on from where it broke off")
-            check(response, transfer.place, self._login)
+                raise TransientFetchError("bad_checksum", "the server refuses to go on from where it broke off")
+            raise_for_status(response, transfer.place, self._login)
             transfer.begin(response)
             before = transfer.best
             try:
@@ -191,12 +195,16 @@ class Http:
             try:
                 target = str(httpx2.URL(target).join(response.headers["location"]))
             except httpx2.InvalidURL:
-                raise Again("unreachable", "the server redirects to an address that is none", retries=0) from None
+                raise TransientFetchError(
+                    "unreachable", "the server redirects to an address that is none", retries=0
+                ) from None
             schemes = urlsplit(before).scheme, urlsplit(target).scheme
             if schemes[1] not in ("http", "https") or schemes == ("https", "http"):
-                raise Again("unreachable", f"the server redirects from {schemes[0]}: to {schemes[1]}:", retries=0)
+                raise TransientFetchError(
+                    "unreachable", f"the server redirects from {schemes[0]}: to {schemes[1]}:", retries=0
+                )
             login = login and _same_server(before, target)
-        raise Again("unreachable", f"the server redirects more than {REDIRECTS} times", retries=0)
+        raise TransientFetchError("unreachable", f"the server redirects more than {REDIRECTS} times", retries=0)
 
     def _send(self, url: str, headers: Mapping[str, str], deadline: float, login: bool) -> httpx2.Response:
         """One request; TransportError if it fails."""
@@ -205,7 +213,7 @@ class Http:
         try:
             request = self._client.build_request("GET", url, headers={**own, **headers}, timeout=httpx2.Timeout(wait))
         except (httpx2.InvalidURL, ValueError):
-            raise Again("unreachable", "the address is none; correct the root map", retries=0) from None
+            raise TransientFetchError("unreachable", "the address is none; correct the root map", retries=0) from None
         return self._client.send(request, stream=True)
 
     def _collect(self, response: httpx2.Response, most: int, place: object, deadline: float) -> bytes:
@@ -223,10 +231,10 @@ class Http:
 class _Transfer:
     """A file on its way, over several tries."""
 
-    def __init__(self, file: BinaryIO, place: object, expected: Expected, limits: Limits) -> None:
+    def __init__(self, file: BinaryIO, place: object, expected: Expected, limits: FetchLimits) -> None:
         self._file, self.place, self._expected, self.limits = file, place, expected, limits
         self.best = 0  #: bytes of the best try
-        self._facts: Facts | None = None
+        self._facts: RemoteFileInfo | None = None
         self.restart()
 
     def headers(self) -> dict[str, str]:
@@ -247,9 +255,9 @@ class _Transfer:
         """Take the head of an answer: the file from its start, or the rest that was asked for."""
         facts = read_facts(response)
         if response.status_code == 206:
-            if not self._done or first_byte(response.headers) != self._done or not facts.same(self._facts):
+            if not self._done or range_start(response.headers) != self._done or not facts.same(self._facts):
                 self.restart()
-                raise Again("bad_checksum", "the file has changed while it was being fetched")
+                raise TransientFetchError("bad_checksum", "the file has changed while it was being fetched")
             return
         self.restart()
         self._facts = facts
@@ -257,7 +265,7 @@ class _Transfer:
             raise FetchError("too_large", self.place, too_large(self.limits, facts.size))
         if UNKNOWN not in (facts.size, self._expected.size) and facts.size != self._expected.size:
             message = f"the server offers {facts.size} bytes of a file of {self._expected.size}"
-            raise Again("bad_checksum", message, retries=1)
+            raise TransientFetchError("bad_checksum", message, retries=1)
         self._stated = {**digests(response), **self._expected.digests}
         self._hashes = {name: _hash(name, self._expected.size) for name in self._stated}
 
@@ -276,11 +284,13 @@ class _Transfer:
         if size not in (UNKNOWN, self._done):
             done = self._done
             self.restart()
-            raise Again("bad_checksum", f"{done} bytes have come of a file of {size}")
+            raise TransientFetchError("bad_checksum", f"{done} bytes have come of a file of {size}")
         for name, stated in self._stated.items():
             if (found := self._hashes[name].hexdigest()) != stated:
                 self.restart()
-                raise Again("bad_checksum", f"arrived with {name} {found}, its place states {stated}", retries=1)
+                raise TransientFetchError(
+                    "bad_checksum", f"arrived with {name} {found}, its place states {stated}", retries=1
+                )
         self._file.flush()
 
 
@@ -293,17 +303,17 @@ def redacted(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
-def _again(error: httpx2.TransportError, limits: Limits, progress: bool = False) -> Again:
+def _again(error: httpx2.TransportError, limits: FetchLimits, progress: bool = False) -> TransientFetchError:
     """A failed connection; its line names no address, which could hold a password."""
     if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
-        return Again("unreachable", "the address is none; correct the root map", retries=0)
+        return TransientFetchError("unreachable", "the address is none; correct the root map", retries=0)
     if isinstance(error, httpx2.TimeoutException):
-        return Again("unreachable", f"nothing came for {limits.stall:g} s", progress=progress)
+        return TransientFetchError("unreachable", f"nothing came for {limits.stall:g} s", progress=progress)
     if isinstance(error, httpx2.RemoteProtocolError) and "expected" in str(error):  # fewer than Content-Length
-        return Again("bad_checksum", "the server sent less than it said", progress=progress)
+        return TransientFetchError("bad_checksum", "the server sent less than it said", progress=progress)
     kind = "cannot connect" if isinstance(error, httpx2.ConnectError) else "the connection broke"
     text = " ".join(str(error).split()) or type(error).__name__
-    return Again("unreachable", f"{kind} ({text})", progress=progress)
+    return TransientFetchError("unreachable", f"{kind} ({text})", progress=progress)
 
 
 def _hash(name: str, size: int) -> hashlib._Hash:

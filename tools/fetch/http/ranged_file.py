@@ -7,15 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.client import Http
-from tools.fetch.http.response import Facts
+from tools.fetch.http.client import HttpClient
+from tools.fetch.http.response import RemoteFileInfo
 
 BLOCK = 64 << 10  #: bytes; requests begin and end at multiples of it
 READ_AHEAD = 4 << 20  #: most bytes asked for beyond what is read, when reading goes on where it ended
 CACHED = 8 << 20  #: bytes of blocks kept
 
 
-class HttpBytes:
+class HttpFile:
     """A file of a web server, the hub or a bucket, for reading archives (see ``tools.fetch.base.Bytes``).
 
     Neighbouring blocks that are missing come in one request. Reading forwards doubles what is asked for, up to
@@ -26,16 +26,16 @@ class HttpBytes:
         size: bytes of the file; every answer must agree.
     """
 
-    def __init__(self, http: Http, url: Callable[[], str], name: str, size: int, identity: str) -> None:
+    def __init__(self, http: HttpClient, url: Callable[[], str], name: str, size: int, identity: str) -> None:
         self.name, self.size, self.identity = name, size, identity
         self._http, self._url = http, url
-        self._known: Facts | None = None
+        self._known: RemoteFileInfo | None = None
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._next, self._ahead = -1, 0
         self._lock = threading.Lock()  # on the three above; not held while bytes are under way
 
     @classmethod
-    def open(cls, http: Http, url: str, name: str) -> HttpBytes:
+    def open(cls, http: HttpClient, url: str, name: str) -> HttpFile:
         """The file at ``url``, asked for its size.
 
         Raises:

@@ -12,16 +12,16 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from pipeline.storage.headers import asked_wait, count, total
+from pipeline.storage.headers import retry_after, parse_int, content_total
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.retry import Again
+from tools.fetch.http.retry import TransientFetchError
 
 DENIED_RETRIES = 2  #: of 403, which means no, but is how some servers say that they are busy
 ALGORITHMS = {"md5": "md5", "sha": "sha1", "sha-256": "sha256", "sha-512": "sha512"}  #: by their names in headers
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class RemoteFileInfo:
     """What a server says about a file."""
 
     size: int  #: bytes, or UNKNOWN
@@ -39,13 +39,13 @@ class Facts:
         """For If-Range: a strong ETag, or else the date; empty if a changed file could not be told."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
-    def same(self, other: Facts) -> bool:
+    def same(self, other: RemoteFileInfo) -> bool:
         """Whether both describe one file unchanged."""
         sizes = self.size == other.size or UNKNOWN in (self.size, other.size)
         return sizes and (self.etag or self.modified) == (other.etag or other.modified)
 
 
-def check(response: httpx2.Response, place: object, login: str = "", expect: int = 0) -> None:
+def raise_for_status(response: httpx2.Response, place: object, login: str = "", expect: int = 0) -> None:
     """Raise unless the answer has a body that can be used.
 
     Args:
@@ -73,19 +73,19 @@ def check(response: httpx2.Response, place: object, login: str = "", expect: int
     if status in (401, 402, 407, 451):
         raise FetchError("denied", place, refused)
     if status == 403:
-        raise Again("denied", refused, retries=DENIED_RETRIES)
+        raise TransientFetchError("denied", refused, retries=DENIED_RETRIES)
     if status in (408, 425, 429) or status >= 500:
-        raise Again("unreachable", said, wait=asked_wait(response.headers))
+        raise TransientFetchError("unreachable", said, wait=retry_after(response.headers))
     raise FetchError("unreachable", place, said)
 
 
-def read_facts(response: httpx2.Response, size: int | None = None) -> Facts:
+def read_facts(response: httpx2.Response, size: int | None = None) -> RemoteFileInfo:
     """What the headers say about the whole file (``size``, if that is known better)."""
     headers = response.headers
     if size is None:
-        size = total(headers) if response.status_code == 206 else count(headers.get("content-length", ""))
+        size = content_total(headers) if response.status_code == 206 else parse_int(headers.get("content-length", ""))
     ranges = response.status_code == 206
-    return Facts(size, headers.get("etag", ""), headers.get("last-modified", ""), ranges)
+    return RemoteFileInfo(size, headers.get("etag", ""), headers.get("last-modified", ""), ranges)
 
 
 def digests(response: httpx2.Response) -> dict[str, str]:

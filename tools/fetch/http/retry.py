@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from pipeline.config.data import Data
+from pipeline.config.data import DataConfig
 from tools.fetch.base import FetchError
 
 LONGEST_BACKOFF = 60.0  #: seconds between two tries where the server asks for none
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class FetchLimits:
     """Limits on one file; ``seconds`` counts all tries and the waits between them."""
 
     seconds: float = 1800.0
@@ -28,17 +28,17 @@ class Limits:
     backoff: float = 1.0  #: seconds; the wait before retry n is drawn evenly from 0 to backoff * 2**n
 
     @classmethod
-    def of(cls, data: Data) -> Limits:
+    def from_manifest(cls, data: DataConfig) -> FetchLimits:
         """The limits that a manifest states."""
         return cls(seconds=data.fetch_timeout, bytes=data.fetch_mb << 20)
 
-    def after(self, started: float, size: int) -> Limits:
+    def after(self, started: float, size: int) -> FetchLimits:
         """What is left for the rest of a folder, begun at ``started`` (time.monotonic()), of which ``size`` bytes
         have arrived."""
         return replace(self, seconds=self.seconds - (time.monotonic() - started), bytes=self.bytes - size)
 
 
-class Again(Exception):
+class TransientFetchError(Exception):
     """A failure that may pass. It becomes a FetchError with ``reason`` when no tries are left.
 
     Args:
@@ -54,7 +54,7 @@ class Again(Exception):
         self.reason, self.wait, self.retries, self.progress = reason, wait, retries, progress
 
 
-def persist(attempt: Callable[[float], T], place: object, limits: Limits) -> T:
+def with_retries(attempt: Callable[[float], T], place: object, limits: FetchLimits) -> T:
     """What ``attempt`` returns, called again after every :class:`Again` with exponential backoff and full jitter.
 
     ``attempt`` takes the deadline of all tries together, by time.monotonic().
@@ -67,7 +67,7 @@ def persist(attempt: Callable[[float], T], place: object, limits: Limits) -> T:
     while True:
         try:
             return attempt(deadline)
-        except Again as again:
+        except TransientFetchError as again:
             tries = 1 if again.progress else tries + 1
             left = deadline - time.monotonic()
             if left <= 0:
@@ -83,12 +83,12 @@ def persist(attempt: Callable[[float], T], place: object, limits: Limits) -> T:
         time.sleep(wait)
 
 
-def out_of_time(limits: Limits) -> str:
+def out_of_time(limits: FetchLimits) -> str:
     """The line of a time-out."""
     return f"took longer than data.fetch_timeout ({limits.seconds:g} s)"
 
 
-def too_large(limits: Limits, size: int | None = None) -> str:
+def too_large(limits: FetchLimits, size: int | None = None) -> str:
     """The line of a file of ``size`` bytes, or of one that has no end."""
     what = "sent more than" if size is None else f"has {size} bytes, more than"
     return f"{what} data.fetch_mb allows ({limits.bytes} bytes)"

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from pipeline.adapters import ShardDataset
-from pipeline.adapters.frame_selection import choose
+from pipeline.adapters.frame_selection import choose_stored_frames
 from pipeline.adapters.types import SampleError
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.shards.index import MEDIA_SCHEMA, NOMINAL, Index, ShardsError, write_index
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.media_view import MediaViews
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 
 FPS = 2.0
@@ -67,8 +67,8 @@ def test_without_a_number_each_stored_frame_is_shown_once(root):
 def test_a_shown_frame_is_off_by_half_a_gap_at_most(data, count):
     vlen = data.draw(st.integers(1, 5000))
     stored = np.array(sorted(data.draw(st.sets(st.integers(0, vlen - 1), min_size=1, max_size=600))))
-    places = choose(count, stored, vlen, 25.0, vlen / 25, 0)
-    every = choose(count, np.arange(vlen), vlen, 25.0, vlen / 25, 0)
+    places = choose_stored_frames(count, stored, vlen, 25.0, vlen / 25, 0)
+    every = choose_stored_frames(count, np.arange(vlen), vlen, 25.0, vlen / 25, 0)
     assert len(places) == len(every) == count and (np.diff(places) >= 0).all()
     off = np.abs(stored[places] - every)
     assert (off == np.abs(stored[:, None] - every).min(axis=0)).all()
@@ -86,11 +86,11 @@ def test_manifest_frames_are_those_the_trainer_is_given(root, sampler):
         frames__size=32,
         model__vision_tower__patch=4,
     )
-    visuals, dataset = Visuals(Index.open(root), made), ShardDataset(root, by="media", frames=made.frames)
+    visuals, dataset = MediaViews(Index.open(root), made), ShardDataset(root, by="media", frames=made.frames)
     for number, row in enumerate(dataset._rows.tolist()):
         (view,) = visuals.views([row])
         if view.kind == "video":
-            out = np.empty((len(view.places), 32, 32, 3), dtype=np.uint8)
+            out = np.empty((len(view.frame_indices), 32, 32, 3), dtype=np.uint8)
             visuals.read_frames(view, 0, out)
             assert np.array_equal(dataset[number].media[0].frames.numpy(), out)
 
@@ -153,7 +153,7 @@ def test_workers_read_what_this_process_reads(root, context):
 
 
 def test_it_travels_without_its_index(root):
-    dataset = ShardDataset(root, by="media", frames=Frames(sampler="middle", min=4, max=4, size=32))
+    dataset = ShardDataset(root, by="media", frames=FramesConfig(sampler="middle", min=4, max=4, size=32))
     data = pickle.dumps(dataset)
     assert len(data) < 1000
     assert all(map(same, pickle.loads(data), dataset))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pipeline.adapters import SampleError, ShardDataset, read_members
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from tests.helpers.corpora.real_root import build
 
-SMALL = Frames(sampler="dynamic_fps1", min=4, max=8, size=64)
+SMALL = FramesConfig(sampler="dynamic_fps1", min=4, max=8, size=64)
 
 
 def members_of(root, folder: str) -> dict[str, dict[str, bytes]]:
@@ -44,8 +44,8 @@ def test_frames_keep_their_aspect_where_they_are_stored_so(tmp_path):
     stored = {"sampler": "middle", "min": 4, "max": 8, "size": 112, "resize": "short_side"}
     root = build(tmp_path, frames=stored)
     found = members_of(root, "video")
-    half = Frames(**{**stored, "size": 56, "max": 4})
-    square = Frames(sampler="middle", min=4, max=4, size=56)
+    half = FramesConfig(**{**stored, "size": 56, "max": 4})
+    square = FramesConfig(sampler="middle", min=4, max=4, size=56)
     shapes = {None: (8, 112, 264, 3), half: (4, 56, 132, 3), square: (4, 56, 56, 3)}  # 640 x 272 pixels
     for frames, shape in shapes.items():
         dataset = ShardDataset(root, by="media", frames=frames)

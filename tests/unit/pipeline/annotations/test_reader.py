@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef, normalise
+from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef, normalize
 from pipeline.annotations.reader import AnnotationFileError, count_samples, read_annotations
-from pipeline.config.data import Entry
+from pipeline.config.data import EntryConfig
 
 HUMAN = {"from": "human", "value": "<image>\nDescribe."}
 GPT = {"from": "gpt", "value": "A dog."}
 
 
 def entry(**fields):
-    return Entry(annotation="set/set.json", root="media", **fields)
+    return EntryConfig(annotation="set/set.json", root="media", **fields)
 
 
 def sample(**fields):
@@ -30,7 +30,7 @@ def sample(**fields):
 
 def reason(value, placeholder="convert", **fields):
     with pytest.raises(AnnotationError) as caught:
-        normalise(value, entry(**fields), 0, placeholder)
+        normalize(value, entry(**fields), 0, placeholder)
     assert "\n" not in str(caught.value)
     return caught.value.reason
 
@@ -43,7 +43,7 @@ def values(annotation):
 
 
 def test_video():
-    found = normalise(sample(id="cap-17", video="seg_a/clip_0017.mp4"), entry(), 3)
+    found = normalize(sample(id="cap-17", video="seg_a/clip_0017.mp4"), entry(), 3)
     assert found == Annotation(
         "set", 3, "cap-17", (MediaRef("video", "media", "seg_a/clip_0017.mp4", "decord"),), (HUMAN, GPT), {}
     )
@@ -52,37 +52,37 @@ def test_video():
 
 def test_image_with_a_mark_at_the_end_and_a_numeric_id():
     turns = [{"from": "human", "value": "What is it?\n<image>"}, GPT, {"from": "human", "value": "Sure?"}, GPT]
-    found = normalise({"id": 42, "image": "train/42.jpg", "conversations": turns}, entry(), 0)
+    found = normalize({"id": 42, "image": "train/42.jpg", "conversations": turns}, entry(), 0)
     assert found.id == "42" and found.media == (MediaRef("image", "media", "train/42.jpg"),)
     assert list(found.turns) == turns
 
 
 def test_several_images_keep_their_order():
     turns = [{"from": "human", "value": "First <image> then <image>. What changed?"}, GPT]
-    found = normalise({"image": ["a/1.png", "a/2.png"], "conversations": turns}, entry(), 0)
+    found = normalize({"image": ["a/1.png", "a/2.png"], "conversations": turns}, entry(), 0)
     assert [item.path for item in found.media] == ["a/1.png", "a/2.png"] and list(found.turns) == turns
 
 
 def test_text_only_and_an_id_from_the_position():
-    found = normalise({"conversations": [{"from": "human", "value": "Hi"}, GPT]}, entry(), 7)
+    found = normalize({"conversations": [{"from": "human", "value": "Hi"}, GPT]}, entry(), 7)
     assert found.media == () and found.id == "7"
 
 
 @pytest.mark.parametrize(("start", "end"), [(12.4, 27.9), ("12.4", "27.9")])
 def test_clip_with_numbers_or_numeric_text(start, end):
-    found = normalise(sample(video="star/ABC.mp4", start=start, end=end), entry(), 0)
+    found = normalize(sample(video="star/ABC.mp4", start=start, end=end), entry(), 0)
     assert (found.media[0].start, found.media[0].end) == (12.4, 27.9) and found.meta == {}
 
 
 def test_the_samples_reader_wins_over_the_entrys():
-    assert normalise(sample(video="x1.gif", video_read_type="gif"), entry(), 0).media[0].reader == "gif"
-    folder = normalise(sample(video="tvqa/s01e02_seg03/", video_read_type="img", start=7.3, end=19), entry(), 0)
+    assert normalize(sample(video="x1.gif", video_read_type="gif"), entry(), 0).media[0].reader == "gif"
+    folder = normalize(sample(video="tvqa/s01e02_seg03/", video_read_type="img", start=7.3, end=19), entry(), 0)
     assert folder.media == (MediaRef("video", "media", "tvqa/s01e02_seg03", "img", 7.3, 19.0),)
-    assert normalise(sample(video="x.avi"), entry(reader="av"), 0).media[0].reader == "av"
+    assert normalize(sample(video="x.avi"), entry(reader="av"), 0).media[0].reader == "av"
 
 
 def test_other_fields_are_kept_as_json_can_hold_them():
-    found = normalise(sample(video="a.mp4", duration=31.2, score=math.nan, tags=("x", {"y": math.inf})), entry(), 0)
+    found = normalize(sample(video="a.mp4", duration=31.2, score=math.nan, tags=("x", {"y": math.inf})), entry(), 0)
     assert found.meta == {"duration": 31.2, "score": None, "tags": ["x", {"y": None}]}
 
 
@@ -91,30 +91,30 @@ def test_other_fields_are_kept_as_json_can_hold_them():
 def test_role_and_field_names(roles, fields):
     turns = [dict(zip(fields, (role, text), strict=True)) for role, text in zip(roles, ("q", "a"), strict=True)]
     system = dict(zip(fields, ("system", "Be brief."), strict=True))
-    found = normalise({"conversations": [system, *turns]}, entry(), 0)
+    found = normalize({"conversations": [system, *turns]}, entry(), 0)
     assert [turn["from"] for turn in found.turns] == ["system", "human", "gpt"]
 
 
 def test_image_wins_over_video():
-    found = normalise(sample(image="a.jpg", video="b.mp4"), entry(), 0)
+    found = normalize(sample(image="a.jpg", video="b.mp4"), entry(), 0)
     assert [item.kind for item in found.media] == ["image"]
 
 
 def test_video_marks_become_image_marks_or_are_refused():
     turns = [{"from": "human", "value": "<video>\nWhat?"}, GPT]
-    assert values(normalise({"video": "a.mp4", "conversations": turns}, entry(), 0))[0] == "<image>\nWhat?"
+    assert values(normalize({"video": "a.mp4", "conversations": turns}, entry(), 0))[0] == "<image>\nWhat?"
     assert reason({"video": "a.mp4", "conversations": turns}, "refuse") == "placeholder_refused"
 
 
 def test_a_missing_mark_of_one_media_item_is_put_first():
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "What?"}, GPT]
-    found = normalise({"video": "a.mp4", "conversations": turns}, entry(), 0)
+    found = normalize({"video": "a.mp4", "conversations": turns}, entry(), 0)
     assert values(found) == ["s", "<image>\nWhat?", "A dog."]
 
 
 def test_a_mark_in_an_opening_gpt_turn_is_not_counted():
     turns = [{"from": "gpt", "value": "<image>"}, HUMAN, GPT]
-    assert len(normalise({"image": "a.jpg", "conversations": turns}, entry(), 0).media) == 1
+    assert len(normalize({"image": "a.jpg", "conversations": turns}, entry(), 0).media) == 1
 
 
 # Samples that cannot be used ------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_half_a_utf16_pair_costs_its_sample_alone(tmp_path):
 @pytest.mark.parametrize(("media_type", "field"), [("text", "image"), ("image", "video"), ("video", "image")])
 def test_media_that_the_entry_does_not_allow(media_type, field):
     assert reason(sample(**{field: "a.b"}), media_type=media_type) == "wrong_media"
-    assert normalise(sample(**{field: "a.b"}), entry(media_type="mix"), 0).media
+    assert normalize(sample(**{field: "a.b"}), entry(media_type="mix"), 0).media
 
 
 @given(st.lists(st.sampled_from(["..", ".", "a", "b", ""]), min_size=1, max_size=8))
@@ -188,7 +188,7 @@ def test_a_path_that_is_taken_stays_below_its_root(parts):
     outside = path.startswith("/") or depth < 0
     if path.strip():
         try:
-            taken = normalise(sample(image=path), entry(), 0).media[0].path
+            taken = normalize(sample(image=path), entry(), 0).media[0].path
         except AnnotationError as error:
             assert error.reason == "outside_root" and (outside or lowest < 0)
         else:
@@ -225,7 +225,7 @@ FILES = ["a.json", "a.jsonl", "a.parquet", "a.json.gz", "a.jsonl.gz", "a.json.zs
 def test_every_kind_of_file_gives_the_same(tmp_path, name):
     path = write(tmp_path, name)
     assert count_samples(path) == len(SAMPLES)
-    expected = [normalise(item, entry(), position) for position, item in enumerate(SAMPLES)]
+    expected = [normalize(item, entry(), position) for position, item in enumerate(SAMPLES)]
     assert list(read_annotations(path, entry())) == expected
     assert list(read_annotations(path, entry(sampling="end:30%"))) == expected[7:]
     assert list(read_annotations(path, entry(sampling="first2:3"), limit=2)) == expected[3:5]
@@ -294,7 +294,7 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
 def test_compat_published_takes_first_turns_by_two_names_alone(tmp_path, turn, good):
     rest = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello."}]
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": [turn, *rest]}]))
-    entry = Entry(annotation="a.json")
+    entry = EntryConfig(annotation="a.json")
     (meant,) = read_annotations(tmp_path / "a.json", entry)
     (found,) = read_annotations(tmp_path / "a.json", entry, compat="published")
     assert isinstance(meant, Annotation)

@@ -6,13 +6,13 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.annotations.surrogates import NO_CHARACTER, PairedEscapes
+from pipeline.annotations.surrogates import REPLACEMENT, SurrogateFilter
 
 PIECES = st.sampled_from(["\ud83d", "\ude00", "😀", "\\", "\\ud83d", '"', "\n", "u", "d83d", "é", "x" * 7])
 
 
 def read(text: bytes, head: int, size: int) -> str:
-    file = PairedEscapes(text[:head], io.BytesIO(text[head:]))
+    file = SurrogateFilter(text[:head], io.BytesIO(text[head:]))
     assert file.read(0) == b""
     return b"".join(iter(lambda: file.read(size), b"")).decode()
 
@@ -23,7 +23,7 @@ def test_only_halves_change_wherever_reads_end(texts, head, size, upper):
     if upper:
         written = written.replace("\\ud", "\\uD")
     halves = "".join(map(chr, range(0xD800, 0xE000)))
-    expected = [text.translate(dict.fromkeys(map(ord, halves), NO_CHARACTER)) for text in json.loads(written)]
+    expected = [text.translate(dict.fromkeys(map(ord, halves), REPLACEMENT)) for text in json.loads(written)]
     assert json.loads(read(written.encode(), head, size)) == expected
 
 

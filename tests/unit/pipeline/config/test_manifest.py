@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.manifest import Manifest, ManifestError, load_manifest, plain
-from pipeline.config.schema import build, merge, override
+from pipeline.config.manifest import Manifest, ManifestError, load_manifest, to_dict
+from pipeline.config.schema import from_dict, merge_mappings, apply_override
 
 SMALL = {
     "stage": 2,
@@ -69,7 +69,7 @@ def test_drop_path_of_internvideo2_is_the_published_one(tmp_path):
 
 def test_printed_manifest_reads_back_the_same(tmp_path):
     manifest = load_manifest(write(tmp_path, SMALL))
-    printed = yaml.safe_dump(plain(manifest))
+    printed = yaml.safe_dump(to_dict(manifest))
     assert load_manifest(write(tmp_path, printed, "again.yaml")) == manifest
     with pytest.raises(dataclasses.FrozenInstanceError):
         manifest.stage = 3
@@ -268,14 +268,14 @@ mappings = st.recursive(
 @given(mappings, mappings, mappings)
 def test_merge_is_associative_and_keeps_its_inputs(a, b, c):
     before = copy.deepcopy((a, b, c))
-    assert merge(merge(a, b), c) == merge(a, merge(b, c))
-    assert merge(a, {}) == merge({}, a) == a
+    assert merge_mappings(merge_mappings(a, b), c) == merge_mappings(a, merge_mappings(b, c))
+    assert merge_mappings(a, {}) == merge_mappings({}, a) == a
     assert (a, b, c) == before
 
 
 @given(mappings, st.lists(st.sampled_from("abcd"), min_size=1, max_size=4), st.integers())
 def test_override_sets_exactly_that_field(value, path, number):
-    changed = override(value, f"{'.'.join(path)}={number}")
+    changed = apply_override(value, f"{'.'.join(path)}={number}")
     item = changed
     for name in path:
         item = item[name]
@@ -286,5 +286,5 @@ def test_override_sets_exactly_that_field(value, path, number):
 @given(st.dictionaries(st.text(max_size=8), st.recursive(st.none() | st.integers() | st.text(), st.lists)))
 def test_any_mapping_is_refused_in_one_line_and_never_crashes(value):
     with pytest.raises(ManifestError) as caught:
-        build(Manifest, value, "m.yaml: ")
+        from_dict(Manifest, value, "m.yaml: ")
     assert len(str(caught.value).splitlines()) == 1

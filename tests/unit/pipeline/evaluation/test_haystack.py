@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.manifest import Manifest
-from pipeline.evaluation.haystack import Cell, Haystack
+from pipeline.evaluation.haystack import HaystackCell, Haystack
 from pipeline.media.errors import MediaError
 from pipeline.shards.index import ShardsError
 from tests.helpers.corpora.needles import DEPTHS, FRAMES, make
@@ -32,13 +32,13 @@ def asked(manifest: Manifest, folder: Path, videos: tuple[str, ...] = ("0.mp4", 
 
 def test_every_needle_is_asked_in_every_cell(manifest, folder):
     haystack = asked(manifest, folder)
-    cells = {Cell(count, depth) for count in FRAMES for depth in DEPTHS}
+    cells = {HaystackCell(count, depth) for count in FRAMES for depth in DEPTHS}
     assert set(haystack.cells.values()) == cells and len(haystack) == 2 * len(cells)
     found = {(haystack[i].family, haystack[i].answer) for i in range(len(haystack))}
     assert found == {(cell.name, answer) for cell in cells for answer in ("red", "blue")}
     assert len({haystack[i].key for i in range(len(haystack))}) == len(haystack)
     assert haystack[0].options == ["red", "blue"]
-    outside, several = haystack.refused
+    outside, several = haystack.rejected
     assert "needles.json: sample 3: " in outside and "needles are questions about one picture" in several
 
 
@@ -59,11 +59,11 @@ def test_the_needle_replaces_one_frame_and_no_other(manifest, folder):
 def test_frames_and_words_are_those_of_the_sampler(manifest, folder):
     haystack = asked(manifest, folder, ("0.mp4",))
     row = haystack.prompt(len(haystack) - 1)
-    said = haystack.conversation.tokenizer.decode([token for token in row.input_ids.tolist() if token >= 0])
+    said = haystack.chat_template.tokenizer.decode([token for token in row.input_ids.tolist() if token >= 0])
     places = ((np.linspace(0, 32, 17).astype(int)[:-1] + np.linspace(0, 32, 17).astype(int)[1:] - 1) // 2) / 4
     seconds = ", ".join(f"{float(second)}" for second in np.around(places, 1))
     assert f"The video lasts for 8.00 seconds, and 16 frames are uniformly sampled at {seconds} seconds." in said
-    assert haystack.length(len(haystack) - 1) == row.tokens
+    assert haystack.prompt_length(len(haystack) - 1) == row.tokens
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from pipeline import Questions, load_manifest
 from pipeline.shards.index import ShardsError
 from pipeline.tokenization.chat_template import load_tokenizer
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest, mixed_root, turns
 
 
@@ -23,10 +23,10 @@ def root(tmp_path_factory) -> Path:
 
 def text(made, ids) -> str:
     """The prompt's text with every run of visual tokens as one mark."""
-    ids = [i for i, before in zip(ids, [0, *ids[:-1]], strict=True) if not i == before == IMAGE]
+    ids = [i for i, before in zip(ids, [0, *ids[:-1]], strict=True) if not i == before == IMAGE_TOKEN_INDEX]
     pieces, tokenizer = [[]], load_tokenizer(made.text.tokenizer)
     for i in ids:
-        pieces.append([]) if i == IMAGE else pieces[-1].append(i)
+        pieces.append([]) if i == IMAGE_TOKEN_INDEX else pieces[-1].append(i)
     return "<image>".join(tokenizer.decode(piece) for piece in pieces)
 
 
@@ -46,7 +46,7 @@ def test_prompts_end_where_the_answer_begins(root):
         assert questions[i].answer == f"It is {i}." and questions[i].text == f"Which is it, {i}?"
         assert questions[i].family == ("count" if i % 2 else "held out")
         assert questions[i].meta == ({"family": "count"} if i % 2 else {})
-        assert (batch.labels == IGNORE).all() and batch.clips.shape == (2, 4, SIZE, SIZE, 3)
+        assert (batch.labels == IGNORE_INDEX).all() and batch.clips.shape == (2, 4, SIZE, SIZE, 3)
         assert batch.keys == [questions[i].key] and batch.groups == 1 and batch.last
         assert len(batch.input_ids) == questions.length(i)
         assert batch.visual_index.tolist() == list(range(128))

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.html.svg import Bar, Bin, Line, bar_chart, compact, duration, histogram, line_chart, thin, ticks
+from pipeline.html.svg import (
+    Bar,
+    Bin,
+    Line,
+    bar_chart,
+    format_number,
+    format_duration,
+    histogram,
+    line_chart,
+    downsample,
+    ticks,
+)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -38,7 +49,7 @@ def test_bars_are_as_long_as_their_values():
 
 
 def test_numbers_in_few_characters():
-    assert [compact(v) for v in (0, 0.25, 12, 3400, 1e-3, 2.5e-4, 1.2e9)] == [
+    assert [format_number(v) for v in (0, 0.25, 12, 3400, 1e-3, 2.5e-4, 1.2e9)] == [
         "0",
         "0.25",
         "12",
@@ -47,8 +58,13 @@ def test_numbers_in_few_characters():
         "2.5e-4",
         "1.2G",
     ]
-    assert [duration(s) for s in (3.21, 245, 7380, 4e6)] == ["3.2 s", "4 min 05 s", "2 h 03 min", "1,111 h 06 min"]
-    assert thin([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
+    assert [format_duration(s) for s in (3.21, 245, 7380, 4e6)] == [
+        "3.2 s",
+        "4 min 05 s",
+        "2 h 03 min",
+        "1,111 h 06 min",
+    ]
+    assert downsample([1.0, 3.0, 5.0, 7.0], 2) == [2.0, 6.0]
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=40))

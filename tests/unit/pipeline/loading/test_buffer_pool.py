@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.loading import buffer_pool as buffers
-from pipeline.loading.buffer_pool import LEAST, Pool
+from pipeline.loading.buffer_pool import LEAST, BufferPool
 
 #: What a consumer may keep of an array: each refers to the same memory in another way.
 HOLDS = {
@@ -39,24 +39,24 @@ def content(held) -> set[int]:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("how", HOLDS)
 def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
-    pool = Pool(8 * LEAST, shared)
-    array, first = pool.take(4096)
+    pool = BufferPool(8 * LEAST, shared)
+    array, first = pool.acquire(4096)
     array[:] = 7
     held = HOLDS[how](array)
     del array
     gc.collect()
-    pool.hand_on(first)
+    pool.release(first)
     for _ in range(3):
-        other, second = pool.take(4096)
+        other, second = pool.acquire(4096)
         assert second is not first
         other[:] = 9
     assert [int(value) for value in held][:3] == [7] * 3 if how == "iterator" else content(held) == {7}
     del held, other
     gc.collect()
-    assert pool.lent == 0
+    assert pool.in_use == 0
     assert first.number in pool.numbers
     count = len(pool.numbers)
-    taken = [pool.take(4096) for _ in range(count)]  # all are used again, and no other
+    taken = [pool.acquire(4096) for _ in range(count)]  # all are used again, and no other
     assert {buffer.number for _, buffer in taken} == pool.numbers and len(pool.numbers) == count
 
 
@@ -68,13 +68,13 @@ def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
     steps=st.lists(st.sampled_from(["take", "take", "hand on", "drop", "forget"]), min_size=10, max_size=60),
 )
 def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps):
-    draw, pool = random.Random(seed), Pool(bound * LEAST, shared)
+    draw, pool = random.Random(seed), BufferPool(bound * LEAST, shared)
     ahead, handed, stamp = [], [], 0
     largest = 0
     for step in steps:
         if step == "take":
             size = draw.choice([0, 1, 1000, LEAST, LEAST + 1, 3 * LEAST, draw.randrange(5 * LEAST)])
-            lent = pool.take(size)
+            lent = pool.acquire(size)
             assert lent is not None or ahead, "with nothing ahead there is always room"
             if lent:
                 array, buffer = lent
@@ -86,11 +86,11 @@ def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps)
                 del array, lent, buffer
         elif step == "hand on" and ahead:
             handed.append(ahead.pop(0))
-            pool.hand_on(handed[-1][1])
+            pool.release(handed[-1][1])
         elif step == "drop" and handed:
             del handed[draw.randrange(len(handed))]
         elif step == "forget" and ahead:
-            pool.forget(ahead[0][1])
+            pool.discard(ahead[0][1])
             handed.append(ahead.pop(0))
         held = sum(len(buffer.memory) for _, buffer, _ in handed if buffer.number in pool.numbers)
         assert pool.nbytes - held <= max(bound * LEAST, largest) + 2 * largest
@@ -99,16 +99,16 @@ def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps)
 
 
 def test_a_forgotten_buffer_is_not_lent_again():
-    pool = Pool(4 * LEAST, True)
-    array, bad = pool.take(10)
-    pool.forget(bad)
+    pool = BufferPool(4 * LEAST, True)
+    array, bad = pool.acquire(10)
+    pool.discard(bad)
     del array
     gc.collect()
-    assert pool.take(10)[1].number != bad.number and bad.number not in pool.numbers
+    assert pool.acquire(10)[1].number != bad.number and bad.number not in pool.numbers
 
 
 def test_another_mapping_of_a_shared_buffer_sees_its_pixels():
-    array, buffer = Pool(LEAST, True).take(100)
+    array, buffer = BufferPool(LEAST, True).acquire(100)
     array[:] = 3
     with mmap.mmap(buffer.descriptor, 0) as other:
         assert other[:100] == bytes([3]) * 100
@@ -119,12 +119,12 @@ def test_another_mapping_of_a_shared_buffer_sees_its_pixels():
 def test_few_files_are_open_and_none_after(monkeypatch):
     monkeypatch.setattr(buffers, "MOST_FREE", 5)
     before = len(os.listdir("/proc/self/fd"))
-    pool = Pool(100 * LEAST, True)
-    arrays = [pool.take(10) for _ in range(20)]
+    pool = BufferPool(100 * LEAST, True)
+    arrays = [pool.acquire(10) for _ in range(20)]
     del arrays
     gc.collect()
-    assert pool.lent == 0 and len(pool.numbers) == 5
-    held = pool.take(10)[0]
+    assert pool.in_use == 0 and len(pool.numbers) == 5
+    held = pool.acquire(10)[0]
     del pool
     gc.collect()
     held[:] = 1  # outlives its pool

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from pipeline import build_loader
-from pipeline.annotations.normalize import AnnotationError, normalise
-from pipeline.config.data import Entry
+from pipeline.annotations.normalize import AnnotationError, normalize
+from pipeline.config.data import EntryConfig
 from pipeline.config.manifest import ManifestError
 from pipeline.config.model import TOKENS_PER_TILE
-from pipeline.config.preprocessing import Text
+from pipeline.config.preprocessing import TextConfig
 from pipeline.loading.batch import Batch
 from pipeline.media.sampling import check_count
 from pipeline.shards.index import ShardsError
-from pipeline.tokenization.chat_template import Conversation
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.tokenization.chat_template import ChatTemplate
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.small_root import Root, manifest, turns
 from tests.helpers.golden_data import json_file
 from tests.helpers.model.golden_tokens import FOLDER, ROWS, encode
@@ -35,19 +35,19 @@ NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 
 def text(row: list[int], length: int) -> list[int]:
     """A golden row less its right padding; a mark's label is IGNORE with us from the start."""
-    return [IGNORE if value == IMAGE else value for value in row[:length]]
+    return [IGNORE_INDEX if value == IMAGE_TOKEN_INDEX else value for value in row[:length]]
 
 
 @pytest.mark.parametrize("rows", COLLATED)
 def test_golden_collate(rows):
-    limit, pad = rows["model_max_length"], Conversation(Text(tokenizer=str(FOLDER))).tokenizer.pad_token_id
+    limit, pad = rows["model_max_length"], ChatTemplate(TextConfig(tokenizer=str(FOLDER))).tokenizer.pad_token_id
     assert len(rows["image_sizes"]) == len(rows["modalities"]) == len(rows["cases"])  # handed through, one a row
     for number, case in enumerate(rows["cases"]):
         ids, labels = (values[:limit] for values in encode(ENCODED[case], ENCODED[case]["conversation"]))
         theirs, width = rows["input_ids"][number], len(rows["input_ids"][0])
         assert ids.tolist() == theirs[: len(ids)] and theirs[len(ids) :] == [pad] * (width - len(ids)), case
         assert labels.tolist() == text(rows["labels"][number], len(ids)), case
-        assert rows["labels"][number][len(ids) :] == [IGNORE] * (width - len(ids)), case
+        assert rows["labels"][number][len(ids) :] == [IGNORE_INDEX] * (width - len(ids)), case
         assert rows["attention_mask"][number] == [int(token != pad) for token in theirs], case
 
 
@@ -64,7 +64,7 @@ def test_golden_collate_packed(tmp_path, rows):
         key = made.dialogues[made.dialogue(row["conversation"])]["key"]
         length = min(len(row["input_ids"]), rows["model_max_length"])
         assert mask[length:] == [0] * (len(mask) - length)  # what is left is text, whatever the mask says of it
-        wanted[key] = ids[:length], [IGNORE, *text(labels, length)[1:]]
+        wanted[key] = ids[:length], [IGNORE_INDEX, *text(labels, length)[1:]]
     settings = {"text__tokenizer": str(FOLDER), "text__max_tokens": rows["model_max_length"]}
     loader = build_loader(manifest(made.write(), batching={"global_batch": 99, "row_multiple": 1}, **settings))
     batches = [batch for batch in loader if batch.keys]
@@ -74,7 +74,7 @@ def test_golden_collate_packed(tmp_path, rows):
         assert batch.input_ids.tolist() == ids and batch.labels.tolist() == labels
         assert batch.position_ids.tolist() == [place for key in batch.keys for place in range(len(wanted[key][0]))]
         assert np.diff(batch.cu_seqlens).tolist() == [len(wanted[key][0]) for key in batch.keys]
-        assert ((batch.token_weight > 0) == (batch.labels != IGNORE)).all()
+        assert ((batch.token_weight > 0) == (batch.labels != IGNORE_INDEX)).all()
 
 
 def test_a_row_has_no_mask_that_could_hide_text():
@@ -104,7 +104,7 @@ def test_golden_odd_inputs_no_whole_clips(tmp_path, odd):
     for sampler in ("middle", "dynamic_fps1", "rand", "fps1", "fps2", "fps30"):
         (row,) = (row for row in build_loader(manifest(folder, frames__sampler=sampler, frames__min=4)) if row.keys)
         assert row.clips.shape[0] >= 1 and row.clips.shape[1] == 4
-        assert int((row.input_ids == IMAGE).sum()) == 64 * len(row.clips)
+        assert int((row.input_ids == IMAGE_TOKEN_INDEX).sum()) == 64 * len(row.clips)
 
 
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=odd["what"]) for odd in ODD if "rows_out" in odd])
@@ -121,7 +121,7 @@ def test_golden_odd_inputs_no_row_is_dropped(tmp_path, odd):
     kinds = ["image"] * odd["rows_out"]
     asked = turns("<image>" * count, "This.")
     with pytest.raises(ValueError, match=f"{count} <image> marks are left for {odd['rows_out']} media"):
-        Conversation(manifest(tmp_path).text).encode(asked, kinds, [""] * len(kinds))
+        ChatTemplate(manifest(tmp_path).text).encode(asked, kinds, [""] * len(kinds))
 
 
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=odd["what"]) for odd in ODD if "length_out" in odd])
@@ -131,7 +131,7 @@ def test_golden_odd_inputs_no_medium_is_repeated(tmp_path, odd):
     assert odd["second_place_repeats_first"] and 0 <= odd["length_out"] - count * TOKENS_PER_TILE < TOKENS_PER_TILE
     conversation = turns("<image>" * count, "This.")
     with pytest.raises(AnnotationError, match=f"{count} <image> or <video> marks for 1 media") as refused:
-        normalise({"image": ["a.png"], "conversations": conversation}, Entry(annotation="a.json"), 0)
+        normalize({"image": ["a.png"], "conversations": conversation}, EntryConfig(annotation="a.json"), 0)
     assert refused.value.reason == "placeholder_mismatch"
     made = Root(tmp_path)
     made.dialogue(conversation, [made.still(20, 20)])
@@ -140,4 +140,4 @@ def test_golden_odd_inputs_no_medium_is_repeated(tmp_path, odd):
     made = Root(tmp_path / "enough")
     made.dialogue(conversation, [made.still(20, 20) for _ in range(count)])
     (row,) = (row for row in build_loader(manifest(made.write())) if row.keys)
-    assert int((row.input_ids == IMAGE).sum()) == count * TOKENS_PER_TILE
+    assert int((row.input_ids == IMAGE_TOKEN_INDEX).sum()) == count * TOKENS_PER_TILE

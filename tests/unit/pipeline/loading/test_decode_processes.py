@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from pipeline import build_loader
-from pipeline.config.manifest import plain
+from pipeline.config.manifest import to_dict
 from pipeline.loading import decode_processes as processes
-from pipeline.loading.decode_processes import WorkerError
+from pipeline.loading.decode_processes import DecodeWorkerError
 from pipeline.shards.index import Index
 from tests.helpers.corpora.damage import same, spoil
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
@@ -89,7 +89,9 @@ def test_a_killed_worker_ends_the_run_with_its_name(root, name):
     next(stream)
     victim, other = workers(os.getpid())
     os.kill(victim, getattr(signal, name))
-    with pytest.raises(WorkerError, match=rf"^decoding worker \d of 2 \(process {victim}\) was ended by {name}, "):
+    with pytest.raises(
+        DecodeWorkerError, match=rf"^decoding worker \d of 2 \(process {victim}\) was ended by {name}, "
+    ):
         list(stream)
     assert gone(other)
 
@@ -100,7 +102,7 @@ def test_a_worker_that_says_nothing_is_given_up(root, monkeypatch):
     next(stream)
     (victim,) = workers(os.getpid())
     os.kill(victim, signal.SIGSTOP)
-    with pytest.raises(WorkerError, match=rf"process {victim}\) has said nothing for 3 s"):
+    with pytest.raises(DecodeWorkerError, match=rf"process {victim}\) has said nothing for 3 s"):
         list(stream)
     assert gone(victim)
 
@@ -108,7 +110,7 @@ def test_a_worker_that_says_nothing_is_given_up(root, monkeypatch):
 def test_a_worker_that_cannot_begin_says_why(root, monkeypatch):
     loader = build_loader(manifest(root, loader__workers=1))
     object.__setattr__(loader._plan.manifest, "shards", "elsewhere")
-    with pytest.raises(WorkerError, match=r"worker 1 of 1 .* failed: elsewhere/stage2: no finished shards here"):
+    with pytest.raises(DecodeWorkerError, match=r"worker 1 of 1 .* failed: elsewhere/stage2: no finished shards here"):
         list(loader)
 
 
@@ -122,7 +124,7 @@ def test_workers_end_with_the_iterator(root):
 
 def test_workers_end_with_a_parent_that_is_killed(root, tmp_path):
     path = tmp_path / "m.yaml"
-    path.write_text(yaml.safe_dump(plain(manifest(root, loader__workers=2, loader__prefetch_mb=1))))
+    path.write_text(yaml.safe_dump(to_dict(manifest(root, loader__workers=2, loader__prefetch_mb=1))))
     code = (
         "import sys, time; from pipeline import build_loader, load_manifest\n"
         "stream = iter(build_loader(load_manifest(sys.argv[1]))); next(stream); print('ready', flush=True)\n"

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.loading import decode_threads as decoders
-from pipeline.loading.decode_threads import CHUNK, Item, Task, Threads, tasks_of
-from pipeline.shards.media_view import View
+from pipeline.loading.decode_threads import CHUNK, DecodeItem, DecodeTask, ThreadDecoder, split_tasks
+from pipeline.shards.media_view import MediaView
 
 
 class Numbers:
@@ -22,40 +22,40 @@ class Numbers:
     def __init__(self, bad: tuple[int, ...] = (), stuck: tuple[int, ...] = ()) -> None:
         self.bad, self.stuck, self.go = bad, stuck, threading.Event()
 
-    def read_frames(self, view: View, start: int, out: np.ndarray) -> None:
+    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
         if view.row in self.stuck:
             self.go.wait(60)
         if view.row in self.bad:
             raise ValueError("is\nbad")
-        out[:] = view.places[start : start + len(out), None, None, None]
+        out[:] = view.frame_indices[start : start + len(out), None, None, None]
 
-    def read_still(self, view: View, out: np.ndarray) -> None:
+    def read_still(self, view: MediaView, out: np.ndarray) -> None:
         self.read_frames(view, 0, out)
 
-    def where(self, view: View) -> str:
+    def where(self, view: MediaView) -> str:
         return f"medium {view.row}"
 
 
-def items(*counts: int) -> list[Item]:
+def items(*counts: int) -> list[DecodeItem]:
     """Videos of some frames, or a still of -n tiles; picture k is k."""
     made, at = [], 0
     for row, count in enumerate(counts):
         kind = "video" if count > 0 else "image"
         places = np.arange(at, at + abs(count))
-        made.append(Item(View(row, kind, places, "", 0, 0), 0, at, abs(count), row))
+        made.append(DecodeItem(MediaView(row, kind, places, "", 0, 0), 0, at, abs(count), row))
         at += abs(count)
     return made
 
 
-def decoded(threads: Threads, made: list[Item]) -> tuple[np.ndarray, list[Task]]:
+def decoded(threads: ThreadDecoder, made: list[DecodeItem]) -> tuple[np.ndarray, list[DecodeTask]]:
     pictures = np.full((sum(item.count for item in made), 1, 1, 1), 255, dtype=np.uint8)
-    done: queue.Queue[Task] = queue.Queue()
-    tasks = tasks_of(made, pictures, None, done.put)
+    done: queue.Queue[DecodeTask] = queue.Queue()
+    tasks = split_tasks(made, pictures, None, done.put)
     for task in tasks:
-        threads.give(task)
+        threads.submit(task)
     ended = 0
     while ended < len(tasks):
-        threads.check()
+        threads.raise_if_failed()
         try:
             done.get(timeout=0.05)
             ended += 1
@@ -68,7 +68,7 @@ def decoded(threads: Threads, made: list[Item]) -> tuple[np.ndarray, list[Task]]
 @given(st.lists(st.integers(1, 100) | st.integers(-80, -1), max_size=12))
 def test_tasks_hold_every_picture_once_and_small_media_together(counts):
     made = items(*counts)
-    tasks = tasks_of(made, np.empty((0, 1, 1, 1)), None, print)
+    tasks = split_tasks(made, np.empty((0, 1, 1, 1)), None, print)
     parts = [item for task in tasks for item in task.items]
     assert [p for item in parts for p in range(item.at, item.at + item.count)] == list(range(sum(map(abs, counts))))
     assert all(part.at - part.start == made[part.dialogue].at for part in parts)
@@ -81,7 +81,7 @@ def test_tasks_hold_every_picture_once_and_small_media_together(counts):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_item_that_cannot_be_read_fails_alone(count):
-    threads = Threads(Numbers(bad=(1,)), count, 60)
+    threads = ThreadDecoder(Numbers(bad=(1,)), count, 60)
     pictures, tasks = decoded(threads, items(40, 5, -2, 7))
     threads.close()
     wanted = np.arange(54)
@@ -94,7 +94,7 @@ def test_an_item_that_cannot_be_read_fails_alone(count):
 def test_a_stuck_read_is_given_up_and_the_rest_is_read(monkeypatch):
     monkeypatch.setattr(decoders, "GRACE", 0.2)
     source = Numbers(stuck=(0, 2))
-    threads = Threads(source, 1, 0.2)
+    threads = ThreadDecoder(source, 1, 0.2)
     pictures, tasks = decoded(threads, items(3, 4, -2, 7))
     assert pictures.tolist() == [255] * 3 + [3, 4, 5, 6] + [255] * 2 + list(range(9, 16))
     assert tasks[0].failed == {
@@ -116,7 +116,7 @@ def test_a_stuck_read_is_given_up_and_the_rest_is_read(monkeypatch):
 def test_a_fault_of_the_program_is_kept(monkeypatch):
     source = Numbers()
     monkeypatch.setattr(source, "read_frames", lambda *_: 1 / 0)
-    threads = Threads(source, 2, 60)
+    threads = ThreadDecoder(source, 2, 60)
     _, tasks = decoded(threads, items(3, 3))
     threads.close()
     assert isinstance(tasks[0].error, ZeroDivisionError)

@@ -21,18 +21,18 @@ from pipeline import build_loader
 from pipeline.config.loading import ORDERS
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.loading import pending_row as reading
-from pipeline.loading.buffer_pool import LEAST, Pool
+from pipeline.loading.buffer_pool import LEAST, BufferPool
 from pipeline.loading.loader import Loader, StateError, UnreadableError
-from pipeline.loading.pending_row import Row
+from pipeline.loading.pending_row import PendingRow
 from pipeline.media.sampling import sample_indices, time_message
-from pipeline.media.tiling import best_grid, tiles
-from pipeline.planning.dataset import open_corpus
-from pipeline.planning.epoch_plan import Plan
-from pipeline.planning.summary import contents
+from pipeline.media.tiling import best_grid, split_into_tiles
+from pipeline.planning.dataset import open_dataset
+from pipeline.planning.epoch_plan import EpochPlan
+from pipeline.planning.summary import summarize_epoch
 from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import Visuals
-from pipeline.tokenization.chat_template import Conversation
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.shards.media_view import MediaViews
+from pipeline.tokenization.chat_template import ChatTemplate
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.damage import same, spoil
 from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest, mixed_root, turns
 
@@ -52,7 +52,7 @@ def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
     """
     index = Index.open(made.shard_root)
     dialogues = {d["key"]: d for d in index.dialogues.to_pylist()}
-    conversation = Conversation(made.text)
+    conversation = ChatTemplate(made.text)
     out = {name: [] for name in ("ids", "labels", "positions", "weights", "visual", "edges", "clips", "stills")}
     out["edges"].append(0)
     for key in keys:
@@ -76,22 +76,22 @@ def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
             expansions.append([("clip", first + c, t) for c in range(len(numbers) // 4) for t in range(64)])
         turns = json.loads(dialogue["conversations"])
         ids, labels = conversation.encode(turns, [m["kind"] for m in media], messages)
-        learned = sum(label != IGNORE for label in labels.tolist()[1:])
+        learned = sum(label != IGNORE_INDEX for label in labels.tolist()[1:])
         row_ids, row_labels = [], []
         for i, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
-            if token == IMAGE:
+            if token == IMAGE_TOKEN_INDEX:
                 visual = expansions.pop(0)
                 out["visual"] += visual
-                row_ids += [IMAGE] * len(visual)
-                row_labels += [IGNORE] * len(visual)
+                row_ids += [IMAGE_TOKEN_INDEX] * len(visual)
+                row_labels += [IGNORE_INDEX] * len(visual)
             else:
                 row_ids.append(token)
-                row_labels.append(label if i else IGNORE)
+                row_labels.append(label if i else IGNORE_INDEX)
         out["ids"] += row_ids
         out["labels"] += row_labels
         out["positions"] += range(len(row_ids))
         weight = 1.0 if made.batching.loss_weight == "token" else 1.0 / learned
-        out["weights"] += [0.0 if label == IGNORE else weight for label in row_labels]
+        out["weights"] += [0.0 if label == IGNORE_INDEX else weight for label in row_labels]
         out["edges"].append(len(out["ids"]))
     return out
 
@@ -99,7 +99,7 @@ def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
 def slow_still(index: Index, medium: dict, mode: str, several: bool, out: dict) -> list[tuple]:
     with tarfile.open(index.path_of(medium["shard"])) as tar:
         picture = Image.open(io.BytesIO(tar.extractfile(f"{medium['key']}.jpg").read()))
-    cut, _ = tiles(picture, mode, SIZE, 2, several)
+    cut, _ = split_into_tiles(picture, mode, SIZE, 2, several)
     first = len(out["stills"])
     out["stills"] += list(cut)
     tokens = [("still", first, t) for t in range(64)]
@@ -129,7 +129,7 @@ def test_batches_hold_what_a_slow_construction_holds(root, over):
         if batch.micro == 0:
             total = 0.0
         if not batch.keys:
-            assert batch.input_ids.tolist() == [0] and batch.labels.tolist() == [IGNORE]
+            assert batch.input_ids.tolist() == [0] and batch.labels.tolist() == [IGNORE_INDEX]
             assert batch.cu_seqlens.tolist() == [0, 1] and batch.tokens == 0
             continue
         want = slow_row(made, batch.keys)
@@ -168,7 +168,7 @@ def test_report_says_what_the_epoch_holds(root):
     batches = list(loader)
     assert sum(e.tokens for e in report.entries) == sum(batch.tokens for batch in batches)
     assert sum(e.frames for e in report.entries) == sum(batch.frames for batch in batches)
-    assert sum(e.learned for e in report.entries) == sum(int((b.labels != IGNORE).sum()) for b in batches)
+    assert sum(e.learned for e in report.entries) == sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
     assert {e.entry: e.dialogues for e in report.entries} == {"stills": 9, "texts": 3, "videos": 9}
     assert str(report).splitlines()[4].split()[:2] == ["all", "21"]
 
@@ -184,20 +184,20 @@ def test_batches_move_as_one(root):
 
 
 @functools.lru_cache(maxsize=64)
-def parts(root: Path, batch: int, multiple: int, limit: int, squared: bool, order: str = "shuffle") -> Plan:
+def parts(root: Path, batch: int, multiple: int, limit: int, squared: bool, order: str = "shuffle") -> EpochPlan:
     cost = {"patch": 1.0, "token": 10.0, "pair": 0.1 if squared else 0.0}
     made = manifest(
         root,
         batching={"global_batch": batch, "row_multiple": multiple, "cost": cost, "order": order},
         text__max_tokens=limit,
     )
-    return Plan(open_corpus(made), made, "train")
+    return EpochPlan(open_dataset(made), made, "train")
 
 
 class Fleet:
     """The ranks of one run, and the global batches they were given, as tuples of rows of keys."""
 
-    def __init__(self, plan: Plan, world: int, state: dict | None = None) -> None:
+    def __init__(self, plan: EpochPlan, world: int, state: dict | None = None) -> None:
         self.ranks = [Loader(plan, rank, world) for rank in range(world)]
         for loader in self.ranks if state else ():
             loader.load_state_dict(json.loads(json.dumps(state)))
@@ -214,12 +214,18 @@ class Fleet:
                     assert batches == [None] * len(batches) and not rows
                     return done
                 assert (
-                    len({(b.epoch, b.step, b.micro, b.micros, b.last, b.groups, b.total_weight) for b in batches}) == 1
+                    len(
+                        {
+                            (b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.groups, b.total_weight)
+                            for b in batches
+                        }
+                    )
+                    == 1
                 )
                 assert max(b.tokens for b in batches) <= self.ranks[0]._plan.manifest.text.max_tokens
-                assert batches[0].groups >= max(-(-(len(b.clips) + len(b.stills)) // 2) for b in batches)
+                assert batches[0].groups >= max(-(-(len(b.clips) + len(b.image_tiles)) // 2) for b in batches)
                 rows += [tuple(b.keys) for b in batches]
-                if batches[0].last:
+                if batches[0].is_last:
                     break
             done.append((batches[0].epoch, batches[0].step, tuple(rows)))
         for stream in streams:
@@ -284,7 +290,7 @@ def test_modality_makes_global_batches_of_one_kind(root):
     kinds = []
     for step in range(plan.batches):
         rows = np.concatenate(plan.global_batch(0, step).rows)
-        kinds.append({plan.units(np.array([row])) > 0 for row in rows})
+        kinds.append({plan.num_vision_units(np.array([row])) > 0 for row in rows})
     assert [len(kind) for kind in kinds] == [1, 1, 1, 1, 2, 1]  # 18 with media, 3 of text; left over: 2 and 3
     assert not plan.dropped
 
@@ -292,7 +298,7 @@ def test_modality_makes_global_batches_of_one_kind(root):
 def test_modality_length_says_what_it_drops(root):
     plan = parts(root, 2, 4, 1024, False, "modality_length")
     assert plan.batches == 8 + 1 and plan.dropped == 2 + 1
-    assert str(contents(plan)).endswith("; batching.order drops 3 of all in each epoch")
+    assert str(summarize_epoch(plan)).endswith("; batching.order drops 3 of all in each epoch")
     with pytest.raises(ShardsError, match="split train has no others; use modality"):
         parts(root, 18, 4, 1024, False, "modality_length")
 
@@ -438,7 +444,7 @@ def test_an_error_of_a_thread_reaches_the_consumer(root, monkeypatch):
     def fail(*_):
         raise RuntimeError("a fault of the program")
 
-    monkeypatch.setattr(Visuals, "read_frames", fail)
+    monkeypatch.setattr(MediaViews, "read_frames", fail)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         list(build_loader(manifest(root)))
     assert not decoding_threads()
@@ -460,13 +466,13 @@ def test_threads_end_with_the_iterator(root):
 
 def test_rows_ahead_are_bounded(root, monkeypatch):
     started: list[int] = []
-    begin = Row.start
+    begin = PendingRow.start
 
-    def start(row: Row, *rest, **needed) -> bool:
-        size = max(LEAST, row.pictures * SIZE * SIZE * 3)  # a row of text alone counts too
+    def start(row: PendingRow, *rest, **needed) -> bool:
+        size = max(LEAST, row.num_images * SIZE * SIZE * 3)  # a row of text alone counts too
         return begin(row, *rest, **needed) and not started.append(size)
 
-    monkeypatch.setattr(Row, "start", start)
+    monkeypatch.setattr(PendingRow, "start", start)
     for bound in (1, 3):
         started.clear()
         used = 0
@@ -479,8 +485,10 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
 def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monkeypatch):
     """Wherever a run stops, and whatever was decoded by then, it goes on with the batch after the last whole one."""
     ahead: list[int] = []
-    begin = Row.start
-    monkeypatch.setattr(Row, "start", lambda row, *rest, **needed: begin(row, *rest, **needed) and not ahead.append(1))
+    begin = PendingRow.start
+    monkeypatch.setattr(
+        PendingRow, "start", lambda row, *rest, **needed: begin(row, *rest, **needed) and not ahead.append(1)
+    )
     first = build_loader(manifest(root, loader__prefetch_mb=64))
     whole = list(first)
     for stop in range(1, len(whole) + 1):
@@ -491,13 +499,13 @@ def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monk
             batch = next(stream)
         assert len(ahead) == len(whole)  # all were started with the first
         state = loader.state_dict()
-        ended = batch.last and batch.step + 1 == len(loader)
-        assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.last))
+        ended = batch.is_last and batch.step + 1 == len(loader)
+        assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.is_last))
         stream.close()
         if not ended:
             again = Loader(first._plan, 0, 1)
             again.load_state_dict(state)
-            rest = [row for row in whole if row.step >= batch.step + batch.last]
+            rest = [row for row in whole if row.step >= batch.step + batch.is_last]
             for a, b in zip(again, rest, strict=True):
                 assert a.keys == b.keys and torch.equal(a.input_ids, b.input_ids) and torch.equal(a.clips, b.clips)
 
@@ -527,8 +535,8 @@ def test_passes_that_were_broken_off_or_go_on_beside_another_take_no_room_from_i
 
 
 def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root, monkeypatch):
-    made, make = [], Pool._make
-    monkeypatch.setattr(Pool, "_make", lambda pool, size: made.append(size) or make(pool, size))
+    made, make = [], BufferPool._make
+    monkeypatch.setattr(BufferPool, "_make", lambda pool, size: made.append(size) or make(pool, size))
     over = {"batching": {"global_batch": 1, "row_multiple": 1}, "loader__prefetch_mb": 3}
     assert sum(1 for _ in build_loader(manifest(root, **over))) == 21
     assert made == [LEAST] * len(made) and len(made) <= 3 + 2  # ahead, the consumer's, and the one before it

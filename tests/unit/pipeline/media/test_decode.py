@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.preprocessing import Frames, Images
+from pipeline.config.preprocessing import FramesConfig, ImagesConfig
 from pipeline.media import video as sources
-from pipeline.media.decode import MediaError, decode_video, encode_still, read_image
+from pipeline.media.decode import MediaError, decode_video, encode_image, read_image
 from pipeline.media.sampling import sample_indices
-from pipeline.media.video import InexactError, open_straight, open_video
+from pipeline.media.video import InexactSeekError, open_sequential, open_video
 from tests.helpers.media.footage import BIKES, all_frames, number_of, write_video
 
-FRAMES = Frames(sampler="dynamic_fps1", min=4, max=64, size=64)
-SIXTEEN = Frames(sampler="middle", min=16, max=16, size=64)
+FRAMES = FramesConfig(sampler="dynamic_fps1", min=4, max=64, size=64)
+SIXTEEN = FramesConfig(sampler="middle", min=16, max=16, size=64)
 
 ENCODINGS = {
     "h264.mp4": ("libx264", {"g": "12", "bf": "2"}),
@@ -58,7 +58,7 @@ def test_every_frame_is_the_one_asked_for(videos: Path, name: str, reader: str) 
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_seeking_gives_what_straight_reading_gives(videos: Path, name: str) -> None:
-    straight = open_straight(videos / name)
+    straight = open_sequential(videos / name)
     try:
         source = open_video(videos / name)
         np.testing.assert_allclose(source.seconds, straight.seconds, atol=1e-9)
@@ -66,7 +66,7 @@ def test_seeking_gives_what_straight_reading_gives(videos: Path, name: str) -> N
             rng = np.random.default_rng(seed)
             wanted = np.sort(rng.permutation(100)[: rng.integers(1, 20)])
             assert [number_of(np.asarray(picture)) for picture in source.pictures(wanted)] == wanted.tolist()
-    except InexactError:
+    except InexactSeekError:
         assert not name.startswith("h264.")  # the plain case is read by seeking
     assert [number_of(np.asarray(picture)) for picture in straight.pictures(np.arange(100))] == list(range(100))
 
@@ -96,7 +96,7 @@ def test_pixels_are_those_of_a_plain_reading_and_pillow() -> None:
 
 
 def test_pixels_agree_with_the_ffmpeg_program() -> None:
-    frames = Frames(sampler="middle", min=4, max=4, size=64)
+    frames = FramesConfig(sampler="middle", min=4, max=4, size=64)
     decoded = decode_video(BIKES, "decord", None, None, frames)
     choice = "+".join(f"eq(n\\,{index})" for index in decoded.frame_index)
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(BIKES), "-vf", f"select={choice}"]
@@ -154,14 +154,14 @@ def test_a_turned_video_is_read_upright_by_both(tmp_path: Path) -> None:
 
 
 def test_rand_depends_on_the_seed_alone(videos: Path) -> None:
-    frames = Frames(sampler="rand", min=8, max=8, size=32)
+    frames = FramesConfig(sampler="rand", min=8, max=8, size=32)
     first, again, other = (decode_video(videos / "h264.mp4", "decord", None, None, frames, s) for s in (1, 1, 2))
     np.testing.assert_array_equal(first.frames, again.frames)
     assert first.frame_index.tolist() != other.frame_index.tolist()
 
 
 def test_fps_sampling_is_padded_to_whole_clips(videos: Path) -> None:
-    frames = Frames(sampler="fps1.5", min=4, max=64, size=32)
+    frames = FramesConfig(sampler="fps1.5", min=4, max=64, size=32)
     decoded = decode_video(videos / "h264.mp4", "decord", None, None, frames)
     assert len(decoded.sample) == 8 and len(decoded.frames) == 6
     assert decoded.sample.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
@@ -233,7 +233,9 @@ def test_fewer_frames_than_promised_are_counted_or_refused(tmp_path: Path) -> No
     index = whole.index(b"mdat")
     (tmp_path / "little.mp4").write_bytes(whole[: index + (len(whole) - index) // 5])
     with pytest.raises(MediaError, match="only [0-9]+ frames before that; 64 are needed") as caught:
-        decode_video(tmp_path / "little.mp4", "decord", None, None, Frames(sampler="middle", min=64, max=64, size=64))
+        decode_video(
+            tmp_path / "little.mp4", "decord", None, None, FramesConfig(sampler="middle", min=64, max=64, size=64)
+        )
     assert caught.value.reason == "too_few_frames"
 
 
@@ -272,7 +274,7 @@ def _gif(path: Path, colours: list[str], **options: object) -> Path:
 
 def test_a_gif_counts_one_frame_a_second_and_repeats_its_last(tmp_path: Path) -> None:
     path = _gif(tmp_path / "x.gif", ["red", "lime", "blue"])
-    decoded = decode_video(path, "gif", None, None, Frames(sampler="middle", min=8, max=8, size=16))
+    decoded = decode_video(path, "gif", None, None, FramesConfig(sampler="middle", min=8, max=8, size=16))
     assert (decoded.vlen, decoded.fps, decoded.duration) == (3, 1.0, 3.0)
     assert decoded.sample.tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
     assert decoded.timestamps.tolist() == [0.0, 1.0, 2.0]
@@ -284,7 +286,7 @@ def test_transparent_places_of_a_gif_are_black(tmp_path: Path) -> None:
     frame.putpalette([200, 200, 200, 255, 0, 0])
     frame.paste(1, (0, 0, 8, 16))
     frame.save(tmp_path / "t.gif", transparency=0)
-    decoded = decode_video(tmp_path / "t.gif", "gif", None, None, Frames(sampler="middle", min=4, max=4, size=16))
+    decoded = decode_video(tmp_path / "t.gif", "gif", None, None, FramesConfig(sampler="middle", min=4, max=4, size=16))
     assert decoded.frames[0, 8, 3].tolist() == [255, 0, 0] and decoded.frames[0, 8, 12].tolist() == [0, 0, 0]
 
 
@@ -306,9 +308,9 @@ def test_frame_folders_are_in_order_of_the_last_number(tmp_path: Path, pattern: 
     for number in range(12):
         Image.new("RGB", (8, 8), (number * 20,) * 3).save(tmp_path / pattern.format(number))
     (tmp_path / "notes.txt").write_text("not a frame")
-    decoded = decode_video(tmp_path, "img", 3.0, 8.0, Frames(sampler="middle", min=4, max=4, size=16))
+    decoded = decode_video(tmp_path, "img", 3.0, 8.0, FramesConfig(sampler="middle", min=4, max=4, size=16))
     assert (decoded.vlen, decoded.fps, decoded.duration) == (6, 1.0, 5.0)
-    expected = sample_indices(Frames(sampler="middle", min=4, max=4, size=16), 6, 1.0, 5.0) + 3
+    expected = sample_indices(FramesConfig(sampler="middle", min=4, max=4, size=16), 6, 1.0, 5.0) + 3
     assert decoded.timestamps.tolist() == expected.tolist()
     assert np.abs(decoded.frames[:, 8, 8, 0] - expected * 20.0).max() <= 2
 
@@ -343,7 +345,7 @@ def test_plain_jpegs_are_kept_byte_for_byte(tmp_path: Path) -> None:
     for name, options in (("a.jpg", {}), ("progressive.jpg", {"progressive": True})):
         data = _picture_bytes("JPEG", **options)
         (tmp_path / name).write_bytes(data)
-        assert encode_still(tmp_path / name, Images()) == (data, 40, 24, 40, 24)
+        assert encode_image(tmp_path / name, ImagesConfig()) == (data, 40, 24, 40, 24)
 
 
 def test_other_stills_are_encoded_upright_and_bounded(tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ def test_other_stills_are_encoded_upright_and_bounded(tmp_path: Path) -> None:
         ("wide.png", 100, (100, 60, 400, 240)),
         ("print.jpg", 4096, (30, 20, 30, 20)),
     ):
-        data, *found = encode_still(tmp_path / name, Images(max_side=limit))
+        data, *found = encode_image(tmp_path / name, ImagesConfig(max_side=limit))
         assert tuple(found) == sizes
         (tmp_path / "out.jpg").write_bytes(data)
         with Image.open(tmp_path / "out.jpg") as stored:
@@ -380,7 +382,7 @@ def test_broken_stills_say_why(tmp_path: Path, broken: Path) -> None:
         (broken / "page.mp4", "not_media"),
         (broken / "empty.mp4", "empty_file"),
     ):
-        for read in (read_image, lambda item: encode_still(item, Images())):
+        for read in (read_image, lambda item: encode_image(item, ImagesConfig())):
             with pytest.raises(MediaError) as caught:
                 read(path)
             assert caught.value.reason == reason, path
@@ -407,13 +409,13 @@ def decoded_frames(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_few_frames_are_reached_by_seeking_and_many_by_decoding_on(videos: Path, decoded_frames: list[int]) -> None:
-    few = Frames(sampler="middle", min=4, max=4, size=32)
+    few = FramesConfig(sampler="middle", min=4, max=4, size=32)
     for name in ("h264.mp4", "hevc.mkv", "vp9.webm", "h264_open.ts"):
         decoded_frames.clear()
         decode_video(videos / name, "decord", None, None, few)
         assert sum(decoded_frames) < 50, name
         decoded_frames.clear()
-        decode_video(videos / name, "decord", None, None, Frames(sampler="middle", min=64, max=64, size=32))
+        decode_video(videos / name, "decord", None, None, FramesConfig(sampler="middle", min=64, max=64, size=32))
         assert sum(decoded_frames) <= 101, name
 
 
@@ -436,7 +438,7 @@ def test_a_long_video_costs_a_few_bytes_a_frame(tmp_path: Path) -> None:
                 packet.pts, packet.dts, packet.time_base = pts + turn * length, dts + turn * length, stream.time_base
                 packet.stream, packet.is_keyframe = target, key
                 long.mux(packet)
-    for read in (open_video, open_straight):
+    for read in (open_video, open_sequential):
         tracemalloc.start()
         source = read(tmp_path / "long.mp4")
         peak = tracemalloc.get_traced_memory()[1]
@@ -470,7 +472,7 @@ def test_a_stream_that_only_a_strict_decoder_refuses_is_read_as_players_do(tmp_p
 
 @pytest.mark.parametrize(("mode", "size"), [("short_side", (150, 64)), ("long_side", (64, 28)), ("stretch", (64, 64))])
 def test_frames_keep_their_aspect_where_asked(mode: str, size: tuple[int, int]) -> None:
-    frames = Frames(sampler="middle", min=4, max=4, size=64, resize=mode)
+    frames = FramesConfig(sampler="middle", min=4, max=4, size=64, resize=mode)
     decoded = decode_video(BIKES, "decord", None, None, frames)
     assert decoded.frames.shape[1:3] == size[::-1] and (decoded.source_width, decoded.source_height) == (640, 272)
     pixels, _ = all_frames(BIKES)
@@ -482,7 +484,7 @@ def test_frames_keep_their_aspect_where_asked(mode: str, size: tuple[int, int]) 
 def test_a_strip_too_narrow_to_keep_its_aspect_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     Image.new("RGB", (1000, 10)).save(tmp_path / "f" / "1.png")
-    frames = Frames(sampler="middle", min=4, max=4, size=64, resize="short_side")
+    frames = FramesConfig(sampler="middle", min=4, max=4, size=64, resize="short_side")
     with pytest.raises(MediaError, match="too narrow") as caught:
         decode_video(tmp_path / "f", "img", None, None, frames)
     assert caught.value.reason == "unsupported"

@@ -14,32 +14,32 @@ import pytest
 from PIL import Image
 
 from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.evaluation.questions import Questions
 from pipeline.loading.loader import StateError, build_loader
 from pipeline.media.decode import MediaError, decode_video
 from pipeline.media.reference_sampling import (
-    Choice,
-    Wanted,
-    clip_evaluated,
-    clip_trained,
+    FrameSelection,
+    SamplingRequest,
+    eval_clip,
+    train_clip,
     file_number,
-    folder,
-    gif,
-    spread,
-    whole,
+    folder_frames,
+    gif_frames,
+    spread_evenly,
+    full_video,
 )
 from pipeline.media.sampling import time_message
-from pipeline.media.video import Clock, open_straight, open_video
+from pipeline.media.video import FrameTimes, open_sequential, open_video
 from pipeline.shards.index import Index, ShardsError
 from pipeline.shards.ledger import read_ledger
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.media_view import MediaViews
 from pipeline.tokenization.chat_template import load_tokenizer
-from pipeline.tokenization.special_ids import IMAGE
+from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.small_root import manifest, turns
 from tests.helpers.golden_data import json_lines
 from tests.helpers.media.footage import BIKES, all_frames, number_of, write_video
-from tools.builder.build import Options, build
+from tools.builder.build import BuildOptions, build
 from tools.builder.executors import local
 
 # Golden rows ----------------------------------------------------------------------------------------------------------
@@ -51,11 +51,11 @@ def rows(name: str) -> list:
     return [pytest.param(found, id=name)] if found else []
 
 
-def wanted(row: dict) -> Wanted:
-    return Wanted(row["sample"], row["min"], row["max"], row["local"])
+def wanted(row: dict) -> SamplingRequest:
+    return SamplingRequest(row["sample"], row["min"], row["max"], row["local"])
 
 
-def compare(row: dict, choice: Choice) -> None:
+def compare(row: dict, choice: FrameSelection) -> None:
     """A choice against all that a row says of it."""
     nominal = row.get("indices", row.get("nominal_indices"))
     duration = row["duration"] if "duration" in row else row["end"] - row["start"]
@@ -94,24 +94,26 @@ def check(found: list[dict], rule) -> None:
 
 @pytest.mark.parametrize("found", rows("decord"))
 def test_golden_decord(found):
-    def rule(row: dict) -> Choice:
+    def rule(row: dict) -> FrameSelection:
         if row["clip"] is None:
-            return whole(wanted(row), row["vlen"], row["avg_fps"])
-        return clip_evaluated(wanted(row), row["vlen"], row["avg_fps"], row["clip"])
+            return full_video(wanted(row), row["vlen"], row["avg_fps"])
+        return eval_clip(wanted(row), row["vlen"], row["avg_fps"], row["clip"])
 
     check(found, rule)
 
 
 @pytest.mark.parametrize("found", rows("folder"))
 def test_golden_folder(found):
-    check(found, lambda row: folder(wanted(row), row["files"], 3.0 if row["kind"] == "tvqa" else 1.0, row["clip"]))
+    check(
+        found, lambda row: folder_frames(wanted(row), row["files"], 3.0 if row["kind"] == "tvqa" else 1.0, row["clip"])
+    )
 
 
 @pytest.mark.parametrize("found", rows("gif"))
 def test_golden_gif(found):
     """The row of a clip fails whatever the file and the sampler; it names neither."""
     any_row = {"sample": "middle", "min": 4, "max": 8, "local": 4, "frames_in_file": 40}
-    check(found, lambda row: gif(wanted({**any_row, **row}), {**any_row, **row}["frames_in_file"], row["clip"]))
+    check(found, lambda row: gif_frames(wanted({**any_row, **row}), {**any_row, **row}["frames_in_file"], row["clip"]))
 
 
 @pytest.mark.parametrize("found", rows("lazy"))
@@ -119,25 +121,25 @@ def test_golden_lazy(found):
     """All rows but one, which says that the reader fails without its storage client: this one needs no client."""
     for row in found:
         if "fn" in row:
-            assert spread(row["num_frames"], row["num_segments"]).tolist() == row["out"], row
+            assert spread_evenly(row["num_frames"], row["num_segments"]).tolist() == row["out"], row
         elif "note" in row:
             assert "client" in row["note"] and row["reader"] == "lazy" and "error" in row, "a row of another kind"
             local = decode_video(BIKES, "decord", 4.0, 9.5, EIGHT, compat="published", split="train")
             assert local.sample.tolist() == list(range(8))
         else:
-            check([row], lambda row: clip_trained(wanted(row), clock(row), (row["start"], row["end"])))
+            check([row], lambda row: train_clip(wanted(row), clock(row), (row["start"], row["end"])))
 
 
-def clock(row: dict) -> Clock:
+def clock(row: dict) -> FrameTimes:
     """Times of a file of constant frame rate."""
     rate, base = Fraction(*row["rate"]), Fraction(*row["time_base"])
     ticks = [round(number / rate / base) for number in range(row["frames_in_file"])]
-    return Clock(np.array(ticks), base, rate)
+    return FrameTimes(np.array(ticks), base, rate)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-EIGHT = Frames(sampler="middle", min=8, max=8, size=64)
+EIGHT = FramesConfig(sampler="middle", min=8, max=8, size=64)
 
 
 def stepped(path: Path, nominal: list[int], start: float) -> list[int]:
@@ -161,17 +163,17 @@ def uneven(tmp_path_factory):
 
 
 @pytest.mark.parametrize("clip", [(0.0, 9.0), (2.5, 9.9), (5.0, 8.0), (0.04, 4.6), (7.7, 9.9)])
-@pytest.mark.parametrize("opened", [open_video, open_straight])
+@pytest.mark.parametrize("opened", [open_video, open_sequential])
 def test_a_training_clip_is_what_stepping_through_the_file_gives(uneven, clip, opened):
     for path in (BIKES, uneven):
         source = opened(path)
-        choice = clip_trained(Wanted("middle", 8, 8, 4), source.clock, clip)
+        choice = train_clip(SamplingRequest("middle", 8, 8, 4), source.clock, clip)
         assert source.clock.ticks[choice.read].tolist() == stepped(path, choice.nominal.tolist(), clip[0])
 
 
 def test_frames_of_a_training_clip_are_decoded_in_order(uneven):
     decoded = decode_video(uneven, "av", 3.0, 40.0, EIGHT, compat="published")
-    choice = clip_trained(Wanted("middle", 8, 8, 4), open_video(uneven).clock, (3.0, 40.0))
+    choice = train_clip(SamplingRequest("middle", 8, 8, 4), open_video(uneven).clock, (3.0, 40.0))
     shown = [number_of(frame) for frame in decoded.frames[decoded.sample]]
     assert shown == choice.read.tolist() == decoded.frame_index[decoded.sample].tolist()
     assert decoded.nominal.tolist() == choice.nominal.tolist() != shown
@@ -269,7 +271,7 @@ def root(tmp_path_factory):
     train.append({"id": "system", "conversations": [{"from": "system", "value": "Be brief."}, *turns("Hi", "Hi.")]})
     (folder / "train.json").write_text(json.dumps(train))
     (folder / "val.json").write_text(json.dumps([sample("held out", {"video": "bikes.mp4", "start": 4, "end": 9})]))
-    build(made(folder), local(1), Options())
+    build(made(folder), local(1), BuildOptions())
     return folder
 
 
@@ -297,9 +299,9 @@ def dialogues(manifest: Manifest) -> dict[int, dict[str, tuple[str, np.ndarray]]
             edges, clip = batch.cu_seqlens.tolist(), 0
             for key, start, end in zip(batch.keys, edges, edges[1:], strict=False):
                 part = batch.input_ids[start:end]
-                clips = int((part == IMAGE).sum()) // 64
+                clips = int((part == IMAGE_TOKEN_INDEX).sum()) // 64
                 frames = batch.clips[clip : clip + clips].numpy().reshape(-1, *batch.clips.shape[2:])
-                epochs[epoch][ids[key]] = tokenizer.decode(part[part != IMAGE]), frames
+                epochs[epoch][ids[key]] = tokenizer.decode(part[part != IMAGE_TOKEN_INDEX]), frames
                 clip += clips
     return epochs
 
@@ -325,7 +327,7 @@ def test_what_fails_there_is_in_the_ledger(root):
 
 def test_a_first_system_turn_is_left_out_with_its_reason(root):
     ids = {row["key"]: row["id"] for row in Index.open(root / "stage2").dialogues.to_pylist()}
-    left = [(ids[key], reason) for key, reason in build_loader(made(root)).left_out()]
+    left = [(ids[key], reason) for key, reason in build_loader(made(root)).excluded()]
     left += [
         (r["dialogue"], r["message"]) for r in read_ledger(root / "stage2").to_pylist() if r["reason"] == "bad_turn"
     ]
@@ -338,13 +340,13 @@ def test_held_out_clips_are_read_as_outside_of_training(root):
     frames = batch.clips.numpy().reshape(-1, 64, 64, 3)
     assert [number_shown(frame, footage) for frame in frames] == HELD_OUT
     tokenizer = load_tokenizer(made(root).text.tokenizer)
-    text = tokenizer.decode(batch.input_ids[batch.input_ids != IMAGE])
+    text = tokenizer.decode(batch.input_ids[batch.input_ids != IMAGE_TOKEN_INDEX])
     assert len(re.findall("lasts for 5.00 seconds, and 8 frames are uniformly sampled at 4.3, ", text)) == 1
 
 
 def test_members_of_the_shards_have_the_fields_of_any_build(root, tmp_path):
     entries = [{"annotation": str(root / "train.json"), "root": str(root)}]
-    build(made(tmp_path, compat="none", data__entries=entries), local(1), Options())
+    build(made(tmp_path, compat="none", data__entries=entries), local(1), BuildOptions())
     fields, columns = [], []
     for place in (root, tmp_path):
         with tarfile.open(place / "stage2" / "video" / "train-000000.tar") as tar:
@@ -380,10 +382,10 @@ def test_smaller_frames_and_other_messages_can_be_had(root):
 
 def test_every_epoch_has_the_dialogues_that_fit_in_the_last(root):
     first, last = (build_loader(made(root, train__epochs=epochs)) for epochs in (1, 2))
-    lengths = {number: loader._plan.corpus.length for number, loader in ((1, first), (2, last))}
+    lengths = {number: loader._plan.dataset.length for number, loader in ((1, first), (2, last))}
     assert (lengths[2] >= lengths[1]).all() and (lengths[2] > lengths[1]).sum() >= 3
-    assert (last._plan.corpus.at(0).length == lengths[1]).all()
-    train = np.array(last._plan.corpus.parts[0].index.dialogues["split"].to_pylist()) == "train"
+    assert (last._plan.dataset.for_epoch(0).length == lengths[1]).all()
+    train = np.array(last._plan.dataset.parts[0].index.dialogues["split"].to_pylist()) == "train"
     limit = int(lengths[2][train].max()) - 1
     assert limit >= int(lengths[1][train].max())  # all fit when their message is said once
     tight = {"text__max_tokens": limit, "text__over_length": "refuse"}
@@ -398,10 +400,10 @@ def test_epochs_are_part_of_the_state(root):
     with pytest.raises(StateError, match="tokens"):
         build_loader(made(root, train__epochs=3)).load_state_dict(state)
     with pytest.raises(ManifestError, match="train.epochs: is 2"):
-        build_loader(made(root))._plan.corpus.at(2)
+        build_loader(made(root))._plan.dataset.for_epoch(2)
 
 
 def test_visuals_take_the_stored_sample_whatever_the_seed(root):
     index = Index.open(root / "stage2")
-    views = [Visuals(index, made(root, seed=seed)).views([0])[0].places.tolist() for seed in (0, 1)]
+    views = [MediaViews(index, made(root, seed=seed)).views([0])[0].frame_indices.tolist() for seed in (0, 1)]
     assert views[0] == views[1] == index.media["sample"][0].as_py()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config.manifest import ManifestError
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.media.resize import MAX_ASPECT, resize, stored_size
 from tests.helpers.media.footage import FOOTAGE, all_frames
 
@@ -94,4 +94,4 @@ def test_kept_aspects_are_even_and_as_close_as_even_gets(mode: str, half: int, w
 
 def test_an_odd_size_cannot_keep_the_aspect() -> None:
     with pytest.raises(ManifestError, match="size: 225 is odd; short_side needs an even one"):
-        Frames(sampler="middle", min=4, max=4, size=225, resize="short_side")
+        FramesConfig(sampler="middle", min=4, max=4, size=225, resize="short_side")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.manifest import ManifestError
-from pipeline.config.preprocessing import Frames
-from pipeline.media.sampling import check_count, fit_to_clips, frame_indices, media_seed, sample_indices, time_message
+from pipeline.config.preprocessing import FramesConfig
+from pipeline.media.sampling import check_count, pad_to_clips, frame_indices, media_seed, sample_indices, time_message
 from tests.helpers.golden_data import files, json_lines
 
 
@@ -67,9 +67,9 @@ samplers = st.sampled_from(["middle", "dynamic_fps1", "rand", "fps1", "fps0.5", 
 @given(samplers, st.integers(1, 3000), st.floats(0.2, 120), st.integers(1, 40), st.integers(1, 16), st.integers(0, 9))
 def test_indices_are_ordered_inside_the_video_and_make_whole_clips(sampler, vlen, fps, low, clips, seed):
     low = -(-low // 4) * 4 if sampler == "dynamic_fps1" else low
-    frames = Frames(sampler=sampler, min=min(low, 4 * clips), max=4 * clips, size=32)
+    frames = FramesConfig(sampler=sampler, min=min(low, 4 * clips), max=4 * clips, size=32)
     got = sample_indices(frames, vlen, fps, vlen / fps, np.random.default_rng(seed))
-    fitted = fit_to_clips(got, vlen, 4)
+    fitted = pad_to_clips(got, vlen, 4)
     assert len(got) <= frames.max
     assert len(fitted) % 4 == 0 and 4 <= len(fitted) <= frames.max
     assert fitted[: len(got)].tolist() == got.tolist()
@@ -79,7 +79,7 @@ def test_indices_are_ordered_inside_the_video_and_make_whole_clips(sampler, vlen
 
 @given(st.integers(8, 2000), st.integers(0, 2**32))
 def test_rand_takes_one_frame_of_each_interval_and_repeats_with_its_seed(vlen, seed):
-    frames = Frames(sampler="rand", min=8, max=8, size=32)
+    frames = FramesConfig(sampler="rand", min=8, max=8, size=32)
     got = sample_indices(frames, vlen, 25, vlen / 25, np.random.default_rng(seed))
     edges = [int(i * vlen / 8) for i in range(9)]
     for index, start, stop in zip(got, edges, edges[1:], strict=False):
@@ -89,13 +89,13 @@ def test_rand_takes_one_frame_of_each_interval_and_repeats_with_its_seed(vlen, s
 
 
 def test_errors_name_the_reason():
-    frames = Frames(sampler="rand", min=4, max=8, size=32)
+    frames = FramesConfig(sampler="rand", min=4, max=8, size=32)
     with pytest.raises(ValueError, match="rng"):
         sample_indices(frames, 10, 1, 10)
     with pytest.raises(ValueError, match="0 frames"):
         sample_indices(frames, 0, 1, 0, np.random.default_rng(0))
     with pytest.raises(ManifestError, match="min: 6 is not a multiple of clip_frames"):
-        Frames(sampler="dynamic_fps1", min=6, max=8, size=32)
+        FramesConfig(sampler="dynamic_fps1", min=6, max=8, size=32)
 
 
 def test_media_seed_depends_on_seed_and_key():

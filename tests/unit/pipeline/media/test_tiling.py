@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.preprocessing import Frames
+from pipeline.config.preprocessing import FramesConfig
 from pipeline.media.decode import decode_video
-from pipeline.media.tiling import best_grid, grids, pad_square, raster_order, tiles
+from pipeline.media.tiling import best_grid, grids, pad_square, raster_order, split_into_tiles
 from tests.helpers.golden_data import GOLDEN, files, json_file, present
 
 table = json_file("anyres/grids.json") or {}
@@ -55,7 +55,7 @@ def test_golden_grids_among_others(rows):
 def test_golden_unsupported_tiles(row):
     """There, tiles are of a few sizes and others fail; here all sizes have the same grids."""
     assert row["error"]
-    got, grid = tiles(Image.new("RGB", (3 * row["tile"], row["tile"])), "anyres_nopad", row["tile"], 6)
+    got, grid = split_into_tiles(Image.new("RGB", (3 * row["tile"], row["tile"])), "anyres_nopad", row["tile"], 6)
     assert grid == (3, 1) and got.shape == (4, row["tile"], row["tile"], 3)
 
 
@@ -65,7 +65,7 @@ def picture(name: str) -> Image.Image:
 
 def cut(name: str, how: str, size: int) -> np.ndarray:
     mode = "square" if how == "square" else "anyres_nopad"
-    return tiles(picture(name), mode, size, 6, several=how == "pad")[0]
+    return split_into_tiles(picture(name), mode, size, 6, several=how == "pad")[0]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_golden_frames(tmp_path, row):
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(tmp_path / f"{number:05d}.png")
     every = -(-len(frames) // 4) * 4
-    settings = Frames(sampler="middle", min=every, max=every, size=row["tile"])
+    settings = FramesConfig(sampler="middle", min=every, max=every, size=row["tile"])
     compare(decode_video(tmp_path, "img", None, None, settings).frames, row)
 
 
@@ -127,7 +127,7 @@ def test_raster_order_reads_the_picture_row_by_row(w, h):
 def test_number_of_tiles_is_what_is_cut(width, height, max_grid):
     still = Image.new("L", (width, height), 90)
     for mode, several in itertools.product(("square", "anyres_nopad"), (False, True)):
-        cut, grid = tiles(still, mode, 16, max_grid, several)
+        cut, grid = split_into_tiles(still, mode, 16, max_grid, several)
         assert cut.shape == (1 if grid is None else grid[0] * grid[1] + 1, 16, 16, 3)
         assert grid == (None if several or mode == "square" else best_grid(width, height, 16, max_grid))
         assert grid is None or grid in grids(max_grid)

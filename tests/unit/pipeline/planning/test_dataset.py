@@ -18,8 +18,8 @@ from pipeline import build_loader
 from pipeline.config.loading import ORDERS
 from pipeline.config.manifest import Manifest, ManifestError
 from pipeline.loading.loader import Loader, StateError
-from pipeline.planning.dataset import Corpus, open_corpus
-from pipeline.planning.epoch_plan import Plan
+from pipeline.planning.dataset import ConcatDataset, open_dataset
+from pipeline.planning.epoch_plan import EpochPlan
 from pipeline.shards.index import ShardsError
 from pipeline.shards.samples import dialogue_key
 from tests.helpers.corpora.small_root import Root, manifest, turns
@@ -62,7 +62,7 @@ def entry_of(roots) -> dict[str, tuple[str, str]]:
     corpus, found = both(roots), {}
     for name, part in zip(SIZES, corpus.parts, strict=True):
         for row, dialogue in enumerate(part.index.dialogues.to_pylist()):
-            if dialogue["split"] == "train" and part.tokens.learned[row]:
+            if dialogue["split"] == "train" and part.tokens.num_label_tokens[row]:
                 found[dialogue["key"]] = name, dialogue["entry"]
     assert Counter(found.values()) == {(name, e): n for name, sizes in SIZES.items() for e, n in sizes.items()}
     return found
@@ -76,9 +76,9 @@ def mixed(roots: Path, mix: list[dict], **over) -> Manifest:
 
 
 @functools.cache
-def both(roots: Path) -> Corpus:
+def both(roots: Path) -> ConcatDataset:
     """Both roots, opened once: their views and texts depend on nothing that these mixes change."""
-    return open_corpus(mixed(roots, [{"root": name} for name in SIZES]))
+    return open_dataset(mixed(roots, [{"root": name} for name in SIZES]))
 
 
 def count_of(size: int, repeat: float, cap: int | None) -> int:
@@ -87,10 +87,10 @@ def count_of(size: int, repeat: float, cap: int | None) -> int:
     return int(wanted if cap is None else min(wanted, cap))
 
 
-def epoch_keys(plan: Plan, epoch: int) -> list[str]:
+def epoch_keys(plan: EpochPlan, epoch: int) -> list[str]:
     """The keys of all rows of an epoch, in order of global batches."""
     steps = range(plan.batches)
-    return [plan.corpus.key(int(n)) for step in steps for row in plan.global_batch(epoch, step).rows for n in row]
+    return [plan.dataset.key(int(n)) for step in steps for row in plan.global_batch(epoch, step).rows for n in row]
 
 
 repeats = st.sampled_from([0.5, 1.0, 1.4, 2.0, 2.5, 3.0])
@@ -113,7 +113,7 @@ def test_epochs_hold_every_dialogue_as_often_as_the_manifest_says(roots, entry_o
         for name in SIZES
     ]
     batching = {"global_batch": 9, "row_multiple": 2, "order": order}
-    plan = Plan(both(roots), mixed(roots, mix, batching=batching), "train")
+    plan = EpochPlan(both(roots), mixed(roots, mix, batching=batching), "train")
     # Entries that are not named are one pool: together they have so many appearances.
     pools = {(name, e): (name, e) if (name, e) in named else (name, "") for name in SIZES for e in SIZES[name]}
     size = Counter(pools[place] for place in entry_of.values())
@@ -139,7 +139,7 @@ def test_weights_share_out_the_epoch_exactly(roots, entry_of, one, two):
         with pytest.raises(ManifestError, match=r"mix\[0\].weight: all are 0"):
             mixed(roots, mix)
         return
-    plan = Plan(both(roots), mixed(roots, mix), "train")
+    plan = EpochPlan(both(roots), mixed(roots, mix), "train")
     total = 2 * 13 + 17
     exact = [total * weight / (one + two) for weight in (one, two)]
     for epoch in range(2):
@@ -185,23 +185,23 @@ def test_interruptions_of_random_indexes(tmp_path_factory, sizes, repeats, weigh
         mix.append({"root": name, "repeat": repeat, "weight": weight})
     batching = {"global_batch": batch, "row_multiple": 24, "order": order}
     made = mixed(folder, mix, batching=batching, loader__threads=threads)
-    interrupted(open_corpus(made), made, stops)
+    interrupted(open_dataset(made), made, stops)
 
 
-def interrupted(corpus: Corpus, made: Manifest, stops: list[tuple[int, int]]) -> None:
+def interrupted(corpus: ConcatDataset, made: Manifest, stops: list[tuple[int, int]]) -> None:
     """A run that stops after so many global batches on so many ranks has those of one that does not stop."""
     got, state = [], None
     for world, count in [*stops, (2, 10**6)]:
-        done, state = run(Plan(corpus, made, "train"), world, count, state)
+        done, state = run(EpochPlan(corpus, made, "train"), world, count, state)
         got += done
     straight, rest = [], None
     while rest is None or rest["epoch"] < state["epoch"]:
-        done, rest = run(Plan(corpus, made, "train"), 1, 10**6, rest)
+        done, rest = run(EpochPlan(corpus, made, "train"), 1, 10**6, rest)
         straight += done
     assert got == straight and rest == state
 
 
-def run(plan: Plan, world: int, count: int, state: dict | None) -> tuple[list, dict]:
+def run(plan: EpochPlan, world: int, count: int, state: dict | None) -> tuple[list, dict]:
     """The next ``count`` global batches of all ranks, as rows of keys and ids, and the state after them."""
     ranks = [Loader(plan, rank, world) for rank in range(world)]
     for loader in ranks if state else ():
@@ -214,9 +214,9 @@ def run(plan: Plan, world: int, count: int, state: dict | None) -> tuple[list, d
             if batches[0] is None:
                 assert batches == [None] * world and not rows, "ranks have different numbers of steps"
                 return done, states(ranks)
-            assert len({(b.epoch, b.step, b.micro, b.micros, b.last, b.groups) for b in batches}) == 1
+            assert len({(b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.groups) for b in batches}) == 1
             rows += [(tuple(b.keys), tuple(b.input_ids.tolist())) for b in batches]
-            last = batches[0].last
+            last = batches[0].is_last
         done.append((batches[0].epoch, batches[0].step, rows))
     for stream in streams:
         stream.close()
@@ -231,7 +231,7 @@ def states(ranks: list[Loader]) -> dict:
 def test_resuming_a_hundred_times_changes_nothing(roots):
     mix = [{"root": "one", "repeat": 2.5}, {"root": "two"}]
     made = mixed(roots, mix, batching={"global_batch": 3, "row_multiple": 24})
-    plan = Plan(open_corpus(made), made, "train")
+    plan = EpochPlan(open_dataset(made), made, "train")
     state = run(plan, 2, 4, None)[1]
     again = state
     for world in (1, 2, 3, 4, 8) * 20:
@@ -242,7 +242,7 @@ def test_resuming_a_hundred_times_changes_nothing(roots):
 def test_a_root_alone_is_read_as_without_a_mix(roots):
     alone = mixed(roots, [], shards=str(roots / "one"))
     same = mixed(roots, [{"root": "one"}])
-    plans = [Plan(open_corpus(made), made, "train") for made in (alone, same)]
+    plans = [EpochPlan(open_dataset(made), made, "train") for made in (alone, same)]
     assert [epoch_keys(plans[0], e) for e in range(2)] == [epoch_keys(plans[1], e) for e in range(2)]
 
 
@@ -252,18 +252,18 @@ def test_a_root_alone_is_read_as_without_a_mix(roots):
 def test_sampling_counts_the_dialogues_of_the_entry_in_the_index(roots, sampling, places):
     """Entry a of the first root has eight; the last cannot be used, and is left out only where it is taken."""
     made = mixed(roots, [{"root": "one", "repeat": 0, "entries": [{"entry": "a", "sampling": sampling, "repeat": 1}]}])
-    corpus = open_corpus(made)
-    plan = Plan(corpus, made, "train")
+    corpus = open_dataset(made)
+    plan = EpochPlan(corpus, made, "train")
     rows = corpus.parts[0].index.dialogues.to_pylist()
     keys = [row["key"] for row in rows if row["entry"] == "a"]
     assert sorted(epoch_keys(plan, 0)) == sorted(keys[place] for place in places if place < 7)
-    assert [corpus.key(n) for n in plan.left_out.tolist()] == [keys[7]] * (7 in places)
+    assert [corpus.key(n) for n in plan.excluded.tolist()] == [keys[7]] * (7 in places)
 
 
 def test_entries_have_frames_of_their_own(roots):
     entries = [{"entry": "a", "min": 12, "max": 12}, {"entry": "d", "max": 8}]
     made = mixed(roots, [{"root": "two", "entries": entries}], frames__max=16, frames__min=8)
-    corpus = open_corpus(made)
+    corpus = open_dataset(made)
     frames = {"a": 12, "d": 8}
     seen = Counter()
     for row in build_loader(made):
@@ -273,7 +273,7 @@ def test_entries_have_frames_of_their_own(roots):
         seen += Counter(entries)
     assert seen == {"a": 2, "d": 3}
     assert (
-        corpus.parts[0].tokens.fingerprint != open_corpus(mixed(roots, [{"root": "two"}])).parts[0].tokens.fingerprint
+        corpus.parts[0].tokens.fingerprint != open_dataset(mixed(roots, [{"root": "two"}])).parts[0].tokens.fingerprint
     )
 
 
@@ -348,9 +348,9 @@ def test_contents_are_what_the_first_epoch_holds(roots, entry_of):
 def test_numbers_say_root_and_row(roots):
     corpus = both(roots)
     assert len(corpus) == 15 + 19
-    assert [corpus.place(n) for n in (0, 14, 15, 33)] == [(0, 0), (0, 14), (1, 0), (1, 18)]
+    assert [corpus.locate(n) for n in (0, 14, 15, 33)] == [(0, 0), (0, 14), (1, 0), (1, 18)]
     for number in range(len(corpus)):
-        root, row = corpus.place(number)
+        root, row = corpus.locate(number)
         assert corpus.key(number) == corpus.parts[root].index.dialogues["key"][row].as_py()
         assert all(view.root == root for view in corpus.views(number))
     before = [corpus.text(n)[0].tolist() for n in range(len(corpus))]

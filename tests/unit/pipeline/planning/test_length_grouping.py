@@ -27,12 +27,12 @@ def order(name: str, row: dict) -> np.ndarray:
     torch.manual_seed(row["seed"])
     own = torch.Generator().manual_seed(row["seed"] + 1)
     makers = {
-        "global_seed": lambda: grouping.modality(signed, size, shares, drawn),
-        "global_seed_and_generator": lambda: grouping.modality(signed, size, shares, own, within=drawn),
-        "plain_length_grouping": lambda: grouping.plain(lengths, size, shares, drawn),
-        "by_variable_length": lambda: grouping.length_windows(lengths, size, drawn),
-        "auto_single": lambda: grouping.length(lengths, size, shares, drawn),
-        "modality_auto": lambda: grouping.modality_length(signed, size, shares, drawn),
+        "global_seed": lambda: grouping.modality_grouped(signed, size, shares, drawn),
+        "global_seed_and_generator": lambda: grouping.modality_grouped(signed, size, shares, own, within=drawn),
+        "plain_length_grouping": lambda: grouping.random_batches(lengths, size, shares, drawn),
+        "by_variable_length": lambda: grouping.length_grouped_windows(lengths, size, drawn),
+        "auto_single": lambda: grouping.length_grouped(lengths, size, shares, drawn),
+        "modality_auto": lambda: grouping.modality_length_grouped(signed, size, shares, drawn),
     }
     return makers[name]()
 
@@ -47,14 +47,14 @@ def test_golden_length_grouping(row):
 
 @pytest.mark.parametrize("row", groupings(refused=True))
 def test_golden_length_grouping_refused(row):
-    for grouped in (grouping.modality, grouping.modality_length):
+    for grouped in (grouping.modality_grouped, grouping.modality_length_grouped):
         with pytest.raises(ValueError, match=f"place {row['lengths'].index(0)} is 0"):
             grouped(np.array(row["lengths"]), 2, 1, torch.Generator())
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=str(i)) for i, row in enumerate(TABLE.get("even_chunks", []))])
 def test_golden_even_chunks(row):
-    chunks = grouping.even_chunks(np.array(row["indices"]), np.array(row["lengths"]), row["chunks"])
+    chunks = grouping.split_by_length(np.array(row["indices"]), np.array(row["lengths"]), row["chunks"])
     assert [chunk.tolist() for chunk in chunks] == row["out"]
 
 
@@ -79,7 +79,7 @@ def kinds(lengths: np.ndarray, batch: np.ndarray) -> int:
 @given(epochs())
 def test_modality_has_every_dialogue_once_and_batches_of_one_kind_up_to_the_left_overs(epoch):
     lengths, size, shares, generator = epoch
-    places = grouping.modality(lengths, size, shares, generator)
+    places = grouping.modality_grouped(lengths, size, shares, generator)
     assert sorted(places) == list(range(len(lengths)))
     counts = [int((lengths > 0).sum()), int((lengths < 0).sum())]
     whole = sum(-(-count // size) - 1 for count in counts) if all(counts) else -(-len(lengths) // size)
@@ -92,7 +92,7 @@ def test_modality_has_every_dialogue_once_and_batches_of_one_kind_up_to_the_left
 @given(epochs())
 def test_modality_length_has_whole_batches_of_one_kind(epoch):
     lengths, size, shares, generator = epoch
-    places = grouping.modality_length(lengths, size, shares, generator)
+    places = grouping.modality_length_grouped(lengths, size, shares, generator)
     counts = [int((lengths > 0).sum()), int((lengths < 0).sum())]
     if not all(counts):
         assert sorted(places) == list(range(len(lengths)))
@@ -111,9 +111,9 @@ def test_batches_of_like_lengths_are_alike_and_come_in_random_order():
     places = {
         name: made(lengths, size, *shares, torch.Generator().manual_seed(1))
         for name, made, shares in (
-            ("plain", grouping.plain, [4]),
-            ("length", grouping.length, [4]),
-            ("windows", grouping.length_windows, []),
+            ("plain", grouping.random_batches, [4]),
+            ("length", grouping.length_grouped, [4]),
+            ("windows", grouping.length_grouped_windows, []),
         )
     }
     for order in places.values():
@@ -129,6 +129,6 @@ def test_a_batch_is_dealt_out_whole_and_evenly(epoch):
     lengths, size, shares, _ = epoch
     lengths = np.abs(lengths)
     batch = np.argsort(-lengths, kind="stable")[:size]
-    chunks = grouping.even_chunks(batch, lengths, shares)
+    chunks = grouping.split_by_length(batch, lengths, shares)
     assert sorted(np.concatenate(chunks)) == sorted(batch)
     assert max(map(len, chunks)) - min(map(len, chunks)) == (len(batch) % shares > 0)

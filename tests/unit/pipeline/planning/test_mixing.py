@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.loading import ORDERS, Batching
-from pipeline.planning.mixing import apportion, epoch_order, epoch_start, shuffled
+from pipeline.config.loading import ORDERS, BatchingConfig
+from pipeline.planning.mixing import apportion, epoch_order, epoch_seed, permute
 
 
 def ordered(rows: np.ndarray, seed: int, epoch: int, order: str = "shuffle", size: int = 4) -> np.ndarray:
     """An epoch's order of dialogues of which every third is text; lengths are spread by a prime."""
     lengths = (1 + rows * 7919 % 1009) * np.where(rows % 3, 1, -1)
-    return epoch_order(rows, lengths, Batching(global_batch=size, row_multiple=2, order=order), seed, epoch)
+    return epoch_order(rows, lengths, BatchingConfig(global_batch=size, row_multiple=2, order=order), seed, epoch)
 
 
 @given(
@@ -94,12 +94,12 @@ def test_order_equals_its_definition_in_plain_integers(count, seed, epoch):
 
 def test_orders_that_are_sorted_part_by_part_are_those_of_the_definition():
     rows = np.arange(3 << 18, dtype=np.int32)  # three parts
-    wanted = rows.astype(np.uint64) + np.uint64(epoch_start(1, 2))
+    wanted = rows.astype(np.uint64) + np.uint64(epoch_seed(1, 2))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         wanted = wanted * np.uint64(0x9E3779B97F4A7C15) if shift == 30 else wanted
         wanted = (wanted ^ wanted >> np.uint64(shift)) * np.uint64(factor)
     wanted ^= wanted >> np.uint64(31)
-    got = shuffled(rows, epoch_start(1, 2))
+    got = permute(rows, epoch_seed(1, 2))
     assert got.dtype == np.int32 and np.array_equal(got, np.argsort(wanted))
 
 

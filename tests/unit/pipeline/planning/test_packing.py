@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.loading.lengths import COST, stage3
-from pipeline.config.loading import Cost
+from pipeline.config.loading import CostModel
 from pipeline.config.manifest import load_manifest
-from pipeline.planning.packing import balance, costs, pack
+from pipeline.planning.packing import load_balance, costs, pack
 from tests.helpers.paths import ROOT
 from trainer.model.cost import cost_coefficients
 
@@ -20,7 +20,7 @@ lengths_of_batches = st.lists(st.integers(1, 100), max_size=60)
 @given(lengths_of_batches, st.integers(100, 300), st.integers(1, 8), st.booleans())
 def test_rows_hold_every_dialogue_once_and_never_too_much(lengths, limit, multiple, squared):
     lengths = np.array(lengths, dtype=np.int64)
-    cost = costs(Cost(patch=0, token=1, pair=1.0 if squared else 0.0), np.zeros(len(lengths)), lengths)
+    cost = costs(CostModel(patch=0, token=1, pair=1.0 if squared else 0.0), np.zeros(len(lengths)), lengths)
     rows = pack(lengths, cost, limit, multiple)
     assert sorted(i for row in rows for i in row.tolist()) == list(range(len(lengths)))
     assert all(lengths[row].sum() <= limit for row in rows)
@@ -69,7 +69,7 @@ def test_close_to_the_least_number_of_rows(lengths, limit):
 @given(st.integers(0, 2**32), st.sampled_from([8, 16]))
 def test_rows_are_balanced_when_no_dialogue_dominates(seed, count):
     lengths = np.random.default_rng(seed).integers(200, 2000, 256)
-    cost = costs(Cost(patch=0, token=1, pair=1e-4), lengths, lengths)
+    cost = costs(CostModel(patch=0, token=1, pair=1e-4), lengths, lengths)
     totals = np.array([cost[row].sum() for row in pack(lengths, cost, 10**6, count)])
     # Greedy placing never lifts a row above the mean by more than one dialogue (Graham 1969).
     assert totals.max() <= totals.mean() + cost.max()
@@ -77,7 +77,7 @@ def test_rows_are_balanced_when_no_dialogue_dominates(seed, count):
 
 
 def test_formula_of_the_cost():
-    got = costs(Cost(patch=3.0, token=5.0, pair=0.5), np.array([10, 0]), np.array([4, 6]))
+    got = costs(CostModel(patch=3.0, token=5.0, pair=0.5), np.array([10, 0]), np.array([4, 6]))
     assert got.tolist() == [3 * 10 + 5 * 4 + 0.5 * 16, 5 * 6 + 0.5 * 36]
     assert costs(None, np.array([10]), np.array([4])).tolist() == [4.0]
 
@@ -103,7 +103,7 @@ def test_ranks_are_balanced_on_the_synthetic_stage_3(multiple, ranks):
         part = slice(256 * batch, 256 * (batch + 1))
         rows = pack(lengths.tokens[part], cost[part], 32_768, multiple)
         sums = lost(rows, cost[part], ranks)
-        assert balance([cost[part][row] for row in rows], ranks) == pytest.approx(sums[0] / sums[1])
+        assert load_balance([cost[part][row] for row in rows], ranks) == pytest.approx(sums[0] / sums[1])
         mean, largest = mean + sums[0], largest + sums[1]
     assert mean / largest >= 0.97
 
@@ -119,7 +119,7 @@ def test_one_long_dialogue_costs_its_own_micro_step_alone():
     lengths = cost.astype(np.int64)
     rows = pack(lengths, cost, 1000, 8)
     assert sorted((float(cost[row].sum()) for row in rows), reverse=True) == [100] * 4 + [20] * 4
-    assert balance([cost[row] for row in rows], 4) == 1.0
+    assert load_balance([cost[row] for row in rows], 4) == 1.0
 
 
 @given(lengths_of_batches.filter(len), st.integers(1, 8))
@@ -131,4 +131,4 @@ def test_rows_do_not_depend_on_the_unit_of_cost(lengths, multiple):
 
 def test_no_cost_at_all_still_makes_rows():
     rows = pack(np.array([3, 4]), np.zeros(2), 10, 2)
-    assert sorted(i for row in rows for i in row.tolist()) == [0, 1] and balance([np.zeros(0)] * 2, 2) == 1.0
+    assert sorted(i for row in rows for i in row.tolist()) == [0, 1] and load_balance([np.zeros(0)] * 2, 2) == 1.0

@@ -18,7 +18,7 @@ from pipeline.shards.index import (
     Index,
     ShardsError,
     row_values,
-    table,
+    build_table,
     write_index,
 )
 
@@ -42,9 +42,9 @@ def _dialogue(number: int) -> dict[str, Any]:
 def _write(root: Path, media: int = 10, dialogues: int = 5) -> str:
     fingerprint = write_index(
         root,
-        table(MEDIA_SCHEMA, map(_media, range(media))),
-        table(DIALOGUE_SCHEMA, map(_dialogue, range(dialogues))),
-        table(SHARD_SCHEMA, SHARDS),
+        build_table(MEDIA_SCHEMA, map(_media, range(media))),
+        build_table(DIALOGUE_SCHEMA, map(_dialogue, range(dialogues))),
+        build_table(SHARD_SCHEMA, SHARDS),
     )
     (root / "build.json").write_text(json.dumps({"index_fingerprint": fingerprint}))
     return fingerprint
@@ -92,8 +92,8 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 def test_a_large_table_in_one_piece_is_cut_into_batches(tmp_path: Path) -> None:
-    whole = table(MEDIA_SCHEMA, map(_media, range(BATCH_ROWS + 1))).combine_chunks()
-    write_index(tmp_path, whole, table(DIALOGUE_SCHEMA, []), table(SHARD_SCHEMA, SHARDS))
+    whole = build_table(MEDIA_SCHEMA, map(_media, range(BATCH_ROWS + 1))).combine_chunks()
+    write_index(tmp_path, whole, build_table(DIALOGUE_SCHEMA, []), build_table(SHARD_SCHEMA, SHARDS))
     with pa.ipc.open_file(str(tmp_path / "index" / "media.arrow")) as file:
         assert [file.get_batch(i).num_rows for i in range(file.num_record_batches)] == [BATCH_ROWS, 1]
 

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.preprocessing import Frames
-from pipeline.media.sampling import fit_to_clips, sample_indices
-from pipeline.media.tiling import tiles
-from pipeline.shards.index import MEDIA_SCHEMA, Index, table
-from pipeline.shards.media_view import Visuals, nearest
+from pipeline.config.preprocessing import FramesConfig
+from pipeline.media.sampling import pad_to_clips, sample_indices
+from pipeline.media.tiling import split_into_tiles
+from pipeline.shards.index import MEDIA_SCHEMA, Index, build_table
+from pipeline.shards.media_view import MediaViews, nearest_indices
 from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest
 
 
 @given(st.sets(st.integers(0, 500), min_size=1, max_size=40), st.lists(st.integers(0, 500), min_size=1, max_size=20))
 def test_nearest_is_nearest(stored, wanted):
     stored = np.array(sorted(stored))
-    got = nearest(stored, np.array(wanted))
+    got = nearest_indices(stored, np.array(wanted))
     for number, place in zip(wanted, got.tolist(), strict=True):
         assert abs(stored[place] - number) == min(abs(s - number) for s in stored.tolist())
 
@@ -37,18 +37,18 @@ def test_nearest_is_nearest(stored, wanted):
 )
 def test_settings_of_the_build_show_the_frames_of_the_build(sampler, vlen, fps, clips, seed):
     frames = manifest(Path("."), frames={"sampler": sampler, "min": 4, "max": 4 * clips, "size": SIZE}).frames
-    wanted = fit_to_clips(sample_indices(frames, vlen, fps, vlen / fps, np.random.default_rng(seed)), vlen, 4)
+    wanted = pad_to_clips(sample_indices(frames, vlen, fps, vlen / fps, np.random.default_rng(seed)), vlen, 4)
     stored, sample = np.unique(wanted, return_inverse=True)
-    assert nearest(stored, wanted).tolist() == sample.tolist()
+    assert nearest_indices(stored, wanted).tolist() == sample.tolist()
 
 
-def one_video(frames: Frames, vlen: int, fps: float) -> Index:
+def one_video(frames: FramesConfig, vlen: int, fps: float) -> Index:
     """An index in memory of one video, as a build with ``frames`` makes it."""
-    wanted = fit_to_clips(sample_indices(frames, vlen, fps, vlen / fps), vlen, frames.clip_frames)
+    wanted = pad_to_clips(sample_indices(frames, vlen, fps, vlen / fps), vlen, frames.clip_frames)
     stored, sample = np.unique(wanted, return_inverse=True)
     row = {field.name: None for field in MEDIA_SCHEMA} | {"key": "v0", "kind": "video", "vlen": vlen, "fps": fps}
     row |= {"duration": vlen / fps, "sample": sample, "frame_index": stored, "timestamps": stored / fps}
-    return Index(Path("."), table(MEDIA_SCHEMA, [row]), None, None, "", {}, {})
+    return Index(Path("."), build_table(MEDIA_SCHEMA, [row]), None, None, "", {}, {})
 
 
 @given(
@@ -68,9 +68,9 @@ def test_any_number_of_frames_is_had_of_what_is_stored(built, read, vlen, fps, b
     index = one_video(made.frames, vlen, fps)
     stored = np.array(index.media["frame_index"][0].as_py())
     for under in (made, shown):
-        wanted = fit_to_clips(sample_indices(under.frames, vlen, fps, vlen / fps), vlen, 4)
-        (view,) = Visuals(index, under).views([0])
-        frames = stored[view.places]
+        wanted = pad_to_clips(sample_indices(under.frames, vlen, fps, vlen / fps), vlen, 4)
+        (view,) = MediaViews(index, under).views([0])
+        frames = stored[view.frame_indices]
         assert len(frames) == len(wanted) == 4 * view.clips and len(frames) <= 512
         error = np.abs(frames - wanted)
         outside = np.maximum(stored[0] - wanted, wanted - stored[-1])
@@ -91,14 +91,14 @@ def root(tmp_path_factory):
     return made.write()
 
 
-def visuals(root, **over) -> Visuals:
+def visuals(root, **over) -> MediaViews:
     made = manifest(root, **over)
-    return Visuals(Index.open(made.shard_root), made)
+    return MediaViews(Index.open(made.shard_root), made)
 
 
-def shown(reader: Visuals, row: int) -> np.ndarray:
+def shown(reader: MediaViews, row: int) -> np.ndarray:
     view = reader.views([row])[0]
-    out = np.empty((len(view.places), reader.frames.size, reader.frames.size, 3), dtype=np.uint8)
+    out = np.empty((len(view.frame_indices), reader.frames.size, reader.frames.size, 3), dtype=np.uint8)
     reader.read_frames(view, 0, out)
     return out
 
@@ -130,7 +130,7 @@ def test_parts_of_a_video_are_the_whole(root):
 def test_the_message_names_the_frames_that_are_shown(root):
     view = visuals(root, frames__time_message="long").views([1])[0]
     index = Index.open(root / "stage2").media["frame_index"][1].as_py()
-    seconds = ", ".join(str(float(np.around(index[place] / 2.0, 1))) for place in view.places)
+    seconds = ", ".join(str(float(np.around(index[place] / 2.0, 1))) for place in view.frame_indices)
     assert view.message == (
         f"\nThe video lasts for 45.00 seconds, and 8 frames are uniformly sampled at {seconds} seconds. "
     )
@@ -151,17 +151,17 @@ def test_stills_are_the_tiles_of_the_stored_picture(root, mode):
     for rows in ([3], [3, 4]):
         for view in reader.views(rows):
             out = np.empty((view.tiles, SIZE, SIZE, 3), dtype=np.uint8)
-            reader.read_still(view, out)
+            reader.read_image(view, out)
             with tarfile.open(reader.index.path_of(media["shard"][view.row].as_py())) as tar:
                 data = tar.extractfile(f"{media['key'][view.row].as_py()}.jpg").read()
-            expected, grid = tiles(Image.open(io.BytesIO(data)), mode, SIZE, 2, several=len(rows) > 1)
+            expected, grid = split_into_tiles(Image.open(io.BytesIO(data)), mode, SIZE, 2, several=len(rows) > 1)
             assert view.grid == grid and view.tiles == len(expected)
             assert np.abs(out.astype(int) - expected).max() <= 2  # two JPEG decoders
 
 
 def test_rand_is_the_same_at_every_reading(root):
-    first, second = (visuals(root, frames__sampler="rand").views([0])[0].places.tolist() for _ in range(2))
-    other = visuals(root, frames__sampler="rand", seed=1).views([0])[0].places.tolist()
+    first, second = (visuals(root, frames__sampler="rand").views([0])[0].frame_indices.tolist() for _ in range(2))
+    other = visuals(root, frames__sampler="rand", seed=1).views([0])[0].frame_indices.tolist()
     assert first == second != other
 
 

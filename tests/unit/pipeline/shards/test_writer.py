@@ -27,8 +27,8 @@ from PIL import Image
 
 from pipeline.media.jpeg import decode_jpeg, encode_jpeg
 from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.samples import dialogue_json, dialogue_key, media_json, media_key
-from pipeline.shards.sidecars import write_reader_files
+from pipeline.shards.samples import dialogue_metadata, dialogue_key, media_metadata, media_key
+from pipeline.shards.sidecars import write_sidecars
 from pipeline.shards.writer import ShardInfo, ShardWriter
 from tests.helpers.media.footage import BIKES, all_frames, number_of, numbered
 from tests.helpers.paths import ROOT
@@ -292,8 +292,8 @@ def test_json_members_have_one_schema_for_arrow() -> None:
     bare = dict(vlen=1, fps=0, duration=0, salvaged=False, sample=[0], frame_index=[0], timestamps=[0])
     about = [{"id": "7", "conversations": [{"from": "human", "value": "<image>\nÄ?"}]}]
     rows = [
-        media_json(key="v1", kind="video", start=12.5, dialogues=about, **fields, **rich),
-        media_json(key="i1", kind="image", start=0, **fields, **bare),
+        media_metadata(key="v1", kind="video", start=12.5, dialogues=about, **fields, **rich),
+        media_metadata(key="i1", kind="image", start=0, **fields, **bare),
     ]
     alone = [pyarrow.json.read_json(io.BytesIO(row)).schema for row in rows]
     assert alone[0] == alone[1]
@@ -302,15 +302,15 @@ def test_json_members_have_one_schema_for_arrow() -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes", "extra": 1}]
     common = dict(key="d1", id=7, entry="e", split="train")
     rows = [
-        dialogue_json(media=["v1", "i1"], conversations=turns, meta={"duration": 3.5}, **common),
-        dialogue_json(media=[], conversations=turns, meta={}, **common),
+        dialogue_metadata(media=["v1", "i1"], conversations=turns, meta={"duration": 3.5}, **common),
+        dialogue_metadata(media=[], conversations=turns, meta={}, **common),
     ]
     alone = [pyarrow.json.read_json(io.BytesIO(row)).schema for row in rows]
     assert alone[0] == alone[1]
     assert json.loads(json.loads(rows[0])["media"]) == ["v1", "i1"]
     assert json.loads(json.loads(rows[1])["conversations"])[1] == {"from": "gpt", "value": "yes"}
     with pytest.raises(ValueError):
-        media_json(key="v1", kind="video", start=float("nan"), **fields, **rich)
+        media_metadata(key="v1", kind="video", start=float("nan"), **fields, **rich)
 
 
 def test_energon_and_wids_files_describe_the_shards(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_energon_and_wids_files_describe_the_shards(tmp_path: Path) -> None:
     folder.mkdir()
     names = ("train-000000.tar", "train-000001.tar", "val-000000.tar")
     infos = [_write(folder / name, count)[0] for name, count in zip(names, (3, 2, 1), strict=True)]
-    write_reader_files(folder, infos[::-1])
+    write_sidecars(folder, infos[::-1])
 
     meta = folder / ".nv-meta"
     info = json.loads((meta / ".info.json").read_text())

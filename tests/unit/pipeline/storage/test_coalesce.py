@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.storage.coalesce import GAP, LARGEST, coalesce, cut
+from pipeline.storage.coalesce import GAP, LARGEST, coalesce, slice_ranges
 
 FILE = random.Random(0).randbytes(4 * LARGEST)
 offsets = st.integers(0, len(FILE) - 1)
@@ -19,7 +19,7 @@ ranges_of_file = st.lists(st.tuples(offsets, sizes).map(lambda r: (r[0], min(r[1
 def test_each_range_comes_back_whole_and_little_else_is_read(ranges):
     requests = coalesce(ranges)
     data = [FILE[request.offset : request.offset + request.size] for request in requests]
-    assert [bytes(part) for part in cut(ranges, requests, data)] == [FILE[o : o + s] for o, s in ranges]
+    assert [bytes(part) for part in slice_ranges(ranges, requests, data)] == [FILE[o : o + s] for o, s in ranges]
     wanted = sorted(set(ranges))
     assert len(requests) <= len(wanted)
     assert sum(request.size for request in requests) <= sum(size for _, size in wanted) + GAP * len(wanted)

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from pipeline import ShardsError
 from pipeline.shards.index import Index
-from pipeline.storage import Reading
+from pipeline.storage import ReadOptions
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.fetch_hub import COMMIT, serve_hub
@@ -59,10 +59,10 @@ def test_what_is_not_there_is_named(hub, tmp_path, address, text):
     for path, code in codes.items():
         hub.routes[f"/api/datasets/me/{path}"] = lambda request, code=code: request.answer(404, X_Error_Code=code)
     with pytest.raises(ShardsError, match=f"^{address.rstrip('/')}[:/].*{text}"):
-        Index.open(address, Reading(cache=str(tmp_path / "cache")))
+        Index.open(address, ReadOptions(cache=str(tmp_path / "cache")))
 
 
 def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
     point_at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(ShardsError, match="^hf://datasets/me/data: the hub cannot be asked .*HF_ENDPOINT"):
-        Index.open("hf://datasets/me/data", Reading(cache=str(tmp_path / "cache")))
+        Index.open("hf://datasets/me/data", ReadOptions(cache=str(tmp_path / "cache")))

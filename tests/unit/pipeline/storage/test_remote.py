@@ -21,22 +21,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pipeline import ManifestError, ShardsError, build_loader
 from pipeline.media.jpeg import encode_jpeg
 from pipeline.media.mjpeg_mp4 import mux_mjpeg
-from pipeline.shards.frame_reader import Pixels
+from pipeline.shards.frame_reader import FrameReader
 from pipeline.shards.index import Index
-from pipeline.storage import Reading, Shard, connections, open_storage
+from pipeline.storage import ReadOptions, ShardRef, connections, open_storage
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import Root, manifest
 from tests.helpers.servers.web_server import Server, turns
 from tests.unit.pipeline.storage.conftest import serve_folder
 
 DATA = random.Random(0).randbytes(300_000)
-FILE = Shard("file.tar", len(DATA), "")
+FILE = ShardRef("file.tar", len(DATA), "")
 RANGES = [(5, 18_000), (100_000, 20_000), (250_000, 50_000), (120_000, 1)]
 
 
 def reads(server, tmp_path, **over):
     """The storage of a server, and what it gives for RANGES."""
-    storage = open_storage(server.url, Reading(cache=str(tmp_path / "cache"), **over))
+    storage = open_storage(server.url, ReadOptions(cache=str(tmp_path / "cache"), **over))
     return [bytes(part) for part in storage.read(FILE, RANGES)]
 
 
@@ -73,21 +73,21 @@ def test_eight_of_512_frames_cost_at_most_a_twentieth_of_the_sample(server, tmp_
     row = made._add("video", mux_mjpeg(pictures, seconds, 256.0, 96, 96), 96, 96, np.arange(512), 512, 2.0)
     made.write()
     serve_folder(server, tmp_path)
-    index = Index.open(f"{server.url}/stage2", Reading(cache=str(tmp_path / "cache")))
+    index = Index.open(f"{server.url}/stage2", ReadOptions(cache=str(tmp_path / "cache")))
     server.asked.clear()
     places, out = np.linspace(0, 511, 8).astype(int).tolist(), np.empty((2, 8, 96, 96, 3), dtype=np.uint8)
-    Pixels(index).read_frames(row, places, out[0])
+    FrameReader(index).read_frames(row, places, out[0])
     asked = [headers["range"].removeprefix("bytes=").split("-") for _, headers in server.asked]
     size = index.media["size"][row].as_py()
     assert size > 512 * 5000
     assert 0 < sum(int(last) + 1 - int(first) for first, last in asked) <= 0.05 * size
-    Pixels(Index.open(tmp_path / "stage2")).read_frames(row, places, out[1])
+    FrameReader(Index.open(tmp_path / "stage2")).read_frames(row, places, out[1])
     assert np.array_equal(*out)
 
 
 def test_a_forked_process_reads_after_its_parent_has(server, tmp_path):
     server.routes["/file.tar"] = lambda request: request.serve(DATA)
-    storage = open_storage(server.url, Reading(cache=str(tmp_path / "cache")))
+    storage = open_storage(server.url, ReadOptions(cache=str(tmp_path / "cache")))
     assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
 
     def child():
@@ -218,7 +218,7 @@ def test_one_silent_try_is_followed_by_another(server, tmp_path):
 
 def test_many_threads_read_at_once(server, tmp_path):
     server.routes["/file.tar"] = lambda request: request.serve(DATA)
-    storage, wrong = open_storage(server.url, Reading(cache=str(tmp_path / "cache"))), []
+    storage, wrong = open_storage(server.url, ReadOptions(cache=str(tmp_path / "cache"))), []
 
     def work():
         for _ in range(10):
@@ -243,7 +243,7 @@ def test_a_login_is_sent_to_its_server_alone_and_stands_in_no_message(server, tm
         )
         server.routes["/file.tar"] = lambda request: request.answer(302, Location=f"{other.url}/elsewhere?signature=s")
         address = server.url.replace("//", "//me:s%3Acret@")
-        storage = open_storage(address, Reading(cache=str(tmp_path / "cache")))
+        storage = open_storage(address, ReadOptions(cache=str(tmp_path / "cache")))
         assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
         first = len(server.asked)
         assert {headers["authorization"] for _, headers in server.asked} == {"Basic bWU6czpjcmV0"}
@@ -268,7 +268,7 @@ def test_a_redirect_is_followed_once_for_many_reads(server, tmp_path):
 def test_the_proxy_of_the_environment_is_asked(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:secret@"))
     server.routes["http://shards.example/stage2/file.tar"] = lambda request: request.serve(DATA)
-    storage = open_storage("http://shards.example/stage2", Reading(cache=str(tmp_path / "cache")))
+    storage = open_storage("http://shards.example/stage2", ReadOptions(cache=str(tmp_path / "cache")))
     assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
     headers = server.asked[0][1]
     assert headers["host"] == "shards.example" and headers["proxy-authorization"] == "Basic bWU6c2VjcmV0"
@@ -298,7 +298,7 @@ def test_https_reads_from_servers_with_a_good_certificate_alone(server, tmp_path
     server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
     server.routes["/file.tar"] = lambda request: request.serve(DATA)
     address = server.url.replace("http://127.0.0.1", "https://localhost")
-    storage = open_storage(address, Reading(cache=str(tmp_path / "cache")))
+    storage = open_storage(address, ReadOptions(cache=str(tmp_path / "cache")))
     monkeypatch.setattr(connections, "_tls", connections._tls.__wrapped__)  # as the environment is, every time
     with pytest.raises(ConnectionError, match="the server's certificate is not good"):
         storage.read(FILE, RANGES)
@@ -313,7 +313,7 @@ def test_https_reads_from_servers_with_a_good_certificate_alone(server, tmp_path
 
 
 def test_another_build_at_the_address_is_read_anew(server, tmp_path):
-    reading = Reading(cache=str(tmp_path / "cache"), cache_gb=0.01)
+    reading = ReadOptions(cache=str(tmp_path / "cache"), cache_gb=0.01)
     found = []
     for vlen in (5, 9):
         made = Root(tmp_path / str(vlen))
@@ -322,9 +322,9 @@ def test_another_build_at_the_address_is_read_anew(server, tmp_path):
         serve_folder(server, tmp_path / str(vlen))
         index = Index.open(f"{server.url}/stage2", reading)
         out = np.empty((vlen, 64, 64, 3), dtype=np.uint8)
-        Pixels(index).read_frames(0, list(range(vlen)), out)
+        FrameReader(index).read_frames(0, list(range(vlen)), out)
         expected = np.empty_like(out)
-        Pixels(Index.open(tmp_path / str(vlen) / "stage2")).read_frames(0, list(range(vlen)), expected)
+        FrameReader(Index.open(tmp_path / str(vlen) / "stage2")).read_frames(0, list(range(vlen)), expected)
         assert np.array_equal(out, expected)
         found.append(index.fingerprint)
         assert [path.name for path in index.storage.folder.iterdir() if path.is_dir()] == [index.fingerprint]
@@ -332,7 +332,7 @@ def test_another_build_at_the_address_is_read_anew(server, tmp_path):
 
 
 def test_a_copy_that_was_broken_off_or_is_of_two_builds_is_not_used(served, root, tmp_path):
-    reading, address = Reading(cache=str(tmp_path / "cache")), f"{served.url}/stage2"
+    reading, address = ReadOptions(cache=str(tmp_path / "cache")), f"{served.url}/stage2"
     good = served.routes["/stage2/index/media.arrow"]
     served.routes["/stage2/index/media.arrow"] = served.routes["/stage2/index/shards.arrow"]
     with pytest.raises(ShardsError, match="files are not those of build.json; copy the finished root there again"):
@@ -350,7 +350,7 @@ def test_a_copy_that_was_broken_off_or_is_of_two_builds_is_not_used(served, root
 
 def test_large_files_are_copied_in_pieces_that_must_be_of_one_file(served, root, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.storage.remote.PIECE", 700)
-    name, reading = "/stage2/index/media.arrow", Reading(cache=str(tmp_path / "cache"))
+    name, reading = "/stage2/index/media.arrow", ReadOptions(cache=str(tmp_path / "cache"))
     data, good = (root / "stage2" / "index" / "media.arrow").read_bytes(), served.routes[name]
     served.routes[name] = turns(good, lambda request: request.serve(data, ETag='"another"'))
     with pytest.raises(ShardsError, match="media.arrow: has changed while it was being read"):
@@ -364,12 +364,12 @@ def test_large_files_are_copied_in_pieces_that_must_be_of_one_file(served, root,
 def test_a_build_json_that_is_none_is_one_line(server, tmp_path, build):
     server.routes["/build.json"] = lambda request: request.serve(build)
     with pytest.raises(ShardsError, match=f"^{server.url}: .*copy the finished root there again$") as raised:
-        Index.open(server.url, Reading(cache=str(tmp_path / "cache")))
+        Index.open(server.url, ReadOptions(cache=str(tmp_path / "cache")))
     assert "\n" not in str(raised.value)
 
 
 def test_nothing_there_and_no_such_kind_of_address(server, tmp_path):
-    reading = Reading(cache=str(tmp_path / "cache"))
+    reading = ReadOptions(cache=str(tmp_path / "cache"))
     with pytest.raises(ShardsError, match="build.json: the server answered 404 Not Found.*no finished shards"):
         Index.open(f"{server.url}/stage2", reading)
     for address in ("ftp://host/a", "https:///a", "https://host/a?b=c", "s3://", "hf://me/data"):
@@ -380,7 +380,7 @@ def test_nothing_there_and_no_such_kind_of_address(server, tmp_path):
 def test_a_cache_folder_that_cannot_be_written_is_named(served, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ShardsError, match="loader.cache: .*file/cache cannot be written"):
-        Index.open(f"{served.url}/stage2", Reading(cache=str(tmp_path / "file" / "cache")))
+        Index.open(f"{served.url}/stage2", ReadOptions(cache=str(tmp_path / "file" / "cache")))
 
 
 def test_a_shard_that_is_not_there_costs_its_dialogues_alone(served, root, tmp_path):
@@ -392,6 +392,6 @@ def test_a_shard_that_is_not_there_costs_its_dialogues_alone(served, root, tmp_p
 
 def test_shards_are_not_built_at_an_address(root):
     made = manifest(root, shards="https://host/shards/")
-    assert made.shard_place == "https://host/shards/stage2"
+    assert made.shard_address == "https://host/shards/stage2"
     with pytest.raises(ManifestError, match="shards: https://host/shards/ is an address"):
         _ = made.shard_root

@@ -7,7 +7,7 @@ import s3fs
 
 from pipeline import ShardsError
 from pipeline.shards.index import Index
-from pipeline.storage import Reading, open_storage
+from pipeline.storage import ReadOptions, open_storage
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.s3_server import s3_environment, s3_server
@@ -39,22 +39,22 @@ def test_batches_are_those_of_the_folder(bucket, root, tmp_path):
 
 
 def test_addresses_are_signed_once_and_not_shown(bucket, tmp_path):
-    storage = open_storage(f"{bucket}/stage2/", Reading(cache=str(tmp_path / "cache")))
+    storage = open_storage(f"{bucket}/stage2/", ReadOptions(cache=str(tmp_path / "cache")))
     address = storage._place.address("video/train-000000.tar")
     assert "X-Amz-Signature=" in address.url and "X-Amz-Signature" not in address.shown
     assert storage._place.address("video/train-000000.tar") is address
-    assert storage.whole("build.json")
+    assert storage.read_all("build.json")
     with pytest.raises(FileNotFoundError):
-        storage.whole("nothing.json")
+        storage.read_all("nothing.json")
 
 
 def test_without_credentials_the_bucket_is_asked_as_anybody(bucket, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    storage = open_storage(f"{bucket}/stage2", Reading(cache=str(tmp_path / "cache")))
+    storage = open_storage(f"{bucket}/stage2", ReadOptions(cache=str(tmp_path / "cache")))
     assert "Signature" not in storage._place.address("build.json").url
 
 
 def test_what_is_not_there_is_named(bucket, tmp_path):
     with pytest.raises(ShardsError, match="^s3://shards/none/build.json: .*404 Not Found.*no finished shards$"):
-        Index.open("s3://shards/none", Reading(cache=str(tmp_path / "cache")))
+        Index.open("s3://shards/none", ReadOptions(cache=str(tmp_path / "cache")))

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from pipeline.config.manifest import ManifestError
 from pipeline.tokenization.chat_template import (
-    IGNORE,
-    IMAGE,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
     MARK,
-    Conversation,
-    fetched,
+    ChatTemplate,
+    reused_sample,
     load_tokenizer,
-    media_step,
+    preprocess_multimodal,
     question_and_answer,
     text_of,
 )
@@ -29,7 +29,7 @@ NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 @pytest.fixture(scope="module")
-def qwen() -> Conversation:
+def qwen() -> ChatTemplate:
     return conversation()
 
 
@@ -41,7 +41,7 @@ def assert_encoded(got: tuple[np.ndarray, np.ndarray], ids: list[int], labels: l
     assert got[0].dtype == got[1].dtype == np.int32
     assert got[0].tolist() == ids
     # The label of a mark in an answer is a passing state there: it becomes -100 when the picture is put in.
-    assert got[1].tolist() == [IGNORE if i == IMAGE else x for i, x in zip(ids, labels, strict=True)]
+    assert got[1].tolist() == [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else x for i, x in zip(ids, labels, strict=True)]
 
 
 def accepted(row: dict) -> bool:
@@ -57,7 +57,7 @@ def test_golden_ids_and_labels(row, fetch):
     turns = row["conversation"]
     if row["media"] != "text":
         marks = sum(text_of(turn).count(MARK) for turn in turns)
-        assert media_step(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
+        assert preprocess_multimodal(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
     ids, labels = encode(row, turns, fetch)
     assert_encoded((ids, labels), row["input_ids"], row["labels"])
     assert load_tokenizer(str(FOLDER)).decode(labels[labels >= 0]) == row["learned_text"]
@@ -69,8 +69,8 @@ def test_golden_second_fetch(row):
     """Published: the dialogue as its first fetch left it goes through the media step again. Meant: nothing changes."""
     turns = row["conversation"]
     messages = [row["time_message"]] * sum(text_of(turn).count(MARK) for turn in turns)
-    assert fetched(turns, messages, row["version"], 1) == row["conversation_after_media_step"]
-    assert fetched(turns, messages, row["version"], 2) == row["second_fetch_conversation"]
+    assert reused_sample(turns, messages, row["version"], 1) == row["conversation_after_media_step"]
+    assert reused_sample(turns, messages, row["version"], 2) == row["second_fetch_conversation"]
     assert_encoded(encode(row, turns, 2), row["second_fetch_input_ids"], row["second_fetch_labels"])
     first, second = encode(row, turns), encode(row, turns)
     assert first[0].tolist() == second[0].tolist() == row["input_ids"]
@@ -110,14 +110,14 @@ def test_golden_tokenizer_facts(facts):
     for name in ("eos", "pad", "bos", "unk"):
         assert getattr(tokenizer, f"{name}_token") == facts[name], name
     # There the mark is added as a token to find its place; here it never is one, and its id is IMAGE in both.
-    assert facts["image_token_id_when_added"] == len(tokenizer) and IMAGE < 0
+    assert facts["image_token_id_when_added"] == len(tokenizer) and IMAGE_TOKEN_INDEX < 0
 
 
 def test_a_dropped_first_turn_takes_no_message(qwen):
     turns = [{"from": "gpt", "value": "<image>"}, {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]
     ids, _ = qwen.encode(turns, ["video"], ["\n4 frames. "])
     assert ids.tolist() == qwen.encode(turns[1:], ["video"], ["\n4 frames. "])[0].tolist()
-    assert "4 frames" in qwen.tokenizer.decode(ids[ids != IMAGE])
+    assert "4 frames" in qwen.tokenizer.decode(ids[ids != IMAGE_TOKEN_INDEX])
 
 
 def test_prompt_markers_can_be_masked(qwen):
@@ -125,7 +125,7 @@ def test_prompt_markers_can_be_masked(qwen):
     ids, _ = qwen.encode(turns, [], [])
     same_ids, labels = conversation(mask_prompt_markers=True).encode(turns, [], [])
     assert same_ids.tolist() == ids.tolist()
-    assert qwen.tokenizer.decode(labels[labels != IGNORE]) == "<|im_start|>assistant\nYes<|im_end|>\n"
+    assert qwen.tokenizer.decode(labels[labels != IGNORE_INDEX]) == "<|im_start|>assistant\nYes<|im_end|>\n"
 
 
 def test_marks_have_to_fit_the_media(qwen):
@@ -141,7 +141,7 @@ def test_marks_have_to_fit_the_media(qwen):
 def test_each_medium_has_its_own_message(qwen):
     turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "B"}]
     ids, _ = qwen.encode(turns, ["image", "video"], ["", "\nThe video lasts for 1.00 seconds. "])
-    text = qwen.tokenizer.decode([i if i != IMAGE else 0 for i in ids])
+    text = qwen.tokenizer.decode([i if i != IMAGE_TOKEN_INDEX else 0 for i in ids])
     first = qwen.tokenizer.decode([0])
     assert f"user\n{first} or {first}\nThe video lasts for 1.00 seconds. ?" in text
 
@@ -173,7 +173,7 @@ def test_question_is_the_last_answered_one():
 
 def test_plain_prompt_is_the_mark_alone():
     turns = [{"from": "human", "value": "<image>\nDescribe."}]
-    assert conversation("plain").prompt(turns, ["video"], ["\nN frames. "]).tolist() == [IMAGE]
+    assert conversation("plain").prompt(turns, ["video"], ["\nN frames. "]).tolist() == [IMAGE_TOKEN_INDEX]
 
 
 def test_absent_tokenizer_is_one_clear_line(tmp_path):

@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 
 from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import Visuals
+from pipeline.shards.media_view import MediaViews
 from pipeline.tokenization import token_cache as module
-from pipeline.tokenization.chat_template import Conversation
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
-from pipeline.tokenization.token_cache import Tokens
+from pipeline.tokenization.chat_template import ChatTemplate
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.tokenization.token_cache import TokenCache
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 
 
-def open_tokens(root, **over) -> Tokens:
+def open_tokens(root, **over) -> TokenCache:
     made = manifest(root, **over)
     index = Index.open(made.shard_root)
-    return Tokens(index, made, Conversation(made.text), Visuals(index, made))
+    return TokenCache(index, made, ChatTemplate(made.text), MediaViews(index, made))
 
 
-def refused(tokens: Tokens) -> dict[int, str]:
+def refused(tokens: TokenCache) -> dict[int, str]:
     """Why each dialogue that cannot be used cannot, by row."""
-    return {row: tokens.why(row) for row in np.flatnonzero(tokens.learned == 0).tolist()}
+    return {row: tokens.skip_reason(row) for row in np.flatnonzero(tokens.num_label_tokens == 0).tolist()}
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +36,23 @@ def root(tmp_path_factory):
 def test_rows_are_the_dialogues_one_by_one(root):
     tokens = open_tokens(root)
     made = manifest(root)
-    index, conversation = Index.open(made.shard_root), Conversation(made.text)
-    visuals = Visuals(index, made)
+    index, conversation = Index.open(made.shard_root), ChatTemplate(made.text)
+    visuals = MediaViews(index, made)
     assert len(tokens.length) == len(index.dialogues)
     for row, dialogue in enumerate(index.dialogues.to_pylist()):
         views = visuals.views(dialogue["media"])
         ids, labels = conversation.encode(
             json.loads(dialogue["conversations"]), [v.kind for v in views], [v.message for v in views]
         )
-        got_ids, got_labels = tokens.of(row)
+        got_ids, got_labels = tokens.get(row)
         assert got_ids.tolist() == ids.tolist()
-        assert got_labels.tolist() == [IGNORE, *labels.tolist()[1:]]
-        assert tokens.learned[row] == sum(label != IGNORE for label in labels.tolist()[1:])
+        assert got_labels.tolist() == [IGNORE_INDEX, *labels.tolist()[1:]]
+        assert tokens.num_label_tokens[row] == sum(label != IGNORE_INDEX for label in labels.tolist()[1:])
         assert tokens.clips[row] == sum(v.clips for v in views) and tokens.tiles[row] == sum(v.tiles for v in views)
-        assert tokens.length[row] == sum(1 for i in ids if i != IMAGE) + 64 * (tokens.clips[row] + tokens.tiles[row])
-    assert not refused(tokens) and not len(tokens.cut)
+        assert tokens.length[row] == sum(1 for i in ids if i != IMAGE_TOKEN_INDEX) + 64 * (
+            tokens.clips[row] + tokens.tiles[row]
+        )
+    assert not refused(tokens) and not len(tokens.truncated)
 
 
 def test_made_once_and_again_for_other_settings(root, monkeypatch):
@@ -119,16 +121,16 @@ def test_text_over_the_limit_is_cut_and_media_never(long_root):
     limit = 260
     tokens, whole = open_tokens(long_root, text__max_tokens=limit), open_tokens(long_root, text__max_tokens=32_768)
     for row in (0, 1):
-        ids, labels = tokens.of(row)
-        full_ids, full_labels = whole.of(row)
+        ids, labels = tokens.get(row)
+        full_ids, full_labels = whole.get(row)
         assert tokens.length[row] == limit < whole.length[row]
-        assert len(ids) - (ids == IMAGE).sum() + 128 * row == limit  # 8 frames, two clips, 128 tokens
+        assert len(ids) - (ids == IMAGE_TOKEN_INDEX).sum() + 128 * row == limit  # 8 frames, two clips, 128 tokens
         assert ids.tolist() == full_ids[: len(ids)].tolist() and labels.tolist() == full_labels[: len(ids)].tolist()
-        assert tokens.learned[row] == (np.array(labels) != IGNORE).sum()
-    assert tokens.cut.tolist() == [0, 1, 4]
-    assert tokens.why(1) == f"{whole.length[1]} tokens are more than text.max_tokens (260), and are cut to it"
+        assert tokens.num_label_tokens[row] == (np.array(labels) != IGNORE_INDEX).sum()
+    assert tokens.truncated.tolist() == [0, 1, 4]
+    assert tokens.skip_reason(1) == f"{whole.length[1]} tokens are more than text.max_tokens (260), and are cut to it"
     assert "cutting it would cut its media" in refused(tokens)[2]
-    assert tokens.of(3)[0].tolist() == whole.of(3)[0].tolist()
+    assert tokens.get(3)[0].tolist() == whole.get(3)[0].tolist()
     assert refused(tokens)[5].startswith("2 <image> marks are left for 1 media")
     assert sorted(refused(tokens)) == [2, 5] and sorted(refused(whole)) == [5]
 
@@ -148,4 +150,4 @@ def test_over_length_refuse(long_root):
     tokens = open_tokens(long_root, text__max_tokens=260, text__over_length="refuse")
     assert sorted(refused(tokens)) == [0, 1, 2, 4, 5]
     assert refused(tokens)[0].endswith("tokens are more than text.max_tokens (260)")
-    assert not len(tokens.cut)
+    assert not len(tokens.truncated)

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pipeline.utils.daemon_pool import Threads
+from pipeline.utils.daemon_pool import DaemonThreadPool
 from tests.helpers.paths import ROOT
 
 
@@ -21,11 +21,11 @@ def test_results_come_in_order_from_several_threads_at_once():
             together.wait(60)
         return item, threading.current_thread()
 
-    with Threads(4) as threads:
+    with DaemonThreadPool(4) as threads:
         found = [*threads.map(call, range(50)), *threads.map(call, range(4, 8))]
     assert [item for item, _ in found] == [*range(50), *range(4, 8)]
     assert len({thread for _, thread in found}) == 4
-    assert list(Threads(2).map(call, [])) == []
+    assert list(DaemonThreadPool(2).map(call, [])) == []
 
 
 def test_an_error_comes_when_it_is_its_turn_and_ends_what_is_left():
@@ -38,7 +38,7 @@ def test_an_error_comes_when_it_is_its_turn_and_ends_what_is_left():
             gate.wait(60)
         done.append(item)
 
-    with pytest.raises(ValueError, match="one"), Threads(1) as threads:
+    with pytest.raises(ValueError, match="one"), DaemonThreadPool(1) as threads:
         list(threads.map(call, range(50)))
     gate.set()
     assert set(done) <= {0, 2}
@@ -52,7 +52,7 @@ def test_a_call_can_be_cancelled_until_a_thread_takes_it():
         gate.wait(60)
         ran.append(item)
 
-    with Threads(1) as threads:
+    with DaemonThreadPool(1) as threads:
         futures = [threads.submit(call, item) for item in range(3)]
         taken.wait(60)
         assert [future.cancel() for future in futures[:2]] == [False, True]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.builder.availability import THREADS, Survey
+from tools.builder.availability import THREADS, AvailabilityChecker
 from tools.fetch import root_map as roots
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.root_map import Place
+from tools.fetch.root_map import ResolvedLocation
 
 
 class Far:
@@ -44,12 +44,12 @@ def far(monkeypatch):
     return source
 
 
-PLACE = Place(None, Far.origin, "", "far", Far.origin)
+PLACE = ResolvedLocation(None, Far.origin, "", "far", Far.origin)
 
 
 def test_each_file_is_asked_for_once_and_each_answer_remembered(far):
     names = ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "a.mp4"]
-    with Survey() as survey:
+    with AvailabilityChecker() as survey:
         found = survey.ask([(PLACE, name, False) for name in names])
         again = survey.ask([(PLACE, name, False) for name in names])
     assert sorted(far.asked) == [(name, False) for name in names[:4]]
@@ -66,14 +66,14 @@ def test_each_file_is_asked_for_once_and_each_answer_remembered(far):
 
 
 def test_a_folder_of_frames_is_not_the_file_of_its_name(far):
-    with Survey() as survey:
+    with AvailabilityChecker() as survey:
         survey.ask([(PLACE, "a.mp4", False), (PLACE, "a.mp4", True)])
     assert sorted(far.asked) == [("a.mp4", False), ("a.mp4", True)]
 
 
 def test_places_are_opened_before_many_threads_ask(far):
     far.files = {str(number): number for number in range(200)}
-    with Survey() as survey:
+    with AvailabilityChecker() as survey:
         found = survey.ask([(PLACE, name, False) for name in far.files])
     assert far.asked[0] == ("0", False) and [item.size for item in found] == list(range(200))
     assert 1 < far.most <= THREADS
@@ -81,7 +81,7 @@ def test_places_are_opened_before_many_threads_ask(far):
 
 def test_a_silent_host_costs_a_bounded_number_of_requests(far):
     far.files = {str(number): FetchError("unreachable", number, "no route") for number in range(500)}
-    with Survey() as survey:
+    with AvailabilityChecker() as survey:
         found = survey.ask([(PLACE, name, False) for name in far.files])
     assert {item.reason for item in found} == {"unreachable"} and len(far.asked) <= 2 * THREADS
 
@@ -92,8 +92,8 @@ def test_local_folders(tmp_path: Path):
         (tmp_path / "frames" / f"{number}.jpg").write_bytes(b"1234")
     (tmp_path / "a.mp4").write_bytes(b"12345")
     (tmp_path / "out.mp4").symlink_to("/etc/hostname")
-    place = Place(tmp_path, f"dir:{tmp_path}", "", "root", f"dir:{tmp_path}")
-    with Survey() as survey:
+    place = ResolvedLocation(tmp_path, f"dir:{tmp_path}", "", "root", f"dir:{tmp_path}")
+    with AvailabilityChecker() as survey:
         wanted = [("a.mp4", False), ("frames", True), ("frames", False), ("out.mp4", False), ("b.mp4", False)]
         found = survey.ask([(place, *item) for item in wanted])
     assert [item.size for item in found] == [5, 12, UNKNOWN, UNKNOWN, UNKNOWN]
@@ -101,12 +101,12 @@ def test_local_folders(tmp_path: Path):
 
 
 def test_a_place_that_is_not_known_is_not_asked():
-    with Survey() as survey:
-        found = survey.ask([(Place(None, "https://a.org", "map it"), "a.mp4", False)])
+    with AvailabilityChecker() as survey:
+        found = survey.ask([(ResolvedLocation(None, "https://a.org", "map it"), "a.mp4", False)])
     assert (found[0].reason, "map it" in found[0].message) == ("unresolved", True)
 
 
 def test_a_map_that_cannot_be_read_is_told():
-    with Survey() as survey:
-        found = survey.ask([(Place(None, "ftp", "", "ftp", "ftp://a.org"), "a.mp4", False)])
+    with AvailabilityChecker() as survey:
+        found = survey.ask([(ResolvedLocation(None, "ftp", "", "ftp", "ftp://a.org"), "a.mp4", False)])
     assert found[0].reason == "unresolved" and "cannot be read" in found[0].message

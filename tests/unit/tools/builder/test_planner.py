@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import Data, Entry
+from pipeline.config.data import DataConfig, EntryConfig
 from pipeline.config.manifest import load_manifest
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
@@ -23,7 +23,7 @@ from tools.common.errors import BuildError
 from tools.fetch import host_health as hosts
 from tools.fetch import root_map as roots
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.root_map import origins
+from tools.fetch.root_map import resolve_entries
 
 
 def manifest(folder: Path, entries, **data):
@@ -87,7 +87,7 @@ def test_media_are_rows_in_the_order_of_first_naming(tmp_path, monkeypatch, batc
                     expected.append(item)
             dialogues.append((sample["id"], [expected.index(item) for item in items]))
     (tmp_path / "plan").mkdir()
-    counts = make_plan(manifest(tmp_path, entries), origins(manifest(tmp_path, entries)), tmp_path / "plan")
+    counts = make_plan(manifest(tmp_path, entries), resolve_entries(manifest(tmp_path, entries)), tmp_path / "plan")
     rows = map_table(tmp_path / "plan" / "media.arrow").to_pylist()
     folders = [str(media), str(media), str(media / "sub"), str(media)]
     got = [(r["kind"], f"{folders[r['entry']]}/{r['path']}", r["reader"], r["start"], r["end"]) for r in rows]
@@ -155,7 +155,7 @@ NAMES = ("one", "two", "three")
 
 def test_a_dry_run_asks_places_and_says_what_they_lack(tmp_path, far):
     wanted = far_manifest(tmp_path)
-    found = origins(wanted, quick=True)
+    found = resolve_entries(wanted, quick=True)
     one, two, three = make_plan(wanted, found, None, strict=False).values()
     assert (one.samples, one.dialogues, one.media, one.found) == (7, 7, 6, 4)
     assert (one.bytes, one.unsized) == (130, 1), "the clip is of a file that is counted already"
@@ -169,18 +169,18 @@ def test_a_dry_run_asks_places_and_says_what_they_lack(tmp_path, far):
 def test_places_elsewhere_are_one_place_by_what_they_are(tmp_path, far):
     wanted = far_manifest(tmp_path)
     (tmp_path / "plan").mkdir()
-    make_plan(wanted, origins(wanted), tmp_path / "plan", strict=False)
+    make_plan(wanted, resolve_entries(wanted), tmp_path / "plan", strict=False)
     rows = map_table(tmp_path / "plan" / "media.arrow").to_pylist()
     assert [(row["path"], row["entry"]) for row in rows if row["start"] is None and row["path"][0] in "ae"] == [
         ("a.mp4", 0),
         ("e.mp4", 1),
     ]
     with pytest.raises(BuildError, match="three: .*no route.*--skip-unresolved"):
-        make_plan(wanted, origins(wanted), tmp_path / "plan")
+        make_plan(wanted, resolve_entries(wanted), tmp_path / "plan")
 
 
 def test_places_travel_to_other_processes(tmp_path, far):
-    place = origins(far_manifest(tmp_path))[0].media
+    place = resolve_entries(far_manifest(tmp_path))[0].media
     assert (place.path, place.origin, place.given, place.name) == (
         None,
         "hf:o/n@77:x",
@@ -196,7 +196,7 @@ def test_annotation_files_are_fetched_and_planned(tmp_path):
         server.routes["/sets/a.jsonl"] = lambda request: request.serve(lines)
         entries = [{"annotation": f"{server.url}/sets/{name}.jsonl"} for name in ("a", "gone")]
         wanted = manifest(tmp_path, entries, cache=str(tmp_path / "cache"))
-        found = origins(wanted)
+        found = resolve_entries(wanted)
         assert [item.annotation.resolved for item in found] == [True, False]
         assert "nothing at the path" in found[1].annotation.missing and server.url in found[1].annotation.missing
         counts = make_plan(wanted, found, None, strict=False)
@@ -213,7 +213,7 @@ def test_a_login_in_an_address_is_used_and_never_shown(tmp_path):
         wanted = manifest(
             tmp_path, [{"annotation": str(tmp_path / "a.jsonl"), "root": "r"}], roots=str(tmp_path / "roots.yaml")
         )
-        found = origins(wanted)
+        found = resolve_entries(wanted)
         counts = make_plan(wanted, found, None)
         assert server.asked and all("authorization" in headers for _, headers in server.asked)
     assert counts["a"].found == 1 and counts["a"].bytes == 4 and "secret" not in found[0].media.origin
@@ -224,12 +224,12 @@ def test_annotation_files_below_a_mapped_place(tmp_path):
         line = json.dumps({"conversations": TEXT}).encode()
         server.routes["/mirror/d/x.jsonl"] = lambda request: request.serve(line)
         (tmp_path / "roots.yaml").write_text(f"hf:o/n: 'url:{server.url}/mirror/{{path}}'\n")
-        data = Data(
-            entries=(Entry(annotation="hf:o/n:d/x.jsonl"), Entry(annotation="hf:o/n@main:d/y.jsonl")),
+        data = DataConfig(
+            entries=(EntryConfig(annotation="hf:o/n:d/x.jsonl"), EntryConfig(annotation="hf:o/n@main:d/y.jsonl")),
             roots=str(tmp_path / "roots.yaml"),
             cache=str(tmp_path / "cache"),
         )
-        found = origins(replace(manifest(tmp_path, [{"annotation": "x.jsonl"}]), data=data))
+        found = resolve_entries(replace(manifest(tmp_path, [{"annotation": "x.jsonl"}]), data=data))
     assert [item.annotation.resolved for item in found] == [True, False]
     assert "map hf:o/n to dir:FOLDER" in found[1].annotation.missing
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tools.builder.prefetch import AHEAD, fetched_ahead
+from tools.builder.prefetch import AHEAD, prefetch
 
 
 class Fetcher:
@@ -35,7 +35,7 @@ class Fetcher:
 
 def test_files_come_in_order_and_go(tmp_path):
     fetch, before = Fetcher(), None
-    for number, (item, file) in enumerate(fetched_ahead(range(12), fetch, tmp_path / "scratch")):
+    for number, (item, file) in enumerate(prefetch(range(12), fetch, tmp_path / "scratch")):
         assert item == number and (before is None or not before.exists())
         if item == 5:
             with pytest.raises(ValueError, match="five"):
@@ -51,14 +51,14 @@ def test_files_come_in_order_and_go(tmp_path):
 def test_one_at_a_time(tmp_path):
     fetch = Fetcher()
     fetch.full.set()
-    for item, file in fetched_ahead(range(5), fetch, tmp_path / "scratch", ahead=1):
+    for item, file in prefetch(range(5), fetch, tmp_path / "scratch", ahead=1):
         file.result()
         assert fetch.begun == list(range(item + 1)) and fetch.now == 0, "nothing is under way while an item is at work"
 
 
 def test_nothing_is_left_of_what_is_not_taken(tmp_path):
     fetch = Fetcher()
-    files = fetched_ahead(range(50), fetch, tmp_path / "scratch")
+    files = prefetch(range(50), fetch, tmp_path / "scratch")
     next(files)
     files.close()
     assert list(tmp_path.iterdir()) == [] and len(fetch.begun) <= AHEAD + 1

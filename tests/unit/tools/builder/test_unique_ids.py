@@ -5,14 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.builder.unique_ids import Distinct
+from tools.builder.unique_ids import UniqueIds
 
 
 @given(batches=st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=12))
 def test_numbers_follow_the_first_naming(batches):
-    distinct, known = Distinct(), {}
+    distinct, known = UniqueIds(), {}
     for batch in batches:
-        numbers, first = (column.tolist() for column in distinct.number([f"text {value}" for value in batch]))
+        numbers, first = (column.tolist() for column in distinct.assign([f"text {value}" for value in batch]))
         for value, number, new in zip(batch, numbers, first, strict=True):
             assert new == (value not in known)
             assert number == known.setdefault(value, len(known))

@@ -14,8 +14,8 @@ import pytest
 
 import tools.builder.worker_pool
 from tests.helpers.paths import ROOT
-from tools.builder.worker_pool import Pool
-from tools.common.errors import WorkError
+from tools.builder.worker_pool import WorkerPool
+from tools.common.errors import WorkerError
 
 ITEMS = range(4)  #: of every task
 
@@ -50,7 +50,7 @@ def make_run(folder: Path, trouble: dict[tuple[int, int], str], limit: float):
 
 
 def run(folder, trouble, workers=2, limit=60.0):
-    with Pool(make_run, (folder, trouble, limit), workers) as pool:
+    with WorkerPool(make_run, (folder, trouble, limit), workers) as pool:
         return list(pool.run(range(3)))
 
 
@@ -82,13 +82,13 @@ def test_a_crash_that_does_not_come_again_costs_nothing(tmp_path):
 def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
     run(tmp_path, {(1, -1): "crash once"})
     assert results(tmp_path) == [GOOD] * 3
-    with pytest.raises(WorkError, match="ended with exit code -9 outside any item"):
+    with pytest.raises(WorkerError, match="ended with exit code -9 outside any item"):
         run(tmp_path, {(1, -1): "crash"})
 
 
 def test_a_hang_outside_any_item_does_not_last(tmp_path, monkeypatch):
     monkeypatch.setattr(tools.builder.worker_pool, "OUTSIDE", 4.0)
-    with pytest.raises(WorkError, match="ended after 4 s outside any item"):
+    with pytest.raises(WorkerError, match="ended after 4 s outside any item"):
         run(tmp_path, {(1, -1): "hang"})
 
 
@@ -98,7 +98,7 @@ def test_a_hang_costs_its_item(tmp_path):
 
 
 def test_a_failure_outside_decoding_ends_the_build(tmp_path):
-    with pytest.raises(WorkError, match="OSError: no space left"):
+    with pytest.raises(WorkerError, match="OSError: no space left"):
         run(tmp_path, {(1, 0): "fail"}, workers=1)
     assert (tmp_path / "0").exists() and not (tmp_path / "2").exists()
     assert multiprocessing.active_children() == []

@@ -9,9 +9,9 @@ import pytest
 
 from pipeline.config.manifest import ManifestError
 from tests.helpers.servers.web_server import QUICK, Server
-from tools.fetch.annotation_cache import AnnotationFiles, remote_file
+from tools.fetch.annotation_cache import AnnotationCache, remote_file
 from tools.fetch.base import FetchError
-from tools.fetch.host_health import Opened
+from tools.fetch.host_health import SourcePool
 
 HUB = "https://huggingface.co/datasets"
 
@@ -52,7 +52,7 @@ def server():
 
 
 def fetch(server, folder: Path, name: str = "d/x%20y.json?v=2") -> Path:
-    return AnnotationFiles(folder, Opened(QUICK), QUICK).fetch(*remote_file(f"{server.url}/{name}"))
+    return AnnotationCache(folder, SourcePool(QUICK), QUICK).fetch(*remote_file(f"{server.url}/{name}"))
 
 
 def test_a_file_is_fetched_once_and_kept_under_its_name(server, tmp_path):

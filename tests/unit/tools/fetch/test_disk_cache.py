@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.media.cached_files import Made, contents, read, wanted
 from tools.fetch.base import FetchError
-from tools.fetch.disk_cache import ABANDONED, Cache, CachedSource, DiskFull
+from tools.fetch.disk_cache import ABANDONED, Cache, CachedSource, DiskFullError
 
 
 def used(folder):
@@ -122,7 +122,7 @@ def test_a_full_disk_costs_the_cache_and_then_ends_in_one_line(tmp_path):
     read(source, cache, "a")
     assert read(source, cache, "b") == contents("b", 100)
     made.version = "full for ever"
-    with pytest.raises(DiskFull, match="no space left to fetch made: b; free some") as error:
+    with pytest.raises(DiskFullError, match="no space left to fetch made: b; free some") as error:
         read(source, cache, "b")
     assert "\n" not in str(error.value) and not left(tmp_path)
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tools.fetch.base import FetchError
-from tools.fetch.host_health import PATIENCE, Hosts, host_of
+from tools.fetch.host_health import MAX_FAILURES, HostCircuitBreaker, host_of
 
 
 @pytest.mark.parametrize(
@@ -48,44 +48,44 @@ def ask(hosts, origin, function, times=1, **options):
 
 @pytest.mark.parametrize("reason", ["unreachable", "timeout"])
 def test_a_silent_host_is_given_up_for_all_its_places(reason):
-    hosts, asked, other = Hosts(), Asked(reason), Asked("")
+    hosts, asked, other = HostCircuitBreaker(), Asked(reason), Asked("")
     said = ask(hosts, "url:https://a.org/x/{path}", asked, times=50)
-    assert asked.count == PATIENCE and set(said) == {"file 1: failed"}
+    assert asked.count == MAX_FAILURES and set(said) == {"file 1: failed"}
     assert ask(hosts, "url:https://a.org/y/{path}", asked) == ["file 1: failed"]
-    assert asked.count == PATIENCE and hosts.call("url:https://b.org/{path}", other) == 1
+    assert asked.count == MAX_FAILURES and hosts.call("url:https://b.org/{path}", other) == 1
 
 
 def test_an_answer_in_between_starts_the_count_again():
-    hosts, asked, fine = Hosts(), Asked("unreachable"), Asked("")
+    hosts, asked, fine = HostCircuitBreaker(), Asked("unreachable"), Asked("")
     for _ in range(5):
-        ask(hosts, "s3://b/x", asked, times=PATIENCE - 1)
+        ask(hosts, "s3://b/x", asked, times=MAX_FAILURES - 1)
         hosts.call("s3://b/y", fine)
-    assert asked.count == 5 * (PATIENCE - 1)
+    assert asked.count == 5 * (MAX_FAILURES - 1)
 
 
 def test_denied_speaks_of_the_place_and_a_missing_file_of_nothing_else():
-    hosts, denied, missing = Hosts(), Asked("denied"), Asked("missing_file")
+    hosts, denied, missing = HostCircuitBreaker(), Asked("denied"), Asked("missing_file")
     ask(hosts, "hf:gated/set@1:", denied, times=50)
     ask(hosts, "hf:open/set@1:", missing, times=50)
-    assert denied.count == PATIENCE and missing.count == 50
+    assert denied.count == MAX_FAILURES and missing.count == 50
 
 
 def test_less_patience():
-    hosts, asked = Hosts(), Asked("unreachable")
+    hosts, asked = HostCircuitBreaker(), Asked("unreachable")
     ask(hosts, "hf:a/b", asked, times=9, patience=1)
     assert asked.count == 1
 
 
 def test_threads_that_fail_together_are_counted_together():
-    hosts, asked, gate = Hosts(), Asked("unreachable"), threading.Barrier(PATIENCE)
+    hosts, asked, gate = HostCircuitBreaker(), Asked("unreachable"), threading.Barrier(MAX_FAILURES)
 
     def fail():
         gate.wait()
         return asked()
 
-    threads = [threading.Thread(target=ask, args=(hosts, "hf:a/b", fail)) for _ in range(PATIENCE)]
+    threads = [threading.Thread(target=ask, args=(hosts, "hf:a/b", fail)) for _ in range(MAX_FAILURES)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert asked.count == PATIENCE
+    assert asked.count == MAX_FAILURES
     ask(hosts, "hf:c/d", asked)
-    assert asked.count == PATIENCE
+    assert asked.count == MAX_FAILURES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tools.fetch.base import FetchError
-from tools.fetch.local import FolderSource, LocalBytes
+from tools.fetch.local import FolderSource, LocalFile
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_ways_out(root, tmp_path, path, tree):
 def test_bytes_of_a_file(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"0123456789")
-    file = LocalBytes(path)
+    file = LocalFile(path)
     assert (file.size, file.read(2, 3), file.read(8, 5), file.read(20, 1)) == (10, b"234", b"89", b"")
     path.write_bytes(b"012345678")
-    assert LocalBytes(path).identity != file.identity
+    assert LocalFile(path).identity != file.identity
     with pytest.raises(FetchError, match="changed"):
         file.read(0, 1)
     path.unlink()
-    for ask, reason in ((lambda: LocalBytes(path), "missing_file"), (lambda: file.read(0, 1), "unreachable")):
+    for ask, reason in ((lambda: LocalFile(path), "missing_file"), (lambda: file.read(0, 1), "unreachable")):
         with pytest.raises(FetchError) as error:
             ask()
         assert error.value.reason == reason

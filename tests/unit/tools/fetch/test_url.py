@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.servers.web_server import QUICK
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.url import Template, UrlSource
+from tools.fetch.url import UrlTemplate, UrlSource
 
 part = st.text(min_size=1, max_size=9).filter(lambda text: "/" not in text and text not in (".", ".."))
 
@@ -18,11 +18,11 @@ part = st.text(min_size=1, max_size=9).filter(lambda text: "/" not in text and t
 @given(parts=st.lists(part, min_size=1, max_size=3))
 def test_paths_are_quoted(parts):
     path = "/".join(parts)
-    address = urlsplit(Template("url", "https://host/x/{path}").address(path))
+    address = urlsplit(UrlTemplate("url", "https://host/x/{path}").address(path))
     assert address[:2] == ("https", "host") and not address.query and not address.fragment
     shown = path.encode("utf-8", "replace").decode()  # what has no bytes in UTF-8 becomes a question mark
     assert unquote(address.path) == f"/x/{shown}"
-    address = urlsplit(Template("url", "https://host/get?f={path}&key=1").address(path))
+    address = urlsplit(UrlTemplate("url", "https://host/get?f={path}&key=1").address(path))
     assert address.path == "/get" and parse_qs(address.query, keep_blank_values=True) == {"f": [shown], "key": ["1"]}
 
 
@@ -36,7 +36,7 @@ def test_paths_are_quoted(parts):
     ],
 )
 def test_placeholders(template, path, address):
-    assert Template("url", template).address(path) == address
+    assert UrlTemplate("url", template).address(path) == address
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_placeholders(template, path, address):
 )  # fmt: skip
 def test_bad_templates(template):
     with pytest.raises(ValueError):
-        Template("url", template)
+        UrlTemplate("url", template)
 
 
 def test_files(server, tmp_path):

@@ -24,7 +24,7 @@ from tests.helpers.corpora.small_build import HOSTILE, build_root
 from tests.helpers.corpora.small_root import Root, turns
 from tests.helpers.html_page import Page
 from tools.inspect_shards import main
-from tools.inspection.report import Use, _sample_media, bins
+from tools.inspection.report import UsageStats, _sample_media, bins
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_media_are_drawn_from_the_entries_in_turn(entries, count, seed):
     """Entries of different media: numbers drawn from them differ by more than one only where one has no more."""
     entry = np.sort(np.array(entries, dtype=np.int32))
     media = np.arange(len(entry), dtype=np.int32)
-    drawn = _sample_media(Use(media, media, entry, np.ones(len(entry))), count, np.random.default_rng(seed))
+    drawn = _sample_media(UsageStats(media, media, entry, np.ones(len(entry))), count, np.random.default_rng(seed))
     assert len(set(drawn)) == len(drawn) == min(count, len(entry))
     taken = np.bincount(entry[drawn], minlength=7)
     there = np.bincount(entry, minlength=7)

@@ -15,10 +15,10 @@ from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
 from trainer.checkpoint import disk_usage as disk
 from trainer.checkpoint import save as checkpoint
-from trainer.checkpoint.save import CheckpointError, WriteError, latest, read_state, save
-from trainer.distributed.process_group import Place
+from trainer.checkpoint.save import CheckpointError, WriteError, latest, read_state, save_checkpoint
+from trainer.distributed.process_group import DistributedContext
 
-ALONE = Place(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 STATE = {"epoch": 0, "step": 1, "fingerprint": {}}
 
 
@@ -41,7 +41,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr(checkpoint, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint, "total", lambda values, place: values)
+    monkeypatch.setattr(checkpoint, "all_reduce_sum", lambda values, place: values)
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def test_whatever_moment_a_save_dies_at_latest_names_a_whole_checkpoint(tmp_path
         moment += 1
         run = tmp_path / str(moment)
         for step in (2, 4):
-            save(Engine(), run, step, STATE, small, ALONE)
+            save_checkpoint(Engine(), run, step, STATE, small, ALONE)
         with monkeypatch.context() as patch:
             dies(patch, moment)
             try:
-                save(Engine(), run, 6, STATE, small, ALONE)
+                save_checkpoint(Engine(), run, 6, STATE, small, ALONE)
             except Killed:
                 deaths += 1
             else:
@@ -93,7 +93,7 @@ def test_whatever_moment_a_save_dies_at_latest_names_a_whole_checkpoint(tmp_path
         found = latest(run)
         assert found.name in ("step-000004", "step-000006")
         assert read_state(found)["step"] == int(found.name[-1])
-        save(Engine(), run, 6, STATE, small, ALONE)  # the next start comes to the same step
+        save_checkpoint(Engine(), run, 6, STATE, small, ALONE)  # the next start comes to the same step
         assert names(run) == ["latest", "step-000004", "step-000006"]
         assert latest(run).name == "step-000006" and read_state(latest(run))["step"] == 6
     assert deaths > 10
@@ -101,12 +101,12 @@ def test_whatever_moment_a_save_dies_at_latest_names_a_whole_checkpoint(tmp_path
 
 def test_the_newest_are_kept_by_number(tmp_path, small):
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
-        save(Engine(), tmp_path, step, STATE, small, ALONE)
+        save_checkpoint(Engine(), tmp_path, step, STATE, small, ALONE)
     assert names(tmp_path) == ["latest", "step-1000000", "step-1000001"]
 
 
 def test_a_checkpoint_that_lost_a_file_or_a_byte_is_not_loaded(tmp_path, small):
-    save(Engine(), tmp_path, 2, STATE, small, ALONE)
+    save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
     optim = latest(tmp_path) / "optim.pt"
     os.truncate(optim, 1999)
     with pytest.raises(CheckpointError, match=r"optim.pt: has 1999 bytes instead of 2000; .*latest"):
@@ -120,11 +120,11 @@ def test_a_checkpoint_that_lost_a_file_or_a_byte_is_not_loaded(tmp_path, small):
 
 
 def test_no_room_is_told_before_anything_is_written(tmp_path, small, monkeypatch):
-    save(Engine(), tmp_path, 2, STATE, small, ALONE)
+    save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
     needed = disk.checkpoint_bytes(small)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(CheckpointError, match="GB are needed"):
-        save(Engine(), tmp_path, 4, STATE, small, ALONE)
+        save_checkpoint(Engine(), tmp_path, 4, STATE, small, ALONE)
     assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
 
 
@@ -134,9 +134,9 @@ def test_a_disk_that_fills_while_it_is_written_keeps_the_checkpoint_before(tmp_p
             (Path(folder) / tag / "model.pt").write_bytes(b"m")
             raise OSError(28, "No space left on device")
 
-    save(Engine(), tmp_path, 2, STATE, small, ALONE)
+    save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
     with pytest.raises(WriteError, match="rank 0 cannot write its part .*No space left"):
-        save(Full(), tmp_path, 4, STATE, small, ALONE)
+        save_checkpoint(Full(), tmp_path, 4, STATE, small, ALONE)
     assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
-    save(Engine(), tmp_path, 4, STATE, small, ALONE)
+    save_checkpoint(Engine(), tmp_path, 4, STATE, small, ALONE)
     assert names(tmp_path) == ["latest", "step-000002", "step-000004"]

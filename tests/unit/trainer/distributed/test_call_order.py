@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.paths import ROOT
-from trainer.distributed.call_order import CallLog
+from trainer.distributed.call_order import ModuleCallTracer
 
 
 def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:
 
 def test_the_last_call_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    log = CallLog(model)
-    assert log.reached() == "call 0, no call"
+    log = ModuleCallTracer(model)
+    assert log.last_call() == "call 0, no call"
     model(torch.zeros(1, 4))
-    assert log.reached() == "call 2, 2"
+    assert log.last_call() == "call 2, 2"

@@ -15,26 +15,26 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.distributed.watchdog import Beat, Watch
+from trainer.distributed.watchdog import Heartbeat, StallDetector
 
 LIMIT = 0.5  #: minutes
 
 
-def beat(number: int, place: int, doing: str = "working") -> Beat:
-    return Beat(number, place, doing, f"host, process {number}")
+def beat(number: int, place: int, doing: str = "working") -> Heartbeat:
+    return Heartbeat(number, place, doing, f"host, process {number}")
 
 
-def first_fault(watch: Watch, beats, intervals: int) -> tuple[int, str] | None:
+def first_fault(watch: StallDetector, beats, intervals: int) -> tuple[int, str] | None:
     """The interval, of 1 s, in which the watch speaks, and what it says; ``beats(i)`` are the beats of interval i."""
     for i in range(intervals):
-        if fault := watch.look(beats(i)):
+        if fault := watch.check(beats(i)):
             return i, fault
     return None
 
 
 def test_ranks_that_go_on_are_never_named():
     for rank in range(3):
-        watch = Watch(rank, 60, 1)
+        watch = StallDetector(rank, 60, 1)
         assert first_fault(watch, lambda i: [beat(i, i // 20) for _ in range(3)], 500) is None
 
 
@@ -42,26 +42,28 @@ def test_a_silent_rank_is_named_after_half_the_limit():
     def beats(i):
         return [beat(i, 7, "backward pass"), beat(3, 7, "forward pass"), beat(i, 7)]
 
-    when, what = first_fault(Watch(0, 60, 1), beats, 100)
+    when, what = first_fault(StallDetector(0, 60, 1), beats, 100)
     assert when == 30 and "no sign of life for 30 s from rank 1 (host, process 3, forward pass)" in what
-    later, _ = first_fault(Watch(2, 60, 1), beats, 100)
+    later, _ = first_fault(StallDetector(2, 60, 1), beats, 100)
     assert when < later < when + 5  # rank 0 speaks for all
 
 
 def test_a_silent_rank_is_forgiven_while_this_one_goes_on():
-    assert first_fault(Watch(0, 60, 1), lambda i: [beat(i, i // 9), beat(3, 7)], 200) is None
+    assert first_fault(StallDetector(0, 60, 1), lambda i: [beat(i, i // 9), beat(3, 7)], 200) is None
 
 
 def test_a_late_rank_is_named_with_what_it_does():
     def beats(i):
         return [beat(i, 9, "forward pass"), beat(i, 9, "forward pass"), beat(i, 8, "waiting for data")]
 
-    when, what = first_fault(Watch(0, 60, 1), beats, 100)
+    when, what = first_fault(StallDetector(0, 60, 1), beats, 100)
     assert when == 54 and "rank 2" in what and "waiting for data" in what and "rank 1" not in what
 
 
 def test_ranks_that_stand_at_one_place_are_all_named_up_to_three():
-    when, what = first_fault(Watch(0, 60, 1), lambda i: [beat(i, 9, f"forward {rank}") for rank in range(5)], 100)
+    when, what = first_fault(
+        StallDetector(0, 60, 1), lambda i: [beat(i, 9, f"forward {rank}") for rank in range(5)], 100
+    )
     assert when == 54 and "check_calls" in what and "2 more" in what
     assert all(f"rank {rank} (host" in what for rank in range(3))
 
@@ -72,14 +74,14 @@ def test_a_rank_that_may_take_long_is_waited_for_but_not_when_it_is_silent():
     def beats(i, silent=False):
         return [replace(beat(3 if silent else i, 5), unhurried=True), replace(beat(i, 5), unhurried=True)]
 
-    assert first_fault(Watch(1, 60, 1), beats, 500) is None
-    _, what = first_fault(Watch(1, 60, 1), lambda i: beats(i, silent=True), 100)
+    assert first_fault(StallDetector(1, 60, 1), beats, 500) is None
+    _, what = first_fault(StallDetector(1, 60, 1), lambda i: beats(i, silent=True), 100)
     assert "no sign of life" in what and "rank 0" in what
 
 
 def test_a_job_that_slept_as_a_whole_goes_on():
     """No clock is read: however long an interval lasted, it is one."""
-    watch = Watch(0, 60, 1)
+    watch = StallDetector(0, 60, 1)
     assert first_fault(watch, lambda i: [beat(1, 7), beat(1, 7)], 29) is None
     assert first_fault(watch, lambda i: [beat(2 + i, 8 + i), beat(2 + i, 8 + i)], 100) is None
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.evaluation.metrics import CONTROLS, TRIES, blind_partners, interval, is_right, summarise
+from trainer.evaluation.metrics import CONTROLS, TRIES, blind_partners, bootstrap_ci, is_correct, summarize
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from trainer.evaluation.metrics import CONTROLS, TRIES, blind_partners, interval
     ],
 )
 def test_what_counts_as_the_answer(reply, answer, right):
-    assert is_right(reply, answer) is right
+    assert is_correct(reply, answer) is right
 
 
 questions = st.lists(st.tuples(st.sampled_from("fg"), st.sampled_from(["x", "X.", "y", "z"]), st.integers(0, 2)))
@@ -53,14 +53,14 @@ def test_partners_are_of_the_family_and_answer_otherwise(asked, seed):
 
 def test_intervals_are_those_of_the_normal_distribution():
     values = np.repeat([1.0, 0.0], [300, 700])
-    low, high = interval(values, seed=0)
+    low, high = bootstrap_ci(values, seed=0)
     spread = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
     assert low == pytest.approx(0.3 - spread, abs=0.004) and high == pytest.approx(0.3 + spread, abs=0.004)
 
 
 def test_gains_compare_the_answers_of_each_question():
     right = np.array([True] * 60 + [False] * 40)
-    row = summarise("f", "generation", right, {"blind": right, "shuffled": ~right}, seed=0)
+    row = summarize("f", "generation", right, {"blind": right, "shuffled": ~right}, seed=0)
     assert (row["accuracy"], row["blind"], row["shuffled"], row["questions"]) == (60, 60, 40, 100)
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0  # the same answers, question by question
     assert row["shuffled_gain"] == 20 and row["shuffled_gain_low"] < 20 < row["shuffled_gain_high"]

@@ -6,23 +6,23 @@ import dataclasses
 
 import torch
 
-from pipeline.tokenization.special_ids import IGNORE
+from pipeline.tokenization.special_ids import IGNORE_INDEX
 from tests.helpers.model.rows import SMALL, dialogue, pack, small_model
-from trainer.inference.chat_session import Talk, texts
+from trainer.inference.chat_session import ChatSession, stream_text
 from trainer.inference.generate import generate
 
 NEW = 8
 
 
 def longer(first, more: list[int]):
-    return dataclasses.replace(first, ids=[*first.ids, *more], labels=[*first.labels, *[IGNORE] * len(more)])
+    return dataclasses.replace(first, ids=[*first.ids, *more], labels=[*first.labels, *[IGNORE_INDEX] * len(more)])
 
 
 def test_every_answer_is_that_of_the_whole_conversation_read_anew():
     model = small_model(cfg=SMALL, scale=15.0).eval()
     calls = []
     model.vision_tower.register_forward_pre_hook(lambda *_: calls.append(1))
-    talk, prompt = Talk(model, NEW, -1), dialogue(1, clips=2, stills=1, text=9)
+    talk, prompt = ChatSession(model, NEW, -1), dialogue(1, clips=2, stills=1, text=9)
     for turn in range(4):
         expected = generate(model, [pack([prompt])], NEW, -1)[0]
         calls.clear()
@@ -36,7 +36,7 @@ def test_every_answer_is_that_of_the_whole_conversation_read_anew():
 def test_an_answer_that_is_cut_short_does_no_harm():
     model = small_model(cfg=SMALL, scale=15.0).eval()
     prompt = dialogue(2, clips=1, text=6)
-    talk = Talk(model, NEW, -1)
+    talk = ChatSession(model, NEW, -1)
     stream = talk.answer(pack([prompt]))
     begun = [next(stream) for _ in range(3)]
     stream.close()
@@ -46,7 +46,7 @@ def test_an_answer_that_is_cut_short_does_no_harm():
 
 def test_other_media_are_read_anew():
     model = small_model(cfg=SMALL, scale=15.0).eval()
-    talk = Talk(model, NEW, -1)
+    talk = ChatSession(model, NEW, -1)
     list(talk.answer(pack([dialogue(3, clips=1, text=6)])))
     both = dialogue(3, clips=1, stills=1, text=6)
     assert list(talk.answer(pack([both]))) == generate(model, [pack([both])], NEW, -1)[0]
@@ -54,7 +54,7 @@ def test_other_media_are_read_anew():
 
 def test_characters_of_several_tokens_are_held_back_until_they_are_whole():
     data = "früh – 東".encode()
-    pieces = list(texts(iter(data), lambda ids: bytes(ids).decode("utf-8", errors="replace")))
+    pieces = list(stream_text(iter(data), lambda ids: bytes(ids).decode("utf-8", errors="replace")))
     assert "".join(pieces) == "früh – 東" and all("\ufffd" not in piece for piece in pieces) and len(pieces) > 4
-    cut = list(texts(iter(data[:-1]), lambda ids: bytes(ids).decode("utf-8", errors="replace")))
+    cut = list(stream_text(iter(data[:-1]), lambda ids: bytes(ids).decode("utf-8", errors="replace")))
     assert "".join(cut) == "früh – \ufffd"

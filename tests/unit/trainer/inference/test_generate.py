@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.config.model import Model
-from pipeline.tokenization.special_ids import IGNORE, IMAGE
+from pipeline.config.model import ModelConfig
+from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.model.rows import SMALL, Dialogue, dialogue, no_clips, no_stills, pack, small_model
 from trainer.inference.generate import Sampling, generate
 
@@ -18,7 +18,7 @@ NEW = 12
 @pytest.fixture(scope="module", params=[False, True], ids=["own_head", "tied_head"])
 def model(request):
     language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=request.param)
-    return small_model(cfg=Model(vision_tower=SMALL.vision_tower, language_model=language), scale=15.0).eval()
+    return small_model(cfg=ModelConfig(vision_tower=SMALL.vision_tower, language_model=language), scale=15.0).eval()
 
 
 def recomputed(model, prompt: Dialogue, stop: int) -> list[int]:
@@ -30,7 +30,7 @@ def recomputed(model, prompt: Dialogue, stop: int) -> list[int]:
         if token == stop:
             break
         answer.append(token)
-        prompt.ids, prompt.labels = [*prompt.ids, token], [*prompt.labels, IGNORE]
+        prompt.ids, prompt.labels = [*prompt.ids, token], [*prompt.labels, IGNORE_INDEX]
     return answer
 
 
@@ -66,11 +66,11 @@ def test_generation_sees_the_frames(model):
     other = dataclasses.replace(prompt, clips=dialogue(8, clips=1).clips)
     with torch.no_grad():
         logits = [model.language_model.lm_head(model.hidden(pack([p])))[-1] for p in (prompt, other)]
-    assert prompt.ids == other.ids and IMAGE in prompt.ids and not torch.allclose(*logits)
+    assert prompt.ids == other.ids and IMAGE_TOKEN_INDEX in prompt.ids and not torch.allclose(*logits)
 
 
 def test_a_text_prompt_needs_no_media(model):
-    text = Dialogue([5, 6, 7], [IGNORE] * 3, no_clips(), no_stills())
+    text = Dialogue([5, 6, 7], [IGNORE_INDEX] * 3, no_clips(), no_stills())
     assert len(generate(model, [pack([text])], 3, -1)[0]) == 3
 
 
@@ -92,7 +92,7 @@ def test_tokens_are_drawn_by_their_probability_from_the_likeliest(top_p, kept):
     names = {1: 0, 0: 1, 3: 2, 2: 3}  # token -> rank
     sampling = Sampling(temperature=2.0, top_p=top_p)
     generators = sampling.generators(["a"])
-    ranks = [names[int(sampling.choose(logits, generators))] for _ in range(2000)]
+    ranks = [names[int(sampling.sample(logits, generators))] for _ in range(2000)]
     shares = [ranks.count(rank) / 2000 for rank in range(4)]
     whole = sum((0.5, 0.3, 0.15, 0.05)[rank] for rank in kept)
     for rank, probability in enumerate((0.5, 0.3, 0.15, 0.05)):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config.model import Model, VisionTower
-from pipeline.tokenization.special_ids import IGNORE
+from pipeline.config.model import ModelConfig, VisionTowerConfig
+from pipeline.tokenization.special_ids import IGNORE_INDEX
 from tests.helpers.model.manifests import FROZEN, manifest
 from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, small_model
 from trainer.model import cost
 
-INTERNVIDEO2_1B = VisionTower(type="internvideo2", width=1408, depth=40, patch=14, mlp_ratio=48 / 11)
+INTERNVIDEO2_1B = VisionTowerConfig(type="internvideo2", width=1408, depth=40, patch=14, mlp_ratio=48 / 11)
 
 
 def test_published_flops_of_a_512_frame_sample():
@@ -27,7 +27,7 @@ def test_published_flops_of_a_512_frame_sample():
     assert fourth["vision_tower"] == pytest.approx(1055e12, rel=0.002)
     assert fourth["language_model"] == pytest.approx(325e12, rel=0.002)
     assert sum(fourth.values()) == pytest.approx(1380e12, rel=0.002)
-    other = cost.flops_by_part(manifest(model=Model(vision_tower=INTERNVIDEO2_1B)), frames=512, text_tokens=256)
+    other = cost.flops_by_part(manifest(model=ModelConfig(vision_tower=INTERNVIDEO2_1B)), frames=512, text_tokens=256)
     assert other["vision_tower"] == pytest.approx(864e12, rel=0.001)
 
 
@@ -55,7 +55,7 @@ def test_flops_of_a_row_are_the_products_that_it_runs(cfg):
     """torch's counter on a packed row of all kinds; it counts causal attention whole, and the head's recomputation."""
     model, settings = small_model(cfg=cfg), manifest(SIZE, cfg)
     batch = pack([dialogue(0, clips=3, text=40), dialogue(1, stills=2, text=60), dialogue(2, text=90)])
-    lengths, learned = batch.cu_seqlens.diff().tolist(), int((batch.labels != IGNORE).sum())
+    lengths, learned = batch.cu_seqlens.diff().tolist(), int((batch.labels != IGNORE_INDEX).sum())
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(batch).backward()
     language = cfg.language_model
@@ -68,9 +68,9 @@ def test_flops_of_a_row_are_the_products_that_it_runs(cfg):
     assert counter.get_total_flops() - masked - recomputed + of_pixels == pytest.approx(expected, rel=0.015)
 
 
-@pytest.mark.parametrize("tower", [VisionTower(), INTERNVIDEO2_1B], ids=["umt", "internvideo2"])
+@pytest.mark.parametrize("tower", [VisionTowerConfig(), INTERNVIDEO2_1B], ids=["umt", "internvideo2"])
 def test_coefficients_are_the_same_formula_with_causal_attention(tower):
-    settings = manifest(model=Model(vision_tower=tower))
+    settings = manifest(model=ModelConfig(vision_tower=tower))
     coefficients = cost.cost_coefficients(settings)
     patches, tokens = 512 * (224 // tower.patch) ** 2, 8192 + 256
     estimate = coefficients.patch * patches + coefficients.token * tokens + 2 * coefficients.pair * tokens**2

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.model import LanguageModel, Model, VisionTower
-from pipeline.tokenization.special_ids import IGNORE
+from pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from pipeline.tokenization.special_ids import IGNORE_INDEX
 from tests.helpers.model.golden_sequence import CASES, CONFIG, FILES, dialogues
 from tests.helpers.model.rows import Dialogue, pack
 from trainer.model.video_llm import VideoLLM
 from trainer.weights.load import fill, read_part
-from trainer.weights.tensor_files import published_name
+from trainer.weights.tensor_files import to_hf_name
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,9 @@ def model() -> VideoLLM:
     """The golden model; its pixels are normalised already, so the model's own normalisation is left out."""
     tower, language = CONFIG["vision_tower"], dict(CONFIG["language_model"])
     assert language.pop("hidden_act") == "silu"
-    cfg = Model(
-        vision_tower=VisionTower(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
-        language_model=LanguageModel(**language),
+    cfg = ModelConfig(
+        vision_tower=VisionTowerConfig(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
+        language_model=LanguageModelConfig(**language),
     )
     model = VideoLLM(cfg, tower["size"], 4, recompute=True)
     weights = FILES / "weights.safetensors"
@@ -32,7 +32,7 @@ def model() -> VideoLLM:
 
 
 def labelled(row: Dialogue) -> int:
-    return sum(label != IGNORE for label in row.labels[1:])
+    return sum(label != IGNORE_INDEX for label in row.labels[1:])
 
 
 def padding_term(model: VideoLLM, case: dict, rows: list[Dialogue]) -> tuple[float, int]:
@@ -43,7 +43,7 @@ def padding_term(model: VideoLLM, case: dict, rows: list[Dialogue]) -> tuple[flo
     longest, loss, count = max(len(row.ids) for row in rows), 0.0, 0
     for row in rows:
         missing = longest - len(row.ids)
-        if case["padding"] != "left" or not missing or row.labels[0] == IGNORE:
+        if case["padding"] != "left" or not missing or row.labels[0] == IGNORE_INDEX:
             continue
         with torch.no_grad():
             embeddings = model.embed(pack([row], 1, CONFIG["vision_tower"]["size"]))
@@ -92,7 +92,7 @@ def test_golden_multimodal_sequence_packed(model, case, groups):
 
 
 def compare_gradients(model: VideoLLM, case: dict) -> None:
-    gradients = {published_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {to_hf_name(name): parameter.grad for name, parameter in model.named_parameters()}
     assert set(gradients) == set(case["gradient_norms_of_all_parameters"])
     for name, norm in case["gradient_norms_of_all_parameters"].items():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7), name

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.model import VisionTower
+from pipeline.config.model import VisionTowerConfig
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
-from trainer.model.attention import Segments
-from trainer.model.internvideo2 import InternVideo2, drop_path, fit_positions, grid, start_positions
+from trainer.model.attention import AttentionSegments
+from trainer.model.internvideo2 import InternVideo2, drop_path, interpolate_pos_embed, grid, init_pos_embed
 from trainer.weights.load import random_tensor
 
 FILES = GOLDEN / "internvideo2_vit"
@@ -26,7 +26,7 @@ RESIZES = [e for e in ENTRIES if present(f"internvideo2_vit/{e.get('position_res
 
 
 def build(arguments: dict) -> InternVideo2:
-    cfg = VisionTower(
+    cfg = VisionTowerConfig(
         type="internvideo2",
         width=arguments["embed_dim"],
         depth=arguments["depth"],
@@ -72,13 +72,13 @@ def test_golden_internvideo2_position_resize(entry):
     for name, seed in entry["seeds"].items():
         values = np.random.default_rng(seed).standard_normal(entry["input_shapes"][name]).astype(np.float32)
         frames = 1 if name.startswith("img") else entry["frames"]
-        fitted = fit_positions(torch.from_numpy(values), frames, entry["to_grid"])
+        fitted = interpolate_pos_embed(torch.from_numpy(values), frames, entry["to_grid"])
         np.testing.assert_allclose(fitted, outputs[f"{name}_out"], atol=ATOL, rtol=RTOL)
 
 
 def small_tower(size: int = 112, drop: float = 0.0) -> InternVideo2:
     torch.manual_seed(0)
-    cfg = VisionTower(
+    cfg = VisionTowerConfig(
         type="internvideo2", width=48, depth=5, heads=4, patch=14, mlp_ratio=48 / 11, group_clips=2, drop_path=drop
     )
     tower = InternVideo2(cfg, size)
@@ -123,7 +123,7 @@ def test_drop_rises_linearly_and_stops_at_inference():
 
 def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
     torch.manual_seed(0)
-    segments = Segments.of_runs([(3000, 5), (1000, 2)], torch.device("cpu"))
+    segments = AttentionSegments.of_runs([(3000, 5), (1000, 2)], torch.device("cpu"))
     out = drop_path(torch.ones(17000, 3), segments, 0.25, torch.rand(4000))
     assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
     for part, length in ((out[:15000], 5), (out[15000:], 2)):
@@ -138,10 +138,10 @@ def test_tables_that_fit_no_clip_are_refused():
         None
     ] * 5
     with pytest.raises(ValueError, match="a table of 300 rows"):
-        fit_positions(torch.zeros(1, 300, 16), 4, 8)
+        interpolate_pos_embed(torch.zeros(1, 300, 16), 4, 8)
 
 
 def test_a_table_that_fits_is_kept_bit_for_bit():
-    table = start_positions(32, 4, 8)
-    assert torch.equal(fit_positions(table, 4, 8), table)
-    assert fit_positions(table.bfloat16(), 4, 10).dtype == torch.bfloat16
+    table = init_pos_embed(32, 4, 8)
+    assert torch.equal(interpolate_pos_embed(table, 4, 8), table)
+    assert interpolate_pos_embed(table.bfloat16(), 4, 10).dtype == torch.bfloat16

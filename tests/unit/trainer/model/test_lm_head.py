@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.tokenization.special_ids import IGNORE
+from pipeline.tokenization.special_ids import IGNORE_INDEX
 from trainer.model import lm_head as loss_module
-from trainer.model.lm_head import LossHead
+from trainer.model.lm_head import ChunkedLMHead
 
 
 def plain(weight, hidden, labels, token_weight):
@@ -18,7 +18,7 @@ def plain(weight, hidden, labels, token_weight):
     logits = (hidden.double() @ weight.double().T).log_softmax(-1)
     total = logits.new_zeros(())
     for place in range(1, len(labels)):
-        if labels[place] != IGNORE:
+        if labels[place] != IGNORE_INDEX:
             total = total - token_weight[place] * logits[place - 1, labels[place]]
     return total
 
@@ -26,9 +26,9 @@ def plain(weight, hidden, labels, token_weight):
 @given(length=st.integers(1, 40), chunk=st.sampled_from([1, 50, 200, 2**27]), seed=st.integers(0, 10**6))
 def test_loss_and_gradients_equal_the_plain_formula(length, chunk, seed):
     torch.manual_seed(seed)
-    head = LossHead(nn.Linear(16, 25, bias=False))
+    head = ChunkedLMHead(nn.Linear(16, 25, bias=False))
     hidden = torch.randn(length, 16, requires_grad=True)
-    labels = torch.where(torch.rand(length) < 0.5, torch.randint(0, 25, (length,)), IGNORE)
+    labels = torch.where(torch.rand(length) < 0.5, torch.randint(0, 25, (length,)), IGNORE_INDEX)
     token_weight = torch.rand(length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
@@ -36,7 +36,7 @@ def test_loss_and_gradients_equal_the_plain_formula(length, chunk, seed):
     found = torch.autograd.grad(out, (head.weight, hidden))
     expected = plain(head.weight, hidden, labels, token_weight)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
-    if (labels[1:] != IGNORE).any():
+    if (labels[1:] != IGNORE_INDEX).any():
         for ours, theirs in zip(found, torch.autograd.grad(expected, (head.weight, hidden)), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     else:
@@ -46,7 +46,7 @@ def test_loss_and_gradients_equal_the_plain_formula(length, chunk, seed):
 def test_no_tensor_holds_the_logits_of_all_places(monkeypatch):
     """Peak number of logits: count the elements of everything that autograd saves."""
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 4 * 500)
-    head, saved = LossHead(nn.Linear(8, 500, bias=False)), []
+    head, saved = ChunkedLMHead(nn.Linear(8, 500, bias=False)), []
     labels, hidden = torch.randint(0, 500, (301,)), torch.randn(301, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         head(hidden, labels, torch.ones(301))
@@ -56,15 +56,15 @@ def test_no_tensor_holds_the_logits_of_all_places(monkeypatch):
 def test_logits_without_labels():
     linear = nn.Linear(8, 20, bias=False)
     hidden = torch.randn(2, 3, 8)
-    torch.testing.assert_close(LossHead(linear)(hidden), linear(hidden))
+    torch.testing.assert_close(ChunkedLMHead(linear)(hidden), linear(hidden))
 
 
 def test_the_weight_is_shared_not_copied():
     embedding = nn.Embedding(20, 8)
-    assert LossHead(embedding).weight is embedding.weight
+    assert ChunkedLMHead(embedding).weight is embedding.weight
 
 
 def test_bfloat16_loss_is_computed_in_float32():
-    head = LossHead(nn.Linear(16, 50, bias=False).bfloat16())
+    head = ChunkedLMHead(nn.Linear(16, 50, bias=False).bfloat16())
     out = head(torch.randn(9, 16, dtype=torch.bfloat16), torch.randint(0, 50, (9,)), torch.ones(9))
     assert out.dtype == torch.float32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
 from trainer.model import tome
-from trainer.model.tome import ToMeConnector, assign, merge, pool
+from trainer.model.tome import ToMeConnector, assign_tokens, merge, pool
 
 FILES = GOLDEN / "tome_connector"
 TABLE = json_file("tome_connector/cases.json") or {}
@@ -24,14 +24,14 @@ def test_golden_tome_connector(case, monkeypatch):
     connector.load_state_dict(weights(FILES / "weights.safetensors"))
     rows = normals(case["input_seed"], case["input_shape"], case["input_sha256"])
     empty, call = rows[:0], case["call"]
-    rounds, match = [], tome.match
+    rounds, match = [], tome.bipartite_soft_matching
 
     def counted(keys: torch.Tensor, removed: int) -> torch.Tensor:
         if len(keys):
             rounds.append([keys.shape[1], removed])
         return match(keys, removed)
 
-    monkeypatch.setattr(tome, "match", counted)
+    monkeypatch.setattr(tome, "bipartite_soft_matching", counted)
     with torch.no_grad():
         if not call.get("compress"):
             out = connector(empty, rows)
@@ -87,7 +87,7 @@ def test_merging_equals_merging_one_by_one(patches, clips, seed):
 @given(patches=st.integers(65, 400), seed=st.integers(0, 2**32 - 1))
 def test_every_patch_lands_in_a_token_and_no_token_is_empty(patches, seed):
     values = torch.randn(2, patches, 16, generator=torch.Generator().manual_seed(seed))
-    token = assign(values, 64, heads=4)
+    token = assign_tokens(values, 64, heads=4)
     for n in range(2):
         assert torch.bincount(token[n], minlength=64).min() >= 1 and token[n].max() == 63
 
@@ -111,7 +111,7 @@ def test_merged_groups_go_through_the_connector_unchanged():
 
 def test_gradient_of_a_patch_is_its_share_of_the_token():
     patches = torch.randn(1, 130, 16, requires_grad=True)
-    token = assign(patches, 64, heads=4)
+    token = assign_tokens(patches, 64, heads=4)
     merge(patches, 64, heads=4).sum().backward()
     share = 1.0 / torch.bincount(token[0], minlength=64)[token[0]]
     torch.testing.assert_close(patches.grad[0], share.unsqueeze(1).expand(-1, 16))

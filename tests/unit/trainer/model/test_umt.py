@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.model import VisionTower
+from pipeline.config.model import VisionTowerConfig
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
-from trainer.model.umt import UMT, positions
+from trainer.model.umt import UMT, sinusoid_pos_embed
 
 FILES = GOLDEN / "umt_vit"
 MODELS = [
@@ -18,7 +18,7 @@ MODELS = [
 
 
 def build(arguments: dict) -> UMT:
-    cfg = VisionTower(
+    cfg = VisionTowerConfig(
         width=arguments["encoder_embed_dim"],
         depth=arguments["encoder_depth"],
         heads=arguments["encoder_num_heads"],
@@ -54,7 +54,7 @@ def test_golden_umt_outputs(model, case):
 
 def small_tower(size: int = 128) -> UMT:
     torch.manual_seed(0)
-    tower = UMT(VisionTower(width=48, depth=3, heads=4, patch=16, table_side=8), size)
+    tower = UMT(VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8), size)
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return tower.eval()
@@ -88,4 +88,4 @@ def test_frames_of_a_clip_see_each_other_and_other_clips_do_not():
 def test_positions_are_neither_trained_nor_saved():
     tower = small_tower()
     assert not [name for name in tower.state_dict() if "positions" in name]
-    assert positions(48, 4, 8, 4, 8).shape == (256, 48) == tower.clip_positions.shape
+    assert sinusoid_pos_embed(48, 4, 8, 4, 8).shape == (256, 48) == tower.clip_positions.shape

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.model import Model
+from pipeline.config.model import ModelConfig
 from tests.helpers.model.rows import INTERNVIDEO2, SMALL, Dialogue, dialogue, pack, parameters, small_model
 from trainer.model import attention
-from trainer.model.attention import Segments, attend_sdpa, language_model_attention
+from trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
 from trainer.model.video_llm import groups
-from trainer.training.drop_path_rng import draw
+from trainer.training.drop_path_rng import drop_path_random
 
 KINDS = {
     "video": {"clips": 2},
@@ -68,7 +68,7 @@ def test_recomputation_drops_the_same_paths():
     found = []
     for seed, recompute in ((1, False), (1, True), (2, True)):
         model = small_model(recompute, cfg).train()
-        batch.draws = draw(batch, seed, model.vision_tower.draws)
+        batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.draws)
         found.append(gradients(model, batch))
     assert_same(found[0], found[1])
     name = "vision_tower.patch_embed.proj.weight"
@@ -84,7 +84,7 @@ def test_dialogues_drop_the_same_paths_in_any_row():
     def loss(numbers: list[int], groups: int, seed: int = 1) -> float:
         batch = pack([dialogues[number] for number in numbers], groups)
         batch.keys = [f"d{number}" for number in numbers]
-        batch.draws = draw(batch, seed, model.vision_tower.draws)
+        batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.draws)
         return model(batch).item()
 
     together = loss([0, 1, 2, 3], 1)
@@ -105,7 +105,7 @@ def test_groups_cover_every_unit_once_in_order(clips, stills, number):
     parts = list(groups(batch))
     assert len(parts) == number and all(len(c) + len(s) for c, s in parts)
     assert torch.equal(torch.cat([c for c, _ in parts]), batch.clips)
-    assert torch.equal(torch.cat([s for _, s in parts])[:stills], batch.stills)
+    assert torch.equal(torch.cat([s for _, s in parts])[:stills], batch.image_tiles)
     sizes = [len(c) + len(s) for c, s in parts]
     assert max(sizes) <= -(-(clips + stills) // number) or max(sizes) == 1
 
@@ -230,7 +230,7 @@ def test_attention_equals_softmax_within_each_segment(lengths, causal, shared, s
     total = sum(lengths)
     q, k, v = torch.randn(total, 4, 8), torch.randn(total, 4 // shared, 8), torch.randn(total, 4 // shared, 8)
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    out = attend_sdpa(q, k, v, Segments.of_cu_seqlens(ends), causal)
+    out = attend_sdpa(q, k, v, AttentionSegments.of_cu_seqlens(ends), causal)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = segment[:, None] == segment[None]
     if causal:
@@ -242,7 +242,7 @@ def test_attention_equals_softmax_within_each_segment(lengths, causal, shared, s
 
 def test_the_head_is_the_embedding_when_tied():
     language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=True)
-    model = small_model(cfg=Model(vision_tower=SMALL.vision_tower, language_model=language))
+    model = small_model(cfg=ModelConfig(vision_tower=SMALL.vision_tower, language_model=language))
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
     found = gradients(model, pack(some("video", "text")))
     assert "language_model.lm_head.weight" not in found

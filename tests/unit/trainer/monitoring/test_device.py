@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.training import Part, Train
+from pipeline.config.training import PartConfig, TrainConfig
 from tests.helpers.corpora import training_corpus as corpus
 from trainer.monitoring.device import named_peak, peak_flops
 
@@ -34,7 +34,11 @@ def test_dense_bf16_peak_of_published_names(name, tflops):
 
 
 def test_a_peak_that_is_not_known_is_none_and_a_stated_one_counts():
-    train = Train(vision_tower=Part(train=False), connector=Part(train=True, lr=1e-3), language_model=Part(train=False))
+    train = TrainConfig(
+        vision_tower=PartConfig(train=False),
+        connector=PartConfig(train=True, lr=1e-3),
+        language_model=PartConfig(train=False),
+    )
     assert named_peak("Tesla T4") is None
     assert peak_flops(train, torch.device("cpu")) is None
     stated = dataclasses.replace(train, peak_tflops=0.25)

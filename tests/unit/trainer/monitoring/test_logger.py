@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.monitoring.logger import Meter, progress
+from trainer.monitoring.logger import MetricsLogger, progress
 
 
 def record(step: int, **over: object) -> dict:
@@ -19,7 +19,7 @@ def record(step: int, **over: object) -> dict:
 
 
 def write(run: Path, start: int, records: list[dict]) -> None:
-    meter = Meter(run, "stage", start, 9)
+    meter = MetricsLogger(run, "stage", start, 9)
     for one in records:
         meter.write(one)
     meter.close()

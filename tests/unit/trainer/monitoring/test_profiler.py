@@ -15,9 +15,9 @@ from trainer.monitoring.profiler import Profiler
 def run(folder, steps: int, **wanted: int) -> None:
     profiler = Profiler(folder, dataclasses.replace(manifest().train, **wanted), steps)
     for step, operation in enumerate((torch.sin, torch.cos, torch.tan, torch.exp)[:steps], 1):
-        profiler.before(step)
+        profiler.start_step(step)
         operation(torch.ones(8))
-        profiler.after(step)
+        profiler.end_step(step)
 
 
 def test_the_steps_that_are_named_are_recorded(tmp_path):

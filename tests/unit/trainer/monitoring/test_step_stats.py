@@ -11,37 +11,37 @@ import torch
 
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
-from trainer.distributed.process_group import Place
+from trainer.distributed.process_group import DistributedContext
 from trainer.model.cost import row_flops
 from trainer.monitoring import step_stats as tally
-from trainer.monitoring.step_stats import Tally
+from trainer.monitoring.step_stats import StepStats
 
 INF = float("inf")
 
 
-def tallied(monkeypatch, losses: list[float], ranks: int = 1) -> Tally:
+def tallied(monkeypatch, losses: list[float], ranks: int = 1) -> StepStats:
     """Two rows of this rank, that come after 2 and 1 s and take 3 s each; all ranks have the same."""
     now = iter([0.0, 2.0, 5.0, 6.0, 10.0])
     monkeypatch.setattr(tally, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    monkeypatch.setattr(tally, "total", lambda values, place: [ranks * value for value in values])
-    monkeypatch.setattr(tally, "largest", lambda values, place: values)
+    monkeypatch.setattr(tally, "all_reduce_sum", lambda values, place: [ranks * value for value in values])
+    monkeypatch.setattr(tally, "all_reduce_max", lambda values, place: values)
     monkeypatch.setattr(tally, "peak_memory", lambda device: 12345)
     settings = manifest(SIZE, SMALL)
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, peak_tflops=1e-6))
     rows = [pack([dialogue(0, clips=2), dialogue(1, text=30)]), pack([dialogue(2, stills=3, text=5)])]
-    made = Tally(settings, Place(0, ranks, torch.device("cpu")))
+    made = StepStats(settings, DistributedContext(0, ranks, torch.device("cpu")))
     for row, keys, loss in zip(rows, (["a", "b"], ["c"]), losses, strict=True):
-        made.arrived()
+        made.end_wait()
         skipped = [("lost", "gone")] if keys == ["c"] else []
         made.add(dataclasses.replace(row, keys=keys, skipped=skipped, total_weight=4.0), torch.tensor(loss))
         if keys == ["a", "b"]:
-            made.asked()
-    made.over_ranks()
+            made.start_wait()
+    made.all_reduce()
     return made
 
 
 def test_rates_shares_and_mfu(monkeypatch):
-    record = tallied(monkeypatch, [6.0, 2.0], ranks=2).record()
+    record = tallied(monkeypatch, [6.0, 2.0], ranks=2).to_dict()
     tokens = (128 + 12) + 30 + (3 * 64 + 5)
     assert record["seconds"] == 10 and record["loss"] == 2 * (6 + 2) / 4
     assert record["tokens_per_s"] == pytest.approx(2 * tokens / 10)
@@ -67,6 +67,6 @@ def test_all_dialogues_are_named_where_the_gradient_alone_is_not_finite(monkeypa
 
 
 def test_the_digest_knows_the_dialogues_and_not_their_order(monkeypatch):
-    digests = {tallied(monkeypatch, [1.0, 2.0]).record()["batch"] for _ in range(2)}
+    digests = {tallied(monkeypatch, [1.0, 2.0]).to_dict()["batch"] for _ in range(2)}
     assert len(digests) == 1
     assert tally._digest(["a", "b", "c"]) == tally._digest(["c", "a", "b"]) != tally._digest(["a", "b", "d"])

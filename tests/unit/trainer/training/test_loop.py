@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
-from trainer.distributed.process_group import Place
+from trainer.distributed.process_group import DistributedContext
 from trainer.monitoring import step_stats as tally
 from trainer.monitoring.run_ledger import RunLedger
 from trainer.training import loop
@@ -50,16 +50,16 @@ def drawn(rows: list[list[str]], steps: range = range(2), seed: int = 0, draws: 
 
     def row(step: int, micro: int):
         batch = pack([dialogue(number, clips=1) for number in range(len(rows[micro]))])
-        batch.keys, batch.step, batch.micro = rows[micro], step, micro
-        batch.micros, batch.last = len(rows), micro == len(rows) - 1
+        batch.keys, batch.step, batch.micro_step = rows[micro], step, micro
+        batch.num_micro_steps, batch.is_last = len(rows), micro == len(rows) - 1
         return batch
 
     engine = Engine(draws)
     upcoming = iter([row(step, micro) for step in steps for micro in range(len(rows))])
     settings = dataclasses.replace(manifest(SIZE, SMALL), seed=seed)
     leave, heart = SimpleNamespace(check=lambda place: None), SimpleNamespace(doing=lambda what: None)
-    place = Place(0, 1, torch.device("cpu"))
-    run = loop.Run(settings, engine, place, Path(), RunLedger(Path(), 0, 1), leave, heart)
+    place = DistributedContext(0, 1, torch.device("cpu"))
+    run = loop.RunContext(settings, engine, place, Path(), RunLedger(Path(), 0, 1), leave, heart)
     for _ in steps:
         loop._global_batch(run, upcoming)
     return engine.drawn

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.config.training import Part, Train
+from pipeline.config.training import PartConfig, TrainConfig
 from trainer.training.optim import freeze, parameter_groups, schedule
 
 
@@ -32,10 +32,10 @@ def test_schedule_is_transformers_cosine(steps: int, warmup: float) -> None:
 
 def test_only_trained_parts_get_gradients_and_groups() -> None:
     model = parts()
-    train = Train(
-        vision_tower=Part(train=True, lr=2e-6, weight_decay=0.1),
-        connector=Part(train=True, lr=1e-5),
-        language_model=Part(train=False, lr=1e-5),
+    train = TrainConfig(
+        vision_tower=PartConfig(train=True, lr=2e-6, weight_decay=0.1),
+        connector=PartConfig(train=True, lr=1e-5),
+        language_model=PartConfig(train=False, lr=1e-5),
     )
     freeze(model, train)
     groups = parameter_groups(model, train)

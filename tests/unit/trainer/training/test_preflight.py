@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.manifest import Manifest, load_manifest, plain
-from pipeline.config.model import InitFrom
+from pipeline.config.manifest import Manifest, load_manifest, to_dict
+from pipeline.config.model import InitFromConfig
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.weights import initialised, start
 from tests.helpers.paths import ROOT
 from trainer.training import preflight as checks
-from trainer.training.preflight import GIB, memory_faults, weights_faults
+from trainer.training.preflight import GIB, check_memory, check_weights
 from trainer.weights import hf_config as release
-from trainer.weights.load import save
+from trainer.weights.load import save_weights
 
 STAGE3 = load_manifest(ROOT / "manifests" / "stage3.yaml")
 
@@ -32,15 +32,15 @@ def qwen2(folder: Path, **other: object) -> Path:
 
 def run_of(folder: Path, manifest: Manifest) -> Path:
     """A finished run with random weights."""
-    save(initialised(manifest), folder / "final", manifest)
+    save_weights(initialised(manifest), folder / "final", manifest)
     return folder
 
 
 def test_weights_that_fit_are_not_refused(tmp_path: Path) -> None:
-    assert weights_faults(start()) == []
-    assert weights_faults(start(language_model=qwen2(tmp_path / "qwen2"))) == []
+    assert check_weights(start()) == []
+    assert check_weights(start(language_model=qwen2(tmp_path / "qwen2"))) == []
     run = run_of(tmp_path / "run", start())
-    assert weights_faults(dataclasses.replace(start(), init_from=InitFrom(run=str(run)))) == []
+    assert check_weights(dataclasses.replace(start(), init_from=InitFromConfig(run=str(run)))) == []
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_weights_that_fit_are_not_refused(tmp_path: Path) -> None:
 )
 def test_what_shapes_do_not_show_is_refused(tmp_path: Path, other: dict, told: str) -> None:
     """Key and value heads half as many and twice as wide have the same shapes."""
-    faults = weights_faults(start(language_model=qwen2(tmp_path / "qwen2", **other)))
+    faults = check_weights(start(language_model=qwen2(tmp_path / "qwen2", **other)))
     assert faults and all("\n" not in fault for fault in faults)
     assert any(told in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
 
@@ -62,15 +62,15 @@ def test_another_tower_and_other_heads_of_a_run_or_a_release_are_refused(tmp_pat
     tower = dataclasses.replace(SMALL.vision_tower, heads=SMALL.vision_tower.heads // 2)
     other = dataclasses.replace(SMALL, vision_tower=tower)
     run = run_of(tmp_path / "run", start(other))
-    goes_on = dataclasses.replace(start(), init_from=InitFrom(run=str(run)))
-    (fault,) = weights_faults(goes_on)
+    goes_on = dataclasses.replace(start(), init_from=InitFromConfig(run=str(run)))
+    (fault,) = check_weights(goes_on)
     given = f"heads is {tower.heads}, model.vision_tower.heads is {SMALL.vision_tower.heads}"
     assert fault.startswith("init_from.run: ") and given in fault
     released = run / "final"
     made = start(other)
-    settings = release.Settings(other, made.frames, made.images, made.text, "float32")
+    settings = release.ReleaseConfig(other, made.frames, made.images, made.text, "float32")
     (released / "config.json").write_text(json.dumps(release.release_config(settings, {})))
-    (fault,) = weights_faults(dataclasses.replace(start(), init_from=InitFrom(run=str(released))))
+    (fault,) = check_weights(dataclasses.replace(start(), init_from=InitFromConfig(run=str(released))))
     assert given in fault
 
 
@@ -80,15 +80,15 @@ def test_a_size_may_change_and_training_alone_too(tmp_path: Path) -> None:
     tower = dataclasses.replace(SMALL.vision_tower, group_clips=SMALL.vision_tower.group_clips + 1)
     larger = start(dataclasses.replace(SMALL, vision_tower=tower))
     frames = dataclasses.replace(larger.frames, size=larger.frames.size * 2)
-    assert weights_faults(dataclasses.replace(larger, frames=frames, init_from=InitFrom(run=str(run)))) == []
+    assert check_weights(dataclasses.replace(larger, frames=frames, init_from=InitFromConfig(run=str(run)))) == []
 
 
 def test_absent_places_and_unfinished_runs_are_one_line(tmp_path: Path) -> None:
-    (fault,) = weights_faults(start(language_model=tmp_path / "nothing" / "here"))
+    (fault,) = check_weights(start(language_model=tmp_path / "nothing" / "here"))
     assert fault == f"init_from.language_model: {tmp_path}/nothing/here: no such file or folder"
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-000001")
-    (fault,) = weights_faults(dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path / "run"))))
+    (fault,) = check_weights(dataclasses.replace(start(), init_from=InitFromConfig(run=str(tmp_path / "run"))))
     assert "has checkpoints and no final weights; finish that stage first" in fault
 
 
@@ -109,14 +109,14 @@ def offloading(what: str) -> Manifest:
     ],
 )
 def test_what_cannot_fit_is_refused(world, neighbours, offload, device, host, told) -> None:
-    faults = memory_faults(offloading(offload), world, neighbours, device and device * GIB, host * GIB)
+    faults = check_memory(offloading(offload), world, neighbours, device and device * GIB, host * GIB)
     assert len(faults) == (told is not None)
     if told:
         assert told in faults[0] and "\n" not in faults[0]
 
 
 def test_what_may_not_fit_is_said(capsys: pytest.CaptureFixture) -> None:
-    assert memory_faults(STAGE3, 8, 8, 16 * GIB, 999 * GIB) == []
+    assert check_memory(STAGE3, 8, 8, 16 * GIB, 999 * GIB) == []
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: memory: about ") and "with 512 frames, the GPU has 16.0 GiB" in line
 
@@ -127,5 +127,5 @@ def test_the_machines_memory_is_at_most_what_it_has() -> None:
 
 
 def test_fields_that_may_differ_are_fields() -> None:
-    named = plain(SMALL.vision_tower).keys() | plain(SMALL.language_model).keys()
+    named = to_dict(SMALL.vision_tower).keys() | to_dict(SMALL.language_model).keys()
     assert named >= checks.FREE

@@ -17,14 +17,14 @@ import yaml
 from safetensors.torch import load_file, save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.manifest import plain
-from pipeline.config.model import InitFrom
+from pipeline.config.manifest import to_dict
+from pipeline.config.model import InitFromConfig
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, small_model
 from tests.helpers.paths import ROOT
 from tests.helpers.servers.hub_server import Hub, Repository, serve
-from trainer.weights.load import sources
-from trainer.weights.tensor_files import INDEX, WeightsError, published_name
+from trainer.weights.load import resolve_init_tensors
+from trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 
 #: prints where each place is, or why it is not anywhere
 LOCATE = """
@@ -69,7 +69,7 @@ def torch_file(tensors: dict[str, torch.Tensor]) -> bytes:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     """A small model's tensors by published name."""
-    return {published_name(name): parameter.detach() for name, parameter in small_model().named_parameters()}
+    return {to_hf_name(name): parameter.detach() for name, parameter in small_model().named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +103,14 @@ def home(hub, weights, tmp_path_factory) -> Path:
 
 def start(hub: Hub, weights: dict[str, torch.Tensor], out: Path, home: Path, **environment: str) -> Path:
     """Start both runs and compare all tensors; returns ``home``."""
-    parts = InitFrom(
+    parts = InitFromConfig(
         vision_tower="hf:acme/encoders:UMT-L_f4_vision.pt",
         connector="hf:acme/gated@v1:mm_projector.bin",
         language_model="acme/qwen",
     )
-    for name, places in (("parts", parts), ("release", InitFrom(run="hf:acme/released"))):
+    for name, places in (("parts", parts), ("release", InitFromConfig(run="hf:acme/released"))):
         settings = dataclasses.replace(manifest(SIZE, SMALL), init_from=places)
-        (out / f"{name}.yaml").write_text(yaml.safe_dump(plain(settings)))
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(to_dict(settings)))
     done = run(INITIALISE, out, home=home, endpoint=hub.endpoint, **environment)
     assert not done.returncode, done.stderr[-2000:]
     for name in ("parts", "release"):
@@ -162,8 +162,8 @@ def test_without_a_network_or_a_copy_the_line_says_so(tmp_path, offline, places)
 @pytest.mark.parametrize("place", ["hf:", "hf:acme", "hf:acme/", "hf:a/x:", "hf:a/x@:f", "hf:a/x/y:f", "hf:/a/b"])
 def test_places_that_name_nothing_are_refused(place):
     for part in ("vision_tower", "connector", "language_model", "run"):
-        init = dataclasses.replace(InitFrom(vision_tower="random", language_model="random"), **{part: place})
+        init = dataclasses.replace(InitFromConfig(vision_tower="random", language_model="random"), **{part: place})
         settings = dataclasses.replace(manifest(SIZE, SMALL), init_from=init)
         with pytest.raises(WeightsError) as error:
-            sources(small_model(), settings)
+            resolve_init_tensors(small_model(), settings)
         assert str(error.value).startswith(f"init_from.{part}: {place}: is not hf:OWNER/NAME, hf:OWNER/NAME:FILE or")

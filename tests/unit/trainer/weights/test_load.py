@@ -12,41 +12,41 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.model import InitFrom, Model
+from pipeline.config.model import InitFromConfig, ModelConfig
 from tests.helpers.golden_data import files
 from tests.helpers.model.manifests import FROZEN
 from tests.helpers.model.rows import INTERNVIDEO2, SMALL, dialogue, pack, small_model
 from tests.helpers.model.weights import initialised, start
-from trainer.weights.load import load_pretrained, random_tensor, save
-from trainer.weights.tensor_files import INDEX, WeightsError, our_name, published_name
+from trainer.weights.load import load_pretrained, random_tensor, save_weights
+from trainer.weights.tensor_files import INDEX, WeightsError, from_hf_name, to_hf_name
 
 TOWER = "model.vision_tower.vision_tower."
 ENCODER = TOWER + "encoder."
 
 
 def published(model, tower: str = "umt") -> dict[str, torch.Tensor]:
-    return {published_name(name, tower): p.detach().clone() for name, p in model.named_parameters()}
+    return {to_hf_name(name, tower): p.detach().clone() for name, p in model.named_parameters()}
 
 
 def assert_equal(model, expected: dict[str, torch.Tensor], tower: str = "umt") -> None:
     for name, parameter in model.named_parameters():
-        if published_name(name, tower) in expected:
-            assert torch.equal(parameter, expected[published_name(name, tower)]), name
+        if to_hf_name(name, tower) in expected:
+            assert torch.equal(parameter, expected[to_hf_name(name, tower)]), name
 
 
 def test_names_map_both_ways():
     names = [name for name, _ in small_model().named_parameters()]
-    assert [our_name(published_name(name)) for name in names] == names
-    assert published_name("vision_tower.blocks.0.attn.q_bias") == ENCODER + "blocks.0.attn.q_bias"
-    assert published_name("connector.mlp.2.bias") == "model.mm_projector.mlp.2.bias"
-    assert published_name("language_model.lm_head.weight") == "lm_head.weight"
-    assert our_name("transformer.wte.weight") is None
+    assert [from_hf_name(to_hf_name(name)) for name in names] == names
+    assert to_hf_name("vision_tower.blocks.0.attn.q_bias") == ENCODER + "blocks.0.attn.q_bias"
+    assert to_hf_name("connector.mlp.2.bias") == "model.mm_projector.mlp.2.bias"
+    assert to_hf_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert from_hf_name("transformer.wte.weight") is None
 
 
 def test_names_of_internvideo2_map_both_ways():
     names = [name for name, _ in small_model(cfg=INTERNVIDEO2).named_parameters()]
-    assert [our_name(published_name(name, "internvideo2"), "internvideo2") for name in names] == names
-    assert published_name("vision_tower.cls_token", "internvideo2") == "model.vision_tower.vision_tower.cls_token"
+    assert [from_hf_name(to_hf_name(name, "internvideo2"), "internvideo2") for name in names] == names
+    assert to_hf_name("vision_tower.cls_token", "internvideo2") == "model.vision_tower.vision_tower.cls_token"
 
 
 @pytest.mark.parametrize("path", files("internvideo2_vit/*.safetensors"), ids=lambda path: path.stem)
@@ -62,7 +62,7 @@ def test_golden_names_of_internvideo2_are_ours(path):
 @pytest.mark.parametrize("path", files("multimodal_sequence/weights.safetensors"), ids=lambda path: path.parent.name)
 def test_golden_names_are_ours(path):
     with safe_open(path, framework="pt") as file:
-        assert all(published_name(our_name(key)) == key for key in file.keys())  # noqa: SIM118
+        assert all(to_hf_name(from_hf_name(key)) == key for key in file.keys())  # noqa: SIM118
 
 
 def test_random_start_depends_on_seed_and_name_alone():
@@ -184,9 +184,9 @@ def test_a_stage_1_adapter_file_is_read(tmp_path, prefix):
 def test_a_stage_1_adapter_wins_over_the_run_beside_it(tmp_path):
     settings = start()
     run, adapter = initialised(settings), initialised(dataclasses.replace(settings, seed=9)).connector.state_dict()
-    save(run, tmp_path / "stage1" / "final", settings)
+    save_weights(run, tmp_path / "stage1" / "final", settings)
     torch.save({f"model.mm_projector.{name}": value for name, value in adapter.items()}, tmp_path / "mm_projector.bin")
-    init = InitFrom(run=str(tmp_path / "stage1"), connector=str(tmp_path / "mm_projector.bin"))
+    init = InitFromConfig(run=str(tmp_path / "stage1"), connector=str(tmp_path / "mm_projector.bin"))
     model = initialised(dataclasses.replace(settings, init_from=init, seed=5))
     expected = published(run) | {f"model.mm_projector.{name}": value for name, value in adapter.items()}
     assert_equal(model, expected)
@@ -226,13 +226,13 @@ def test_faults_of_a_whole_folder_are_listed_together(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     save_file(values, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError) as error:
-        initialised(dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path))))
+        initialised(dataclasses.replace(start(), init_from=InitFromConfig(run=str(tmp_path))))
     text = str(error.value)
     names = ("missing: language_model.lm_head", "missing: vision_tower.blocks.0.norm1", "unexpected: connector.mlp.4")
     assert all(name in text for name in names) and text.count("init_from.run: ") == 3
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(WeightsError) as error:
-        initialised(dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path))))
+        initialised(dataclasses.replace(start(), init_from=InitFromConfig(run=str(tmp_path))))
     assert str(error.value).count("init_from.run: ") == 1  # a damaged file is one fault
 
 
@@ -263,7 +263,7 @@ def test_a_part_is_taken_out_of_a_whole_model(tmp_path, part):
     save_file(source, tmp_path / "model.safetensors")
     model, fresh = initialised(start(**{part: tmp_path})), initialised(start())
     for name, parameter in model.named_parameters():
-        expected = source[published_name(name)] if name.startswith(part) else dict(fresh.named_parameters())[name]
+        expected = source[to_hf_name(name)] if name.startswith(part) else dict(fresh.named_parameters())[name]
         assert torch.equal(parameter, expected), name
 
 
@@ -308,7 +308,7 @@ def test_absent_places_are_named(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
     with pytest.raises(WeightsError, match="names files that are missing: model-00001"):
         initialised(start(language_model=tmp_path))
-    run = dataclasses.replace(start(), init_from=InitFrom(run=str(tmp_path / "stage1")))
+    run = dataclasses.replace(start(), init_from=InitFromConfig(run=str(tmp_path / "stage1")))
     with pytest.raises(WeightsError, match=r"init_from\.run: .*stage1: no such folder, nor a stage"):
         initialised(run)
 
@@ -317,10 +317,10 @@ def test_absent_places_are_named(tmp_path):
 @pytest.mark.parametrize("limit", [10**9, 20_000], ids=["one_file", "shards"])
 def test_saved_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
     language = dataclasses.replace(SMALL.language_model, tie_word_embeddings=tied)
-    cfg = Model(vision_tower=SMALL.vision_tower, language_model=language)
+    cfg = ModelConfig(vision_tower=SMALL.vision_tower, language_model=language)
     settings = dataclasses.replace(start(), model=cfg)
     model = initialised(settings).to(torch.bfloat16)
-    save(model, tmp_path / "stage1" / "final", settings, limit)
+    save_weights(model, tmp_path / "stage1" / "final", settings, limit)
     written = sorted((tmp_path / "stage1/final").glob("*.safetensors"))
     read = {key: value for file in written for key, value in load_file(file).items()}
     expected = published(model)
@@ -334,7 +334,7 @@ def test_saved_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
     again = load_pretrained(tmp_path / "stage1/final")
     assert not again.training and {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert_equal(again, expected)
-    follow = dataclasses.replace(settings, init_from=InitFrom(run=str(tmp_path / "stage1")))
+    follow = dataclasses.replace(settings, init_from=InitFromConfig(run=str(tmp_path / "stage1")))
     assert_equal(initialised(follow).to(torch.bfloat16), expected)
     batch = pack([dialogue(0, clips=1), dialogue(1)])
     with torch.no_grad():
@@ -344,13 +344,13 @@ def test_saved_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
 def test_internvideo2_is_saved_under_its_published_names_and_goes_on_at_another_size(tmp_path):
     settings = start(INTERNVIDEO2)
     model = initialised(settings)
-    save(model, tmp_path / "stage3" / "final", settings)
+    save_weights(model, tmp_path / "stage3" / "final", settings)
     written = load_file(tmp_path / "stage3" / "final" / "model.safetensors")
     assert {name for name in written if name.startswith(TOWER)} == {
         TOWER + name for name in model.vision_tower.state_dict()
     }
     assert_equal(load_pretrained(tmp_path / "stage3" / "final"), written, "internvideo2")
-    following = dataclasses.replace(settings, init_from=InitFrom(run=str(tmp_path / "stage3")))
+    following = dataclasses.replace(settings, init_from=InitFromConfig(run=str(tmp_path / "stage3")))
     assert_equal(initialised(following), written, "internvideo2")
     larger = dataclasses.replace(following, frames=dataclasses.replace(following.frames, size=192))
     tower = initialised(larger).vision_tower
@@ -370,18 +370,18 @@ def test_frozen_parts_are_saved_too(tmp_path):
     settings = start()
     model = initialised(settings)
     model.language_model.requires_grad_(FROZEN.train)
-    save(model, tmp_path, settings)
+    save_weights(model, tmp_path, settings)
     assert set(load_file(tmp_path / "model.safetensors")) == set(published(model))
 
 
 def test_weights_of_another_size_are_used_with_tables_of_the_new_one(tmp_path):
     """A tower trained at 128 px goes on at 192 px: positions are computed, not stored."""
     settings = start()
-    save(initialised(settings), tmp_path / "stage3" / "final", settings)
+    save_weights(initialised(settings), tmp_path / "stage3" / "final", settings)
     larger = dataclasses.replace(
         settings,
         frames=dataclasses.replace(settings.frames, size=192),
-        init_from=InitFrom(run=str(tmp_path / "stage3")),
+        init_from=InitFromConfig(run=str(tmp_path / "stage3")),
     )
     model = initialised(larger)
     assert model.vision_tower.still_positions.shape[0] == 144

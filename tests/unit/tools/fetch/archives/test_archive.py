@@ -34,7 +34,7 @@ from tests.helpers.media.memory_files import (
 )
 from tools.fetch.archives import archive as archives_module
 from tools.fetch.archives.archive import Archives, open_archives
-from tools.fetch.archives.member_table import own_name
+from tools.fetch.archives.member_table import stable_name
 from tools.fetch.archives.zip import list_zip
 from tools.fetch.base import FetchError
 
@@ -212,7 +212,7 @@ def test_what_a_killed_process_has_left_of_its_list_goes(tmp_path, kind):
     assert content(opened(data, work=tmp_path), "a", tmp_path)
     (table,) = tmp_path.glob("*.arrow")
     table.unlink()
-    left = [own_name(table), own_name(table.with_suffix(".gzip"))]
+    left = [stable_name(table), stable_name(table.with_suffix(".gzip"))]
     left = [path.with_name(path.name.rpartition(".")[0] + end) for path in left for end in (".999", ".999.tmp")]
     other = table.with_name(f"{table.name}.elsewhere.999")  # may still be at work
     for path in (*left, other):

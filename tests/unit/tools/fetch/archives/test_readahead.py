@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.media.memory_files import Memory
 from tools.fetch.archives import readahead
-from tools.fetch.archives.readahead import FIRST, MOST, ReadAhead
+from tools.fetch.archives.readahead import FIRST, MOST, ReadAheadFile
 
 DATA = bytes(range(256)) * 8
 
@@ -22,7 +22,7 @@ def test_it_reads_like_a_file(steps, stop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readahead, "FIRST", 16)
         patch.setattr(readahead, "GAP", 40)
-        stream, plain = ReadAhead(Memory(DATA), stop), io.BytesIO(DATA)
+        stream, plain = ReadAheadFile(Memory(DATA), stop), io.BytesIO(DATA)
         for whence, offset, size in steps:
             if offset + (0, plain.tell(), len(DATA))[whence] >= 0:
                 assert stream.seek(offset, whence) == plain.seek(offset, whence)
@@ -35,7 +35,7 @@ def test_it_reads_like_a_file(steps, stop):
 
 def test_reading_on_end_takes_few_reads_and_jumping_moves_little():
     file = Memory(bytes(40 << 20))
-    stream = ReadAhead(file)
+    stream = ReadAheadFile(file)
     for place in range(0, file.size, 100_000):
         stream.seek(place)
         stream.read(512)
@@ -49,7 +49,7 @@ def test_reading_on_end_takes_few_reads_and_jumping_moves_little():
 
 def test_nothing_is_read_behind_the_stop_and_nothing_huge():
     file = Memory(bytes(1 << 20))
-    ReadAhead(file, stop=1000).read(10)
+    ReadAheadFile(file, stop=1000).read(10)
     assert file.reads == [(0, 1000)]
     with pytest.raises(ValueError, match="8388609 bytes"):
-        ReadAhead(file).read(MOST + 1)
+        ReadAheadFile(file).read(MOST + 1)

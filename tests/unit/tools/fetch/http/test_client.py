@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.servers.web_server import QUICK, Server, turns
 from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.client import Expected, Http, redacted
-from tools.fetch.http.retry import Limits
+from tools.fetch.http.client import Expected, HttpClient, redacted
+from tools.fetch.http.retry import FetchLimits
 
 DATA = random.Random(0).randbytes(300_000)
 HALF = len(DATA) // 2
@@ -29,7 +29,7 @@ def good(request):
 
 def fetch(server, tmp_path, expected=None, limits=QUICK, path="/file", **client):
     target = tmp_path / "file"
-    Http(limits, **client).download(server.url + path, target, "the file", expected)
+    HttpClient(limits, **client).download(server.url + path, target, "the file", expected)
     return target.read_bytes()
 
 
@@ -83,7 +83,7 @@ def test_whole_file_by_length_by_chunks_and_to_the_end_of_the_connection(server,
 def test_an_empty_file_is_a_file(server, tmp_path):
     server.routes["/file"] = lambda request: request.serve(b"")
     assert fetch(server, tmp_path) == b""
-    assert Http(QUICK).probe(server.url + "/file", "x").size == 0
+    assert HttpClient(QUICK).probe(server.url + "/file", "x").size == 0
 
 
 @pytest.mark.parametrize("status", [403, 408, 429, 500, 502, 503, 504])
@@ -110,7 +110,7 @@ def test_waits_grow_and_are_drawn_at_random(server, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setattr(random, "uniform", lambda low, high: bounds.append((low, high)) or high)
     server.routes["/file"] = lambda request: request.answer(503)
-    limits = Limits(seconds=1000, retries=8, backoff=1)
+    limits = FetchLimits(seconds=1000, retries=8, backoff=1)
     assert failure(server, tmp_path, limits=limits) == "unreachable"
     assert bounds[:8] == [(0, high) for high in (2, 4, 8, 16, 32, 60, 60, 60)] and waits == [
         high for _, high in bounds[:8]
@@ -348,7 +348,7 @@ def test_redirects_may_become_safer_only(tmp_path, first, then):
         status, headers = (302, {"location": f"{then}://h/x"}) if len(asked) == 1 else (200, {})
         return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(b""))
 
-    http = Http(QUICK)
+    http = HttpClient(QUICK)
     http._client = httpx2.Client(transport=httpx2.MockTransport(network))
     if then == "https":
         http.download(f"{first}://h/x", tmp_path / "file", "x")
@@ -362,7 +362,7 @@ def test_redirects_may_become_safer_only(tmp_path, first, then):
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://", "nothing"])
 def test_other_addresses_are_refused(tmp_path, url):
     with pytest.raises(FetchError) as error:
-        Http(QUICK).download(url, tmp_path / "file", "x")
+        HttpClient(QUICK).download(url, tmp_path / "file", "x")
     assert error.value.reason == "unreachable"
 
 
@@ -385,19 +385,19 @@ def test_addresses_are_shown_without_credentials():
 
 def test_probe_tells_size_ranges_and_absence(server):
     server.routes |= {"/file": good, "/whole": lambda request: request.answer(body=DATA)}
-    http = Http(QUICK)
+    http = HttpClient(QUICK)
     found, whole = http.probe(server.url + "/file", "x"), http.probe(server.url + "/whole", "x")
     assert (found.size, found.ranges) == (len(DATA), True) and (whole.size, whole.ranges) == (len(DATA), False)
     assert http.probe(server.url + "/none", "x") is None
     server.routes["/none"] = lambda request: request.answer(401)
     with pytest.raises(FetchError, match="log in") as error:
-        Http(QUICK, login="log in").probe(server.url + "/none", "x")
+        HttpClient(QUICK, login="log in").probe(server.url + "/none", "x")
     assert error.value.reason == "denied"
 
 
 def test_parts_and_their_failures(server):
     server.routes["/file"] = turns(lambda request: request.answer(503), breaks(5), good)
-    http = Http(QUICK)
+    http = HttpClient(QUICK)
     data, known = http.read(server.url + "/file", "x", 10, 20, None)
     assert data == DATA[10:30] and known.size == len(DATA)
 
@@ -423,7 +423,7 @@ def test_parts_go_straight_to_where_they_were_found_until_that_fails(server):
         "/file": lambda request: request.answer(302, Location=f"/store?sign={next(signed)}"),
         "/store": good,
     }
-    http = Http(QUICK)
+    http = HttpClient(QUICK)
     for place in range(3):
         assert http.read(server.url + "/file", "x", place, 5, None)[0] == DATA[place : place + 5]
     assert len(server.ranges("/file")) == 1
@@ -436,7 +436,7 @@ def test_connections_are_kept(server):
     """Ranged reads of an archive would otherwise connect anew for every member."""
     ports = set()
     server.routes["/file"] = lambda request: (ports.add(request.client_address), request.serve(DATA))
-    http = Http(QUICK)
+    http = HttpClient(QUICK)
     assert http.probe(server.url + "/file", "x").size != UNKNOWN
     for place in range(5):
         http.read(server.url + "/file", "x", place, 1000, None)

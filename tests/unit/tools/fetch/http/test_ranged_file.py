@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.helpers.servers.web_server import QUICK, turns
 from tools.fetch.base import FetchError
-from tools.fetch.http.client import Http
-from tools.fetch.http.ranged_file import BLOCK, CACHED, READ_AHEAD, HttpBytes
-from tools.fetch.http.response import Facts
+from tools.fetch.http.client import HttpClient
+from tools.fetch.http.ranged_file import BLOCK, CACHED, READ_AHEAD, HttpFile
+from tools.fetch.http.response import RemoteFileInfo
 
 DATA = random.Random(0).randbytes(20 << 20)
 
@@ -24,7 +24,7 @@ DATA = random.Random(0).randbytes(20 << 20)
 @pytest.fixture
 def remote(server):
     server.routes["/file"] = lambda request: request.serve(DATA)
-    return HttpBytes.open(Http(QUICK), server.url + "/file", "file")
+    return HttpFile.open(HttpClient(QUICK), server.url + "/file", "file")
 
 
 class Memory:
@@ -36,7 +36,7 @@ class Memory:
     def read(self, url, place, offset, size, known):
         assert offset >= 0 and offset + size <= len(self.data) and size > 0
         self.asked.append((offset, size))
-        return self.data[offset : offset + size], Facts(len(self.data), '"1"', "", True)
+        return self.data[offset : offset + size], RemoteFileInfo(len(self.data), '"1"', "", True)
 
 
 @given(
@@ -46,7 +46,7 @@ class Memory:
 def test_reads_are_slices_and_nothing_is_asked_for_twice(size, reads):
     data = DATA[:size]
     memory = Memory(data)
-    remote = HttpBytes(memory, lambda: "", "x", size, "")
+    remote = HttpFile(memory, lambda: "", "x", size, "")
     for offset, count in reads:
         assert remote.read(offset, count) == data[offset : offset + count]
     blocks = [
@@ -57,7 +57,7 @@ def test_reads_are_slices_and_nothing_is_asked_for_twice(size, reads):
 
 def test_threads_share_a_file():
     """Eight read at random places, more than the blocks that are kept, and one from front to end."""
-    remote = HttpBytes(Memory(DATA), lambda: "", "x", len(DATA), "")
+    remote = HttpFile(Memory(DATA), lambda: "", "x", len(DATA), "")
 
     def read(seed):
         places = random.Random(seed)
@@ -78,7 +78,7 @@ def test_threads_share_a_file():
 
 def test_reading_forwards_asks_for_more_and_more():
     memory = Memory(DATA)
-    remote = HttpBytes(memory, lambda: "", "x", len(DATA), "")
+    remote = HttpFile(memory, lambda: "", "x", len(DATA), "")
     got = b"".join(remote.read(place, 10_000) for place in range(0, len(DATA), 10_000))
     assert got == DATA
     sizes = [size for _, size in memory.asked]
@@ -88,7 +88,7 @@ def test_reading_forwards_asks_for_more_and_more():
 
 def test_reading_here_and_there_asks_for_little():
     memory = Memory(DATA)
-    remote = HttpBytes(memory, lambda: "", "x", len(DATA), "")
+    remote = HttpFile(memory, lambda: "", "x", len(DATA), "")
     places = random.Random(1).sample(range(0, len(DATA) - 1000, 5 * BLOCK), 40)
     for place in places:
         assert remote.read(place, 1000) == DATA[place : place + 1000]
@@ -97,7 +97,7 @@ def test_reading_here_and_there_asks_for_little():
 
 def test_what_is_kept_is_bounded_and_large_reads_go_past_it():
     memory = Memory(DATA)
-    remote = HttpBytes(memory, lambda: "", "x", len(DATA), "")
+    remote = HttpFile(memory, lambda: "", "x", len(DATA), "")
     assert remote.read(5, len(DATA)) == DATA[5:] and memory.asked == [(5, len(DATA) - 5)]
     for place in range(0, len(DATA), BLOCK):
         remote.read(place, 1)
@@ -112,7 +112,7 @@ def test_a_zip_on_a_server_is_read_by_a_few_requests(server):
         for name, body in text.items():
             made.writestr(name, body)
     server.routes["/file"] = lambda request: request.serve(stored.getvalue())
-    remote = HttpBytes.open(Http(QUICK), server.url + "/file", "file")
+    remote = HttpFile.open(HttpClient(QUICK), server.url + "/file", "file")
 
     class File(io.RawIOBase):
         place = 0
@@ -144,16 +144,16 @@ def test_servers_without_ranges_and_files_that_change(server, remote):
     assert error.value.reason == "bad_checksum"
     server.routes["/file"] = turns(lambda request: request.answer(503), lambda request: request.answer(body=DATA))
     with pytest.raises(FetchError, match="dir:PATH") as error:
-        HttpBytes.open(Http(QUICK), server.url + "/file", "file")
+        HttpFile.open(HttpClient(QUICK), server.url + "/file", "file")
     assert error.value.reason == "unsupported"
     server.routes["/file"] = lambda request: request.serve(b"")
-    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").read(0, 5) == b""
+    assert HttpFile.open(HttpClient(QUICK), server.url + "/file", "file").read(0, 5) == b""
     with pytest.raises(FetchError) as error:
-        HttpBytes.open(Http(QUICK), server.url + "/none", "file")
+        HttpFile.open(HttpClient(QUICK), server.url + "/none", "file")
     assert error.value.reason == "missing_file"
 
 
 def test_identity_follows_the_contents(server, remote):
-    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").identity == remote.identity
+    assert HttpFile.open(HttpClient(QUICK), server.url + "/file", "file").identity == remote.identity
     server.routes["/file"] = lambda request: request.serve(DATA, ETag='"two"')
-    assert HttpBytes.open(Http(QUICK), server.url + "/file", "file").identity != remote.identity
+    assert HttpFile.open(HttpClient(QUICK), server.url + "/file", "file").identity != remote.identity
