@@ -1,6 +1,6 @@
 """framestream's data pipeline: manifests, shards, and batches of video dialogues.
 
-    from pipeline import build_loader, load_manifest
+    from framestream.pipeline import build_loader, load_manifest
     for batch in build_loader(load_manifest("manifests/stage2.yaml")): ...
 
 Names are imported when first used, so that reading a manifest loads neither torch nor Arrow.
@@ -11,16 +11,16 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
-    "Manifest": "pipeline.config.manifest",
-    "ManifestError": "pipeline.config.manifest",
-    "load_manifest": "pipeline.config.manifest",
-    "Index": "pipeline.shards.index",
-    "ShardsError": "pipeline.shards.index",
-    "Batch": "pipeline.loading.batch",
-    "Loader": "pipeline.loading.loader",
-    "LoaderError": "pipeline.loading.loader",
-    "build_loader": "pipeline.loading.loader",
-    "Questions": "pipeline.evaluation.questions",
+    "Manifest": "framestream.pipeline.config.manifest",
+    "ManifestError": "framestream.pipeline.config.manifest",
+    "load_manifest": "framestream.pipeline.config.manifest",
+    "Index": "framestream.pipeline.shards.index",
+    "ShardsError": "framestream.pipeline.shards.index",
+    "Batch": "framestream.pipeline.loading.batch",
+    "Loader": "framestream.pipeline.loading.loader",
+    "LoaderError": "framestream.pipeline.loading.loader",
+    "build_loader": "framestream.pipeline.loading.loader",
+    "Questions": "framestream.pipeline.evaluation.questions",
 }
 
 __all__ = list(_HOMES)

@@ -18,9 +18,9 @@ if __package__ in (None, ""):  # started by path: the packages lie beside this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "build_shards") -> int:
     """Run the command; returns the exit status (0 done, 1 a build that cannot go on, 2 bad input, 130 stopped)."""
-    parser = _parser()
+    parser = _parser(prog)
     options = parser.parse_args(arguments)
     if options.report and not options.dry_run:
         parser.error("--report goes with --dry-run")
@@ -42,17 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # Imported here, because they take half a second in which the user may press Ctrl-C, too.
-    from pipeline.annotations.reader import AnnotationFileError
-    from pipeline.config.manifest import ManifestError, load_manifest
-    from pipeline.shards.ledger import read_ledger
-    from tools.builder import executors
-    from tools.builder.build import BuildOptions, build
-    from tools.builder.plan_report import plan_rows, plan_summary, write_report
-    from tools.builder.planner import make_plan
-    from tools.builder.summary import build_summary, first_of_reasons, shard_counts
-    from tools.common.errors import BuildError, WorkerError
-    from tools.fetch.disk_cache import DiskFullError, disk_full_at
-    from tools.fetch.root_map import resolve_entries
+    from framestream.pipeline.annotations.reader import AnnotationFileError
+    from framestream.pipeline.config.manifest import ManifestError, load_manifest
+    from framestream.pipeline.shards.ledger import read_ledger
+    from framestream.tools.builder import executors
+    from framestream.tools.builder.build import BuildOptions, build
+    from framestream.tools.builder.plan_report import plan_rows, plan_summary, write_report
+    from framestream.tools.builder.planner import make_plan
+    from framestream.tools.builder.summary import build_summary, first_of_reasons, shard_counts
+    from framestream.tools.common.errors import BuildError, WorkerError
+    from framestream.tools.fetch.disk_cache import DiskFullError, disk_full_at
+    from framestream.tools.fetch.root_map import resolve_entries
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
@@ -104,8 +104,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="build_shards", description=__doc__.partition("\n\n")[2])
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
     parser.add_argument("--manifest", metavar="PATH", help="default: manifests/stageN.yaml")
     parser.add_argument("--out", metavar="DIR", help="write OUT/stageN instead of the manifest's shards folder")

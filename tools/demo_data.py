@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools.demo import dialogues as demo_dialogues
-from tools.demo import tokenizer as demo_tokenizer
-from tools.demo import worlds as demo_worlds
-from tools.demo.dialogues import QUESTIONS, SAME_COLOUR, ask, turns
-from tools.demo.worlds import COLOURS, SHAPES, SIDES, World, balanced
+from framestream.tools.demo import dialogues as demo_dialogues
+from framestream.tools.demo import tokenizer as demo_tokenizer
+from framestream.tools.demo import worlds as demo_worlds
+from framestream.tools.demo.dialogues import QUESTIONS, SAME_COLOUR, ask, turns
+from framestream.tools.demo.worlds import COLOURS, SHAPES, SIDES, World, balanced
 
 REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
 STILL_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
@@ -251,9 +252,11 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tools.demo_data") -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("demo/data"), help="folder to make (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes that encode videos (default %(default)s)")

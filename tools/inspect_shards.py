@@ -15,9 +15,9 @@ if __package__ in (None, ""):  # started by path: the packages lie beside this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "inspect_shards") -> int:
     """Run the command; returns the exit status (0 done, 2 bad input, 130 stopped)."""
-    parser = argparse.ArgumentParser(prog="inspect_shards", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="page to write")
     parser.add_argument("--media", metavar="N", type=int, default=24, help="media on the contact sheets (24)")
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import pyarrow as pa
 
-    from pipeline.shards.index import ShardsError
-    from pipeline.utils.atomic_io import write_atomic
-    from tools.inspection.report import inspection_page
+    from framestream.pipeline.shards.index import ShardsError
+    from framestream.pipeline.utils.atomic_io import write_atomic
+    from framestream.tools.inspection.report import inspection_page
 
     try:
         page = inspection_page(options.root, options.media, options.frames, options.seed).encode()

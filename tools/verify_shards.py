@@ -16,9 +16,9 @@ if __package__ in (None, ""):  # started by path: the packages lie beside this f
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "verify_shards") -> int:
     """Run the command; returns the exit status (0 nothing found, 1 findings, 2 bad input, 130 stopped)."""
-    parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--deep", action="store_true", help="decode every frame, too")
     cores = len(os.sched_getaffinity(0))
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tools.common.text_table import format_bytes
-    from tools.verify.root import VerifyError, verify
+    from framestream.tools.common.text_table import format_bytes
+    from framestream.tools.verify.root import VerifyError, verify
 
     try:
         outcome = verify(options.root, options.deep, options.workers, options.show)

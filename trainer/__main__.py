@@ -10,17 +10,18 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
-from pipeline.config.manifest import ManifestError, load_manifest
-from pipeline.shards.index import ShardsError
-from trainer.distributed.launchers import PREEMPTION_SIGNALS, EXIT_PREEMPTED
+from framestream.pipeline.config.manifest import ManifestError, load_manifest
+from framestream.pipeline.shards.index import ShardsError
+from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
     """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input, 75 left when asked by
     SIGTERM or SIGUSR1, 130 stopped by Ctrl-C)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
     parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved manifest and its costs, then stop")
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         manifest = load_manifest(options.manifest, options.set)
         if options.dry_run:
-            from trainer.training.dry_run import describe
+            from framestream.trainer.training.dry_run import describe
 
             print(describe(manifest))
             return 0
@@ -47,13 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(manifest) -> int:
-    from pipeline.loading.loader import LoaderError
-    from trainer.checkpoint.save import CheckpointError, WriteError
-    from trainer.distributed.call_order import CallOrderError
-    from trainer.distributed.launchers import LaunchError
-    from trainer.distributed.preemption import Preempted
-    from trainer.training.loop import TrainingError, train
-    from trainer.weights.tensor_files import WeightsError
+    from framestream.pipeline.loading.loader import LoaderError
+    from framestream.trainer.checkpoint.save import CheckpointError, WriteError
+    from framestream.trainer.distributed.call_order import CallOrderError
+    from framestream.trainer.distributed.launchers import LaunchError
+    from framestream.trainer.distributed.preemption import Preempted
+    from framestream.trainer.training.loop import TrainingError, train
+    from framestream.trainer.weights.tensor_files import WeightsError
 
     try:
         train(manifest)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.config.manifest import ManifestError
-from pipeline.media.errors import MediaError
-from pipeline.shards.memory_index import IMAGE_READER, MediaFile
-from pipeline.tokenization.chat_template import MARK
-from trainer.inference.chat_session import ChatSession, stream_text
-from trainer.inference.contact_sheet import write_contact_sheet
-from trainer.inference.generate import Sampling
-from trainer.inference.predictor import Predictor, resolve_run
-from trainer.weights.tensor_files import WeightsError
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile
+from framestream.pipeline.tokenization.chat_template import MARK
+from framestream.trainer.inference.chat_session import ChatSession, stream_text
+from framestream.trainer.inference.contact_sheet import write_contact_sheet
+from framestream.trainer.inference.generate import Sampling
+from framestream.trainer.inference.predictor import Predictor, resolve_run
+from framestream.trainer.weights.tensor_files import WeightsError
 
 
 class ChatError(Exception):
@@ -60,10 +60,10 @@ class Chat:
         return [*row.clips.flatten(0, 1).cpu().numpy(), *row.image_tiles.cpu().numpy()], words
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.chat") -> int:
     """Command line; returns the exit status (0 done, 1 a file or weights that cannot be read, 2 bad input, 130
     Ctrl-C)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.chat", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a finished run, or a folder of weights")
     parser.add_argument("--manifest", help="the stage's YAML; the run's own if not given")
     parser.add_argument("--video", action="append", default=[], help="a video, GIF or folder of frames; repeatable")

@@ -16,22 +16,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.evaluation.file_questions import FileQuestions
-from pipeline.evaluation.questions import Questions
-from trainer.evaluation.cli import run_command, build_parser
-from trainer.evaluation.scorer import evaluate
-from trainer.evaluation.scores_html import page
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.evaluation.file_questions import FileQuestions
+from framestream.pipeline.evaluation.questions import Questions
+from framestream.trainer.evaluation.cli import build_parser, run_command
+from framestream.trainer.evaluation.scorer import evaluate
+from framestream.trainer.evaluation.scores_html import page
 
 COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 8}  #: of the table, with their widths
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.evaluate") -> int:
     """Command line; returns the exit status (0 done, 1 weights that cannot be read, 2 bad input)."""
     held_out = "the stage's YAML; its held-out entries are asked"
-    parser = build_parser("evaluate", __doc__.split("\n\n")[0], held_out, "evaluation.json, or evaluation-STEM.json")
+    parser = build_parser(prog, __doc__.split("\n\n")[0], held_out, "evaluation.json, or evaluation-STEM.json")
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")

@@ -19,27 +19,28 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from pipeline.config.manifest import ManifestError, load_manifest
-from pipeline.tokenization.chat_template import load_tokenizer
-from pipeline.utils.atomic_io import fsync_path
-from trainer.model.parts import PARTS
-from trainer.model.video_llm import build_model
-from trainer.weights import hf_config as release
-from trainer.weights.hf_config import ReleaseConfig
-from trainer.weights.load import dtype_of, empty_model, read_config, read_model, shape, resolve_init_tensors
-from trainer.weights.tensor_files import (
+from framestream.pipeline.config.manifest import ManifestError, load_manifest
+from framestream.pipeline.tokenization.chat_template import load_tokenizer
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.trainer.model.parts import PARTS
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.hf_config import ReleaseConfig
+from framestream.trainer.weights.load import dtype_of, empty_model, read_config, read_model, resolve_init_tensors, shape
+from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
     LazyTensor,
     WeightsError,
-    to_hf_name,
     shard_files,
+    to_hf_name,
     write_index,
     write_shard,
 )
@@ -134,9 +135,11 @@ def _final(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
 
 def _unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     """From DeepSpeed's files (the newest checkpoint if None): float32 weights of the optimiser in the run's dtype."""
-    from trainer.checkpoint import load as resume  # brings DeepSpeed along, which final weights do not need
-    from trainer.checkpoint import save as checkpoint  # brings DeepSpeed along, which final weights do not need
-    from trainer.training.engine import DTYPES as TRAINED_IN
+    from framestream.trainer.checkpoint import load as resume  # brings DeepSpeed along, which final weights do not need
+    from framestream.trainer.checkpoint import (
+        save as checkpoint,  # brings DeepSpeed along, which final weights do not need
+    )
+    from framestream.trainer.training.engine import DTYPES as TRAINED_IN
 
     manifest = load_manifest(run / "manifest.yaml")
     model = build_model(manifest, device="meta")
@@ -198,9 +201,9 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.export") -> int:
     """Command line; returns the exit status (0 done, 1 weights that cannot be read, 2 bad input)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN, RUN/final or RUN/checkpoints/step-N")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--release-files", type=Path, metavar="DIR", help="copy the release's python files from here")

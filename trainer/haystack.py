@@ -1,7 +1,7 @@
 """``python -m trainer.haystack --manifest M --needles FILE --root DIR --video FILE``: find pictures in long videos.
 
 Every question of the annotation file, about one picture each, is asked with the picture in place of one frame of a
-video, for every number of frames and every depth (:mod:`pipeline.evaluation.haystack`); and blind, with the picture of another
+video, for every number of frames and every depth (:mod:`framestream.pipeline.evaluation.haystack`); and blind, with the picture of another
 question, whose answer differs, in its place. Results go to RUN/haystack.json, and as a heat map to
 ``python -m trainer.report RUN`` and to ``--html``.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.evaluation.haystack import Haystack
-from trainer.evaluation.cli import run_command, build_parser
-from trainer.evaluation.haystack_html import page
-from trainer.evaluation.haystack_search import run_haystack
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.evaluation.haystack import Haystack
+from framestream.trainer.evaluation.cli import build_parser, run_command
+from framestream.trainer.evaluation.haystack_html import page
+from framestream.trainer.evaluation.haystack_search import run_haystack
 
 FRAMES = (8, 32, 128, 512)
 DEPTHS = (0, 25, 50, 75, 100)
@@ -57,9 +58,9 @@ def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> d
     return run_haystack(manifest, checkpoint, haystack)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.haystack") -> int:
     """Command line; returns the exit status (0 done, 1 files or weights that cannot be read, 2 bad input)."""
-    parser = build_parser("haystack", __doc__.split("\n\n")[0], "the stage's YAML", "haystack.json")
+    parser = build_parser(prog, __doc__.split("\n\n")[0], "the stage's YAML", "haystack.json")
     parser.add_argument("--needles", type=Path, required=True, help="annotation file: pictures with a question each")
     parser.add_argument("--root", type=Path, required=True, help="folder that its picture paths are relative to")
     parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")

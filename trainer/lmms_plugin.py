@@ -20,13 +20,15 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from pipeline.shards.memory_index import IMAGE_READER, MediaFile
-from pipeline.tokenization.chat_template import MARK
-from trainer.inference.generate import Sampling
-from trainer.inference.predictor import Predictor, resolve_run
+from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile
+from framestream.pipeline.tokenization.chat_template import MARK
+from framestream.trainer.inference.generate import Sampling
+from framestream.trainer.inference.predictor import Predictor, resolve_run
 
 MANIFEST = ModelManifest(
-    "framestream", simple_class_path="trainer.lmms_plugin.SimpleModel", chat_class_path="trainer.lmms_plugin.ChatModel"
+    "framestream",
+    simple_class_path="framestream.trainer.lmms_plugin.SimpleModel",
+    chat_class_path="framestream.trainer.lmms_plugin.ChatModel",
 )
 NEW_TOKENS = 16  #: where a task does not say, as in the published runs
 ROLES = {"user": "human", "assistant": "gpt", "system": "system"}

@@ -13,19 +13,20 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from markupsafe import Markup
 
-from pipeline.html.page import render_page
-from pipeline.html.svg import COLOURS, Line, format_number, format_duration, line_chart
-from pipeline.shards.ledger import REASONS
-from trainer.checkpoint.save import write_atomically
-from trainer.evaluation import haystack_html as haystack_page
-from trainer.evaluation.scores_html import FILTERS, KEY, render_fragment
-from trainer.monitoring.run_ledger import read_run_ledger
+from framestream.pipeline.html.page import render_page
+from framestream.pipeline.html.svg import COLOURS, Line, format_duration, format_number, line_chart
+from framestream.pipeline.shards.ledger import REASONS
+from framestream.trainer.checkpoint.save import write_atomically
+from framestream.trainer.evaluation import haystack_html as haystack_page
+from framestream.trainer.evaluation.scores_html import FILTERS, KEY, render_fragment
+from framestream.trainer.monitoring.run_ledger import read_run_ledger
 
 PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
@@ -78,7 +79,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _scores(folder: Path, program: str, name: str) -> dict | None:
-    """What ``trainer.evaluate`` or ``trainer.haystack`` wrote; None where it was not run."""
+    """What ``framestream.trainer.evaluate`` or ``framestream.trainer.haystack`` wrote; None where it was not run."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
@@ -221,9 +222,9 @@ def _json_lines(path: Path) -> list[dict]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.report") -> int:
     """Command line; returns the exit status (0 done, 2 bad input)."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.report", description="Write one HTML page about runs.")
+    parser = argparse.ArgumentParser(prog=prog, description="Write one HTML page about runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, in the order of the stages")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default %(default)s)")
     options = parser.parse_args(arguments)

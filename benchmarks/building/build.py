@@ -34,17 +34,17 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
-from pipeline.config.manifest import load_manifest
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.sampling import pad_to_clips, sample_indices
-from pipeline.media.video import open_video
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
+from framestream.pipeline.media.video import open_video
+from framestream.tools.builder.build import make_job
+from framestream.tools.builder.planner import make_plan
+from framestream.tools.builder.task import make_worker
+from framestream.tools.builder.worker_pool import WorkerPool
+from framestream.tools.fetch.root_map import resolve_entries
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.footage import FOOTAGE
-from tools.builder.build import make_job
-from tools.builder.planner import make_plan
-from tools.builder.task import make_worker
-from tools.builder.worker_pool import WorkerPool
-from tools.fetch.root_map import resolve_entries
 
 SIZE, RATE = 224, 30
 SAMPLERS = {  #: of each kind of media: sampler, least and most frames

@@ -17,7 +17,7 @@ from pathlib import Path
 import decord
 import numpy as np
 
-from pipeline.media.video import InexactSeekError, open_sequential, open_video
+from framestream.pipeline.media.video import InexactSeekError, open_sequential, open_video
 from tests.helpers.media.footage import number_of, write_video
 
 FRAMES, SAMPLE = 250, 8
@@ -37,7 +37,7 @@ def with_decord(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
 
 
 def with_framestream(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Frames by ``pipeline.media.video``: by seeking, or straight through where that is not exact."""
+    """Frames by ``framestream.pipeline.media.video``: by seeking, or straight through where that is not exact."""
     try:
         source = open_video(path)
         list(source.pictures(np.arange(0, FRAMES, 7)))

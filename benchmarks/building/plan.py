@@ -19,10 +19,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from pipeline.config.data import DataConfig, EntryConfig
-from pipeline.config.manifest import load_manifest
-from tools.builder.planner import make_plan
-from tools.fetch.root_map import resolve_entries
+from framestream.pipeline.config.data import DataConfig, EntryConfig
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.tools.builder.planner import make_plan
+from framestream.tools.fetch.root_map import resolve_entries
 
 MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
 

@@ -1,4 +1,4 @@
-"""What it costs to take every n-th frame of a video: by seeking, by decoding all, and as ``pipeline.media.video`` does.
+"""What it costs to take every n-th frame of a video: by seeking, by decoding all, and as ``framestream.pipeline.media.video`` does.
 
     python -m benchmarks.building.seeks [--seconds 20]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from pipeline.media import video as sources
+from framestream.pipeline.media import video as sources
 from tests.helpers.media.footage import FOOTAGE
 
 ENCODINGS = {

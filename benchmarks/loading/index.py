@@ -24,18 +24,18 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import build_loader
-from pipeline.config.manifest import Manifest
-from pipeline.config.schema import from_dict
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, build_table
-from pipeline.shards.media_view import MediaViews
-from pipeline.shards.writer import ShardWriter
-from pipeline.tokenization.chat_template import build_chat_template
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
-from pipeline.tokenization.token_cache import token_fingerprint
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.schema import from_dict
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, build_table
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.shards.writer import ShardWriter
+from framestream.pipeline.tokenization.chat_template import build_chat_template
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
+from framestream.pipeline.tokenization.token_cache import token_fingerprint
 
 TOKENIZER = Path(__file__).parents[2] / "tests" / "golden" / "tokens_labels" / "tokenizer"
 MEDIA, STORED, SHOWN, SIDE = 20_000, 512, 8, 64

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config.loading import CostModel
-from pipeline.config.model import TOKENS_PER_TILE
-from pipeline.planning.packing import load_balance, costs, pack
+from framestream.pipeline.config.loading import CostModel
+from framestream.pipeline.config.model import TOKENS_PER_TILE
+from framestream.pipeline.planning.packing import costs, load_balance, pack
 
 BATCH, ROW = 256, 32_768  #: dialogues of a global batch, tokens of a row
 TOKENS_PER_FRAME = 16

@@ -12,16 +12,23 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.schema import from_dict
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.media.resize import resize
-from pipeline.media.sampling import frame_indices
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, build_table, write_index
-from pipeline.shards.samples import dialogue_key, media_metadata, media_key
-from pipeline.shards.sidecars import write_sidecars
-from pipeline.shards.writer import ShardWriter
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.schema import from_dict
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from framestream.pipeline.media.resize import resize
+from framestream.pipeline.media.sampling import frame_indices
+from framestream.pipeline.shards.index import (
+    DIALOGUE_SCHEMA,
+    MEDIA_SCHEMA,
+    SHARD_SCHEMA,
+    Index,
+    build_table,
+    write_index,
+)
+from framestream.pipeline.shards.samples import dialogue_key, media_key, media_metadata
+from framestream.pipeline.shards.sidecars import write_sidecars
+from framestream.pipeline.shards.writer import ShardWriter
 from tests.helpers.golden_data import TOKENIZER
 from tests.helpers.media.footage import FOOTAGE
 

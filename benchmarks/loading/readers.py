@@ -22,10 +22,10 @@ import simplejpeg
 from PIL import Image
 
 from benchmarks.loading.media import Media
-from pipeline import build_loader
-from pipeline.shards.frame_reader import FrameReader
-from pipeline.shards.index import Index, row_values
-from pipeline.storage import ReadOptions
+from framestream.pipeline import build_loader
+from framestream.pipeline.shards.frame_reader import FrameReader
+from framestream.pipeline.shards.index import Index, row_values
+from framestream.pipeline.storage import ReadOptions
 from tests.helpers.model.torchvision_import import import_torchvision
 
 Reader = Callable[[int], Iterator[np.ndarray]]

@@ -22,7 +22,7 @@ import httpx2
 import urllib3
 
 from benchmarks.loading.slow_server import SlowServer
-from pipeline.storage import ShardRef, open_storage
+from framestream.pipeline.storage import ShardRef, open_storage
 
 FRAME = 18_000  #: bytes, of a JPEG of 224 pixels
 SIZE = 64 << 20  #: bytes of the file that is read

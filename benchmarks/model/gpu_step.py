@@ -36,9 +36,9 @@ import torch
 import yaml
 
 from benchmarks.loading.media import write_media
-from pipeline.config.manifest import Manifest, load_manifest, to_dict
-from trainer.model import cost
-from trainer.monitoring.device import peak_flops
+from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.trainer.model import cost
+from framestream.trainer.monitoring.device import peak_flops
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 MODELS = {"2b": MANIFESTS / "2b" / "stage1.yaml", "7b": MANIFESTS / "stage1.yaml"}  #: their language models

@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.evaluation.file_questions import FileQuestions
-from pipeline.evaluation.questions import Question, Questions
-from trainer.evaluation.metrics import is_correct
-from trainer.evaluation.scorer import evaluate
-from trainer.inference.predictor import resolve_run
+from framestream.pipeline.evaluation.file_questions import FileQuestions
+from framestream.pipeline.evaluation.questions import Question, Questions
+from framestream.trainer.evaluation.metrics import is_correct
+from framestream.trainer.evaluation.scorer import evaluate
+from framestream.trainer.inference.predictor import resolve_run
 
 TASK = "choice"
 YAML = """\
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours = {row["key"]: Answer(row["own"], is_correct(row["own"], row["expected"])) for row in rows}
     print(f"{options.annotations.name}: {len(ours)} of {len(questions)} questions")
     print("| | accuracy | answers that differ |\n| --- | --- | --- |")
-    print(f"| trainer.evaluate | {100 * accuracy(ours):.2f} | |")
+    print(f"| framestream.trainer.evaluate | {100 * accuracy(ours):.2f} | |")
     same = True
     with tempfile.TemporaryDirectory() as folder:
         tasks = Path(folder) / "tasks"

@@ -4,7 +4,7 @@
 
 Measured on the CPU in one process for each case: what the resident set grows by at most, from before the engine is
 made to the end of the second step, on a row of one video and 256 tokens of text. Beside it stands what
-``trainer.model.cost.memory``, and so ``python -m trainer --dry-run``, says of the same row on one rank. For the
+``framestream.trainer.model.cost.memory``, and so ``python -m trainer --dry-run``, says of the same row on one rank. For the
 published manifests that estimate alone is printed, for 32 ranks.
 """
 
@@ -20,10 +20,10 @@ import numpy as np
 
 from benchmarks.loading.lengths import PATCHES, TOKENS_PER_FRAME
 from benchmarks.training.packing import row
-from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.config.model import InitFromConfig
-from trainer.model.cost import memory
-from trainer.monitoring.device import process_peak
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.model.cost import memory
+from framestream.trainer.monitoring.device import process_peak
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 RANDOM = InitFromConfig(vision_tower="random", connector="random", language_model="random")
@@ -41,12 +41,12 @@ def demo(stage: int, checkpointing: bool) -> Manifest:
 
 def measure(stage: int, frames: int, checkpointing: bool) -> int:
     """Bytes that two steps of the demo's model need at most; in a process of its own."""
-    from trainer.distributed.preemption import PreemptionHandler
-    from trainer.distributed.process_group import init_process_group, destroy_process_group
-    from trainer.distributed.watchdog import Watchdog
-    from trainer.monitoring.run_ledger import RunLedger
-    from trainer.training.engine import build_engine
-    from trainer.training.loop import RunContext, _global_batch
+    from framestream.trainer.distributed.preemption import PreemptionHandler
+    from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
+    from framestream.trainer.distributed.watchdog import Watchdog
+    from framestream.trainer.monitoring.run_ledger import RunLedger
+    from framestream.trainer.training.engine import build_engine
+    from framestream.trainer.training.loop import RunContext, _global_batch
 
     manifest = demo(stage, checkpointing)
     batch = row(

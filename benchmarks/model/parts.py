@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from benchmarks.model import plain_parts as plain_model
-from pipeline.config.manifest import load_manifest
-from pipeline.config.model import TOKENS_PER_CLIP, VisionTowerConfig
-from trainer.model.tome import ToMeConnector
-from trainer.model.umt import UMT
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, VisionTowerConfig
+from framestream.trainer.model.tome import ToMeConnector
+from framestream.trainer.model.umt import UMT
 
 MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
 TOLERANCE = 1e-4  #: absolute and relative, float32

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config.model import VisionTowerConfig
-from trainer.model.umt import BLOCK_EPS, FINAL_EPS, UMT
+from framestream.pipeline.config.model import VisionTowerConfig
+from framestream.trainer.model.umt import BLOCK_EPS, FINAL_EPS, UMT
 
 
 def merge(tokens: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:

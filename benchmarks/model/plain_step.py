@@ -24,16 +24,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.model.plain_parts import PlainTower, merge
-from pipeline import build_loader
-from pipeline.config.manifest import Manifest, load_manifest, to_dict
-from pipeline.config.model import TOKENS_PER_CLIP
-from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
-from trainer.model.parts import PARTS
-from trainer.model.video_llm import VideoLLM, build_model
-from trainer.monitoring.device import peak_memory
-from trainer.training.loop import resolve_cost
-from trainer.weights.load import initialise
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.model import TOKENS_PER_CLIP
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from framestream.trainer.model.parts import PARTS
+from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.monitoring.device import peak_memory
+from framestream.trainer.training.loop import resolve_cost
+from framestream.trainer.weights.load import initialise
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,15 @@ from typing import Any
 
 import yaml
 
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import read_ledger
-from pipeline.utils.atomic_io import file_sha256
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.pipeline.utils.atomic_io import file_sha256
+from framestream.tools.verify_shards import main as verify
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.layouts import parts, read, serve, write
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
 from tests.helpers.media.memory_files import pack
 from tests.helpers.servers.web_server import Server
-from tools.verify_shards import main as verify
 
 TOOLS = Path(__file__).parents[2] / "tools"
 BREAKS = 50  #: every so many answers one is broken off

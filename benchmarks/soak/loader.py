@@ -29,9 +29,9 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import Batch, build_loader, load_manifest
-from pipeline.config.manifest import to_dict
-from pipeline.loading.loader import LoaderError
+from framestream.pipeline import Batch, build_loader, load_manifest
+from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.loading.loader import LoaderError
 from tests.helpers.corpora.small_root import manifest, mixed_root
 
 EPOCHS = 2
@@ -185,7 +185,7 @@ def workers(rank: int) -> list[int]:
         return [
             int(child)
             for child in children
-            if b"pipeline.loading.decode_worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+            if b"framestream.pipeline.loading.decode_worker" in Path(f"/proc/{child}/cmdline").read_bytes()
         ]
     except OSError:  # it ended meanwhile
         return []

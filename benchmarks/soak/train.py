@@ -29,8 +29,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from framestream.trainer.checkpoint.save import CheckpointError, latest, read_state
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.checkpoint.save import CheckpointError, latest, read_state
 
 STAGES = (1, 2, 3, 4)
 SAVE_EVERY = 3

@@ -25,15 +25,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline import build_loader
-from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.config.model import InitFromConfig
-from trainer.model import tome
-from trainer.model.video_llm import VideoLLM, build_model
-from trainer.training.drop_path_rng import unit_sample_ids, drop_path_random
-from trainer.training.loop import total_steps, train, resolve_cost
-from trainer.training.optim import freeze, parameter_groups, set_learning_rates
-from trainer.weights.load import initialise
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.model import tome
+from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.training.drop_path_rng import drop_path_random, unit_sample_ids
+from framestream.trainer.training.loop import resolve_cost, total_steps, train
+from framestream.trainer.training.optim import freeze, parameter_groups, set_learning_rates
+from framestream.trainer.weights.load import initialise
 
 TOLERANCE = 1e-4  #: of a loss, relative, up to the first choice that differs
 SHOWN = 10  #: losses that are printed

@@ -35,17 +35,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.loading.lengths import PATCHES, Lengths, stage3
 from benchmarks.loading.media import write_media
-from pipeline.config.manifest import Manifest, load_manifest, to_dict
-from pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pipeline.loading.batch import Batch
-from pipeline.planning.packing import pack
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from trainer.model.cost import flops_by_part
-from trainer.model.lm_head import ChunkedLMHead
-from trainer.model.video_llm import VideoLLM
-from trainer.monitoring.device import process_peak
-from trainer.training.loop import resolve_cost
-from trainer.weights.load import random_tensor
+from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.planning.packing import pack
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.trainer.model.cost import flops_by_part
+from framestream.trainer.model.lm_head import ChunkedLMHead
+from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.monitoring.device import process_peak
+from framestream.trainer.training.loop import resolve_cost
+from framestream.trainer.weights.load import random_tensor
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"

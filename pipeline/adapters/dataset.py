@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from pipeline.adapters.frame_selection import FrameChoice, validate_choice, choose_stored_frames, shown_size
-from pipeline.adapters.types import Dialogue, Media, Sample, SampleError
-from pipeline.media.sampling import media_seed
-from pipeline.shards.frame_reader import FrameReader
-from pipeline.shards.index import Index, ShardsError, row_values
+from framestream.pipeline.adapters.frame_selection import FrameChoice, choose_stored_frames, shown_size, validate_choice
+from framestream.pipeline.adapters.types import Dialogue, Media, Sample, SampleError
+from framestream.pipeline.media.sampling import media_seed
+from framestream.pipeline.shards.frame_reader import FrameReader
+from framestream.pipeline.shards.index import Index, ShardsError, row_values
 
 
 class ShardDataset(Dataset[Sample]):

@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from pipeline.adapters.frame_selection import FrameChoice, validate_choice
-from pipeline.adapters.sample_members import read_members
-from pipeline.adapters.types import Dialogue
+from framestream.pipeline.adapters.frame_selection import FrameChoice, validate_choice
+from framestream.pipeline.adapters.sample_members import read_members
+from framestream.pipeline.adapters.types import Dialogue
 
 try:
     from megatron.energon import Sample, basic_sample_keys, edataclass, stateless
 except ImportError as error:
-    raise ImportError(f"pipeline.adapters.energon: {error}; pip install megatron-energon") from None
+    raise ImportError(f"framestream.pipeline.adapters.energon: {error}; pip install megatron-energon") from None
 
 
 @edataclass
 class MediaSample(Sample):
-    """One video or still with the dialogues about it alone; fields as in :class:`pipeline.adapters.Media`."""
+    """One video or still with the dialogues about it alone; fields as in :class:`framestream.pipeline.adapters.Media`."""
 
     frames: torch.Tensor  #: uint8 (T, H, W, 3), RGB
     timestamps: torch.Tensor  #: float64 (T,), seconds of the source
@@ -46,7 +46,7 @@ class DialogueSample(Sample):
 
 
 def media_cooker(frames: FrameChoice = None) -> Callable[[dict], MediaSample]:
-    """A cooker for the folders ``video`` and ``image``; ``frames`` as for :class:`pipeline.adapters.ShardDataset`."""
+    """A cooker for the folders ``video`` and ``image``; ``frames`` as for :class:`framestream.pipeline.adapters.ShardDataset`."""
     validate_choice(frames)
     return stateless(functools.partial(cook_media, frames=frames))
 

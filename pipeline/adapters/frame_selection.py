@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.resize import stored_size
-from pipeline.media.sampling import pad_to_clips, frame_indices, sample_indices
-from pipeline.shards.media_view import nearest_indices
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.resize import stored_size
+from framestream.pipeline.media.sampling import frame_indices, pad_to_clips, sample_indices
+from framestream.pipeline.shards.media_view import nearest_indices
 
 #: So many frames; or a manifest's ``frames``, its size included; or None: each stored frame once.
 FrameChoice = int | FramesConfig | None

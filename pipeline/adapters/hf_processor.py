@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.adapters.types import Dialogue, Media, Sample
-from pipeline.media.sampling import time_message as message_of
-from pipeline.tokenization.chat_template import MARK, preprocess_multimodal, role_of, text_of
+from framestream.pipeline.adapters.types import Dialogue, Media, Sample
+from framestream.pipeline.media.sampling import time_message as message_of
+from framestream.pipeline.tokenization.chat_template import MARK, preprocess_multimodal, role_of, text_of
 
 TICKS = 1000  #: of the clock of video metadata, a second
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adapters.frame_selection import FrameChoice, validate_choice, choose_stored_frames, shown_size
-from pipeline.adapters.types import Dialogue, Media, Sample, SampleError
-from pipeline.media.jpeg import decode_jpeg
-from pipeline.media.mjpeg_mp4 import mjpeg_frames
-from pipeline.media.sampling import media_seed
-from pipeline.shards.frame_reader import decode_into
+from framestream.pipeline.adapters.frame_selection import FrameChoice, choose_stored_frames, shown_size, validate_choice
+from framestream.pipeline.adapters.types import Dialogue, Media, Sample, SampleError
+from framestream.pipeline.media.jpeg import decode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames
+from framestream.pipeline.media.sampling import media_seed
+from framestream.pipeline.shards.frame_reader import decode_into
 
 
 def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Sample:
@@ -28,7 +28,7 @@ def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Samp
 
     Args:
         members: such as a sample of ``webdataset``; names may begin with a dot, as those of ``wids`` do.
-        frames: as for :class:`pipeline.adapters.ShardDataset`; None for a root built with ``compat: published``.
+        frames: as for :class:`framestream.pipeline.adapters.ShardDataset`; None for a root built with ``compat: published``.
 
     Raises:
         SampleError: the members are not those of a sample, or cannot be read.

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.adapters.dataset import ShardDataset
-from pipeline.adapters.types import Sample, SampleError
-from pipeline.loading.loader import StateError, UnreadableError
-from pipeline.planning.mixing import epoch_seed, permute
+from framestream.pipeline.adapters.dataset import ShardDataset
+from framestream.pipeline.adapters.types import Sample, SampleError
+from framestream.pipeline.loading.loader import StateError, UnreadableError
+from framestream.pipeline.planning.mixing import epoch_seed, permute
 
 
 class StreamBatch(NamedTuple):

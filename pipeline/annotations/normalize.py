@@ -7,8 +7,8 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.annotations.surrogates import REPLACEMENT
-from pipeline.config.data import READERS, EntryConfig
+from framestream.pipeline.annotations.surrogates import REPLACEMENT
+from framestream.pipeline.config.data import READERS, EntryConfig
 
 IMAGE_PLACEHOLDER = "<image>"  #: stands where a media item belongs, an image or a video
 

@@ -28,10 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.annotations.normalize import Annotation, AnnotationError, _id, normalize
-from pipeline.annotations.surrogates import SurrogateFilter
-from pipeline.config.data import EntryConfig
-from pipeline.config.subset import select_subset
+from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, _id, normalize
+from framestream.pipeline.annotations.surrogates import SurrogateFilter
+from framestream.pipeline.config.data import EntryConfig
+from framestream.pipeline.config.subset import select_subset
 
 COMPRESSED = (".gz", ".zst")
 

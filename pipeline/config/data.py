@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.config.schema import ManifestError, config_field
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.config.schema import ManifestError, config_field
 
 READERS = ("decord", "img", "frame", "gif", "av")  #: of a video
 

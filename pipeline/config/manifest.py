@@ -12,12 +12,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.data import DataConfig, MixRootConfig
-from pipeline.config.loading import BatchingConfig, LoaderConfig
-from pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, ModelConfig
-from pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from pipeline.config.schema import ManifestError, from_dict, config_field, apply_override, to_dict, read_yaml
-from pipeline.config.training import EvaluateConfig, TrainConfig
+from framestream.pipeline.config.data import DataConfig, MixRootConfig
+from framestream.pipeline.config.loading import BatchingConfig, LoaderConfig
+from framestream.pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, ModelConfig
+from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
+from framestream.pipeline.config.schema import (
+    ManifestError,
+    apply_override,
+    config_field,
+    from_dict,
+    read_yaml,
+    to_dict,
+)
+from framestream.pipeline.config.training import EvaluateConfig, TrainConfig
 
 __all__ = ["Manifest", "ManifestError", "load_manifest", "to_dict"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import ManifestError, config_field
+from framestream.pipeline.config.schema import ManifestError, config_field
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 

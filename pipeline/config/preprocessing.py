@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import ManifestError, config_field
+from framestream.pipeline.config.schema import ManifestError, config_field
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config.data import SAMPLING, SAMPLING_HELP
-from pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.data import SAMPLING, SAMPLING_HELP
+from framestream.pipeline.config.manifest import ManifestError
 
 
 def select_subset(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:

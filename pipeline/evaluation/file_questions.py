@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
-from pipeline.annotations.reader import read_annotations
-from pipeline.config.data import EntryConfig
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.prompts import PromptBuilder
-from pipeline.evaluation.questions import Question, Questions
-from pipeline.loading.batch import Batch
-from pipeline.media.errors import MediaError
-from pipeline.shards.index import ShardsError
-from pipeline.shards.memory_index import IMAGE_READER, MediaFile, MediaFileCache
-from pipeline.tokenization.chat_template import build_chat_template
+from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
+from framestream.pipeline.annotations.reader import read_annotations
+from framestream.pipeline.config.data import EntryConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.prompts import PromptBuilder
+from framestream.pipeline.evaluation.questions import Question, Questions
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.shards.index import ShardsError
+from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile, MediaFileCache
+from framestream.pipeline.tokenization.chat_template import build_chat_template
 
 
 class FileQuestions(Questions):

@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.file_questions import FileQuestions
-from pipeline.evaluation.prompts import PromptBuilder
-from pipeline.loading.batch import Batch
-from pipeline.media.errors import MediaError
-from pipeline.media.image import read_image
-from pipeline.media.jpeg import decode_jpeg, encode_jpeg
-from pipeline.media.resize import resize
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import MediaView, MediaViews
-from pipeline.shards.memory_index import IMAGE_READER, MediaFile, build_memory_index
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.file_questions import FileQuestions
+from framestream.pipeline.evaluation.prompts import PromptBuilder
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.media.image import read_image
+from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg
+from framestream.pipeline.media.resize import resize
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.media_view import MediaView, MediaViews
+from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile, build_memory_index
 
 
 class HaystackCell(NamedTuple):
@@ -109,7 +109,7 @@ class Haystack(FileQuestions):
         return self._prompts(shown).tokens(self._list[i].turns, [0])
 
     def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
-        """As of :meth:`pipeline.evaluation.questions.Questions.prompt`.
+        """As of :meth:`framestream.pipeline.evaluation.questions.Questions.prompt`.
 
         Raises:
             MediaError: the picture cannot be used.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest
-from pipeline.loading.batch import Batch
-from pipeline.loading.collate import PackedSample, MicroStep, collate
-from pipeline.shards.media_view import MediaView, MediaViews
-from pipeline.tokenization.chat_template import ChatTemplate
-from pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.collate import MicroStep, PackedSample, collate
+from framestream.pipeline.shards.media_view import MediaView, MediaViews
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
 
 
 class PromptBuilder:

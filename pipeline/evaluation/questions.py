@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.prompts import PromptBuilder
-from pipeline.loading.batch import Batch
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import MediaViews
-from pipeline.storage import ReadOptions
-from pipeline.tokenization.chat_template import MARK, build_chat_template, question_and_answer, text_of
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.prompts import PromptBuilder
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.storage import ReadOptions
+from framestream.pipeline.tokenization.chat_template import MARK, build_chat_template, question_and_answer, text_of
 
 
 class OptionsError(ValueError):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from pipeline.loading.batch import Batch
-from pipeline.media.tiling import raster_order
-from pipeline.shards.media_view import MediaView
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.media.tiling import raster_order
+from framestream.pipeline.shards.media_view import MediaView
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Decoding in worker processes, for machines where one process cannot feed the training step.
 
-Each worker is :mod:`pipeline.loading.decode_worker`, with threads of its own. Tasks go to it over a socket; pixels come back through
-memory that both have mapped (:mod:`pipeline.loading.buffer_pool`). A worker that dies ends the run with one line that says how;
+Each worker is :mod:`framestream.pipeline.loading.decode_worker`, with threads of its own. Tasks go to it over a socket; pixels come back through
+memory that both have mapped (:mod:`framestream.pipeline.loading.buffer_pool`). A worker that dies ends the run with one line that says how;
 workers end when the process that started them is gone, however it ended.
 """
 
@@ -21,15 +21,15 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from pipeline.config.manifest import Manifest, to_dict
-from pipeline.loading.buffer_pool import BufferPool
-from pipeline.loading.decode_threads import DecodeItem, LoaderError, FrameSource, DecodeTask
+from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.loading.buffer_pool import BufferPool
+from framestream.pipeline.loading.decode_threads import DecodeItem, DecodeTask, FrameSource, LoaderError
 
 AHEAD = 2  #: tasks that a worker has for each of its threads, so that none waits for the next
 MESSAGE = 1 << 20  #: bytes; longer than any message
 STARTING = 300.0  #: seconds after which a new worker must have said something
 SILENT = 30.0  #: seconds after which a worker that says nothing, where it should every second, is given up
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pipeline.loading.decode_worker import main; main(sys.argv[2:])"
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from framestream.pipeline.loading.decode_worker import main; main(sys.argv[2:])"
 
 
 class DecodeWorkerError(LoaderError):

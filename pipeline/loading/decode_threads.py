@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.loading.buffer_pool import Buffer
-from pipeline.shards.media_view import MediaView
+from framestream.pipeline.loading.buffer_pool import Buffer
+from framestream.pipeline.shards.media_view import MediaView
 
 GRACE = 2.0  #: seconds over ``loader.read_timeout``, in which a reader with that limit says itself what it waited for
 CHUNK = 32  #: pictures of a task, where an item has not more
@@ -28,7 +28,7 @@ class LoaderError(RuntimeError):
 
 
 class FrameSource(Protocol):
-    """Pixels of media; see :class:`pipeline.planning.dataset.Pictures`."""
+    """Pixels of media; see :class:`framestream.pipeline.planning.dataset.Pictures`."""
 
     def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None: ...
 
@@ -89,7 +89,7 @@ def split_tasks(
 
 
 class Decoder(Protocol):
-    """Who works through tasks: :class:`Threads` or :class:`pipeline.loading.decode_processes.Processes`."""
+    """Who works through tasks: :class:`Threads` or :class:`framestream.pipeline.loading.decode_processes.Processes`."""
 
     def submit(self, task: DecodeTask) -> None: ...
 

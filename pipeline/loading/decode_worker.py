@@ -1,6 +1,6 @@
 """A decoding process: tasks come over a socket, pixels go into memory that the parent shares.
 
-Started by :class:`pipeline.loading.decode_processes.Processes` with the number of the socket and the parent's process number, and the
+Started by :class:`framestream.pipeline.loading.decode_processes.Processes` with the number of the socket and the parent's process number, and the
 manifest on standard input. Messages are tasks, each with the descriptor of its buffer where that is new. It ends when
 the socket does, or the parent: a stuck thread does not keep it.
 """
@@ -20,12 +20,12 @@ import traceback
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.schema import from_dict
-from pipeline.loading.decode_processes import MESSAGE
-from pipeline.loading.decode_threads import DecodeItem, DecodeTask, ThreadDecoder
-from pipeline.planning.dataset import open_media_reader
-from pipeline.shards.media_view import MediaView
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.schema import from_dict
+from framestream.pipeline.loading.decode_processes import MESSAGE
+from framestream.pipeline.loading.decode_threads import DecodeItem, DecodeTask, ThreadDecoder
+from framestream.pipeline.planning.dataset import open_media_reader
+from framestream.pipeline.shards.media_view import MediaView
 
 TICK = 1.0  #: seconds between signs of life
 

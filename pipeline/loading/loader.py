@@ -19,16 +19,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.loading.batch import Batch
-from pipeline.loading.buffer_pool import BufferPool
-from pipeline.loading.collate import MicroStep
-from pipeline.loading.decode_processes import ProcessDecoder
-from pipeline.loading.decode_threads import Decoder, LoaderError, ThreadDecoder
-from pipeline.loading.pending_row import PendingRow
-from pipeline.planning.dataset import open_dataset
-from pipeline.planning.epoch_plan import EpochPlan
-from pipeline.planning.summary import EpochSummary, summarize_epoch
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.buffer_pool import BufferPool
+from framestream.pipeline.loading.collate import MicroStep
+from framestream.pipeline.loading.decode_processes import ProcessDecoder
+from framestream.pipeline.loading.decode_threads import Decoder, LoaderError, ThreadDecoder
+from framestream.pipeline.loading.pending_row import PendingRow
+from framestream.pipeline.planning.dataset import open_dataset
+from framestream.pipeline.planning.epoch_plan import EpochPlan
+from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
 
 __all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader"]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.loading.batch import Batch
-from pipeline.loading.buffer_pool import Buffer, BufferPool
-from pipeline.loading.collate import PackedSample, MicroStep, collate
-from pipeline.loading.decode_threads import Decoder, DecodeItem, DecodeTask, split_tasks
-from pipeline.shards.media_view import MediaView
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.buffer_pool import Buffer, BufferPool
+from framestream.pipeline.loading.collate import MicroStep, PackedSample, collate
+from framestream.pipeline.loading.decode_threads import DecodeItem, Decoder, DecodeTask, split_tasks
+from framestream.pipeline.shards.media_view import MediaView
 
 MOST_LENT = 128  #: buffers that may be out before a consumer that keeps its batches is given copies
 POLL = 0.5  #: seconds between looks at the decoders while a row waits for them

@@ -5,7 +5,7 @@
 
 A clip is the frames shown within [start, end] seconds. It is sampled as if it were a video of its own, with its own
 count of frames and its own duration (end - start). With ``compat="published"`` the frames are those that the published
-readers take (:mod:`pipeline.media.reference_sampling`).
+readers take (:mod:`framestream.pipeline.media.reference_sampling`).
 
 Files that cannot be used raise :class:`MediaError` with a reason. A damaged video is read up to the damage and marked
 as salvaged, if it has ``frames.min`` frames (at least a clip) until there; a clip that ends before it is not touched.
@@ -22,14 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media import reference_sampling as published
-from pipeline.media.errors import REASONS, MediaError
-from pipeline.media.frame_sequences import open_folder, open_gif
-from pipeline.media.image import encode_image, read_image
-from pipeline.media.resize import resize, stored_size
-from pipeline.media.sampling import pad_to_clips, sample_indices
-from pipeline.media.video import InexactSeekError, VideoSource, open_sequential, open_video
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media import reference_sampling as published
+from framestream.pipeline.media.errors import REASONS, MediaError
+from framestream.pipeline.media.frame_sequences import open_folder, open_gif
+from framestream.pipeline.media.image import encode_image, read_image
+from framestream.pipeline.media.resize import resize, stored_size
+from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
+from framestream.pipeline.media.video import InexactSeekError, VideoSource, open_sequential, open_video
 
 __all__ = ["REASONS", "Decoded", "MediaError", "decode_video", "encode_image", "read_image"]
 
@@ -70,7 +70,7 @@ def decode_video(
     Args:
         path: a video, a GIF, or a folder of frames.
         reader: as annotations name it: ``decord`` and ``av`` for videos (both are read by PyAV, see
-            :mod:`pipeline.media.video`), ``gif``, ``img`` or ``frame`` for folders.
+            :mod:`framestream.pipeline.media.video`), ``gif``, ``img`` or ``frame`` for folders.
         start: seconds, or None for the beginning.
         end: seconds, or None for the end; a later one than the video's counts as the video's.
         frames: sampler, bounds and size; the sample is padded to whole clips.
@@ -79,7 +79,7 @@ def decode_video(
         split: published: clips of ``train`` are read as in training, others as outside of it.
         name: what the annotations call a folder of frames that may lie elsewhere for now: TVQA's are known by it.
 
-    Frames are resized one at a time, as ``frames.resize`` says (:mod:`pipeline.media.resize`): at most one in full size is
+    Frames are resized one at a time, as ``frames.resize`` says (:mod:`framestream.pipeline.media.resize`): at most one in full size is
     held, however long the video.
 
     Raises:

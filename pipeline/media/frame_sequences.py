@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from pipeline.media.errors import MAX_PIXELS, MediaError, check_file
-from pipeline.media.image import read_image
-from pipeline.media.video import ResizeFn, VideoSource, identity
+from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file
+from framestream.pipeline.media.image import read_image
+from framestream.pipeline.media.video import ResizeFn, VideoSource, identity
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  #: of the files of a folder, which are frames
 

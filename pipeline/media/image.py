@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.config.preprocessing import ImagesConfig
-from pipeline.media.errors import MAX_PIXELS, MediaError, check_file
-from pipeline.media.jpeg import decode_jpeg, encode_jpeg
+from framestream.pipeline.config.preprocessing import ImagesConfig
+from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file
+from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg
 
 Image.init()  # registers every plugin; Pillow would else look up formats that are not there yet
 #: Formats that are opened; not EPS, PSD and the like, which run or embed other programs' data.

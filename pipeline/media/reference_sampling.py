@@ -3,7 +3,7 @@
 Each rule is arithmetic on what a reader knows of a file, checked row by row against golden tables. It gives the frames
 that are really read, and apart from them the numbers that the time message counts, because the two differ:
 
-* :func:`whole`: a video without a clip is sampled as here (:mod:`pipeline.media.sampling`).
+* :func:`whole`: a video without a clip is sampled as here (:mod:`framestream.pipeline.media.sampling`).
 * :func:`clip_evaluated`: a clip is cut to end 0.1 s before the video does and sampled as a video of its own.
 * :func:`clip_trained`: the reader of training looks for the frames of whole seconds counted from the start of the
   *file*, but begins to look at the start of the *clip*: a late clip gives consecutive frames from its start.
@@ -24,8 +24,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from pipeline.media.sampling import fps1_count, frame_indices
-from pipeline.media.video import FrameTimes, VideoSource
+from framestream.pipeline.media.sampling import fps1_count, frame_indices
+from framestream.pipeline.media.video import FrameTimes, VideoSource
 
 Clip = tuple[float, float]  #: start and end in seconds
 

@@ -18,7 +18,7 @@ import hashlib
 
 import numpy as np
 
-from pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.config.preprocessing import FramesConfig
 
 
 def sample_indices(

@@ -31,7 +31,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from pipeline.media.errors import MAX_PIXELS, MediaError, check_file, is_truncated, diagnose_open_error
+from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file, diagnose_open_error, is_truncated
 
 #: Containers that are opened. Playlists and scripts (HLS, concat, SDP ...) are not: they make ffmpeg open other files.
 FORMATS = (

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.data import MixRootConfig
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.shards.index import Index
-from pipeline.shards.media_view import MediaView, MediaViews
-from pipeline.storage import ReadOptions
-from pipeline.tokenization.chat_template import build_chat_template
-from pipeline.tokenization.token_cache import TokenCache
-from pipeline.utils.arrow_mmap import ResidentPageLimiter
+from framestream.pipeline.config.data import MixRootConfig
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.media_view import MediaView, MediaViews
+from framestream.pipeline.storage import ReadOptions
+from framestream.pipeline.tokenization.chat_template import build_chat_template
+from framestream.pipeline.tokenization.token_cache import TokenCache
+from framestream.pipeline.utils.arrow_mmap import ResidentPageLimiter
 
 LENGTHS = ("length", "clips", "tiles", "learned")  #: of :class:`Tokens`
 
@@ -153,7 +153,7 @@ class ConcatDataset:
         return self.parts[root].tokens.skip_reason(row)
 
     def release(self) -> None:
-        """Give back the memory of what was read of indexes and token caches; see :mod:`pipeline.utils.arrow_mmap`."""
+        """Give back the memory of what was read of indexes and token caches; see :mod:`framestream.pipeline.utils.arrow_mmap`."""
         for part in self.parts:
             part.index.release()
             part.tokens.release()

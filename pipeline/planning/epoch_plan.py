@@ -11,13 +11,13 @@ from fractions import Fraction
 
 import numpy as np
 
-from pipeline.config.data import MixRootConfig
-from pipeline.config.manifest import Manifest, ManifestError, to_dict
-from pipeline.config.subset import select_subset
-from pipeline.planning.dataset import ConcatDataset, mix_roots
-from pipeline.planning.mixing import CHUNK, EntryQuota, draw_samples, apportion, epoch_order
-from pipeline.planning.packing import costs, pack
-from pipeline.shards.index import ShardsError
+from framestream.pipeline.config.data import MixRootConfig
+from framestream.pipeline.config.manifest import Manifest, ManifestError, to_dict
+from framestream.pipeline.config.subset import select_subset
+from framestream.pipeline.planning.dataset import ConcatDataset, mix_roots
+from framestream.pipeline.planning.mixing import CHUNK, EntryQuota, apportion, draw_samples, epoch_order
+from framestream.pipeline.planning.packing import costs, pack
+from framestream.pipeline.shards.index import ShardsError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from pipeline.config.loading import BatchingConfig
-from pipeline.planning import length_grouping as grouping
+from framestream.pipeline.config.loading import BatchingConfig
+from framestream.pipeline.planning import length_grouping as grouping
 
 CHUNK = 1 << 18  #: numbers that are hashed or sorted at once, to bound memory
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.config.loading import CostModel
+from framestream.pipeline.config.loading import CostModel
 
 UNITS = 1 << 32  #: of cost that the costliest dialogue has
 TOLERANCE = 0.002  #: share of the mean row; rows that are no further above their target are not refined

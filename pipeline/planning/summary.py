@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.planning.epoch_plan import EpochPlan
-from pipeline.planning.packing import load_balance
+from framestream.pipeline.planning.epoch_plan import EpochPlan
+from framestream.pipeline.planning.packing import load_balance
 
 BATCHES = 32  #: global batches, the first of the epoch, of which fill and balance are told
 

@@ -1,6 +1,6 @@
 """One media item to what is stored of it: an MP4 of JPEG frames or a JPEG, and its columns of the index.
 
-Shards are built of these bytes, and a file that is asked about (:mod:`pipeline.shards.memory_index`) goes the same way, so that a
+Shards are built of these bytes, and a file that is asked about (:mod:`framestream.pipeline.shards.memory_index`) goes the same way, so that a
 model sees of it what it would see of a shard.
 """
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.preprocessing import FramesConfig, ImagesConfig
-from pipeline.media.decode import decode_video, encode_image
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.index import NOMINAL
+from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
+from framestream.pipeline.media.decode import decode_video, encode_image
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from framestream.pipeline.shards.index import NOMINAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def encode_video(
     name: str = "",
 ) -> EncodedMedia:
     """The frames that ``frames.sampler`` takes of a video; arguments and errors of
-    :func:`pipeline.media.decode.decode_video`."""
+    :func:`framestream.pipeline.media.decode.decode_video`."""
     decoded = decode_video(path, reader, start, end, frames, seed, compat, split=split, name=name)
     jpegs = [encode_jpeg(frame, frames.quality, frames.subsampling) for frame in decoded.frames]
     height, width = decoded.frames.shape[1:3]
@@ -64,7 +64,7 @@ def encode_video(
 
 
 def encode_image_file(path: Path, images: ImagesConfig) -> EncodedMedia:
-    """A picture; errors of :func:`pipeline.media.decode.encode_still`."""
+    """A picture; errors of :func:`framestream.pipeline.media.decode.encode_still`."""
     data, width, height, source_width, source_height = encode_image(path, images)
     columns = {
         "width": width,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.media.jpeg import decode_jpeg
-from pipeline.media.resize import resize
-from pipeline.shards.index import Index, row_values
-from pipeline.storage import ShardRef
+from framestream.pipeline.media.jpeg import decode_jpeg
+from framestream.pipeline.media.resize import resize
+from framestream.pipeline.shards.index import Index, row_values
+from framestream.pipeline.storage import ShardRef
 
 
 class FrameReader:
@@ -23,7 +23,7 @@ class FrameReader:
     def read_frames(self, row: int, places: Sequence[int], out: np.ndarray) -> None:
         """Decode the stored frames ``places`` of video ``row`` into ``out`` (len(places), H, W, 3) uint8.
 
-        Frames stored at another size are resized by the filter of :mod:`pipeline.media.resize`.
+        Frames stored at another size are resized by the filter of :mod:`framestream.pipeline.media.resize`.
 
         Raises:
             OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.

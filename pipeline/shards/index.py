@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.storage import ReadOptions, ShardRef, Storage, is_remote, open_storage
-from pipeline.utils.arrow_mmap import MappedTable
-from pipeline.utils.atomic_io import atomic_file, file_sha256
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.storage import ReadOptions, ShardRef, Storage, is_remote, open_storage
+from framestream.pipeline.utils.arrow_mmap import MappedTable
+from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
 
 #: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
 BATCH_ROWS = 4096
@@ -131,7 +131,7 @@ class Index:
 
     @classmethod
     def open(cls, root: str | os.PathLike, reading: ReadOptions | None = None) -> Index:
-        """Open the index of ``root``: a folder, or an address (:func:`pipeline.storage.open_storage`), whose index is
+        """Open the index of ``root``: a folder, or an address (:func:`framestream.pipeline.storage.open_storage`), whose index is
         copied into the cache folder once.
 
         Raises:
@@ -158,7 +158,7 @@ class Index:
         return self.storage.root
 
     def release(self) -> None:
-        """Give back the memory of what was read of the tables, see :class:`pipeline.utils.arrow_mmap.MappedTable`."""
+        """Give back the memory of what was read of the tables, see :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`."""
         for mapped in self.maps.values():
             mapped.drop_pages()
 

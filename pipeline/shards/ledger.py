@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.atomic_io import atomic_file
 
 KINDS = ("entry", "dialogue", "media", "salvaged")
 

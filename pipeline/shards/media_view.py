@@ -4,8 +4,8 @@ The frames of a video are those the manifest's sampler takes of the source (its 
 in the index), each replaced by the nearest stored one. With the settings of the build these are exactly the frames of
 the build; otherwise a frame is off by at most half the gap between stored frames, and the time message names the frames
 that are really shown. With ``compat: published`` the frames are the build's and the message counts what the published
-readers count (:mod:`pipeline.media.reference_sampling`). Pixels are read frame by frame, by byte offset, and decoded in place; frames
-stored at another size, or with their aspect kept, are stretched to S x S by the filter of :mod:`pipeline.media.resize`.
+readers count (:mod:`framestream.pipeline.media.reference_sampling`). Pixels are read frame by frame, by byte offset, and decoded in place; frames
+stored at another size, or with their aspect kept, are stretched to S x S by the filter of :mod:`framestream.pipeline.media.resize`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.config.data import MixEntryConfig
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.sampling import pad_to_clips, media_seed, sample_indices, time_message
-from pipeline.media.tiling import Grid, best_grid, split_into_tiles
-from pipeline.shards.frame_reader import FrameReader
-from pipeline.shards.index import Index, row_values
+from framestream.pipeline.config.data import MixEntryConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.sampling import media_seed, pad_to_clips, sample_indices, time_message
+from framestream.pipeline.media.tiling import Grid, best_grid, split_into_tiles
+from framestream.pipeline.shards.frame_reader import FrameReader
+from framestream.pipeline.shards.index import Index, row_values
 
 
 @dataclass(frozen=True, slots=True)

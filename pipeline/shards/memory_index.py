@@ -15,14 +15,14 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.config.manifest import Manifest
-from pipeline.media.errors import MediaError, check_file
-from pipeline.media.sampling import media_seed
-from pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
-from pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, Index, media_schema, build_table
-from pipeline.shards.media_view import MediaViews
-from pipeline.shards.samples import media_key
-from pipeline.storage import ShardRef
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.media.errors import MediaError, check_file
+from framestream.pipeline.media.sampling import media_seed
+from framestream.pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, Index, build_table, media_schema
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.shards.samples import media_key
+from framestream.pipeline.storage import ShardRef
 
 IMAGE_READER = "still"  #: how pictures are read
 CACHE_SIZE = 4  #: lists of files that stay decoded, because several questions are asked about the same
@@ -119,7 +119,7 @@ class MediaFileCache:
 
 
 class _Memory:
-    """A storage of bytes by name; see :class:`pipeline.storage.base.Storage`."""
+    """A storage of bytes by name; see :class:`framestream.pipeline.storage.base.Storage`."""
 
     root, remote, folder = Path(), False, Path()
 

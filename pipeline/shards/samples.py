@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.utils.canonical_json import canonical_json
+from framestream.pipeline.utils.canonical_json import canonical_json
 
 # Keys and JSON members ------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from pipeline.shards.writer import ShardInfo
-from pipeline.utils.atomic_io import write_atomic
+from framestream.pipeline.shards.writer import ShardInfo
+from framestream.pipeline.utils.atomic_io import write_atomic
 
 ENERGON_VERSION = "7.4.1"  #: the Megatron-Energon release whose folder layout is written
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.atomic_io import atomic_file
 
 BLOCK, RECORD = 512, 10_240  #: sizes in bytes that USTAR rounds members and files up to
 

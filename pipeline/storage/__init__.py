@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from pipeline.storage.addresses import is_remote, open_resolver
-from pipeline.storage.base import ReadOptions, ShardRef, Storage
-from pipeline.storage.local import LocalStorage
-from pipeline.storage.remote import RemoteStorage
+from framestream.pipeline.storage.addresses import is_remote, open_resolver
+from framestream.pipeline.storage.base import ReadOptions, ShardRef, Storage
+from framestream.pipeline.storage.local import LocalStorage
+from framestream.pipeline.storage.remote import RemoteStorage
 
 __all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
 

@@ -6,9 +6,9 @@ import os
 from typing import Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pipeline.storage.base import ReadOptions
-from pipeline.storage.connections import basic_login
-from pipeline.storage.http import Address
+from framestream.pipeline.storage.base import ReadOptions
+from framestream.pipeline.storage.connections import basic_login
+from framestream.pipeline.storage.http import Address
 
 FORMS = "https://HOST/PATH, http://HOST/PATH, s3://BUCKET/PATH or hf://datasets/OWNER/NAME[@REVISION]/PATH"
 
@@ -38,11 +38,11 @@ def open_resolver(root: str, reading: ReadOptions) -> AddressResolver:
     if kind in ("http", "https"):
         return WebAddresses(root)
     if kind == "s3":
-        from pipeline.storage.s3 import S3Addresses
+        from framestream.pipeline.storage.s3 import S3Addresses
 
         return S3Addresses(root)
     if kind == "hf":
-        from pipeline.storage.hub import HubAddresses  # huggingface_hub takes a while to import
+        from framestream.pipeline.storage.hub import HubAddresses  # huggingface_hub takes a while to import
 
         return HubAddresses(root, reading)
     raise ValueError(f"{root}: not {FORMS}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.config import manifest
+from framestream.pipeline.config import manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.storage.connections import ConnectionPool, Deadline
-from pipeline.storage.headers import UNKNOWN, retry_after, parse_int, range_start, content_total
+from framestream.pipeline.storage.connections import ConnectionPool, Deadline
+from framestream.pipeline.storage.headers import UNKNOWN, content_total, parse_int, range_start, retry_after
 
 REDIRECTS = 10  #: followed one after another
 REDIRECTING = (301, 302, 303, 307, 308)

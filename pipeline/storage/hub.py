@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
-from pipeline.storage.base import ReadOptions
-from pipeline.storage.http import Address
+from framestream.pipeline.storage.base import ReadOptions
+from framestream.pipeline.storage.http import Address
 
 LOGIN = "accept the data set's terms on the hub and set HF_TOKEN"
 

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pipeline.storage.base import ShardRef
+from framestream.pipeline.storage.base import ShardRef
 
 OPEN_FILES = 128  #: files of a root that a process keeps open
 
 
 class LocalStorage:
-    """The files of a folder (see :class:`pipeline.storage.base.Storage`)."""
+    """The files of a folder (see :class:`framestream.pipeline.storage.base.Storage`)."""
 
     remote = False
 

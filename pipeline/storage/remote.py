@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 
-from pipeline.storage.addresses import AddressResolver
-from pipeline.storage.base import ReadOptions, ShardRef
-from pipeline.storage.cache import RangeCache
-from pipeline.storage.coalesce import RangeRequest, coalesce, slice_ranges
-from pipeline.storage.connections import Deadline
-from pipeline.storage.http import RangeClient, RangeResponse
-from pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.pipeline.storage.addresses import AddressResolver
+from framestream.pipeline.storage.base import ReadOptions, ShardRef
+from framestream.pipeline.storage.cache import RangeCache
+from framestream.pipeline.storage.coalesce import RangeRequest, coalesce, slice_ranges
+from framestream.pipeline.storage.connections import Deadline
+from framestream.pipeline.storage.http import RangeClient, RangeResponse
+from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 
 REQUESTS = 64  #: requests of a process that run at once
 PIECE = 4 << 20  #: bytes of a whole file that one request brings
@@ -34,7 +34,7 @@ class SharedClient:
 
 
 class RemoteStorage:
-    """The files of a web server, a bucket or the hub (see :class:`pipeline.storage.base.Storage`)."""
+    """The files of a web server, a bucket or the hub (see :class:`framestream.pipeline.storage.base.Storage`)."""
 
     remote = True
 

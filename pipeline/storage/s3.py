@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any
 
-from pipeline.storage.http import Address
+from framestream.pipeline.storage.http import Address
 
 SIGNED = 3600  #: seconds for which an object's address is signed
 SIGNED_AGAIN = 300  #: seconds after which it is signed anew: botocore renews credentials longer before they end

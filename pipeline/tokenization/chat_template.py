@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.config.preprocessing import TextConfig
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.config.preprocessing import TextConfig
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 MARK = "<image>"
 NOISE = "QA_GT_caption_based_noisy"

@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from pipeline.shards.index import Index, ShardsError, row_values
-from pipeline.shards.media_view import MediaView, MediaViews
-from pipeline.tokenization.chat_template import ChatTemplate
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.utils.arrow_mmap import MappedTable
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.shards.index import Index, ShardsError, row_values
+from framestream.pipeline.shards.media_view import MediaView, MediaViews
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.utils.arrow_mmap import MappedTable
 
 FORMAT = 1  #: raise it when the meaning of a column changes
 CHUNK = 1024  #: dialogues that are tokenised at once and make one record batch
@@ -142,7 +142,7 @@ class TokenCache:
         return f"{text}, and nothing to learn lies within them"
 
     def release(self) -> None:
-        """Give back the memory of what was read of the file, see :class:`pipeline.utils.arrow_mmap.MappedTable`."""
+        """Give back the memory of what was read of the file, see :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`."""
         self._mapped.drop_pages()
 
     def _visual(self, row: int) -> int:

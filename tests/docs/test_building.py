@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.schema import read_yaml
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import RETRYABLE, read_ledger
+from framestream.pipeline.config.schema import read_yaml
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import RETRYABLE, read_ledger
+from framestream.tools.builder.build_spec import LIBRARIES
+from framestream.tools.fetch.registry import check_archives
+from framestream.tools.fetch.url import UrlTemplate
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.snapshot import snapshot
 from tests.helpers.documents import commands
 from tests.helpers.paths import ROOT
-from tools.builder.build_spec import LIBRARIES
-from tools.fetch.registry import check_archives
-from tools.fetch.url import UrlTemplate
 
 PAGE = (ROOT / "docs" / "building.md").read_text(encoding="utf-8")
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import load_manifest
-from pipeline.config.manifest import to_dict
+from framestream.pipeline import load_manifest
+from framestream.pipeline.config.manifest import to_dict
+from framestream.tools import demo_data
+from framestream.tools.demo import tokenizer as demo_tokenizer
+from framestream.tools.demo import worlds as demo_worlds
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise, save_weights
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.documents import commands
 from tests.helpers.html_page import Page
 from tests.helpers.paths import ROOT
-from tools import demo_data
-from tools.demo import tokenizer as demo_tokenizer
-from tools.demo import worlds as demo_worlds
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, save_weights
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TESTS = {"building.md", "reuse.md"}
@@ -93,7 +93,7 @@ def run(command: str) -> None:
         corpus.run(sys.executable, *words[1:], cwd=Path.cwd())
         return
     name, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
-    name = "trainer.__main__" if name == "trainer" else name.replace("/", ".")
+    name = "framestream.trainer.__main__" if name == "trainer" else name.replace("/", ".")
     assert importlib.import_module(name).main(arguments) == 0, command
 
 

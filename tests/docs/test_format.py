@@ -18,12 +18,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.config.manifest import load_manifest
-from pipeline.media.sampling import pad_to_clips, sample_indices
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index
-from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
-from pipeline.shards.ledger import read_ledger
-from pipeline.shards.media_view import MediaViews
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index
+from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.media_view import MediaViews
 from tests.helpers.corpora.small_build import build_root
 from tests.helpers.format_reader import Reader
 from tests.helpers.paths import ROOT

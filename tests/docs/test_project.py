@@ -18,13 +18,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.annotations.normalize import AnnotationError, normalize
-from pipeline.annotations.reader import read_annotations
-from pipeline.config.data import EntryConfig
-from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.shards.index import FILES
-from pipeline.shards.ledger import REASONS, SCHEMA
-from pipeline.shards.samples import dialogue_metadata, media_metadata
+from framestream.pipeline.annotations.normalize import AnnotationError, normalize
+from framestream.pipeline.annotations.reader import read_annotations
+from framestream.pipeline.config.data import EntryConfig
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.shards.index import FILES
+from framestream.pipeline.shards.ledger import REASONS, SCHEMA
+from framestream.pipeline.shards.samples import dialogue_metadata, media_metadata
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("pipeline", "trainer", "tools")

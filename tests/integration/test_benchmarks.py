@@ -22,11 +22,11 @@ from benchmarks.model import gpu_step
 from benchmarks.model import lmms_eval as lmms
 from benchmarks.model import parts as model
 from benchmarks.training import packing as train
-from pipeline.config.manifest import load_manifest  # noqa: E402
-from pipeline.config.model import VisionTowerConfig  # noqa: E402
-from pipeline.evaluation.questions import Question  # noqa: E402
-from pipeline.shards.memory_index import MediaFile  # noqa: E402
-from trainer.model.tome import ToMeConnector  # noqa: E402
+from framestream.pipeline.config.manifest import load_manifest  # noqa: E402
+from framestream.pipeline.config.model import VisionTowerConfig  # noqa: E402
+from framestream.pipeline.evaluation.questions import Question  # noqa: E402
+from framestream.pipeline.shards.memory_index import MediaFile  # noqa: E402
+from framestream.trainer.model.tome import ToMeConnector  # noqa: E402
 
 
 @pytest.mark.parametrize("ways", [model.merging, model.connecting, model.learning], ids=lambda ways: ways.__name__)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from pipeline.shards.ledger import REASONS
-from pipeline.utils.daemon_pool import DaemonThreadPool
-from tools.builder.unique_ids import UniqueIds
-from tools.fetch.base import UNKNOWN, FetchError, MediaSource
-from tools.fetch.host_health import HostCircuitBreaker
-from tools.fetch.root_map import ResolvedLocation
+from framestream.pipeline.shards.ledger import REASONS
+from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.tools.builder.unique_ids import UniqueIds
+from framestream.tools.fetch.base import UNKNOWN, FetchError, MediaSource
+from framestream.tools.fetch.host_health import HostCircuitBreaker
+from framestream.tools.fetch.root_map import ResolvedLocation
 
 THREADS = 16  #: requests under way at once
 _REASONS = tuple(REASONS)

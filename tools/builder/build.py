@@ -1,12 +1,12 @@
 """From a manifest to a finished shard root, through interruptions, and from a finished root to a larger one.
 
 The work folder of an unfinished root holds the plan and the results of every finished task, each of which appears
-whole. So the same command after a kill goes on where it was, and the last steps (``tools.builder.finalize``) only move and
+whole. So the same command after a kill goes on where it was, and the last steps (``framestream.tools.builder.finalize``) only move and
 derive: doing them twice gives the same bytes. A finished root is taken up again when the manifest has entries that it
 lacks, or to try failures again; until the last steps it stays as it was, and readable.
 
 Many machines on one file system share the tasks: machine i of n takes every n-th one, and the last to be done takes the
-last steps. Locks are the kernel's (``tools.builder.locks``), so that they end with the process that holds them.
+last steps. Locks are the kernel's (``framestream.tools.builder.locks``), so that they end with the process that holds them.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.annotations.reader import AnnotationFileError
-from pipeline.config.manifest import Manifest
-from pipeline.utils.atomic_io import fsync_path, write_atomic
-from pipeline.utils.canonical_json import canonical_json
-from tools.builder.build_spec import difference, specification, without_additions
-from tools.builder.executors import Executor
-from tools.builder.finalize import finish, write_outcomes
-from tools.builder.incremental import ExistingBuild, Selection, snapshot
-from tools.builder.locks import LOCKS, lock_root, lock_step
-from tools.builder.planner import make_plan
-from tools.builder.task import BuildJob, is_dialogue, task_folder
-from tools.common.arrow_files import map_table
-from tools.common.errors import BuildError
-from tools.fetch.root_map import ResolvedEntry, resolve_entries
+from framestream.pipeline.annotations.reader import AnnotationFileError
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.tools.builder.build_spec import difference, specification, without_additions
+from framestream.tools.builder.executors import Executor
+from framestream.tools.builder.finalize import finish, write_outcomes
+from framestream.tools.builder.incremental import ExistingBuild, Selection, snapshot
+from framestream.tools.builder.locks import LOCKS, lock_root, lock_step
+from framestream.tools.builder.planner import make_plan
+from framestream.tools.builder.task import BuildJob, is_dialogue, task_folder
+from framestream.tools.common.arrow_files import map_table
+from framestream.tools.common.errors import BuildError
+from framestream.tools.fetch.root_map import ResolvedEntry, resolve_entries
 
 
 @dataclass(frozen=True, slots=True)

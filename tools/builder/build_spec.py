@@ -8,9 +8,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config.manifest import Manifest, to_dict
-from pipeline.utils.atomic_io import file_sha256
-from tools.fetch.root_map import ResolvedEntry
+from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.utils.atomic_io import file_sha256
+from framestream.tools.fetch.root_map import ResolvedEntry
 
 FORMAT = 2  #: of the shards; raised whenever a change of the code changes their bytes
 LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "torch")  #: whose versions decide the bytes

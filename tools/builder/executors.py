@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from tools.builder.task import BuildJob, make_worker
-from tools.builder.worker_pool import WorkerPool
+from framestream.tools.builder.task import BuildJob, make_worker
+from framestream.tools.builder.worker_pool import WorkerPool
 
 Counts: TypeAlias = Mapping[str, int]
 Executor: TypeAlias = Callable[[BuildJob, Sequence[int]], Iterator[Counts]]
@@ -37,7 +37,7 @@ def ray(address: str) -> Executor:
         BuildError: Ray is not installed, or there is no cluster at the address.
         WorkError: a task failed outside an item, or its machines were lost too often.
     """
-    from tools.builder.ray_executor import check_address, run_tasks  # needs the extra `ray`
+    from framestream.tools.builder.ray_executor import check_address, run_tasks  # needs the extra `ray`
 
     check_address(address or os.environ.get("RAY_ADDRESS", ""))
 

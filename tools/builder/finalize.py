@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.shards.index import SHARD_SCHEMA, build_table, write_index
-from pipeline.shards.ledger import write_ledger
-from pipeline.shards.sidecars import read_sidecars, write_sidecars
-from pipeline.shards.writer import ShardInfo
-from pipeline.utils.atomic_io import fsync_path, write_atomic
-from tools.builder.incremental import ExistingBuild, drop_rows
-from tools.builder.task import OUTCOMES, PLAN_ROW, BuildJob, read_shard_info, task_folder
-from tools.common.arrow_files import map_table, write_table
-from tools.common.errors import WorkerError
+from framestream.pipeline.shards.index import SHARD_SCHEMA, build_table, write_index
+from framestream.pipeline.shards.ledger import write_ledger
+from framestream.pipeline.shards.sidecars import read_sidecars, write_sidecars
+from framestream.pipeline.shards.writer import ShardInfo
+from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.tools.builder.incremental import ExistingBuild, drop_rows
+from framestream.tools.builder.task import OUTCOMES, PLAN_ROW, BuildJob, read_shard_info, task_folder
+from framestream.tools.common.arrow_files import map_table, write_table
+from framestream.tools.common.errors import WorkerError
 
 FOLDERS = ("video", "image", "dialogue")
 SPLITS = ("train", "val")

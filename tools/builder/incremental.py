@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, media_schema
-from pipeline.shards.ledger import RETRYABLE
-from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
-from tools.builder.build_spec import LEFT_OUT
-from tools.common.arrow_files import map_table
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, media_schema
+from framestream.pipeline.shards.ledger import RETRYABLE
+from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.tools.builder.build_spec import LEFT_OUT
+from framestream.tools.common.arrow_files import map_table
 
 FILES = ("build.json", "index/media.arrow", "index/dialogues.arrow", "index/shards.arrow", "ledger/ledger.parquet")
 

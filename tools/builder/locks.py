@@ -8,7 +8,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.common.errors import BuildError
+from framestream.tools.common.errors import BuildError
 
 LOCKS = ("build.lock", "step.lock")  #: files that are locked; there while a build is at work, or after a kill
 

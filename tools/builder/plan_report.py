@@ -10,11 +10,11 @@ import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.shards.ledger import REASONS
-from pipeline.utils.atomic_io import atomic_file, write_atomic
-from tools.builder.planner import PlannedEntry
-from tools.common.text_table import format_table, truncate, format_bytes
-from tools.fetch.root_map import ResolvedEntry
+from framestream.pipeline.shards.ledger import REASONS
+from framestream.pipeline.utils.atomic_io import atomic_file, write_atomic
+from framestream.tools.builder.planner import PlannedEntry
+from framestream.tools.common.text_table import format_bytes, format_table, truncate
+from framestream.tools.fetch.root_map import ResolvedEntry
 
 #: plan.parquet: one row for each entry, in the manifest's order.
 SCHEMA = pa.schema(

@@ -25,24 +25,24 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
-from pipeline.annotations.reader import read_annotations
-from pipeline.config.data import FOLDER_READERS, EntryConfig
-from pipeline.config.manifest import Manifest
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.sampling import frame_indices
-from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
-from pipeline.shards.ledger import LedgerRow
-from pipeline.shards.samples import dialogue_key, media_key
-from pipeline.utils.atomic_io import write_atomic
-from pipeline.utils.canonical_json import canonical_json
-from tools.builder.availability import AvailabilityChecker
-from tools.builder.incremental import MediaStatus, Selection
-from tools.builder.unique_ids import UniqueIds
-from tools.common.arrow_files import TableWriter, map_table, write_table
-from tools.common.errors import BuildError
-from tools.fetch.base import UNKNOWN
-from tools.fetch.root_map import ResolvedEntry, ResolvedLocation
+from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
+from framestream.pipeline.annotations.reader import read_annotations
+from framestream.pipeline.config.data import FOLDER_READERS, EntryConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.sampling import frame_indices
+from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.pipeline.shards.ledger import LedgerRow
+from framestream.pipeline.shards.samples import dialogue_key, media_key
+from framestream.pipeline.utils.atomic_io import write_atomic
+from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.tools.builder.availability import AvailabilityChecker
+from framestream.tools.builder.incremental import MediaStatus, Selection
+from framestream.tools.builder.unique_ids import UniqueIds
+from framestream.tools.common.arrow_files import TableWriter, map_table, write_table
+from framestream.tools.common.errors import BuildError
+from framestream.tools.fetch.base import UNKNOWN
+from framestream.tools.fetch.root_map import ResolvedEntry, ResolvedLocation
 
 BYTES_PER_PIXEL = 0.37  #: of a stored frame: JPEG of quality 90, measured on 720p footage reduced to 224 pixels
 STILL_BYTES = 150_000  #: assumed for a still

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tools.builder.task import BuildJob, make_worker
-from tools.builder.worker_pool import WorkerPool
-from tools.common.errors import BuildError, WorkerError
+import framestream
+from framestream.tools.builder.task import BuildJob, make_worker
+from framestream.tools.builder.worker_pool import WorkerPool
+from framestream.tools.common.errors import BuildError, WorkerError
 
 try:
     import ray
@@ -56,7 +57,10 @@ def run_tasks(address: str, job: BuildJob, tasks: Sequence[int]) -> Iterator[Map
 
 
 def _connect(address: str) -> None:
-    folders = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    folders = [
+        str(Path(framestream.__file__).resolve().parents[1]),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, folders))}}
     try:
         ray.init(address=address or None, runtime_env=environment, log_to_driver=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tools.common.text_table import format_table, format_bytes
+from framestream.tools.common.text_table import format_bytes, format_table
 
 #: What rows of the ledger are about, by their kind.
 NAMES = {"entry": "entries", "dialogue": "dialogues", "media": "media", "salvaged": "media kept in part"}

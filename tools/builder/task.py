@@ -26,23 +26,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.data import FOLDER_READERS
-from pipeline.config.preprocessing import FramesConfig, ImagesConfig
-from pipeline.media.errors import MediaError
-from pipeline.media.sampling import media_seed
-from pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
-from pipeline.shards.index import DIALOGUE_SCHEMA, NOMINAL, media_schema, build_table
-from pipeline.shards.ledger import LedgerRow, ledger_table
-from pipeline.shards.samples import dialogue_metadata, media_metadata
-from pipeline.shards.writer import ShardInfo, ShardWriter
-from pipeline.utils.atomic_io import fsync_path, write_atomic
-from pipeline.utils.canonical_json import canonical_json
-from tools.builder.prefetch import AHEAD, prefetch
-from tools.builder.worker_pool import Report, Run
-from tools.common.arrow_files import map_table, write_table
-from tools.fetch.base import FetchError, MediaSource
-from tools.fetch.disk_cache import Cache, CachedSource, disk_full_at, is_full
-from tools.fetch.root_map import ResolvedLocation
+from framestream.pipeline.config.data import FOLDER_READERS
+from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.media.sampling import media_seed
+from framestream.pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, NOMINAL, build_table, media_schema
+from framestream.pipeline.shards.ledger import LedgerRow, ledger_table
+from framestream.pipeline.shards.samples import dialogue_metadata, media_metadata
+from framestream.pipeline.shards.writer import ShardInfo, ShardWriter
+from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.tools.builder.prefetch import AHEAD, prefetch
+from framestream.tools.builder.worker_pool import Report, Run
+from framestream.tools.common.arrow_files import map_table, write_table
+from framestream.tools.fetch.base import FetchError, MediaSource
+from framestream.tools.fetch.disk_cache import Cache, CachedSource, disk_full_at, is_full
+from framestream.tools.fetch.root_map import ResolvedLocation
 
 GRACE = 60.0  #: seconds that fetching gets beyond its own limit before the process is stopped
 OPENING = 6 * 3600.0  #: seconds that opening a place may take: archives are read through once to list what they hold

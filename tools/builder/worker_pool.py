@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tools.common.errors import WorkerError
+from framestream.tools.common.errors import WorkerError
 
 CRASHES = 2  #: processes that may die on one item before it is left out, or be lost with one task outside any item
 OUTSIDE = 3600.0  #: seconds that a process may be outside any item: starting, writing a shard

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.atomic_io import atomic_file
 
 BATCH_ROWS = 4096
 

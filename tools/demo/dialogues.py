@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from tools.demo.worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES, World
+from framestream.tools.demo.worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES, World
 
 #: Two wordings of each question.
 QUESTIONS = {

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tools.demo.dialogues import DESCRIBE, DESCRIBE_STILL, QUESTIONS, REAL, SAME_COLOUR, TEXT_ONLY
-from tools.demo.worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES
+from framestream.tools.demo.dialogues import DESCRIBE, DESCRIBE_STILL, QUESTIONS, REAL, SAME_COLOUR, TEXT_ONLY
+from framestream.tools.demo.worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 768  #: upper bound, and the size of the demo language model's embedding

@@ -2,7 +2,7 @@
 
 A ``World`` is the whole truth about one clip: which shape of which colour is visible when and where. ``plan`` makes the
 worlds of a split with every answer equally frequent; ``draw`` turns one into frames; ``facts`` are the answers. Nothing
-here knows about files or questions (see ``tools.demo.dialogues`` and ``tools.demo_data``).
+here knows about files or questions (see ``framestream.tools.demo.dialogues`` and ``framestream.tools.demo_data``).
 """
 
 from __future__ import annotations

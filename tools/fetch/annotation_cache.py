@@ -19,12 +19,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline.config.manifest import ManifestError
-from pipeline.utils.atomic_io import file_sha256, fsync_path, write_atomic
-from pipeline.utils.canonical_json import canonical_json
-from tools.fetch.base import FetchError
-from tools.fetch.host_health import SourcePool
-from tools.fetch.http.retry import FetchLimits
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.utils.atomic_io import file_sha256, fsync_path, write_atomic
+from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.host_health import SourcePool
+from framestream.tools.fetch.http.retry import FetchLimits
 
 HUB_FILE = re.compile(r"(hf:(?:(?:datasets|models)/)?[\w.-]+/[\w.-]+(?:@[^:]+)?):(.+)", re.ASCII)
 HUB_ADDRESS = re.compile(

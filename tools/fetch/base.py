@@ -11,8 +11,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from pipeline.shards.ledger import REASONS
-from pipeline.storage import headers
+from framestream.pipeline.shards.ledger import REASONS
+from framestream.pipeline.storage import headers
 
 UNKNOWN = headers.UNKNOWN  #: size of a file whose place does not tell it
 

@@ -25,8 +25,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.utils.atomic_io import fsync_path
-from tools.fetch.base import MediaSource
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.tools.fetch.base import MediaSource
 
 ABANDONED = 24 * 3600  #: seconds after which the scratch folder of another machine counts as left behind
 SLACK = 256  #: the cache is measured again after one process has added a SLACK-th of its bound
@@ -199,7 +199,7 @@ class Cache:
 
 
 class CachedSource:
-    """A source whose files are kept in a cache (see ``tools.fetch.base.Source``).
+    """A source whose files are kept in a cache (see ``framestream.tools.fetch.base.Source``).
 
     A file that several threads ask for at once is fetched by one of them, whose failure is also that of the others.
     """

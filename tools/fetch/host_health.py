@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from pipeline.utils.canonical_json import canonical_json
-from tools.fetch.base import FetchError, MediaSource
-from tools.fetch.http.retry import FetchLimits
-from tools.fetch.registry import open_source
+from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.tools.fetch.base import FetchError, MediaSource
+from framestream.tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.registry import open_source
 
 MAX_FAILURES = 8  #: failures one after another, after which a host is asked no more for single files
 OF_HOST = ("unreachable", "timeout")  #: reasons that speak of the host, not of the file

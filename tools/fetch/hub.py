@@ -1,7 +1,7 @@
 """Hub repositories: ``hf:OWNER/NAME[@REVISION]:FOLDER``; a model repository is ``hf:models/OWNER/NAME``.
 
 huggingface_hub gives the addresses, the login (HF_TOKEN or a saved one) and HF_ENDPOINT. Files come through
-``tools.fetch.http.client``, because huggingface_hub's own downloads know no limits on size, time or stalls.
+``framestream.tools.fetch.http.client``, because huggingface_hub's own downloads know no limits on size, time or stalls.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from urllib.parse import quote
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
-from tools.fetch.base import FetchError
-from tools.fetch.http.client import HttpClient
-from tools.fetch.http.retry import FetchLimits
-from tools.fetch.object_listing import ListedFile, ListedSource
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.http.client import HttpClient
+from framestream.tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.object_listing import ListedFile, ListedSource
 
 PLACE = re.compile(r"hf:(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::(.*))?", re.ASCII)
 ANSWER = 64 << 20  #: most bytes of one page of a listing
@@ -26,7 +26,7 @@ LOGIN = "accept its terms on the hub and set HF_TOKEN"
 
 
 class HubStore:
-    """A hub repository at one commit (see ``tools.fetch.object_listing.Store``).
+    """A hub repository at one commit (see ``framestream.tools.fetch.object_listing.Store``).
 
     Raises:
         FetchError: no such repository or revision, no login, hub out of reach.

@@ -6,11 +6,11 @@ import os
 import stat
 from pathlib import Path
 
-from tools.fetch.base import FetchError, check_path
+from framestream.tools.fetch.base import FetchError, check_path
 
 
 class FolderSource:
-    """The files below a folder, used where they are (see ``tools.fetch.base.Source``).
+    """The files below a folder, used where they are (see ``framestream.tools.fetch.base.Source``).
 
     Links are followed as long as they stay below the folder.
     """
@@ -64,7 +64,7 @@ class FolderSource:
 
 
 class LocalFile:
-    """A file of this machine that can be read at any place (see ``tools.fetch.base.Bytes``).
+    """A file of this machine that can be read at any place (see ``framestream.tools.fetch.base.Bytes``).
 
     Raises:
         FetchError: missing_file.

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tools.fetch.base import FetchError, check_path, local_name
-from tools.fetch.http.client import Expected, HttpClient
-from tools.fetch.http.ranged_file import HttpFile
+from framestream.tools.fetch.base import FetchError, check_path, local_name
+from framestream.tools.fetch.http.client import Expected, HttpClient
+from framestream.tools.fetch.http.ranged_file import HttpFile
 
 KEPT = 200_000  #: files of listings in memory, about 60 MB
 
@@ -30,7 +30,7 @@ class ListedFile:
 
     size: int
     identity: str
-    digests: Mapping[str, str] = field(default_factory=dict)  #: see tools.fetch.http.client.Expected
+    digests: Mapping[str, str] = field(default_factory=dict)  #: see framestream.tools.fetch.http.client.Expected
 
 
 class ObjectStore(Protocol):
@@ -46,7 +46,7 @@ class ObjectStore(Protocol):
 
 
 class ListedSource:
-    """The files below ``folder`` of a store (see ``tools.fetch.base.Source``). Threads may share one."""
+    """The files below ``folder`` of a store (see ``framestream.tools.fetch.base.Source``). Threads may share one."""
 
     def __init__(self, origin: str, store: ObjectStore, folder: str) -> None:
         self.origin, self._store, self._folder = origin, store, folder.strip("/")

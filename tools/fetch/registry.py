@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.utils.canonical_json import canonical_json
-from tools.fetch.archives.archive import open_archives
-from tools.fetch.base import RandomAccessFile, FetchError, MediaSource
-from tools.fetch.http.client import HttpClient, redacted
-from tools.fetch.http.ranged_file import HttpFile
-from tools.fetch.http.retry import FetchLimits
-from tools.fetch.hub import open_hub
-from tools.fetch.local import FolderSource, LocalFile
-from tools.fetch.object_listing import name_order
-from tools.fetch.s3 import open_s3
-from tools.fetch.url import UrlSource
-from tools.fetch.ytdlp import PageSource
+from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.tools.fetch.archives.archive import open_archives
+from framestream.tools.fetch.base import FetchError, MediaSource, RandomAccessFile
+from framestream.tools.fetch.http.client import HttpClient, redacted
+from framestream.tools.fetch.http.ranged_file import HttpFile
+from framestream.tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.hub import open_hub
+from framestream.tools.fetch.local import FolderSource, LocalFile
+from framestream.tools.fetch.object_listing import name_order
+from framestream.tools.fetch.s3 import open_s3
+from framestream.tools.fetch.url import UrlSource
+from framestream.tools.fetch.ytdlp import PageSource
 
 FORMS = "dir:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem} or s3://BUCKET/FOLDER"
 FILES = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"

@@ -6,7 +6,7 @@ its keys are an entry's name, an entry's root or, for annotation files, ``hf:OWN
     https://github.com/m-bain/webvid: dir:/data/webvid
     https://huggingface.co/datasets/lmms-lab/M4-Instruct-Data: hf:lmms-lab/M4-Instruct-Data
 
-Places that are no folder of this machine are opened by :func:`tools.fetch.registry.open_source`. Annotation files of such
+Places that are no folder of this machine are opened by :func:`framestream.tools.fetch.registry.open_source`. Annotation files of such
 places, and of web addresses, buckets and the hub without any root map, are fetched (``tools/fetch/annotation_cache.py``).
 """
 
@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.config.data import DataConfig, EntryConfig
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.config.schema import read_yaml
-from pipeline.utils.daemon_pool import DaemonThreadPool
-from tools.fetch.annotation_cache import AnnotationCache, cache_folder, remote_file
-from tools.fetch.base import FetchError, MediaSource
-from tools.fetch.host_health import SourcePool
-from tools.fetch.http.retry import FetchLimits
-from tools.fetch.registry import check_archives, open_files, open_source, redact
+from framestream.pipeline.config.data import DataConfig, EntryConfig
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.config.schema import read_yaml
+from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.tools.fetch.annotation_cache import AnnotationCache, cache_folder, remote_file
+from framestream.tools.fetch.base import FetchError, MediaSource
+from framestream.tools.fetch.host_health import SourcePool
+from framestream.tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.registry import check_archives, open_files, open_source, redact
 
 THREADS = 8  #: places opened and annotation files fetched at once
 

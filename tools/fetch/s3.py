@@ -1,7 +1,7 @@
 """Buckets: ``s3://BUCKET/FOLDER``, through s3fs (``pip install -e '.[s3]'``).
 
 s3fs lists folders and signs addresses, with credentials, region and AWS_ENDPOINT_URL as botocore finds them; without
-credentials the bucket is asked as anybody. Files come through ``tools.fetch.http.client``.
+credentials the bucket is asked as anybody. Files come through ``framestream.tools.fetch.http.client``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from tools.fetch.base import FetchError
-from tools.fetch.http.client import HttpClient
-from tools.fetch.http.retry import TransientFetchError, FetchLimits, with_retries
-from tools.fetch.object_listing import ListedFile, ListedSource
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.http.client import HttpClient
+from framestream.tools.fetch.http.retry import FetchLimits, TransientFetchError, with_retries
+from framestream.tools.fetch.object_listing import ListedFile, ListedSource
 
 LOGIN = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 SIGNED = 6 * 3600  #: seconds for which an address is signed, more than any file may take
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class S3Store:
-    """A bucket (see ``tools.fetch.object_listing.Store``).
+    """A bucket (see ``framestream.tools.fetch.object_listing.Store``).
 
     Raises:
         FetchError: s3fs is not installed.

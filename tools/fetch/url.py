@@ -6,9 +6,9 @@ import re
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
-from tools.fetch.base import FetchError, check_path, local_name
-from tools.fetch.http.client import HttpClient, redacted
-from tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.base import FetchError, check_path, local_name
+from framestream.tools.fetch.http.client import HttpClient, redacted
+from framestream.tools.fetch.http.retry import FetchLimits
 
 PLACEHOLDERS = ("path", "name", "stem", "folder")
 
@@ -51,7 +51,7 @@ class UrlTemplate:
 
 
 class UrlSource:
-    """The files of a web server, which cannot list them (see ``tools.fetch.base.Source``)."""
+    """The files of a web server, which cannot list them (see ``framestream.tools.fetch.base.Source``)."""
 
     def __init__(self, template: str, limits: FetchLimits) -> None:
         self._template, self._http = UrlTemplate("url", template), HttpClient(limits)

@@ -18,10 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.fetch.base import UNKNOWN, FetchError, check_path
-from tools.fetch.http.response import DENIED_RETRIES
-from tools.fetch.http.retry import TransientFetchError, FetchLimits, out_of_time, with_retries, too_large
-from tools.fetch.url import UrlTemplate
+from framestream.tools.fetch.base import UNKNOWN, FetchError, check_path
+from framestream.tools.fetch.http.response import DENIED_RETRIES
+from framestream.tools.fetch.http.retry import FetchLimits, TransientFetchError, out_of_time, too_large, with_retries
+from framestream.tools.fetch.url import UrlTemplate
 
 #: Frames alone are wanted, and not larger than any model takes them; one file, so that nothing needs to be merged.
 FORMAT = "bv*[height<=?720]/bv*"
@@ -38,7 +38,7 @@ BUSY = 2  #: so many of them may pass
 
 
 class PageSource:
-    """The videos of a site, by the addresses of their pages (see ``tools.fetch.base.Source``)."""
+    """The videos of a site, by the addresses of their pages (see ``framestream.tools.fetch.base.Source``)."""
 
     def __init__(self, template: str, limits: FetchLimits) -> None:
         self._template, self._limits = UrlTemplate("page", template), limits

@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from pipeline.html.page import render_page
-from pipeline.html.svg import Bin, format_number, format_duration, histogram, ticks
-from pipeline.media.errors import MAX_PIXELS
-from pipeline.media.jpeg import decode_jpeg, encode_jpeg, jpeg_size
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.ledger import REASONS, read_ledger
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.html.page import render_page
+from framestream.pipeline.html.svg import Bin, format_duration, format_number, histogram, ticks
+from framestream.pipeline.media.errors import MAX_PIXELS
+from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg, jpeg_size
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.ledger import REASONS, read_ledger
 
 THUMBNAIL = 176  #: longer side of a frame on the page, in pixels
 MAX_FRAME = 1 << 26  #: bytes of a JPEG that is read

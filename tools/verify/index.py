@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.shards.index import FILES, media_schema
-from pipeline.utils.atomic_io import file_sha256
-from tools.verify.findings import Findings
-from tools.verify.shard import MEMBERS, ShardToCheck
+from framestream.pipeline.shards.index import FILES, media_schema
+from framestream.pipeline.utils.atomic_io import file_sha256
+from framestream.tools.verify.findings import Findings
+from framestream.tools.verify.shard import MEMBERS, ShardToCheck
 
 SPLITS = ("train", "val")
 ALONE = "; shards were checked by themselves"

@@ -14,10 +14,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tools.verify.findings import Findings
-from tools.verify.index import Tables, check_index
-from tools.verify.shard import MEMBERS, ShardResult, ShardToCheck, ShardCheck
-from tools.verify.sidecars import check_counts, check_ledger, check_leftovers, check_reader_files, read_object
+from framestream.tools.verify.findings import Findings
+from framestream.tools.verify.index import Tables, check_index
+from framestream.tools.verify.shard import MEMBERS, ShardCheck, ShardResult, ShardToCheck
+from framestream.tools.verify.sidecars import (
+    check_counts,
+    check_ledger,
+    check_leftovers,
+    check_reader_files,
+    read_object,
+)
 
 
 class VerifyError(ValueError):

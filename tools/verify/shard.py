@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.media.errors import MAX_PIXELS
-from pipeline.media.jpeg import decode_jpeg, jpeg_size
-from pipeline.media.mjpeg_mp4 import frame_ticks, mjpeg_frames
-from tools.verify.findings import Findings
-from tools.verify.tar import TarMember, PlainTar, UnreadableTarError
+from framestream.pipeline.media.errors import MAX_PIXELS
+from framestream.pipeline.media.jpeg import decode_jpeg, jpeg_size
+from framestream.pipeline.media.mjpeg_mp4 import frame_ticks, mjpeg_frames
+from framestream.tools.verify.findings import Findings
+from framestream.tools.verify.tar import PlainTar, TarMember, UnreadableTarError
 
 MEMBERS = {"video": ("mp4", "json"), "image": ("jpg", "json"), "dialogue": ("json",)}
 KEYS = {folder: re.compile(f"{folder[0]}[0-9a-f]{{24}}") for folder in MEMBERS}

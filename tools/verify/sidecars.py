@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.shards.ledger import KINDS, REASONS
-from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
-from tools.verify.findings import Findings
-from tools.verify.index import SPLITS, Tables
-from tools.verify.shard import MEMBERS, ShardToCheck
+from framestream.pipeline.shards.ledger import KINDS, REASONS
+from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.tools.verify.findings import Findings
+from framestream.tools.verify.index import SPLITS, Tables
+from framestream.tools.verify.shard import MEMBERS, ShardToCheck
 
 MAX_TEXT = 1 << 28  #: bytes of a JSON or YAML file that is parsed
 REMOVE = "remove it"

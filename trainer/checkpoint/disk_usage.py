@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pipeline.config.manifest import Manifest
-from trainer.model.cost import parameters
-from trainer.model.parts import PARTS
+from framestream.pipeline.config.manifest import Manifest
+from framestream.trainer.model.cost import parameters
+from framestream.trainer.model.parts import PARTS
 
 GB = 1e9
 BYTES = {"bf16": 2, "fp32": 4}

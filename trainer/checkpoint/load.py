@@ -22,18 +22,18 @@ from pickle import UnpicklingError
 
 import torch
 
-from pipeline.config.manifest import Manifest
-from trainer.checkpoint import disk_usage as disk
-from trainer.checkpoint.save import (
+from framestream.pipeline.config.manifest import Manifest
+from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.checkpoint.save import (
     CheckpointError,
     check_settings,
-    latest,
     is_file_error,
-    read_state,
+    latest,
     raise_write_error,
+    read_state,
 )
-from trainer.distributed.process_group import DistributedContext, barrier
-from trainer.weights.tensor_files import LazyTensor
+from framestream.trainer.distributed.process_group import DistributedContext, barrier
+from framestream.trainer.weights.tensor_files import LazyTensor
 
 FAULTS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
 TICK = 0.2  #: seconds between looks for the universal form

@@ -6,7 +6,7 @@
 A checkpoint is written under a temporary name, synced and renamed; ``latest`` is replaced after that. So a run killed
 at any moment finds either the new checkpoint or the one before. Frozen parameters are left out: they come from
 ``init_from`` again. Random numbers need no state: all are drawn from the seed and the place in the epoch
-(:mod:`trainer.training.drop_path_rng`), on any number of ranks. :mod:`trainer.checkpoint.load` reads checkpoints.
+(:mod:`framestream.trainer.training.drop_path_rng`), on any number of ranks. :mod:`framestream.trainer.checkpoint.load` reads checkpoints.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.config.manifest import Manifest, to_dict
-from pipeline.utils.atomic_io import fsync_path
-from trainer.checkpoint import disk_usage as disk
-from trainer.distributed.process_group import DistributedContext, barrier, all_reduce_sum
+from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_sum, barrier
 
 #: fields of the manifest that may differ between a checkpoint and the run that goes on from it
 MUTABLE_FIELDS = {

@@ -13,7 +13,7 @@ import zlib
 import torch
 from torch import nn
 
-from trainer.distributed.process_group import DistributedContext, all_gather
+from framestream.trainer.distributed.process_group import DistributedContext, all_gather
 
 
 class CallOrderError(RuntimeError):

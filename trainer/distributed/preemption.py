@@ -12,8 +12,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from trainer.distributed.launchers import PREEMPTION_SIGNALS
-from trainer.distributed.process_group import DistributedContext, all_reduce_max_int
+from framestream.trainer.distributed.launchers import PREEMPTION_SIGNALS
+from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_max_int
 
 
 class Preempted(Exception):

@@ -16,7 +16,7 @@ import deepspeed  # noqa: E402
 import deepspeed.comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-from trainer.distributed.launchers import LaunchError, setup_environment  # noqa: E402
+from framestream.trainer.distributed.launchers import LaunchError, setup_environment  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from trainer.distributed.process_group import DistributedContext, barrier
+from framestream.trainer.distributed.process_group import DistributedContext, barrier
 
 BEATS = 60  #: in the time limit, at least
 LONGEST = 10.0  #: seconds between beats

@@ -5,26 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pipeline.annotations.reader import AnnotationFileError
-from pipeline.config.manifest import Manifest, ManifestError, load_manifest
-from pipeline.media.errors import MediaError
-from pipeline.shards.index import ShardsError
-from trainer.checkpoint.save import write_atomically
-from trainer.weights.runs import resolve_weights
-from trainer.weights.tensor_files import WeightsError
+from framestream.pipeline.annotations.reader import AnnotationFileError
+from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.shards.index import ShardsError
+from framestream.trainer.checkpoint.save import write_atomically
+from framestream.trainer.weights.runs import resolve_weights
+from framestream.trainer.weights.tensor_files import WeightsError
 
 
-def build_parser(program: str, description: str, manifest: str, results: str) -> argparse.ArgumentParser:
-    """Options of ``python -m trainer.PROGRAM``.
+def build_parser(prog: str, description: str, manifest: str, results: str) -> argparse.ArgumentParser:
+    """Options of a command that scores a model.
 
     Args:
+        prog: name of the command in its help.
         manifest: what is said of that option.
         results: files below RUN that results go to, as the help names them.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m trainer.{program}", description=description)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--manifest", required=True, help=manifest)
     parser.add_argument(
         "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
@@ -37,7 +38,7 @@ def build_parser(program: str, description: str, manifest: str, results: str) ->
 
 def run_command(
     parser: argparse.ArgumentParser,
-    arguments: list[str] | None,
+    arguments: Sequence[str] | None,
     ask: Callable[[argparse.Namespace, Manifest, Path], dict],
     page: Callable[[dict], str],
     table: Callable[[dict], Iterable[str]],

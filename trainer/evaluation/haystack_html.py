@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.html.page import render_page
-from pipeline.html.svg import heat_map
-from trainer.evaluation.scores_html import FILTERS
+from framestream.pipeline.html.page import render_page
+from framestream.pipeline.html.svg import heat_map
+from framestream.trainer.evaluation.scores_html import FILTERS
 
 
 def render_fragment(result: dict) -> dict[str, Any]:
-    """What the templates show of a result of :func:`trainer.evaluation.haystack_search.search`."""
+    """What the templates show of a result of :func:`framestream.trainer.evaluation.haystack_search.search`."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
     across, down = [f"{count:,}" for count in frames], [f"{depth:g} %" for depth in depths]

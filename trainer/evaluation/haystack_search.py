@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.haystack import Haystack
-from trainer.evaluation.metrics import is_correct, summarize
-from trainer.evaluation.scorer import evaluate
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.haystack import Haystack
+from framestream.trainer.evaluation.metrics import is_correct, summarize
+from framestream.trainer.evaluation.scorer import evaluate
 
 
 def run_haystack(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
     """Ask everything; returns what haystack.json holds.
 
     Returns:
-        what :func:`trainer.evaluation.scorer.evaluate` does, each of ``families`` with its ``frames`` and ``depth``;
+        what :func:`framestream.trainer.evaluation.scorer.evaluate` does, each of ``families`` with its ``frames`` and ``depth``;
         ``trained_frames``, the manifest's most; ``trained``, the accuracy at the most frames that are no more than
         these, ``deepest`` the same of the deepest needles among them; None where more are asked only.
     """

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.questions import Questions
-from pipeline.loading.batch import Batch
-from pipeline.media.errors import MediaError
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.shards.index import ShardsError
-from trainer.evaluation.metrics import CONTROLS, blind_partners, is_correct, summarize
-from trainer.inference.generate import generate_from_prefill, prefill
-from trainer.inference.loglikelihood import loglikelihood
-from trainer.inference.vision_cache import VisionFeatureCache
-from trainer.weights.load import load_pretrained
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.questions import Questions
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.shards.index import ShardsError
+from framestream.trainer.evaluation.metrics import CONTROLS, blind_partners, is_correct, summarize
+from framestream.trainer.inference.generate import generate_from_prefill, prefill
+from framestream.trainer.inference.loglikelihood import loglikelihood
+from framestream.trainer.inference.vision_cache import VisionFeatureCache
+from framestream.trainer.weights.load import load_pretrained
 
 EXAMPLES = 3  #: questions of each family shown with their frames
 
@@ -103,7 +103,7 @@ def evaluate(
 
     Args:
         limit: questions of each family that are asked, all if None.
-        controls: some of :data:`trainer.evaluation.metrics.CONTROLS`, ``blind`` at least.
+        controls: some of :data:`framestream.trainer.evaluation.metrics.CONTROLS`, ``blind`` at least.
         examples: questions of each family that are shown with their frames.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.html.page import render_page
-from pipeline.html.svg import COLOURS, Bar, bar_chart
-from trainer.evaluation.metrics import is_correct
+from framestream.pipeline.html.page import render_page
+from framestream.pipeline.html.svg import COLOURS, Bar, bar_chart
+from framestream.trainer.evaluation.metrics import is_correct
 
 #: colours of the bars: with a question's own frames, with another's, with its own in another order
 KEY = {"own": COLOURS[0], "blind": "#b9c0cc", "shuffled": "#e0b36a"}
@@ -15,7 +15,7 @@ FILTERS = {"points": "{:.1f}".format, "right": lambda example: is_correct(exampl
 
 
 def render_fragment(result: dict) -> dict[str, Any]:
-    """What the templates show of a result of :func:`trainer.evaluation.scorer.evaluate`."""
+    """What the templates show of a result of :func:`framestream.trainer.evaluation.scorer.evaluate`."""
     groups = []
     for row in result["families"]:
         if row["method"] != "generation":

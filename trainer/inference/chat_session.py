@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from transformers import DynamicCache
 
-from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
-from trainer.inference.generate import GREEDY, Sampling, decode_steps, prefill
-from trainer.model.video_llm import VideoLLM
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from framestream.trainer.inference.generate import GREEDY, Sampling, decode_steps, prefill
+from framestream.trainer.model.video_llm import VideoLLM
 
 
 class ChatSession:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.media.resize import resize
+from framestream.pipeline.media.resize import resize
 
 SIDE, ACROSS, MARGIN = 160, 8, 14  #: pixels of a picture's side, pictures in a line, pixels for the words below
 

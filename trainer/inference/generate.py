@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from pipeline.loading.batch import Batch
-from trainer.model.video_llm import VideoLLM
+from framestream.pipeline.loading.batch import Batch
+from framestream.trainer.model.video_llm import VideoLLM
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from trainer.inference.generate import PrefillState
-from trainer.model.video_llm import VideoLLM
+from framestream.trainer.inference.generate import PrefillState
+from framestream.trainer.model.video_llm import VideoLLM
 
 
 class LogLikelihood(NamedTuple):

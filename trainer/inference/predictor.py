@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.evaluation.prompts import PromptBuilder
-from pipeline.loading.batch import Batch
-from pipeline.shards.media_view import MediaView
-from pipeline.shards.memory_index import MediaFile, MediaFileCache
-from pipeline.tokenization.chat_template import build_chat_template
-from trainer.inference.generate import GREEDY, Sampling, generate, prefill
-from trainer.inference.loglikelihood import LogLikelihood, loglikelihood
-from trainer.weights.load import load_pretrained
-from trainer.weights.runs import resolve_weights
-from trainer.weights.tensor_files import WeightsError
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.evaluation.prompts import PromptBuilder
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.shards.media_view import MediaView
+from framestream.pipeline.shards.memory_index import MediaFile, MediaFileCache
+from framestream.pipeline.tokenization.chat_template import build_chat_template
+from framestream.trainer.inference.generate import GREEDY, Sampling, generate, prefill
+from framestream.trainer.inference.loglikelihood import LogLikelihood, loglikelihood
+from framestream.trainer.weights.load import load_pretrained
+from framestream.trainer.weights.runs import resolve_weights
+from framestream.trainer.weights.tensor_files import WeightsError
 
 
 def resolve_run(

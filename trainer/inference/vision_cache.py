@@ -14,7 +14,7 @@ Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 
 
 class VisionFeatureCache:
-    """In place of :meth:`trainer.model.video_llm.VideoLLM.encode` where nothing is learned: what was encoded lately,
+    """In place of :meth:`framestream.trainer.model.video_llm.VideoLLM.encode` where nothing is learned: what was encoded lately,
     told by its pixels, is not encoded again.
 
     model.encode = Encoded(model.encode)

@@ -20,11 +20,11 @@ from functools import cache
 
 import torch
 
-from pipeline.config.loading import CostModel
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, ModelConfig
-from trainer.model.lm_head import CHUNK_LOGITS
-from trainer.model.video_llm import VideoLLM
+from framestream.pipeline.config.loading import CostModel
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, ModelConfig
+from framestream.trainer.model.lm_head import CHUNK_LOGITS
+from framestream.trainer.model.video_llm import VideoLLM
 
 CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a still, beside its patches
 #: values of its width that a tower block keeps for each token: inputs of its norms, scales, products and activations

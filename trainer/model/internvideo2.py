@@ -7,7 +7,7 @@ scale) and, while training, drops a branch at random (drop path, arXiv 1603.0938
 for a clip or a still with probability drop_path * i / (depth - 1) and divides the others by what is left of 1. The
 random numbers are given in the call, so that recomputation drops the same.
 
-As in ``trainer.model.umt``, clips and stills go through the blocks in one call, and the published encoder's last block
+As in ``framestream.trainer.model.umt``, clips and stills go through the blocks in one call, and the published encoder's last block
 is not run, so it is not built. There is no last norm; the class token takes part in attention and ends here.
 
 Shapes: N clips, M stills, T frames of a clip, S pixels along a side, L patches of a frame, C channels.
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config.model import VisionTowerConfig
-from trainer.model.attention import AttentionSegments, attend
-from trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize_pos_embed
+from framestream.pipeline.config.model import VisionTowerConfig
+from framestream.trainer.model.attention import AttentionSegments, attend
+from framestream.trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize_pos_embed
 
 TABLES = {"pos_embed": TABLE_FRAMES, "img_pos_embed": 1}  #: learned positions and how many frames they are for
 PRETRAINED_FRAMES = 8  #: encoders of an earlier stage of the published training have tables for as many
@@ -71,7 +71,7 @@ class InternVideo2(nn.Module):
         """
         if self.training and self.draws and draws is None:
             raise ValueError(
-                "drop path needs random numbers while training; give draws (trainer.training.drop_path_rng)"
+                "drop path needs random numbers while training; give draws (framestream.trainer.training.drop_path_rng)"
             )
         pictures = torch.cat([clips.transpose(1, 2).flatten(0, 1), stills.squeeze(2)])  # (N T + M, 3, S, S)
         patches = self.patch_embed(pictures)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
 
 CHUNK_LOGITS = 2**27  #: logits of one chunk: half a GiB in float32
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 
 
 class ToMeConnector(nn.Module):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config.model import VisionTowerConfig
-from trainer.model.attention import AttentionSegments, attend
+from framestream.pipeline.config.model import VisionTowerConfig
+from framestream.trainer.model.attention import AttentionSegments, attend
 
 TABLE_FRAMES = 4  #: frames that the published position table is computed for
 BLOCK_EPS = 1e-6  #: of the norms in blocks

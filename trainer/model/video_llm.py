@@ -26,15 +26,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import LanguageModelConfig, ModelConfig
-from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
-from trainer.model.attention import PACKED, AttentionSegments
-from trainer.model.internvideo2 import InternVideo2
-from trainer.model.lm_head import ChunkedLMHead
-from trainer.model.tome import ToMeConnector
-from trainer.model.umt import UMT
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from framestream.trainer.model.attention import PACKED, AttentionSegments
+from framestream.trainer.model.internvideo2 import InternVideo2
+from framestream.trainer.model.lm_head import ChunkedLMHead
+from framestream.trainer.model.tome import ToMeConnector
+from framestream.trainer.model.umt import UMT
 
 MEAN = (0.485, 0.456, 0.406)  #: ImageNet
 STD = (0.229, 0.224, 0.225)
@@ -197,7 +197,7 @@ def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
 
 
 def build_model(manifest: Manifest, device: str = "cpu") -> VideoLLM:
-    """The manifest's model, its weights not yet initialised (``trainer.weights.load.initialise`` does that).
+    """The manifest's model, its weights not yet initialised (``framestream.trainer.weights.load.initialise`` does that).
 
     ``device="meta"`` allocates nothing, for counting. Works inside ``deepspeed.zero.Init()`` too.
     """

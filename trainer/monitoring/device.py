@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.training import TrainConfig
+from framestream.pipeline.config.training import TrainConfig
 
 #: TFLOP/s of dense bf16 matrix products, from the makers' data sheets (the figure without sparsity), at full power.
 #: The first name that a device's name contains counts.

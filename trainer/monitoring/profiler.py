@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-from pipeline.config.training import TrainConfig
+from framestream.pipeline.config.training import TrainConfig
 
 ROWS = 60  #: operators in the table
 

@@ -1,7 +1,7 @@
 """The ledger of a run: every dialogue that was left out of training, or lost its end, and why.
 
 ``RUN/ledger/rank000.jsonl`` and so on, one file for each rank, so that no two processes write to one. A line is a row
-of :mod:`pipeline.shards.ledger` with ``epoch`` and ``step`` (the global batch; null for dialogues that no epoch contains).
+of :mod:`framestream.pipeline.shards.ledger` with ``epoch`` and ``step`` (the global batch; null for dialogues that no epoch contains).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from pipeline.shards.ledger import LedgerRow
+from framestream.pipeline.shards.ledger import LedgerRow
 
 
 class RunLedger:

@@ -4,7 +4,7 @@ MFU is the share of the devices' peak that went into products which the model ne
 
     MFU = model FLOPs of the global batch / (ranks x seconds x peak FLOP/s of a device)
 
-with the model FLOPs of :func:`trainer.model.cost.row_flops`, which counts vision tower and connector, and counts no
+with the model FLOPs of :func:`framestream.trainer.model.cost.row_flops`, which counts vision tower and connector, and counts no
 recomputation, no dummies, and causal attention as the half that is needed.
 """
 
@@ -16,12 +16,12 @@ import time
 
 import torch
 
-from pipeline.config.manifest import Manifest
-from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IGNORE_INDEX
-from trainer.distributed.process_group import DistributedContext, all_reduce_max, all_reduce_sum
-from trainer.model.cost import row_flops
-from trainer.monitoring.device import peak_flops, peak_memory
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_max, all_reduce_sum
+from framestream.trainer.model.cost import row_flops
+from framestream.trainer.monitoring.device import peak_flops, peak_memory
 
 
 class StepStats:

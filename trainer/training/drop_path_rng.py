@@ -10,9 +10,9 @@ import hashlib
 
 import torch
 
-from pipeline.config.model import TOKENS_PER_TILE
-from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from framestream.pipeline.config.model import TOKENS_PER_TILE
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 
 
 def drop_path_random(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:

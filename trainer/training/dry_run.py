@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import yaml
 
-from pipeline import build_loader
-from pipeline.config.manifest import Manifest, to_dict
-from pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from pipeline.shards.index import ShardsError
-from trainer.checkpoint.disk_usage import describe_disk
-from trainer.model import cost
-from trainer.model.parts import PARTS
-from trainer.training.loop import total_steps, resolve_cost
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.shards.index import ShardsError
+from framestream.trainer.checkpoint.disk_usage import describe_disk
+from framestream.trainer.model import cost
+from framestream.trainer.model.parts import PARTS
+from framestream.trainer.training.loop import resolve_cost, total_steps
 
 GIB = 1024**3
 

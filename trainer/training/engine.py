@@ -7,11 +7,11 @@ import logging
 
 import torch
 
-from pipeline.config.manifest import Manifest
-from trainer.distributed.process_group import DistributedContext, deepspeed
-from trainer.model.video_llm import VideoLLM, build_model
-from trainer.training.optim import freeze, parameter_groups
-from trainer.weights.load import initialise
+from framestream.pipeline.config.manifest import Manifest
+from framestream.trainer.distributed.process_group import DistributedContext, deepspeed
+from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.training.optim import freeze, parameter_groups
+from framestream.trainer.weights.load import initialise
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -23,27 +23,32 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline import build_loader
-from pipeline.config.manifest import Manifest, to_dict
-from pipeline.utils.atomic_io import fsync_path
-from trainer.checkpoint import disk_usage as disk
-from trainer.checkpoint import load as resume
-from trainer.checkpoint import save as checkpoint
-from trainer.distributed.call_order import ModuleCallTracer
-from trainer.distributed.launchers import LaunchError
-from trainer.distributed.preemption import PreemptionHandler, Preempted
-from trainer.distributed.process_group import DistributedContext, barrier, init_process_group, destroy_process_group
-from trainer.distributed.watchdog import Watchdog
-from trainer.model.cost import cost_coefficients
-from trainer.monitoring.logger import MetricsLogger
-from trainer.monitoring.profiler import Profiler
-from trainer.monitoring.run_ledger import RunLedger, not_finite_before
-from trainer.monitoring.step_stats import StepStats
-from trainer.training.drop_path_rng import drop_path_random
-from trainer.training.engine import build_engine
-from trainer.training.optim import set_learning_rates
-from trainer.training.preflight import run_preflight
-from trainer.weights.load import save_weights as save_weights
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.checkpoint import load as resume
+from framestream.trainer.checkpoint import save as checkpoint
+from framestream.trainer.distributed.call_order import ModuleCallTracer
+from framestream.trainer.distributed.launchers import LaunchError
+from framestream.trainer.distributed.preemption import Preempted, PreemptionHandler
+from framestream.trainer.distributed.process_group import (
+    DistributedContext,
+    barrier,
+    destroy_process_group,
+    init_process_group,
+)
+from framestream.trainer.distributed.watchdog import Watchdog
+from framestream.trainer.model.cost import cost_coefficients
+from framestream.trainer.monitoring.logger import MetricsLogger
+from framestream.trainer.monitoring.profiler import Profiler
+from framestream.trainer.monitoring.run_ledger import RunLedger, not_finite_before
+from framestream.trainer.monitoring.step_stats import StepStats
+from framestream.trainer.training.drop_path_rng import drop_path_random
+from framestream.trainer.training.engine import build_engine
+from framestream.trainer.training.optim import set_learning_rates
+from framestream.trainer.training.preflight import run_preflight
+from framestream.trainer.weights.load import save_weights as save_weights
 
 
 class TrainingError(RuntimeError):

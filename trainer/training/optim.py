@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.training import PartConfig, TrainConfig
-from trainer.model.parts import PARTS
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.training import PartConfig, TrainConfig
+from framestream.trainer.model.parts import PARTS
 
 
 def freeze(parts: dict[str, nn.Module], train: TrainConfig) -> None:

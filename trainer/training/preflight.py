@@ -20,19 +20,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.config.manifest import Manifest, ManifestError, to_dict
-from pipeline.config.model import TOKENS_PER_CLIP, LanguageModelConfig, ModelConfig
-from pipeline.config.schema import from_dict
-from trainer.checkpoint import disk_usage as disk
-from trainer.checkpoint.save import settings
-from trainer.distributed.launchers import LaunchError
-from trainer.distributed.process_group import DistributedContext
-from trainer.model import cost
-from trainer.model.video_llm import build_model
-from trainer.weights import hf_config as release
-from trainer.weights.hub import locate
-from trainer.weights.load import read_config, resolve_init_tensors, weights_place
-from trainer.weights.tensor_files import WeightsError
+from framestream.pipeline.config.manifest import Manifest, ManifestError, to_dict
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, LanguageModelConfig, ModelConfig
+from framestream.pipeline.config.schema import from_dict
+from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.checkpoint.save import settings
+from framestream.trainer.distributed.launchers import LaunchError
+from framestream.trainer.distributed.process_group import DistributedContext
+from framestream.trainer.model import cost
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.hub import locate
+from framestream.trainer.weights.load import read_config, resolve_init_tensors, weights_place
+from framestream.trainer.weights.tensor_files import WeightsError
 
 GIB = 1024**3
 TEXT = 256  #: tokens of text beside the largest video, as in the dry run

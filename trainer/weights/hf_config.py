@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.manifest import to_dict
-from pipeline.config.model import ConnectorConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from pipeline.config.schema import ManifestError, from_dict
+from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.config.model import ConnectorConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
+from framestream.pipeline.config.schema import ManifestError, from_dict
 
 ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
 MODEL_TYPE = "videochat_flash_qwen"

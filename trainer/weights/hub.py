@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from trainer.weights.tensor_files import WeightsError
+from framestream.trainer.weights.tensor_files import WeightsError
 
 REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
 PLACE = re.compile(rf"hf:(?P<name>{REPOSITORY})(?:@(?P<revision>[^:@]+))?(?::(?P<file>.+))?")

@@ -2,7 +2,7 @@
 
 ``initialise`` fills a new model from the places that the manifest names, ``save`` writes a folder, ``load_pretrained``
 reads one for inference. Under ZeRO-3 every parameter is gathered by itself: rank 0 reads or writes it and no rank holds
-the whole model. What stands in files is the business of ``trainer.weights.tensor_files``.
+the whole model. What stands in files is the business of ``framestream.trainer.weights.tensor_files``.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch.distributed as dist
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from pipeline.config.manifest import Manifest, to_dict
-from pipeline.config.model import ModelConfig
-from pipeline.config.schema import from_dict
-from trainer.model.internvideo2 import LAYER_SCALE, TABLES, interpolate_pos_embed, grid, init_pos_embed
-from trainer.model.video_llm import VideoLLM
-from trainer.weights import hf_config as release
-from trainer.weights.hub import locate
-from trainer.weights.tensor_files import (
+from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.config.model import ModelConfig
+from framestream.pipeline.config.schema import from_dict
+from framestream.trainer.model.internvideo2 import LAYER_SCALE, TABLES, grid, init_pos_embed, interpolate_pos_embed
+from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.hub import locate
+from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
     LazyTensor,
     WeightsError,
     map_checkpoint_keys,
-    to_hf_name,
-    shard_files,
     open_tensors,
+    shard_files,
+    to_hf_name,
     write_index,
     write_shard,
 )
@@ -261,7 +261,7 @@ def _bytes(parameter: nn.Parameter) -> int:
 
 
 def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
-    """The model of a folder that ``save`` or ``trainer.export`` wrote, or of a released checkpoint, on the CPU.
+    """The model of a folder that ``save`` or ``framestream.trainer.export`` wrote, or of a released checkpoint, on the CPU.
 
     It has the dtype that config.json names.
 

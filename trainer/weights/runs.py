@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.weights.tensor_files import WeightsError
+from framestream.trainer.weights.tensor_files import WeightsError
 
 
 def resolve_weights(checkpoint: str | Path) -> Path:

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.config.model import ModelConfig
-from trainer.model.internvideo2 import TABLES
+from framestream.pipeline.config.model import ModelConfig
+from framestream.trainer.model.internvideo2 import TABLES
 
 SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
 INDEX = "model.safetensors.index.json"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline import build_loader
-from pipeline.loading.batch import Batch
+from framestream.pipeline import build_loader
+from framestream.pipeline.loading.batch import Batch
 
 
 def contents(batch: Batch) -> dict:

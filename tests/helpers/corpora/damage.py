@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.loading.batch import Batch
-from pipeline.shards.index import Index
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.shards.index import Index
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline import load_manifest
-from pipeline.config.manifest import Manifest
+from framestream.pipeline import load_manifest
+from framestream.pipeline.config.manifest import Manifest
 from tests.helpers.corpora.training_corpus import COLOURS, PROJECT, write_video
 
 FRAMES, DEPTHS = (4, 16), (0, 40, 100)

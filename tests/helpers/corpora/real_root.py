@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from framestream.tools import build_shards
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.footage import BIKES, FOOTAGE
-from tools import build_shards
 
 BUNNY, PHONE = FOOTAGE / "bigbuckbunny.mp4", FOOTAGE / "carphone_pristine.mp4"
 SIZE = 112

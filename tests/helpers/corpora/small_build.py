@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from framestream.tools import build_shards
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
-from tools import build_shards
 
 HOSTILE = "<image>\n</span><script>alert(1)</script><img src=x onerror=alert(1)> \u202egnp.exe"
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.schema import from_dict
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, build_table, write_index
-from pipeline.shards.samples import dialogue_key, media_key
-from pipeline.shards.writer import ShardWriter
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.schema import from_dict
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, build_table, write_index
+from framestream.pipeline.shards.samples import dialogue_key, media_key
+from framestream.pipeline.shards.writer import ShardWriter
 from tests.helpers.golden_data import TOKENIZER
 
 SIZE = 64

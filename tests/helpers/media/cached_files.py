@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tools.fetch.base import FetchError
+from framestream.tools.fetch.base import FetchError
 
 
 class Made:

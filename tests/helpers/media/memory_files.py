@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.fetch.archives.archive import Archives, open_archives
-from tools.fetch.base import FetchError
+from framestream.tools.fetch.archives.archive import Archives, open_archives
+from framestream.tools.fetch.base import FetchError
 
 
 def content(source: Archives, path: str, scratch: Path) -> bytes:
@@ -76,7 +76,7 @@ KINDS = ("stored", "deflate", "bzip2", "lzma", "ustar", "gnu", "pax", "tar.gz")
 
 
 class Memory:
-    """A :class:`tools.fetch.base.Bytes` of bytes."""
+    """A :class:`framestream.tools.fetch.base.Bytes` of bytes."""
 
     def __init__(self, data: bytes, name: str = "archive") -> None:
         self.name, self.size, self.data = name, len(data), data

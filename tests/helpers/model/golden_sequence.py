@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.media.tiling import best_grid
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.media.tiling import best_grid
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import normals
 from tests.helpers.model.rows import Dialogue, no_clips, no_stills

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.preprocessing import TextConfig
-from pipeline.tokenization.chat_template import (
+from framestream.pipeline.config.preprocessing import TextConfig
+from framestream.pipeline.tokenization.chat_template import (
     MARK,
     ChatTemplate,
     text_of,

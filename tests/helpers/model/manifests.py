@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.config.data import DataConfig, EntryConfig
-from pipeline.config.loading import BatchingConfig
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFromConfig, ModelConfig
-from pipeline.config.preprocessing import FramesConfig, TextConfig
-from pipeline.config.training import PartConfig, TrainConfig
+from framestream.pipeline.config.data import DataConfig, EntryConfig
+from framestream.pipeline.config.loading import BatchingConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import InitFromConfig, ModelConfig
+from framestream.pipeline.config.preprocessing import FramesConfig, TextConfig
+from framestream.pipeline.config.training import PartConfig, TrainConfig
 
 TRAINED, FROZEN = PartConfig(train=True, lr=1e-5), PartConfig(train=False)
 

@@ -7,13 +7,13 @@ import itertools
 
 import torch
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFromConfig
-from pipeline.loading.batch import Batch
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.pipeline.loading.batch import Batch
+from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.weights.load import initialise
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SMALL, dialogue, pack
-from trainer.model.video_llm import VideoLLM, build_model
-from trainer.weights.load import initialise
 
 SIDE = 160  #: pixels: a still of 100 patches is merged too
 KINDS = ("text", "still", "video", "mixed")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pipeline.loading.batch import Batch
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from trainer.model.video_llm import VideoLLM
-from trainer.weights.load import fill, random_tensor
-from trainer.weights.tensor_files import LazyTensor
+from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.weights.load import fill, random_tensor
+from framestream.trainer.weights.tensor_files import LazyTensor
 
 SIZE = 128
 SMALL = ModelConfig(

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pipeline.config.manifest import load_manifest
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.tools import demo_data
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.tensor_files import to_hf_name
 from tests.helpers.corpora import training_corpus as corpus
-from tools import demo_data
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise
-from trainer.weights.tensor_files import to_hf_name
 
 MANIFEST = corpus.PROJECT / "manifests" / "demo" / "stage2.yaml"
 SETTINGS = (

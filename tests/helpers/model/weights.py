@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFromConfig, ModelConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import InitFromConfig, ModelConfig
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise
 
 
 def start(cfg: ModelConfig = SMALL, **sources: str) -> Manifest:

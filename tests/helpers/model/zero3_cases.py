@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import InitFromConfig
 from tests.helpers.model.manifests import FROZEN, manifest
 from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack
 

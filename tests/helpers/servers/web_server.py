@@ -8,7 +8,7 @@ import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.http.retry import FetchLimits
 
 #: Limits under which a test is done in seconds.
 QUICK = FetchLimits(seconds=30, bytes=1 << 20, retries=3, stall=0.5, backoff=0.01)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.distributed.call_order import ModuleCallTracer, CallOrderError
-from trainer.distributed.process_group import init_process_group, destroy_process_group
+from framestream.trainer.distributed.call_order import CallOrderError, ModuleCallTracer
+from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
 
 
 def main() -> None:

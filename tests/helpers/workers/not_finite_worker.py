@@ -14,14 +14,14 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.distributed.process_group import barrier, destroy_process_group, init_process_group
+from framestream.trainer.monitoring.run_ledger import RunLedger, read_run_ledger
+from framestream.trainer.training.engine import build_engine
+from framestream.trainer.training.loop import RunContext, _global_batch
+from framestream.trainer.weights.load import gather_parameter
 from tests.helpers.model.manifests import TRAINED, manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
-from trainer.distributed.process_group import barrier, init_process_group, destroy_process_group
-from trainer.monitoring.run_ledger import RunLedger, read_run_ledger
-from trainer.training.engine import build_engine
-from trainer.training.loop import RunContext, _global_batch
-from trainer.weights.load import gather_parameter
 
 RATE = 1e-2
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
+from framestream.trainer.distributed.call_order import ModuleCallTracer
+from framestream.trainer.distributed.process_group import all_reduce_sum, destroy_process_group, init_process_group
+from framestream.trainer.training.engine import build_engine
 from tests.helpers.model.orders import SETTINGS, settings, side_by_side
-from trainer.distributed.call_order import ModuleCallTracer
-from trainer.distributed.process_group import init_process_group, destroy_process_group, all_reduce_sum
-from trainer.training.engine import build_engine
 
 
 def gradients(engine, calls: ModuleCallTracer, order: tuple[str, ...], place) -> tuple[float, dict]:

@@ -17,13 +17,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.training.engine import build_engine
+from framestream.trainer.weights.load import initialise, save_weights
+from framestream.trainer.weights.tensor_files import WeightsError
 from tests.helpers.model.zero3_cases import RATE, cases
-from trainer.distributed.process_group import init_process_group, destroy_process_group
-from trainer.model.video_llm import build_model
-from trainer.training.engine import build_engine
-from trainer.weights.load import initialise, save_weights
-from trainer.weights.tensor_files import WeightsError
 
 
 def run_case(name: str, settings, steps, folder: Path, place) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.tools.verify_shards import main as verify
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.growing_corpus import Corpus
 from tests.helpers.corpora.snapshot import members, snapshot
 from tests.helpers.processes import kill_when
-from tools.verify_shards import main as verify
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import read_ledger
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TURNS
 from tests.helpers.corpora.odd_cases import FRAMES, LOCAL, Case, Shown

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import RETRYABLE, read_ledger
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import RETRYABLE, read_ledger
+from framestream.tools.verify_shards import main as verify
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.layouts import parts
 from tests.helpers.corpora.media_corpus import TURNS
@@ -24,7 +25,6 @@ from tests.helpers.corpora.snapshot import snapshot
 from tests.helpers.media.memory_files import pack, pack_tar, pack_zip, patched, tar_info
 from tests.helpers.paths import BUILD_SHARDS
 from tests.helpers.servers.web_server import Server, turns
-from tools.verify_shards import main as verify
 
 SECONDS = 5  #: data.fetch_timeout; more than the waits before good answers, at most two of 2 seconds
 HTML = b"<!DOCTYPE html><html><body>Sign in to see this video</body></html>"

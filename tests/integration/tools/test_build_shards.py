@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from pipeline.shards.index import Index, row_values
-from pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.index import Index, row_values
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.tools.build_shards import main
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
 from tests.helpers.corpora.snapshot import members, snapshot
 from tests.helpers.paths import BUILD_SHARDS, ROOT
-from tools.build_shards import main
 
 #: Samples that cannot be built, by id, and the reason that the ledger must give.
 BAD = {
@@ -258,7 +258,7 @@ def test_another_build_is_refused_where_one_is_finished(made, capsys, options, n
 
 def test_other_library_versions_are_refused(made, capsys, monkeypatch):
     monkeypatch.setattr(
-        "tools.builder.build_spec.LIBRARIES", ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "pyyaml")
+        "framestream.tools.builder.build_spec.LIBRARIES", ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "pyyaml")
     )
     assert run(made) == 2
     assert "libraries." in capsys.readouterr().err
@@ -420,7 +420,7 @@ def test_a_build_without_dialogues_is_refused_before_writing(plain_text, capsys,
     assert run(plain_text) == 0, "the folder is free for the corrected file"
 
 
-@pytest.mark.parametrize("module", ["pyarrow", "tools.builder.build"])
+@pytest.mark.parametrize("module", ["pyarrow", "framestream.tools.builder.build"])
 def test_stopped_while_it_is_imported(plain_text, module):
     """SIGINT from within the import of a module, as by Ctrl-C in the first half second."""
     code = f"""

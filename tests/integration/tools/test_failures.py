@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-import tools.builder.build
-import tools.builder.executors
-import tools.builder.task
-import tools.fetch.archives.archive
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import read_ledger
+import framestream.tools.builder.build
+import framestream.tools.builder.executors
+import framestream.tools.builder.task
+import framestream.tools.fetch.archives.archive
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.tools import build_shards
+from framestream.tools.builder.task import make_worker
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
 from tests.helpers.corpora.snapshot import snapshot
 from tests.helpers.media.memory_files import pack
 from tests.helpers.servers.web_server import Server
-from tools import build_shards
-from tools.builder.task import make_worker
 
 SCRIPT = Path(build_shards.__file__)
 NAMES = tuple("abcdefgh")
@@ -75,7 +75,7 @@ STOPPED = signal.SIGSTOP  # which a process cannot answer in any way
 def worse(job):
     """A worker with files that hang or crash it: while they are fetched, ahead of others, or while they are decoded."""
     told = {"fetch b": signal.SIGSEGV, "decode c": STOPPED, "decode e": signal.SIGSEGV, "fetch g": STOPPED}
-    make, fetch = tools.builder.task.encode_video, tools.builder.task._Sources.fetch
+    make, fetch = framestream.tools.builder.task.encode_video, framestream.tools.builder.task._Sources.fetch
 
     def trouble(what):
         if sent := told.get(what):
@@ -89,7 +89,11 @@ def worse(job):
         trouble(f"fetch {Path(item['path']).stem}")
         return fetch(self, item, scratch)
 
-    tools.builder.task.encode_video, tools.builder.task._Sources.fetch, tools.builder.task.GRACE = (
+    (
+        framestream.tools.builder.task.encode_video,
+        framestream.tools.builder.task._Sources.fetch,
+        framestream.tools.builder.task.GRACE,
+    ) = (
         make_video,
         fetch_file,
         1,
@@ -98,7 +102,7 @@ def worse(job):
 
 
 def test_what_hangs_or_crashes_costs_its_item_alone(folder, whole, monkeypatch, capfd):
-    monkeypatch.setattr(tools.builder.executors, "make_worker", worse)
+    monkeypatch.setattr(framestream.tools.builder.executors, "make_worker", worse)
     assert build_shards.main(command(folder, "worse", decode_timeout=3, fetch_timeout=2)) == 0
     root, crashed, hung = folder / "worse" / "stage2", ("crashed", 2), ("timeout", 1)
     assert outcomes(root) == {"b": crashed, "c": hung, "e": crashed, "g": hung}
@@ -117,12 +121,12 @@ def full(*_, **__):
 
 
 def full_for_files(job):
-    tools.fetch.archives.archive.Archives.fetch = full
+    framestream.tools.fetch.archives.archive.Archives.fetch = full
     return make_worker(job)
 
 
 def full_for_shards(job):
-    tools.builder.task.ShardWriter.add = full
+    framestream.tools.builder.task.ShardWriter.add = full
     return make_worker(job)
 
 
@@ -130,9 +134,9 @@ def full_for_shards(job):
 def test_a_full_disk_ends_the_build_with_one_line_and_it_goes_on(folder, whole, monkeypatch, capfd, what):
     out = getattr(what, "__name__", "finish")
     if what == "finish":
-        monkeypatch.setattr(tools.builder.build, "finish", full)
+        monkeypatch.setattr(framestream.tools.builder.build, "finish", full)
     else:
-        monkeypatch.setattr(tools.builder.executors, "make_worker", what)
+        monkeypatch.setattr(framestream.tools.builder.executors, "make_worker", what)
     assert build_shards.main(command(folder, out)) == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "\r" not in line]
     assert line.startswith("error: ") and "no space left" in line and "free some and repeat the command" in line

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import Questions, load_manifest
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.prompts import PromptBuilder
-from pipeline.media.errors import MediaError
-from pipeline.shards.media_view import MediaViews
-from pipeline.shards.memory_index import MediaFile, build_memory_index
-from pipeline.tokenization.chat_template import build_chat_template
+from framestream.pipeline import Questions, load_manifest
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.prompts import PromptBuilder
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.shards.memory_index import MediaFile, build_memory_index
+from framestream.pipeline.tokenization.chat_template import build_chat_template
+from framestream.tools.build_shards import main
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.footage import BIKES
 from tests.helpers.paths import ROOT
-from tools.build_shards import main
 
 TOKENIZER = ROOT / "tests" / "golden" / "tokens_labels" / "tokenizer"
 ASKED = {"from": "human", "value": "<image>\nWhat is it?"}

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import MediaViews
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.tools.build_shards import main
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TURNS
 from tests.helpers.media.footage import BIKES
-from tools.build_shards import main
 
 SIZES = {"stretch": (128, 128), "short_side": (302, 128), "long_side": (128, 54)}  #: of 640 x 272 pixels
 

@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.tools.verify_shards import main as verify
 from tests.helpers.corpora.layouts import FILMS, Corpus, Places
 from tests.helpers.corpora.snapshot import snapshot
 from tests.helpers.servers.s3_server import s3_server
 from tests.helpers.servers.web_server import Server
-from tools.verify_shards import main as verify
 
 LAYOUTS = ("zips", "split_zip", "tars", "tars_gz", "web", "web_archives", "hub", "hub_archives", "bucket")
 LAYOUTS += ("bucket_archives",)

@@ -23,13 +23,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.shards.index import FILES, Index, write_index
-from pipeline.shards.ledger import read_ledger, write_ledger
+from framestream.pipeline.shards.index import FILES, Index, write_index
+from framestream.pipeline.shards.ledger import read_ledger, write_ledger
+from framestream.tools import verify_shards
+from framestream.tools.verify.root import verify
+from framestream.tools.verify.tar import plain_header
 from tests.helpers.corpora.small_build import build_root
 from tests.helpers.paths import VERIFY_SHARDS
-from tools import verify_shards
-from tools.verify.root import verify
-from tools.verify.tar import plain_header
 
 VIDEOS, IMAGES, DIALOGUES = "video/train-000000.tar", "image/train-000000.tar", "dialogue/train-000000.tar"
 

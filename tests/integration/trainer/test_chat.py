@@ -14,13 +14,13 @@ import yaml
 from PIL import Image
 from transformers import AutoTokenizer
 
-from pipeline import Questions, load_manifest
-from pipeline.config.manifest import to_dict
+from framestream.pipeline import Questions, load_manifest
+from framestream.pipeline.config.manifest import to_dict
+from framestream.trainer import chat
+from framestream.trainer.inference.generate import generate
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
 from tests.helpers.corpora import training_corpus as corpus
-from trainer import chat
-from trainer.inference.generate import generate
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, load_pretrained, save_weights
 
 NEW = 6
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 
-from pipeline import Questions, load_manifest
-from pipeline.evaluation.file_questions import FileQuestions
+from framestream.pipeline import Questions, load_manifest
+from framestream.pipeline.evaluation.file_questions import FileQuestions
+from framestream.trainer import evaluate
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.html_page import Page
-from trainer import evaluate
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, load_pretrained, save_weights
 
 OPTIONS = list(corpus.COLOURS)
 

@@ -15,9 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.manifest import Manifest, ManifestError, load_manifest
-from pipeline.config.model import InitFromConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pipeline.config.preprocessing import ImagesConfig
+from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
+from framestream.pipeline.config.model import InitFromConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.config.preprocessing import ImagesConfig
+from framestream.trainer.export import export, main
+from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.golden_data import files
 from tests.helpers.model import golden_sequence as golden
@@ -26,11 +31,6 @@ from tests.helpers.model.manifests import manifest
 from tests.helpers.model.published_tensors import Shapes
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
 from tests.helpers.paths import ROOT
-from trainer.export import export, main
-from trainer.model.video_llm import VideoLLM, build_model
-from trainer.weights import hf_config as release
-from trainer.weights.load import initialise, load_pretrained, save_weights
-from trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 
 TOKENIZER = ROOT / "tests" / "golden" / "tokens_labels" / "tokenizer"
 CODE = "modeling_videochat_flash.py"

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.haystack import Haystack
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.haystack import Haystack
+from framestream.trainer import haystack
+from framestream.trainer.inference.generate import generate
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
 from tests.helpers.corpora.needles import DEPTHS, FRAMES, make
 from tests.helpers.html_page import Page
-from trainer import haystack
-from trainer.inference.generate import generate
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, load_pretrained, save_weights
 
 TAKES_300 = ("--set", "model.language_model.max_position_embeddings=300", "--set", "text.max_tokens=300")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from framestream.trainer.distributed.launchers import LaunchError, first_host, setup_environment
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.distributed.launchers import LaunchError, first_host, setup_environment
 
 SBATCH = corpus.PROJECT / "manifests" / "slurm" / "train.sbatch"
 SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "4711"}
@@ -98,7 +98,7 @@ def test_ranks_that_differ_are_named(manifest: Path, tmp_path: Path) -> None:
     """One rank has another manifest, and its run folder is not the first rank's."""
     commands, environments = srun(manifest, tmp_path / "run", tmp_path)
     commands = [commands[0], [*commands[1], "--set", "seed=5", "--set", f"output={tmp_path / 'other'}"]]
-    waits = "import trainer.training.preflight, trainer.__main__ as m; trainer.training.preflight.SEEN_WITHIN = 0.5; raise SystemExit(m.main())"
+    waits = "import framestream.trainer.training.preflight, framestream.trainer.__main__ as m; framestream.trainer.training.preflight.SEEN_WITHIN = 0.5; raise SystemExit(m.main())"
     commands = [[sys.executable, "-c", waits, *command[3:]] for command in commands]
     done = together(commands, environments)
     assert [one.returncode for one in done] == [2, 2]
@@ -180,7 +180,7 @@ def test_leaving_while_starting_has_the_same_status(tmp_path, number):
         command, env=corpus.environment(), cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     for line in process.stderr:
-        if line.rstrip().endswith("pipeline.loading.loader"):  # imported once the manifest is read
+        if line.rstrip().endswith("framestream.pipeline.loading.loader"):  # imported once the manifest is read
             break
     process.send_signal(number)
     told = process.stderr.read()

@@ -19,14 +19,14 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.api.instance import Instance  # noqa: E402
 
 from benchmarks.model import lmms_eval as lmms  # noqa: E402
-from pipeline import load_manifest  # noqa: E402
-from pipeline.config.manifest import to_dict  # noqa: E402
-from pipeline.evaluation.file_questions import FileQuestions  # noqa: E402
+from framestream.pipeline import load_manifest  # noqa: E402
+from framestream.pipeline.config.manifest import to_dict  # noqa: E402
+from framestream.pipeline.evaluation.file_questions import FileQuestions  # noqa: E402
+from framestream.trainer import evaluate  # noqa: E402
+from framestream.trainer.lmms_plugin import SimpleModel  # noqa: E402
+from framestream.trainer.model.video_llm import build_model  # noqa: E402
+from framestream.trainer.weights.load import initialise, save_weights  # noqa: E402
 from tests.helpers.corpora import training_corpus as corpus  # noqa: E402
-from trainer import evaluate  # noqa: E402
-from trainer.lmms_plugin import SimpleModel  # noqa: E402
-from trainer.model.video_llm import build_model  # noqa: E402
-from trainer.weights.load import initialise, save_weights  # noqa: E402
 
 pytestmark = pytest.mark.peers
 OPTIONS = list(corpus.COLOURS)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from framestream.trainer.monitoring.run_ledger import read_run_ledger
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.monitoring.run_ledger import read_run_ledger
 
 
 @pytest.fixture(scope="module")

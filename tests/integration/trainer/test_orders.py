@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.model import TOKENS_PER_CLIP
+from framestream.pipeline.config.model import TOKENS_PER_CLIP
+from framestream.trainer.model.parts import PARTS
+from framestream.trainer.weights.load import save_weights
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.model.margins import margin
 from tests.helpers.model.orders import KINDS, ORDERS, SETTINGS, SIDE, one_process, row, settings
 from tests.helpers.model.rows import SMALL, small_model
 from tests.helpers.paths import ROOT
-from trainer.model.parts import PARTS
-from trainer.weights.load import save_weights
 
 MARGIN = 1e-4  #: of cosine similarities; float32 knows them to about 1e-6
 TOLERANCE = 1e-5

@@ -15,15 +15,15 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.trainer.model import cost
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.load import read_model
+from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.model import published_tensors as published
 from tests.helpers.model.published_tensors import Shapes
 from tests.helpers.paths import ROOT
-from trainer.model import cost
-from trainer.model.video_llm import build_model
-from trainer.weights import hf_config as release
-from trainer.weights.load import read_model
-from trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 
 MANIFESTS = ROOT / "manifests"
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.config.manifest import load_manifest
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.checkpoint.save import latest
+from framestream.trainer.distributed.launchers import EXIT_PREEMPTED
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.checkpoint import disk_usage as disk
-from trainer.checkpoint.save import latest
-from trainer.distributed.launchers import EXIT_PREEMPTED
 
 #: different rates and decays, large enough that one in place of another would show at once, and a part that is frozen
 PARTS = (

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.manifest import Manifest
-from pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.training.engine import freeze
+from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.tensor_files import INDEX, to_hf_name
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.zero3_cases import EPSILON, FILES, RATE, STARTS, cases, settings
 from tests.helpers.paths import ROOT
-from trainer.model.video_llm import VideoLLM, build_model
-from trainer.training.engine import freeze
-from trainer.weights.load import initialise, load_pretrained, save_weights
-from trainer.weights.tensor_files import INDEX, to_hf_name
 
 
 def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float]], dict[str, torch.Tensor]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.manifest import Manifest, load_manifest
-from pipeline.config.schema import read_yaml
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.schema import read_yaml
 from tests.helpers.paths import ROOT
 
 FOLDER = ROOT / "manifests"

@@ -19,28 +19,28 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from pipeline.utils.atomic_io import atomic_file
-from tools.fetch.archives.member_table import (
+from framestream.pipeline.utils.atomic_io import atomic_file
+from framestream.tools.fetch.archives.member_table import (
     GZIPPED,
     PLAIN,
     REFUSALS,
     ROW,
     ArchiveMember,
     MemberTable,
-    normalize_path,
-    digest,
     cached_table,
+    digest,
     make_table,
-    stable_name,
     merge_tables,
+    normalize_path,
+    stable_name,
 )
-from tools.fetch.archives.multipart import MultipartFile
-from tools.fetch.archives.parquet import MARK, ParquetImages, list_parquet
-from tools.fetch.archives.parquet_rows import ALIKE, rows_of
-from tools.fetch.archives.readahead import ReadAheadFile
-from tools.fetch.archives.tar import copy, gunzip, is_tar, list_tar, list_tar_gz
-from tools.fetch.archives.zip import ends_zip, list_zip, starts_zip, unpack, zip_stream
-from tools.fetch.base import UNKNOWN, RandomAccessFile, FetchError, local_name
+from framestream.tools.fetch.archives.multipart import MultipartFile
+from framestream.tools.fetch.archives.parquet import MARK, ParquetImages, list_parquet
+from framestream.tools.fetch.archives.parquet_rows import ALIKE, rows_of
+from framestream.tools.fetch.archives.readahead import ReadAheadFile
+from framestream.tools.fetch.archives.tar import copy, gunzip, is_tar, list_tar, list_tar_gz
+from framestream.tools.fetch.archives.zip import ends_zip, list_zip, starts_zip, unpack, zip_stream
+from framestream.tools.fetch.base import UNKNOWN, FetchError, RandomAccessFile, local_name
 
 #: First bytes of archives that are not read, with their names.
 OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7z", b"Rar!": "RAR"}
@@ -68,7 +68,7 @@ def open_archives(
 
 
 class Archives:
-    """A :class:`~tools.fetch.base.Source`. Threads may share it; a copy sent to another process reads the lists of
+    """A :class:`~framestream.tools.fetch.base.Source`. Threads may share it; a copy sent to another process reads the lists of
     members from the work folder."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Archives:
         return self._members.notes
 
     def find(self, path: str, tree: bool = False) -> int | None:
-        """See :meth:`tools.fetch.base.Source.find`."""
+        """See :meth:`framestream.tools.fetch.base.Source.find`."""
         members = [member for _, member in self._wanted(path, tree) if member.refusal != "dangling"]
         if members and members[0].method == ROW:
             return UNKNOWN
@@ -104,7 +104,7 @@ class Archives:
         return digest([[self._names[member.archive], member.offset] for _, member in self._wanted(path, tree)])
 
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
-        """See :meth:`tools.fetch.base.Source.fetch`.
+        """See :meth:`framestream.tools.fetch.base.Source.fetch`.
 
         Raises:
             FetchError: missing_file, outside_root, unsupported, too_large, truncated, corrupt, bad_checksum, and what

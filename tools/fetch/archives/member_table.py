@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tools.common.arrow_files import map_table, write_table
+from framestream.tools.common.arrow_files import map_table, write_table
 
 VERSION = 1  #: of the tables; older ones are made again
 BATCH_ROWS = 1 << 16

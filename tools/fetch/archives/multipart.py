@@ -8,11 +8,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from tools.fetch.base import RandomAccessFile
+from framestream.tools.fetch.base import RandomAccessFile
 
 
 class MultipartFile:
-    """The :class:`~tools.fetch.base.Bytes` of parts in the order given."""
+    """The :class:`~framestream.tools.fetch.base.Bytes` of parts in the order given."""
 
     def __init__(self, parts: Sequence[RandomAccessFile]) -> None:
         if not parts:

@@ -16,12 +16,12 @@ from itertools import accumulate, islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.utils.daemon_pool import DaemonThreadPool
-from tools.fetch.archives.member_table import ROW, ArchiveMember
-from tools.fetch.archives.parquet_footer import read_directory
-from tools.fetch.archives.parquet_rows import listed
-from tools.fetch.archives.readahead import RangedFile
-from tools.fetch.base import UNKNOWN, RandomAccessFile, FetchError
+from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.tools.fetch.archives.member_table import ROW, ArchiveMember
+from framestream.tools.fetch.archives.parquet_footer import read_directory
+from framestream.tools.fetch.archives.parquet_rows import listed
+from framestream.tools.fetch.archives.readahead import RangedFile
+from framestream.tools.fetch.base import UNKNOWN, FetchError, RandomAccessFile
 
 MARK = b"PAR1"  #: first and last bytes of a file
 FOOTER = 32 << 20  #: most bytes of the directory at a file's end
@@ -42,7 +42,7 @@ _BROKEN = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError,
 
 
 def list_parquet(file: RandomAccessFile, mark: str, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
-    """The names of every row that has a picture, as :func:`tools.fetch.archives.parquet_rows.listed` makes them, and its member, whose
+    """The names of every row that has a picture, as :func:`framestream.tools.fetch.archives.parquet_rows.listed` makes them, and its member, whose
     offset is the row; what is wrong with single row groups into ``notes``.
 
     Raises:

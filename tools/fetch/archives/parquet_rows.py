@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-from tools.fetch.archives.member_table import ArchiveMember, MemberTable, normalize_path
+from framestream.tools.fetch.archives.member_table import ArchiveMember, MemberTable, normalize_path
 
 ALIKE = 8  #: rows of one name that are compared; where there are more, none of them is handed out
 

@@ -1,4 +1,4 @@
-"""A file object over :class:`~tools.fetch.base.Bytes`, which may lie far away: few reads, and little in vain.
+"""A file object over :class:`~framestream.tools.fetch.base.Bytes`, which may lie far away: few reads, and little in vain.
 
 What is read on end comes in blocks that double up to 8 MiB, small gaps included. A jump starts anew with a small block,
 so walking over large members moves their headers and not their data.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 
-from tools.fetch.base import RandomAccessFile
+from framestream.tools.fetch.base import RandomAccessFile
 
 FIRST = 1 << 16  #: bytes read after a jump
 MOST = 1 << 23  #: bytes read at once, unless more are asked for

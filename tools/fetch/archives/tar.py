@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 import rapidgzip
 
-from tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, normalize_path, resolve_link
-from tools.fetch.archives.readahead import MOST, ReadAheadFile
-from tools.fetch.base import RandomAccessFile, FetchError
+from framestream.tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, normalize_path, resolve_link
+from framestream.tools.fetch.archives.readahead import MOST, ReadAheadFile
+from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
 BLOCK = tarfile.BLOCKSIZE
 PIECE = 1 << 20  #: bytes handed on at once

@@ -17,10 +17,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from tools.fetch.archives.member_table import ArchiveMember, normalize_path, resolve_link
-from tools.fetch.archives.multipart import MultipartFile
-from tools.fetch.archives.readahead import ReadAheadFile
-from tools.fetch.base import RandomAccessFile, FetchError
+from framestream.tools.fetch.archives.member_table import ArchiveMember, normalize_path, resolve_link
+from framestream.tools.fetch.archives.multipart import MultipartFile
+from framestream.tools.fetch.archives.readahead import ReadAheadFile
+from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
 PIECE = 1 << 20  #: bytes handed on at once
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}

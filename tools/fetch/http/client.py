@@ -21,10 +21,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 
-from pipeline.storage.headers import range_start, content_total
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.response import RemoteFileInfo, raise_for_status, digests, read_facts
-from tools.fetch.http.retry import TransientFetchError, FetchLimits, out_of_time, with_retries, too_large
+from framestream.pipeline.storage.headers import content_total, range_start
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.http.response import RemoteFileInfo, digests, raise_for_status, read_facts
+from framestream.tools.fetch.http.retry import FetchLimits, TransientFetchError, out_of_time, too_large, with_retries
 
 REDIRECTS = 10  #: followed one after another
 KEPT_REDIRECT = 240.0  #: seconds for which ranged reads of one file go straight to where it was found

@@ -6,9 +6,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.client import HttpClient
-from tools.fetch.http.response import RemoteFileInfo
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.http.client import HttpClient
+from framestream.tools.fetch.http.response import RemoteFileInfo
 
 BLOCK = 64 << 10  #: bytes; requests begin and end at multiples of it
 READ_AHEAD = 4 << 20  #: most bytes asked for beyond what is read, when reading goes on where it ended
@@ -16,7 +16,7 @@ CACHED = 8 << 20  #: bytes of blocks kept
 
 
 class HttpFile:
-    """A file of a web server, the hub or a bucket, for reading archives (see ``tools.fetch.base.Bytes``).
+    """A file of a web server, the hub or a bucket, for reading archives (see ``framestream.tools.fetch.base.Bytes``).
 
     Neighbouring blocks that are missing come in one request. Reading forwards doubles what is asked for, up to
     ``READ_AHEAD``; a read of more than half of ``CACHED`` goes past the cache. Threads may share it.

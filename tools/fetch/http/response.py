@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from pipeline.storage.headers import retry_after, parse_int, content_total
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.retry import TransientFetchError
+from framestream.pipeline.storage.headers import content_total, parse_int, retry_after
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.http.retry import TransientFetchError
 
 DENIED_RETRIES = 2  #: of 403, which means no, but is how some servers say that they are busy
 ALGORITHMS = {"md5": "md5", "sha": "sha1", "sha-256": "sha256", "sha-512": "sha512"}  #: by their names in headers

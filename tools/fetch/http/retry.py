@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from pipeline.config.data import DataConfig
-from tools.fetch.base import FetchError
+from framestream.pipeline.config.data import DataConfig
+from framestream.tools.fetch.base import FetchError
 
 LONGEST_BACKOFF = 60.0  #: seconds between two tries where the server asks for none
 LONGEST_ASKED = 300.0  #: seconds that a server may ask to wait (Retry-After)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from pipeline import adapters
+from framestream.pipeline import adapters
 from tests.helpers.paths import ROOT
 
 OTHERS = {"transformers", "torchvision", "megatron", "webdataset", "wids", "datasets", "deepspeed"}
@@ -18,13 +18,15 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 def test_no_other_package_comes_along():
     names = ", ".join(adapters.__all__)
-    done = run(f"import sys\nfrom pipeline.adapters import {names}\nprint(*{OTHERS!r} & sys.modules.keys())")
+    done = run(
+        f"import sys\nfrom framestream.pipeline.adapters import {names}\nprint(*{OTHERS!r} & sys.modules.keys())"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
 
 
 def test_energon_missing_is_said_in_one_line():
-    done = run("import sys\nsys.modules['megatron'] = None\nimport pipeline.adapters.energon")
+    done = run("import sys\nsys.modules['megatron'] = None\nimport framestream.pipeline.adapters.energon")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ImportError: pipeline.adapters.energon: ")
+    assert done.stderr.splitlines()[-1].startswith("ImportError: framestream.pipeline.adapters.energon: ")
     assert done.stderr.splitlines()[-1].endswith("; pip install megatron-energon")

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from pipeline.adapters import ShardDataset
-from pipeline.adapters.frame_selection import choose_stored_frames
-from pipeline.adapters.types import SampleError
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.shards.index import MEDIA_SCHEMA, NOMINAL, Index, ShardsError, write_index
-from pipeline.shards.media_view import MediaViews
+from framestream.pipeline.adapters import ShardDataset
+from framestream.pipeline.adapters.frame_selection import choose_stored_frames
+from framestream.pipeline.adapters.types import SampleError
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.shards.index import MEDIA_SCHEMA, NOMINAL, Index, ShardsError, write_index
+from framestream.pipeline.shards.media_view import MediaViews
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 
 FPS = 2.0

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.adapters import ShardDataset
+from framestream.pipeline.adapters import ShardDataset
 
 pytestmark = pytest.mark.peers
 energon = pytest.importorskip("megatron.energon")
 
-from pipeline.adapters.energon import DialogueSample, MediaSample, cook_dialogue, media_cooker  # noqa: E402
+from framestream.pipeline.adapters.energon import DialogueSample, MediaSample, cook_dialogue, media_cooker  # noqa: E402
 
 
 class MediaTask(energon.DefaultTaskEncoder):

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata
 
-from pipeline.adapters import ChatCollator, ShardDataset, chats
-from pipeline.adapters.hf_processor import metadata
-from pipeline.adapters.types import Dialogue, Media, Sample
+from framestream.pipeline.adapters import ChatCollator, ShardDataset, chats
+from framestream.pipeline.adapters.hf_processor import metadata
+from framestream.pipeline.adapters.types import Dialogue, Media, Sample
 from tests.helpers.corpora.small_root import turns
 
 

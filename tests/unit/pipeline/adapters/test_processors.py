@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.adapters import ChatCollator, ShardDataset
+from framestream.pipeline.adapters import ChatCollator, ShardDataset
 from tests.helpers.model.processors import processor
 
 pytestmark = pytest.mark.peers

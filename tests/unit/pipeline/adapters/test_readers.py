@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.adapters import ShardDataset
+from framestream.pipeline.adapters import ShardDataset
 from tests.helpers.format_reader import Reader
 
 FOLDERS = {"video": "mp4", "image": "jpg", "dialogue": None}

@@ -9,8 +9,8 @@ import tarfile
 import pytest
 import torch
 
-from pipeline.adapters import SampleError, ShardDataset, read_members
-from pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.adapters import SampleError, ShardDataset, read_members
+from framestream.pipeline.config.preprocessing import FramesConfig
 from tests.helpers.corpora.real_root import build
 
 SMALL = FramesConfig(sampler="dynamic_fps1", min=4, max=8, size=64)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from pipeline.adapters import ShardDataset, ShardStream
-from pipeline.adapters import stream as module
-from pipeline.adapters.types import Dialogue, Sample, SampleError
-from pipeline.loading.loader import StateError, UnreadableError
+from framestream.pipeline.adapters import ShardDataset, ShardStream
+from framestream.pipeline.adapters import stream as module
+from framestream.pipeline.adapters.types import Dialogue, Sample, SampleError
+from framestream.pipeline.loading.loader import StateError, UnreadableError
 from tests.helpers.corpora.small_root import Root, turns
 
 

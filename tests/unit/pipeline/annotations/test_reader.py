@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef, normalize
-from pipeline.annotations.reader import AnnotationFileError, count_samples, read_annotations
-from pipeline.config.data import EntryConfig
+from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef, normalize
+from framestream.pipeline.annotations.reader import AnnotationFileError, count_samples, read_annotations
+from framestream.pipeline.config.data import EntryConfig
 
 HUMAN = {"from": "human", "value": "<image>\nDescribe."}
 GPT = {"from": "gpt", "value": "A dog."}

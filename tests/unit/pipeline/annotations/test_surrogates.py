@@ -6,7 +6,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.annotations.surrogates import REPLACEMENT, SurrogateFilter
+from framestream.pipeline.annotations.surrogates import REPLACEMENT, SurrogateFilter
 
 PIECES = st.sampled_from(["\ud83d", "\ude00", "😀", "\\", "\\ud83d", '"', "\n", "u", "d83d", "é", "x" * 7])
 

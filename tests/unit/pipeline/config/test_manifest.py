@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.manifest import Manifest, ManifestError, load_manifest, to_dict
-from pipeline.config.schema import from_dict, merge_mappings, apply_override
+from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest, to_dict
+from framestream.pipeline.config.schema import apply_override, from_dict, merge_mappings
 
 SMALL = {
     "stage": 2,

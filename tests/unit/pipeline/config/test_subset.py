@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.data import EntryConfig, MixEntryConfig
-from pipeline.config.manifest import ManifestError
-from pipeline.config.subset import select_subset
+from framestream.pipeline.config.data import EntryConfig, MixEntryConfig
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.subset import select_subset
 
 
 @given(

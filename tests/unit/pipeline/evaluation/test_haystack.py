@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.manifest import Manifest
-from pipeline.evaluation.haystack import HaystackCell, Haystack
-from pipeline.media.errors import MediaError
-from pipeline.shards.index import ShardsError
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.haystack import Haystack, HaystackCell
+from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.shards.index import ShardsError
 from tests.helpers.corpora.needles import DEPTHS, FRAMES, make
 from tests.helpers.corpora.training_corpus import COLOURS
 

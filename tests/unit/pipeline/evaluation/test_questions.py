@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import Questions, load_manifest
-from pipeline.shards.index import ShardsError
-from pipeline.tokenization.chat_template import load_tokenizer
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline import Questions, load_manifest
+from framestream.pipeline.shards.index import ShardsError
+from framestream.pipeline.tokenization.chat_template import load_tokenizer
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest, mixed_root, turns
 
 
@@ -91,7 +91,7 @@ def test_a_split_without_questions_is_one_clear_line(tmp_path):
 def test_reading_a_manifest_loads_no_framework():
     heavy = "{'torch', 'pyarrow', 'transformers'}"
     code = f"import sys, pipeline; pipeline.load_manifest; print({heavy} & set(sys.modules))"
-    assert load_manifest.__module__ == "pipeline.config.manifest"
+    assert load_manifest.__module__ == "framestream.pipeline.config.manifest"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
     with pytest.raises(AttributeError, match="nothing_such"):
         __import__("pipeline").nothing_such  # noqa: B018

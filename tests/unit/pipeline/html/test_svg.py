@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.html.svg import (
+from framestream.pipeline.html.svg import (
     Bar,
     Bin,
     Line,
     bar_chart,
-    format_number,
+    downsample,
     format_duration,
+    format_number,
     histogram,
     line_chart,
-    downsample,
     ticks,
 )
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.loading import buffer_pool as buffers
-from pipeline.loading.buffer_pool import LEAST, BufferPool
+from framestream.pipeline.loading import buffer_pool as buffers
+from framestream.pipeline.loading.buffer_pool import LEAST, BufferPool
 
 #: What a consumer may keep of an array: each refers to the same memory in another way.
 HOLDS = {

@@ -7,17 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from pipeline import build_loader
-from pipeline.annotations.normalize import AnnotationError, normalize
-from pipeline.config.data import EntryConfig
-from pipeline.config.manifest import ManifestError
-from pipeline.config.model import TOKENS_PER_TILE
-from pipeline.config.preprocessing import TextConfig
-from pipeline.loading.batch import Batch
-from pipeline.media.sampling import check_count
-from pipeline.shards.index import ShardsError
-from pipeline.tokenization.chat_template import ChatTemplate
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline import build_loader
+from framestream.pipeline.annotations.normalize import AnnotationError, normalize
+from framestream.pipeline.config.data import EntryConfig
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.model import TOKENS_PER_TILE
+from framestream.pipeline.config.preprocessing import TextConfig
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.media.sampling import check_count
+from framestream.pipeline.shards.index import ShardsError
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.small_root import Root, manifest, turns
 from tests.helpers.golden_data import json_file
 from tests.helpers.model.golden_tokens import FOLDER, ROWS, encode

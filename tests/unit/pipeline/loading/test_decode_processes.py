@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import build_loader
-from pipeline.config.manifest import to_dict
-from pipeline.loading import decode_processes as processes
-from pipeline.loading.decode_processes import DecodeWorkerError
-from pipeline.shards.index import Index
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.loading import decode_processes as processes
+from framestream.pipeline.loading.decode_processes import DecodeWorkerError
+from framestream.pipeline.shards.index import Index
 from tests.helpers.corpora.damage import same, spoil
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 from tests.helpers.paths import ROOT
@@ -32,7 +32,7 @@ def workers(parent: int) -> list[int]:
     """Process numbers of a process's decoding workers."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     lines = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return sorted(child for child, line in lines.items() if b"pipeline.loading.decode_worker" in line)
+    return sorted(child for child, line in lines.items() if b"framestream.pipeline.loading.decode_worker" in line)
 
 
 def gone(process: int) -> bool:
@@ -126,7 +126,7 @@ def test_workers_end_with_a_parent_that_is_killed(root, tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump(to_dict(manifest(root, loader__workers=2, loader__prefetch_mb=1))))
     code = (
-        "import sys, time; from pipeline import build_loader, load_manifest\n"
+        "import sys, time; from framestream.pipeline import build_loader, load_manifest\n"
         "stream = iter(build_loader(load_manifest(sys.argv[1]))); next(stream); print('ready', flush=True)\n"
         "time.sleep(600)"
     )

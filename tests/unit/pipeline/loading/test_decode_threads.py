@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.loading import decode_threads as decoders
-from pipeline.loading.decode_threads import CHUNK, DecodeItem, DecodeTask, ThreadDecoder, split_tasks
-from pipeline.shards.media_view import MediaView
+from framestream.pipeline.loading import decode_threads as decoders
+from framestream.pipeline.loading.decode_threads import CHUNK, DecodeItem, DecodeTask, ThreadDecoder, split_tasks
+from framestream.pipeline.shards.media_view import MediaView
 
 
 class Numbers:

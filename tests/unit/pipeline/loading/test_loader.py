@@ -17,22 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import build_loader
-from pipeline.config.loading import ORDERS
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.loading import pending_row as reading
-from pipeline.loading.buffer_pool import LEAST, BufferPool
-from pipeline.loading.loader import Loader, StateError, UnreadableError
-from pipeline.loading.pending_row import PendingRow
-from pipeline.media.sampling import sample_indices, time_message
-from pipeline.media.tiling import best_grid, split_into_tiles
-from pipeline.planning.dataset import open_dataset
-from pipeline.planning.epoch_plan import EpochPlan
-from pipeline.planning.summary import summarize_epoch
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import MediaViews
-from pipeline.tokenization.chat_template import ChatTemplate
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.loading import ORDERS
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.loading import pending_row as reading
+from framestream.pipeline.loading.buffer_pool import LEAST, BufferPool
+from framestream.pipeline.loading.loader import Loader, StateError, UnreadableError
+from framestream.pipeline.loading.pending_row import PendingRow
+from framestream.pipeline.media.sampling import sample_indices, time_message
+from framestream.pipeline.media.tiling import best_grid, split_into_tiles
+from framestream.pipeline.planning.dataset import open_dataset
+from framestream.pipeline.planning.epoch_plan import EpochPlan
+from framestream.pipeline.planning.summary import summarize_epoch
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tests.helpers.corpora.damage import same, spoil
 from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest, mixed_root, turns
 

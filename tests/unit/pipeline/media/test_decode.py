@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.preprocessing import FramesConfig, ImagesConfig
-from pipeline.media import video as sources
-from pipeline.media.decode import MediaError, decode_video, encode_image, read_image
-from pipeline.media.sampling import sample_indices
-from pipeline.media.video import InexactSeekError, open_sequential, open_video
+from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
+from framestream.pipeline.media import video as sources
+from framestream.pipeline.media.decode import MediaError, decode_video, encode_image, read_image
+from framestream.pipeline.media.sampling import sample_indices
+from framestream.pipeline.media.video import InexactSeekError, open_sequential, open_video
 from tests.helpers.media.footage import BIKES, all_frames, number_of, write_video
 
 FRAMES = FramesConfig(sampler="dynamic_fps1", min=4, max=64, size=64)

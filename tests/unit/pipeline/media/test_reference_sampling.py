@@ -13,34 +13,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.evaluation.questions import Questions
-from pipeline.loading.loader import StateError, build_loader
-from pipeline.media.decode import MediaError, decode_video
-from pipeline.media.reference_sampling import (
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.evaluation.questions import Questions
+from framestream.pipeline.loading.loader import StateError, build_loader
+from framestream.pipeline.media.decode import MediaError, decode_video
+from framestream.pipeline.media.reference_sampling import (
     FrameSelection,
     SamplingRequest,
     eval_clip,
-    train_clip,
     file_number,
     folder_frames,
+    full_video,
     gif_frames,
     spread_evenly,
-    full_video,
+    train_clip,
 )
-from pipeline.media.sampling import time_message
-from pipeline.media.video import FrameTimes, open_sequential, open_video
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.ledger import read_ledger
-from pipeline.shards.media_view import MediaViews
-from pipeline.tokenization.chat_template import load_tokenizer
-from pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from framestream.pipeline.media.sampling import time_message
+from framestream.pipeline.media.video import FrameTimes, open_sequential, open_video
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.tokenization.chat_template import load_tokenizer
+from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
+from framestream.tools.builder.build import BuildOptions, build
+from framestream.tools.builder.executors import local
 from tests.helpers.corpora.small_root import manifest, turns
 from tests.helpers.golden_data import json_lines
 from tests.helpers.media.footage import BIKES, all_frames, number_of, write_video
-from tools.builder.build import BuildOptions, build
-from tools.builder.executors import local
 
 # Golden rows ----------------------------------------------------------------------------------------------------------
 

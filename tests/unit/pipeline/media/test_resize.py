@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.manifest import ManifestError
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.resize import MAX_ASPECT, resize, stored_size
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.resize import MAX_ASPECT, resize, stored_size
 from tests.helpers.media.footage import FOOTAGE, all_frames
 
 

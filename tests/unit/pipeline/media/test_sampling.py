@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.manifest import ManifestError
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.sampling import check_count, pad_to_clips, frame_indices, media_seed, sample_indices, time_message
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.sampling import (
+    check_count,
+    frame_indices,
+    media_seed,
+    pad_to_clips,
+    sample_indices,
+    time_message,
+)
 from tests.helpers.golden_data import files, json_lines
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.decode import decode_video
-from pipeline.media.tiling import best_grid, grids, pad_square, raster_order, split_into_tiles
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.decode import decode_video
+from framestream.pipeline.media.tiling import best_grid, grids, pad_square, raster_order, split_into_tiles
 from tests.helpers.golden_data import GOLDEN, files, json_file, present
 
 table = json_file("anyres/grids.json") or {}

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import build_loader
-from pipeline.config.loading import ORDERS
-from pipeline.config.manifest import Manifest, ManifestError
-from pipeline.loading.loader import Loader, StateError
-from pipeline.planning.dataset import ConcatDataset, open_dataset
-from pipeline.planning.epoch_plan import EpochPlan
-from pipeline.shards.index import ShardsError
-from pipeline.shards.samples import dialogue_key
+from framestream.pipeline import build_loader
+from framestream.pipeline.config.loading import ORDERS
+from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.loading.loader import Loader, StateError
+from framestream.pipeline.planning.dataset import ConcatDataset, open_dataset
+from framestream.pipeline.planning.epoch_plan import EpochPlan
+from framestream.pipeline.shards.index import ShardsError
+from framestream.pipeline.shards.samples import dialogue_key
 from tests.helpers.corpora.small_root import Root, manifest, turns
 
 SIZES = {"one": {"a": 7, "b": 5, "c": 1}, "two": {"a": 6, "d": 11}}  #: usable dialogues by root and entry

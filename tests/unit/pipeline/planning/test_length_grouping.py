@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.planning import length_grouping as grouping
+from framestream.pipeline.planning import length_grouping as grouping
 from tests.helpers.golden_data import json_file
 
 TABLE = json_file("length_grouping/cases.json") or {}

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.loading import ORDERS, BatchingConfig
-from pipeline.planning.mixing import apportion, epoch_order, epoch_seed, permute
+from framestream.pipeline.config.loading import ORDERS, BatchingConfig
+from framestream.pipeline.planning.mixing import apportion, epoch_order, epoch_seed, permute
 
 
 def ordered(rows: np.ndarray, seed: int, epoch: int, order: str = "shuffle", size: int = 4) -> np.ndarray:

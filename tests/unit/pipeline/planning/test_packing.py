@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.loading.lengths import COST, stage3
-from pipeline.config.loading import CostModel
-from pipeline.config.manifest import load_manifest
-from pipeline.planning.packing import load_balance, costs, pack
+from framestream.pipeline.config.loading import CostModel
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.pipeline.planning.packing import costs, load_balance, pack
+from framestream.trainer.model.cost import cost_coefficients
 from tests.helpers.paths import ROOT
-from trainer.model.cost import cost_coefficients
 
 lengths_of_batches = st.lists(st.integers(1, 100), max_size=60)
 

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.shards.index import (
+from framestream.pipeline.shards.index import (
     BATCH_ROWS,
     DIALOGUE_SCHEMA,
     MEDIA_SCHEMA,
     SHARD_SCHEMA,
     Index,
     ShardsError,
-    row_values,
     build_table,
+    row_values,
     write_index,
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.media.errors import REASONS as MEDIA_REASONS
-from pipeline.shards.ledger import REASONS, LedgerRow, ledger_table, read_ledger, write_ledger
+from framestream.pipeline.media.errors import REASONS as MEDIA_REASONS
+from framestream.pipeline.shards.ledger import REASONS, LedgerRow, ledger_table, read_ledger, write_ledger
 
 
 def test_every_reason_of_a_decoder_is_a_reason_of_the_ledger():

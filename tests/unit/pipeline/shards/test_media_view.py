@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.preprocessing import FramesConfig
-from pipeline.media.sampling import pad_to_clips, sample_indices
-from pipeline.media.tiling import split_into_tiles
-from pipeline.shards.index import MEDIA_SCHEMA, Index, build_table
-from pipeline.shards.media_view import MediaViews, nearest_indices
+from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
+from framestream.pipeline.media.tiling import split_into_tiles
+from framestream.pipeline.shards.index import MEDIA_SCHEMA, Index, build_table
+from framestream.pipeline.shards.media_view import MediaViews, nearest_indices
 from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest
 
 
@@ -176,7 +176,7 @@ def test_a_shard_that_ends_early_is_an_error(tmp_path):
 
 
 def test_more_shards_than_open_files(root, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.local.OPEN_FILES", 1)
+    monkeypatch.setattr("framestream.pipeline.storage.local.OPEN_FILES", 1)
     reader = visuals(root)
     expected = [shown(visuals(root), row) for row in (0, 1)]
     for _ in range(3):

@@ -25,11 +25,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.media.jpeg import decode_jpeg, encode_jpeg
-from pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from pipeline.shards.samples import dialogue_metadata, dialogue_key, media_metadata, media_key
-from pipeline.shards.sidecars import write_sidecars
-from pipeline.shards.writer import ShardInfo, ShardWriter
+from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
+from framestream.pipeline.shards.samples import dialogue_key, dialogue_metadata, media_key, media_metadata
+from framestream.pipeline.shards.sidecars import write_sidecars
+from framestream.pipeline.shards.writer import ShardInfo, ShardWriter
 from tests.helpers.media.footage import BIKES, all_frames, number_of, numbered
 from tests.helpers.paths import ROOT
 
@@ -104,7 +104,7 @@ def test_frames_are_whole_jpegs_and_open_everywhere(footage: list[np.ndarray], t
 
 def test_the_same_frames_give_the_same_bytes(footage: list[np.ndarray]) -> None:
     program = (
-        "import sys, hashlib, numpy as np; from pipeline.media.jpeg import encode_jpeg; from pipeline.media.mjpeg_mp4 import mux_mjpeg\n"
+        "import sys, hashlib, numpy as np; from framestream.pipeline.media.jpeg import encode_jpeg; from framestream.pipeline.media.mjpeg_mp4 import mux_mjpeg\n"
         "from tests.helpers.media.footage import BIKES, all_frames\n"
         "jpegs = [encode_jpeg(f, 90, '420') for f in all_frames(BIKES)[0][:24]]\n"
         "print(hashlib.sha256(mux_mjpeg(jpegs, 1.5 + np.arange(24), 30.0, 640, 272)).hexdigest())"
@@ -241,7 +241,7 @@ def test_an_error_or_an_empty_shard_leaves_no_file(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
     path = tmp_path / "train-000000.tar"
     program = (
-        "import os, signal, sys; from pipeline.shards.writer import ShardWriter\n"
+        "import os, signal, sys; from framestream.pipeline.shards.writer import ShardWriter\n"
         "with ShardWriter(sys.argv[1]) as shard:\n"
         "    shard.add('v1', {'json': bytes(100_000)})\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"

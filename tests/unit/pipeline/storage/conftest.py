@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.storage import remote
+from framestream.pipeline.storage import remote
 from tests.helpers.corpora.small_root import mixed_root
 from tests.helpers.servers.web_server import Server
 
@@ -14,7 +14,7 @@ def quick(monkeypatch):
     """Requests to 127.0.0.1 go there, and waits between tries are short."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pipeline.storage.http.BACKOFF", 0.002)
+    monkeypatch.setattr("framestream.pipeline.storage.http.BACKOFF", 0.002)
     yield
     for idle in remote._network.client._connections._idle.values():
         while idle:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.cache import RangeCache
+from framestream.pipeline.storage.cache import RangeCache
 
 BOUND = 200_000
 

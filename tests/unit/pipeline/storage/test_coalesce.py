@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.storage.coalesce import GAP, LARGEST, coalesce, slice_ranges
+from framestream.pipeline.storage.coalesce import GAP, LARGEST, coalesce, slice_ranges
 
 FILE = random.Random(0).randbytes(4 * LARGEST)
 offsets = st.integers(0, len(FILE) - 1)

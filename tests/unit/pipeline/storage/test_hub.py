@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import constants
 
-from pipeline import ShardsError
-from pipeline.shards.index import Index
-from pipeline.storage import ReadOptions
+from framestream.pipeline import ShardsError
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.storage import ReadOptions
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.fetch_hub import COMMIT, serve_hub

@@ -18,12 +18,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from pipeline import ManifestError, ShardsError, build_loader
-from pipeline.media.jpeg import encode_jpeg
-from pipeline.media.mjpeg_mp4 import mux_mjpeg
-from pipeline.shards.frame_reader import FrameReader
-from pipeline.shards.index import Index
-from pipeline.storage import ReadOptions, ShardRef, connections, open_storage
+from framestream.pipeline import ManifestError, ShardsError, build_loader
+from framestream.pipeline.media.jpeg import encode_jpeg
+from framestream.pipeline.media.mjpeg_mp4 import mux_mjpeg
+from framestream.pipeline.shards.frame_reader import FrameReader
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.storage import ReadOptions, ShardRef, connections, open_storage
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import Root, manifest
 from tests.helpers.servers.web_server import Server, turns
@@ -125,7 +125,7 @@ def fails_at_first(data: bytes, asked: Counter, failed: list):
 
 
 def test_a_server_that_fails_a_fifth_of_all_requests_changes_no_batch(server, root, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.coalesce.GAP", -1)  # each frame is a request
+    monkeypatch.setattr("framestream.pipeline.storage.coalesce.GAP", -1)  # each frame is a request
     asked, failed = Counter(), []
     for path in (root / "stage2").rglob("*"):
         if path.is_file() and not path.name.startswith("tokens-"):
@@ -349,7 +349,7 @@ def test_a_copy_that_was_broken_off_or_is_of_two_builds_is_not_used(served, root
 
 
 def test_large_files_are_copied_in_pieces_that_must_be_of_one_file(served, root, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.remote.PIECE", 700)
+    monkeypatch.setattr("framestream.pipeline.storage.remote.PIECE", 700)
     name, reading = "/stage2/index/media.arrow", ReadOptions(cache=str(tmp_path / "cache"))
     data, good = (root / "stage2" / "index" / "media.arrow").read_bytes(), served.routes[name]
     served.routes[name] = turns(good, lambda request: request.serve(data, ETag='"another"'))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import s3fs
 
-from pipeline import ShardsError
-from pipeline.shards.index import Index
-from pipeline.storage import ReadOptions, open_storage
+from framestream.pipeline import ShardsError
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.storage import ReadOptions, open_storage
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.s3_server import s3_environment, s3_server

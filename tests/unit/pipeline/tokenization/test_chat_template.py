@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.manifest import ManifestError
-from pipeline.tokenization.chat_template import (
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.tokenization.chat_template import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     MARK,
     ChatTemplate,
-    reused_sample,
     load_tokenizer,
     preprocess_multimodal,
     question_and_answer,
+    reused_sample,
     text_of,
 )
 from tests.helpers.golden_data import json_file

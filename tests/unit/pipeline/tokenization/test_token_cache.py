@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pipeline.shards.index import Index, ShardsError
-from pipeline.shards.media_view import MediaViews
-from pipeline.tokenization import token_cache as module
-from pipeline.tokenization.chat_template import ChatTemplate
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.tokenization.token_cache import TokenCache
+from framestream.pipeline.shards.index import Index, ShardsError
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.tokenization import token_cache as module
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.tokenization.token_cache import TokenCache
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 from tests.helpers.paths import ROOT
 
 
@@ -64,12 +64,12 @@ def test_a_call_can_be_cancelled_until_a_thread_takes_it():
 def test_a_program_ends_while_threads_wait():
     code = """
 import threading, time
-from pipeline.utils.daemon_pool import Threads
+from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 begun = threading.Event()
 def call(item):
     begun.set()
     time.sleep(3600)
-with Threads(2) as threads:
+with DaemonThreadPool(2) as threads:
     threads.map(call, range(5))
     begun.wait()
 """

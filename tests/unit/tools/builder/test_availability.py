@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.builder.availability import THREADS, AvailabilityChecker
-from tools.fetch import root_map as roots
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.root_map import ResolvedLocation
+from framestream.tools.builder.availability import THREADS, AvailabilityChecker
+from framestream.tools.fetch import root_map as roots
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.root_map import ResolvedLocation
 
 
 class Far:

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import DataConfig, EntryConfig
-from pipeline.config.manifest import load_manifest
+from framestream.pipeline.config.data import DataConfig, EntryConfig
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.tools.build_shards import main
+from framestream.tools.builder import planner as plan
+from framestream.tools.builder.planner import make_plan
+from framestream.tools.common.arrow_files import map_table
+from framestream.tools.common.errors import BuildError
+from framestream.tools.fetch import host_health as hosts
+from framestream.tools.fetch import root_map as roots
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.root_map import resolve_entries
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
 from tests.helpers.servers.web_server import Server
-from tools.build_shards import main
-from tools.builder import planner as plan
-from tools.builder.planner import make_plan
-from tools.common.arrow_files import map_table
-from tools.common.errors import BuildError
-from tools.fetch import host_health as hosts
-from tools.fetch import root_map as roots
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.root_map import resolve_entries
 
 
 def manifest(folder: Path, entries, **data):

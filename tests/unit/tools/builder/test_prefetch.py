@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tools.builder.prefetch import AHEAD, prefetch
+from framestream.tools.builder.prefetch import AHEAD, prefetch
 
 
 class Fetcher:

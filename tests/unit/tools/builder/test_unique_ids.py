@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.builder.unique_ids import UniqueIds
+from framestream.tools.builder.unique_ids import UniqueIds
 
 
 @given(batches=st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=12))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import tools.builder.worker_pool
+import framestream.tools.builder.worker_pool
+from framestream.tools.builder.worker_pool import WorkerPool
+from framestream.tools.common.errors import WorkerError
 from tests.helpers.paths import ROOT
-from tools.builder.worker_pool import WorkerPool
-from tools.common.errors import WorkerError
 
 ITEMS = range(4)  #: of every task
 
@@ -87,7 +87,7 @@ def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
 
 
 def test_a_hang_outside_any_item_does_not_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(tools.builder.worker_pool, "OUTSIDE", 4.0)
+    monkeypatch.setattr(framestream.tools.builder.worker_pool, "OUTSIDE", 4.0)
     with pytest.raises(WorkerError, match="ended after 4 s outside any item"):
         run(tmp_path, {(1, -1): "hang"})
 

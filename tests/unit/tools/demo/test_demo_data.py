@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.manifest import load_manifest
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.tools import demo_data
+from framestream.tools.demo import dialogues as demo_dialogues
+from framestream.tools.demo import tokenizer as demo_tokenizer
+from framestream.tools.demo import worlds as demo_worlds
+from framestream.tools.demo.worlds import COLOURS
 from tests.helpers.paths import ROOT
-from tools import demo_data
-from tools.demo import dialogues as demo_dialogues
-from tools.demo import tokenizer as demo_tokenizer
-from tools.demo import worlds as demo_worlds
-from tools.demo.worlds import COLOURS
 
 SHARE = 0.02
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.manifest import ManifestError
+from framestream.tools.fetch.annotation_cache import AnnotationCache, remote_file
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.host_health import SourcePool
 from tests.helpers.servers.web_server import QUICK, Server
-from tools.fetch.annotation_cache import AnnotationCache, remote_file
-from tools.fetch.base import FetchError
-from tools.fetch.host_health import SourcePool
 
 HUB = "https://huggingface.co/datasets"
 

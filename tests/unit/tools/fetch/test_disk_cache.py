@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.disk_cache import ABANDONED, Cache, CachedSource, DiskFullError
 from tests.helpers.media.cached_files import Made, contents, read, wanted
-from tools.fetch.base import FetchError
-from tools.fetch.disk_cache import ABANDONED, Cache, CachedSource, DiskFullError
 
 
 def used(folder):
@@ -142,7 +142,7 @@ PROCESS = """
 import random, sys
 from pathlib import Path
 from tests.helpers.media.cached_files import Made, read, wanted
-from tools.fetch.disk_cache import Cache, CachedSource
+from framestream.tools.fetch.disk_cache import Cache, CachedSource
 
 folder, seed, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 cache, draw = Cache(folder, 60_000), random.Random(seed)

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from tools.fetch.base import FetchError
-from tools.fetch.host_health import MAX_FAILURES, HostCircuitBreaker, host_of
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.host_health import MAX_FAILURES, HostCircuitBreaker, host_of
 
 
 @pytest.mark.parametrize(

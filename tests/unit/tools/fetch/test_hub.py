@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import tools.fetch.object_listing
+import framestream.tools.fetch.object_listing
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.hub import open_hub
 from tests.helpers.servers.fetch_hub import COMMIT, blob, serve_hub
 from tests.helpers.servers.web_server import QUICK, turns
-from tools.fetch.base import FetchError
-from tools.fetch.hub import open_hub
 
 FILES = {
     "video/a b.mp4": b"small",
@@ -104,7 +104,7 @@ def test_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch):
 
 
 def test_a_folder_with_more_files_than_are_kept_is_asked_for_one_by_one(hub, monkeypatch):
-    monkeypatch.setattr(tools.fetch.object_listing, "KEPT", 1)
+    monkeypatch.setattr(framestream.tools.fetch.object_listing, "KEPT", 1)
     source = opened(hub)
     assert source.find("a b.mp4") == 5 and source.find("large.mp4") == 100_000 and source.find("c.mp4") is None
     with pytest.raises(FetchError) as error:
@@ -113,7 +113,7 @@ def test_a_folder_with_more_files_than_are_kept_is_asked_for_one_by_one(hub, mon
 
 
 def test_listings_that_are_kept_are_bounded(hub, monkeypatch):
-    monkeypatch.setattr(tools.fetch.object_listing, "KEPT", 4)
+    monkeypatch.setattr(framestream.tools.fetch.object_listing, "KEPT", 4)
     source = opened(hub, "hf:me/data")
     for _ in range(3):
         assert (
@@ -192,9 +192,9 @@ def test_models_and_the_endpoint_of_the_environment(hub, tmp_path):
     }
     program = """
 import pathlib, sys
-from tools.fetch.http.retry import Limits
-from tools.fetch.registry import open_source
-source = open_source("hf:models/me/net", Limits())
+from framestream.tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.registry import open_source
+source = open_source("hf:models/me/net", FetchLimits())
 print(source.origin, source.fetch("a", pathlib.Path(sys.argv[1])).read_text())
 """
     environment = {**os.environ, "HF_ENDPOINT": hub.url}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.fetch.base import FetchError
-from tools.fetch.local import FolderSource, LocalFile
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.local import FolderSource, LocalFile
 
 
 @pytest.fixture

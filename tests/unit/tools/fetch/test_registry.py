@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.object_listing import name_order
+from framestream.tools.fetch.registry import open_files, open_source
 from tests.helpers.servers.web_server import QUICK
-from tools.fetch.base import FetchError
-from tools.fetch.object_listing import name_order
-from tools.fetch.registry import open_files, open_source
 
 
 def test_sources(tmp_path):

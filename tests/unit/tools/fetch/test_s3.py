@@ -8,12 +8,12 @@ import sys
 import pytest
 import s3fs
 
-import tools.fetch.object_listing
+import framestream.tools.fetch.object_listing
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.registry import open_files, open_source
+from framestream.tools.fetch.s3 import open_s3
 from tests.helpers.servers.s3_server import s3_environment, s3_server
 from tests.helpers.servers.web_server import QUICK
-from tools.fetch.base import FetchError
-from tools.fetch.registry import open_files, open_source
-from tools.fetch.s3 import open_s3
 
 DATA = random.Random(0).randbytes(200_000)
 FILES = {
@@ -92,7 +92,7 @@ def test_parts_of_archives(bucket):
 
 
 def test_a_large_folder_is_asked_for_one_by_one(bucket, monkeypatch):
-    monkeypatch.setattr(tools.fetch.object_listing, "KEPT", 1)
+    monkeypatch.setattr(framestream.tools.fetch.object_listing, "KEPT", 1)
     source = open_source("s3://videos/v/frames", QUICK)
     assert source.find("1.jpg") == 3 and source.find("4.jpg") is None
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.url import UrlSource, UrlTemplate
 from tests.helpers.servers.web_server import QUICK
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.url import UrlTemplate, UrlSource
 
 part = st.text(min_size=1, max_size=9).filter(lambda text: "/" not in text and text not in (".", ".."))
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import tools.fetch.ytdlp
+import framestream.tools.fetch.ytdlp
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.ytdlp import PageSource
 from tests.helpers.servers.web_server import QUICK
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.ytdlp import PageSource
 
 VIDEO = random.Random(0).randbytes(200_000)
 PAGE = b'<html><head><title>A clip</title></head><body><video src="/v/film.mp4"></video></body></html>'
@@ -132,7 +132,7 @@ def test_yt_dlp_ends_with_the_process_that_started_it(fake, tmp_path):
     program = """
 import pathlib, sys
 from tests.helpers.servers.web_server import QUICK
-from tools.fetch.ytdlp import PageSource
+from framestream.tools.fetch.ytdlp import PageSource
 PageSource("https://h/{stem}", QUICK).fetch("x", pathlib.Path(sys.argv[1]))
 """
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -157,7 +157,7 @@ def is_yt_dlp(number):
 
 
 def test_without_yt_dlp_the_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(tools.fetch.ytdlp.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(framestream.tools.fetch.ytdlp.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FetchError, match=r"pip install -e '.\[pages\]'"):
         PageSource("https://h/{stem}", QUICK)
     with pytest.raises(ValueError):

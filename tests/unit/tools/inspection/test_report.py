@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
-from pipeline.shards.ledger import read_ledger, write_ledger
-from pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.pipeline.shards.ledger import read_ledger, write_ledger
+from framestream.pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
+from framestream.tools.inspect_shards import main
+from framestream.tools.inspection.report import UsageStats, _sample_media, bins
 from tests.helpers.corpora.small_build import HOSTILE, build_root
 from tests.helpers.corpora.small_root import Root, turns
 from tests.helpers.html_page import Page
-from tools.inspect_shards import main
-from tools.inspection.report import UsageStats, _sample_media, bins
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config.manifest import Manifest
+from framestream.pipeline.config.manifest import Manifest
+from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.checkpoint import save as checkpoint
+from framestream.trainer.checkpoint.save import CheckpointError, WriteError, latest, read_state, save_checkpoint
+from framestream.trainer.distributed.process_group import DistributedContext
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
-from trainer.checkpoint import disk_usage as disk
-from trainer.checkpoint import save as checkpoint
-from trainer.checkpoint.save import CheckpointError, WriteError, latest, read_state, save_checkpoint
-from trainer.distributed.process_group import DistributedContext
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 STATE = {"epoch": 0, "step": 1, "fingerprint": {}}

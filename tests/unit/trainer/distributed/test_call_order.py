@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from framestream.trainer.distributed.call_order import ModuleCallTracer
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.paths import ROOT
-from trainer.distributed.call_order import ModuleCallTracer
 
 
 def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:

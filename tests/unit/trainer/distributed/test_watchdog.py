@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from framestream.trainer.distributed.watchdog import Heartbeat, StallDetector
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.distributed.watchdog import Heartbeat, StallDetector
 
 LIMIT = 0.5  #: minutes
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.shards.ledger import REASONS
+from framestream.pipeline.shards.ledger import REASONS
+from framestream.trainer import report
 from tests.helpers.html_page import Page
-from trainer import report
 
 
 def jpeg() -> str:

@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
-from pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.trainer.inference.chat_session import ChatSession, stream_text
+from framestream.trainer.inference.generate import generate
 from tests.helpers.model.rows import SMALL, dialogue, pack, small_model
-from trainer.inference.chat_session import ChatSession, stream_text
-from trainer.inference.generate import generate
 
 NEW = 8
 

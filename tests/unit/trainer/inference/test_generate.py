@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.config.model import ModelConfig
-from pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.config.model import ModelConfig
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.trainer.inference.generate import Sampling, generate
 from tests.helpers.model.rows import SMALL, Dialogue, dialogue, no_clips, no_stills, pack, small_model
-from trainer.inference.generate import Sampling, generate
 
 NEW = 12
 

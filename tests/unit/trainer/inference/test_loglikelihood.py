@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.trainer.inference.generate import generate, prefill
+from framestream.trainer.inference.loglikelihood import loglikelihood
 from tests.helpers.model.rows import SMALL, dialogue, pack, small_model
-from trainer.inference.generate import generate, prefill
-from trainer.inference.loglikelihood import loglikelihood
 
 ANSWERS = [[5], [9, 3, 7, 11], [9, 3], [1, 2, 3]]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.inference.vision_cache import VisionFeatureCache
+from framestream.trainer.inference.vision_cache import VisionFeatureCache
 
 
 class Counting:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config.model import ModelConfig, VisionTowerConfig
-from pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.pipeline.config.model import ModelConfig, VisionTowerConfig
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.trainer.model import cost
 from tests.helpers.model.manifests import FROZEN, manifest
 from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, small_model
-from trainer.model import cost
 
 INTERNVIDEO2_1B = VisionTowerConfig(type="internvideo2", width=1408, depth=40, patch=14, mlp_ratio=48 / 11)
 

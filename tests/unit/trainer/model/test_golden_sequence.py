@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.weights.load import fill, read_part
+from framestream.trainer.weights.tensor_files import to_hf_name
 from tests.helpers.model.golden_sequence import CASES, CONFIG, FILES, dialogues
 from tests.helpers.model.rows import Dialogue, pack
-from trainer.model.video_llm import VideoLLM
-from trainer.weights.load import fill, read_part
-from trainer.weights.tensor_files import to_hf_name
 
 
 @pytest.fixture(scope="module")

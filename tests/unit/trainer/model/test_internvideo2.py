@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.model import VisionTowerConfig
+from framestream.pipeline.config.model import VisionTowerConfig
+from framestream.trainer.model.attention import AttentionSegments
+from framestream.trainer.model.internvideo2 import InternVideo2, drop_path, grid, init_pos_embed, interpolate_pos_embed
+from framestream.trainer.weights.load import random_tensor
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
-from trainer.model.attention import AttentionSegments
-from trainer.model.internvideo2 import InternVideo2, drop_path, interpolate_pos_embed, grid, init_pos_embed
-from trainer.weights.load import random_tensor
 
 FILES = GOLDEN / "internvideo2_vit"
 ENTRIES = json_file("internvideo2_vit/cases.json") or []

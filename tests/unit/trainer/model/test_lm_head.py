@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.tokenization.special_ids import IGNORE_INDEX
-from trainer.model import lm_head as loss_module
-from trainer.model.lm_head import ChunkedLMHead
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+from framestream.trainer.model import lm_head as loss_module
+from framestream.trainer.model.lm_head import ChunkedLMHead
 
 
 def plain(weight, hidden, labels, token_weight):

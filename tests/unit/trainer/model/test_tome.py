@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.trainer.model import tome
+from framestream.trainer.model.tome import ToMeConnector, assign_tokens, merge, pool
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
-from trainer.model import tome
-from trainer.model.tome import ToMeConnector, assign_tokens, merge, pool
 
 FILES = GOLDEN / "tome_connector"
 TABLE = json_file("tome_connector/cases.json") or {}

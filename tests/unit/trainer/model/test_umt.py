@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.model import VisionTowerConfig
+from framestream.pipeline.config.model import VisionTowerConfig
+from framestream.trainer.model.umt import UMT, sinusoid_pos_embed
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
-from trainer.model.umt import UMT, sinusoid_pos_embed
 
 FILES = GOLDEN / "umt_vit"
 MODELS = [

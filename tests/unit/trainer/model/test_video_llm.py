@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.model import ModelConfig
+from framestream.pipeline.config.model import ModelConfig
+from framestream.trainer.model import attention
+from framestream.trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
+from framestream.trainer.model.video_llm import groups
+from framestream.trainer.training.drop_path_rng import drop_path_random
 from tests.helpers.model.rows import INTERNVIDEO2, SMALL, Dialogue, dialogue, pack, parameters, small_model
-from trainer.model import attention
-from trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
-from trainer.model.video_llm import groups
-from trainer.training.drop_path_rng import drop_path_random
 
 KINDS = {
     "video": {"clips": 2},

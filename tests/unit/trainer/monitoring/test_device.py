@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.training import PartConfig, TrainConfig
+from framestream.pipeline.config.training import PartConfig, TrainConfig
+from framestream.trainer.monitoring.device import named_peak, peak_flops
 from tests.helpers.corpora import training_corpus as corpus
-from trainer.monitoring.device import named_peak, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,11 @@ def test_a_peak_that_is_not_known_is_none_and_a_stated_one_counts():
 
 def test_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
     held = np.ones(600 << 20, dtype=np.uint8)
-    lines = ["from trainer.monitoring.device import process_peak", "before = process_peak()", "x = b'x' * (100 << 20)"]
+    lines = [
+        "from framestream.trainer.monitoring.device import process_peak",
+        "before = process_peak()",
+        "x = b'x' * (100 << 20)",
+    ]
     code = "; ".join([*lines, "print(before, process_peak() - before)"])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=corpus.PROJECT, env=corpus.environment()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.monitoring.logger import MetricsLogger, progress
+from framestream.trainer.monitoring.logger import MetricsLogger, progress
 
 
 def record(step: int, **over: object) -> dict:

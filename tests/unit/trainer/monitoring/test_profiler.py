@@ -8,8 +8,8 @@ import json
 
 import torch
 
+from framestream.trainer.monitoring.profiler import Profiler
 from tests.helpers.model.manifests import manifest
-from trainer.monitoring.profiler import Profiler
 
 
 def run(folder, steps: int, **wanted: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.shards.ledger import REASONS, SCHEMA
-from trainer.monitoring.run_ledger import RunLedger, read_run_ledger
+from framestream.pipeline.shards.ledger import REASONS, SCHEMA
+from framestream.trainer.monitoring.run_ledger import RunLedger, read_run_ledger
 
 
 def told(run: Path) -> list[tuple]:

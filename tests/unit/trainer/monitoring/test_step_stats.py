@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from framestream.trainer.distributed.process_group import DistributedContext
+from framestream.trainer.model.cost import row_flops
+from framestream.trainer.monitoring import step_stats as tally
+from framestream.trainer.monitoring.step_stats import StepStats
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
-from trainer.distributed.process_group import DistributedContext
-from trainer.model.cost import row_flops
-from trainer.monitoring import step_stats as tally
-from trainer.monitoring.step_stats import StepStats
 
 INF = float("inf")
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from framestream.trainer.distributed.process_group import DistributedContext
+from framestream.trainer.monitoring import step_stats as tally
+from framestream.trainer.monitoring.run_ledger import RunLedger
+from framestream.trainer.training import loop
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
-from trainer.distributed.process_group import DistributedContext
-from trainer.monitoring import step_stats as tally
-from trainer.monitoring.run_ledger import RunLedger
-from trainer.training import loop
 
 
 class Engine:

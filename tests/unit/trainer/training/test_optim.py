@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from pipeline.config.training import PartConfig, TrainConfig
-from trainer.training.optim import freeze, parameter_groups, schedule
+from framestream.pipeline.config.training import PartConfig, TrainConfig
+from framestream.trainer.training.optim import freeze, parameter_groups, schedule
 
 
 def parts() -> dict[str, nn.Module]:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.manifest import Manifest, load_manifest, to_dict
-from pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.training import preflight as checks
+from framestream.trainer.training.preflight import GIB, check_memory, check_weights
+from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.load import save_weights
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.weights import initialised, start
 from tests.helpers.paths import ROOT
-from trainer.training import preflight as checks
-from trainer.training.preflight import GIB, check_memory, check_weights
-from trainer.weights import hf_config as release
-from trainer.weights.load import save_weights
 
 STAGE3 = load_manifest(ROOT / "manifests" / "stage3.yaml")
 

@@ -17,20 +17,20 @@ import yaml
 from safetensors.torch import load_file, save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.manifest import to_dict
-from pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.config.model import InitFromConfig
+from framestream.trainer.weights.load import resolve_init_tensors
+from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, small_model
 from tests.helpers.paths import ROOT
 from tests.helpers.servers.hub_server import Hub, Repository, serve
-from trainer.weights.load import resolve_init_tensors
-from trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 
 #: prints where each place is, or why it is not anywhere
 LOCATE = """
 import sys
-from trainer.weights.hub import locate
-from trainer.weights.tensor_files import WeightsError
+from framestream.trainer.weights.hub import locate
+from framestream.trainer.weights.tensor_files import WeightsError
 for place in sys.argv[1:]:
     try:
         print(locate(place))
@@ -41,14 +41,14 @@ for place in sys.argv[1:]:
 INITIALISE = """
 import sys
 from pathlib import Path
-from pipeline.config.manifest import load_manifest
-from trainer.model.video_llm import build_model
-from trainer.weights.load import initialise, save
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.load import initialise, save_weights
 for path in Path(sys.argv[1]).glob("*.yaml"):
     manifest = load_manifest(path)
     model = build_model(manifest)
     initialise(model, manifest)
-    save(model, path.with_suffix(""), manifest)
+    save_weights(model, path.with_suffix(""), manifest)
 """
 
 

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.model import InitFromConfig, ModelConfig
+from framestream.pipeline.config.model import InitFromConfig, ModelConfig
+from framestream.trainer.weights.load import load_pretrained, random_tensor, save_weights
+from framestream.trainer.weights.tensor_files import INDEX, WeightsError, from_hf_name, to_hf_name
 from tests.helpers.golden_data import files
 from tests.helpers.model.manifests import FROZEN
 from tests.helpers.model.rows import INTERNVIDEO2, SMALL, dialogue, pack, small_model
 from tests.helpers.model.weights import initialised, start
-from trainer.weights.load import load_pretrained, random_tensor, save_weights
-from trainer.weights.tensor_files import INDEX, WeightsError, from_hf_name, to_hf_name
 
 TOWER = "model.vision_tower.vision_tower."
 ENCODER = TOWER + "encoder."

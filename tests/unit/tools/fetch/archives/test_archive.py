@@ -17,7 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.media.frame_sequences import open_folder
+from framestream.pipeline.media.frame_sequences import open_folder
+from framestream.tools.fetch.archives import archive as archives_module
+from framestream.tools.fetch.archives.archive import Archives, open_archives
+from framestream.tools.fetch.archives.member_table import stable_name
+from framestream.tools.fetch.archives.zip import list_zip
+from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import (
     KINDS,
     LIMIT,
@@ -32,11 +37,6 @@ from tests.helpers.media.memory_files import (
     refused,
     tar_info,
 )
-from tools.fetch.archives import archive as archives_module
-from tools.fetch.archives.archive import Archives, open_archives
-from tools.fetch.archives.member_table import stable_name
-from tools.fetch.archives.zip import list_zip
-from tools.fetch.base import FetchError
 
 FILES = {f"clips/{n % 3}/{n:03d}.mp4": np.random.default_rng(n).bytes(n * 97) for n in range(60)} | {"top.txt": b"top"}
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.tools.fetch.archives.multipart import MultipartFile
 from tests.helpers.media.memory_files import Memory
-from tools.fetch.archives.multipart import MultipartFile
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=6), st.integers(0, 130), st.integers(0, 130))

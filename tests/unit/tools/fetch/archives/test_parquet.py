@@ -19,19 +19,19 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.shards.index import Index
-from pipeline.shards.ledger import read_ledger
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.shards.ledger import read_ledger
+from framestream.tools import build_shards
+from framestream.tools.fetch.archives import parquet as parquets
+from framestream.tools.fetch.archives.archive import Archives, open_archives
+from framestream.tools.fetch.archives.parquet_footer import read_directory
+from framestream.tools.fetch.archives.parquet_rows import ALIKE
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.registry import open_source
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.memory_files import LIMIT, Memory, content, failure, opened, pack, refused
 from tests.helpers.servers.fetch_hub import serve_hub
 from tests.helpers.servers.web_server import QUICK
-from tools import build_shards
-from tools.fetch.archives import parquet as parquets
-from tools.fetch.archives.archive import Archives, open_archives
-from tools.fetch.archives.parquet_footer import read_directory
-from tools.fetch.archives.parquet_rows import ALIKE
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.registry import open_source
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TALK = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))

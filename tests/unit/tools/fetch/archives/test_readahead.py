@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.tools.fetch.archives import readahead
+from framestream.tools.fetch.archives.readahead import FIRST, MOST, ReadAheadFile
 from tests.helpers.media.memory_files import Memory
-from tools.fetch.archives import readahead
-from tools.fetch.archives.readahead import FIRST, MOST, ReadAheadFile
 
 DATA = bytes(range(256)) * 8
 

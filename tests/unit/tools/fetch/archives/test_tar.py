@@ -8,10 +8,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from framestream.tools.fetch.archives import tar as tars
+from framestream.tools.fetch.archives.archive import open_archives
+from framestream.tools.fetch.archives.tar import BLOCK, is_tar, list_tar
 from tests.helpers.media.memory_files import Memory, content, failure, opened, pack, pack_tar, refused, tar_info
-from tools.fetch.archives import tar as tars
-from tools.fetch.archives.archive import open_archives
-from tools.fetch.archives.tar import BLOCK, is_tar, list_tar
 
 
 def with_field(data: bytes, place: int, offset: int, value: bytes) -> bytes:

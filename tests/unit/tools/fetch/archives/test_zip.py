@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from framestream.tools.fetch.archives import zip as zips
+from framestream.tools.fetch.archives.archive import open_archives
+from framestream.tools.fetch.archives.zip import PIECE, list_zip, unpack, zip_stream
+from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import (
     Memory,
     content,
@@ -23,10 +27,6 @@ from tests.helpers.media.memory_files import (
     refused,
     zip_link,
 )
-from tools.fetch.archives import zip as zips
-from tools.fetch.archives.archive import open_archives
-from tools.fetch.archives.zip import PIECE, list_zip, unpack, zip_stream
-from tools.fetch.base import FetchError
 
 #: s.z01, s.z02 and s.zip, as Info-ZIP 3.0 writes three files of 50,000 equal letters with -0 -X -s 64k
 SPLIT = (

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from framestream.tools.fetch.base import UNKNOWN, FetchError
+from framestream.tools.fetch.http.client import Expected, HttpClient, redacted
+from framestream.tools.fetch.http.retry import FetchLimits
 from tests.helpers.servers.web_server import QUICK, Server, turns
-from tools.fetch.base import UNKNOWN, FetchError
-from tools.fetch.http.client import Expected, HttpClient, redacted
-from tools.fetch.http.retry import FetchLimits
 
 DATA = random.Random(0).randbytes(300_000)
 HALF = len(DATA) // 2

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.http.client import HttpClient
+from framestream.tools.fetch.http.ranged_file import BLOCK, CACHED, READ_AHEAD, HttpFile
+from framestream.tools.fetch.http.response import RemoteFileInfo
 from tests.helpers.servers.web_server import QUICK, turns
-from tools.fetch.base import FetchError
-from tools.fetch.http.client import HttpClient
-from tools.fetch.http.ranged_file import BLOCK, CACHED, READ_AHEAD, HttpFile
-from tools.fetch.http.response import RemoteFileInfo
 
 DATA = random.Random(0).randbytes(20 << 20)
 
