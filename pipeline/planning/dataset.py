@@ -25,7 +25,7 @@ from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.pipeline.tokenization.token_cache import TokenCache
 from framestream.pipeline.utils.arrow_mmap import ResidentPageLimiter
 
-LENGTHS = ("length", "clips", "tiles", "learned")  #: of :class:`Tokens`
+LENGTHS = ("length", "clips", "tiles", "num_label_tokens")  #: of :class:`Tokens`
 
 
 @dataclass(frozen=True, slots=True)
