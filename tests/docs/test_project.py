@@ -30,7 +30,7 @@ from tests.helpers.paths import ROOT
 PACKAGES = ("pipeline", "trainer", "tools")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -41,33 +41,38 @@ def relative(path: Path) -> str:
 # README and documents -------------------------------------------------------------------------------------------------
 
 
-def tree(text: str) -> dict[str, str]:
-    """Files of the README's tree (a fenced block that opens with ```tree) with what it says about each."""
+def tree(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Files and folders of a tree (a fenced block that opens with ```tree), each with what is said about it."""
     block = re.search(r"^```tree\n(.*?)^```$", text, re.S | re.M)
-    assert block, "the README has no tree"
-    files, folders = {}, []
+    assert block, "there is no tree"
+    files, folders, parents = {}, {}, []
     for line in block[1].splitlines():
         name, _, words = line.strip().partition(" ")
         depth = (len(line) - len(line.lstrip())) // 2
-        del folders[depth:]
+        del parents[depth:]
+        path = "".join(parents) + name
+        assert path not in files | folders, f"{path} stands twice"
         if name.endswith("/"):
-            folders.append(name)
+            parents.append(name)
+            folders[path] = words.strip()
         else:
-            path = "".join(folders) + name
-            assert path not in files, f"{path} stands twice"
             files[path] = words.strip()
-    return files
+    return files, folders
 
 
-def test_readme_tree_names_every_file_once_and_no_other():
-    named = tree(README)
-    found = {relative(path) for path in SOURCES if path.name != "__init__.py"}
-    found |= {relative(path) for package in PACKAGES for path in (ROOT / package).rglob("*.j2")}
-    found |= {relative(path) for kind in ("yaml", "sbatch") for path in (ROOT / "manifests").rglob(f"*.{kind}")}
-    found |= {relative(path) for path in (ROOT / "docs").glob("*.md")}
-    found |= {relative(path) for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "__init__.py"}
-    assert set(named) == found
-    assert all(named.values()), "a file of the tree has no line that says what it is"
+def test_the_tree_names_every_file_and_folder_once_and_no_other():
+    files, folders = tree((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    kinds = [("*.py", ("pipeline", "trainer", "tools", "benchmarks", "framestream")), ("*.md", ("docs",))]
+    kinds += [("*.j2", ("pipeline", "trainer", "tools")), ("*.yaml", ("manifests",)), ("*.sbatch", ("manifests",))]
+    found = {relative(path) for kind, tops in kinds for top in tops for path in walk(ROOT / top, kind)}
+    assert set(files) == {path for path in found if not path.endswith("__init__.py")}
+    assert set(folders) == {f"{parent}/" for path in found for parent in list(Path(path).parents)[:-1]}
+    assert all((files | folders).values()), "a line of the tree has no words"
+
+
+def walk(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder that match, without those below links."""
+    return [path for path in folder.rglob(pattern) if not any(parent.is_symlink() for parent in path.parents)]
 
 
 def anchors(text: str) -> set[str]:

@@ -24,3 +24,28 @@ def commands(page: str) -> list[tuple[str, str, str]]:
         elif line:
             why = ""
     return found
+
+
+def prose(page: str) -> list[str]:
+    """Paragraphs and list items of a page, without comments, code blocks, tables, images and headings.
+
+    Links keep their text alone, and a piece of inline code counts as one word.
+    """
+    page = re.sub(r"<!--.*?-->", "", page, flags=re.S)
+    page = re.sub(r"^```.*?^```$", "", page, flags=re.S | re.M)
+    page = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", page)
+    page = re.sub(r"^(?: {4}|\||#|:::|!!!).*$", "", page, flags=re.M)
+    page = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)
+    page = re.sub(r"`[^`]*`", "code", page)
+    blocks = re.split(r"\n\s*\n|\n(?=(?:[-*]|\d+\.) )", page)
+    joined = (re.sub(r"^(?:[-*]|\d+\.) ", "", " ".join(block.split())) for block in blocks)
+    return [block for block in joined if block]
+
+
+def sentences(page: str) -> list[str]:
+    """Sentences of a page: what ends in ``.``, ``!`` or ``?`` before a space and a new word, or with its paragraph.
+
+    A colon or a semicolon ends none. Fragments of one or two words are left out.
+    """
+    parts = (part for block in prose(page) for part in re.split(r"(?<=[.!?])[\")*]* (?=[\"(*]*[A-Z0-9c])", block))
+    return [part for part in parts if len(part.split()) > 2]
