@@ -24,7 +24,7 @@ from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.pipeline.evaluation.questions import Questions
 from framestream.trainer.evaluation.cli import build_parser, run_command
 from framestream.trainer.evaluation.scorer import evaluate
-from framestream.trainer.evaluation.scores_html import page
+from framestream.trainer.evaluation.scores_html import render_scores_page
 
 COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 8}  #: of the table, with their widths
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
-    return run_command(parser, arguments, _ask, page, table, _name)
+    return run_command(parser, arguments, _ask, render_scores_page, table, _name)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -33,7 +33,7 @@ from framestream.trainer.model.parts import PARTS
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.weights import hf_config as release
 from framestream.trainer.weights.hf_config import ReleaseConfig
-from framestream.trainer.weights.load import dtype_of, empty_model, read_config, read_model, resolve_init_tensors, shape
+from framestream.trainer.weights.load import parse_dtype, build_meta_model, read_config, open_model_tensors, resolve_init_tensors, full_shape
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
@@ -81,8 +81,8 @@ def export(
         _write_weights(part, tensors, settings, shard_bytes)
         for path in code:
             shutil.copyfile(path, part / path.name)
-        _write_json(part / "generation_config.json", release.generation_config(tokens))
-        _write_json(part / "config.json", release.release_config(settings, tokens))
+        _write_json(part / "generation_config.json", release.build_generation_config(tokens))
+        _write_json(part / "config.json", release.build_hf_config(settings, tokens))
         for path in (*part.iterdir(), part):
             fsync_path(path)
         os.replace(part, out)
@@ -125,11 +125,11 @@ def open_checkpoint(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]
 
 def _final(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     config, where = read_config(folder), str(folder / "config.json")
-    if config.get("model_type") != release.OURS:
+    if config.get("model_type") != release.NATIVE_MODEL_TYPE:
         raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; name the `final` folder of a run")
-    settings = ReleaseConfig.of(config, _name(dtype_of(config, where)), where)
-    model = empty_model(settings.model, settings.frames.size, settings.frames.clip_frames)
-    tensors = read_model(model, folder, settings.model)
+    settings = ReleaseConfig.of(config, _name(parse_dtype(config, where)), where)
+    model = build_meta_model(settings.model, settings.frames.size, settings.frames.clip_frames)
+    tensors = open_model_tensors(model, folder, settings.model)
     return settings, {name: tensors[name] for name, _ in model.named_parameters()}
 
 
@@ -143,7 +143,7 @@ def _unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dict[str
 
     manifest = load_manifest(run / "manifest.yaml")
     model = build_model(manifest, device="meta")
-    wanted = {name: shape(p) for name, p in model.named_parameters()}
+    wanted = {name: full_shape(p) for name, p in model.named_parameters()}
     try:
         folder = folder or checkpoint.latest(run)
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.checkpoint}: exported to {options.out}")
-    if found := release.differs(settings):
+    if found := release.describe_tower_mismatch(settings):
         print(f"note: the release's own code builds another tower ({found}); only framestream reads this one")
     return 0
 

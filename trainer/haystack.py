@@ -16,7 +16,7 @@ from pathlib import Path
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.evaluation.haystack import Haystack
 from framestream.trainer.evaluation.cli import build_parser, run_command
-from framestream.trainer.evaluation.haystack_html import page
+from framestream.trainer.evaluation.haystack_html import render_haystack_page
 from framestream.trainer.evaluation.haystack_search import run_haystack
 
 FRAMES = (8, 32, 128, 512)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
-    return run_command(parser, arguments, _ask, page, table, lambda _: "haystack.json")
+    return run_command(parser, arguments, _ask, render_haystack_page, table, lambda _: "haystack.json")
 
 
 if __name__ == "__main__":

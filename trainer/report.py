@@ -21,14 +21,14 @@ import yaml
 from markupsafe import Markup
 
 from framestream.pipeline.html.page import render_page
-from framestream.pipeline.html.svg import COLOURS, Line, format_duration, format_number, line_chart
+from framestream.pipeline.html.svg import COLORS, Line, format_duration, format_number, line_chart
 from framestream.pipeline.shards.ledger import REASONS
 from framestream.trainer.checkpoint.save import write_atomically
 from framestream.trainer.evaluation import haystack_html as haystack_page
-from framestream.trainer.evaluation.scores_html import FILTERS, KEY, render_fragment
+from framestream.trainer.evaluation.scores_html import SCORE_FILTERS, BAR_COLORS, scores_values
 from framestream.trainer.monitoring.run_ledger import read_run_ledger
 
-PART_COLOURS = {"vision_tower": COLOURS[0], "connector": COLOURS[1], "language_model": COLOURS[2]}
+PART_COLOURS = {"vision_tower": COLORS[0], "connector": COLORS[1], "language_model": COLORS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
 EDGE_STEPS = 10  #: steps averaged for a first and a last loss, at most half of them
 EXAMPLES = 5  #: dialogues shown for each reason of the ledger
@@ -96,11 +96,11 @@ def render(runs: list[Run]) -> str:
     """The page as HTML."""
     return render_page(
         Path(__file__).parent / "evaluation" / "report.html.j2",
-        {"compact": format_number, "duration": format_duration, **FILTERS},
+        {"compact": format_number, "duration": format_duration, **SCORE_FILTERS},
         runs=[(run, summary(run), charts(run)) for run in runs],
-        scored=[{"name": run.name, **render_fragment(run.evaluation)} for run in runs if run.evaluation],
-        searched=[{"name": run.name, **haystack_page.render_fragment(run.haystack)} for run in runs if run.haystack],
-        **KEY,
+        scored=[{"name": run.name, **scores_values(run.evaluation)} for run in runs if run.evaluation],
+        searched=[{"name": run.name, **haystack_page.haystack_values(run.haystack)} for run in runs if run.haystack],
+        **BAR_COLORS,
     )
 
 

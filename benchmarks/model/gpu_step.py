@@ -116,7 +116,7 @@ def fewer_layers(manifest: Manifest, memory: int) -> Manifest:
 
 def state_bytes(manifest: Manifest) -> int:
     """Bytes of weights, gradients and moments in the plain way; frozen weights are float32 too."""
-    counts = cost.parameters(manifest)
+    counts = cost.count_parameters(manifest)
     return sum(n * (STATE_BYTES if getattr(manifest.train, part).train else 4) for part, n in counts.items())
 
 

@@ -22,7 +22,7 @@ from benchmarks.loading.lengths import PATCHES, TOKENS_PER_FRAME
 from benchmarks.training.packing import row
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import InitFromConfig
-from framestream.trainer.model.cost import memory
+from framestream.trainer.model.cost import estimate_memory
 from framestream.trainer.monitoring.device import process_peak
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -66,7 +66,7 @@ def measure(stage: int, frames: int, checkpointing: bool) -> int:
 
 def estimate(manifest: Manifest, frames: int, ranks: int) -> dict[str, int]:
     """Bytes of one of ``ranks`` ranks by the trainer's formula."""
-    return memory(manifest, frames, frames * TOKENS_PER_FRAME + TEXT, ranks)
+    return estimate_memory(manifest, frames, frames * TOKENS_PER_FRAME + TEXT, ranks)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from framestream.trainer.model.parts import PARTS
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.monitoring.device import peak_memory
 from framestream.trainer.training.loop import resolve_cost
-from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.load import initialize
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def main() -> None:
     except ImportError:
         flash_attn_func = None
     ours = build_model(manifest)
-    initialise(ours, manifest)
+    initialize(ours, manifest)
     model = PlainModel(manifest, ours, flash=flash_attn_func is not None and device.type == "cuda").to(device).train()
     del ours
     groups = [

@@ -33,7 +33,7 @@ from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.training.drop_path_rng import drop_path_random, unit_sample_ids
 from framestream.trainer.training.loop import resolve_cost, total_steps, train
 from framestream.trainer.training.optim import freeze, parameter_groups, set_learning_rates
-from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.load import initialize
 
 TOLERANCE = 1e-4  #: of a loss, relative, up to the first choice that differs
 SHOWN = 10  #: losses that are printed
@@ -86,7 +86,7 @@ def plain(manifest: Manifest) -> tuple[list[float], Choices]:
     manifest = resolve_cost(manifest)
     loader = build_loader(manifest)
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     freeze(model.parts(), manifest.train)
     model.train()
     options = manifest.train
@@ -97,7 +97,7 @@ def plain(manifest: Manifest) -> tuple[list[float], Choices]:
     losses, choices, steps, loss = [], {}, total_steps(manifest, len(loader)), 0.0
     with noted(choices):
         for row in (row for _ in range(options.epochs) for row in loader):
-            row.draws = drop_path_random(row, manifest.seed, model.vision_tower.draws)
+            row.drop_path_rand = drop_path_random(row, manifest.seed, model.vision_tower.num_drop_path_rands)
             part = model(row) / row.total_weight
             part.backward()
             loss += part.item()

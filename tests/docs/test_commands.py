@@ -21,7 +21,7 @@ from framestream.tools import demo_data
 from framestream.tools.demo import tokenizer as demo_tokenizer
 from framestream.tools.demo import worlds as demo_worlds
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise, save_weights
+from framestream.trainer.weights.load import initialize, save_weights
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.documents import commands
 from tests.helpers.html_page import Page
@@ -77,7 +77,7 @@ def inside(project, monkeypatch) -> Path:
     )
     if not Path("demo/runs/stage4/final").exists():
         model = build_model(stage4)
-        initialise(model, stage4)
+        initialize(model, stage4)
         save_weights(model, Path("demo/runs/stage4/final"), stage4)
         Path("demo/runs/stage4/manifest.yaml").write_text(yaml.safe_dump(to_dict(stage4)))
     return project

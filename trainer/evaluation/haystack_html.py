@@ -7,10 +7,10 @@ from typing import Any
 
 from framestream.pipeline.html.page import render_page
 from framestream.pipeline.html.svg import heat_map
-from framestream.trainer.evaluation.scores_html import FILTERS
+from framestream.trainer.evaluation.scores_html import SCORE_FILTERS
 
 
-def render_fragment(result: dict) -> dict[str, Any]:
+def haystack_values(result: dict) -> dict[str, Any]:
     """What the templates show of a result of :func:`framestream.trainer.evaluation.haystack_search.search`."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
@@ -23,6 +23,6 @@ def render_fragment(result: dict) -> dict[str, Any]:
     return {"haystack": result, "maps": maps}
 
 
-def page(result: dict) -> str:
+def render_haystack_page(result: dict) -> str:
     """A page about one result."""
-    return render_page(Path(__file__).parent / "search.html.j2", FILTERS, **render_fragment(result))
+    return render_page(Path(__file__).parent / "search.html.j2", SCORE_FILTERS, **haystack_values(result))

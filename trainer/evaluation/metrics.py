@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 RESAMPLES = 2000  #: bootstrap resamples
-TRIES = 4  #: partners of a question
+MAX_PARTNERS = 4  #: partners of a question
 CONTROLS = ("blind", "shuffled")  #: other frames, and the same frames in another order
 
 
@@ -43,7 +43,7 @@ def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Seque
         others = [
             j for j in family_others if normalize_answer(answers[j]) != normalize_answer(answer) and shown[j] >= count
         ]
-        partners.append(rng.permutation(others)[:TRIES].tolist() if others else [])
+        partners.append(rng.permutation(others)[:MAX_PARTNERS].tolist() if others else [])
     return partners
 
 

@@ -23,17 +23,17 @@ from framestream.trainer.inference.loglikelihood import loglikelihood
 from framestream.trainer.inference.vision_cache import VisionFeatureCache
 from framestream.trainer.weights.load import load_pretrained
 
-EXAMPLES = 3  #: questions of each family shown with their frames
+EXAMPLES_PER_FAMILY = 3  #: questions of each family shown with their frames
 
-SHOWN = 16  #: frames of an example
+EXAMPLE_FRAMES = 16  #: frames of an example
 
 
 @dataclass
 class Answers:
     """What was answered in one way, by question."""
 
-    given: dict[int, str] = field(default_factory=dict)
-    likeliest: dict[int, str] = field(default_factory=dict)  #: of the options, where there are some
+    generated: dict[int, str] = field(default_factory=dict)
+    most_likely: dict[int, str] = field(default_factory=dict)  #: of the options, where there are some
 
 
 class Evaluator:
@@ -83,12 +83,12 @@ class Evaluator:
             if options := self._questions[i].options:
                 ids = [self._questions.chat_template.answer_ids(option) for option in options]
                 found = [likelihood.log for likelihood in loglikelihood(self._model, read.select(n), ids)]
-                self.answers[way].likeliest[i] = options[int(np.argmax(found))]
+                self.answers[way].most_likely[i] = options[int(np.argmax(found))]
         keys = [key for _, _, row in prompts for key in row.keys]
         longest, end = self._manifest.evaluate.max_new_tokens, self._tokenizer.eos_token_id
         outputs = generate_from_prefill(self._model, read, keys, longest, end)
         for (way, i, _), tokens in zip(prompts, outputs, strict=True):
-            self.answers[way].given[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            self.answers[way].generated[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def evaluate(
@@ -97,7 +97,7 @@ def evaluate(
     questions: Questions,
     limit: int | None = None,
     controls: Sequence[str] = CONTROLS,
-    examples: int = EXAMPLES,
+    examples: int = EXAMPLES_PER_FAMILY,
 ) -> dict:
     """Answer every question with its own frames and under ``controls``; returns what evaluation.json holds.
 
@@ -171,9 +171,9 @@ def _record(questions: Questions, i: int, answers: dict[str, Answers]) -> dict:
     """One question with all its answers."""
     asked = questions[i]
     record = {"key": asked.key, "family": asked.family, "question": asked.text, "expected": asked.answer}
-    record |= {way: answered.given[i] for way, answered in answers.items()}
+    record |= {way: answered.generated[i] for way, answered in answers.items()}
     if asked.options:
-        record["likeliest"] = {way: answered.likeliest[i] for way, answered in answers.items()}
+        record["likeliest"] = {way: answered.most_likely[i] for way, answered in answers.items()}
     return record
 
 
@@ -188,9 +188,9 @@ def _examples(questions: Questions, asked: Sequence[int], answers: dict[str, Ans
             continue
         row = questions.prompt(i)
         frames = [*row.clips.flatten(0, 1).numpy(), *row.image_tiles.numpy()]
-        picked = [frames[n] for n in np.linspace(0, len(frames) - 1, min(len(frames), SHOWN)).round().astype(int)]
+        picked = [frames[n] for n in np.linspace(0, len(frames) - 1, min(len(frames), EXAMPLE_FRAMES)).round().astype(int)]
         jpegs = [base64.b64encode(encode_jpeg(frame, 85, "420")).decode("ascii") for frame in picked]
-        own, blind = (answers[way].given[i] for way in ("own", "blind"))
+        own, blind = (answers[way].generated[i] for way in ("own", "blind"))
         example = {"family": family, "question": questions[i].text, "expected": questions[i].answer}
         examples.append({**example, "given": own, "blind_given": blind, "frames_jpeg": jpegs})
     return examples

@@ -14,8 +14,8 @@ from framestream.trainer.model.video_llm import VideoLLM
 class LogLikelihood(NamedTuple):
     """Of one answer."""
 
-    log: float  #: natural logarithm of the probability of all its tokens, one after the other
-    greedy: bool  #: whether greedy generation would give these tokens
+    logprob: float  #: natural logarithm of the probability of all its tokens, one after the other
+    is_greedy: bool  #: whether greedy generation would give these tokens
 
 
 @torch.no_grad()

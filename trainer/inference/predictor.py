@@ -48,7 +48,7 @@ class Predictor:
         self._manifest = manifest
         self._handfuls = MediaFileCache(manifest)
 
-    def prompt(self, turns: Sequence[dict], files: Sequence[MediaFile], key: str = "") -> Batch:
+    def build_prompt(self, turns: Sequence[dict], files: Sequence[MediaFile], key: str = "") -> Batch:
         """The row of ``turns``, which end with a question and have a mark for each of ``files``.
 
         Raises:
@@ -58,11 +58,11 @@ class Predictor:
         prompts = PromptBuilder(self._manifest, self._handfuls.media_views(files), self.chat_template)
         return prompts.build(turns, range(len(files)), key).to(self.device)
 
-    def views(self, files: Sequence[MediaFile]) -> list[MediaView]:
+    def media_views(self, files: Sequence[MediaFile]) -> list[MediaView]:
         """What is shown of ``files``."""
         return self._handfuls.media_views(files).views(list(range(len(files))))
 
-    def seconds(self, files: Sequence[MediaFile], view: MediaView) -> list[float]:
+    def frame_times(self, files: Sequence[MediaFile], view: MediaView) -> list[float]:
         """Seconds of the source at which the frames of a video's view were shown."""
         stored = self._handfuls.media_views(files).index.media["timestamps"][view.row].as_py()
         return [stored[place] for place in view.frame_indices]
@@ -70,13 +70,13 @@ class Predictor:
     def answer(self, prompts: Sequence[Batch], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
         """The answers to ``prompts``, of one question each."""
         tokens = generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_token_id, sampling)
-        return [self.text(ids) for ids in tokens]
+        return [self.decode(ids) for ids in tokens]
 
-    def likelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[LogLikelihood]:
+    def loglikelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[LogLikelihood]:
         """How likely each of ``answers`` is, with the token that ends it."""
         read = prefill(self.model, [prompt])
         return loglikelihood(self.model, read, [self.chat_template.answer_ids(answer) for answer in answers])
 
-    def text(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Tokens of an answer as text."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

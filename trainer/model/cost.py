@@ -28,10 +28,10 @@ from framestream.trainer.model.video_llm import VideoLLM
 
 CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a still, beside its patches
 #: values of its width that a tower block keeps for each token: inputs of its norms, scales, products and activations
-KEPT_VALUES = {"umt": 16, "internvideo2": 22}
+SAVED_VALUES = {"umt": 16, "internvideo2": 22}
 
 
-def parameters(manifest: Manifest) -> dict[str, int]:
+def count_parameters(manifest: Manifest) -> dict[str, int]:
     """Number of parameters of each part; tied embeddings count once."""
     return _parameters(manifest.model, manifest.frames.size, manifest.frames.clip_frames)
 
@@ -66,7 +66,7 @@ class PartCost:
 
 def part_costs(manifest: Manifest) -> dict[str, PartCost]:
     """Training FLOPs of the three parts by the formula above; a vision tower's token is a patch or a class token."""
-    train, counts = manifest.train, parameters(manifest)
+    train, counts = manifest.train, count_parameters(manifest)
     tower, language = manifest.model.vision_tower, manifest.model.language_model
     before_connector = train.vision_tower.train
     before_language_model = before_connector or train.connector.train
@@ -86,7 +86,7 @@ def _matmul_weights(manifest: Manifest) -> int:
     language = manifest.model.language_model
     # the embedding is looked up, not multiplied; tied, the same matrix is the head and is multiplied once
     embedding = 0 if language.tie_word_embeddings else language.vocab_size * language.hidden_size
-    return parameters(manifest)["language_model"] - embedding
+    return count_parameters(manifest)["language_model"] - embedding
 
 
 def _part(weights: int, layers: int, width: int, trained: bool, inputs_need_gradient: bool) -> PartCost:
@@ -156,7 +156,7 @@ def cost_coefficients(manifest: Manifest) -> CostModel:
     )
 
 
-def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str, int]:
+def estimate_memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str, int]:
     """Estimated bytes of one rank while it trains on a row of ``tokens`` tokens with ``frames`` frames.
 
     ``states``: weights, gradients and AdamW's two moments, sharded over ``world`` ranks as far as the ZeRO stage does
@@ -166,7 +166,7 @@ def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str
     """
     train, cfg = manifest.train, manifest.model
     tower, language = cfg.vision_tower, cfg.language_model
-    counts, size = parameters(manifest), 2 if train.dtype == "bf16" else 4
+    counts, size = count_parameters(manifest), 2 if train.dtype == "bf16" else 4
     learned = sum(counts[name] for name in counts if getattr(train, name).train)
     # bf16 keeps a float32 master copy beside the two moments
     weights, gradients, optimiser = sum(counts.values()) * size, learned * size, learned * (12 if size == 2 else 8)
@@ -178,7 +178,7 @@ def memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str
     _, spanned = tower_tokens(manifest)
     clips = frames // clip
     group = min(clips, tower.group_clips)
-    live = KEPT_VALUES[tower.type] * size  # bytes for each channel of a token in one block
+    live = SAVED_VALUES[tower.type] * size  # bytes for each channel of a token in one block
     pixels = frames * manifest.frames.size**2 * 3
     merged = clips * TOKENS_PER_CLIP * (tower.width + 3 * language.hidden_size) * size
     one_layer = tokens * (10 * language.hidden_size + 4 * language.intermediate_size) * size

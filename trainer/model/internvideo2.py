@@ -25,10 +25,10 @@ from framestream.pipeline.config.model import VisionTowerConfig
 from framestream.trainer.model.attention import AttentionSegments, attend
 from framestream.trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize_pos_embed
 
-TABLES = {"pos_embed": TABLE_FRAMES, "img_pos_embed": 1}  #: learned positions and how many frames they are for
+POS_EMBED_FRAMES = {"pos_embed": TABLE_FRAMES, "img_pos_embed": 1}  #: learned positions and how many frames they are for
 PRETRAINED_FRAMES = 8  #: encoders of an earlier stage of the published training have tables for as many
 LAYER_SCALE = 1e-5  #: start value
-EPS = 1e-6  #: of every norm
+NORM_EPS = 1e-6  #: of every norm
 
 
 class InternVideo2(nn.Module):
@@ -51,7 +51,7 @@ class InternVideo2(nn.Module):
         self.blocks = nn.ModuleList(
             InternVideo2Block(cfg.width, cfg.heads, hidden, rise * i) for i in range(cfg.depth - 1)
         )
-        self.draws = 2 * len(self.blocks) if rise else 0  #: random numbers that a clip or a still needs while training
+        self.num_drop_path_rands = 2 * len(self.blocks) if rise else 0  #: random numbers that a clip or a still needs while training
 
     def forward(
         self, clips: torch.Tensor, stills: torch.Tensor, draws: torch.Tensor | None = None
@@ -69,7 +69,7 @@ class InternVideo2(nn.Module):
         Raises:
             ValueError: training with drop path, and no ``draws``.
         """
-        if self.training and self.draws and draws is None:
+        if self.training and self.num_drop_path_rands and draws is None:
             raise ValueError(
                 "drop path needs random numbers while training; give draws (framestream.trainer.training.drop_path_rng)"
             )
@@ -81,7 +81,7 @@ class InternVideo2(nn.Module):
         runs = [of_clips.shape[:2], of_stills.shape[:2]]
         segments = AttentionSegments.of_runs([tuple(run) for run in runs], patches.device)
         x = torch.cat([of_clips.flatten(0, 1), of_stills.flatten(0, 1)])  # (tokens, C)
-        drawn = draws.split(2, dim=1) if self.training and self.draws else [None] * len(self.blocks)
+        drawn = draws.split(2, dim=1) if self.training and self.num_drop_path_rands else [None] * len(self.blocks)
         for block, two in zip(self.blocks, drawn, strict=True):
             x = block(x, segments, two)
         split = of_clips.shape[0] * of_clips.shape[1]
@@ -100,10 +100,10 @@ class InternVideo2Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, drop: float):
         super().__init__()
         self.drop = drop
-        self.norm1 = nn.RMSNorm(width, eps=EPS)
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
         self.attn = InternVideo2Attention(width, heads)
         self.ls1 = LayerScale(width)
-        self.norm2 = nn.RMSNorm(width, eps=EPS)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, hidden)
         self.ls2 = LayerScale(width)
 
@@ -121,8 +121,8 @@ class InternVideo2Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = nn.RMSNorm(width, eps=EPS)
-        self.k_norm = nn.RMSNorm(width, eps=EPS)
+        self.q_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, segments: AttentionSegments) -> torch.Tensor:
@@ -152,7 +152,7 @@ def drop_path(x: torch.Tensor, segments: AttentionSegments, drop: float, drawn: 
     return x * factors.repeat_interleave(lengths, output_size=len(x)).unsqueeze(1)
 
 
-def grid(rows: int, frames: int) -> tuple[int, int] | None:
+def pos_embed_grid(rows: int, frames: int) -> tuple[int, int] | None:
     """(frames, side) of a position table with a class row and ``rows`` rows in all; None for no such table.
 
     A table is for ``frames`` frames, or a clip's for ``PRETRAINED_FRAMES``. For 4 and 8 frames only one of the two
@@ -173,7 +173,7 @@ def interpolate_pos_embed(table: torch.Tensor, frames: int, side: int) -> torch.
     Raises:
         ValueError: no f and s fit the table.
     """
-    found = grid(table.shape[1], frames)
+    found = pos_embed_grid(table.shape[1], frames)
     if found is None:
         raise ValueError(f"a table of {table.shape[1]} rows is for no whole number of patches and {frames} frames")
     places = table[0, 1:].float().unflatten(0, (found[0], found[1], found[1]))

@@ -33,7 +33,7 @@ class UMT(nn.Module):
         frames: T.
     """
 
-    draws = 0  #: random numbers that a clip or a still needs while training
+    num_drop_path_rands = 0  #: random numbers that a clip or a still needs while training
 
     def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES):
         super().__init__()

@@ -38,7 +38,7 @@ from framestream.trainer.model.umt import UMT
 
 MEAN = (0.485, 0.456, 0.406)  #: ImageNet
 STD = (0.229, 0.224, 0.225)
-TOWERS = {"umt": UMT, "internvideo2": InternVideo2}
+TOWER_CLASSES = {"umt": UMT, "internvideo2": InternVideo2}
 
 
 class VideoLLM(nn.Module):
@@ -55,7 +55,7 @@ class VideoLLM(nn.Module):
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
         self.recompute = recompute
-        self.vision_tower = TOWERS[tower.type](tower, size, clip_frames)
+        self.vision_tower = TOWER_CLASSES[tower.type](tower, size, clip_frames)
         self.connector = ToMeConnector(tower.width, hidden, tower.heads)
         self.language_model = build_language_model(cfg.language_model)
         if recompute:
@@ -102,7 +102,7 @@ class VideoLLM(nn.Module):
         """Tokens of the row's clips, then of its stills, then of dummies: (64 (N + M + dummies), H)."""
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         merged, start = [], 0
-        for clips, stills in groups(batch):
+        for clips, stills in split_groups(batch):
             end = start + len(clips) + len(stills)
             units = (
                 (clips, stills) if batch.drop_path_rand is None else (clips, stills, batch.drop_path_rand[start:end])
@@ -151,7 +151,7 @@ class VideoLLM(nn.Module):
         return self
 
 
-def groups(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def split_groups(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The row's clips, then its stills, as ``batch.groups`` groups of nearly equal numbers of units.
 
     Yields:
@@ -197,7 +197,7 @@ def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
 
 
 def build_model(manifest: Manifest, device: str = "cpu") -> VideoLLM:
-    """The manifest's model, its weights not yet initialised (``framestream.trainer.weights.load.initialise`` does that).
+    """The manifest's model, its weights not yet initialised (``framestream.trainer.weights.load.initialize`` does that).
 
     ``device="meta"`` allocates nothing, for counting. Works inside ``deepspeed.zero.Init()`` too.
     """

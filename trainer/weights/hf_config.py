@@ -15,13 +15,13 @@ from framestream.pipeline.config.model import ConnectorConfig, LanguageModelConf
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
 from framestream.pipeline.config.schema import ManifestError, from_dict
 
-ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
-MODEL_TYPE = "videochat_flash_qwen"
-CODE = "modeling_videochat_flash"  #: the release's python file that ``auto_map`` names
-OURS = "framestream"
+HF_ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
+HF_MODEL_TYPE = "videochat_flash_qwen"
+HF_CODE_MODULE = "modeling_videochat_flash"  #: the release's python file that ``auto_map`` names
+NATIVE_MODEL_TYPE = "framestream"
 
 #: published towers: name -> pixels along a side of a frame, architecture
-TOWERS = {
+HF_TOWERS = {
     "umt-large": (224, VisionTowerConfig()),
     "umt-hd-large": (448, VisionTowerConfig()),
     "internvideo2": (
@@ -31,7 +31,7 @@ TOWERS = {
 }
 
 #: the same in every release: the connector, how media become tokens, and settings of parts that are switched off
-FIXED: dict[str, Any] = {
+FIXED_FIELDS: dict[str, Any] = {
     "frame_aspect_ratio": "square",
     "frame_grid_pinpoints": None,
     "image_crop_resolution": None,
@@ -71,7 +71,7 @@ class ReleaseConfig:
     dtype: str
 
     @classmethod
-    def of(cls, config: dict, dtype: str, where: str) -> ReleaseConfig:
+    def from_config(cls, config: dict, dtype: str, where: str) -> ReleaseConfig:
         """From ``framestream``'s own config.json; ``where`` leads every error (ManifestError)."""
         kinds = {"model": ModelConfig, "frames": FramesConfig, "images": ImagesConfig, "text": TextConfig}
         sections = {name: from_dict(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()}
@@ -83,20 +83,20 @@ class ReleaseConfig:
 
 def tower_name(model: ModelConfig, size: int) -> str:
     """Published name of the tower that is nearest to frames of ``size`` pixels: the largest one that is not larger."""
-    sizes = {pixels: name for name, (pixels, tower) in TOWERS.items() if tower.type == model.vision_tower.type}
+    sizes = {pixels: name for name, (pixels, tower) in HF_TOWERS.items() if tower.type == model.vision_tower.type}
     return sizes[max((pixels for pixels in sizes if pixels <= size), default=min(sizes))]
 
 
-def differs(settings: ReleaseConfig) -> str:
+def describe_tower_mismatch(settings: ReleaseConfig) -> str:
     """What the release's own code would build otherwise than this model, in words; empty where it builds the same."""
-    pixels, tower = TOWERS[tower_name(settings.model, settings.frames.size)]
+    pixels, tower = HF_TOWERS[tower_name(settings.model, settings.frames.size)]
     ours, theirs = to_dict(settings.model.vision_tower), to_dict(tower)
     ours["frames.size"], theirs["frames.size"] = settings.frames.size, pixels
     names = [name for name in ours if name not in ("group_clips", "drop_path")]  # of training alone
     return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in names if ours[name] != theirs[name])
 
 
-def release_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str, Any]:
+def build_hf_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str, Any]:
     """config.json of the release.
 
     Args:
@@ -107,13 +107,13 @@ def release_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str,
     grids = [[size * i, size * j] for i in range(1, images.max_grid + 1) for j in range(1, images.max_grid + 1)]
     square = images.mode == "square"
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        "auto_map": {"AutoConfig": f"{CODE}.VideoChatFlashQwenConfig", "AutoModel": f"{CODE}.{ARCHITECTURE}"},
+        "architectures": [HF_ARCHITECTURE],
+        "model_type": HF_MODEL_TYPE,
+        "auto_map": {"AutoConfig": f"{HF_CODE_MODULE}.VideoChatFlashQwenConfig", "AutoModel": f"{HF_CODE_MODULE}.{HF_ARCHITECTURE}"},
         "torch_dtype": settings.dtype,
         **_qwen2(model.language_model),
         **{name: number for name, number in tokens.items() if name != "pad_token_id"},  # as Qwen2's config.json
-        **FIXED,
+        **FIXED_FIELDS,
         "image_aspect_ratio": images.mode,
         "image_grid_pinpoints": grids,
         "mm_hidden_size": model.vision_tower.width,
@@ -121,7 +121,7 @@ def release_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str,
         "mm_patch_merge_type": "flat" if square else "spatial_nopad",
         "mm_vision_tower": tower_name(model, size),
         "tokenizer_model_max_length": settings.text.max_tokens,
-        OURS: {name: to_dict(getattr(settings, name)) for name in ("model", "frames", "images")},
+        NATIVE_MODEL_TYPE: {name: to_dict(getattr(settings, name)) for name in ("model", "frames", "images")},
     }
 
 
@@ -140,7 +140,7 @@ def _qwen2(language: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
+def build_generation_config(tokens: dict[str, int]) -> dict[str, Any]:
     """generation_config.json: greedy, as the published evaluation; an answer ends at the turn's or the text's end."""
     ends = list(dict.fromkeys(tokens[name] for name in ("eos_token_id", "pad_token_id") if name in tokens))
     return {**tokens, "do_sample": False, "eos_token_id": ends}
@@ -155,18 +155,18 @@ def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
     Raises:
         ManifestError: ``where`` and the field that is missing or describes another model.
     """
-    if OURS in config:
-        own = config[OURS] if isinstance(config[OURS], dict) else {}
-        frames = from_dict(FramesConfig, own.get("frames"), f"{where}: {OURS}.frames")
-        return from_dict(ModelConfig, own.get("model"), f"{where}: {OURS}.model"), frames.size, frames.clip_frames
+    if NATIVE_MODEL_TYPE in config:
+        own = config[NATIVE_MODEL_TYPE] if isinstance(config[NATIVE_MODEL_TYPE], dict) else {}
+        frames = from_dict(FramesConfig, own.get("frames"), f"{where}: {NATIVE_MODEL_TYPE}.frames")
+        return from_dict(ModelConfig, own.get("model"), f"{where}: {NATIVE_MODEL_TYPE}.model"), frames.size, frames.clip_frames
     name = config.get("mm_vision_tower")
-    if name not in TOWERS:
-        raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(TOWERS)}")
-    size, tower = TOWERS[name]
+    if name not in HF_TOWERS:
+        raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(HF_TOWERS)}")
+    size, tower = HF_TOWERS[name]
     wanted = {
         "mm_hidden_size": tower.width,
         "mm_local_num_frames": 4,
-        "mm_projector_type": FIXED["mm_projector_type"],
+        "mm_projector_type": FIXED_FIELDS["mm_projector_type"],
         "rope_scaling": None,
     }
     for field, value in wanted.items():
@@ -181,6 +181,6 @@ def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
     return ModelConfig(vision_tower=tower, connector=ConnectorConfig(), language_model=language), size, 4
 
 
-def is_release(config: dict) -> bool:
+def is_hf_release(config: dict) -> bool:
     """Whether config.json is a release's, also one whose ``model_type`` is another (some published ones say qwen2)."""
-    return config.get("model_type") == MODEL_TYPE or "mm_vision_tower" in config
+    return config.get("model_type") == HF_MODEL_TYPE or "mm_vision_tower" in config

@@ -27,17 +27,17 @@ from huggingface_hub.errors import (
 from framestream.trainer.weights.tensor_files import WeightsError
 
 REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
-PLACE = re.compile(rf"hf:(?P<name>{REPOSITORY})(?:@(?P<revision>[^:@]+))?(?::(?P<file>.+))?")
+HUB_ADDRESS = re.compile(rf"hf:(?P<name>{REPOSITORY})(?:@(?P<revision>[^:@]+))?(?::(?P<file>.+))?")
 
 
-def locate(place: str) -> Path:
+def locate_weights(place: str) -> Path:
     """Local path of ``place``, one of the four forms above; what is on the hub is fetched unless it was before.
 
     Raises:
         WeightsError: one line with the place, what is wrong with it and the fix.
     """
     if place.startswith("hf:"):
-        named = PLACE.fullmatch(place)
+        named = HUB_ADDRESS.fullmatch(place)
         if named is None:
             raise WeightsError(f"{place}: is not hf:OWNER/NAME, hf:OWNER/NAME:FILE or hf:OWNER/NAME@REVISION:FILE")
         return _fetch(place, named["name"], named["revision"], named["file"])

@@ -22,10 +22,10 @@ from transformers.initialization import no_init_weights
 from framestream.pipeline.config.manifest import Manifest, to_dict
 from framestream.pipeline.config.model import ModelConfig
 from framestream.pipeline.config.schema import from_dict
-from framestream.trainer.model.internvideo2 import LAYER_SCALE, TABLES, grid, init_pos_embed, interpolate_pos_embed
+from framestream.trainer.model.internvideo2 import LAYER_SCALE, POS_EMBED_FRAMES, pos_embed_grid, init_pos_embed, interpolate_pos_embed
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.weights import hf_config as release
-from framestream.trainer.weights.hub import locate
+from framestream.trainer.weights.hub import locate_weights
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
@@ -39,10 +39,10 @@ from framestream.trainer.weights.tensor_files import (
     write_shard,
 )
 
-NAMED = 3  #: names of faulty tensors in a message
+MAX_NAMES = 3  #: names of faulty tensors in a message
 
 
-def read_part(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
+def open_part_tensors(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of one part by our names, complete and of the right shapes.
 
     Learned positions for another number of patches or frames are fitted to the model's.
@@ -52,7 +52,7 @@ def read_part(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[
     """
     tensors = open_tensors(path)
     found = {name: tensors[key] for key, name in map_checkpoint_keys(part, list(tensors), cfg).items()}
-    wanted = {name: shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
+    wanted = {name: full_shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
     found = {name: _fitted(name, tensor, wanted[name]) if name in wanted else tensor for name, tensor in found.items()}
     wrong = [
         f"{name} is {list(found[name].shape)}, the model's {list(size)}"
@@ -72,11 +72,11 @@ def read_part(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[
 
 def _fitted(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
     """Learned positions as the model wants them; anything else, and a table that cannot be one, as it is."""
-    frames = TABLES.get(name.removeprefix("vision_tower."))
+    frames = POS_EMBED_FRAMES.get(name.removeprefix("vision_tower."))
     if frames is None or tensor.shape == size or len(tensor.shape) != 3 or tensor.shape[::2] != size[::2]:
         return tensor
-    wanted = grid(size[1], frames)
-    if wanted is None or grid(tensor.shape[1], frames) is None:
+    wanted = pos_embed_grid(size[1], frames)
+    if wanted is None or pos_embed_grid(tensor.shape[1], frames) is None:
         return tensor
     return LazyTensor(size, lambda: interpolate_pos_embed(tensor.read(), *wanted))
 
@@ -91,8 +91,8 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
     0.02, and more in smaller models); norm weights are one, biases zero. InternVideo2's layer scales and positions have
     the published start values.
     """
-    frames = TABLES.get(name.removeprefix("vision_tower."))
-    if frames is not None and (table := grid(size[1], frames)):
+    frames = POS_EMBED_FRAMES.get(name.removeprefix("vision_tower."))
+    if frames is not None and (table := pos_embed_grid(size[1], frames)):
         return init_pos_embed(size[2], *table)
     if name.endswith((".ls1.weight", ".ls2.weight")):
         return torch.full(size, LAYER_SCALE)
@@ -112,15 +112,15 @@ def resolve_init_tensors(
     """
     tensors, places = {}, {}
     for part in model.parts() if parts is None else parts:
-        field, place = weights_place(manifest, part)
+        field, place = resolve_init_source(manifest, part)
         if place == "random":
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
-                    size = shape(p)
+                    size = full_shape(p)
                     tensors[name] = LazyTensor(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
         else:
             try:
-                places[part] = (f"{field}: ", locate(place))
+                places[part] = (f"{field}: ", locate_weights(place))
             except WeightsError as error:
                 raise WeightsError(f"{field}: {error}") from error
     return tensors | _read_parts(model, places, manifest.model)
@@ -135,7 +135,7 @@ def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: Model
     tensors, faults = {}, {}
     for part, (where, path) in places.items():
         try:
-            tensors |= read_part(model, part, path, cfg)
+            tensors |= open_part_tensors(model, part, path, cfg)
         except WeightsError as error:
             faults[f"{where}{error}"] = None  # a damaged folder of all parts is one fault
     if faults:
@@ -143,7 +143,7 @@ def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: Model
     return tensors
 
 
-def weights_place(manifest: Manifest, part: str) -> tuple[str, str]:
+def resolve_init_source(manifest: Manifest, part: str) -> tuple[str, str]:
     """Field of the manifest that says where a part starts from, and that place, or ``random``.
 
     Raises:
@@ -157,7 +157,7 @@ def weights_place(manifest: Manifest, part: str) -> tuple[str, str]:
 
 def _some(names: list[str]) -> str:
     """The first of ``names``, in one line that can be read."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
 def _weights_of(run: str) -> str:
@@ -172,7 +172,7 @@ def _weights_of(run: str) -> str:
     return str(folder / "final")
 
 
-def initialise(model: VideoLLM, manifest: Manifest) -> None:
+def initialize(model: VideoLLM, manifest: Manifest) -> None:
     """Fill every parameter as ``manifest.init_from`` says. Call before ``deepspeed.initialize``, on every rank.
 
     Raises:
@@ -191,10 +191,10 @@ def initialise(model: VideoLLM, manifest: Manifest) -> None:
         dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise WeightsError(outcome[0])
-    fill(model, tensors if reads else None)
+    copy_tensors(model, tensors if reads else None)
 
 
-def fill(model: nn.Module, tensors: dict[str, LazyTensor] | None) -> None:
+def copy_tensors(model: nn.Module, tensors: dict[str, LazyTensor] | None) -> None:
     """Copy ``tensors`` (our names) into all parameters; a rank that does not read passes None and takes part."""
     for name, parameter in model.named_parameters():
         with gather_parameter(parameter, write=True), torch.no_grad():
@@ -207,7 +207,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -252,7 +252,7 @@ def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_
     write_index(folder, sizes, shard_bytes)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     sections = {name: to_dict(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
-    config = {"architectures": ["VideoLLM"], "model_type": release.OURS, "dtype": dtype, **sections}
+    config = {"architectures": ["VideoLLM"], "model_type": release.NATIVE_MODEL_TYPE, "dtype": dtype, **sections}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -274,9 +274,9 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
     """
     folder = Path(folder)
     config, where = read_config(folder), str(folder / "config.json")
-    if release.is_release(config):
+    if release.is_hf_release(config):
         cfg, trained_size, clip_frames = release.parse_hf_config(config, where)
-    elif config.get("model_type") == release.OURS:
+    elif config.get("model_type") == release.NATIVE_MODEL_TYPE:
         cfg = from_dict(ModelConfig, config["model"], f"{where}: model")
         trained_size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
     else:
@@ -284,8 +284,8 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
         raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
     with no_init_weights():
         model = VideoLLM(cfg, size or trained_size, clip_frames)
-    model.to(dtype_of(config, where))
-    fill(model, read_model(model, folder, cfg))
+    model.to(parse_dtype(config, where))
+    copy_tensors(model, open_model_tensors(model, folder, cfg))
     return model.eval()
 
 
@@ -303,7 +303,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def dtype_of(config: dict, where: str) -> torch.dtype:
+def parse_dtype(config: dict, where: str) -> torch.dtype:
     """dtype that a config.json names (``dtype``, or ``torch_dtype`` as before transformers 5)."""
     name = config.get("dtype") or config.get("torch_dtype")
     if name not in DTYPES:
@@ -311,12 +311,12 @@ def dtype_of(config: dict, where: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def empty_model(cfg: ModelConfig, size: int, clip_frames: int) -> VideoLLM:
+def build_meta_model(cfg: ModelConfig, size: int, clip_frames: int) -> VideoLLM:
     """A model without storage (``meta``), for its parameters' names and shapes."""
     with torch.device("meta"), no_init_weights():
         return VideoLLM(cfg, size, clip_frames)
 
 
-def read_model(model: VideoLLM, folder: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
+def open_model_tensors(model: VideoLLM, folder: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
     """The tensors of all parts by our names; one WeightsError as from ``read_part``, with the faults of all parts."""
     return _read_parts(model, {part: ("", folder) for part in model.parts()}, cfg)

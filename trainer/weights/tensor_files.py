@@ -18,16 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from framestream.pipeline.config.model import ModelConfig
-from framestream.trainer.model.internvideo2 import TABLES
+from framestream.trainer.model.internvideo2 import POS_EMBED_FRAMES
 
 SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
 INDEX = "model.safetensors.index.json"
 
-TOWERS = {  #: published prefix of the vision tower, by its type
+HF_TOWER_PREFIXES = {  #: published prefix of the vision tower, by its type
     "umt": "model.vision_tower.vision_tower.encoder.",
     "internvideo2": "model.vision_tower.vision_tower.",
 }
-PUBLISHED = {  #: our prefix -> published prefix of the other parts, once the vision tower's has been tried
+HF_PREFIXES = {  #: our prefix -> published prefix of the other parts, once the vision tower's has been tried
     "connector.": "model.mm_projector.",
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -43,7 +43,7 @@ ENCODER_PREFIXES = (  #: in an encoder's own file; longer ones first
     "",
 )
 #: what files of InternVideo2 may hold for its own pretraining, which compares features with other models'
-PRETRAINING = ("clip_projector.", "clip_decoder.", "final_clip_decoder.", "clip_pos_embed", "clip_img_pos_embed")
+PRETRAINING_PREFIXES = ("clip_projector.", "clip_decoder.", "final_clip_decoder.", "clip_pos_embed", "clip_img_pos_embed")
 
 
 class WeightsError(ValueError):
@@ -79,7 +79,7 @@ def from_hf_name(name: str, tower: str = "umt") -> str | None:
 
 def _prefixes(tower: str) -> list[tuple[str, str]]:
     """(ours, published), the first match being right; any other tower's tensors are a vision tower's too."""
-    return [("vision_tower.", TOWERS[tower]), ("vision_tower.", TOWERS["internvideo2"]), *PUBLISHED.items()]
+    return [("vision_tower.", HF_TOWER_PREFIXES[tower]), ("vision_tower.", HF_TOWER_PREFIXES["internvideo2"]), *HF_PREFIXES.items()]
 
 
 def map_checkpoint_keys(part: str, keys: list[str], cfg: ModelConfig) -> dict[str, str]:
@@ -108,7 +108,7 @@ def map_checkpoint_keys(part: str, keys: list[str], cfg: ModelConfig) -> dict[st
 
 def _unused(cfg: ModelConfig) -> tuple[str, ...]:
     """Beginnings of names that files may hold and the model computes, shares or never runs."""
-    computed = tuple(TABLES) if cfg.vision_tower.type == "umt" else PRETRAINING
+    computed = tuple(POS_EMBED_FRAMES) if cfg.vision_tower.type == "umt" else PRETRAINING_PREFIXES
     in_tower = tuple("vision_tower." + name for name in computed)
     last_block = (f"vision_tower.blocks.{cfg.vision_tower.depth - 1}.",)
     tied_head = ("language_model.lm_head.",) if cfg.language_model.tie_word_embeddings else ()

@@ -11,7 +11,7 @@ from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.model.video_llm import VideoLLM, build_model
-from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.load import initialize
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SMALL, dialogue, pack
 
@@ -60,7 +60,7 @@ def one_process() -> tuple[float, dict[str, torch.Tensor], VideoLLM]:
     """Loss and gradients of the four rows as one global batch without DeepSpeed, and the model."""
     made = settings()
     model = build_model(made)
-    initialise(model, made)
+    initialize(model, made)
     model.train()
     loss = sum(model(row(kind)) for kind in KINDS) / len(KINDS)
     loss.backward()

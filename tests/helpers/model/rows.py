@@ -11,7 +11,7 @@ from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, 
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.trainer.model.video_llm import VideoLLM
-from framestream.trainer.weights.load import fill, random_tensor
+from framestream.trainer.weights.load import copy_tensors, random_tensor
 from framestream.trainer.weights.tensor_files import LazyTensor
 
 SIZE = 128
@@ -41,7 +41,7 @@ def small_model(recompute: bool = False, cfg: ModelConfig = SMALL, scale: float 
     model = VideoLLM(cfg, size, 4, recompute)
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
     values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
-    fill(model, {name: LazyTensor(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
+    copy_tensors(model, {name: LazyTensor(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
     return model
 
 

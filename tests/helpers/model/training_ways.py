@@ -15,7 +15,7 @@ from safetensors import safe_open
 from framestream.pipeline.config.manifest import load_manifest
 from framestream.tools import demo_data
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.load import initialize
 from framestream.trainer.weights.tensor_files import to_hf_name
 from tests.helpers.corpora import training_corpus as corpus
 
@@ -71,7 +71,7 @@ def first_weights() -> dict[str, torch.Tensor]:
     """The weights that every way begins with, by their published names."""
     manifest = load_manifest(MANIFEST, list(SETTINGS))
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     return {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 

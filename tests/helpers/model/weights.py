@@ -7,7 +7,7 @@ import dataclasses
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig, ModelConfig
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.load import initialize
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
 
@@ -20,5 +20,5 @@ def start(cfg: ModelConfig = SMALL, **sources: str) -> Manifest:
 
 def initialised(settings: Manifest):
     model = build_model(settings)
-    initialise(model, settings)
+    initialize(model, settings)
     return model

@@ -21,7 +21,7 @@ from framestream.pipeline.config.model import InitFromConfig
 from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.training.engine import build_engine
-from framestream.trainer.weights.load import initialise, save_weights
+from framestream.trainer.weights.load import initialize, save_weights
 from framestream.trainer.weights.tensor_files import WeightsError
 from tests.helpers.model.zero3_cases import RATE, cases
 
@@ -56,7 +56,7 @@ def check_errors(settings) -> None:
         model = build_model(settings)
     nowhere = InitFromConfig(vision_tower="nowhere/at/all", language_model="random")
     try:
-        initialise(model, dataclasses.replace(settings, init_from=nowhere))
+        initialize(model, dataclasses.replace(settings, init_from=nowhere))
     except WeightsError as error:
         assert "nowhere/at/all" in str(error)
     else:

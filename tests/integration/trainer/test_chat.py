@@ -19,7 +19,7 @@ from framestream.pipeline.config.manifest import to_dict
 from framestream.trainer import chat
 from framestream.trainer.inference.generate import generate
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from tests.helpers.corpora import training_corpus as corpus
 
 NEW = 6
@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> Path:
     path = corpus.make(tmp_path_factory.mktemp("chat"), videos=2)
     manifest = load_manifest(path)
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)  # or every answer is the same
     folder = Path(manifest.output)

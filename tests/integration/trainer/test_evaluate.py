@@ -15,7 +15,7 @@ from framestream.pipeline import Questions, load_manifest
 from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.trainer import evaluate
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.html_page import Page
 
@@ -29,7 +29,7 @@ def made(tmp_path_factory) -> Path:
     path = corpus.make(folder, videos=4)
     manifest = load_manifest(path)
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)
     save_weights(model, Path(manifest.output) / "final", manifest)

@@ -20,8 +20,8 @@ from framestream.pipeline.config.model import InitFromConfig, LanguageModelConfi
 from framestream.pipeline.config.preprocessing import ImagesConfig
 from framestream.trainer.export import export, main
 from framestream.trainer.model.video_llm import VideoLLM, build_model
-from framestream.trainer.weights import hf_config as release
-from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.hf_config import ReleaseConfig, describe_tower_mismatch, is_hf_release, parse_hf_config
+from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.golden_data import files
@@ -48,7 +48,7 @@ def settings(tied: bool = False, size: int = SIZE, **fields) -> Manifest:
 def finished(folder: Path, made: Manifest, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, VideoLLM]:
     """A run with final weights, and the model that they are of."""
     model = build_model(made)
-    initialise(model, made)
+    initialize(model, made)
     model.to(dtype)
     save_weights(model, folder / "run" / "final", made)
     return folder / "run", model.eval()
@@ -188,7 +188,7 @@ def test_internvideo2_is_exported_under_its_own_names(tmp_path):
     again = load_pretrained(tmp_path / "out")
     assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in model.named_parameters())
     config = released_config(mm_vision_tower="internvideo2", mm_hidden_size=1408)
-    assert release.parse_hf_config(config, "config.json")[0].vision_tower.depth == 40
+    assert parse_hf_config(config, "config.json")[0].vision_tower.depth == 40
 
 
 # Released folders -----------------------------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ def released_config(**fields) -> dict:
 
 
 def test_a_released_config_is_the_manifests_model():
-    model, size, clip_frames = release.parse_hf_config(released_config(), "config.json")
+    model, size, clip_frames = parse_hf_config(released_config(), "config.json")
     stage4 = load_manifest(ROOT / "manifests" / "stage4.yaml")
     assert (model, size, clip_frames) == (stage4.model, 448, 4)
-    assert release.is_release(released_config(model_type="qwen2"))
-    assert not release.differs(release.ReleaseConfig(model, stage4.frames, stage4.images, stage4.text, "bfloat16"))
+    assert is_hf_release(released_config(model_type="qwen2"))
+    assert not describe_tower_mismatch(ReleaseConfig(model, stage4.frames, stage4.images, stage4.text, "bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_released_config_is_the_manifests_model():
 )
 def test_released_configs_of_other_models_are_refused(fields, message):
     with pytest.raises(ManifestError) as error:
-        release.parse_hf_config(released_config(**fields), "here/config.json")
+        parse_hf_config(released_config(**fields), "here/config.json")
     assert message in str(error.value) and str(error.value).startswith("here/config.json: ")
 
 
@@ -231,7 +231,7 @@ def test_a_released_config_without_qwen2s_keys_is_refused():
     config = released_config()
     del config["vocab_size"], config["hidden_size"]
     with pytest.raises(ManifestError, match="hidden_size, vocab_size: missing"):
-        release.parse_hf_config(config, "config.json")
+        parse_hf_config(config, "config.json")
 
 
 @pytest.mark.parametrize("text", ["not json", "[1]"])
@@ -250,14 +250,14 @@ def test_parts_and_runs_start_from_a_released_folder(tmp_path):
     for part in model.parts():
         given = {"vision_tower": "random", "language_model": "random", part: str(out)}
         started = build_model(other)
-        initialise(started, dataclasses.replace(other, init_from=InitFromConfig(**given)))
+        initialize(started, dataclasses.replace(other, init_from=InitFromConfig(**given)))
         for name, parameter in started.named_parameters():
             same = torch.equal(parameter, wanted[to_hf_name(name)])
             assert same or not name.startswith(part + "."), name
             assert not same or name.startswith(part + ".") or parameter.ndim == 1, name
     larger = settings(size=192)  # positions are computed: nothing to convert
     started = build_model(larger)
-    initialise(started, dataclasses.replace(larger, init_from=InitFromConfig(run=str(out))))
+    initialize(started, dataclasses.replace(larger, init_from=InitFromConfig(run=str(out))))
     assert_same(published(started), wanted)
 
 
@@ -292,7 +292,7 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
     made = dataclasses.replace(made, model=cfg, text=text)
     parts = dict.fromkeys(("vision_tower", "connector", "language_model"), str(folder / "released"))
     started = build_model(made)
-    initialise(started, dataclasses.replace(made, init_from=InitFromConfig(**parts)))
+    initialize(started, dataclasses.replace(made, init_from=InitFromConfig(**parts)))
     save_weights(started, folder / "run" / "final", made)
     export(folder / "run", folder / "exported")
     assert_same(tensors(folder / "exported"), load_file(golden.FILES / "weights.safetensors"))

@@ -13,7 +13,7 @@ from framestream.pipeline.evaluation.haystack import Haystack
 from framestream.trainer import haystack
 from framestream.trainer.inference.generate import generate
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from tests.helpers.corpora.needles import DEPTHS, FRAMES, make
 from tests.helpers.html_page import Page
 
@@ -33,7 +33,7 @@ def manifest(folder) -> Manifest:
 @pytest.fixture(scope="module")
 def weights(manifest, folder) -> Path:
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)
     save_weights(model, folder / "final", manifest)

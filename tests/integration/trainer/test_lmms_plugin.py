@@ -25,7 +25,7 @@ from framestream.pipeline.evaluation.file_questions import FileQuestions  # noqa
 from framestream.trainer import evaluate  # noqa: E402
 from framestream.trainer.lmms_plugin import SimpleModel  # noqa: E402
 from framestream.trainer.model.video_llm import build_model  # noqa: E402
-from framestream.trainer.weights.load import initialise, save_weights  # noqa: E402
+from framestream.trainer.weights.load import initialize, save_weights  # noqa: E402
 from tests.helpers.corpora import training_corpus as corpus  # noqa: E402
 
 pytestmark = pytest.mark.peers
@@ -64,7 +64,7 @@ def run(tmp_path_factory) -> Path:
     path = corpus.make(tmp_path_factory.mktemp("lmms"), videos=3)
     manifest, folder = load_manifest(path), path.parent
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight.mul_(30)
     run = Path(manifest.output)

@@ -18,8 +18,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.trainer.model import cost
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights import hf_config as release
-from framestream.trainer.weights.load import read_model
+from framestream.trainer.weights.hf_config import ReleaseConfig, build_hf_config, describe_tower_mismatch, parse_hf_config
+from framestream.trainer.weights.load import open_model_tensors
 from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.model import published_tensors as published
 from tests.helpers.model.published_tensors import Shapes
@@ -93,7 +93,7 @@ def test_parameters_are_the_published_number(variant):
     parts = {"vision_tower": "model.vision_tower.", "connector": "model.mm_projector."}
     counted = {part: sum(n for name, n in sizes.items() if name.startswith(start)) for part, start in parts.items()}
     counted["language_model"] = sum(sizes.values()) - sum(counted.values())
-    assert cost.parameters(manifest_of(variant)) == counted
+    assert cost.count_parameters(manifest_of(variant)) == counted
     for count, stated in zip(counted.values(), variant.counts, strict=True):
         assert count == pytest.approx(stated, rel=0.02 if stated < 10e6 else 0.005)
     if variant.qwen is QWEN_7B and tower_type(variant) == "umt":
@@ -137,13 +137,13 @@ def test_tensors_of_the_published_names_are_read(tmp_path, variant):
     shapes = variant.shapes()
     if variant.qwen["tie_word_embeddings"]:  # some files hold the shared head too
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-    found = read_model(model, hollow(tmp_path / "released", shapes), made.model)
+    found = open_model_tensors(model, hollow(tmp_path / "released", shapes), made.model)
     assert {name: tensor.shape for name, tensor in found.items()} == {n: p.shape for n, p in model.named_parameters()}
     other = next(name for name in shapes if name.endswith("blocks.7.norm2.weight"))
     del shapes["model.mm_projector.mlp.2.bias"]
     wrong = shapes | {other: (5,), "model.layers.28.mlp.up_proj.weight": (3, 3)}
     with pytest.raises(WeightsError) as error:
-        read_model(model, hollow(tmp_path / "wrong", wrong), made.model)
+        open_model_tensors(model, hollow(tmp_path / "wrong", wrong), made.model)
     text = str(error.value)
     assert "\n" not in text and "missing: connector.mlp.2.bias" in text
     assert "unexpected: language_model.model.layers.28.mlp.up_proj.weight" in text
@@ -164,12 +164,12 @@ def test_positions_and_norms_are_transformers_own(variant):
 @each_variant
 def test_config_json_is_the_published_models(variant):
     made = manifest_of(variant)
-    settings = release.ReleaseConfig(made.model, made.frames, made.images, made.text, "bfloat16")
-    assert not release.differs(settings)
-    config = release.release_config(settings, {})
+    settings = ReleaseConfig(made.model, made.frames, made.images, made.text, "bfloat16")
+    assert not describe_tower_mismatch(settings)
+    config = build_hf_config(settings, {})
     assert config["mm_vision_tower"] == variant.tower
     assert config["mm_hidden_size"] == (1408 if variant.tower == "internvideo2" else 1024)
     assert {name: config[name] for name in variant.qwen} == variant.qwen
     del config["framestream"]
-    model, size, clip_frames = release.parse_hf_config(config, "config.json")
+    model, size, clip_frames = parse_hf_config(config, "config.json")
     assert (model, size, clip_frames) == (made.model, made.frames.size, 4)

@@ -18,7 +18,7 @@ from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.training.engine import freeze
-from framestream.trainer.weights.load import initialise, load_pretrained, save_weights
+from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from framestream.trainer.weights.tensor_files import INDEX, to_hf_name
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.zero3_cases import EPSILON, FILES, RATE, STARTS, cases, settings
@@ -28,7 +28,7 @@ from tests.helpers.paths import ROOT
 def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """Losses of every step and rank, and final weights, of plain AdamW on the mean over ranks."""
     model = build_model(settings)
-    initialise(model, settings)
+    initialize(model, settings)
     freeze(model.parts(), settings.train)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -71,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
     for start in STARTS:
         random = settings(InitFromConfig(vision_tower="random", language_model="random"), start)
         model = build_model(random)
-        initialise(model, random)
+        initialize(model, random)
         save_weights(model, folder / start / "final", random)
         if start == "start":
             write_files(model, folder)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framestream.trainer.evaluation.metrics import CONTROLS, TRIES, blind_partners, bootstrap_ci, is_correct, summarize
+from framestream.trainer.evaluation.metrics import CONTROLS, MAX_PARTNERS, blind_partners, bootstrap_ci, is_correct, summarize
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_partners_are_of_the_family_and_answer_otherwise(asked, seed):
             and shown[j] >= shown[i]
             and answers[j].lower().rstrip(".") != answers[i].lower().rstrip(".")
         ]
-        assert set(found) <= set(fits) and len(set(found)) == len(found) == min(len(fits), TRIES)
+        assert set(found) <= set(fits) and len(set(found)) == len(found) == min(len(fits), MAX_PARTNERS)
 
 
 def test_intervals_are_those_of_the_normal_distribution():

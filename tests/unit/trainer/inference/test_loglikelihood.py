@@ -36,7 +36,7 @@ def test_the_greedy_answer_is_known_as_such(model):
     prompt = pack([dialogue(3, clips=1, text=6)])
     greedy = generate(model, [prompt], 4, -1)[0]
     other = [*greedy[:3], (greedy[3] + 1) % 20]
-    assert [found.greedy for found in loglikelihood(model, prefill(model, [prompt]), [greedy, greedy[:2], other])] == [
+    assert [found.is_greedy for found in loglikelihood(model, prefill(model, [prompt]), [greedy, greedy[:2], other])] == [
         True,
         True,
         False,
@@ -46,7 +46,7 @@ def test_the_greedy_answer_is_known_as_such(model):
 def test_all_next_tokens_together_are_certain(model):
     prompt = pack([dialogue(4, stills=1, text=6)])
     words = [[token] for token in range(SMALL.language_model.vocab_size)]
-    logs = torch.tensor([found.log for found in loglikelihood(model, prefill(model, [prompt]), words)])
+    logs = torch.tensor([found.logprob for found in loglikelihood(model, prefill(model, [prompt]), words)])
     assert float(logs.exp().sum()) == pytest.approx(1, abs=1e-4)
     with pytest.raises(ValueError, match="without tokens"):
         loglikelihood(model, prefill(model, [prompt]), [[1], []])
@@ -59,5 +59,5 @@ def test_one_of_several_that_were_read_is_as_if_read_alone(model):
     for number, prompt in enumerate([dialogue(5, clips=1, text=3), dialogue(6, text=8), dialogue(7, stills=1, text=5)]):
         alone = loglikelihood(model, prefill(model, [pack([prompt])]), ANSWERS)
         found = loglikelihood(model, read.select(number), ANSWERS)
-        assert [f.log for f in found] == pytest.approx([a.log for a in alone], rel=1e-5)
+        assert [f.logprob for f in found] == pytest.approx([a.logprob for a in alone], rel=1e-5)
     assert read.cache.get_seq_length() == max(read.lengths)  # the others can still be continued

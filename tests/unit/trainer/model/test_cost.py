@@ -85,13 +85,13 @@ def test_freezing_never_costs_more():
 
 def test_memory_of_model_states_is_sharded_as_the_stage_says():
     settings = manifest()
-    total = sum(cost.parameters(settings).values())
-    assert cost.memory(settings, 512, 8448, 8)["states"] == pytest.approx(16 * total / 8, rel=1e-6)
+    total = sum(cost.count_parameters(settings).values())
+    assert cost.estimate_memory(settings, 512, 8448, 8)["states"] == pytest.approx(16 * total / 8, rel=1e-6)
     first = dataclasses.replace(settings, train=dataclasses.replace(settings.train, zero_stage=1))
-    assert cost.memory(first, 512, 8448, 8)["states"] == pytest.approx((4 + 12 / 8) * total, rel=1e-6)
+    assert cost.estimate_memory(first, 512, 8448, 8)["states"] == pytest.approx((4 + 12 / 8) * total, rel=1e-6)
     assert (
-        cost.memory(settings, 512, 8448, 8)["kept"]
-        < cost.memory(
+        cost.estimate_memory(settings, 512, 8448, 8)["kept"]
+        < cost.estimate_memory(
             dataclasses.replace(settings, train=dataclasses.replace(settings.train, gradient_checkpointing=False)),
             512,
             8448,

@@ -9,7 +9,7 @@ import torch
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
 from framestream.trainer.model.video_llm import VideoLLM
-from framestream.trainer.weights.load import fill, read_part
+from framestream.trainer.weights.load import copy_tensors, open_part_tensors
 from framestream.trainer.weights.tensor_files import to_hf_name
 from tests.helpers.model.golden_sequence import CASES, CONFIG, FILES, dialogues
 from tests.helpers.model.rows import Dialogue, pack
@@ -26,7 +26,7 @@ def model() -> VideoLLM:
     )
     model = VideoLLM(cfg, tower["size"], 4, recompute=True)
     weights = FILES / "weights.safetensors"
-    fill(model, {name: t for part in model.parts() for name, t in read_part(model, part, weights, cfg).items()})
+    copy_tensors(model, {name: t for part in model.parts() for name, t in open_part_tensors(model, part, weights, cfg).items()})
     model.pixels = lambda frames: frames.movedim(-1, 1)
     return model.train()
 

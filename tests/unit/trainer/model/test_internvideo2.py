@@ -10,7 +10,7 @@ import torch
 
 from framestream.pipeline.config.model import VisionTowerConfig
 from framestream.trainer.model.attention import AttentionSegments
-from framestream.trainer.model.internvideo2 import InternVideo2, drop_path, grid, init_pos_embed, interpolate_pos_embed
+from framestream.trainer.model.internvideo2 import InternVideo2, drop_path, pos_embed_grid, init_pos_embed, interpolate_pos_embed
 from framestream.trainer.weights.load import random_tensor
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
@@ -113,9 +113,9 @@ def test_drop_rises_linearly_and_stops_at_inference():
     exact = small_tower()(clips, stills)
     for ours, theirs in zip(tower(clips, stills), exact, strict=True):
         assert torch.equal(ours, theirs)
-    dropped = [tower.train()(clips, stills, torch.rand(3, tower.draws))[0] for _ in range(4)]
+    dropped = [tower.train()(clips, stills, torch.rand(3, tower.num_drop_path_rands))[0] for _ in range(4)]
     assert any(not torch.equal(a, b) for a, b in itertools.pairwise(dropped))
-    for ours, theirs in zip(tower(clips, stills, torch.full((3, tower.draws), 0.29)), exact, strict=True):
+    for ours, theirs in zip(tower(clips, stills, torch.full((3, tower.num_drop_path_rands), 0.29)), exact, strict=True):
         assert not torch.equal(ours, theirs)  # only the last block, whose probability is 0.3
     with pytest.raises(ValueError, match="needs random numbers"):
         tower(clips, stills)
@@ -133,8 +133,8 @@ def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
 
 
 def test_tables_that_fit_no_clip_are_refused():
-    assert grid(1 + 4 * 16**2, 4) == (4, 16) and grid(1 + 8 * 16**2, 4) == (8, 16) and grid(1 + 256, 1) == (1, 16)
-    assert [grid(rows, frames) for rows, frames in ((0, 4), (1, 1), (1 + 8 * 64, 1), (256, 1), (1 + 5 * 64, 4))] == [
+    assert pos_embed_grid(1 + 4 * 16**2, 4) == (4, 16) and pos_embed_grid(1 + 8 * 16**2, 4) == (8, 16) and pos_embed_grid(1 + 256, 1) == (1, 16)
+    assert [pos_embed_grid(rows, frames) for rows, frames in ((0, 4), (1, 1), (1 + 8 * 64, 1), (256, 1), (1 + 5 * 64, 4))] == [
         None
     ] * 5
     with pytest.raises(ValueError, match="a table of 300 rows"):

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from framestream.pipeline.config.model import ModelConfig
 from framestream.trainer.model import attention
 from framestream.trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
-from framestream.trainer.model.video_llm import groups
+from framestream.trainer.model.video_llm import split_groups
 from framestream.trainer.training.drop_path_rng import drop_path_random
 from tests.helpers.model.rows import INTERNVIDEO2, SMALL, Dialogue, dialogue, pack, parameters, small_model
 
@@ -68,7 +68,7 @@ def test_recomputation_drops_the_same_paths():
     found = []
     for seed, recompute in ((1, False), (1, True), (2, True)):
         model = small_model(recompute, cfg).train()
-        batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.draws)
+        batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.num_drop_path_rands)
         found.append(gradients(model, batch))
     assert_same(found[0], found[1])
     name = "vision_tower.patch_embed.proj.weight"
@@ -84,7 +84,7 @@ def test_dialogues_drop_the_same_paths_in_any_row():
     def loss(numbers: list[int], groups: int, seed: int = 1) -> float:
         batch = pack([dialogues[number] for number in numbers], groups)
         batch.keys = [f"d{number}" for number in numbers]
-        batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.draws)
+        batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.num_drop_path_rands)
         return model(batch).item()
 
     together = loss([0, 1, 2, 3], 1)
@@ -102,7 +102,7 @@ def test_groups_cover_every_unit_once_in_order(clips, stills, number):
         stills=100 + torch.arange(stills, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3),
         groups=number,
     )
-    parts = list(groups(batch))
+    parts = list(split_groups(batch))
     assert len(parts) == number and all(len(c) + len(s) for c, s in parts)
     assert torch.equal(torch.cat([c for c, _ in parts]), batch.clips)
     assert torch.equal(torch.cat([s for _, s in parts])[:stills], batch.image_tiles)

@@ -21,12 +21,12 @@ class Engine:
     """Stands for DeepSpeed's: keeps the random numbers of every clip, by dialogue."""
 
     def __init__(self, draws: int) -> None:
-        self.module = SimpleNamespace(vision_tower=SimpleNamespace(draws=draws))
+        self.module = SimpleNamespace(vision_tower=SimpleNamespace(num_drop_path_rands=draws))
         self.drawn: dict[tuple[int, str], torch.Tensor | None] = {}
 
     def __call__(self, row) -> torch.Tensor:
         for number, key in enumerate(row.keys):  # one clip each
-            self.drawn[row.step, key] = None if row.draws is None else row.draws[number]
+            self.drawn[row.step, key] = None if row.drop_path_rand is None else row.drop_path_rand[number]
         return torch.tensor(1.0)
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None: ...

@@ -13,7 +13,7 @@ from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dic
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.trainer.training import preflight as checks
 from framestream.trainer.training.preflight import GIB, check_memory, check_weights
-from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.hf_config import ReleaseConfig, build_hf_config
 from framestream.trainer.weights.load import save_weights
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.weights import initialised, start
@@ -68,8 +68,8 @@ def test_another_tower_and_other_heads_of_a_run_or_a_release_are_refused(tmp_pat
     assert fault.startswith("init_from.run: ") and given in fault
     released = run / "final"
     made = start(other)
-    settings = release.ReleaseConfig(other, made.frames, made.images, made.text, "float32")
-    (released / "config.json").write_text(json.dumps(release.release_config(settings, {})))
+    settings = ReleaseConfig(other, made.frames, made.images, made.text, "float32")
+    (released / "config.json").write_text(json.dumps(build_hf_config(settings, {})))
     (fault,) = check_weights(dataclasses.replace(start(), init_from=InitFromConfig(run=str(released))))
     assert given in fault
 

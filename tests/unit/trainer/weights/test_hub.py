@@ -29,11 +29,11 @@ from tests.helpers.servers.hub_server import Hub, Repository, serve
 #: prints where each place is, or why it is not anywhere
 LOCATE = """
 import sys
-from framestream.trainer.weights.hub import locate
+from framestream.trainer.weights.hub import locate_weights
 from framestream.trainer.weights.tensor_files import WeightsError
 for place in sys.argv[1:]:
     try:
-        print(locate(place))
+        print(locate_weights(place))
     except WeightsError as error:
         print("error:", error)
 """
@@ -43,11 +43,11 @@ import sys
 from pathlib import Path
 from framestream.pipeline.config.manifest import load_manifest
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialise, save_weights
+from framestream.trainer.weights.load import initialize, save_weights
 for path in Path(sys.argv[1]).glob("*.yaml"):
     manifest = load_manifest(path)
     model = build_model(manifest)
-    initialise(model, manifest)
+    initialize(model, manifest)
     save_weights(model, path.with_suffix(""), manifest)
 """
 
