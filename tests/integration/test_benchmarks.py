@@ -90,7 +90,7 @@ def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_pat
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Media:
-    return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=32)
+    return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=64)
 
 
 def frames_of(reader: loader_readers.Reader, count: int) -> list[bytes]:
