@@ -135,13 +135,13 @@ def processors(count: int) -> Iterator[None]:
 
 def decode(path: Path, numbers: np.ndarray) -> None:
     """The frames as RGB pictures."""
-    for _ in open_video(path).pictures(numbers):
+    for _ in open_video(path).decode_frames(numbers):
         pass
 
 
 def bare(path: Path, numbers: np.ndarray) -> None:
     """The frames decoded, resized and encoded."""
-    for picture in open_video(path).pictures(numbers):
+    for picture in open_video(path).decode_frames(numbers):
         encode_jpeg(np.asarray(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC)), 90, "420")
 
 

@@ -40,10 +40,10 @@ def with_framestream(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     """Frames by ``framestream.pipeline.media.video``: by seeking, or straight through where that is not exact."""
     try:
         source = open_video(path)
-        list(source.pictures(np.arange(0, FRAMES, 7)))
+        list(source.decode_frames(np.arange(0, FRAMES, 7)))
     except InexactSeekError:
         source = open_sequential(path)
-    return lambda numbers: list(source.pictures(numbers))
+    return lambda numbers: list(source.decode_frames(numbers))
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def cost(path: Path, step: int, limits: tuple[int, int]) -> float:
     sources.SEEK_FRAMES, sources.SEEK_FRAMES_IN_ORDER = limits
     begin = time.process_time()
     source = sources.open_video(path)
-    for _ in source.pictures(np.arange(step // 2, len(source.seconds), step)):
+    for _ in source.decode_frames(np.arange(step // 2, len(source.seconds), step)):
         pass
     return time.process_time() - begin
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-COLOURS = ("#2f6fdb", "#d9730d", "#2b8a5b", "#8a4fbf")
+COLORS = ("#2f6fdb", "#d9730d", "#2b8a5b", "#8a4fbf")
 MOST_POINTS = 500  #: of one line; longer ones are thinned to means
 
 
@@ -19,7 +19,7 @@ class Line:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: str = COLOURS[0]
+    color: str = COLORS[0]
     faint: bool = False
 
 
@@ -30,7 +30,7 @@ class Bar:
     value: float
     low: float
     high: float
-    colour: str
+    color: str
     label: str
 
 
@@ -132,12 +132,12 @@ def line_chart(
             if math.isfinite(y)
         ]
         style = "faint" if line.faint else "line"
-        parts.append(f'<polyline class="{style}" stroke="{line.colour}" points="{" ".join(points)}"/>')
+        parts.append(f'<polyline class="{style}" stroke="{line.color}" points="{" ".join(points)}"/>')
     at = width - right
     for line in reversed([line for line in lines if line.name]):
         at -= 6.2 * len(line.name)
         parts.append(f'<text class="tick" x="{at:.0f}" y="16">{escape(line.name)}</text>')
-        parts.append(f'<rect x="{at - 13:.0f}" y="9.5" width="9" height="3" rx="1" fill="{line.colour}"/>')
+        parts.append(f'<rect x="{at - 13:.0f}" y="9.5" width="9" height="3" rx="1" fill="{line.color}"/>')
         at -= 24
     return _svg(title, width, height, parts)
 
@@ -168,7 +168,7 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], width: in
             label = escape(f"{name}, {bar.label}: {bar.value:.1f} % ({bar.low:.1f} to {bar.high:.1f})")
             parts.append(
                 f'<rect x="{left}" y="{y:.1f}" width="{across(bar.value) - left:.1f}" height="{thick}" rx="2" '
-                f'fill="{bar.colour}"><title>{label}</title></rect>'
+                f'fill="{bar.color}"><title>{label}</title></rect>'
             )
             whisker = f"M{across(bar.low):.1f} {centre:.1f}H{across(bar.high):.1f}"
             for end in (bar.low, bar.high):
@@ -207,7 +207,7 @@ def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 2
         label = escape(f"{bin.label}: {bin.count:,}")
         parts.append(
             f'<rect x="{x + 0.5:.1f}" y="{up(bin.count):.1f}" width="{max(step - 1, 0.5):.1f}" '
-            f'height="{height - bottom - up(bin.count):.1f}" fill="{COLOURS[0]}"><title>{label}</title></rect>'
+            f'height="{height - bottom - up(bin.count):.1f}" fill="{COLORS[0]}"><title>{label}</title></rect>'
         )
         if number % every == 0:
             middle = x + step / 2 if bin.low == bin.high else x

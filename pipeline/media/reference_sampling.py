@@ -37,35 +37,37 @@ class SamplingRequest:
     """The manifest's sampler and its bounds, in frames; ``local`` is the number of frames of a clip of the tower."""
 
     sampler: str
-    low: int
-    high: int
-    local: int
+    min_frames: int
+    max_frames: int
+    clip_frames: int
     rng: np.random.Generator | None = None  #: of the sampler ``rand``
 
     def indices(self, vlen: int, fps: float) -> np.ndarray:
         """The sampler's frame numbers, int64 (N,), of ``vlen`` frames at ``fps``; see :func:`frame_indices`."""
-        return frame_indices(self.sampler, vlen, fps, vlen / fps, self.low, self.high, self.local, self.rng)
+        return frame_indices(
+            self.sampler, vlen, fps, vlen / fps, self.min_frames, self.max_frames, self.clip_frames, self.rng
+        )
 
     def count(self, duration: float, frames: float) -> int:
         """How many frames are spread evenly over a clip; every sampler but ``dynamic_fps1`` asks for all it may."""
         if self.sampler != "dynamic_fps1":
-            return self.high
-        return fps1_count(duration, frames, self.low, self.high, self.local)
+            return self.max_frames
+        return fps1_count(duration, frames, self.min_frames, self.max_frames, self.clip_frames)
 
 
 @dataclass(frozen=True, slots=True)
 class FrameSelection:
     """What a published reader gives of a video or clip."""
 
-    read: np.ndarray  #: int64 (R,) numbers of the file's frames that are read, in the order shown
+    indices: np.ndarray  #: int64 (R,) numbers of the file's frames that are read, in the order shown
     nominal: np.ndarray  #: int64 (N,) the numbers that the time message counts; N need not be R
     fps: float  #: frames a second by which the long message makes seconds of ``nominal``
     duration: float  #: seconds, as the message tells them
 
     def check_clips(self, local: int) -> None:
         """Refuse a number of frames that whole clips of ``local`` frames do not make up, or none (ValueError)."""
-        if not len(self.read) or len(self.read) % local:
-            raise ValueError(f"{len(self.read)} frames are read, which is no whole number of clips of {local}")
+        if not len(self.indices) or len(self.indices) % local:
+            raise ValueError(f"{len(self.indices)} frames are read, which is no whole number of clips of {local}")
 
 
 def select_frames(
@@ -81,9 +83,9 @@ def select_frames(
         return full_video(wanted, count, fps)
     if split != "train":
         return eval_clip(wanted, count, fps, clip)
-    if source.clock is None:
+    if source.frame_times is None:
         raise ValueError("the frames have no times or no rate")
-    return train_clip(wanted, source.clock, clip)
+    return train_clip(wanted, source.frame_times, clip)
 
 
 def full_video(wanted: SamplingRequest, vlen: int, fps: float) -> FrameSelection:

@@ -1,7 +1,8 @@
-"""One media item to what is stored of it: an MP4 of JPEG frames or a JPEG, and its columns of the index.
+"""Encode one media item for storage in a shard.
 
-Shards are built of these bytes, and a file that is asked about (:mod:`framestream.pipeline.shards.memory_index`) goes the same way, so that a
-model sees of it what it would see of a shard.
+A video becomes an MP4 of JPEG frames, an image a JPEG; both come with their columns of the index. Builds of shards and
+inference on single files (:mod:`framestream.pipeline.shards.memory_index`) share this code. So a model sees the same
+pixels of a file as it would see of a shard.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
-from framestream.pipeline.media.decode import decode_video, encode_image
+from framestream.pipeline.config.preprocessing import ImagesConfig
+from framestream.pipeline.media.decode import VideoRequest, decode_video, encode_image
 from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
 from framestream.pipeline.shards.index import NOMINAL
@@ -19,27 +20,20 @@ from framestream.pipeline.shards.index import NOMINAL
 
 @dataclass(frozen=True, slots=True)
 class EncodedMedia:
-    """What is stored of a media item."""
+    """The stored form of a media item."""
 
-    data: bytes  #: of an MP4 or a JPEG
-    columns: dict[str, Any]  #: of the media table, with frame offsets from the start of ``data``
-    salvaged: bool  #: the file is damaged: fewer frames could be read than it promises
+    data: bytes  #: bytes of the MP4 or JPEG
+    columns: dict[str, Any]  #: columns of the media table; frame offsets count from the start of ``data``
+    salvaged: bool  #: the file is damaged, and only the frames before the damage are stored
 
 
-def encode_video(
-    path: Path,
-    reader: str,
-    start: float | None,
-    end: float | None,
-    frames: FramesConfig,
-    seed: int = 0,
-    compat: str = "none",
-    split: str = "train",
-    name: str = "",
-) -> EncodedMedia:
-    """The frames that ``frames.sampler`` takes of a video; arguments and errors of
-    :func:`framestream.pipeline.media.decode.decode_video`."""
-    decoded = decode_video(path, reader, start, end, frames, seed, compat, split=split, name=name)
+def encode_video(path: Path, request: VideoRequest) -> EncodedMedia:
+    """Decode the requested frames of a video and encode them as an MP4 of JPEGs.
+
+    Raises:
+        MediaError, ValueError: as :func:`framestream.pipeline.media.decode.decode_video`.
+    """
+    decoded, frames = decode_video(path, request), request.frames
     jpegs = [encode_jpeg(frame, frames.quality, frames.subsampling) for frame in decoded.frames]
     height, width = decoded.frames.shape[1:3]
     data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, width, height)
@@ -64,7 +58,11 @@ def encode_video(
 
 
 def encode_image_file(path: Path, images: ImagesConfig) -> EncodedMedia:
-    """A picture; errors of :func:`framestream.pipeline.media.decode.encode_still`."""
+    """Encode an image as a JPEG.
+
+    Raises:
+        MediaError: as :func:`framestream.pipeline.media.image.encode_image`.
+    """
     data, width, height, source_width, source_height = encode_image(path, images)
     columns = {
         "width": width,

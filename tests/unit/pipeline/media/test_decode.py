@@ -17,7 +17,7 @@ from PIL import Image
 
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
 from framestream.pipeline.media import video as sources
-from framestream.pipeline.media.decode import MediaError, decode_video, encode_image, read_image
+from framestream.pipeline.media.decode import MediaError, VideoRequest, decode_video, encode_image, read_image
 from framestream.pipeline.media.sampling import sample_indices
 from framestream.pipeline.media.video import InexactSeekError, open_sequential, open_video
 from tests.helpers.media.footage import BIKES, all_frames, number_of, write_video
@@ -47,7 +47,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("reader", ["decord", "av"])
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_every_frame_is_the_one_asked_for(videos: Path, name: str, reader: str) -> None:
-    decoded = decode_video(videos / name, reader, None, None, SIXTEEN)
+    decoded = decode_video(videos / name, VideoRequest(reader, SIXTEEN))
     assert (decoded.vlen, decoded.fps, decoded.duration) == (100, 25.0, 4.0)
     assert (type(decoded.vlen), type(decoded.fps), type(decoded.duration)) == (int, float, float)  # JSON takes no numpy
     assert [number_of(frame) for frame in decoded.frames] == decoded.frame_index.tolist()
@@ -65,7 +65,7 @@ def test_seeking_gives_what_straight_reading_gives(videos: Path, name: str) -> N
         for seed in range(8):
             rng = np.random.default_rng(seed)
             wanted = np.sort(rng.permutation(100)[: rng.integers(1, 20)])
-            assert [number_of(np.asarray(picture)) for picture in source.pictures(wanted)] == wanted.tolist()
+            assert [number_of(np.asarray(picture)) for picture in source.decode_frames(wanted)] == wanted.tolist()
     except InexactSeekError:
         assert not name.startswith("h264.")  # the plain case is read by seeking
     assert [number_of(np.asarray(picture)) for picture in straight.pictures(np.arange(100))] == list(range(100))
@@ -75,7 +75,7 @@ def test_frames_are_those_that_decord_reads_straight_through(videos: Path) -> No
     """decord as an independent reader: without seeking or skipping it is exact."""
     reader = decord.VideoReader(str(BIKES), num_threads=1)
     pixels = [reader.next().asnumpy() for _ in range(250)]
-    decoded = decode_video(BIKES, "decord", 2.0, 9.0, SIXTEEN)
+    decoded = decode_video(BIKES, VideoRequest("decord", SIXTEEN, 2.0, 9.0))
     for frame, index in zip(decoded.frames, decoded.frame_index + 50, strict=True):
         expected = Image.fromarray(pixels[index]).resize((64, 64), Image.Resampling.BICUBIC)
         assert np.abs(frame - np.asarray(expected).astype(int)).max() <= 1
@@ -84,7 +84,7 @@ def test_frames_are_those_that_decord_reads_straight_through(videos: Path) -> No
 def test_pixels_are_those_of_a_plain_reading_and_pillow() -> None:
     pixels, seconds = all_frames(BIKES)
     for reader in ("decord", "av"):
-        decoded = decode_video(BIKES, reader, None, None, FRAMES)
+        decoded = decode_video(BIKES, VideoRequest(reader, FRAMES))
         expected = sample_indices(FRAMES, 250, 25.0, 10.0)
         assert decoded.frame_index[decoded.sample].tolist() == expected.tolist()
         for frame, second, index in zip(decoded.frames, decoded.timestamps, decoded.frame_index, strict=True):
@@ -97,7 +97,7 @@ def test_pixels_are_those_of_a_plain_reading_and_pillow() -> None:
 
 def test_pixels_agree_with_the_ffmpeg_program() -> None:
     frames = FramesConfig(sampler="middle", min=4, max=4, size=64)
-    decoded = decode_video(BIKES, "decord", None, None, frames)
+    decoded = decode_video(BIKES, VideoRequest("decord", frames))
     choice = "+".join(f"eq(n\\,{index})" for index in decoded.frame_index)
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(BIKES), "-vf", f"select={choice}"]
     command += ["-fps_mode", "vfr", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
@@ -109,7 +109,7 @@ def test_pixels_agree_with_the_ffmpeg_program() -> None:
 
 @pytest.mark.parametrize("reader", ["decord", "av"])
 def test_a_clip_is_sampled_within_its_seconds(videos: Path, reader: str) -> None:
-    decoded = decode_video(videos / "h264.mp4", reader, 1.0, 3.0, SIXTEEN)
+    decoded = decode_video(videos / "h264.mp4", VideoRequest(reader, SIXTEEN, 1.0, 3.0))
     assert (decoded.vlen, decoded.duration) == (51, 2.0)  # frames 25 to 75, both ends included
     assert decoded.frame_index.tolist() == sample_indices(SIXTEEN, 51, 25.0, 2.0).tolist()
     assert [number_of(frame) for frame in decoded.frames] == (decoded.frame_index + 25).tolist()
@@ -120,7 +120,7 @@ def test_times_of_a_variable_rate_are_the_source_times(tmp_path: Path) -> None:
     seconds = np.cumsum([0.0, *np.random.default_rng(0).uniform(0.02, 0.3, 59)])
     path = write_video(tmp_path / "vfr.mp4", 60, seconds=seconds.tolist())
     for reader in ("decord", "av"):
-        decoded = decode_video(path, reader, 2.0, 6.0, SIXTEEN)
+        decoded = decode_video(path, VideoRequest(reader, SIXTEEN, 2.0, 6.0))
         inside = np.flatnonzero((seconds >= 2.0) & (seconds <= 6.0))
         assert decoded.vlen == len(inside)
         shown = np.array([number_of(frame) for frame in decoded.frames])
@@ -129,7 +129,7 @@ def test_times_of_a_variable_rate_are_the_source_times(tmp_path: Path) -> None:
 
 
 def test_a_clip_may_overshoot_the_video_and_repeat_frames(videos: Path) -> None:
-    decoded = decode_video(videos / "h264.mp4", "decord", 3.9, 99.0, FRAMES)
+    decoded = decode_video(videos / "h264.mp4", VideoRequest("decord", FRAMES, 3.9, 99.0))
     assert (decoded.vlen, decoded.duration) == (2, pytest.approx(0.1))
     assert decoded.sample.tolist() == [0, 1, 1, 1] and len(decoded.frames) == 2
 
@@ -138,7 +138,7 @@ def test_a_cut_with_an_edit_list_hides_its_first_frames(videos: Path, tmp_path: 
     cut = tmp_path / "cut.mp4"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-ss", "1.2", "-i", str(videos / "h264.mp4")]
     subprocess.run([*command, "-c", "copy", str(cut)], check=True)
-    decoded = decode_video(cut, "decord", None, None, SIXTEEN)
+    decoded = decode_video(cut, VideoRequest("decord", SIXTEEN))
     shown = np.array([number_of(frame) for frame in decoded.frames])
     np.testing.assert_array_equal(shown, decoded.frame_index + 30)  # frame 30 is at 1.2 s
     assert decoded.vlen == 70 and not decoded.salvaged
@@ -148,21 +148,21 @@ def test_a_turned_video_is_read_upright_by_both(tmp_path: Path) -> None:
     turned = tmp_path / "turned.mp4"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i", str(BIKES)]
     subprocess.run([*command, "-t", "2", "-c", "copy", str(turned)], check=True)
-    one, other = (decode_video(turned, reader, None, None, FRAMES) for reader in ("decord", "av"))
+    one, other = (decode_video(turned, VideoRequest(reader, FRAMES)) for reader in ("decord", "av"))
     assert (one.source_width, one.source_height) == (other.source_width, other.source_height) == (272, 640)
     np.testing.assert_array_equal(one.frames, other.frames)
 
 
 def test_rand_depends_on_the_seed_alone(videos: Path) -> None:
     frames = FramesConfig(sampler="rand", min=8, max=8, size=32)
-    first, again, other = (decode_video(videos / "h264.mp4", "decord", None, None, frames, s) for s in (1, 1, 2))
+    first, again, other = (decode_video(videos / "h264.mp4", VideoRequest("decord", frames, seed=s)) for s in (1, 1, 2))
     np.testing.assert_array_equal(first.frames, again.frames)
     assert first.frame_index.tolist() != other.frame_index.tolist()
 
 
 def test_fps_sampling_is_padded_to_whole_clips(videos: Path) -> None:
     frames = FramesConfig(sampler="fps1.5", min=4, max=64, size=32)
-    decoded = decode_video(videos / "h264.mp4", "decord", None, None, frames)
+    decoded = decode_video(videos / "h264.mp4", VideoRequest("decord", frames))
     assert len(decoded.sample) == 8 and len(decoded.frames) == 6
     assert decoded.sample.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
 
@@ -209,7 +209,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_broken_files_say_why(broken: Path, name: str, reason: str, reader: str) -> None:
     with pytest.raises(MediaError) as caught:
-        decode_video(f"{broken}/{name}", reader, None, None, FRAMES)
+        decode_video(f"{broken}/{name}", VideoRequest(reader, FRAMES))
     assert caught.value.reason == reason
     assert name.partition("\0")[0] in str(caught.value) and "\n" not in str(caught.value)
     copy = pickle.loads(pickle.dumps(caught.value))  # workers of the build hand errors over like this
@@ -225,7 +225,7 @@ def test_fewer_frames_than_promised_are_counted_or_refused(tmp_path: Path) -> No
     )
     whole = (tmp_path / "front.mp4").read_bytes()
     (tmp_path / "most.mp4").write_bytes(whole[: -len(whole) // 5])
-    decoded = decode_video(tmp_path / "most.mp4", "decord", None, None, SIXTEEN)
+    decoded = decode_video(tmp_path / "most.mp4", VideoRequest("decord", SIXTEEN))
     assert decoded.salvaged and 100 < decoded.vlen < 200
     assert decoded.duration == decoded.vlen / 25
     assert [number_of(frame) for frame in decoded.frames] == decoded.frame_index.tolist()
@@ -234,7 +234,7 @@ def test_fewer_frames_than_promised_are_counted_or_refused(tmp_path: Path) -> No
     (tmp_path / "little.mp4").write_bytes(whole[: index + (len(whole) - index) // 5])
     with pytest.raises(MediaError, match="only [0-9]+ frames before that; 64 are needed") as caught:
         decode_video(
-            tmp_path / "little.mp4", "decord", None, None, FramesConfig(sampler="middle", min=64, max=64, size=64)
+            tmp_path / "little.mp4", VideoRequest("decord", FramesConfig(sampler="middle", min=64, max=64, size=64))
         )
     assert caught.value.reason == "too_few_frames"
 
@@ -243,14 +243,14 @@ def test_a_matroska_file_that_ends_early_is_marked(videos: Path, tmp_path: Path)
     write_video(tmp_path / "whole.mkv", 250, options={"g": "10"})
     whole = (tmp_path / "whole.mkv").read_bytes()
     (tmp_path / "early.mkv").write_bytes(whole[: len(whole) * 6 // 10])
-    assert not decode_video(tmp_path / "whole.mkv", "decord", None, None, SIXTEEN).salvaged
-    assert decode_video(tmp_path / "early.mkv", "decord", None, None, SIXTEEN).salvaged
+    assert not decode_video(tmp_path / "whole.mkv", VideoRequest("decord", SIXTEEN)).salvaged
+    assert decode_video(tmp_path / "early.mkv", VideoRequest("decord", SIXTEEN)).salvaged
 
 
 @pytest.mark.parametrize("clip", [(3.0, 2.0), (2.0, 2.0), (50.0, 60.0), (-3.0, -1.0), (float("nan"), 2.0)])
 def test_clips_without_frames_are_refused(videos: Path, clip: tuple[float, float]) -> None:
     with pytest.raises(MediaError) as caught:
-        decode_video(videos / "h264.mp4", "decord", *clip, FRAMES)
+        decode_video(videos / "h264.mp4", VideoRequest("decord", FRAMES, *clip))
     assert caught.value.reason == "bad_clip"
 
 
@@ -274,7 +274,7 @@ def _gif(path: Path, colours: list[str], **options: object) -> Path:
 
 def test_a_gif_counts_one_frame_a_second_and_repeats_its_last(tmp_path: Path) -> None:
     path = _gif(tmp_path / "x.gif", ["red", "lime", "blue"])
-    decoded = decode_video(path, "gif", None, None, FramesConfig(sampler="middle", min=8, max=8, size=16))
+    decoded = decode_video(path, VideoRequest("gif", FramesConfig(sampler="middle", min=8, max=8, size=16)))
     assert (decoded.vlen, decoded.fps, decoded.duration) == (3, 1.0, 3.0)
     assert decoded.sample.tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
     assert decoded.timestamps.tolist() == [0.0, 1.0, 2.0]
@@ -286,7 +286,9 @@ def test_transparent_places_of_a_gif_are_black(tmp_path: Path) -> None:
     frame.putpalette([200, 200, 200, 255, 0, 0])
     frame.paste(1, (0, 0, 8, 16))
     frame.save(tmp_path / "t.gif", transparency=0)
-    decoded = decode_video(tmp_path / "t.gif", "gif", None, None, FramesConfig(sampler="middle", min=4, max=4, size=16))
+    decoded = decode_video(
+        tmp_path / "t.gif", VideoRequest("gif", FramesConfig(sampler="middle", min=4, max=4, size=16))
+    )
     assert decoded.frames[0, 8, 3].tolist() == [255, 0, 0] and decoded.frames[0, 8, 12].tolist() == [0, 0, 0]
 
 
@@ -299,7 +301,7 @@ def test_broken_gifs_say_why(tmp_path: Path, broken: Path) -> None:
         (broken / "empty.mp4", "empty_file"),
     ):
         with pytest.raises(MediaError) as caught:
-            decode_video(path, "gif", None, None, FRAMES)
+            decode_video(path, VideoRequest("gif", FRAMES))
         assert caught.value.reason == reason
 
 
@@ -308,7 +310,9 @@ def test_frame_folders_are_in_order_of_the_last_number(tmp_path: Path, pattern: 
     for number in range(12):
         Image.new("RGB", (8, 8), (number * 20,) * 3).save(tmp_path / pattern.format(number))
     (tmp_path / "notes.txt").write_text("not a frame")
-    decoded = decode_video(tmp_path, "img", 3.0, 8.0, FramesConfig(sampler="middle", min=4, max=4, size=16))
+    decoded = decode_video(
+        tmp_path, VideoRequest("img", FramesConfig(sampler="middle", min=4, max=4, size=16), 3.0, 8.0)
+    )
     assert (decoded.vlen, decoded.fps, decoded.duration) == (6, 1.0, 5.0)
     expected = sample_indices(FramesConfig(sampler="middle", min=4, max=4, size=16), 6, 1.0, 5.0) + 3
     assert decoded.timestamps.tolist() == expected.tolist()
@@ -320,24 +324,24 @@ def test_tvqa_folders_have_three_frames_a_second(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(30):
         Image.new("RGB", (8, 8)).save(folder / f"{number:05d}.jpg")
-    decoded = decode_video(folder, "frame", None, None, FRAMES)
+    decoded = decode_video(folder, VideoRequest("frame", FRAMES))
     assert (decoded.vlen, decoded.fps, decoded.duration, len(decoded.sample)) == (30, 3.0, 10.0, 8)
     elsewhere = folder.rename(tmp_path / "frames")
-    named = decode_video(elsewhere, "img", None, None, FRAMES, name="https://a.org/tvqa/s01")
+    named = decode_video(elsewhere, VideoRequest("img", FRAMES, name="https://a.org/tvqa/s01"))
     assert (named.vlen, named.fps, named.timestamps.tolist()) == (30, 3.0, decoded.timestamps.tolist())
-    assert decode_video(elsewhere, "img", None, None, FRAMES, name="https://a.org/s01").fps == 1.0
+    assert decode_video(elsewhere, VideoRequest("img", FRAMES, name="https://a.org/s01")).fps == 1.0
 
 
 def test_broken_folders_say_why(tmp_path: Path) -> None:
     with pytest.raises(MediaError) as caught:
-        decode_video(tmp_path / "absent", "img", None, None, FRAMES)
+        decode_video(tmp_path / "absent", VideoRequest("img", FRAMES))
     assert caught.value.reason == "missing_file"
     with pytest.raises(MediaError) as caught:
-        decode_video(tmp_path, "img", None, None, FRAMES)
+        decode_video(tmp_path, VideoRequest("img", FRAMES))
     assert caught.value.reason == "empty_file"
     (tmp_path / "0.jpg").write_bytes(_picture_bytes("JPEG")[:400])
     with pytest.raises(MediaError) as caught:
-        decode_video(tmp_path, "img", None, None, FRAMES)
+        decode_video(tmp_path, VideoRequest("img", FRAMES))
     assert caught.value.reason == "truncated"
 
 
@@ -403,8 +407,8 @@ def decoded_frames(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             counts[run] += 1
             yield frame
 
-    original = sources._decode
-    monkeypatch.setattr(sources, "_decode", counting)
+    original = sources.decode_stream
+    monkeypatch.setattr(sources, "decode_stream", counting)
     return counts
 
 
@@ -412,16 +416,16 @@ def test_few_frames_are_reached_by_seeking_and_many_by_decoding_on(videos: Path,
     few = FramesConfig(sampler="middle", min=4, max=4, size=32)
     for name in ("h264.mp4", "hevc.mkv", "vp9.webm", "h264_open.ts"):
         decoded_frames.clear()
-        decode_video(videos / name, "decord", None, None, few)
+        decode_video(videos / name, VideoRequest("decord", few))
         assert sum(decoded_frames) < 50, name
         decoded_frames.clear()
-        decode_video(videos / name, "decord", None, None, FramesConfig(sampler="middle", min=64, max=64, size=32))
+        decode_video(videos / name, VideoRequest("decord", FramesConfig(sampler="middle", min=64, max=64, size=32)))
         assert sum(decoded_frames) <= 101, name
 
 
 def test_a_file_without_times_is_decoded_once(tmp_path: Path, decoded_frames: list[int]) -> None:
     path = write_video(tmp_path / "bare.h264", 100, options={"g": "12", "bf": "2"})
-    decoded = decode_video(path, "decord", 1.0, 3.0, SIXTEEN)
+    decoded = decode_video(path, VideoRequest("decord", SIXTEEN, 1.0, 3.0))
     assert decoded_frames == [100] and not decoded.salvaged
     assert [number_of(frame) for frame in decoded.frames] == (decoded.frame_index + 25).tolist()
 
@@ -445,7 +449,7 @@ def test_a_long_video_costs_a_few_bytes_a_frame(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert len(source.seconds) == 10_000 and peak < 10_000 * 80
     wanted = np.array([7, 4_999, 9_990])
-    pictures = open_video(tmp_path / "long.mp4").pictures(wanted)
+    pictures = open_video(tmp_path / "long.mp4").decode_frames(wanted)
     assert [number_of(picture) for picture in pictures] == (wanted % 250).tolist()
 
 
@@ -461,7 +465,7 @@ def test_a_stream_that_only_a_strict_decoder_refuses_is_read_as_players_do(tmp_p
     path = tmp_path / "refs.mp4"
     path.write_bytes(data)
     pixels, _ = all_frames(path)
-    decoded = decode_video(path, "decord", None, None, SIXTEEN)
+    decoded = decode_video(path, VideoRequest("decord", SIXTEEN))
     assert (decoded.vlen, decoded.salvaged) == (100, False)
     for frame, index in zip(decoded.frames, decoded.frame_index, strict=True):
         assert number_of(frame) == number_of(pixels[index])
@@ -473,7 +477,7 @@ def test_a_stream_that_only_a_strict_decoder_refuses_is_read_as_players_do(tmp_p
 @pytest.mark.parametrize(("mode", "size"), [("short_side", (150, 64)), ("long_side", (64, 28)), ("stretch", (64, 64))])
 def test_frames_keep_their_aspect_where_asked(mode: str, size: tuple[int, int]) -> None:
     frames = FramesConfig(sampler="middle", min=4, max=4, size=64, resize=mode)
-    decoded = decode_video(BIKES, "decord", None, None, frames)
+    decoded = decode_video(BIKES, VideoRequest("decord", frames))
     assert decoded.frames.shape[1:3] == size[::-1] and (decoded.source_width, decoded.source_height) == (640, 272)
     pixels, _ = all_frames(BIKES)
     for frame, index in zip(decoded.frames, decoded.frame_index, strict=True):
@@ -486,5 +490,5 @@ def test_a_strip_too_narrow_to_keep_its_aspect_is_refused(tmp_path: Path) -> Non
     Image.new("RGB", (1000, 10)).save(tmp_path / "f" / "1.png")
     frames = FramesConfig(sampler="middle", min=4, max=4, size=64, resize="short_side")
     with pytest.raises(MediaError, match="too narrow") as caught:
-        decode_video(tmp_path / "f", "img", None, None, frames)
+        decode_video(tmp_path / "f", VideoRequest("img", frames))
     assert caught.value.reason == "unsupported"

@@ -17,7 +17,7 @@ from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.preprocessing import FramesConfig
 from framestream.pipeline.evaluation.questions import Questions
 from framestream.pipeline.loading.loader import StateError, build_loader
-from framestream.pipeline.media.decode import MediaError, decode_video
+from framestream.pipeline.media.decode import MediaError, VideoRequest, decode_video
 from framestream.pipeline.media.reference_sampling import (
     FrameSelection,
     SamplingRequest,
@@ -59,19 +59,19 @@ def compare(row: dict, choice: FrameSelection) -> None:
     """A choice against all that a row says of it."""
     nominal = row.get("indices", row.get("nominal_indices"))
     duration = row["duration"] if "duration" in row else row["end"] - row["start"]
-    assert choice.read.dtype == choice.nominal.dtype == np.int64
+    assert choice.indices.dtype == choice.nominal.dtype == np.int64
     assert choice.nominal.tolist() == nominal, row
     assert (choice.fps, choice.duration) == (row["fps"], duration), row
     if row.get("frames_read") is not None:
-        assert choice.read.tolist() == row["frames_read"], row
+        assert choice.indices.tolist() == row["frames_read"], row
     elif row["reader"] in ("decord", "img"):
-        assert choice.read.tolist() == nominal, row
-    assert len(choice.read) == row.get("n_frames", len(choice.read)), row
+        assert choice.indices.tolist() == nominal, row
+    assert len(choice.indices) == row.get("n_frames", len(choice.indices)), row
     assert len(choice.nominal) == row.get("asked", len(choice.nominal)), row
     for style in ("short", "long", "none"):
         if f"msg_{style}" in row:
             assert time_message(style, choice.duration, choice.nominal, choice.fps) == row[f"msg_{style}"], row
-    if any(name.startswith("msg_") for name in row) and row["sample"] == "dynamic_fps1" and len(choice.read):
+    if any(name.startswith("msg_") for name in row) and row["sample"] == "dynamic_fps1" and len(choice.indices):
         try:
             choice.check_clips(row["local"])
             assert "msg_short_error" not in row and "msg_long_error" not in row, row
@@ -124,7 +124,7 @@ def test_golden_lazy(found):
             assert spread_evenly(row["num_frames"], row["num_segments"]).tolist() == row["out"], row
         elif "note" in row:
             assert "client" in row["note"] and row["reader"] == "lazy" and "error" in row, "a row of another kind"
-            local = decode_video(BIKES, "decord", 4.0, 9.5, EIGHT, compat="published", split="train")
+            local = decode_video(BIKES, VideoRequest("decord", EIGHT, 4.0, 9.5, compat="published", split="train"))
             assert local.sample.tolist() == list(range(8))
         else:
             check([row], lambda row: train_clip(wanted(row), clock(row), (row["start"], row["end"])))
@@ -167,22 +167,23 @@ def uneven(tmp_path_factory):
 def test_a_training_clip_is_what_stepping_through_the_file_gives(uneven, clip, opened):
     for path in (BIKES, uneven):
         source = opened(path)
-        choice = train_clip(SamplingRequest("middle", 8, 8, 4), source.clock, clip)
-        assert source.clock.ticks[choice.read].tolist() == stepped(path, choice.nominal.tolist(), clip[0])
+        choice = train_clip(SamplingRequest("middle", 8, 8, 4), source.frame_times, clip)
+        assert source.frame_times.ticks[choice.indices].tolist() == stepped(path, choice.nominal.tolist(), clip[0])
 
 
 def test_frames_of_a_training_clip_are_decoded_in_order(uneven):
-    decoded = decode_video(uneven, "av", 3.0, 40.0, EIGHT, compat="published")
-    choice = train_clip(SamplingRequest("middle", 8, 8, 4), open_video(uneven).clock, (3.0, 40.0))
+    decoded = decode_video(uneven, VideoRequest("av", EIGHT, 3.0, 40.0, compat="published"))
+    choice = train_clip(SamplingRequest("middle", 8, 8, 4), open_video(uneven).frame_times, (3.0, 40.0))
     shown = [number_of(frame) for frame in decoded.frames[decoded.sample]]
-    assert shown == choice.read.tolist() == decoded.frame_index[decoded.sample].tolist()
+    assert shown == choice.indices.tolist() == decoded.frame_index[decoded.sample].tolist()
     assert decoded.nominal.tolist() == choice.nominal.tolist() != shown
     assert (decoded.vlen, decoded.start, decoded.duration) == (200, 3.0, 37.0)
 
 
 def test_one_bound_alone_is_no_clip():
     both, one = (
-        decode_video(BIKES, "decord", *clip, EIGHT, compat="published") for clip in ((None, None), (4.0, None))
+        decode_video(BIKES, VideoRequest("decord", EIGHT, *clip, compat="published"))
+        for clip in ((None, None), (4.0, None))
     )
     assert one.frame_index.tolist() == both.frame_index.tolist() and (one.start, one.duration) == (0.0, 10.0)
 
@@ -210,7 +211,7 @@ def test_what_fails_there_is_an_error_of_one_line(tmp_path, name, clip, reason):
     elif name == "timeless.h264":
         path = write_video(tmp_path / name, 100)
     with pytest.raises(MediaError, match="compat: published") as caught:
-        decode_video(path, reader, *clip, EIGHT, compat="published")
+        decode_video(path, VideoRequest(reader, EIGHT, *clip, compat="published"))
     assert caught.value.reason == reason and "\n" not in str(caught.value)
 
 

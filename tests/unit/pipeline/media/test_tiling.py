@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from framestream.pipeline.config.preprocessing import FramesConfig
-from framestream.pipeline.media.decode import decode_video
+from framestream.pipeline.media.decode import VideoRequest, decode_video
 from framestream.pipeline.media.tiling import best_grid, grids, pad_square, raster_order, split_into_tiles
 from tests.helpers.golden_data import GOLDEN, files, json_file, present
 
@@ -99,7 +99,7 @@ def test_golden_frames(tmp_path, row):
         Image.fromarray(frame).save(tmp_path / f"{number:05d}.png")
     every = -(-len(frames) // 4) * 4
     settings = FramesConfig(sampler="middle", min=every, max=every, size=row["tile"])
-    compare(decode_video(tmp_path, "img", None, None, settings).frames, row)
+    compare(decode_video(tmp_path, VideoRequest("img", settings)).frames, row)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""Open a video file with PyAV and decode its main video stream in display order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, diagnose_open_error
+
+#: Containers that are opened. Playlists and scripts (HLS, concat, SDP ...) are not: they make ffmpeg open other files.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,rm,h264,hevc,m4v,ivf,mxf,nut,dv"
+)
+#: Decoders that can skip frames to which no other frame refers, whatever the stream contains.
+SKIPPING = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+
+
+class DamagedStreamError(Exception):
+    """The stream is damaged at this point; the frames before it have been returned."""
+
+
+class _DamagedPacketError(Exception):
+    """A packet is damaged; frames that the decoder has buffered may still be good."""
+
+
+@contextlib.contextmanager
+def open_stream(path: Path, strict: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a video file and yield its container and its main video stream.
+
+    Args:
+        strict: make the decoder refuse errors that it would otherwise conceal.
+
+    Raises:
+        MediaError: the file cannot be opened, or has no video stream that can be decoded.
+    """
+    try:
+        container = av.open(f"file:{path}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+    except av.ArgumentError:
+        raise MediaError("unsupported", path, "is in a container format that is not read") from None
+    except (av.FFmpegError, ValueError):
+        raise diagnose_open_error(path) from None
+    with container:
+        if not len(container.streams):
+            raise diagnose_open_error(path)
+        stream = _main_video(container)
+        if stream is None:
+            raise MediaError("no_video_stream", path, "has no video stream")
+        codec = stream.codec_context
+        if codec is None:
+            raise MediaError("unsupported", path, "its video is damaged or in a codec that is not read")
+        if codec.width * codec.height > MAX_PIXELS:
+            raise MediaError("unsupported", path, f"{codec.width} x {codec.height} pixels are too many")
+        codec.thread_count = 1
+        codec.options = {"max_pixels": str(MAX_PIXELS), **({"err_detect": "explode"} if strict else {})}
+        yield container, stream
+
+
+def _main_video(container: InputContainer) -> VideoStream | None:
+    """Return the video stream that players show; cover art (an attached picture) does not count."""
+    best = cast("VideoStream | None", container.streams.best("video"))
+    if best is None or not best.disposition & Disposition.attached_pic:
+        return best
+    return next((other for other in container.streams.video if not other.disposition & Disposition.attached_pic), None)
+
+
+def decode_stream(
+    container: InputContainer,
+    stream: VideoStream,
+    needed: Collection[int] | None = None,
+    since: int | None = None,
+    faults: list[Exception] | None = None,
+) -> Iterator[av.VideoFrame]:
+    """Decode frames in display order from the container's position to its end.
+
+    Frames that precede the first key frame, in the file or in time, may lack their reference frames. They are skipped
+    if they do not decode.
+
+    Args:
+        needed: times of the frames that the caller reads; other frames may be skipped. None needs all.
+        since: time before which errors do not matter; None stands for the time of the first key frame.
+        faults: receives the errors of the frames skipped at the beginning.
+
+    Raises:
+        DamagedStreamError: after the last frame before a damaged position.
+    """
+    return _StreamDecoder(stream, needed, since, [] if faults is None else faults).frames(container)
+
+
+class _StreamDecoder:
+    """State of one pass over the packets of a stream."""
+
+    def __init__(
+        self, stream: VideoStream, needed: Collection[int] | None, since: int | None, faults: list[Exception]
+    ) -> None:
+        self._stream, self._codec = stream, stream.codec_context
+        self._needed = needed if self._codec.name in SKIPPING else None
+        self._since, self._faults = since, faults
+        self._started = False  # the first key frame has been reached
+        self._skipping: bool | None = None  # what the decoder is set to; None until it is first set
+        self._next_time: int | None = None  # decoding time of the last packet: later frames are not shown before it
+
+    def frames(self, container: InputContainer) -> Iterator[av.VideoFrame]:
+        try:
+            for packet in container.demux(self._stream):
+                self._next_time = packet.dts
+                yield from self._packet_frames(packet)
+            return
+        except (av.FFmpegError, _DamagedPacketError):
+            pass
+        yield from self._buffered_frames()
+        raise DamagedStreamError
+
+    def _packet_frames(self, packet: Packet[VideoStream]) -> Iterator[av.VideoFrame]:
+        """Decode one packet and yield the frames that it completes."""
+        if packet.is_corrupt and self._started:
+            raise _DamagedPacketError
+        if packet.is_keyframe and not self._started:
+            self._started = True
+            self._since = packet.pts if self._since is None else self._since
+        self._set_skipping(packet)
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if packet.pts is None or (self._started and not _before(packet.pts, self._since)):
+                raise _DamagedPacketError from None
+            self._faults.append(error)
+            return
+        for frame in frames:
+            if not frame.is_corrupt:
+                yield frame
+            elif self._started and not _before(frame.pts, self._since):
+                raise DamagedStreamError
+
+    def _set_skipping(self, packet: Packet[VideoStream]) -> None:
+        """Let the decoder skip the packet's frame if it is not needed and no other frame refers to it."""
+        if self._needed is None or not packet.size:
+            return
+        skip = packet.pts not in self._needed
+        if skip != self._skipping:
+            self._skipping = skip
+            self._codec.skip_frame = "NONREF" if skip else "DEFAULT"
+
+    def _buffered_frames(self) -> Iterator[av.VideoFrame]:
+        """Yield the good frames that the decoder still buffers, up to the time of the damaged packet."""
+        with contextlib.suppress(av.FFmpegError):
+            for frame in self._stream.decode(None):
+                if frame.is_corrupt or not (self._next_time is None or _before(frame.pts, self._next_time)):
+                    break
+                yield frame
+
+
+def _before(time: int | None, other: int | None) -> bool:
+    """Return whether ``time`` is before ``other``; False if either is unknown."""
+    return time is not None and other is not None and time < other
+
+
+def frame_pixels(frame: av.VideoFrame) -> np.ndarray:
+    """Convert a frame to upright RGB pixels, uint8 (H, W, 3)."""
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    try:
+        # PyAV's stub declares a TypedDict without this key
+        display = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]
+        matrix = np.frombuffer(bytes(display), np.int32)
+    except KeyError:
+        return pixels
+    except ValueError:  # the frame has side data of a kind that PyAV does not know
+        return np.rot90(pixels, round(frame.rotation / 90))
+    across, down = matrix[[0, 4]]  # a pixel (x, y) is shown at (m0 x + m3 y, m1 x + m4 y)
+    if abs(int(matrix[1])) > abs(int(matrix[0])):
+        pixels = pixels.transpose(1, 0, 2)
+        across, down = matrix[[3, 1]]
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
