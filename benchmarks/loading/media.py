@@ -62,7 +62,7 @@ class Media:
         """Key and MP4 of every medium."""
         index = Index.open(self.root)
         for row in index.media.select(["key", "shard", "offset", "size"]).to_pylist():
-            with open(index.path_of(row["shard"]), "rb") as file:
+            with open(index.shard_path(row["shard"]), "rb") as file:
                 file.seek(row["offset"])
                 yield row["key"], file.read(row["size"])
 

@@ -52,7 +52,7 @@ def limit(media: Media) -> Reader:
 
     def jpegs(count: int) -> Iterator[list[bytes]]:
         for row in range(media.count):
-            with open(index.path_of(index.media["shard"][row].as_py()), "rb") as file:
+            with open(index.shard_path(index.media["shard"][row].as_py()), "rb") as file:
                 found = []
                 for place in media.places(count):
                     file.seek(row_values(index.media["frame_offset"], row)[place])

@@ -11,7 +11,7 @@ def encode_jpeg(frame: np.ndarray, quality: int, subsampling: str) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality, "RGB", subsampling)
 
 
-def decode_jpeg(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
+def decode_jpeg(data: bytes | memoryview, out: np.ndarray | None = None) -> np.ndarray:
     """RGB pixels (H, W, 3) uint8 of a JPEG, decoded into ``out`` (C-contiguous, of that shape) where given.
 
     Raises:
@@ -29,7 +29,7 @@ def decode_jpeg(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     raise ValueError(f"a JPEG of {width} x {height} does not fit an array of shape {out.shape}")
 
 
-def jpeg_size(data: bytes) -> tuple[int, int]:
+def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
     """Width and height in pixels, from the header of a JPEG.
 
     Raises:

@@ -1,8 +1,12 @@
-"""Pixels of stored media, by byte offset: only the JPEGs that are asked for are read, each decoded in place."""
+"""Read frames and images of stored media by byte offset.
+
+Only the JPEGs that are requested are read, and each is decoded straight into the caller's array.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,53 +17,63 @@ from framestream.pipeline.storage import ShardRef
 
 
 class FrameReader:
-    """Frames and stills of an index's media; usable from many threads."""
+    """Reads stored frames and images by row of the media table, as they are stored and without sampling.
+
+    Which frames a stage shows is decided one level up, by :class:`framestream.pipeline.shards.media_view.MediaViews`.
+    Many threads may use one reader.
+    """
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._column = {name: index.media[name] for name in index.media.column_names}
-        self._shards: dict[int, ShardRef] = {}  # a few thousand at most
+        self._columns = {name: index.media[name] for name in index.media.column_names}
+        self._shards: dict[int, ShardRef] = {}  # by row of the shard table; at most a few thousand
 
-    def read_frames(self, row: int, places: Sequence[int], out: np.ndarray) -> None:
-        """Decode the stored frames ``places`` of video ``row`` into ``out`` (len(places), H, W, 3) uint8.
+    def read_frames(self, row: int, indices: Sequence[int], out: np.ndarray) -> None:
+        """Decode stored frames of a video into ``out``.
 
         Frames stored at another size are resized by the filter of :mod:`framestream.pipeline.media.resize`.
 
+        Args:
+            row: row of the video in the media table.
+            indices: T indices into the stored frames, ascending, possibly with repeats.
+            out: uint8 (T, H, W, 3).
+
         Raises:
-            OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
+            OSError, ValueError: the shard cannot be read, or its bytes are not a JPEG of the stated size.
         """
-        offsets, sizes = (row_values(self._column[name], row) for name in ("frame_offset", "frame_size"))
+        offsets, sizes = (row_values(self._columns[name], row) for name in ("frame_offset", "frame_size"))
         shard, width, height = (self.column_value(name, row) for name in ("shard", "width", "height"))
-        first = [k for k, place in enumerate(places) if not k or place != places[k - 1]]
-        ranges = [(int(offsets[places[k]]), int(sizes[places[k]])) for k in first]
+        # a repeated index is read and decoded once, then copied
+        first = [k for k, index in enumerate(indices) if not k or index != indices[k - 1]]
+        ranges = [(int(offsets[indices[k]]), int(sizes[indices[k]])) for k in first]
         for k, jpeg in zip(first, self.index.storage.read(self._shard(shard), ranges), strict=True):
             decode_into(jpeg, (height, width), out[k])
-        for k, place in enumerate(places):
-            if k and place == places[k - 1]:
+        for k, index in enumerate(indices):
+            if k and index == indices[k - 1]:
                 out[k] = out[k - 1]
 
     def read_image(self, row: int) -> np.ndarray:
-        """The picture of still ``row`` as stored, (H, W, 3) uint8.
+        """Return the pixels of image ``row`` as stored, uint8 (H, W, 3).
 
         Raises:
-            OSError, ValueError: the shard cannot be read, or its bytes are no JPEG of the stated size.
+            OSError, ValueError: the shard cannot be read, or its bytes are not a JPEG of the stated size.
         """
         offset, size, shard = (self.column_value(name, row) for name in ("offset", "size", "shard"))
         [jpeg] = self.index.storage.read(self._shard(shard), [(offset, size)])
         pixels = decode_jpeg(jpeg)
         stated = self.column_value("height", row), self.column_value("width", row)
         if pixels.shape[:2] != stated:
-            raise ValueError(f"the still is {pixels.shape[:2]} (height, width), the index says {stated}")
+            raise ValueError(f"the stored image is {pixels.shape[:2]} (height, width), but the index says {stated}")
         return pixels
 
     def describe(self, row: int) -> str:
-        """Shard and member of a medium, for messages."""
+        """Return shard and member of a media item, for messages."""
         extension = "jpg" if self.column_value("kind", row) == "image" else "mp4"
-        return f"{self.index.path_of(self.column_value('shard', row))}: {self.column_value('key', row)}.{extension}"
+        return f"{self.index.shard_path(self.column_value('shard', row))}: {self.column_value('key', row)}.{extension}"
 
-    def column_value(self, name: str, row: int):
-        """What the media table has in column ``name``."""
-        return self._column[name][row].as_py()
+    def column_value(self, name: str, row: int) -> Any:
+        """Return the value of column ``name`` of the media table in ``row``."""
+        return self._columns[name][row].as_py()
 
     def _shard(self, row: int) -> ShardRef:
         shard = self._shards.get(row)
@@ -69,15 +83,20 @@ class FrameReader:
 
 
 def decode_into(jpeg: bytes | memoryview, size: tuple[int, int], out: np.ndarray) -> None:
-    """Decode a JPEG of ``size`` (height, width) into ``out`` (H, W, 3) uint8, resized where that is another size.
+    """Decode a JPEG into ``out``, resized if its size differs from that of ``out``.
+
+    Args:
+        jpeg: bytes of the JPEG.
+        size: (height, width) that the JPEG must have.
+        out: uint8 (H, W, 3).
 
     Raises:
-        ValueError: no JPEG of that size.
+        ValueError: the bytes are not a JPEG of that size.
     """
     if size == out.shape[:2]:
         decode_jpeg(jpeg, out=out)
         return
-    picture = decode_jpeg(jpeg)
-    if picture.shape[:2] != size:
-        raise ValueError(f"a JPEG is {picture.shape[:2]} (height, width), not {size} as stated")
-    out[:] = resize(picture, out.shape[1], out.shape[0])
+    frame = decode_jpeg(jpeg)
+    if frame.shape[:2] != size:
+        raise ValueError(f"a stored JPEG is {frame.shape[:2]} (height, width), but {size} is stated")
+    out[:] = resize(frame, out.shape[1], out.shape[0])

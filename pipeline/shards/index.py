@@ -1,8 +1,8 @@
-"""The index of a shard root: three Arrow IPC files that say where everything is, read through memory maps.
+"""The index of a shard root: three memory-mapped Arrow IPC files with the location of every frame and dialogue.
 
-``ROOT/index/media.arrow`` has a row for each media item (with the byte range of every frame), ``dialogues.arrow`` one
-for each dialogue (naming rows of the media), ``shards.arrow`` one for each shard. Opening them reads only their
-headers; rows are pages of the files.
+``ROOT/index/media.arrow`` has one row per media item, with the byte range of every frame. ``dialogues.arrow`` has one
+row per dialogue, which names rows of the media table. ``shards.arrow`` has one row per shard. Opening the index reads
+only the headers of the files. Rows are read from disk when they are first used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from framestream.pipeline.storage import ReadOptions, ShardRef, Storage, is_remo
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
 
-#: Rows in a record batch; a batch of 512-frame videos stays far below the 2**31 entries that list offsets can count.
+#: Rows in a record batch. Even with 512 frames per video, list offsets stay far below the limit of int32 (2**31).
 BATCH_ROWS = 4096
 
 MEDIA_SCHEMA = pa.schema(
@@ -45,7 +45,7 @@ MEDIA_SCHEMA = pa.schema(
         ("fps", pa.float64()),
         ("duration", pa.float64()),  # seconds
         ("start", pa.float64()),  # second of the source at which the clip begins
-        ("sample", pa.list_(pa.int32())),  # the sampler's list, as places in the stored frames
+        ("sample", pa.list_(pa.int32())),  # the sampler's list, as indices into the stored frames
         ("frame_index", pa.list_(pa.int64())),  # of each stored frame, counted from the clip's first
         ("timestamps", pa.list_(pa.float64())),  # of each stored frame, seconds of the source
         ("frame_offset", pa.list_(pa.int64())),  # of each stored frame's JPEG inside the tar
@@ -75,33 +75,36 @@ SHARD_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-#: Last column of the media of a root built with ``compat: published``; other roots do not have it.
+#: Last column of the media table of a root built with ``compat: published``. Other roots do not have it.
 NOMINAL = pa.field("nominal", pa.list_(pa.int64()))  # the frame numbers that the time message counts
 FILES = {"media": MEDIA_SCHEMA, "dialogues": DIALOGUE_SCHEMA, "shards": SHARD_SCHEMA}
 
 
 def media_schema(compat: str) -> pa.Schema:
-    """The columns of the media table."""
+    """Return the schema of the media table of a root built with ``compat``."""
     return MEDIA_SCHEMA.append(NOMINAL) if compat == "published" else MEDIA_SCHEMA
 
 
 class ShardsError(ValueError):
-    """A shard root that cannot be read: one line that names the folder and the fix."""
+    """A shard root cannot be read; one line that names the folder and the fix."""
 
 
 def build_table(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """A table of ``rows`` (mappings by column), built batch by batch so that any number of them is safe."""
-    rows, batches = iter(rows), []
-    while chunk := list(itertools.islice(rows, BATCH_ROWS)):
+    """Build a table from ``rows`` (mappings by column), batch by batch, so that list offsets cannot overflow."""
+    remaining, batches = iter(rows), []
+    while chunk := list(itertools.islice(remaining, BATCH_ROWS)):
         batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
     return pa.Table.from_batches(batches, schema=schema)
 
 
 def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: pa.Table) -> str:
-    """Write the three tables to ``root``/index and return their fingerprint (sha256 hex over the files' digests).
+    """Write the three tables to ``root``/index and return their fingerprint.
 
-    Each file appears whole or not at all. The caller marks the root as finished by writing ``root``/build.json with
-    the fingerprint as ``index_fingerprint``.
+    Each file is written completely or not at all. The caller marks the root as finished by writing ``root``/build.json
+    with the fingerprint as ``index_fingerprint``.
+
+    Returns:
+        sha256 over the digests of the three files, as hex digits.
     """
     folder = Path(root) / "index"
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,20 +122,24 @@ def write_index(root: str | Path, media: pa.Table, dialogues: pa.Table, shards: 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The three tables of a finished shard root; columns are views into memory-mapped files."""
+    """The three tables of a finished shard root. Columns are views into memory-mapped files."""
 
     storage: Storage
     media: pa.Table
     dialogues: pa.Table
     shards: pa.Table
-    fingerprint: str  #: sha256 hex over the three files, as the builder recorded it
-    specification: Mapping[str, Any]  #: what decided the bytes, as the builder recorded it; empty if it did not
-    maps: Mapping[str, MappedTable]  #: the files of the tables, by name
+    fingerprint: str  #: sha256 over the three files as hex digits, as the builder recorded it
+    specification: Mapping[str, Any]  #: settings of the build that decided the bytes; empty if not recorded
+    maps: Mapping[str, MappedTable]  #: the tables' files, by the name of the table
 
     @classmethod
     def open(cls, root: str | os.PathLike, reading: ReadOptions | None = None) -> Index:
-        """Open the index of ``root``: a folder, or an address (:func:`framestream.pipeline.storage.open_storage`), whose index is
-        copied into the cache folder once.
+        """Open the index of a shard root.
+
+        Args:
+            root: a folder, or an address (:func:`framestream.pipeline.storage.open_storage`). The index of an address
+                is copied into the cache folder once.
+            reading: how an address is read; defaults apply if None.
 
         Raises:
             ShardsError: nothing was built there, the build is not finished, a file is damaged, or the address cannot
@@ -148,81 +155,97 @@ class Index:
             maps = {name: _map(path, schemas[name]) for name, path in zip(schemas, paths, strict=True)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(_unreadable(root, error)) from None
-        tables = {name: mapped.table for name, mapped in maps.items()}
-        made = {"fingerprint": fingerprint, "specification": specification, "maps": maps}
-        return cls(storage=storage, **made, **tables)
+        media, dialogues, shards = (maps[name].table for name in FILES)
+        return cls(storage, media, dialogues, shards, fingerprint, specification, maps)
 
     @property
     def root(self) -> Path | str:
-        """The root as messages name it; a path where it is a folder."""
+        """The root as messages name it: a path if it is a folder, else the address."""
         return self.storage.root
 
-    def release(self) -> None:
-        """Give back the memory of what was read of the tables, see :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`."""
+    def drop_pages(self) -> None:
+        """Release the memory of table pages that were read.
+
+        See :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`.
+        """
         for mapped in self.maps.values():
             mapped.drop_pages()
 
     def validate_manifest(self, manifest: Manifest) -> None:
-        """Refuse shards that are not all there, or that do not hold what ``manifest`` wants of them.
+        """Check that all shards are there and have the frames and entries that ``manifest`` needs.
 
-        Shards hold the frames of the manifest that built them: smaller and fewer frames can be had of them, and other
-        samplers that take frames evenly; not larger or more frames, nor other entries, unless they are mixed. Shards
-        built with ``compat: published`` hold the frames that are shown, and serve no other sampler, bounds or
-        ``compat``.
+        Shards have the frames of the manifest that built them. They also serve smaller and fewer frames, and the
+        samplers ``middle`` and ``rand``. They do not serve larger or more frames. Without ``mix`` the entries must be
+        those of the build. Shards built with ``compat: published`` have only the frames that are shown. They do not
+        serve another sampler, other bounds or another ``compat``.
 
         Raises:
             ShardsError: one line that names the file or the field.
         """
         sizes = [] if self.storage.remote else self.shards["bytes"].to_pylist()  # remote ones are checked when read
         for row, size in enumerate(sizes):
-            path = self.path_of(row)
-            there = path.stat().st_size if path.is_file() else -1
-            if there != size:
-                found = "is missing" if there < 0 else f"has {there:,} of {size:,} bytes"
-                raise ShardsError(f"{path}: {found}; bring the file back, or remove {self.root} and build it again")
-        again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
+            path = Path(self.shard_path(row))
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                problem = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
+                raise ShardsError(f"{path}: {problem}; restore the file, or remove {self.root} and build it again")
+        fix = self._rebuild_hint()
         compat = self.specification.get("compat", "none")
         if compat != manifest.compat:
-            raise ShardsError(f"compat: is {manifest.compat}, the shards have {compat}; {again}")
-        self.check_frames(manifest.frames)
+            raise ShardsError(f"compat: is {manifest.compat}, the shards have {compat}; {fix}")
+        self.validate_frames(manifest.frames)
         if manifest.mix:
             return
         fields = ("root", "sampling", "reader", "media_type", "split")
         entries = [(entry.name, *(getattr(entry, name) for name in fields)) for entry in manifest.data.entries]
-        there = [
+        built = [
             (entry["name"].partition("~")[0], *(entry[name] for name in fields))
             for entry in self.specification.get("entries", [])
         ]
-        if there and there != entries:
-            odd = next((b for a, b in itertools.zip_longest(there, entries) if a != b), None) or there[len(entries)]
-            raise ShardsError(f"data.entries: {odd[0]} is not as the shards were built; {again}")
+        if built and built != entries:
+            # the first entry that differs; if the manifest only has fewer entries, the first that it lacks
+            odd = next((b for a, b in itertools.zip_longest(built, entries) if a != b), None) or built[len(entries)]
+            raise ShardsError(f"data.entries: {odd[0]} is not as the shards were built; {fix}")
 
-    def path_of(self, shard: int) -> Path | str:
-        """The file of row ``shard`` of the shard table; an address where the root is one."""
+    def shard_path(self, shard: int) -> Path | str:
+        """Return the file of row ``shard`` of the shard table: a path, or an address if the root is one."""
         return self.storage.describe(self.shard(shard).name)
 
     def shard(self, row: int) -> ShardRef:
-        """What reading asks for: row ``row`` of the shard table."""
-        found = {column: self.shards[column][row].as_py() for column in ("folder", "name", "bytes", "sha256")}
-        return ShardRef(f"{found['folder']}/{found['name']}", found["bytes"], found["sha256"])
+        """Return row ``row`` of the shard table, as storages need it."""
+        folder, name, size, digest = (
+            self.shards[column][row].as_py() for column in ("folder", "name", "bytes", "sha256")
+        )
+        return ShardRef(f"{folder}/{name}", size, digest)
 
-    def check_frames(self, wanted: FramesConfig, field: str = "frames") -> None:
-        """ShardsError where the shards cannot give the frames that ``field`` of a manifest wants."""
-        again = f"remove {self.root} and build it again with this manifest, or keep to what it was built with"
+    def validate_frames(self, wanted: FramesConfig, field: str = "frames") -> None:
+        """Check that the shards have the frames that ``wanted`` needs.
+
+        Args:
+            wanted: sampler, bounds and size of the frames.
+            field: name of the manifest's field, for messages.
+
+        Raises:
+            ShardsError: one line that names the field.
+        """
+        fix = self._rebuild_hint()
         built, published = self.specification.get("frames", {}), self.specification.get("compat") == "published"
         for name in ("sampler", "min", "max", "clip_frames") if published else ():
             if getattr(wanted, name) != built[name]:
-                here = f"is {getattr(wanted, name)}, the shards have {built[name]}"
-                raise ShardsError(f"{field}.{name}: {here}, as compat: published needs it; {again}")
+                difference = f"is {getattr(wanted, name)}, the shards have {built[name]}"
+                raise ShardsError(f"{field}.{name}: {difference}, and compat: published needs the same; {fix}")
         for name in ("size", "max") + (("min",) if wanted.sampler == "dynamic_fps1" else ()):
             if getattr(wanted, name) > built.get(name, getattr(wanted, name)):
-                raise ShardsError(f"{field}.{name}: is {getattr(wanted, name)}, the shards have {built[name]}; {again}")
+                raise ShardsError(f"{field}.{name}: is {getattr(wanted, name)}, the shards have {built[name]}; {fix}")
         if wanted.sampler not in (built.get("sampler", wanted.sampler), "middle", "rand"):
-            raise ShardsError(f"{field}.sampler: is {wanted.sampler}, the shards have {built['sampler']}; {again}")
+            raise ShardsError(f"{field}.sampler: is {wanted.sampler}, the shards have {built['sampler']}; {fix}")
+
+    def _rebuild_hint(self) -> str:
+        return f"remove {self.root} and build it again with this manifest, or use the settings it was built with"
 
 
 def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:
-    """The list in ``row`` of a list column as a numpy view (not a copy, not writable)."""
+    """Return the list in ``row`` of a list column as a numpy view: no copy, and not writable."""
     values = column[row].values
     return values.to_numpy(zero_copy_only=True)
 
@@ -235,18 +258,18 @@ def _map(path: Path, schema: pa.Schema) -> MappedTable:
 
 
 def _check_copies(copies: Sequence[Path], fingerprint: str) -> None:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in copies:
-        found.update(file_sha256(path))
-    if found.hexdigest() != fingerprint:
+        digest.update(file_sha256(path))
+    if digest.hexdigest() != fingerprint:
         raise ValueError("its files are not those of build.json")
 
 
 def _unreadable(root: str | os.PathLike, error: Exception) -> str:
-    """Why there is no index to open, and the fix."""
+    """Return why the index cannot be opened, and the fix."""
     reason = " ".join(str(error).split())
     if is_remote(root):
-        shown = re.sub(r"(?<=://)[^/@]*@", "", str(root)).rstrip("/")
+        shown = re.sub(r"(?<=://)[^/@]*@", "", str(root)).rstrip("/")  # without user and password
         if isinstance(error, OSError):
             missing = isinstance(error, FileNotFoundError)
             return f"{reason}; there are no finished shards" if missing else reason

@@ -1,7 +1,7 @@
-"""The ledger: one row for everything that is not in the shards, or only in part, and why.
+"""The ledger: one row, with the reason, for everything that is missing from the shards or stored only in part.
 
 ``ROOT/ledger/ledger.parquet`` has the columns of :data:`SCHEMA`. ``kind`` says what a row is about: a ``media`` item or
-a ``dialogue`` that was left out, a ``salvaged`` media item (kept up to where its stream breaks), or a whole ``entry``.
+a ``dialogue`` that was left out, a ``salvaged`` media item (stored up to the damage), or a complete ``entry``.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from framestream.pipeline.utils.atomic_io import atomic_file
 
 KINDS = ("entry", "dialogue", "media", "salvaged")
 
-#: Every reason, and what it says.
+#: Every reason and its meaning.
 REASONS = {
     # entries
-    "empty_annotation": "the annotation file holds no samples",
-    "unresolved": "the annotation file or the media are not here, and the entry was left out by --skip-unresolved",
+    "empty_annotation": "the annotation file has no samples",
+    "unresolved": "the annotation file or the media were not found, and --skip-unresolved left the entry out",
     # samples of an annotation file
-    "bad_sample": "not a JSON object, or text that is none",
+    "bad_sample": "not a JSON object, or invalid text",
     "no_conversations": "no list of turns",
     "bad_turn": "a turn without a known role or without text",
     "no_answer": "no human turn is followed by an answer",
-    "bad_media": "a media path or reader that is none",
-    "wrong_media": "an image or a video where the entry's media_type allows none",
-    "placeholder_refused": "a <video> mark, where data.text_placeholder is refuse",
+    "bad_media": "an invalid media path or reader",
+    "wrong_media": "an image or a video that the entry's media_type does not allow",
+    "placeholder_refused": "a <video> mark, and data.text_placeholder is refuse",
     "placeholder_mismatch": "the number of <image> marks is not the number of media",
     # media
-    "outside_root": "a path that leaves its root: absolute, by .. or through a link",
-    "missing_file": "nothing at the path",
-    "empty_file": "no bytes, or a folder without pictures",
-    "not_media": "neither a video nor a picture, such as a web page",
-    "no_video_stream": "a media file without pictures, such as sound alone",
+    "outside_root": "a path outside its root: absolute, through .. or through a link",
+    "missing_file": "no file at the path",
+    "empty_file": "no bytes, or a folder without images",
+    "not_media": "neither a video nor an image, such as a web page",
+    "no_video_stream": "a media file without video, such as audio alone",
     "corrupt": "cannot be decoded",
     "truncated": "ends before its first frame, or early",
-    "bad_clip": "start and end are no numbers, or lie outside the video",
-    "unsupported": "a kind of file that cannot be read",
-    "too_few_frames": "damaged, with fewer frames before that than frames.min or one clip; or too few for whole clips",
+    "bad_clip": "start or end is not a number, or lies outside the video",
+    "unsupported": "a file format that cannot be read",
+    "too_few_frames": "damaged, with fewer frames before the damage than frames.min or one clip; or too few for a clip",
     "timeout": "took longer than data.decode_timeout or data.fetch_timeout",
-    "unreachable": "the server could not be reached or broke off, after all retries",
-    "denied": "the server wants a login, a token or an accepted licence",
-    "too_large": "larger than data.fetch_mb, on the server or once unpacked",
-    "bad_checksum": "arrived with another checksum or length than its place states",
-    "crashed": "the decoder's process died or failed without saying why",
+    "unreachable": "the server could not be reached or closed the connection, after all retries",
+    "denied": "the server requires a login, a token or an accepted license",
+    "too_large": "larger than data.fetch_mb, on the server or after unpacking",
+    "bad_checksum": "the checksum or length is not the one that its source states",
+    "crashed": "the decoder's process died or failed without a reason",
     # dialogues, in the ledger of a run
-    "unusable": "over text.max_tokens, or with nothing to learn, under the manifest of the run",
-    "cut": "its end is over text.max_tokens and is not learned",
+    "unusable": "over text.max_tokens, or without a label, under the manifest of the run",
+    "cut": "its end is over text.max_tokens and is not trained on",
     "unreadable": "media that could not be read while training, after all retries or within loader.read_timeout",
-    "not_finite": "in a global batch that was not learned, because its loss or gradient was not finite",
+    "not_finite": "in a global batch that was skipped, because its loss or gradient was not finite",
 }
 
-#: Reasons that may have passed; `build_shards --retry-failed` takes what has one of these.
+#: Reasons that may no longer apply; `build_shards --retry-failed` tries items with one of these again.
 RETRYABLE = (
     *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
     # the file may have been fetched again
     *("missing_file", "empty_file", "not_media", "corrupt", "truncated", "too_few_frames"),
-    "too_large",  # where data.fetch_mb is another one now
+    "too_large",  # data.fetch_mb may have changed
 )
 
 SCHEMA = pa.schema(
     [
         ("entry", pa.string()),
         ("dialogue", pa.string()),  # id of the sample; empty for media and entries
-        ("key", pa.string()),  # of the media item or dialogue; empty where none was given
+        ("key", pa.string()),  # of the media item or dialogue; empty if it has none
         ("source", pa.string()),  # of the media item, or ANNOTATION#POSITION
         ("kind", pa.string()),
         ("reason", pa.string()),
@@ -79,7 +79,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """One row; see :data:`SCHEMA`."""
+    """One row of the ledger; see :data:`SCHEMA`.
+
+    Raises:
+        ValueError: an unknown kind or reason.
+    """
 
     entry: str
     kind: str
@@ -93,22 +97,22 @@ class LedgerRow:
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.reason not in REASONS:
             raise ValueError(
-                f"{self.kind!r} with reason {self.reason!r}: not a row of pipeline/shards/ledger.py; add it there"
+                f"kind {self.kind!r} or reason {self.reason!r} is unknown; add it to pipeline/shards/ledger.py"
             )
 
     def columns(self) -> dict[str, str | int]:
-        """The row by column; characters that UTF-8 cannot hold are escaped."""
+        """Return the row by column. Characters that UTF-8 cannot encode are escaped."""
         values = asdict(self)
         return {name: _text(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def ledger_table(rows: Iterable[LedgerRow]) -> pa.Table:
-    """Rows as a table of :data:`SCHEMA`."""
+    """Return rows as a table of :data:`SCHEMA`."""
     return pa.Table.from_pylist([row.columns() for row in rows], SCHEMA)
 
 
 def write_ledger(path: str | Path, table: pa.Table) -> None:
-    """Write a ledger as parquet, whole or not at all."""
+    """Write a ledger as parquet, completely or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
@@ -116,7 +120,11 @@ def write_ledger(path: str | Path, table: pa.Table) -> None:
 
 
 def read_ledger(root: str | Path) -> pa.Table:
-    """The ledger of a shard root."""
+    """Read the ledger of a shard root.
+
+    Raises:
+        OSError, pyarrow.ArrowInvalid: there is no ledger, or it is damaged.
+    """
     return pq.read_table(Path(root) / "ledger" / "ledger.parquet", schema=SCHEMA)
 
 

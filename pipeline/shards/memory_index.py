@@ -1,7 +1,9 @@
-"""A few files as an index in memory: asked about without a build, they are seen exactly as if they had been built.
+"""In-memory index for a few media files.
 
-visuals = Handfuls(manifest).visuals([File("clip.mp4", start=12.4, end=27.9)])
-visuals.views([0])
+It lets you run inference on raw files with the same preprocessing as built shards::
+
+    media_views = MediaFileCache(manifest).media_views([MediaFile("clip.mp4", start=12.4, end=27.9)])
+    media_views.views([0])
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.media.decode import VideoRequest
 from framestream.pipeline.media.errors import MediaError, check_file
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
@@ -24,37 +28,38 @@ from framestream.pipeline.shards.media_view import MediaViews
 from framestream.pipeline.shards.samples import media_key
 from framestream.pipeline.storage import ShardRef
 
-IMAGE_READER = "still"  #: how pictures are read
-CACHE_SIZE = 4  #: lists of files that stay decoded, because several questions are asked about the same
+IMAGE_READER = "still"  #: name of the reader of images
+CACHE_SIZE = 4  #: lists of files that stay decoded, for further questions about the same files
 
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """A video, GIF, picture or folder of frames, or a clip of a video."""
+    """A video, GIF, image or folder of frames, or a clip of a video."""
 
     path: str | Path
-    start: float | None = None  #: seconds of the source at which a clip begins
-    end: float | None = None
-    reader: str = ""  #: how it is read: :data:`STILL`, or a reader of annotations; by what is in the file if empty
+    start: float | None = None  #: start of the clip in seconds of the source; None for the beginning
+    end: float | None = None  #: end of the clip in seconds of the source; None for the end
+    #: :data:`IMAGE_READER`, or a reader that annotations may name; if empty, detected from the file's content
+    reader: str = ""
 
     def detect_reader(self) -> str:
-        """The reader, told from the file where none is named.
+        """Return the reader; if none is named, detect it from the file's content.
 
         Raises:
-            MediaError: there is no such file, or it is empty.
+            MediaError: the file is missing or empty.
         """
         if self.reader:
             return self.reader
         if Path(self.path).is_dir():
             return "img"
         try:
-            with Image.open(check_file(self.path)) as picture:
-                return {"GIF": "gif", "MPEG": "decord"}.get(picture.format, IMAGE_READER)
+            with Image.open(check_file(self.path)) as image:
+                return {"GIF": "gif", "MPEG": "decord"}.get(image.format or "", IMAGE_READER)
         except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
             return "decord"
 
     def encode(self, manifest: Manifest) -> EncodedMedia:
-        """What a build with ``manifest`` would store.
+        """Encode the file as a build with ``manifest`` would store it.
 
         Raises:
             MediaError: the file cannot be used; one line that names it.
@@ -62,81 +67,89 @@ class MediaFile:
         reader, bounds = self.detect_reader(), (self.start, self.end)
         if reader != IMAGE_READER:
             seed = media_seed(manifest.seed, self.key)
-            return encode_video(Path(self.path), reader, *bounds, manifest.frames, seed, manifest.compat, split="val")
+            request = VideoRequest(reader, manifest.frames, *bounds, seed, manifest.compat, split="val")
+            return encode_video(Path(self.path), request)
         if bounds != (None, None):
-            raise MediaError("bad_clip", self.path, "is a picture; only videos have a start and an end")
+            raise MediaError("bad_clip", self.path, "is an image; only videos have a start and an end")
         return encode_image_file(Path(self.path), manifest.images)
 
     @property
     def key(self) -> str:
-        """A key for the medium, by path and clip."""
+        """A key for the file, derived from its path and clip."""
         return media_key("video", f"{self.path}:{self.start}:{self.end}")
 
 
 def build_memory_index(files: Sequence[MediaFile], manifest: Manifest) -> Index:
-    """An index whose media table has a row for each of ``files``, in order, and no dialogues.
+    """Build an index whose media table has one row for each of ``files``, in order, and no dialogues.
 
     Raises:
         MediaError: a file cannot be used; one line that names it.
     """
-    media, shards, data, schema = [], [], [], media_schema(manifest.compat)
+    media: list[dict[str, Any]] = []
+    shards: list[dict[str, Any]] = []
+    data, paths = {}, {}
+    schema = media_schema(manifest.compat)
     for number, file in enumerate(files):
-        made = file.encode(manifest)
+        encoded = file.encode(manifest)
         kind = "image" if file.detect_reader() == IMAGE_READER else "video"
-        place = {"split": "val", "shard": number, "offset": 0, "size": len(made.data)}
-        digest = hashlib.sha256(made.data).hexdigest()
+        digest = hashlib.sha256(encoded.data).hexdigest()
+        # each file is a shard of its own: a named byte string in memory, whose only member begins at offset 0
+        location = {"split": "val", "shard": number, "offset": 0, "size": len(encoded.data)}
         names = {"key": file.key, "kind": kind, "source": str(file.path), "sha256": digest}
-        media.append({**made.columns, **place, **names})
+        media.append({**encoded.columns, **location, **names})
         name = f"{number}.{'jpg' if kind == 'image' else 'mp4'}"
-        size = {"samples": 1, "bytes": len(made.data), "sha256": digest}
+        size = {"samples": 1, "bytes": len(encoded.data), "sha256": digest}
         shards.append({"folder": kind, "split": "val", "name": name, **size})
-        data.append(made.data)
-    tables = {
-        "media": build_table(schema, ({name: row[name] for name in schema.names} for row in media)),
-        "dialogues": pa.Table.from_pylist([], schema=DIALOGUE_SCHEMA),
-        "shards": build_table(SHARD_SCHEMA, shards),
-    }
-    names = [f"{row['folder']}/{row['name']}" for row in shards]
-    storage = _Memory(dict(zip(names, data, strict=True)), {n: str(f.path) for n, f in zip(names, files, strict=True)})
-    return Index(storage=storage, fingerprint="", specification={}, maps={}, **tables)
+        data[f"{kind}/{name}"], paths[f"{kind}/{name}"] = encoded.data, str(file.path)
+    return Index(
+        storage=_MemoryStorage(data, paths),
+        media=build_table(schema, ({name: row[name] for name in schema.names} for row in media)),
+        dialogues=pa.Table.from_pylist([], schema=DIALOGUE_SCHEMA),
+        shards=build_table(SHARD_SCHEMA, shards),
+        fingerprint="",
+        specification={},
+        maps={},
+    )
 
 
 class MediaFileCache:
-    """What is shown of files under one manifest; the last few lists of files stay decoded."""
+    """Media views of files under one manifest. The last :data:`CACHE_SIZE` lists of files stay decoded."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._visuals = functools.lru_cache(CACHE_SIZE)(
+        self._cached_views = functools.lru_cache(CACHE_SIZE)(
             lambda files: MediaViews(build_memory_index(files, manifest), manifest)
         )
 
     def media_views(self, files: Sequence[MediaFile]) -> MediaViews:
-        """Visuals whose media table has a row for each of ``files``, in order.
+        """Return media views whose media table has one row for each of ``files``, in order.
 
         Raises:
             MediaError: a file cannot be used; one line that names it.
         """
-        return self._visuals(tuple(files))
+        return self._cached_views(tuple(files))
 
 
-class _Memory:
-    """A storage of bytes by name; see :class:`framestream.pipeline.storage.base.Storage`."""
+class _MemoryStorage:
+    """Byte strings by name, as a :class:`framestream.pipeline.storage.base.Storage`."""
 
-    root, remote, folder = Path(), False, Path()
+    root: Path | str = Path()
+    remote = False
+    folder = Path()
 
-    def __init__(self, files: dict[str, bytes], shown: dict[str, str]) -> None:
-        self._files, self._shown = files, shown
+    def __init__(self, data: dict[str, bytes], paths: dict[str, str]) -> None:
+        self._data, self._paths = data, paths  # paths: the file that messages name, by shard name
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        data = memoryview(self._files[shard.name])
+        data = memoryview(self._data[shard.name])
         return (data[offset : offset + size] for offset, size in ranges)
 
     def read_all(self, name: str) -> bytes:
-        if name not in self._files:
+        if name not in self._data:
             raise FileNotFoundError(name)
-        return self._files[name]
+        return self._data[name]
 
     def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         raise FileNotFoundError(f"{', '.join(names)}: in memory only")
 
     def describe(self, name: str) -> str:
-        return self._shown[name]
+        return self._paths[name]

@@ -1,14 +1,7 @@
-"""The bytes of a shard: JPEG frames, MJPEG in MP4, USTAR shards and the small files that other readers want.
+"""Keys and JSON members of the samples in shards.
 
-A shard is a plain USTAR file whose members are ``KEY.EXT``, the members of a sample side by side, every sample of a
-folder with the same extensions::
-
-    video/train-000000.tar      KEY.mp4 KEY.json    a clip; every frame of the MP4 is one whole JPEG
-    image/train-000000.tar      KEY.jpg KEY.json    a still
-    dialogue/train-000000.tar   KEY.json            a conversation with the keys of its media
-
-Nothing else in the project writes these bytes, and ``tools/verification.py`` checks them from docs/format.md. The same
-input gives the same bytes.
+The layout of a shard is in :mod:`framestream.pipeline.shards`, all fields are in docs/format.md. The same input gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -19,16 +12,19 @@ from typing import Any
 
 from framestream.pipeline.utils.canonical_json import canonical_json
 
-# Keys and JSON members ------------------------------------------------------------------------------------------------
-
 
 def media_key(kind: str, identity: str) -> str:
-    """Key of a media item (``kind`` video or image): its letter and 24 hex digits of the identity's sha256."""
+    """Return the key of a media item: ``v`` (video) or ``i`` (image), and 24 hex digits of the identity's sha256.
+
+    Args:
+        kind: video or image.
+        identity: text that identifies the item, such as its source and clip; not its bytes.
+    """
     return {"video": "v", "image": "i"}[kind] + hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
 def dialogue_key(identity: str) -> str:
-    """Key of a dialogue: ``d`` and 24 hex digits of the identity's sha256."""
+    """Return the key of a dialogue: ``d`` and 24 hex digits of the identity's sha256."""
     return "d" + hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
@@ -52,11 +48,26 @@ def media_metadata(
     sha256: str,
     dialogues: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
-    """The ``json`` member of a media sample; the types are the same in every sample.
+    """Return the ``json`` member of a media sample. Every sample has the same fields and types.
 
-    ``start`` is where the clip begins in its source (seconds), ``sample`` the sampler's list of places in the stored
-    frames, ``frame_index`` and ``timestamps`` (true source seconds) one entry per stored frame, ``sha256`` that of the
-    media member, ``dialogues`` the known dialogues about this item alone (kept as JSON text).
+    Args:
+        key: of the sample.
+        kind: video or image.
+        source: root and path of the source file.
+        start: seconds of the source at which the clip begins.
+        width: of the stored frames, in pixels.
+        height: of the stored frames, in pixels.
+        source_width: of the source, upright, in pixels.
+        source_height: of the source, upright, in pixels.
+        vlen: number of source frames of the clip; 1 for an image.
+        fps: source frames a second; 0 for an image.
+        duration: seconds of the clip; 0 for an image.
+        salvaged: the source is damaged, and only the frames before the damage are stored.
+        sample: the sampler's list, as indices into the stored frames.
+        frame_index: source frame number of each stored frame, counted from the clip's first.
+        timestamps: seconds of the source of each stored frame.
+        sha256: hex digest of the media member.
+        dialogues: known dialogues about this item alone; they become JSON text.
     """
     value = {
         "key": str(key),
@@ -71,7 +82,7 @@ def media_metadata(
         "fps": float(fps),
         "duration": float(duration),
         "salvaged": bool(salvaged),
-        "sample": [int(place) for place in sample],
+        "sample": [int(index) for index in sample],
         "frame_index": [int(frame) for frame in frame_index],
         "timestamps": [float(second) for second in timestamps],
         "sha256": str(sha256),
@@ -90,9 +101,19 @@ def dialogue_metadata(
     conversations: Sequence[Mapping[str, str]],
     meta: Mapping[str, Any],
 ) -> bytes:
-    """The ``json`` member of a dialogue; ``media`` (keys in order of use), ``conversations``, ``meta`` as JSON text.
+    """Return the ``json`` member of a dialogue.
 
-    Text, because readers that infer a schema cannot join an empty list with a list of strings.
+    ``media``, ``conversations`` and ``meta`` become JSON text, because readers that infer a schema cannot join an empty
+    list with a list of strings.
+
+    Args:
+        key: of the sample.
+        id: as the annotation says.
+        entry: name of the manifest's entry.
+        split: train or val.
+        media: media keys in order of use.
+        conversations: turns with ``from`` and ``value``.
+        meta: the annotation's other fields.
     """
     value = {
         "key": str(key),
@@ -104,9 +125,3 @@ def dialogue_metadata(
         "meta": canonical_json(dict(meta)),
     }
     return canonical_json(value).encode()
-
-
-# Frames ---------------------------------------------------------------------------------------------------------------
-
-
-# Shards ---------------------------------------------------------------------------------------------------------------

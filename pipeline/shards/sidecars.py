@@ -1,4 +1,4 @@
-"""TODO."""
+"""Small files beside the shards that other readers need: wids shard indexes and Megatron-Energon's metadata."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ import yaml
 from framestream.pipeline.shards.writer import ShardInfo
 from framestream.pipeline.utils.atomic_io import write_atomic
 
-ENERGON_VERSION = "7.4.1"  #: the Megatron-Energon release whose folder layout is written
+ENERGON_VERSION = "7.4.1"  #: Megatron-Energon release that defines the folder layout
 
 
 def read_sidecars(folder: str | Path) -> list[ShardInfo]:
-    """The shards that ``write_reader_files`` described in ``folder``, in order of name; ``sha256`` is empty."""
-    folder, shards = Path(folder), []
+    """Return the shards that :func:`write_sidecars` described in ``folder``, sorted by name; ``sha256`` is empty.
+
+    Raises:
+        OSError, ValueError, KeyError: a sidecar file is missing or damaged.
+    """
+    folder = Path(folder)
+    shards: list[ShardInfo] = []
     for path in folder.glob("shardindex*.json"):
         for part in json.loads(path.read_bytes())["shardlist"]:
             offsets = np.frombuffer((folder / f"{part['url']}.idx").read_bytes(), dtype="<u8")
@@ -29,23 +34,23 @@ def read_sidecars(folder: str | Path) -> list[ShardInfo]:
 def write_sidecars(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
     """Write what Megatron-Energon and wids expect beside the shards of one folder (video, image or dialogue).
 
-    ``.nv-meta/`` and ``NAME.tar.idx`` are Energon's (its parsers refuse unknown keys, so nothing of ours is added);
-    ``shardindex.json`` (train) and ``shardindex-val.json`` are wids shard indexes.
+    ``shardindex.json`` (train) and ``shardindex-val.json`` are wids shard indexes. ``.nv-meta/`` and ``NAME.tar.idx``
+    are Energon's. They contain only Energon's own keys, because its parsers refuse unknown ones.
     """
     folder = Path(folder)
     shards = sorted(shards, key=lambda shard: shard.name)
     for shard in shards:
         write_atomic(folder / f"{shard.name}.idx", np.array(shard.sample_offsets, dtype="<u8").tobytes())
     splits = {split: [shard for shard in shards if shard.split == split] for split in ("train", "val", "test")}
-    for split, parts in splits.items():
-        if parts:
+    for split, members in splits.items():
+        if members:
             index = {
                 "__kind__": "wids-shard-index-v1",
                 "wids_version": 1,
                 "name": f"{folder.name}-{split}",
                 "shardlist": [
-                    {"url": part.name, "nsamples": part.samples, "filesize": part.bytes, "md5sum": part.md5}
-                    for part in parts
+                    {"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes, "md5sum": shard.md5}
+                    for shard in members
                 ],
             }
             name = "shardindex.json" if split == "train" else f"shardindex-{split}.json"
@@ -54,7 +59,7 @@ def write_sidecars(folder: str | Path, shards: Sequence[ShardInfo]) -> None:
     meta = folder / ".nv-meta"
     meta.mkdir(parents=True, exist_ok=True)
     info = {"energon_version": ENERGON_VERSION, "shard_counts": {shard.name: shard.samples for shard in shards}}
-    parts = {split: [part.name for part in parts] for split, parts in splits.items()}
+    parts = {split: [shard.name for shard in members] for split, members in splits.items()}
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     write_atomic(meta / ".info.json", (json.dumps(info, indent=1) + "\n").encode())
     write_atomic(meta / "split.yaml", yaml.safe_dump({"exclude": [], "split_parts": parts}, sort_keys=False).encode())

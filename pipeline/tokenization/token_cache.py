@@ -57,7 +57,7 @@ def token_fingerprint(
         "images": [manifest.images.mode, manifest.images.max_grid],
         "seed": manifest.seed if frames.sampler == "rand" else 0,
         **({"fetch": fetch} if fetch else {}),
-        **({"bounds": visuals.bounds} if visuals.bounds else {}),
+        **({"bounds": visuals.frame_bounds} if visuals.frame_bounds else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -25,6 +25,6 @@ def spoil(folder: Path, media: dict) -> None:
     """Overwrite the head of the medium's last frame."""
     index = Index.open(folder / "stage2")
     row = index.media["key"].to_pylist().index(media["key"])
-    with open(index.path_of(index.media["shard"][row].as_py()), "r+b") as file:
+    with open(index.shard_path(index.media["shard"][row].as_py()), "r+b") as file:
         file.seek(index.media["frame_offset"][row].as_py()[-1])
         file.write(bytes(40))

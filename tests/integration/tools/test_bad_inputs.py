@@ -131,7 +131,7 @@ def look_up(built: Built, place: str, name: str) -> Shown:
     dialogue = next(row for row in built.index.dialogues.to_pylist() if (row["entry"], row["id"]) == (place, name))
     row = built.index.media.slice(dialogue["media"][0], 1).to_pylist()[0]
     frames = []
-    with open(built.index.path_of(row["shard"]), "rb") as shard:
+    with open(built.index.shard_path(row["shard"]), "rb") as shard:
         for offset, size in zip(row["frame_offset"], row["frame_size"], strict=True):
             shard.seek(offset)
             frames.append(np.asarray(Image.open(io.BytesIO(shard.read(size))).convert("RGB")))

@@ -56,7 +56,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert index.fingerprint == fingerprint
     assert index.media.to_pylist() == [_media(number) for number in range(10)]
     assert index.dialogues.to_pylist() == [_dialogue(number) for number in range(5)]
-    assert index.path_of(0) == tmp_path / "video" / "train-000000.tar"
+    assert index.shard_path(0) == tmp_path / "video" / "train-000000.tar"
     assert sorted(item.name for item in (tmp_path / "index").iterdir()) == [
         "dialogues.arrow",
         "media.arrow",

@@ -32,5 +32,5 @@ def test_an_empty_ledger_has_its_columns(tmp_path):
 
 @pytest.mark.parametrize(("kind", "reason"), [("media", "bad luck"), ("video", "corrupt")])
 def test_unknown_words_are_refused(kind, reason):
-    with pytest.raises(ValueError, match="not a row"):
+    with pytest.raises(ValueError, match="is unknown; add it"):
         LedgerRow("set", kind, reason, "")

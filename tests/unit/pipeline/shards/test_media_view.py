@@ -152,7 +152,7 @@ def test_stills_are_the_tiles_of_the_stored_picture(root, mode):
         for view in reader.views(rows):
             out = np.empty((view.tiles, SIZE, SIZE, 3), dtype=np.uint8)
             reader.read_image(view, out)
-            with tarfile.open(reader.index.path_of(media["shard"][view.row].as_py())) as tar:
+            with tarfile.open(reader.index.shard_path(media["shard"][view.row].as_py())) as tar:
                 data = tar.extractfile(f"{media['key'][view.row].as_py()}.jpg").read()
             expected, grid = split_into_tiles(Image.open(io.BytesIO(data)), mode, SIZE, 2, several=len(rows) > 1)
             assert view.grid == grid and view.tiles == len(expected)
@@ -169,7 +169,7 @@ def test_a_shard_that_ends_early_is_an_error(tmp_path):
     made = Root(tmp_path)
     made.video(8, 8)
     reader = visuals(made.write())
-    path = reader.index.path_of(0)
+    path = reader.index.shard_path(0)
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(ValueError, match="the shard ends within"):
         shown(reader, 0)
