@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from framestream.pipeline.config.data import DataConfig, MixRootConfig
 from framestream.pipeline.config.loading import BatchingConfig, LoaderConfig
 from framestream.pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, ModelConfig
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from framestream.pipeline.config.schema import (
-    ManifestError,
-    apply_override,
-    config_field,
-    from_dict,
-    read_yaml,
-    to_dict,
-)
+from framestream.pipeline.config.schema import ManifestError, spec, from_dict, to_dict
 from framestream.pipeline.config.training import EvaluateConfig, TrainConfig
+from framestream.pipeline.config.yaml_files import apply_override, read_yaml
 
 __all__ = ["Manifest", "ManifestError", "load_manifest", "to_dict"]
 
@@ -33,8 +27,8 @@ __all__ = ["Manifest", "ManifestError", "load_manifest", "to_dict"]
 class Manifest:
     """One stage, whole."""
 
-    stage: int = config_field(choices=(1, 2, 3, 4))
-    output: str = config_field(doc="folder of the run: checkpoints, logs, final weights")
+    stage: int = field(metadata=spec(choices=(1, 2, 3, 4)))
+    output: str = field(metadata=spec(doc="folder of the run: checkpoints, logs, final weights"))
     data: DataConfig
     frames: FramesConfig
     text: TextConfig
@@ -42,10 +36,13 @@ class Manifest:
     train: TrainConfig
     init_from: InitFromConfig
     name: str = ""
-    seed: int = config_field(0, low=0)
-    shards: str = config_field("shards", doc="stage N is read from SHARDS/stageN; a folder or an address")
-    compat: str = config_field(
-        "none", choices=("none", "published"), doc="published: with the published readers' faults"
+    seed: int = field(default=0, metadata=spec(low=0))
+    shards: str = field(
+        default="shards", metadata=spec(doc="stage N is read from SHARDS/stageN; a folder or an address")
+    )
+    compat: str = field(
+        default="none",
+        metadata=spec(choices=("none", "published"), doc="published: with the published readers' faults"),
     )
     images: ImagesConfig = ImagesConfig()
     mix: tuple[MixRootConfig, ...] = ()
@@ -83,7 +80,7 @@ class Manifest:
                 raise ManifestError(f"mix[{number}].weight: all roots have one, or none has; give or remove them all")
             for place, entry in enumerate(root.entries):
                 try:
-                    entry.frames(self.frames)
+                    entry.bound_frames(self.frames)
                 except ManifestError as error:
                     raise ManifestError(f"mix[{number}].entries[{place}].{error}") from None
         if self.mix and not any(weight is None or weight > 0 for weight in weights):

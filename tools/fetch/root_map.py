@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.config.data import DataConfig, EntryConfig
 from framestream.pipeline.config.manifest import Manifest, ManifestError
-from framestream.pipeline.config.schema import read_yaml
+from framestream.pipeline.config.yaml_files import read_yaml
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 from framestream.tools.fetch.annotation_cache import AnnotationCache, cache_folder, remote_file
 from framestream.tools.fetch.base import FetchError, MediaSource
@@ -44,9 +44,9 @@ class ResolvedLocation:
     origin: str  #: what it is read from, or would come from
     missing: str = ""
     name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
-    given: str | Mapping[str, Any] = ""  #: opens it: a value of a root map, a hub repository's with its commit
+    spec: str | Mapping[str, Any] = ""  #: opens it: a value of a root map, a hub repository's with its commit
     limits: FetchLimits = FetchLimits()
-    lists: Path | None = None  #: folder where lists of what archives hold are kept
+    member_lists: Path | None = None  #: folder where lists of what archives hold are kept
 
     @property
     def resolved(self) -> bool:
@@ -60,7 +60,7 @@ class ResolvedLocation:
             FetchError: the place cannot be asked, or is none.
         """
         try:
-            return open_source(self.given, self.limits, self.lists)
+            return open_source(self.spec, self.limits, self.member_lists)
         except ValueError as error:
             raise FetchError("unresolved", self.name, str(error)) from None
 

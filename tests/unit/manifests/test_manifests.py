@@ -8,25 +8,54 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from framestream.pipeline.config.catalog import read_catalog
 from framestream.pipeline.config.manifest import Manifest, load_manifest
-from framestream.pipeline.config.schema import read_yaml
+from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.config.yaml_files import load_yaml, read_yaml
 from tests.helpers.paths import ROOT
 
 FOLDER = ROOT / "manifests"
 NOT_STAGES = {"base.yaml", "roots.example.yaml"}
-STAGES = sorted(path for path in FOLDER.rglob("*.yaml") if path.name not in NOT_STAGES)
+CATALOGS = sorted((FOLDER / "data").glob("*.yaml"))
+STAGES = sorted(path for path in FOLDER.rglob("*.yaml") if path.name not in NOT_STAGES and path not in CATALOGS)
 PUBLISHED = ("stage1", "stage2", "stage3", "stage4", "ablation")
 #: folder of a published variant -> pixels, encoder file, language model
 VARIANTS = {
     "1m": (224, "UMT-L_f4_vision.pt", "Qwen/Qwen2.5-7B-Instruct-1M"),
     "2b": (448, "UMT-L_f4_vision.pt", "Qwen/Qwen2.5-1.5B-Instruct"),
     "internvideo2": (224, "InternVideo2-1B_f4_vision.pt", "Qwen/Qwen2.5-7B-Instruct"),
+}
+
+
+#: manifest -> the first 32 digits of the sha256 of its resolved form as JSON, made at commit fd47dc5, before the
+#: sources moved into catalogs; a manifest that is changed on purpose gets a new one
+RESOLVED = {
+    "1m/stage1": "1636710bf1d80bcff30891ea1b26f0dc",
+    "1m/stage2": "b00b6efbe6dd9d599a7b211c5759cb88",
+    "1m/stage3": "27a2a18bae2c88d6e12286beac247c5f",
+    "2b/stage1": "0b2d1897663366a8765bed662888d25a",
+    "2b/stage2": "1c904dbb2849195473c5cc68c8530046",
+    "2b/stage3": "8f784638eb22b78f6cc579ab2d6cfa2e",
+    "ablation": "34720bd697221f3796da3e3da3344186",
+    "demo/stage1": "15904de061fdfb70568c74a01d03c9da",
+    "demo/stage2": "8de711cfd22402ddbcb31424dcfe0e3f",
+    "demo/stage3": "09db53beac579c3d4c67dcf8f458bf7f",
+    "demo/stage4": "72538cc0775d49084936d390421f1172",
+    "internvideo2/stage1": "50293cbadc771e6c33b0ec5a3971b40d",
+    "internvideo2/stage2": "919eaae1b4267e477c60a97566291c7a",
+    "internvideo2/stage3": "c489af665f2415f2323112c92a0c480e",
+    "stage1": "916f65d46d56d571e34b348120fb3ef6",
+    "stage2": "2bfd30aeb51988a0bc15d9e4ddc54383",
+    "stage3": "97ee985975e0e3dc45b0d13d69622bad",
+    "stage4": "f1c744e339608bf3f787d6f35a1f8d7f",
 }
 
 
@@ -205,3 +234,19 @@ def test_root_map_example_reads_the_split_zips_of_the_long_videos():
     places = read_yaml(FOLDER / "roots.example.yaml")
     entries = [entry for entry in published("stage3").data.entries if entry.root.endswith("/longvid_subset")]
     assert len(entries) == 4 and all(places[entry.name]["join"] is True for entry in entries)
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_resolved_manifests_are_unchanged(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = json.dumps(to_dict(load_manifest(path.relative_to(ROOT))), sort_keys=True)
+    name = path.relative_to(FOLDER).with_suffix("").as_posix()
+    assert hashlib.sha256(text.encode()).hexdigest()[:32] == RESOLVED[name]
+
+
+def test_every_catalog_is_used_and_repeats_no_entry():
+    used = [name for path in STAGES for name in re.findall(r"data/\w+\.yaml", path.read_text(encoding="utf-8"))]
+    assert {FOLDER / name for name in used} == set(CATALOGS)
+    for path in CATALOGS:
+        annotations = [entry["annotation"] for entry in read_catalog(path, load_yaml)]
+        assert len(set(annotations)) == len(annotations)

@@ -13,8 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest, to_dict
-from framestream.pipeline.config.schema import apply_override, from_dict, merge_mappings
+from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
+from framestream.pipeline.config.schema import from_dict, to_dict
+from framestream.pipeline.config.yaml_files import apply_override, merge_mappings
 
 SMALL = {
     "stage": 2,

@@ -1,0 +1,93 @@
+"""Read YAML files that extend each other, and apply overrides from a command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from framestream.pipeline.config.schema import ManifestError, format_value
+
+
+def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
+    """Read a YAML mapping, merged into the files that ``extends`` names, if any.
+
+    ``extends: OTHER`` or ``extends: [FIRST, SECOND]`` is relative to the file. Each file is laid over those before it,
+    and the file itself over all of them.
+
+    Args:
+        seen: files that led here, to find loops.
+
+    Raises:
+        ManifestError: a file cannot be read, is not a YAML mapping, or extends itself.
+    """
+    path = Path(path)
+    if path.resolve() in seen:
+        raise ManifestError(f"{path}: extends: the file extends itself; remove the loop")
+    value = _parse(path)
+    named = value.pop("extends", None)
+    if named is None:
+        return value
+    bases = named if isinstance(named, list) else [named]
+    if not bases or not all(isinstance(base, str) for base in bases):
+        raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {format_value(named)}")
+    merged: dict = {}
+    for base in bases:
+        merged = merge_mappings(merged, read_yaml(path.parent / base, (*seen, path.resolve())))
+    return merge_mappings(merged, value)
+
+
+def merge_mappings(base: dict, over: dict) -> dict:
+    """Lay ``over`` over ``base``: merge mappings field by field and replace everything else."""
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge_mappings(merged[name], value) if both else value
+    return merged
+
+
+def apply_override(value: dict, assignment: str) -> dict:
+    """Apply one ``a.b.c=YAML`` assignment from a command line to a plain mapping."""
+    path, sign, text = assignment.partition("=")
+    if not sign or not path:
+        raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE")
+    try:
+        item: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE with a value in YAML") from None
+    for name in reversed(path.split(".")):
+        item = {name: item}
+    return merge_mappings(value, item)
+
+
+def _parse(path: Path) -> dict:
+    """Read the mapping in one file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
+        raise ManifestError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
+    try:
+        value = _UniqueKeyLoader(text).get_single_data()
+    except yaml.YAMLError as error:
+        text = str(error).replace('in "<unicode string>", ', "at ")
+        raise ManifestError(f"{path}: not valid YAML: {' '.join(text.split())}") from None
+    if value is None:
+        raise ManifestError(f"{path}: is empty; expected a mapping of fields at the top level")
+    if not isinstance(value, dict):
+        raise ManifestError(f"{path}: expected a mapping of fields at the top level, got {format_value(value)}")
+    return value
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a repeated field is an error. PyYAML itself would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{name}` is given twice; keep one", node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
