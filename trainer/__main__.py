@@ -1,7 +1,7 @@
-"""``python -m trainer --manifest M``: train one stage, or say with ``--dry-run`` what it would be.
+"""``python -m trainer --manifest M`` trains one stage. With ``--dry-run`` it describes the run instead.
 
-Under torchrun, deepspeed or Slurm each process runs this same command. Repeating it continues from the last
-checkpoint; a finished stage is left alone.
+Under torchrun, deepspeed or Slurm each process runs this same command. Repeating it resumes from the last checkpoint.
+A finished stage is not trained again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from framestream.pipeline.config.manifest import ManifestError, load_manifest
+from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
 from framestream.pipeline.shards.index import ShardsError
-from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS
+from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, process_rank
+
+RESUME_HINT = "run the same command to resume from the last checkpoint"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
-    """Command line; returns the exit status (0 done, 1 a run that cannot go on, 2 bad input, 75 left when asked by
-    SIGTERM or SIGUSR1, 130 stopped by Ctrl-C)."""
+    """Run the command line; return its exit status.
+
+    The status is 0 for success, 1 for a run that cannot continue, 2 for bad input, 75 for a run stopped by SIGTERM or
+    SIGUSR1, and 130 for one stopped by Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
     parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
@@ -34,33 +39,32 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
 
             print(describe(manifest))
             return 0
-        for number in PREEMPTION_SIGNALS:  # until the run takes them over
-            signal.signal(number, _leave)
+        for number in PREEMPTION_SIGNALS:  # until the run installs its own handler
+            signal.signal(number, _exit_preempted)
         return _train(manifest)
     except (ManifestError, ShardsError) as error:
         return _failed(error, 2)
     except KeyboardInterrupt:
-        print(
-            "stopped; the same command goes on from the last checkpoint, or begins anew where there is none",
-            file=sys.stderr,
-        )
+        print(f"stopped; {RESUME_HINT}", file=sys.stderr)
         return 130
 
 
-def _train(manifest) -> int:
+def _train(manifest: Manifest) -> int:
     from framestream.pipeline.loading.loader import LoaderError
     from framestream.trainer.checkpoint.save import CheckpointError, WriteError
     from framestream.trainer.distributed.call_order import CallOrderError
     from framestream.trainer.distributed.launchers import LaunchError
     from framestream.trainer.distributed.preemption import Preempted
+    from framestream.trainer.monitoring.log_setup import setup_logging
     from framestream.trainer.training.loop import TrainingError, train
     from framestream.trainer.weights.tensor_files import WeightsError
 
+    setup_logging(process_rank(os.environ))
     try:
-        train(manifest)
-    except Preempted as asked:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped by {asked}; the same command goes on from the last checkpoint", file=sys.stderr)
+        final = train(manifest)
+    except Preempted as preempted:
+        if _is_main():
+            print(f"stopped by {preempted}; {RESUME_HINT}", file=sys.stderr)
         return EXIT_PREEMPTED
     except WriteError as error:
         return _failed(error, 1, all_ranks=False)
@@ -72,18 +76,25 @@ def _train(manifest) -> int:
         return _failed(error, 1)
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)
+    if _is_main():
+        print(f"{manifest.name}: final weights are in {final}")
     return 0
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"stopped by {signal.Signals(number).name}; the same command starts again", file=sys.stderr)
+def _is_main() -> bool:
+    return process_rank(os.environ) == 0
+
+
+def _exit_preempted(number: int, frame: FrameType | None) -> None:
+    """Exit at a signal that arrives before training starts."""
+    if _is_main():
+        print(f"stopped by {signal.Signals(number).name}; run the same command to start again", file=sys.stderr)
     raise SystemExit(EXIT_PREEMPTED)
 
 
 def _failed(error: Exception | str, status: int, all_ranks: bool = True) -> int:
-    """Say what went wrong, once where all ranks see the same."""
-    if not all_ranks or os.environ.get("RANK", "0") == "0":
+    """Print the error and return ``status``. Only rank 0 prints an error that all ranks have."""
+    if not all_ranks or _is_main():
         print(f"error: {error}", file=sys.stderr)
     return status
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from framestream.trainer.checkpoint.save import CheckpointError, latest, read_state
+from framestream.trainer.checkpoint.save import CheckpointError, latest_checkpoint, read_state
 from tests.helpers.corpora import training_corpus as corpus
 
 STAGES = (1, 2, 3, 4)
@@ -102,7 +102,7 @@ class Campaign:
     def _whole_checkpoint(self, run: Path) -> bool:
         """Whether ``latest`` names a checkpoint; it must then be whole."""
         try:
-            folder = latest(run)
+            folder = latest_checkpoint(run)
             return folder is not None and bool(read_state(folder))
         except CheckpointError as error:
             raise SoakError(f"a checkpoint that is not whole: {error}") from error

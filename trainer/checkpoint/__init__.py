@@ -1,0 +1,1 @@
+"""Save, load and convert the checkpoints of a run."""

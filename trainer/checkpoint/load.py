@@ -1,17 +1,18 @@
-"""Reading checkpoints: a run that goes on, on the same or another number of ranks, and an export.
+"""Load checkpoints, to resume on the same or another number of ranks, or to export.
 
-The same number of ranks reads DeepSpeed's files as they are. For another one, rank 0 turns them into DeepSpeed's
-universal form, which is removed once all ranks have read it:
+On the same number of ranks DeepSpeed's files are read as they are. For another number, rank 0 converts them into
+DeepSpeed's universal format. The result is removed once all ranks have read it:
 
-    RUN/checkpoints/universal/       while a run with another number of ranks starts
+    RUN/checkpoints/universal/       while a run starts on another number of ranks
 
-Files are read with nothing but tensors, plain values and three of DeepSpeed's types.
+Only tensors, plain values and three of DeepSpeed's types are unpickled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import time
@@ -23,85 +24,87 @@ from pickle import UnpicklingError
 import torch
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.trainer.checkpoint import disk_usage as disk
+from framestream.trainer.checkpoint.disk_usage import check_free, conversion_bytes
 from framestream.trainer.checkpoint.save import (
     CheckpointError,
     check_settings,
     is_file_error,
-    latest,
+    latest_checkpoint,
     raise_write_error,
     read_state,
 )
 from framestream.trainer.distributed.process_group import DistributedContext, barrier
 from framestream.trainer.weights.tensor_files import LazyTensor
 
-FAULTS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
-TICK = 0.2  #: seconds between looks for the universal form
+READ_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
+POLL_SECONDS = 0.2  #: between two checks whether the universal format is complete
+
+logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(engine, run: Path, manifest: Manifest, place: DistributedContext) -> dict | None:
-    """Continue from the newest checkpoint: loads the engine, returns ``state.json``, or None where there is none.
+def load_checkpoint(engine, run: Path, manifest: Manifest, context: DistributedContext) -> dict | None:
+    """Load the newest checkpoint into the engine. Return ``state.json``, or None if there is no checkpoint.
 
-    Learning rate, weight decay and all else of every parameter group stay those of the manifest, whatever the
-    checkpoint says. Reading the universal form under ZeRO-3, DeepSpeed 0.19 copies those of the first group onto all,
-    and makes all groups share one counter of optimiser steps, which every one of them then raises.
+    The parameter groups keep the manifest's learning rate, weight decay and other options. DeepSpeed 0.19 loads them
+    wrongly from the universal format under ZeRO-3: it copies those of the first group to all groups. It also makes all
+    groups share one counter of optimizer steps, which each of them then increments.
 
     Raises:
-        CheckpointError: it belongs to other settings, its files are damaged, or there is no room to convert it.
+        CheckpointError: its settings differ, its files are damaged, or there is no room to convert it.
     """
-    folder = latest(run)
+    folder = latest_checkpoint(run)
     if folder is None:
         return None
     state = read_state(folder)
     check_settings(state["settings"], manifest, folder)
     groups = [{name: value for name, value in g.items() if name != "params"} for g in engine.optimizer.param_groups]
-    if state["world"] == place.world:
+    if state["world"] == context.world:
         _load(engine, folder.parent, folder.name)
     else:
-        with _universal(folder, state["world"], manifest, place) as form:
+        with _universal_format(folder, state["world"], manifest, context) as universal:
             engine._config.load_universal_checkpoint = True
             try:
-                _load(engine, form, folder.name)
-            finally:  # saving with it on would lose the other ranks' parts (DeepSpeed issue 7546)
+                _load(engine, universal, folder.name)
+            finally:  # saving with this option on would lose the other ranks' parts (DeepSpeed issue 7546)
                 engine._config.load_universal_checkpoint = False
-    for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
-        group.update(own)
+    for group, options in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(options)
     for moments in engine.optimizer.optimizer.state.values():
         moments["step"] = moments["step"].clone()
     return state
 
 
 def _load(engine, folder: Path, tag: str) -> None:
-    with _one_line(folder / tag), _tensors_only():
+    with _checkpoint_errors(folder / tag), _tensors_only():
         path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
     if path is None:
         raise CheckpointError(f"{folder / tag}: DeepSpeed found no checkpoint files there; remove the folder")
 
 
 @contextlib.contextmanager
-def _universal(folder: Path, world: int, manifest: Manifest, place: DistributedContext) -> Iterator[Path]:
-    """The folder that holds checkpoint ``folder`` of ``world`` ranks in the universal form while the block runs."""
-    form, reason = folder.parent / "universal", ""
-    if place.is_main:
-        for path in (form, folder.parent / "part-universal"):
+def _universal_format(folder: Path, world: int, manifest: Manifest, context: DistributedContext) -> Iterator[Path]:
+    """Convert checkpoint ``folder`` of ``world`` ranks to the universal format, and remove the result afterwards."""
+    universal, reason = folder.parent / "universal", ""
+    if context.is_main:
+        for path in (universal, folder.parent / "part-universal"):
             shutil.rmtree(path, ignore_errors=True)
-        reason = disk.check_free(folder.parent, disk.conversion_bytes(manifest, world))
-    raise_write_error(reason, place)
-    if place.is_main:
-        print(f"{manifest.name}: {folder}: the number of ranks was {world}, is {place.world}; converting it")
-        _convert(folder, folder.parent / "part-universal", form)
-    while not form.exists():  # no collective call: the conversion may take longer than train.timeout_minutes
-        time.sleep(TICK)
-    if (form / "failed").exists():
-        raise CheckpointError((form / "failed").read_text(encoding="utf-8"))
-    yield form
+        reason = check_free(folder.parent, conversion_bytes(manifest, world))
+    raise_write_error(reason, context)
+    if context.is_main:
+        logger.info("%s: converting %s from %d to %d ranks", manifest.name, folder, world, context.world)
+        _convert(folder, folder.parent / "part-universal", universal)
+    while not universal.exists():  # no collective call: the conversion may take longer than train.timeout_minutes
+        time.sleep(POLL_SECONDS)
+    if (universal / "failed").exists():
+        raise CheckpointError((universal / "failed").read_text(encoding="utf-8"))
+    yield universal
     barrier()
-    if place.is_main:
-        shutil.rmtree(form)
+    if context.is_main:
+        shutil.rmtree(universal)
 
 
-def _convert(folder: Path, part: Path, form: Path) -> None:
-    """DeepSpeed's own conversion; ``form`` appears when it is whole, or with the reason why it cannot be made."""
+def _convert(folder: Path, part: Path, universal: Path) -> None:
+    """Run DeepSpeed's conversion. ``universal`` appears once it is complete, or with the file ``failed``."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     part.mkdir()
@@ -115,25 +118,25 @@ def _convert(folder: Path, part: Path, form: Path) -> None:
         inject_missing_state=True,
     )
     try:
-        with _one_line(folder), _tensors_only(), _silence():
+        with _checkpoint_errors(folder), _tensors_only(), _no_output():
             main(options)
     except CheckpointError as error:
         (part / "failed").write_text(str(error), encoding="utf-8")
-    os.replace(part, form)
+    os.replace(part, universal)
 
 
 def trained_weights(folder: Path) -> dict[str, LazyTensor]:
-    """The trained parameters of a checkpoint of any number of ranks: our names -> float32, read when wanted.
+    """Return the trained parameters of a checkpoint of any number of ranks: our names -> float32, read on demand.
 
-    Under ZeRO-3 the ranks' files stay on the disk and one parameter at a time is joined; under ZeRO-1 and 2 all are
-    joined at once, in float32.
+    Under ZeRO-3 the ranks' files stay on disk, and one parameter at a time is joined. Under ZeRO-1 and 2 all parameters
+    are joined at once, in float32.
 
     Raises:
-        CheckpointError: files that are missing, damaged, or hold anything but tensors and settings.
+        CheckpointError: files are missing, damaged, or contain anything but tensors and settings.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # only an export needs it
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # needed by exports only
 
-    with _one_line(folder), _tensors_only(), _silence():
+    with _checkpoint_errors(folder), _tensors_only(), _no_output():
         tensors = get_fp32_state_dict_from_zero_checkpoint(
             str(folder.parent), tag=folder.name, exclude_frozen_parameters=True, lazy_mode=True
         )
@@ -141,30 +144,31 @@ def trained_weights(folder: Path) -> dict[str, LazyTensor]:
 
 
 @contextlib.contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    """Turn what DeepSpeed raises over bad files into one CheckpointError."""
+def _checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Turn DeepSpeed's exceptions about bad files into a CheckpointError of one line."""
     try:
         yield
-    except FAULTS as error:
+    except READ_ERRORS as error:
         if not is_file_error(error):
             raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, UnpicklingError):
-            reason = "its files are damaged, or hold more than tensors and settings"
-        raise CheckpointError(f"{folder}: cannot be read ({reason}); take another checkpoint of the run") from error
+            reason = "its files are damaged, or contain more than tensors and settings"
+        raise CheckpointError(f"{folder}: cannot be read ({reason}); use another checkpoint of the run") from error
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def _no_output() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Let ``torch.load`` build tensors, plain values and three of DeepSpeed's types only, whatever its caller asks.
+    """Let ``torch.load`` build only tensors, plain values and three of DeepSpeed's types.
 
-    DeepSpeed's reader would unpickle anything; a file that wants more than this is refused and nothing of it is run.
+    DeepSpeed's reader passes ``weights_only=False``, which would unpickle anything. The environment variable overrides
+    it, so that a file with other objects is refused and none of its code runs.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,9 +1,9 @@
-"""Debug mode (``train.check_calls``): do all ranks call the same modules in the same order?
+"""Debug check (``train.check_calls``) that all ranks call the same modules in the same order.
 
-ZeRO-3 gathers parameters in module calls, so ranks that call differently wait for each other for ever, or gather the
-wrong thing. The log counts every call of a module that owns parameters, recomputation in the backward pass included.
-After each global batch the ranks compare counts and a checksum of the names; in between the heartbeat says how far each
-has come, which is what is left to say once they hang.
+ZeRO-3 gathers parameters in module calls. Ranks whose calls differ wait for each other forever, or gather the wrong
+parameters. The tracer counts every call of a module that owns parameters, recomputation in the backward pass included.
+After each global batch the ranks compare counts and a checksum of the names. Heartbeats carry the last call of each
+rank, so that it can be reported when the ranks hang before the comparison.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from framestream.trainer.distributed.process_group import DistributedContext, al
 
 
 class CallOrderError(RuntimeError):
-    """Ranks called different modules; one line that names the first call that differs."""
+    """Ranks called different modules. The message names the first call that differs, in one line."""
 
 
 class ModuleCallTracer:
-    """The calls of one rank's model since the last comparison."""
+    """Records the module calls of one rank since the last comparison."""
 
     def __init__(self, model: nn.Module) -> None:
         self._calls: list[int] = []
@@ -33,24 +33,24 @@ class ModuleCallTracer:
                 module.register_forward_pre_hook(lambda *_, number=number: self._calls.append(number))
 
     def last_call(self) -> str:
-        """Where this rank is, for the heartbeat: the number and the name of its last call."""
+        """Return number and module name of the last call, for the heartbeat."""
         calls = self._calls
         return f"call {len(calls)}, {self._name(calls, len(calls) - 1)}"
 
-    def compare(self, place: DistributedContext) -> None:
-        """Compare with all ranks and begin anew; every rank calls this.
+    def compare(self, context: DistributedContext) -> None:
+        """Compare the calls of all ranks, then start a new record. All ranks call this together.
 
         Raises:
-            CallsError: on every rank, where any two differ.
+            CallOrderError: two ranks differ; raised on every rank.
         """
         calls, self._calls = self._calls, []
-        mine = torch.tensor([len(calls), zlib.crc32(str(calls).encode())])
-        counts = all_gather(mine, place)
+        summary = torch.tensor([len(calls), zlib.crc32(str(calls).encode())])
+        counts = all_gather(summary, context)
         if (counts == counts[0]).all():
             return
         padded = torch.full((int(counts[:, 0].max()),), -1)
         padded[: len(calls)] = torch.tensor(calls, dtype=torch.int64)
-        table = all_gather(padded, place)
+        table = all_gather(padded, context)
         differing = (table != table[0]).nonzero()
         first = int(differing[:, 1].min())
         rank = int(differing[differing[:, 1] == first][0, 0])
@@ -60,5 +60,5 @@ class ModuleCallTracer:
             f"{there} on rank 0, of {counts[rank, 0]} and {counts[0, 0]} calls; this is a fault of the model's code"
         )
 
-    def _name(self, calls: list[int], place: int) -> str:
-        return self._names[calls[place]] if 0 <= place < len(calls) and calls[place] >= 0 else "no call"
+    def _name(self, calls: list[int], index: int) -> str:
+        return self._names[calls[index]] if 0 <= index < len(calls) and calls[index] >= 0 else "no call"

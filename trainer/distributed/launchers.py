@@ -1,7 +1,8 @@
-"""Which of how many processes this one is, whoever started it: torchrun, deepspeed, srun, or nobody.
+"""Read rank and world size from the environment of torchrun, deepspeed or srun.
 
 torchrun and the deepspeed launcher set ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
-srun, with a task for each GPU, sets its own variables, which say the same. Without any of them it is one process.
+srun starts a task for each GPU and sets variables of its own, which are translated. Without any of these variables the
+run has one process.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import re
 import signal
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: variables of launchers that are not understood, with their names: each of their processes would train alone
-OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
-EXIT_PREEMPTED = 75  #: exit status of a run that left when asked: EX_TEMPFAIL of sysexits.h, "try again"
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: which ask a run to leave
-PORTS = (20_000, 10_000)  #: first port of srun's jobs, and how many: the job's number chooses one
+REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: variables of unsupported launchers, with the launcher's name: each of their processes would train alone
+UNSUPPORTED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
+EXIT_PREEMPTED = 75  #: exit status of a preempted run: EX_TEMPFAIL of sysexits.h, "try again"
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: signals that ask a run to save and exit
+PORTS = (20_000, 10_000)  #: first port for srun's jobs, and number of ports; the job id selects one
 
 
 class LaunchError(RuntimeError):
-    """A run that cannot begin. ``faults``: one line each, with the fix; ``everywhere``: every rank raises the same."""
+    """A run cannot start. ``faults``: one line each, with the fix. ``everywhere``: all ranks raise the same error."""
 
     def __init__(self, *faults: str, everywhere: bool = False) -> None:
         super().__init__("; ".join(faults))
@@ -28,19 +29,19 @@ class LaunchError(RuntimeError):
 
 
 def setup_environment(environment: MutableMapping[str, str]) -> None:
-    """Set the five variables where the launcher has not.
+    """Set those of the five variables that the launcher has not set.
 
     Raises:
-        StartError: some are set and others not, or an unknown launcher started several processes.
+        LaunchError: some are set and others are not, or an unsupported launcher started several processes.
     """
     if "RANK" in environment:
-        if missing := [name for name in NEEDED if name not in environment]:
+        if missing := [name for name in REQUIRED if name not in environment]:
             raise LaunchError(f"RANK is set, {', '.join(missing)} not; set all of them, or start with torchrun")
         environment.setdefault("LOCAL_RANK", "0")
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        environment.update(_of_slurm(environment))
+        environment.update(_from_slurm(environment))
     else:
-        for name, launcher in OTHERS.items():
+        for name, launcher in UNSUPPORTED.items():
             if int(environment.get(name, "1")) > 1:
                 raise LaunchError(
                     f"{launcher} started {environment[name]} processes, each of which would train alone; "
@@ -49,23 +50,32 @@ def setup_environment(environment: MutableMapping[str, str]) -> None:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
 
 
-def _of_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """What srun says of this task; ``MASTER_ADDR`` and ``MASTER_PORT`` that are set already win."""
+def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Translate srun's variables. ``MASTER_ADDR`` and ``MASTER_PORT`` keep values that are already set."""
     first, count = PORTS
-    alone = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))  # each task sees its own GPU only
+    # one device without a comma: Slurm shows each task its own GPU only, as device 0
+    one_device = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": "0" if alone else environment["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if one_device else environment["SLURM_LOCALID"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(first + int(environment["SLURM_JOB_ID"]) % count),
     }
 
 
+def process_rank(environment: Mapping[str, str]) -> int:
+    """Return the rank of this process, also before :func:`setup_environment`; 0 without a launcher."""
+    return int(environment.get("RANK") or environment.get("SLURM_PROCID") or "0")
+
+
 def first_host(nodes: str) -> str:
-    """First of Slurm's list of nodes, such as ``gpu[07-09,12],big1``: ``gpu07``."""
-    head, numbers, tail = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes).groups()
-    return f"{head}{numbers or ''}{tail}"
+    """Return the first host of a Slurm node list: ``gpu07`` for ``gpu[07-09,12],big1``."""
+    # a prefix, then perhaps [numbers] with the first number up to a comma, hyphen or bracket, then a suffix
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
+    assert match is not None  # every group may be empty
+    prefix, number, suffix = match.groups()
+    return f"{prefix}{number or ''}{suffix}"
 
 
 def _free_port() -> str:

@@ -1,8 +1,8 @@
-"""Leaving when asked: SIGTERM and SIGUSR1 end a run at the next micro-step, after a checkpoint, on all ranks together.
+"""Graceful preemption: on SIGTERM or SIGUSR1, save a checkpoint and exit.
 
-Schedulers send these before they take a machine away, to every rank or to one; the ranks agree by a collective call.
-Parameters change only where a global batch ends, so the checkpoint is that of the last whole one, and what was
-computed of the next is done again.
+Schedulers send these signals before they take a machine away, to all ranks or to one. The ranks agree by a collective
+call, so all of them stop at the same micro-step. Parameters change only at the end of a global batch. So the checkpoint
+is that of the last complete global batch, and the micro-steps after it are repeated in the next run.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from framestream.trainer.distributed.process_group import DistributedContext, al
 
 
 class Preempted(Exception):
-    """The run was asked to leave; the name of the signal."""
+    """A signal asked the run to stop. The message is the name of the signal."""
 
 
 class PreemptionHandler:
-    """Takes both signals over, for the rest of the process. Repeated ones change nothing."""
+    """Handles both signals for the rest of the process. Further signals have no effect."""
 
     def __init__(self) -> None:
-        self._asked = 0
-        self._held = False
+        self._signal = 0
+        self._deferred = False
         for number in PREEMPTION_SIGNALS:
-            signal.signal(number, self._heed)
+            signal.signal(number, self._handle)
 
-    def _heed(self, number: int, frame: FrameType | None) -> None:
-        first, self._asked = not self._asked, self._asked or number
-        if first and not self._held:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        is_first, self._signal = not self._signal, self._signal or number
+        if is_first and not self._deferred:
             raise Preempted(signal.Signals(number).name)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a request waits for :meth:`check`; elsewhere it raises :class:`Preempted` at once."""
-        self._held = True
+        """Defer a signal to the next :meth:`raise_if_preempted`. Outside the block it raises :class:`Preempted`."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._held = False
+            self._deferred = False
 
-    def raise_if_preempted(self, place: DistributedContext) -> None:
-        """Raise :class:`Preempted` on every rank if any was asked. Every rank calls this at the same point."""
-        asked = all_reduce_max_int(self._asked, place)
-        if asked:
-            self._asked = asked
-            raise Preempted(signal.Signals(asked).name)
+    def raise_if_preempted(self, context: DistributedContext) -> None:
+        """Raise :class:`Preempted` on every rank if one has received a signal. All ranks call this together."""
+        number = all_reduce_max_int(self._signal, context)
+        if number:
+            self._signal = number
+            raise Preempted(signal.Signals(number).name)

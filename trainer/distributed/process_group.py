@@ -1,4 +1,4 @@
-"""One process among ``world`` others: start-up, devices and the few collectives that the training loop needs."""
+"""Start the process group, select the device, and provide the collectives of the training loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads this when it is imported first
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads this at its first import
 
 import deepspeed  # noqa: E402
 import deepspeed.comm as dist  # noqa: E402
@@ -21,7 +21,7 @@ from framestream.trainer.distributed.launchers import LaunchError, setup_environ
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Where this process runs: its rank, the number of ranks, its device, and the group of all processors (gloo)."""
+    """Rank, number of ranks and device of this process, and the gloo group of all ranks (``control``)."""
 
     rank: int
     world: int
@@ -30,24 +30,24 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes logs."""
+        """Whether this is rank 0, which writes logs and checkpoints' state."""
         return self.rank == 0
 
 
 def init_process_group(timeout_minutes: float) -> DistributedContext:
-    """Join the process group (made for one process if no launcher did) and choose the device.
+    """Join the process group and select the device. Without a launcher, the group has this process only.
 
-    Collectives that take longer than ``timeout_minutes`` raise instead of hanging, DeepSpeed's too: it would make its
-    own group of all ranks with torch's limits, which are 10 minutes for NCCL and 30 for gloo.
+    Collectives that take longer than ``timeout_minutes`` raise instead of hanging. This includes DeepSpeed's: by
+    default it makes its own group of all ranks with torch's limits, 10 minutes for NCCL and 30 for gloo.
 
     Raises:
-        StartError: the launcher left something open, or started more processes than there are GPUs.
+        LaunchError: the launcher's variables are incomplete, or it started more processes than there are GPUs.
     """
     setup_environment(os.environ)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce at start-up that only inference uses: a minute lost, a
-        # compiler needed, and a lock that a killed process leaves behind for the next one to wait on.
+        # DeepSpeed would compile a shared-memory all-reduce at start-up, which only inference uses. This takes a
+        # minute, needs a compiler, and leaves a lock behind if the process is killed, on which the next one waits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
@@ -76,34 +76,34 @@ def destroy_process_group() -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank calls this."""
     dist.barrier()
 
 
-def all_reduce_max_int(number: int, place: DistributedContext) -> int:
-    """The largest of all ranks' numbers, agreed on between processors: nothing on the devices is waited for."""
+def all_reduce_max_int(number: int, context: DistributedContext) -> int:
+    """Return the largest of all ranks' numbers. Runs on the CPUs and does not wait for the devices."""
     tensor = torch.tensor(number)
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=place.control)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=context.control)
     return int(tensor)
 
 
-def all_reduce_sum(values: list[float], place: DistributedContext) -> list[float]:
+def all_reduce_sum(values: list[float], context: DistributedContext) -> list[float]:
     """Sum each value over all ranks (float64)."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def all_reduce_max(values: list[float], place: DistributedContext) -> list[float]:
-    """The largest of each value over all ranks (float64)."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=place.device)
+def all_reduce_max(values: list[float], context: DistributedContext) -> list[float]:
+    """Return the largest of each value over all ranks (float64)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
-def all_gather(values: torch.Tensor, place: DistributedContext) -> torch.Tensor:
-    """The int64 ``values`` (n,) of every rank: (world, n), on the CPU."""
-    table = torch.zeros(place.world, len(values), dtype=torch.int64, device=place.device)
-    table[place.rank] = values.to(place.device)
+def all_gather(values: torch.Tensor, context: DistributedContext) -> torch.Tensor:
+    """Return the int64 ``values`` (n,) of every rank: (world, n), on the CPU."""
+    table = torch.zeros(context.world, len(values), dtype=torch.int64, device=context.device)
+    table[context.rank] = values.to(context.device)
     dist.all_reduce(table)
     return table.cpu()

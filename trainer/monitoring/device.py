@@ -1,4 +1,4 @@
-"""How fast and how large a device is: peak products a second by name, and peak memory in use."""
+"""Peak FLOP/s of a device, looked up by name, and its peak memory in use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from framestream.pipeline.config.training import TrainConfig
 
 #: TFLOP/s of dense bf16 matrix products, from the makers' data sheets (the figure without sparsity), at full power.
-#: The first name that a device's name contains counts.
+#: The first key that is part of a device's name applies.
 BF16_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -39,9 +39,10 @@ BF16_TFLOPS = {
 
 
 def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
-    """FLOP/s that one rank's device could do: ``train.peak_tflops``, or by its name in bf16; None where unknown.
+    """Return the peak FLOP/s of one rank's device: ``train.peak_tflops``, or the bf16 peak by name; None if unknown.
 
-    float32 products run at other speeds on every generation, and a CPU's depend on its cores: these have to be stated.
+    The speed of float32 products differs between generations, and a CPU's depends on its cores. State these in
+    ``train.peak_tflops``.
     """
     if train.peak_tflops is not None:
         return train.peak_tflops * 1e12
@@ -51,16 +52,16 @@ def peak_flops(train: TrainConfig, device: torch.device) -> float | None:
 
 
 def named_peak(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name as the driver tells it, such as ``NVIDIA H100 80GB HBM3``."""
+    """Return the dense bf16 FLOP/s of a device by its driver's name for it, such as ``NVIDIA H100 80GB HBM3``."""
     found = (tflops for name, tflops in BF16_TFLOPS.items() if name in device_name)
     tflops = next(found, None)
     return None if tflops is None else tflops * 1e12
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest point: of a GPU's allocations since the last call, of a CPU process's memory since it began.
+    """Return the peak memory in bytes: of a GPU's allocations since the last call, or of this process since its start.
 
-    A process's memory (its resident set) counts what it maps of the shards too.
+    The memory of a process is its resident set, which includes mapped pages of the shards.
     """
     if device.type != "cuda":
         return process_peak()
@@ -70,7 +71,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def process_peak() -> int:
-    """Largest resident set of this process, bytes; ``getrusage`` would count that of the process which started it."""
+    """Return the peak resident set of this process in bytes.
+
+    ``getrusage`` is not used, because it includes the memory of the process that started this one.
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

@@ -1,41 +1,42 @@
-"""Watching a run: one JSON line and one TensorBoard point for each optimiser step, and a progress line.
+"""Metrics of a run: one JSON line and one TensorBoard point for each optimizer step, and a progress line.
 
-``RUN/log.jsonl`` holds one object per optimiser step, with null for numbers that are not finite or not known; a run
-that goes on from a checkpoint first drops the lines of steps that will be done again, so that the file always tells one
-straight story.
+``RUN/log.jsonl`` holds one object per optimizer step, with null for numbers that are not finite or not known. A resumed
+run first drops the lines of the steps it will repeat, so that each step appears once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import sys
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsLogger:
-    """Writes a run's log; only rank 0 has one.
+    """Writes the metrics of a run. Only rank 0 has one.
 
     Args:
         run: the run's folder.
         name: shown before the progress bar.
-        start: optimiser steps already done.
-        steps: optimiser steps in all.
+        start: optimizer steps already done.
+        steps: optimizer steps of the run.
     """
 
     def __init__(self, run: Path, name: str, start: int, steps: int) -> None:
         self.path = run / "log.jsonl"
-        _keep_until(self.path, start)
+        _drop_after(self.path, start)
         self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
         self.name = name
         self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict) -> None:
-        """Log one optimiser step; ``record`` holds plain numbers, None where one is unknown, and ``lr`` by part."""
+        """Log one optimizer step. ``record`` holds plain numbers, None for unknown ones, and ``lr`` by part."""
         with open(self.path, "a", encoding="utf-8") as log:
             log.write(json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n")
         step = record["step"]
@@ -46,20 +47,24 @@ class MetricsLogger:
             elif isinstance(_finite(value), (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
                 self.board.add_scalar(name, value, step)
         text = progress(record)
-        if self.bar.disable:  # a file or a pipe: one line for each step instead of a bar
-            print(f"{self.name}: step {step}/{record['steps']}, {record['seconds']:.2f} s, {text}", file=sys.stderr)
+        if self.bar.disable:  # stderr is a file or a pipe: one line for each step instead of a bar
+            logger.info("%s: step %d/%d, %.2f s, %s", self.name, step, record["steps"], record["seconds"], text)
         else:
             self.bar.set_postfix_str(text, refresh=False)
+        self.advance()
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
         self.bar.update()
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close the progress bar and TensorBoard."""
         self.bar.close()
         self.board.close()
 
 
 def progress(record: dict) -> str:
-    """The figures of one step, as the progress line shows them."""
+    """Format the figures of one step for the progress line."""
     rates = " ".join(f"{part.split('_')[0]} {rate:.1e}" for part, rate in record["lr"].items())
     mfu = "MFU unknown" if record["mfu"] is None else f"MFU {record['mfu']:.1%}"
     text = (
@@ -72,12 +77,12 @@ def progress(record: dict) -> str:
 
 
 def _finite(value: object) -> object:
-    """JSON knows no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after ``step`` (and a torn last line) from a log, atomically."""
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, and an incomplete last line, from a log. Replaces the file atomically."""
     if not path.exists():
         return
     kept = []

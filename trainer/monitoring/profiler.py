@@ -1,7 +1,7 @@
-"""torch's profiler over a few optimiser steps of rank 0: ``train.profile_step`` and ``train.profile_steps``.
+"""torch's profiler over a few optimizer steps of rank 0: ``train.profile_step`` and ``train.profile_steps``.
 
 RUN/profile/steps-000010-000011.json.gz    the trace, for chrome://tracing or https://ui.perfetto.dev
-RUN/profile/steps-000010-000011.txt        operators by their own time
+RUN/profile/steps-000010-000011.txt        operators by self time
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ ROWS = 60  #: operators in the table
 
 
 class Profiler:
-    """Records the optimiser steps that ``train`` names, counted from 1; a run that goes on after the first, none."""
+    """Records the optimizer steps that ``train`` names, counted from 1.
+
+    A run that is resumed after the first of these steps records nothing.
+    """
 
     def __init__(self, run: Path, train: TrainConfig, steps: int) -> None:
-        self._folder, self._running = run / "profile", None
+        self._folder = run / "profile"
+        self._running: profile | None = None
         self._first = train.profile_step
         self._last = min(steps, (train.profile_step or 0) + train.profile_steps - 1)
 
     def start_step(self, step: int) -> None:
-        """Optimiser step ``step`` begins now."""
+        """Start recording if ``step``, which begins now, is the first one to record."""
         if step == self._first:
-            wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
-            self._running = profile(activities=sorted(wanted, key=str))
+            activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
+            self._running = profile(activities=sorted(activities, key=str))
             self._running.start()
 
     def end_step(self, step: int) -> None:
-        """Optimiser step ``step`` is done; the last one's writes the files."""
+        """Stop recording and write the files if ``step``, which is complete, is the last one to record."""
         if self._running is None or step < self._last:
             return
         recorded, self._running = self._running, None

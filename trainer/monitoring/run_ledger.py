@@ -1,7 +1,8 @@
-"""The ledger of a run: every dialogue that was left out of training, or lost its end, and why.
+"""The ledger of a run: every dialogue that was excluded from training or truncated, and the reason.
 
-``RUN/ledger/rank000.jsonl`` and so on, one file for each rank, so that no two processes write to one. A line is a row
-of :mod:`framestream.pipeline.shards.ledger` with ``epoch`` and ``step`` (the global batch; null for dialogues that no epoch contains).
+Each rank writes a file of its own: ``RUN/ledger/rank000.jsonl`` and so on. A line is a row of
+:mod:`framestream.pipeline.shards.ledger` with ``epoch`` and ``step``, the number of the global batch. Both are null for
+dialogues that no epoch contains.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from framestream.pipeline.shards.ledger import LedgerRow
 
 
 class RunLedger:
-    """The file of one of ``world`` ranks below ``run``; made when there is something to say.
+    """The file of one of ``world`` ranks below ``run``, created with its first row.
 
-    Files of ranks that an earlier start had and this one has not are kept straight by rank number modulo ``world``.
+    A run may be resumed on fewer ranks. Rank r then maintains all files whose number modulo ``world`` is r.
     """
 
     def __init__(self, run: Path, rank: int, world: int) -> None:
@@ -26,27 +27,27 @@ class RunLedger:
         self._path = self.folder / f"rank{rank:03d}.jsonl"
         self._rank, self._world = rank, world
 
-    def start(self, left_out: Iterable[tuple[str, str]] = (), cut: Iterable[tuple[str, str]] = ()) -> None:
-        """Start anew with the dialogues that are ``left_out`` of, or ``cut`` in, every epoch, as (key, reason)."""
+    def start(self, excluded: Iterable[tuple[str, str]] = (), truncated: Iterable[tuple[str, str]] = ()) -> None:
+        """Start an empty ledger with the dialogues ``excluded`` or ``truncated`` in every epoch, as (key, reason)."""
         for path in self._own():
             path.unlink()
-        self._write("unusable", left_out, None, None)
-        self._write("cut", cut, None, None)
+        self._write("unusable", excluded, None, None)
+        self._write("cut", truncated, None, None)
 
     def resume(self, state: Mapping[str, int]) -> None:
-        """Drop the lines of global batches from the loader's ``state`` on, which will be read again."""
+        """Drop the rows of global batches from the loader's ``state`` on, because the run repeats them."""
         for path in self._own():
-            kept = [row for row in _rows(path) if row["epoch"] is None or _place(row) < _place(state)]
+            rows = [row for row in _rows(path) if row["epoch"] is None or _position(row) < _position(state)]
             part = path.with_suffix(".part")
-            part.write_text("".join(map(_line, kept)), encoding="utf-8")
+            part.write_text("".join(map(_line, rows)), encoding="utf-8")
             os.replace(part, path)
 
     def record(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
-        """Dialogues, as (key, reason), that could not be read for a global batch."""
+        """Record dialogues of a global batch that could not be read, as (key, reason)."""
         self._write("unreadable", skipped, epoch, step)
 
     def not_finite(self, dialogues: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
-        """Dialogues, as (key, reason), for which a global batch was not learned."""
+        """Record dialogues that caused the step of a global batch to be skipped, as (key, reason)."""
         self._write("not_finite", dialogues, epoch, step)
 
     def _own(self) -> list[Path]:
@@ -65,13 +66,13 @@ class RunLedger:
 
 
 def not_finite_before(run: Path, state: Mapping[str, int]) -> int:
-    """How many global batches before the loader's ``state`` were not finite, on whatever rank."""
+    """Return the number of global batches before the loader's ``state`` that were not finite on any rank."""
     rows = (row for row in read_run_ledger(run) if row["reason"] == "not_finite")
-    return len({_place(row) for row in rows if _place(row) < _place(state)})
+    return len({_position(row) for row in rows if _position(row) < _position(state)})
 
 
 def read_run_ledger(run: Path) -> Iterator[dict]:
-    """All rows of a run's ledger; a line that a killed process left torn is none."""
+    """Yield all rows of a run's ledger. Skips the incomplete line of a killed process."""
     for path in sorted((run / "ledger").glob("rank*.jsonl")):
         yield from _rows(path)
 
@@ -86,5 +87,5 @@ def _line(row: Mapping) -> str:
     return json.dumps(row) + "\n"
 
 
-def _place(row: Mapping[str, int]) -> tuple[int, int]:
+def _position(row: Mapping[str, int]) -> tuple[int, int]:
     return row["epoch"], row["step"]

@@ -1,7 +1,7 @@
-"""What is drawn at random while training: a function of the seed, the global batch and the dialogue alone.
+"""Random numbers for drop path: a function of the seed, the global batch and the dialogue alone.
 
-So a dialogue is dropped the same paths wherever it stands: in whatever row, on whatever rank, in a resumed run, and
-again where the tower is recomputed for the backward pass.
+So the same paths of a dialogue are dropped in any row, on any rank, in a resumed run, and again when the tower is
+recomputed for the backward pass.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 
 
-def drop_path_random(batch: Batch, seed: int, numbers: int) -> torch.Tensor | None:
-    """``Batch.draws``: uniform random numbers in [0, 1), float32 (U, numbers); None where none are wanted.
+def drop_path_random(batch: Batch, seed: int, per_unit: int) -> torch.Tensor | None:
+    """Return ``Batch.drop_path_rand``: uniform numbers in [0, 1), float32 (U, per_unit); None if ``per_unit`` is 0.
 
-    Of the U rows the first are for the batch's clips, then its stills; dummy stills of groups without either have ones,
-    which drop nothing.
+    The U rows are those of the batch's clips, then of its image tiles. Groups without either encode a dummy image. It
+    has ones, which drop nothing.
     """
-    if not numbers:
+    if not per_unit:
         return None
     units = len(batch.clips) + len(batch.image_tiles)
-    drawn = torch.ones(max(units, batch.groups), numbers)
+    numbers = torch.ones(max(units, batch.groups), per_unit)
     dialogues = unit_sample_ids(batch)
-    for number, key in enumerate(batch.keys):
-        mine = (dialogues == number).nonzero().squeeze(1)
+    for dialogue, key in enumerate(batch.keys):
+        rows = (dialogues == dialogue).nonzero().squeeze(1)
         digest = hashlib.sha256(f"{seed}:{batch.epoch}:{batch.step}:{key}".encode()).digest()
+        # torch's seeds are signed: drop one of the 64 bits
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        drawn[mine] = torch.rand(len(mine), numbers, generator=generator)
-    return drawn
+        numbers[rows] = torch.rand(len(rows), per_unit, generator=generator)
+    return numbers
 
 
 def unit_sample_ids(batch: Batch) -> torch.Tensor:
-    """Which of the row's dialogues each clip, then each still, belongs to: int64 (N_c + N_s,)."""
-    places = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
+    """Return the index of the dialogue that each clip, then each image tile, belongs to: int64 (N_c + N_s,)."""
+    positions = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
     dialogues = torch.full((len(batch.clips) + len(batch.image_tiles),), -1)
+    # a visual token belongs to unit visual_index // TOKENS_PER_TILE, because a clip and a tile have as many tokens
     dialogues[batch.visual_index // TOKENS_PER_TILE] = (
-        torch.searchsorted(batch.cu_seqlens.long(), places, right=True) - 1
+        torch.searchsorted(batch.cu_seqlens.long(), positions, right=True) - 1
     )
     return dialogues

@@ -1,16 +1,16 @@
-"""What a run would be, before anything is read: the resolved manifest, parameters, tokens, memory, FLOPs, steps.
+"""Describe a run before it starts: the resolved manifest, parameters, tokens, memory, FLOPs and steps.
 
-Works without shards, weights or a network. What only an index can tell stands as ``unknown`` beside the command that
-would tell it.
+Works without shards, weights or a network. Values that need an index are ``unknown``, with the command that builds it.
 """
 
 from __future__ import annotations
 
 import yaml
 
-from framestream.pipeline import build_loader
-from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.loading.loader import build_loader
 from framestream.pipeline.shards.index import ShardsError
 from framestream.trainer.checkpoint.disk_usage import describe_disk
 from framestream.trainer.model import cost
@@ -21,7 +21,7 @@ GIB = 1024**3
 
 
 def describe(manifest: Manifest) -> str:
-    """The dry run's text."""
+    """Return the text of ``--dry-run``."""
     manifest = resolve_cost(manifest)
     sections = [
         yaml.safe_dump(to_dict(manifest), sort_keys=False, allow_unicode=True).rstrip(),
@@ -34,7 +34,7 @@ def describe(manifest: Manifest) -> str:
 
 
 def _parameters(manifest: Manifest) -> str:
-    counts = cost.parameters(manifest)
+    counts = cost.count_parameters(manifest)
     lines = [f"{'parameters':<16}{'count':>16}  state"]
     for name in PARTS:
         part = getattr(manifest.train, name)
@@ -48,14 +48,15 @@ def _parameters(manifest: Manifest) -> str:
 def _tokens(manifest: Manifest) -> str:
     frames = manifest.frames
     per_frame = TOKENS_PER_CLIP // frames.clip_frames
-    still = "1 tile" if manifest.images.mode == "square" else f"2 to {manifest.images.max_grid**2 + 1} tiles"
-    most = 1 if manifest.images.mode == "square" else manifest.images.max_grid**2 + 1
-    least = 1 if manifest.images.mode == "square" else 2
+    least, most, tiles = 1, 1, "1 tile"
+    if manifest.images.mode != "square":
+        least, most = 2, manifest.images.max_grid**2 + 1
+        tiles = f"{least} to {most} tiles"
     return "\n".join(
         [
             "tokens per sample (visual; text is added to it)",
             f"  video  {frames.min * per_frame:,} to {frames.max * per_frame:,}  ({frames.min} to {frames.max} frames)",
-            f"  still  {least * TOKENS_PER_TILE:,} to {most * TOKENS_PER_TILE:,}  ({still})",
+            f"  image  {least * TOKENS_PER_TILE:,} to {most * TOKENS_PER_TILE:,}  ({tiles})",
             f"  row    at most {manifest.text.max_tokens:,}",
         ]
     )
@@ -65,12 +66,12 @@ def _costs(manifest: Manifest) -> str:
     frames, text = manifest.frames.max, 256
     tera = cost.flops(manifest, frames=frames, text_tokens=text) / 1e12
     tokens = frames * TOKENS_PER_CLIP // manifest.frames.clip_frames + text
-    memory = cost.memory(manifest, frames=frames, tokens=tokens, world=manifest.batching.row_multiple)
+    memory = cost.estimate_memory(manifest, frames=frames, tokens=tokens, world=manifest.batching.row_multiple)
     parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
     return "\n".join(
         [
             f"costs, for a sample of {frames} frames and {text} text tokens (the largest of this stage)",
-            f"  FLOPs   {tera:,.4g} TFLOP a sample, {tera * manifest.batching.global_batch:,.4g} TFLOP an optimiser "
+            f"  FLOPs   {tera:,.4g} TFLOP a sample, {tera * manifest.batching.global_batch:,.4g} TFLOP an optimizer "
             f"step of {manifest.batching.global_batch} such samples",
             f"  memory  {parts}; estimated for each of {manifest.batching.row_multiple} ranks",
             f"  disk    {describe_disk(manifest)}",
@@ -87,4 +88,4 @@ def _plan(manifest: Manifest) -> str:
         hint = f"; {known:,} samples are stated for {sum(s is not None for s in stated)} of {len(stated)} entries"
         return f"steps: unknown{hint}\n  {error}"
     steps = total_steps(manifest, len(loader))
-    return f"steps: {steps:,} optimiser steps, {len(loader):,} global batches an epoch\n{loader.report()}"
+    return f"steps: {steps:,} optimizer steps, {len(loader):,} global batches an epoch\n{loader.report()}"

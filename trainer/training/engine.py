@@ -1,26 +1,56 @@
-"""Sharding from outside: the model and the manifest become a DeepSpeed engine (ZeRO-1, 2 or 3, offload)."""
+"""Build the DeepSpeed engine of a model: ZeRO-1, 2 or 3, with or without offload."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from typing import Any, Protocol
 
 import torch
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.distributed.process_group import DistributedContext, deepspeed
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.training.optim import freeze, parameter_groups
-from framestream.trainer.weights.load import initialise
+from framestream.trainer.weights.load import initialize
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
-    """DeepSpeed's configuration.
+class TrainingEngine(Protocol):
+    """The part of DeepSpeed's engine that the training loop uses. DeepSpeed has no types of its own."""
 
-    Accumulation stays 1 because the number of micro-steps differs between global batches: the loop scales the loss
-    itself and tells the engine where a global batch ends.
+    module: VideoLLM
+    optimizer: torch.optim.Optimizer
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Return the loss of a row."""
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Declare whether the next backward pass is the last one before a step."""
+
+    def backward(self, loss: torch.Tensor) -> Any:
+        """Accumulate gradients."""
+
+    def step(self) -> Any:
+        """Update the weights, unless a gradient is not finite."""
+
+    def was_step_applied(self) -> bool:
+        """Whether the last step updated the weights."""
+
+    def get_global_grad_norm(self) -> Any:
+        """Return the norm of the last gradient over all ranks, before clipping."""
+
+    def zero_optimization_stage(self) -> int:
+        """Return the ZeRO stage."""
+
+
+def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
+    """Return DeepSpeed's configuration.
+
+    Gradient accumulation stays 1, because the number of micro-steps differs between global batches. The loop scales
+    the loss itself and tells the engine where a global batch ends.
     """
     train = manifest.train
     zero: dict = {"stage": train.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
@@ -42,21 +72,21 @@ def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
     }
 
 
-def build_engine(manifest: Manifest, place: DistributedContext) -> tuple:
-    """Model with its first weights, sharded: returns (DeepSpeed engine, model).
+def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[TrainingEngine, VideoLLM]:
+    """Build the model with its initial weights, and the DeepSpeed engine that shards it; return both.
 
-    Under ZeRO-3 every parameter is partitioned as soon as it is made, so no rank ever holds the whole model.
+    Under ZeRO-3 every parameter is partitioned when it is created, so no rank ever has the complete model in memory.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = place.device.type == "cuda"
-    config = deepspeed_config(manifest, place.world, cuda)
+    cuda = context.device.type == "cuda"
+    config = deepspeed_config(manifest, context.world, cuda)
     partitioned = manifest.train.zero_stage == 3
     # The dtype comes from the config: zero.Init's own dtype argument is misread by DeepSpeed 0.19.
     with deepspeed.zero.Init(config_dict_or_path=config) if partitioned else contextlib.nullcontext():
         model: VideoLLM = build_model(manifest)
     if not partitioned:
-        model.to(place.device, DTYPES[manifest.train.dtype])
-    initialise(model, manifest)
+        model.to(context.device, DTYPES[manifest.train.dtype])
+    initialize(model, manifest)
     freeze(model.parts(), manifest.train)
     train = manifest.train
     optimizer = torch.optim.AdamW(

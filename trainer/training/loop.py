@@ -1,20 +1,21 @@
-"""The training loop of one stage, from its first weights or its last checkpoint to its final weights.
+"""Training loop of a stage, from its initial weights or its last checkpoint to its final weights.
 
-A global batch is a number of rows; every rank runs the same number of micro-steps, one row in each:
+A global batch is a number of rows. Every rank runs the same number of micro-steps, one row in each:
 
     for row in loader:                       the same number on every rank
-        loss = engine(row)                   sum over labelled places of weight x cross entropy
+        loss = engine(row)                   sum over labelled tokens of weight x cross entropy
         engine.backward(loss x world / W)    W: the weight of the whole global batch, known from the plan
         at the batch's last row: engine.step()
 
-DeepSpeed averages gradients over ranks, so the factor world / W makes the gradient of a global batch that of
-sum(weight x cross entropy) / W however its dialogues are packed, ordered or spread over ranks.
+DeepSpeed averages gradients over ranks. So the factor world / W makes the gradient of a global batch that of
+sum(weight x cross entropy) / W. It does not depend on how dialogues are packed, ordered or spread over ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from framestream.pipeline import build_loader
-from framestream.pipeline.config.manifest import Manifest, to_dict
-from framestream.pipeline.utils.atomic_io import fsync_path
-from framestream.trainer.checkpoint import disk_usage as disk
-from framestream.trainer.checkpoint import load as resume
-from framestream.trainer.checkpoint import save as checkpoint
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.loader import Loader, build_loader
+from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.trainer.checkpoint.disk_usage import describe_disk
+from framestream.trainer.checkpoint.load import load_checkpoint
+from framestream.trainer.checkpoint.save import check_settings, checkpoint_settings, save_checkpoint
 from framestream.trainer.distributed.call_order import ModuleCallTracer
 from framestream.trainer.distributed.launchers import LaunchError
 from framestream.trainer.distributed.preemption import Preempted, PreemptionHandler
@@ -40,146 +43,192 @@ from framestream.trainer.distributed.process_group import (
 )
 from framestream.trainer.distributed.watchdog import Watchdog
 from framestream.trainer.model.cost import cost_coefficients
+from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.monitoring.logger import MetricsLogger
 from framestream.trainer.monitoring.profiler import Profiler
 from framestream.trainer.monitoring.run_ledger import RunLedger, not_finite_before
 from framestream.trainer.monitoring.step_stats import StepStats
 from framestream.trainer.training.drop_path_rng import drop_path_random
-from framestream.trainer.training.engine import build_engine
+from framestream.trainer.training.engine import TrainingEngine, build_engine
 from framestream.trainer.training.optim import set_learning_rates
 from framestream.trainer.training.preflight import run_preflight
-from framestream.trainer.weights.load import save_weights as save_weights
+from framestream.trainer.weights.load import save_weights
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; one line that says why."""
+    """A run cannot continue. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every step of a run has to do with, on one rank."""
+    """The parts of a run that every step uses, on one rank."""
 
     manifest: Manifest
-    engine: object
-    place: DistributedContext
+    engine: TrainingEngine
+    context: DistributedContext
     folder: Path
     ledger: RunLedger
-    leave: PreemptionHandler
-    heart: Watchdog
+    preemption: PreemptionHandler
+    watchdog: Watchdog
 
 
 def resolve_cost(manifest: Manifest) -> Manifest:
-    """The manifest with ``batching.cost`` computed from the model where it is not given."""
+    """Return the manifest with ``batching.cost`` computed from the model, unless it is given."""
     if manifest.batching.cost is not None:
         return manifest
     batching = dataclasses.replace(manifest.batching, cost=cost_coefficients(manifest))
     return dataclasses.replace(manifest, batching=batching)
 
 
-def train(manifest: Manifest) -> Path:
-    """Run the stage; returns the folder of its final weights. Repeating the call continues or does nothing.
-
-    Raises:
-        Preempted: SIGTERM or SIGUSR1 came; what was trained stands in a checkpoint.
-    """
-    leave = PreemptionHandler()
-    manifest = resolve_cost(manifest)
-    folder = Path(manifest.output)
-    final = folder / "final"
-    place = init_process_group(manifest.train.timeout_minutes)
-    heart = Watchdog(manifest.train.timeout_minutes, place)
-    try:
-        _check_world(manifest, place)
-        if final.exists():
-            if (folder / "settings.json").exists():  # absent where final/ was put there by hand
-                there = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-                checkpoint.check_settings(there, manifest, final)
-            if place.is_main:
-                print(f"{manifest.name}: already trained; final weights are in {final}")
-            return final
-        heart.set_phase("checking what the run needs")
-        run_preflight(manifest, place, folder)
-        if place.is_main:
-            print(f"{manifest.name}: {disk.describe_disk(manifest)}")
-        heart.set_phase("opening the shards")
-        if not place.is_main:
-            barrier()  # rank 0 opens the shards first and leaves the token cache for the others
-        loader = build_loader(manifest, place.rank, place.world)
-        if place.is_main:
-            barrier()
-        heart.set_phase("making the model and its first weights")
-        engine, model = build_engine(manifest, place)
-        heart.set_phase("reading the last checkpoint", unhurried=True)  # converting it may take long
-        state = resume.load_checkpoint(engine, folder, manifest, place)
-        done, ledger = 0, RunLedger(folder, place.rank, place.world)
-        if state is not None:
-            loader.load_state_dict(state["loader"])
-            ledger.resume(state["loader"])
-            done = state["step"]
-            if place.is_main:
-                print(f"{manifest.name}: goes on after the checkpoint of step {done}")
-        elif place.is_main:
-            ledger.start(loader.left_out(), loader.cut())
-        else:
-            ledger.start()
-        if place.is_main:
-            settings = json.dumps(checkpoint.settings(manifest), indent=1)
-            checkpoint.write_atomically(folder / "settings.json", settings)
-            checkpoint.write_atomically(folder / "manifest.yaml", yaml.safe_dump(to_dict(manifest), sort_keys=False))
-        _steps(RunContext(manifest, engine, place, folder, ledger, leave, heart), loader, done)
-        heart.set_phase("writing the final weights")
-        _finish(model, manifest, folder, place)
-        if place.is_main:
-            print(f"{manifest.name}: final weights are in {final}")
-        return final
-    finally:
-        heart.close()
-        destroy_process_group()
-
-
 def total_steps(manifest: Manifest, batches_per_epoch: int) -> int:
-    """Optimiser steps of the whole run."""
+    """Return the optimizer steps of the whole run."""
     steps = manifest.train.epochs * batches_per_epoch
     return steps if manifest.train.max_steps is None else min(steps, manifest.train.max_steps)
 
 
-def _steps(run: RunContext, loader, done: int) -> None:
-    """All optimiser steps from ``done`` on, with logs and checkpoints."""
-    manifest, place = run.manifest, run.place
-    steps, saved = total_steps(manifest, len(loader)), done
-    if place.is_main:
-        print(f"{manifest.name}: {steps} optimiser steps, in {manifest.train.epochs} epochs of {len(loader)} at most")
-    meter = MetricsLogger(run.folder, manifest.name, done, steps) if place.is_main else None
-    profiler = Profiler(run.folder, manifest.train, steps) if place.is_main else None
-    calls = ModuleCallTracer(run.engine.module) if manifest.train.check_calls else None
-    if calls:
-        run.heart.call = calls.last_call
-    not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
-    rows = _rows(loader, manifest.train.epochs)
+def train(manifest: Manifest) -> Path:
+    """Run the stage; return the folder of its final weights. Repeated calls resume, or do nothing once it is finished.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 arrived. All completed global batches are in a checkpoint.
+    """
+    preemption = PreemptionHandler()
+    manifest = resolve_cost(manifest)
+    folder = Path(manifest.output)
+    context = init_process_group(manifest.train.timeout_minutes)
+    watchdog = Watchdog(manifest.train.timeout_minutes, context)
     try:
-        with run.leave.deferred():
+        _check_world(manifest, context)
+        if (folder / "final").exists():
+            _check_finished(manifest, folder)
+            logger.info("%s: already trained", manifest.name)
+            return folder / "final"
+        watchdog.set_phase("checking what the run needs")
+        run_preflight(manifest, context, folder)
+        logger.info("%s: %s", manifest.name, describe_disk(manifest))
+        watchdog.set_phase("opening the shards")
+        loader = _open_loader(manifest, context)
+        watchdog.set_phase("creating the model and its initial weights")
+        engine, model = build_engine(manifest, context)
+        watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
+        ledger = RunLedger(folder, context.rank, context.world)
+        run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
+        done = _resume(run, loader)
+        if context.is_main:
+            write_atomic(folder / "settings.json", json.dumps(checkpoint_settings(manifest), indent=1).encode())
+            write_atomic(folder / "manifest.yaml", yaml.safe_dump(to_dict(manifest), sort_keys=False).encode())
+        _run_steps(run, loader, done)
+        watchdog.set_phase("writing the final weights")
+        _write_final(model, run)
+        return folder / "final"
+    finally:
+        watchdog.close()
+        destroy_process_group()
+
+
+def _check_world(manifest: Manifest, context: DistributedContext) -> None:
+    multiple = manifest.batching.row_multiple
+    if multiple % context.world:
+        raise LaunchError(
+            f"batching.row_multiple: {multiple} is not a multiple of the {context.world} ranks; change one of them",
+            everywhere=True,
+        )
+
+
+def _check_finished(manifest: Manifest, folder: Path) -> None:
+    """Check that a finished run has the settings of ``manifest``."""
+    path = folder / "settings.json"
+    if path.exists():  # absent if final/ was copied there by hand
+        check_settings(json.loads(path.read_text(encoding="utf-8")), manifest, folder / "final")
+
+
+def _open_loader(manifest: Manifest, context: DistributedContext) -> Loader:
+    """Open the shards on rank 0 first, which writes the token cache, then on the other ranks, which read it."""
+    if not context.is_main:
+        barrier()
+    loader = build_loader(manifest, context.rank, context.world)
+    if context.is_main:
+        barrier()
+    return loader
+
+
+def _resume(run: RunContext, loader: Loader) -> int:
+    """Load the last checkpoint, if there is one; return the number of completed optimizer steps."""
+    state = load_checkpoint(run.engine, run.folder, run.manifest, run.context)
+    if state is not None:
+        loader.load_state_dict(state["loader"])
+        run.ledger.resume(state["loader"])
+        logger.info("%s: resumed from the checkpoint of step %d", run.manifest.name, state["step"])
+        return state["step"]
+    if run.context.is_main:
+        run.ledger.start(loader.excluded(), loader.truncated())
+    else:
+        run.ledger.start()
+    return 0
+
+
+class _StepMonitor:
+    """Metrics and profiler of rank 0, and the check of module calls (``train.check_calls``), around each step."""
+
+    def __init__(self, run: RunContext, done: int, steps: int) -> None:
+        self._run, self._steps = run, steps
+        self._metrics: MetricsLogger | None = None
+        self._profiler: Profiler | None = None
+        self._tracer: ModuleCallTracer | None = None
+        if run.context.is_main:
+            self._metrics = MetricsLogger(run.folder, run.manifest.name, done, steps)
+            self._profiler = Profiler(run.folder, run.manifest.train, steps)
+        if run.manifest.train.check_calls:
+            self._tracer = ModuleCallTracer(run.engine.module)
+            run.watchdog.last_call = self._tracer.last_call
+
+    def start_step(self, step: int) -> None:
+        if self._profiler:
+            self._profiler.start_step(step)
+
+    def end_step(self, step: int, record: dict) -> None:
+        """Compare calls, then log ``record`` if the step is one of ``train.log_every``."""
+        if self._tracer:
+            self._tracer.compare(self._run.context)
+        if self._profiler:
+            self._profiler.end_step(step)
+        if self._metrics is None:
+            return
+        if step % self._run.manifest.train.log_every == 0 or step == self._steps:
+            self._metrics.write(record)
+        else:
+            self._metrics.advance()
+
+    def close(self) -> None:
+        if self._metrics:
+            self._metrics.close()
+
+
+def _run_steps(run: RunContext, loader: Loader, done: int) -> None:
+    """Run all optimizer steps after the first ``done``, with logs and checkpoints."""
+    train = run.manifest.train
+    steps, saved = total_steps(run.manifest, len(loader)), done
+    logger.info(
+        "%s: %d optimizer steps, at most %d epochs of %d global batches",
+        *(run.manifest.name, steps, train.epochs, len(loader)),
+    )
+    monitor = _StepMonitor(run, done, steps)
+    not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
+    rows = _rows(loader, train.epochs)
+    try:
+        with run.preemption.deferred():
             while done < steps:
-                if profiler:
-                    profiler.start_step(done + 1)
-                rates = set_learning_rates(run.engine.optimizer, done, steps, manifest)
+                monitor.start_step(done + 1)
+                rates = set_learning_rates(run.engine.optimizer, done, steps, run.manifest)
                 record = _global_batch(run, rows)
-                not_finite += not record.pop("learned")
-                if calls:
-                    calls.compare(place)
+                not_finite += not record.pop("applied")
                 done += 1
-                if profiler:
-                    profiler.end_step(done)
-                if meter and (done % manifest.train.log_every == 0 or done == steps):
-                    meter.write({"step": done, "steps": steps, "lr": rates, **record, "not_finite": not_finite})
-                elif meter:
-                    meter.bar.update()
-                if not_finite > manifest.train.max_not_finite:
-                    raise TrainingError(
-                        f"{not_finite} global batches had a loss or gradient that is not finite, more than "
-                        f"train.max_not_finite ({manifest.train.max_not_finite}); their dialogues are in "
-                        f"{run.ledger.folder}; leave those out, or lower the learning rate"
-                    )
-                if done % manifest.train.save_every == 0 or done == steps:
+                counts = {"step": done, "steps": steps, "lr": rates}
+                monitor.end_step(done, {**counts, **record, "not_finite": not_finite})
+                _check_not_finite(run, not_finite)
+                if done % train.save_every == 0 or done == steps:
                     _save(run, loader, done)
                     saved = done
     except Preempted:
@@ -187,81 +236,81 @@ def _steps(run: RunContext, loader, done: int) -> None:
             _save(run, loader, done)
         raise
     finally:
-        if meter:
-            meter.close()
+        monitor.close()
 
 
-def _save(run: RunContext, loader, done: int) -> None:
-    run.heart.set_phase(f"saving the checkpoint of step {done}")
-    checkpoint.save_checkpoint(run.engine, run.folder, done, loader.state_dict(), run.manifest, run.place)
+def _check_not_finite(run: RunContext, count: int) -> None:
+    limit = run.manifest.train.max_not_finite
+    if count > limit:
+        raise TrainingError(
+            f"{count} global batches had a loss or gradient that is not finite, more than train.max_not_finite "
+            f"({limit}); their dialogues are in {run.ledger.folder}; exclude them, or lower the learning rate"
+        )
 
 
-def _rows(loader, epochs: int) -> Iterator:
-    """Every row of this rank until the last epoch's end."""
+def _save(run: RunContext, loader: Loader, done: int) -> None:
+    run.watchdog.set_phase(f"saving the checkpoint of step {done}")
+    save_checkpoint(run.engine, run.folder, done, loader.state_dict(), run.manifest, run.context)
+
+
+def _rows(loader: Loader, epochs: int) -> Iterator[Batch]:
+    """Yield every row of this rank until the end of the last epoch."""
     while loader.state_dict()["epoch"] < epochs:
         yield from loader
 
 
-def _global_batch(run: RunContext, rows: Iterator) -> dict:
-    """One optimiser step: every micro-step of a global batch, then the update.
+def _global_batch(run: RunContext, rows: Iterator[Batch]) -> dict:
+    """Run one optimizer step: all micro-steps of a global batch, then the update.
 
-    Returns what the log shows, and ``learned``: whether loss and gradient were finite; if not, nothing was updated.
+    Returns the figures for the log, and ``applied``: whether loss and gradient were finite. If they were not, the
+    update was skipped.
     """
-    engine, place, ledger = run.engine, run.place, run.ledger
-    tally = StepStats(run.manifest, place)
+    engine, context, ledger = run.engine, run.context, run.ledger
+    stats = StepStats(run.manifest, context)
     while True:
-        run.leave.raise_if_preempted(place)
-        tally.start_wait()
-        run.heart.set_phase("waiting for data")
+        run.preemption.raise_if_preempted(context)
+        stats.start_wait()
+        run.watchdog.set_phase("waiting for data")
         row = next(rows)
-        tally.end_wait()
-        row.draws = drop_path_random(row, run.manifest.seed, engine.module.vision_tower.draws)
-        where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro}"
-        run.heart.set_phase(f"forward pass of {where}")
-        loss = engine(row.to(place.device))
-        engine.set_gradient_accumulation_boundary(row.last)
-        run.heart.set_phase(f"backward pass of {where}")
-        engine.backward(loss * torch.where(loss.detach().isfinite(), place.world / row.total_weight, torch.nan))
+        stats.end_wait()
+        row.drop_path_rand = drop_path_random(row, run.manifest.seed, engine.module.vision_tower.num_drop_path_rands)
+        where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro_step}"
+        run.watchdog.set_phase(f"forward pass of {where}")
+        loss = engine(row.to(context.device))
+        engine.set_gradient_accumulation_boundary(row.is_last)
+        run.watchdog.set_phase(f"backward pass of {where}")
+        engine.backward(loss * torch.where(loss.detach().isfinite(), context.world / row.total_weight, torch.nan))
         ledger.record(row.skipped, row.epoch, row.step)
-        tally.add(row, loss.detach())
-        if row.last:
+        stats.add(row, loss.detach())
+        if row.is_last:
             break
-    tally.all_reduce()
-    if not tally.dialogues:
+    stats.all_reduce()
+    if not stats.dialogues:
         raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
-    run.heart.set_phase(f"optimiser step of {where}")
+    run.watchdog.set_phase(f"optimizer step of {where}")
     engine.step()
-    learned = engine.was_step_applied()
-    if not learned:
-        ledger.not_finite(tally.not_finite(), row.epoch, row.step)
+    applied = engine.was_step_applied()
+    if not applied:
+        ledger.not_finite(stats.not_finite(), row.epoch, row.step)
     return {
-        **tally.to_dict(),
+        **stats.to_dict(),
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "zero_stage": engine.zero_optimization_stage(),
-        "learned": learned,
+        "applied": applied,
     }
 
 
-def _finish(model, manifest: Manifest, folder: Path, place: DistributedContext) -> None:
-    """Write the final weights under a temporary name, then put them in place."""
-    part = folder / "final.part"
-    if place.is_main:
+def _write_final(model: VideoLLM, run: RunContext) -> None:
+    """Write the final weights under a temporary name, then rename the folder to ``final``."""
+    part = run.folder / "final.part"
+    if run.context.is_main:
         shutil.rmtree(part, ignore_errors=True)
     barrier()
-    save_weights(model, part, manifest)
+    save_weights(model, part, run.manifest)
     barrier()
-    if place.is_main:
+    if run.context.is_main:
         for path in (*part.iterdir(), part):
             fsync_path(path)
-        part.rename(folder / "final")
-        fsync_path(folder)
+        part.rename(run.folder / "final")
+        fsync_path(run.folder)
     barrier()
-
-
-def _check_world(manifest: Manifest, place: DistributedContext) -> None:
-    multiple = manifest.batching.row_multiple
-    if multiple % place.world:
-        raise LaunchError(
-            f"batching.row_multiple: {multiple} is not a multiple of the {place.world} ranks; change one of them",
-            everywhere=True,
-        )

@@ -27,23 +27,23 @@ RATE = 1e-2
 
 
 def main(folder: Path) -> None:
-    place = init_process_group(timeout_minutes=2)
+    context = init_process_group(timeout_minutes=2)
     for stage, offload in ((1, "none"), (3, "none"), (3, "optimizer")):
-        without, _ = train(stage, offload, "none", (0, 2, 3), folder / "unused", place)
+        without, _ = train(stage, offload, "none", (0, 2, 3), folder / "unused", context)
         result = {}
         for fault in ("loss", "gradient"):
             run = folder / f"{stage}-{offload}-{fault}"
-            with_it, records = train(stage, offload, fault, range(4), run, place)
+            with_it, records = train(stage, offload, fault, range(4), run, context)
             barrier()
             noted = [[row["key"], row["epoch"], row["step"], row["message"]] for row in read_run_ledger(run)]
             equal = all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
             result[fault] = {"equal": equal, "records": records, "noted": noted}
-        if place.is_main:
+        if context.is_main:
             (folder / f"result-{stage}-{offload}.json").write_text(json.dumps(result))
     destroy_process_group()
 
 
-def train(stage: int, offload: str, fault: str, steps, folder: Path, place) -> tuple[list[torch.Tensor], list[dict]]:
+def train(stage: int, offload: str, fault: str, steps, folder: Path, context) -> tuple[list[torch.Tensor], list[dict]]:
     """Weights after these global batches, of which number 1 has ``fault`` on rank 1, and the records."""
     settings = manifest(SIZE, SMALL)
     options = dataclasses.replace(
@@ -51,17 +51,18 @@ def train(stage: int, offload: str, fault: str, steps, folder: Path, place) -> t
     )
     first = InitFromConfig(vision_tower="random", connector="random", language_model="random")
     settings = dataclasses.replace(settings, train=options, init_from=first)
-    engine, model = build_engine(settings, place)
+    engine, model = build_engine(settings, context)
     for group in engine.optimizer.param_groups:
         group["lr"] = RATE
-    leave, heart = SimpleNamespace(check=lambda place: None), SimpleNamespace(doing=lambda what: None)
-    ledger = RunLedger(folder, place.rank, place.world)
-    run = RunContext(settings, engine, place, folder, ledger, leave, heart)
+    preemption = SimpleNamespace(raise_if_preempted=lambda context: None)
+    watchdog = SimpleNamespace(set_phase=lambda phase: None)
+    ledger = RunLedger(folder, context.rank, context.world)
+    run = RunContext(settings, engine, context, folder, ledger, preemption, watchdog)
     records, embed = [], model.embed
     for step in steps:
-        faulty = step == 1 and place.rank == 1
+        faulty = step == 1 and context.rank == 1
         model.embed = (lambda batch: hurt(embed(batch))) if faulty and fault == "gradient" else embed
-        rows = iter([row(step, micro, place.rank, faulty and fault == "loss") for micro in range(2)])
+        rows = iter([row(step, micro, context.rank, faulty and fault == "loss") for micro in range(2)])
         records.append(_global_batch(run, rows))
     weights = []
     for parameter in model.parameters():
@@ -76,8 +77,8 @@ def row(step: int, micro: int, rank: int, faulty: bool):
     batch = pack([dialogue(seed, clips=1)])
     if faulty and micro == 1:
         batch.token_weight *= float("inf")  # and 0 x inf is NaN
-    place = {"step": step, "micro": micro, "micros": 2, "last": micro == 1}
-    return dataclasses.replace(batch, **place, total_weight=4.0, keys=[f"d{seed}"])
+    position = {"step": step, "micro_step": micro, "num_micro_steps": 2, "is_last": micro == 1}
+    return dataclasses.replace(batch, **position, total_weight=4.0, keys=[f"d{seed}"])
 
 
 def hurt(embeddings: torch.Tensor) -> torch.Tensor:

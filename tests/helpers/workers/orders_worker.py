@@ -22,43 +22,43 @@ from framestream.trainer.training.engine import build_engine
 from tests.helpers.model.orders import SETTINGS, settings, side_by_side
 
 
-def gradients(engine, calls: ModuleCallTracer, order: tuple[str, ...], place) -> tuple[float, dict]:
+def gradients(engine, calls: ModuleCallTracer, order: tuple[str, ...], context) -> tuple[float, dict]:
     """Loss and gradients of one global batch, the loop's way; the weights stay what they are."""
-    loss, steps = 0.0, side_by_side(order, place.world)
+    loss, steps = 0.0, side_by_side(order, context.world)
     for number, rows in enumerate(steps):
-        part = engine(rows[place.rank]) / len(order)
+        part = engine(rows[context.rank]) / len(order)
         engine.set_gradient_accumulation_boundary(number + 1 == len(steps))
-        engine.backward(part * place.world)
+        engine.backward(part * context.world)
         loss += part.item()
     found = {name: safe_get_full_grad(p).clone().cpu() for name, p in engine.module.named_parameters()}
-    calls.compare(place)
+    calls.compare(context)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     engine.step()
-    return all_reduce_sum([loss], place)[0], found
+    return all_reduce_sum([loss], context)[0], found
 
 
 def main() -> None:
     os.chdir(sys.argv[1])
-    place = init_process_group(timeout_minutes=4)
+    context = init_process_group(timeout_minutes=4)
     losses: dict[str, dict[str, float]] = {}
     try:
         for name, (train, orders) in SETTINGS.items():
-            if place.world > 2 and name != "zero3":
+            if context.world > 2 and name != "zero3":
                 continue
-            engine, model = build_engine(settings(**train), place)
+            engine, model = build_engine(settings(**train), context)
             calls = ModuleCallTracer(model)
             losses[name] = {}
             for order in orders:
-                loss, found = gradients(engine, calls, order, place)
+                loss, found = gradients(engine, calls, order, context)
                 losses[name]["-".join(order)] = loss
-                if place.is_main:
-                    save_file(found, f"{place.world}-{name}-{'-'.join(order)}.safetensors")
+                if context.is_main:
+                    save_file(found, f"{context.world}-{name}-{'-'.join(order)}.safetensors")
             engine.destroy()
     finally:
         destroy_process_group()
-    if place.is_main:
-        Path(f"{place.world}.json").write_text(json.dumps(losses))
+    if context.is_main:
+        Path(f"{context.world}.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

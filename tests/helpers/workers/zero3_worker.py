@@ -26,19 +26,19 @@ from framestream.trainer.weights.tensor_files import WeightsError
 from tests.helpers.model.zero3_cases import RATE, cases
 
 
-def run_case(name: str, settings, steps, folder: Path, place) -> None:
+def run_case(name: str, settings, steps, folder: Path, context) -> None:
     """Train on this rank's rows, write every loss and the final weights."""
-    engine, model = build_engine(settings, place)
+    engine, model = build_engine(settings, context)
     assert engine.zero_optimization_stage() == 3
     for group in engine.optimizer.param_groups:
         group["lr"] = RATE
     losses = []
     for rows in steps:
-        loss = engine(rows[place.rank])
+        loss = engine(rows[context.rank])
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    (folder / f"{name}-{place.rank}.json").write_text(json.dumps(losses))
+    (folder / f"{name}-{context.rank}.json").write_text(json.dumps(losses))
     save_weights(model, folder / name, settings, 20_000)
 
 
@@ -65,13 +65,13 @@ def check_errors(settings) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    place = init_process_group(timeout_minutes=2)
-    nothing = folder / f"rank-{place.rank}"
+    context = init_process_group(timeout_minutes=2)
+    nothing = folder / f"rank-{context.rank}"
     nothing.mkdir()
-    os.chdir(nothing if place.rank else folder)
+    os.chdir(nothing if context.rank else folder)
     try:
         for name, (settings, steps) in cases().items():
-            run_case(name, settings, steps, folder, place)
+            run_case(name, settings, steps, folder, context)
         check_constants(settings)
         check_errors(settings)
     finally:

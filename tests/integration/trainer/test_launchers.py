@@ -98,7 +98,7 @@ def test_ranks_that_differ_are_named(manifest: Path, tmp_path: Path) -> None:
     """One rank has another manifest, and its run folder is not the first rank's."""
     commands, environments = srun(manifest, tmp_path / "run", tmp_path)
     commands = [commands[0], [*commands[1], "--set", "seed=5", "--set", f"output={tmp_path / 'other'}"]]
-    waits = "import framestream.trainer.training.preflight, framestream.trainer.__main__ as m; framestream.trainer.training.preflight.SEEN_WITHIN = 0.5; raise SystemExit(m.main())"
+    waits = "import framestream.trainer.training.preflight, framestream.trainer.__main__ as m; framestream.trainer.training.preflight.MARKER_TIMEOUT = 0.5; raise SystemExit(m.main())"
     commands = [[sys.executable, "-c", waits, *command[3:]] for command in commands]
     done = together(commands, environments)
     assert [one.returncode for one in done] == [2, 2]

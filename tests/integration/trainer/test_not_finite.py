@@ -24,17 +24,17 @@ def test_a_skipped_step_is_as_if_its_batch_had_not_been(results: Path, name: str
     result = json.loads((results / f"result-{name}.json").read_text())
     for fault in ("loss", "gradient"):
         assert result[fault]["equal"]
-        assert [record["learned"] for record in result[fault]["records"]] == [True, False, True, True]
+        assert [record["applied"] for record in result[fault]["records"]] == [True, False, True, True]
     assert [note[:3] for note in result["loss"]["noted"]] == [["d111", 0, 1]]  # the one row, on the second rank
     assert "loss of its row is" in result["loss"]["noted"][0][3]
     assert sorted(note[0] for note in result["gradient"]["noted"]) == ["d100", "d101", "d110", "d111"]
 
 
-def test_a_run_that_diverges_ends_past_the_limit_and_keeps_the_keys(tmp_path: Path):
+def test_a_run_that_diverges_ends_at_the_limit(tmp_path: Path):
     manifest, run = corpus.make(tmp_path, videos=2), tmp_path / "run"
     wild = [f"train.{part}={{train: true, lr: 1.0e+30}}" for part in ("vision_tower", "connector", "language_model")]
     counts = []
-    for limit in (2, 4):  # the second command goes on from the checkpoint, and so does the count
+    for limit in (2, 4):  # the second command resumes from the checkpoint, and so does the count
         settings = (*wild, "train.save_every=1", "train.epochs=9", f"train.max_not_finite={limit}")
         done = corpus.run(*corpus.train_command(manifest, 1, f"output={run}", *settings), check=False)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

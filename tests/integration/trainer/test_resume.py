@@ -1,4 +1,4 @@
-"""Going on through the real command line: on another number of ranks, after SIGTERM and SIGUSR1."""
+"""Resuming through the real command line: on another number of ranks, after SIGTERM and SIGUSR1."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from framestream.pipeline.config.manifest import load_manifest
-from framestream.trainer.checkpoint import disk_usage as disk
-from framestream.trainer.checkpoint.save import latest
+from framestream.trainer.checkpoint.disk_usage import checkpoint_bytes, describe_disk
+from framestream.trainer.checkpoint.save import latest_checkpoint
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED
 from tests.helpers.corpora import training_corpus as corpus
 
@@ -44,7 +44,7 @@ def part_of(name: str) -> str:
     return next((part for part in ("vision_tower", "mm_projector") if part in name), "language_model")
 
 
-def leaves(command: list[str], run: Path, step: int, number: int) -> tuple[int, str]:
+def interrupt(command: list[str], run: Path, step: int, number: int) -> tuple[int, str]:
     """Exit status and output of ``command``, which gets signal ``number`` once ``step`` steps are logged."""
     process = subprocess.Popen(
         command,
@@ -81,29 +81,30 @@ def straight(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_then_one_then_two_equal_two_all_along(
     manifest: Path, straight: Path, tmp_path: Path, zero_stage: int, asked: signal.Signals, options: tuple[str, ...]
 ) -> None:
-    """Each time the run is asked to leave, and saves at a step where no checkpoint was due."""
+    """Each time the run gets a signal, and saves at a step where no checkpoint was due."""
     run = tmp_path / "run"
     sets = (f"output={run}", f"train.zero_stage={zero_stage}", *PARTS)
     launcher, *rest = corpus.train_command(manifest, 2, *sets)
     two = [launcher, *options, *rest]
 
-    _, said = leaves(two, run, 2, asked)  # torchrun's own status is 1, whatever that of its ranks
+    _, said = interrupt(two, run, 2, asked)  # torchrun's own status is 1, whatever that of its ranks
     assert f"stopped by {asked.name}" in said
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
     files = list((run / "checkpoints").glob("step-*/*optim_states.pt"))
     assert len(files) == 2
 
     one = [sys.executable, *two[two.index("-m") :]]
-    status, said = leaves(one, run, 5, signal.SIGUSR1)
+    status, said = interrupt(one, run, 5, signal.SIGUSR1)
     assert status == EXIT_PREEMPTED == 75
-    assert "the number of ranks was 2, is 1; converting it" in said and "stopped by SIGUSR1" in said
+    assert "from 2 to 1 ranks" in said and "stopped by SIGUSR1" in said
+    assert "INFO" in said and "resumed from the checkpoint of step 2" in said
 
     done, made = corpus.run(*two), load_manifest(manifest, sets)
-    assert "the number of ranks was 1, is 2; converting it" in done.stdout
+    assert "rank 0 INFO" in done.stderr and "from 1 to 2 ranks" in done.stderr
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(("part", "univ"))] == []
-    stated = disk.checkpoint_bytes(made)  # of what is trained; pickled names and settings come on top
-    assert stated < sum(path.stat().st_size for path in latest(run).glob("*.pt")) < stated + 150_000
-    assert disk.describe_disk(made) in done.stdout
+    stated = checkpoint_bytes(made)  # of what is trained; pickled names and settings come on top
+    assert stated < sum(path.stat().st_size for path in latest_checkpoint(run).glob("*.pt")) < stated + 150_000
+    assert done.stderr.count(describe_disk(made)) == 1
 
     ours, theirs = corpus.log(run), corpus.log(straight)
     assert [(r["step"], r["batch"], r["lr"]) for r in ours] == [(r["step"], r["batch"], r["lr"]) for r in theirs]

@@ -1,4 +1,4 @@
-"""What is on the disk when a rank dies at any moment of a save: ``latest`` names a whole checkpoint."""
+"""Saving: if a rank dies at any moment, ``latest`` names a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.trainer.checkpoint import disk_usage as disk
-from framestream.trainer.checkpoint import save as checkpoint
-from framestream.trainer.checkpoint.save import CheckpointError, WriteError, latest, read_state, save_checkpoint
+from framestream.trainer.checkpoint import disk_usage, save
+from framestream.trainer.checkpoint.save import (
+    CheckpointError,
+    WriteError,
+    latest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from framestream.trainer.distributed.process_group import DistributedContext
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
@@ -40,8 +45,8 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(checkpoint, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint, "all_reduce_sum", lambda values, place: values)
+    monkeypatch.setattr(save, "barrier", lambda: None)
+    monkeypatch.setattr(save, "all_reduce_sum", lambda values, context: values)
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def dies(monkeypatch, moment: int) -> None:
         fatal(module, name)
 
 
-def test_whatever_moment_a_save_dies_at_latest_names_a_whole_checkpoint(tmp_path, small, monkeypatch):
+def test_latest_is_complete_whenever_a_save_is_killed(tmp_path, small, monkeypatch):
     deaths, moment = 0, 0
     while True:
         moment += 1
@@ -90,45 +95,45 @@ def test_whatever_moment_a_save_dies_at_latest_names_a_whole_checkpoint(tmp_path
                 deaths += 1
             else:
                 break
-        found = latest(run)
+        found = latest_checkpoint(run)
         assert found.name in ("step-000004", "step-000006")
         assert read_state(found)["step"] == int(found.name[-1])
-        save_checkpoint(Engine(), run, 6, STATE, small, ALONE)  # the next start comes to the same step
+        save_checkpoint(Engine(), run, 6, STATE, small, ALONE)  # the next run reaches the same step
         assert names(run) == ["latest", "step-000004", "step-000006"]
-        assert latest(run).name == "step-000006" and read_state(latest(run))["step"] == 6
+        assert latest_checkpoint(run).name == "step-000006" and read_state(latest_checkpoint(run))["step"] == 6
     assert deaths > 10
 
 
-def test_the_newest_are_kept_by_number(tmp_path, small):
+def test_the_checkpoints_of_the_last_steps_are_kept(tmp_path, small):
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save_checkpoint(Engine(), tmp_path, step, STATE, small, ALONE)
     assert names(tmp_path) == ["latest", "step-1000000", "step-1000001"]
 
 
-def test_a_checkpoint_that_lost_a_file_or_a_byte_is_not_loaded(tmp_path, small):
+def test_a_checkpoint_without_a_file_or_a_byte_is_refused(tmp_path, small):
     save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
-    optim = latest(tmp_path) / "optim.pt"
+    optim = latest_checkpoint(tmp_path) / "optim.pt"
     os.truncate(optim, 1999)
     with pytest.raises(CheckpointError, match=r"optim.pt: has 1999 bytes instead of 2000; .*latest"):
-        read_state(latest(tmp_path))
+        read_state(latest_checkpoint(tmp_path))
     optim.unlink()
     with pytest.raises(CheckpointError, match=r"optim.pt: is missing"):
-        read_state(latest(tmp_path))
-    shutil.rmtree(latest(tmp_path))
-    with pytest.raises(CheckpointError, match="names step-000002, which is not there"):
-        latest(tmp_path)
+        read_state(latest_checkpoint(tmp_path))
+    shutil.rmtree(latest_checkpoint(tmp_path))
+    with pytest.raises(CheckpointError, match="names step-000002, which does not exist"):
+        latest_checkpoint(tmp_path)
 
 
-def test_no_room_is_told_before_anything_is_written(tmp_path, small, monkeypatch):
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, small, monkeypatch):
     save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
-    needed = disk.checkpoint_bytes(small)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    needed = disk_usage.checkpoint_bytes(small)
+    monkeypatch.setattr(disk_usage.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(CheckpointError, match="GB are needed"):
         save_checkpoint(Engine(), tmp_path, 4, STATE, small, ALONE)
-    assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
+    assert latest_checkpoint(tmp_path).name == "step-000002" and read_state(latest_checkpoint(tmp_path))
 
 
-def test_a_disk_that_fills_while_it_is_written_keeps_the_checkpoint_before(tmp_path, small):
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path, small):
     class Full(Engine):
         def save_checkpoint(self, folder: str, tag: str, **options: object) -> None:
             (Path(folder) / tag / "model.pt").write_bytes(b"m")
@@ -137,6 +142,6 @@ def test_a_disk_that_fills_while_it_is_written_keeps_the_checkpoint_before(tmp_p
     save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
     with pytest.raises(WriteError, match="rank 0 cannot write its part .*No space left"):
         save_checkpoint(Full(), tmp_path, 4, STATE, small, ALONE)
-    assert latest(tmp_path).name == "step-000002" and read_state(latest(tmp_path))
+    assert latest_checkpoint(tmp_path).name == "step-000002" and read_state(latest_checkpoint(tmp_path))
     save_checkpoint(Engine(), tmp_path, 4, STATE, small, ALONE)
     assert names(tmp_path) == ["latest", "step-000002", "step-000004"]

@@ -1,4 +1,4 @@
-"""Ranks that call the model differently are told so, with the first call that differs."""
+"""Ranks that call the model differently get an error that names the first call that differs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:
 
 def test_the_last_call_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    log = ModuleCallTracer(model)
-    assert log.last_call() == "call 0, no call"
+    tracer = ModuleCallTracer(model)
+    assert tracer.last_call() == "call 0, no call"
     model(torch.zeros(1, 4))
-    assert log.last_call() == "call 2, 2"
+    assert tracer.last_call() == "call 2, 2"

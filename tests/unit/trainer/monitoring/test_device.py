@@ -33,7 +33,7 @@ def test_dense_bf16_peak_of_published_names(name, tflops):
     assert named_peak(name) == pytest.approx(tflops * 1e12)
 
 
-def test_a_peak_that_is_not_known_is_none_and_a_stated_one_counts():
+def test_an_unknown_peak_is_none_unless_the_manifest_has_one():
     train = TrainConfig(
         vision_tower=PartConfig(train=False),
         connector=PartConfig(train=True, lr=1e-3),
@@ -45,8 +45,8 @@ def test_a_peak_that_is_not_known_is_none_and_a_stated_one_counts():
     assert peak_flops(stated, torch.device("cpu")) == 0.25e12
 
 
-def test_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
-    held = np.ones(600 << 20, dtype=np.uint8)
+def test_peak_memory_excludes_the_parent_process():
+    parent = np.ones(600 << 20, dtype=np.uint8)
     lines = [
         "from framestream.trainer.monitoring.device import process_peak",
         "before = process_peak()",
@@ -57,5 +57,5 @@ def test_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=corpus.PROJECT, env=corpus.environment()
     )
     before, grown = map(int, done.stdout.split())
-    assert before < held.nbytes
+    assert before < parent.nbytes
     assert 60 << 20 <= grown <= 110 << 20

@@ -1,8 +1,9 @@
-"""The log of a run: strict JSON, curves that TensorBoard reads, one line for each step, one straight story."""
+"""The metrics of a run: strict JSON, TensorBoard curves, and one line for each step, also after a resume."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,17 @@ def record(step: int, **over: object) -> dict:
 
 
 def write(run: Path, start: int, records: list[dict]) -> None:
-    meter = MetricsLogger(run, "stage", start, 9)
-    for one in records:
-        meter.write(one)
-    meter.close()
+    metrics = MetricsLogger(run, "stage", start, 9)
+    for record in records:
+        metrics.write(record)
+    metrics.close()
 
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
 
 
-def test_a_resumed_run_writes_one_straight_story(tmp_path):
+def test_a_resumed_run_logs_each_step_once(tmp_path):
     write(tmp_path, 0, [record(step) for step in (1, 2, 3)])
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')
@@ -41,15 +42,16 @@ def test_a_resumed_run_writes_one_straight_story(tmp_path):
     assert {"mfu", "peak_memory", "not_finite", "lr/connector"} <= set(board.Tags()["scalars"])
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path, capsys):
+def test_numbers_that_are_not_finite_are_null(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "framestream")
     write(tmp_path, 0, [record(1, loss=float("nan"), grad_norm=float("inf"), mfu=None, not_finite=1)])
     (line,) = lines(tmp_path)
     assert line["loss"] is line["grad_norm"] is line["mfu"] is None
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert "loss nan" in shown and "MFU unknown" in shown and "1 steps not finite" in shown
 
 
-def test_the_line_says_it_all():
+def test_the_progress_line_has_all_figures():
     text = progress(record(2))
     for part in ("loss 1.250", "connector 1.0e-03", "1234 tokens/s", "56 frames/s", "waiting 3%", "MFU 41.3%"):
         assert part in text

@@ -12,15 +12,15 @@ from framestream.trainer.monitoring.profiler import Profiler
 from tests.helpers.model.manifests import manifest
 
 
-def run(folder, steps: int, **wanted: int) -> None:
-    profiler = Profiler(folder, dataclasses.replace(manifest().train, **wanted), steps)
+def run(folder, steps: int, **options: int) -> None:
+    profiler = Profiler(folder, dataclasses.replace(manifest().train, **options), steps)
     for step, operation in enumerate((torch.sin, torch.cos, torch.tan, torch.exp)[:steps], 1):
         profiler.start_step(step)
         operation(torch.ones(8))
         profiler.end_step(step)
 
 
-def test_the_steps_that_are_named_are_recorded(tmp_path):
+def test_the_named_steps_are_recorded(tmp_path):
     run(tmp_path, 4, profile_step=2, profile_steps=2)
     with gzip.open(tmp_path / "profile" / "steps-000002-000003.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
@@ -28,11 +28,11 @@ def test_the_steps_that_are_named_are_recorded(tmp_path):
     assert "aten::cos" in (tmp_path / "profile" / "steps-000002-000003.txt").read_text()
 
 
-def test_a_run_that_ends_earlier_still_leaves_its_record(tmp_path):
+def test_a_run_that_ends_earlier_still_writes_the_files(tmp_path):
     run(tmp_path, 3, profile_step=3, profile_steps=5)
     assert (tmp_path / "profile" / "steps-000003-000003.json.gz").exists()
 
 
-def test_without_a_step_there_is_none(tmp_path):
+def test_without_a_named_step_nothing_is_written(tmp_path):
     run(tmp_path, 4)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What the loop hands to the engine: every row with its random numbers, those of its dialogues alone."""
+"""The loop gives every row its drop-path numbers, which depend only on its dialogues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from framestream.trainer.distributed.process_group import DistributedContext
-from framestream.trainer.monitoring import step_stats as tally
+from framestream.trainer.monitoring import step_stats
 from framestream.trainer.monitoring.run_ledger import RunLedger
 from framestream.trainer.training import loop
 from tests.helpers.model.manifests import manifest
@@ -18,15 +18,15 @@ from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
 
 
 class Engine:
-    """Stands for DeepSpeed's: keeps the random numbers of every clip, by dialogue."""
+    """Stands for DeepSpeed's engine. Records the random numbers of every clip, by dialogue."""
 
-    def __init__(self, draws: int) -> None:
-        self.module = SimpleNamespace(vision_tower=SimpleNamespace(num_drop_path_rands=draws))
-        self.drawn: dict[tuple[int, str], torch.Tensor | None] = {}
+    def __init__(self, per_clip: int) -> None:
+        self.module = SimpleNamespace(vision_tower=SimpleNamespace(num_drop_path_rands=per_clip))
+        self.numbers: dict[tuple[int, str], torch.Tensor | None] = {}
 
     def __call__(self, row) -> torch.Tensor:
-        for number, key in enumerate(row.keys):  # one clip each
-            self.drawn[row.step, key] = None if row.drop_path_rand is None else row.drop_path_rand[number]
+        for index, key in enumerate(row.keys):  # one clip each
+            self.numbers[row.step, key] = None if row.drop_path_rand is None else row.drop_path_rand[index]
         return torch.tensor(1.0)
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None: ...
@@ -45,8 +45,8 @@ class Engine:
         return 3
 
 
-def drawn(rows: list[list[str]], steps: range = range(2), seed: int = 0, draws: int = 4) -> dict:
-    """The numbers of every global batch and dialogue where its dialogues stand in these ``rows`` of one rank."""
+def recorded(rows: list[list[str]], steps: range = range(2), seed: int = 0, per_clip: int = 4) -> dict:
+    """Run the global batches whose dialogues are in these ``rows`` of one rank; return the numbers they got."""
 
     def row(step: int, micro: int):
         batch = pack([dialogue(number, clips=1) for number in range(len(rows[micro]))])
@@ -54,43 +54,44 @@ def drawn(rows: list[list[str]], steps: range = range(2), seed: int = 0, draws: 
         batch.num_micro_steps, batch.is_last = len(rows), micro == len(rows) - 1
         return batch
 
-    engine = Engine(draws)
-    upcoming = iter([row(step, micro) for step in steps for micro in range(len(rows))])
+    engine = Engine(per_clip)
+    batches = iter([row(step, micro) for step in steps for micro in range(len(rows))])
     settings = dataclasses.replace(manifest(SIZE, SMALL), seed=seed)
-    leave, heart = SimpleNamespace(check=lambda place: None), SimpleNamespace(doing=lambda what: None)
-    place = DistributedContext(0, 1, torch.device("cpu"))
-    run = loop.RunContext(settings, engine, place, Path(), RunLedger(Path(), 0, 1), leave, heart)
+    preemption = SimpleNamespace(raise_if_preempted=lambda context: None)
+    watchdog = SimpleNamespace(set_phase=lambda phase: None)
+    context = DistributedContext(0, 1, torch.device("cpu"))
+    run = loop.RunContext(settings, engine, context, Path(), RunLedger(Path(), 0, 1), preemption, watchdog)
     for _ in steps:
-        loop._global_batch(run, upcoming)
-    return engine.drawn
+        loop._global_batch(run, batches)
+    return engine.numbers
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    for name in ("total", "largest"):
-        monkeypatch.setattr(tally, name, lambda values, place: values)
+    for name in ("all_reduce_sum", "all_reduce_max"):
+        monkeypatch.setattr(step_stats, name, lambda values, context: values)
 
 
 def same(ours: dict, theirs: dict) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_dialogue_draws_the_same_in_whatever_row_it_stands():
-    together = drawn([["a", "b", "c"]])
-    assert same(drawn([["c"], ["a", "b"]]), together) and same(drawn([["b"], ["c"], ["a"]]), together)
+def test_numbers_do_not_depend_on_the_row():
+    together = recorded([["a", "b", "c"]])
+    assert same(recorded([["c"], ["a", "b"]]), together) and same(recorded([["b"], ["c"], ["a"]]), together)
 
 
-def test_a_resumed_run_draws_what_it_would_have_drawn():
-    straight = drawn([["a", "b"]], range(4))
+def test_a_resumed_run_has_the_same_numbers():
+    straight = recorded([["a", "b"]], range(4))
     torch.rand(5)
-    resumed = drawn([["a", "b"]], range(2, 4))
+    resumed = recorded([["a", "b"]], range(2, 4))
     assert all(torch.equal(straight[key], numbers) for key, numbers in resumed.items())
 
 
-def test_dialogues_global_batches_and_seeds_draw_differently():
-    numbers = [tuple(found.tolist()) for seed in (0, 1) for found in drawn([["a", "b"]], range(4), seed).values()]
+def test_numbers_differ_by_dialogue_global_batch_and_seed():
+    numbers = [tuple(found.tolist()) for seed in (0, 1) for found in recorded([["a", "b"]], range(4), seed).values()]
     assert len(set(numbers)) == len(numbers) == 16
 
 
-def test_towers_that_draw_nothing_are_given_nothing():
-    assert set(drawn([["a", "b"]], draws=0).values()) == {None}
+def test_towers_without_drop_path_get_no_numbers():
+    assert set(recorded([["a", "b"]], per_clip=0).values()) == {None}

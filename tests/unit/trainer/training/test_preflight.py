@@ -1,18 +1,19 @@
-"""What is refused before anything is allocated: weights of another model, and what does not fit into memory."""
+"""Checks before anything is allocated: weights of another model, and what does not fit into memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import InitFromConfig
-from framestream.trainer.training import preflight as checks
-from framestream.trainer.training.preflight import GIB, check_memory, check_weights
+from framestream.pipeline.config.schema import to_dict
+from framestream.trainer.training.preflight import GIB, WEIGHT_NEUTRAL_FIELDS, check_memory, check_weights, host_bytes
 from framestream.trainer.weights.hf_config import ReleaseConfig, build_hf_config
 from framestream.trainer.weights.load import save_weights
 from tests.helpers.model.rows import SMALL
@@ -36,7 +37,7 @@ def run_of(folder: Path, manifest: Manifest) -> Path:
     return folder
 
 
-def test_weights_that_fit_are_not_refused(tmp_path: Path) -> None:
+def test_matching_weights_are_accepted(tmp_path: Path) -> None:
     assert check_weights(start()) == []
     assert check_weights(start(language_model=qwen2(tmp_path / "qwen2"))) == []
     run = run_of(tmp_path / "run", start())
@@ -44,26 +45,26 @@ def test_weights_that_fit_are_not_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({"rope_theta": 5e5}, "rope_theta is 500000.0, model.language_model.rope_theta is"),
         ({"num_attention_heads": 2, "num_key_value_heads": 1}, "num_attention_heads is 2, model.language_model."),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, model.language_model.rms_norm_eps is 1e-06"),
     ],
 )
-def test_what_shapes_do_not_show_is_refused(tmp_path: Path, other: dict, told: str) -> None:
+def test_differences_that_shapes_do_not_show_are_refused(tmp_path: Path, other: dict, message: str) -> None:
     """Key and value heads half as many and twice as wide have the same shapes."""
     faults = check_weights(start(language_model=qwen2(tmp_path / "qwen2", **other)))
     assert faults and all("\n" not in fault for fault in faults)
-    assert any(told in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
+    assert any(message in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
 
 
-def test_another_tower_and_other_heads_of_a_run_or_a_release_are_refused(tmp_path: Path) -> None:
+def test_another_tower_of_a_run_or_a_release_is_refused(tmp_path: Path) -> None:
     tower = dataclasses.replace(SMALL.vision_tower, heads=SMALL.vision_tower.heads // 2)
     other = dataclasses.replace(SMALL, vision_tower=tower)
     run = run_of(tmp_path / "run", start(other))
-    goes_on = dataclasses.replace(start(), init_from=InitFromConfig(run=str(run)))
-    (fault,) = check_weights(goes_on)
+    resumed = dataclasses.replace(start(), init_from=InitFromConfig(run=str(run)))
+    (fault,) = check_weights(resumed)
     given = f"heads is {tower.heads}, model.vision_tower.heads is {SMALL.vision_tower.heads}"
     assert fault.startswith("init_from.run: ") and given in fault
     released = run / "final"
@@ -74,7 +75,7 @@ def test_another_tower_and_other_heads_of_a_run_or_a_release_are_refused(tmp_pat
     assert given in fault
 
 
-def test_a_size_may_change_and_training_alone_too(tmp_path: Path) -> None:
+def test_the_frame_size_and_groups_may_change(tmp_path: Path) -> None:
     """The switch of stage 4: frames of another size, and groups of other lengths."""
     run = run_of(tmp_path / "run", start())
     tower = dataclasses.replace(SMALL.vision_tower, group_clips=SMALL.vision_tower.group_clips + 1)
@@ -83,7 +84,7 @@ def test_a_size_may_change_and_training_alone_too(tmp_path: Path) -> None:
     assert check_weights(dataclasses.replace(larger, frames=frames, init_from=InitFromConfig(run=str(run)))) == []
 
 
-def test_absent_places_and_unfinished_runs_are_one_line(tmp_path: Path) -> None:
+def test_missing_paths_and_unfinished_runs_are_one_line(tmp_path: Path) -> None:
     (fault,) = check_weights(start(language_model=tmp_path / "nothing" / "here"))
     assert fault == f"init_from.language_model: {tmp_path}/nothing/here: no such file or folder"
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -97,7 +98,7 @@ def offloading(what: str) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    ("world", "neighbours", "offload", "device", "host", "told"),
+    ("world", "local_world", "offload", "device", "host", "message"),
     [  # 7.92 billion weights in bf16, their gradients, and 12 bytes each of the optimiser: 118 GiB
         (1, 1, "none", 80, 999, "need 118.1 GiB a rank, the GPU has 80.0 GiB"),
         (1, 1, "none", 140, 999, None),
@@ -108,24 +109,26 @@ def offloading(what: str) -> Manifest:
         (4, 4, "none", None, 64, "need 29.5 GiB a rank, a rank's share of this machine has 16.0 GiB"),
     ],
 )
-def test_what_cannot_fit_is_refused(world, neighbours, offload, device, host, told) -> None:
-    faults = check_memory(offloading(offload), world, neighbours, device and device * GIB, host * GIB)
-    assert len(faults) == (told is not None)
-    if told:
-        assert told in faults[0] and "\n" not in faults[0]
+def test_what_cannot_fit_is_refused(world, local_world, offload, device, host, message) -> None:
+    faults = check_memory(offloading(offload), world, local_world, device and device * GIB, host * GIB)
+    assert len(faults) == (message is not None)
+    if message:
+        assert message in faults[0] and "\n" not in faults[0]
 
 
-def test_what_may_not_fit_is_said(capsys: pytest.CaptureFixture) -> None:
+def test_what_may_not_fit_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert check_memory(STAGE3, 8, 8, 16 * GIB, 999 * GIB) == []
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: memory: about ") and "with 512 frames, the GPU has 16.0 GiB" in line
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert record.levelno == logging.WARNING and message.startswith("memory: about ")
+    assert "with 512 frames, the GPU has 16.0 GiB" in message
 
 
 def test_the_machines_memory_is_at_most_what_it_has() -> None:
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    assert 2**28 < checks.host_bytes() <= int(total.split()[1]) * 1024
+    assert 2**28 < host_bytes() <= int(total.split()[1]) * 1024
 
 
 def test_fields_that_may_differ_are_fields() -> None:
     named = to_dict(SMALL.vision_tower).keys() | to_dict(SMALL.language_model).keys()
-    assert named >= checks.FREE
+    assert named >= WEIGHT_NEUTRAL_FIELDS
