@@ -145,7 +145,7 @@ def _unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dict[str
     model = build_model(manifest, device="meta")
     wanted = {name: full_shape(p) for name, p in model.named_parameters()}
     try:
-        folder = folder or checkpoint.latest(run)
+        folder = folder or checkpoint.latest_checkpoint(run)
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         checkpoint.check_settings(state["settings"], manifest, folder)
         tensors = resume.trained_weights(folder)

@@ -25,8 +25,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.model.plain_parts import PlainTower, merge
 from framestream.pipeline import build_loader
-from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP
+from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 from framestream.trainer.model.parts import PARTS
@@ -144,7 +145,7 @@ def main() -> None:
     batches: list[list[Batch]] = [[]]
     for row in build_loader(manifest):
         batches[-1].append(dataclasses.replace(row, clips=row.clips.clone()))
-        if row.last:
+        if row.is_last:
             batches.append([])
     for number in range(options.steps):
         print(json.dumps(step(model, optimizer, batches[number % (len(batches) - 1)], manifest)), flush=True)

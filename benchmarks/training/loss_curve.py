@@ -101,7 +101,7 @@ def plain(manifest: Manifest) -> tuple[list[float], Choices]:
             part = model(row) / row.total_weight
             part.backward()
             loss += part.item()
-            if not row.last:
+            if not row.is_last:
                 continue
             set_learning_rates(optimizer, len(losses), steps, manifest)
             if options.clip_norm:

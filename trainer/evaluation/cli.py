@@ -12,7 +12,7 @@ from framestream.pipeline.annotations.reader import AnnotationFileError
 from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
 from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.shards.index import ShardsError
-from framestream.trainer.checkpoint.save import write_atomically
+from framestream.pipeline.utils.atomic_io import write_atomic
 from framestream.trainer.weights.runs import resolve_weights
 from framestream.trainer.weights.tensor_files import WeightsError
 
@@ -76,7 +76,7 @@ def run_command(
     for path, text in written.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text)
+            write_atomic(path, text.encode())
         except OSError as error:
             print(f"error: {path}: cannot be written ({error.strerror}); name another place", file=sys.stderr)
             return 1
