@@ -13,8 +13,10 @@ MEDIAN_WORDS = 18  #: of a sentence, over all pages together
 PAGE_MEDIAN_WORDS = 20  #: of a sentence, of each page alone
 LONGEST = 45  #: words of any sentence
 SEMICOLONS = 3  #: in 1,000 words, over all pages together
-#: words that a reader would have to be told about, or that plain English has another word for
-PRIVATE_WORDS = r"\banew\b|\bhandful|\bat hand\b|\bfor want of\b|\bletter for letter\b|\bof which\b|\bso deep\b|\btally\b"
+#: words that plain English has another word for
+PRIVATE_WORDS = (
+    r"\banew\b|\bhandful|\bat hand\b|\bfor want of\b|\bletter for letter\b|\bof which\b|\bso deep\b|\btally\b"
+)
 
 
 def lengths(text: str) -> list[int]:
