@@ -1,0 +1,1 @@
+"""Manifests: typed settings of a stage, read from YAML."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Settings of what is built and read: annotation files, shards, and mixes of shard roots."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from framestream.pipeline.config.preprocessing import FramesConfig
 from framestream.pipeline.config.schema import ManifestError, spec
 
-READERS = ("decord", "img", "frame", "gif", "av")  #: of a video
+READERS = ("decord", "img", "frame", "gif", "av")  #: how a video is read
 
-FOLDER_READERS = ("img", "frame")  #: of those, the ones that read a folder of frames
+FOLDER_READERS = ("img", "frame")  #: readers of a folder of frames
 
-SAMPLING_PATTERN = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples an entry takes of its file
+SAMPLING_PATTERN = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples of a file are used
 
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
 
@@ -26,7 +26,7 @@ def entry_name(annotation: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EntryConfig:
-    """One dataset entry: an annotation file, where its media lie and how to take samples of it."""
+    """One dataset entry: an annotation file, the folder of its media, and which samples are used."""
 
     annotation: str = field(
         metadata=spec(doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
@@ -41,10 +41,10 @@ class EntryConfig:
     split: str = field(
         default="train", metadata=spec(choices=("train", "val"), doc="val is held out of training and used for scoring")
     )
-    name: str = field(default="", metadata=spec(doc="name in ledgers and reports; the annotation file's stem if empty"))
-    samples: int | None = field(
-        default=None, metadata=spec(low=0, doc="number of samples as published, where it is stated")
+    name: str = field(
+        default="", metadata=spec(doc="name in ledgers and reports; the stem of the annotation file if empty")
     )
+    samples: int | None = field(default=None, metadata=spec(low=0, doc="published number of samples, if stated"))
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -55,24 +55,25 @@ class EntryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read: the entries, and the user's root map that says where media really are."""
+    """The entries of a stage, the root map that says where media are stored, and how shards are built."""
 
     entries: tuple[EntryConfig, ...]
-    roots: str = field(default="", metadata=spec(doc="YAML file that maps an entry's root to a place that can be read"))
+    roots: str = field(default="", metadata=spec(doc="YAML file that maps the root of an entry to a folder or address"))
     cache: str = field(
-        default="", metadata=spec(doc="folder of fetched annotation files; ~/.cache/framestream if empty")
+        default="", metadata=spec(doc="folder for downloaded annotation files; ~/.cache/framestream if empty")
     )
     text_placeholder: str = field(
-        default="convert", metadata=spec(choices=("convert", "refuse"), doc="what to do with <video> in a turn")
+        default="convert",
+        metadata=spec(choices=("convert", "refuse"), doc="<video> in a turn becomes <image>, or the sample is refused"),
     )
     shard_mb: int = field(
-        default=64, metadata=spec(low=1, doc="estimated megabytes of one shard, which decide what goes into it")
+        default=64, metadata=spec(low=1, doc="estimated megabytes of one shard, which decide which media it contains")
     )
     decode_timeout: int = field(default=600, metadata=spec(low=1, doc="seconds that building one media item may take"))
     fetch_timeout: int = field(
         default=1800, metadata=spec(low=1, doc="seconds that fetching one media file may take, with all retries")
     )
-    fetch_mb: int = field(default=8192, metadata=spec(low=1, doc="megabytes of the largest media file that is fetched"))
+    fetch_mb: int = field(default=8192, metadata=spec(low=1, doc="largest media file that is fetched, in megabytes"))
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -81,17 +82,21 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixEntryConfig:
-    """What is taken of one entry of a shard root that is mixed."""
+    """How much of one entry of a shard root goes into a mix."""
 
-    entry: str = field(metadata=spec(doc="name of the entry as the shards were built"))
+    entry: str = field(metadata=spec(doc="name of the entry in the shards"))
     sampling: str = field(
-        default="all", metadata=spec(doc=f"of its dialogues in the order of the index: {SAMPLING_HELP}")
+        default="all", metadata=spec(doc=f"which of its dialogues, in the order of the index: {SAMPLING_HELP}")
     )
     repeat: float | None = field(
-        default=None, metadata=spec(low=0, doc="times an epoch, in place of the root's; 0 leaves it out")
+        default=None,
+        metadata=spec(
+            low=0, doc="appearances of each dialogue in an epoch, instead of the root's; 0 excludes the entry"
+        ),
     )
     cap: int | None = field(
-        default=None, metadata=spec(low=1, doc="dialogues of it in an epoch at most; the others come in the next ones")
+        default=None,
+        metadata=spec(low=1, doc="most dialogues of the entry in an epoch; the others follow in later epochs"),
     )
     min: int | None = field(default=None, metadata=spec(low=1, doc="frames.min of its videos"))
     max: int | None = field(default=None, metadata=spec(low=1, doc="frames.max of its videos"))
@@ -101,19 +106,19 @@ class MixEntryConfig:
             raise ManifestError(f"sampling: {self.sampling!r} is not {SAMPLING_HELP}")
 
     def bound_frames(self, frames: FramesConfig) -> FramesConfig:
-        """``frames`` within the bounds of the entry."""
+        """Return ``frames`` with the entry's own ``min`` and ``max``."""
         bounds = {name: getattr(self, name) for name in ("min", "max") if getattr(self, name) is not None}
         return dataclasses.replace(frames, **bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixRootConfig:
-    """One shard root of a mix; entries that it does not name are taken whole, as often as the root says."""
+    """One shard root of a mix. All dialogues of entries that it does not name are used, with the root's ``repeat``."""
 
     root: str = field(metadata=spec(doc="folder or address of finished shards, such as shards/stage2"))
-    repeat: float = field(default=1.0, metadata=spec(low=0, doc="how often an epoch has each dialogue"))
+    repeat: float = field(default=1.0, metadata=spec(low=0, doc="how often each dialogue appears in an epoch"))
     weight: float | None = field(
-        default=None, metadata=spec(low=0, doc="share of an epoch; every root has one, or none has")
+        default=None, metadata=spec(low=0, doc="share of an epoch; set it for every root or for none")
     )
     entries: tuple[MixEntryConfig, ...] = ()
 
@@ -121,6 +126,6 @@ class MixRootConfig:
         names = [entry.entry for entry in self.entries]
         for number, name in enumerate(names):
             if name in names[:number]:
-                raise ManifestError(f"entries[{number}].entry: {name} stands twice; give one entry its settings once")
+                raise ManifestError(f"entries[{number}].entry: {name} is listed twice; give its settings once")
         if not self.repeat and not any(entry.repeat for entry in self.entries):
-            raise ManifestError("repeat: is 0, and no entry has its own; nothing would be read, leave the root out")
+            raise ManifestError("repeat: is 0 and no entry has its own, so nothing would be read; remove the root")

@@ -1,12 +1,12 @@
-"""TODO."""
+"""Settings of batching and loading."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from framestream.pipeline.config.schema import config_field
+from framestream.pipeline.config.schema import spec
 
-ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: of an epoch
+ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: orders of an epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,32 +20,45 @@ class CostModel:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """Global batches and rows (packed sequences)."""
+    """How dialogues form global batches, and rows (packed sequences)."""
 
-    global_batch: int = config_field(low=1, doc="dialogues in one optimiser step")
-    row_multiple: int = config_field(
-        low=1, doc="a global batch has a multiple of this many rows; world size divides it"
+    global_batch: int = field(metadata=spec(low=1, doc="dialogues in one optimizer step"))
+    row_multiple: int = field(
+        metadata=spec(low=1, doc="the rows of a global batch are a multiple of this; the world size must divide it")
     )
-    loss_weight: str = config_field("dialogue", choices=("dialogue", "token"))
-    order: str = config_field("shuffle", choices=ORDERS, doc="of an epoch, slice k of which is global batch k")
-    cost: CostModel | None = config_field(
-        None, doc="balances rows; the trainer computes it from the model where it is missing"
+    loss_weight: str = field(default="dialogue", metadata=spec(choices=("dialogue", "token")))
+    order: str = field(
+        default="shuffle", metadata=spec(choices=ORDERS, doc="order of an epoch; its slice k is global batch k")
+    )
+    cost: CostModel | None = field(
+        default=None, metadata=spec(doc="cost used to balance rows; the trainer computes it from the model if missing")
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How batches are read; nothing here changes what they contain."""
+    """How batches are read. These settings do not change what batches contain."""
 
-    threads: int = config_field(2, low=1, doc="decoding threads of one rank, or of each of its workers")
-    workers: int = config_field(
-        0, low=0, doc="decoding processes of one rank; 0: its threads decode in the rank's process"
+    threads: int = field(default=2, metadata=spec(low=1, doc="decoding threads per rank, or per worker of a rank"))
+    workers: int = field(
+        default=0,
+        metadata=spec(low=0, doc="decoding processes per rank; 0: threads decode in the process of the rank"),
     )
-    prefetch_mb: int = config_field(512, low=1, doc="bound on decoded rows waiting for the training step, of one rank")
-    max_unreadable: int = config_field(100, low=0, doc="a run stops when more dialogues than this could not be read")
-    cache: str = config_field("~/.cache/framestream", doc="folder of copies of remote roots: their indexes, and ranges")
-    cache_gb: float = config_field(
-        0.0, low=0, doc="gigabytes of ranges of remote shards kept there at most; 0 keeps none"
+    prefetch_mb: int = field(
+        default=512,
+        metadata=spec(low=1, doc="most megabytes of decoded rows that wait for the training step, per rank"),
     )
-    read_timeout: float = config_field(60.0, low=1, doc="seconds that reading one medium may take, all tries together")
-    retries: int = config_field(5, low=0, doc="tries of a request to a remote root after the first")
+    max_unreadable: int = field(
+        default=100, metadata=spec(low=0, doc="the run stops when more dialogues than this cannot be read")
+    )
+    cache: str = field(
+        default="~/.cache/framestream",
+        metadata=spec(doc="folder for copies of remote indexes and ranges of remote shards"),
+    )
+    cache_gb: float = field(
+        default=0.0, metadata=spec(low=0, doc="most gigabytes of ranges of remote shards in that folder; 0 stores none")
+    )
+    read_timeout: float = field(
+        default=60.0, metadata=spec(low=1, doc="seconds that reading one media item may take, with all retries")
+    )
+    retries: int = field(default=5, metadata=spec(low=0, doc="retries of a request to a remote root"))

@@ -1,34 +1,34 @@
-"""TODO."""
+"""Settings of the model architecture and of its initial weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from framestream.pipeline.config.schema import ManifestError, config_field
+from framestream.pipeline.config.schema import ManifestError, spec
 
 TOKENS_PER_CLIP = 64  #: 16 tokens for each of a clip's 4 frames
 
-TOKENS_PER_TILE = 64  #: tokens of one tile of a still
+TOKENS_PER_TILE = 64  #: tokens of one tile of an image
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTowerConfig:
-    """Video transformer; the dimensions' defaults are UMT-L's."""
+    """Video transformer. The default dimensions are those of UMT-L."""
 
-    type: str = config_field("umt", choices=("umt", "internvideo2"))
-    width: int = config_field(1024, low=1)
-    depth: int = config_field(24, low=2, doc="blocks of the published encoder; the last one is not run")
-    heads: int = config_field(16, low=1)
-    patch: int = config_field(16, low=1)
+    type: str = field(default="umt", metadata=spec(choices=("umt", "internvideo2")))
+    width: int = field(default=1024, metadata=spec(low=1))
+    depth: int = field(default=24, metadata=spec(low=2, doc="blocks of the published encoder; the last one is not run"))
+    heads: int = field(default=16, metadata=spec(low=1))
+    patch: int = field(default=16, metadata=spec(low=1))
     mlp_ratio: float = 4.0
-    table_side: int = config_field(
-        14, low=1, doc="umt: patches along a side of the position table before interpolation"
+    table_side: int = field(
+        default=14, metadata=spec(low=1, doc="umt: patches along a side of the position table before interpolation")
     )
-    drop_path: float | None = config_field(
-        None, low=0, doc="internvideo2: drop path of the last block; 0.25 if not given"
+    drop_path: float | None = field(
+        default=None, metadata=spec(low=0, doc="internvideo2: drop path rate of the last block; 0.25 if not given")
     )
-    group_clips: int = config_field(
-        8, low=1, doc="clips or tiles that go through the tower, and are recomputed, at once"
+    group_clips: int = field(
+        default=8, metadata=spec(low=1, doc="clips or tiles that the tower processes, and recomputes, in one call")
     )
 
     def __post_init__(self) -> None:
@@ -36,34 +36,34 @@ class VisionTowerConfig:
             raise ManifestError(f"heads: {self.heads} does not divide width ({self.width})")
         if self.type == "umt":
             if self.drop_path:
-                raise ManifestError("drop_path: umt has none; leave it out or set type to internvideo2")
+                raise ManifestError("drop_path: not supported by umt; remove it or set type to internvideo2")
             return
         if self.width % 16:
             raise ManifestError(f"width: {self.width} is not a multiple of 16, as internvideo2's positions need")
-        if self.drop_path is None:
-            object.__setattr__(self, "drop_path", 0.25)
-        if self.drop_path >= 1:
-            raise ManifestError(f"drop_path: {self.drop_path} is a probability; it must be below 1")
+        drop_path = 0.25 if self.drop_path is None else self.drop_path
+        if drop_path >= 1:
+            raise ManifestError(f"drop_path: {drop_path} is a probability; it must be below 1")
+        object.__setattr__(self, "drop_path", drop_path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    """ToMe16 MLP: token merging to 16 tokens a frame, then two linear layers."""
+    """ToMe16 MLP: token merging to 16 tokens per frame, then two linear layers."""
 
-    type: str = config_field("tome16_mlp", choices=("tome16_mlp",))
+    type: str = field(default="tome16_mlp", metadata=spec(choices=("tome16_mlp",)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
-    """Qwen2 family; the defaults are Qwen2-7B."""
+    """Language model of the Qwen2 family. The defaults are those of Qwen2-7B."""
 
-    hidden_size: int = config_field(3584, low=1)
-    intermediate_size: int = config_field(18944, low=1)
-    num_hidden_layers: int = config_field(28, low=1)
-    num_attention_heads: int = config_field(28, low=1)
-    num_key_value_heads: int = config_field(4, low=1)
-    vocab_size: int = config_field(152064, low=1)
-    max_position_embeddings: int = config_field(32768, low=1)
+    hidden_size: int = field(default=3584, metadata=spec(low=1))
+    intermediate_size: int = field(default=18944, metadata=spec(low=1))
+    num_hidden_layers: int = field(default=28, metadata=spec(low=1))
+    num_attention_heads: int = field(default=28, metadata=spec(low=1))
+    num_key_value_heads: int = field(default=4, metadata=spec(low=1))
+    vocab_size: int = field(default=152064, metadata=spec(low=1))
+    max_position_embeddings: int = field(default=32768, metadata=spec(low=1))
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -79,7 +79,7 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture; it stands in the manifest so that nothing needs weights to be planned."""
+    """The architecture. It is part of the manifest so that a run can be planned without weights."""
 
     vision_tower: VisionTowerConfig = VisionTowerConfig()
     connector: ConnectorConfig = ConnectorConfig()
@@ -88,12 +88,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InitFromConfig:
-    """Where weights come from. ``run`` is an earlier stage; a part named beside it wins.
+    """Where initial weights come from. ``run`` is an earlier stage; a part that is named overrides its weights.
 
-    Files and folders may lie on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
+    Files and folders may be on the hub: ``hf:OWNER/NAME[@REVISION]:FILE``, ``hf:OWNER/NAME[@REVISION]``.
     """
 
-    run: str = config_field("", doc="the stage that this one continues, by name or folder, or a published checkpoint")
-    vision_tower: str = config_field("", doc="encoder file or folder; `random` starts from the seed")
-    connector: str = config_field("", doc="mm_projector.bin, folder, or `random`")
-    language_model: str = config_field("", doc="Qwen2 folder, hub name, or `random`")
+    run: str = field(
+        default="", metadata=spec(doc="the stage to continue, by name or folder, or a published checkpoint")
+    )
+    vision_tower: str = field(
+        default="", metadata=spec(doc="encoder file or folder; `random` initializes from the seed")
+    )
+    connector: str = field(default="", metadata=spec(doc="mm_projector.bin, folder, or `random`"))
+    language_model: str = field(default="", metadata=spec(doc="Qwen2 folder, hub name, or `random`"))

@@ -1,34 +1,38 @@
-"""TODO."""
+"""Settings of preprocessing: how videos, images and text become model inputs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from framestream.pipeline.config.schema import ManifestError, config_field
+from framestream.pipeline.config.schema import ManifestError, spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class FramesConfig:
-    """How a video becomes frames, when building and when reading."""
+    """How frames of a video are sampled, resized and encoded, when building and when reading."""
 
-    sampler: str = config_field(doc="middle, dynamic_fps1, rand, or fpsX with X frames a second")
-    min: int = config_field(low=1)
-    max: int = config_field(low=1)
-    size: int = config_field(low=16, doc="pixels of a side of a frame as the model sees it")
-    resize: str = config_field(
-        "stretch",
-        choices=("stretch", "short_side", "long_side"),
-        doc="how frames are stored: size x size, or with the aspect kept and the short or long side of size pixels",
+    sampler: str = field(metadata=spec(doc="middle, dynamic_fps1, rand, or fpsX with X frames per second"))
+    min: int = field(metadata=spec(low=1))
+    max: int = field(metadata=spec(low=1))
+    size: int = field(metadata=spec(low=16, doc="side of a frame in pixels, as the model sees it"))
+    resize: str = field(
+        default="stretch",
+        metadata=spec(
+            choices=("stretch", "short_side", "long_side"),
+            doc="stored frames: size x size, or with their aspect ratio and a short or long side of size pixels",
+        ),
     )
-    clip_frames: int = config_field(4, choices=(4,), doc="frames of one clip, the unit of the vision tower")
-    time_message: str = config_field("short", choices=("short", "long", "none"))
-    quality: int = config_field(90, low=1, doc="JPEG quality of stored frames")
-    subsampling: str = config_field("420", choices=("420", "422", "444"))
+    clip_frames: int = field(
+        default=4, metadata=spec(choices=(4,), doc="frames of one clip, the unit of the vision tower")
+    )
+    time_message: str = field(default="short", metadata=spec(choices=("short", "long", "none")))
+    quality: int = field(default=90, metadata=spec(low=1, doc="JPEG quality of stored frames"))
+    subsampling: str = field(default="420", metadata=spec(choices=("420", "422", "444")))
 
     def __post_init__(self) -> None:
-        named = self.sampler in ("middle", "dynamic_fps1", "rand")
+        is_named = self.sampler in ("middle", "dynamic_fps1", "rand")
         rate = self.sampler[3:] if self.sampler.startswith("fps") else ""
-        if not named and not (rate.replace(".", "", 1).isdigit() and float(rate) > 0):
+        if not is_named and not (rate.replace(".", "", 1).isdigit() and float(rate) > 0):
             raise ManifestError(f"sampler: {self.sampler!r} is not middle, dynamic_fps1, rand or fpsX such as fps2")
         if self.resize != "stretch" and self.size % 2:
             raise ManifestError(f"size: {self.size} is odd; {self.resize} needs an even one")
@@ -42,23 +46,25 @@ class FramesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    """How a still becomes tiles of ``frames.size`` pixels."""
+    """How an image becomes tiles of ``frames.size`` pixels."""
 
-    mode: str = config_field("anyres_nopad", choices=("square", "anyres_nopad"))
-    max_grid: int = config_field(6, low=1, doc="largest number of tiles along one side")
-    quality: int = config_field(95, low=1, doc="JPEG quality of stills that have to be re-encoded")
-    max_side: int = config_field(4096, low=16, doc="stills with a longer side are stored reduced to it")
+    mode: str = field(default="anyres_nopad", metadata=spec(choices=("square", "anyres_nopad")))
+    max_grid: int = field(default=6, metadata=spec(low=1, doc="largest number of tiles along one side"))
+    quality: int = field(default=95, metadata=spec(low=1, doc="JPEG quality of images that are encoded again"))
+    max_side: int = field(default=4096, metadata=spec(low=16, doc="images with a longer side are stored reduced to it"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How a conversation becomes token ids and labels."""
+    """How a dialogue becomes token ids and labels."""
 
-    tokenizer: str = config_field(doc="folder of a Hugging Face tokenizer, or a hub name")
-    template: str = config_field("qwen_2", choices=("plain", "qwen_2"))
+    tokenizer: str = field(metadata=spec(doc="folder of a Hugging Face tokenizer, or a hub name"))
+    template: str = field(default="qwen_2", metadata=spec(choices=("plain", "qwen_2")))
     system: str = "You are a helpful assistant."
-    mask_prompt_markers: bool = config_field(
-        False, doc="true: do not learn <|im_start|>, <|im_end|> and newline in prompts"
+    mask_prompt_markers: bool = field(
+        default=False, metadata=spec(doc="true: <|im_start|>, <|im_end|> and newlines in prompts get no labels")
     )
-    max_tokens: int = config_field(32768, low=1, doc="longest dialogue and longest row, visual tokens included")
-    over_length: str = config_field("cut", choices=("cut", "refuse"))
+    max_tokens: int = field(
+        default=32768, metadata=spec(low=1, doc="longest dialogue and longest row, visual tokens included")
+    )
+    over_length: str = field(default="cut", metadata=spec(choices=("cut", "refuse")))

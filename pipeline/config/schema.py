@@ -54,7 +54,7 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
     """
     if not isinstance(value, dict):
         fields_of = f"a mapping with the fields of {_section_name(cls)}"
-        raise ManifestError(f"{where}: expected {fields_of}, got {format_value(value)}")
+        raise ManifestError(f"{where}: expected {fields_of}, got {show_value(value)}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
@@ -85,7 +85,7 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def format_value(value: Any) -> str:
+def show_value(value: Any) -> str:
     """Show ``value``, shortened to 60 characters, with the name of its type."""
     text = repr(value)
     return f"{text if len(text) < 60 else text[:57] + '...'} ({type(value).__name__})"
@@ -113,20 +113,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_list(hint: Any, value: Any, where: str) -> tuple:
     if not isinstance(value, list):
-        raise ManifestError(f"{where}: expected a list, got {format_value(value)}")
+        raise ManifestError(f"{where}: expected a list, got {show_value(value)}")
     return tuple(_convert(hint, item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def _convert_mapping(hint: Any, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ManifestError(f"{where}: expected a mapping, got {format_value(value)}")
+        raise ManifestError(f"{where}: expected a mapping, got {show_value(value)}")
     return {str(key): _convert(hint, item, f"{where}.{key}") for key, item in value.items()}
 
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     converted = _to_float(value) if hint is float else value
     if type(converted) is not hint:  # bool is a subclass of int, and is not accepted for it
-        raise ManifestError(f"{where}: expected {_SCALARS[hint]}, got {format_value(value)}")
+        raise ManifestError(f"{where}: expected {_SCALARS[hint]}, got {show_value(value)}")
     return converted
 
 
@@ -145,7 +145,7 @@ def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
     choices, low = field.metadata.get("choices"), field.metadata.get("low")
     if choices and value not in choices:
         hint = _suggest(str(value), choices)
-        raise ManifestError(f"{where}: {format_value(value)} is not one of {', '.join(map(str, choices))}{hint}")
+        raise ManifestError(f"{where}: {show_value(value)} is not one of {', '.join(map(str, choices))}{hint}")
     if low is not None and value is not None and value < low:
         raise ManifestError(f"{where}: must be at least {low}, got {value}")
 

@@ -1,23 +1,23 @@
-"""Which samples an entry takes: one grammar for annotation files when building and for shards when reading."""
+"""Subset grammar: which samples of an entry are used, of an annotation file or of finished shards."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from framestream.pipeline.config.data import SAMPLING, SAMPLING_HELP
-from framestream.pipeline.config.manifest import ManifestError
+from framestream.pipeline.config.data import SAMPLING_HELP, SAMPLING_PATTERN
+from framestream.pipeline.config.schema import ManifestError
 
 
 def select_subset(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:
-    """Positions, ascending, that a sampling strategy takes of ``n`` samples; a range, or int64.
+    """Select positions out of ``n`` samples by a sampling strategy; ascending, as a range or int64 (k,).
 
-    ``all``; ``first:N`` [0, N), ``first2:N`` [N, 2N), ``first3:N`` [2N, 3N), ``first4:N`` [3N, 4N); ``end:N`` the last
-    N; ``random:N`` N different ones drawn with ``seed``. N is a count or ``P%`` of ``n``, rounded up.
+    ``first:N`` is [0, N), ``first2:N`` [N, 2N), ``first3:N`` [2N, 3N) and ``first4:N`` [3N, 4N). ``end:N`` is the last
+    N samples. ``random:N`` is N different samples, drawn with ``seed``. N is a count or ``P%`` of ``n``, rounded up.
 
     Raises:
-        ManifestError: the strategy is none of these.
+        ManifestError: the strategy is unknown.
     """
-    match = SAMPLING.fullmatch(strategy)
+    match = SAMPLING_PATTERN.fullmatch(strategy)
     if not match:
         raise ManifestError(f"sampling: {strategy!r} is not {SAMPLING_HELP}")
     if strategy == "all":
@@ -27,7 +27,6 @@ def select_subset(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:
     if name == "end":
         return range(max(n - count, 0), n)
     if name == "random":
-        drawn = np.random.default_rng(seed).choice(n, size=min(count, n), replace=False)
-        return np.sort(drawn)
+        return np.sort(np.random.default_rng(seed).choice(n, size=min(count, n), replace=False))
     part = int(name[len("first") :] or 1)
     return range(min((part - 1) * count, n), min(part * count, n))

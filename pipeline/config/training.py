@@ -1,19 +1,19 @@
-"""TODO."""
+"""Settings of training and evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from framestream.pipeline.config.schema import ManifestError, config_field
+from framestream.pipeline.config.schema import ManifestError, spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
-    """Training of one of the three parts; ``lr`` and ``weight_decay`` do nothing where ``train`` is false."""
+    """Training of one of the three parts. ``lr`` and ``weight_decay`` have no effect if ``train`` is false."""
 
     train: bool
-    lr: float = config_field(0.0, low=0)
-    weight_decay: float = config_field(0.0, low=0)
+    lr: float = field(default=0.0, metadata=spec(low=0))
+    weight_decay: float = field(default=0.0, metadata=spec(low=0))
 
     def __post_init__(self) -> None:
         if self.train and not self.lr:
@@ -22,39 +22,44 @@ class PartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimisation; the defaults are the published ones."""
+    """Optimization. The defaults are the published values."""
 
     vision_tower: PartConfig
     connector: PartConfig
     language_model: PartConfig
-    epochs: int = config_field(1, low=1)
-    max_steps: int | None = config_field(None, low=1, doc="end after this many optimiser steps")
-    warmup: float = config_field(0.03, low=0, doc="share of all steps")
-    beta1: float = config_field(0.9, low=0)
-    beta2: float = config_field(0.999, low=0)
-    epsilon: float = config_field(1e-8, low=0)
-    clip_norm: float = config_field(1.0, low=0)
-    dtype: str = config_field("bf16", choices=("bf16", "fp32"))
-    zero_stage: int = config_field(3, choices=(1, 2, 3))
-    persistence_threshold: int = config_field(
-        100_000, low=0, doc="ZeRO-3: parameters with fewer elements stay whole on every rank"
+    epochs: int = field(default=1, metadata=spec(low=1))
+    max_steps: int | None = field(default=None, metadata=spec(low=1, doc="stop after this many optimizer steps"))
+    warmup: float = field(default=0.03, metadata=spec(low=0, doc="fraction of all steps"))
+    beta1: float = field(default=0.9, metadata=spec(low=0))
+    beta2: float = field(default=0.999, metadata=spec(low=0))
+    epsilon: float = field(default=1e-8, metadata=spec(low=0))
+    clip_norm: float = field(default=1.0, metadata=spec(low=0))
+    dtype: str = field(default="bf16", metadata=spec(choices=("bf16", "fp32")))
+    zero_stage: int = field(default=3, metadata=spec(choices=(1, 2, 3)))
+    persistence_threshold: int = field(
+        default=100_000, metadata=spec(low=0, doc="ZeRO-3: parameters with fewer elements are not sharded")
     )
-    offload: str = config_field("none", choices=("none", "optimizer", "all"))
+    offload: str = field(default="none", metadata=spec(choices=("none", "optimizer", "all")))
     gradient_checkpointing: bool = True
-    save_every: int = config_field(500, low=1, doc="optimiser steps between checkpoints")
-    keep_last: int = config_field(2, low=1, doc="checkpoints kept")
-    log_every: int = config_field(1, low=1)
-    max_not_finite: int = config_field(20, low=0, doc="a run stops when more global batches than this were not finite")
-    peak_tflops: float | None = config_field(
-        None, low=0.001, doc="of a rank's device, for MFU; known for common GPUs in bf16"
+    save_every: int = field(default=500, metadata=spec(low=1, doc="optimizer steps between checkpoints"))
+    keep_last: int = field(default=2, metadata=spec(low=1, doc="number of checkpoints to keep"))
+    log_every: int = field(default=1, metadata=spec(low=1))
+    max_not_finite: int = field(
+        default=20, metadata=spec(low=0, doc="the run stops when more global batches than this are not finite")
     )
-    profile_step: int | None = config_field(None, low=1, doc="the first optimiser step that torch's profiler records")
-    profile_steps: int = config_field(2, low=1, doc="how many it records")
-    timeout_minutes: float = config_field(
-        30.0, low=0.1, doc="ranks that wait for each other longer than this end the run"
+    peak_tflops: float | None = field(
+        default=None,
+        metadata=spec(low=0.001, doc="peak TFLOP/s of the device of a rank, for MFU; known for common GPUs in bf16"),
     )
-    check_calls: bool = config_field(
-        False, doc="compare the model calls of all ranks after each global batch (debugging)"
+    profile_step: int | None = field(
+        default=None, metadata=spec(low=1, doc="first optimizer step that the torch profiler records")
+    )
+    profile_steps: int = field(default=2, metadata=spec(low=1, doc="number of steps that the profiler records"))
+    timeout_minutes: float = field(
+        default=30.0, metadata=spec(low=0.1, doc="the run ends when ranks wait for each other longer than this")
+    )
+    check_calls: bool = field(
+        default=False, metadata=spec(doc="compare the model calls of all ranks after each global batch (debugging)")
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +69,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Scoring of held-out (``split: val``) dialogues by greedy generation."""
+    """Scoring of validation dialogues (``split: val``) by greedy generation."""
 
-    batch: int = config_field(32, low=1)
-    max_new_tokens: int = config_field(16, low=1)
+    batch: int = field(default=32, metadata=spec(low=1))
+    max_new_tokens: int = field(default=16, metadata=spec(low=1))

@@ -7,11 +7,31 @@ from typing import Any
 
 import yaml
 
-from framestream.pipeline.config.schema import ManifestError, format_value
+from framestream.pipeline.config.catalog import expand_catalogs
+from framestream.pipeline.config.schema import ManifestError, show_value
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Parse one YAML file.
+
+    Raises:
+        ManifestError: it cannot be read, or is not valid YAML.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
+        raise ManifestError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
+    try:
+        return _UniqueKeyLoader(text).get_single_data()
+    except yaml.YAMLError as error:
+        reason = str(error).replace('in "<unicode string>", ', "at ")
+        raise ManifestError(f"{path}: not valid YAML: {' '.join(reason.split())}") from None
 
 
 def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
-    """Read a YAML mapping, merged into the files that ``extends`` names, if any.
+    """Read a YAML mapping, its catalogs replaced by entries, merged into the files that ``extends`` names, if any.
 
     ``extends: OTHER`` or ``extends: [FIRST, SECOND]`` is relative to the file. Each file is laid over those before it,
     and the file itself over all of them.
@@ -25,13 +45,18 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     path = Path(path)
     if path.resolve() in seen:
         raise ManifestError(f"{path}: extends: the file extends itself; remove the loop")
-    value = _parse(path)
+    value = load_yaml(path)
+    if value is None:
+        raise ManifestError(f"{path}: is empty; expected a mapping of fields at the top level")
+    if not isinstance(value, dict):
+        raise ManifestError(f"{path}: expected a mapping of fields at the top level, got {show_value(value)}")
     named = value.pop("extends", None)
+    value = expand_catalogs(value, path, load_yaml)
     if named is None:
         return value
     bases = named if isinstance(named, list) else [named]
     if not bases or not all(isinstance(base, str) for base in bases):
-        raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {format_value(named)}")
+        raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {show_value(named)}")
     merged: dict = {}
     for base in bases:
         merged = merge_mappings(merged, read_yaml(path.parent / base, (*seen, path.resolve())))
@@ -59,25 +84,6 @@ def apply_override(value: dict, assignment: str) -> dict:
     for name in reversed(path.split(".")):
         item = {name: item}
     return merge_mappings(value, item)
-
-
-def _parse(path: Path) -> dict:
-    """Read the mapping in one file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
-        raise ManifestError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
-    try:
-        value = _UniqueKeyLoader(text).get_single_data()
-    except yaml.YAMLError as error:
-        text = str(error).replace('in "<unicode string>", ', "at ")
-        raise ManifestError(f"{path}: not valid YAML: {' '.join(text.split())}") from None
-    if value is None:
-        raise ManifestError(f"{path}: is empty; expected a mapping of fields at the top level")
-    if not isinstance(value, dict):
-        raise ManifestError(f"{path}: expected a mapping of fields at the top level, got {format_value(value)}")
-    return value
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

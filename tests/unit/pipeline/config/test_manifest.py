@@ -94,7 +94,7 @@ def test_unknown_field_suggests_the_nearest(tmp_path, where, wrong, right):
     assert message == f"{path}: {field}: unknown field" + (f"; did you mean `{right}`?" if right else "")
 
 
-def test_unknown_field_of_an_entry_names_its_place(tmp_path):
+def test_unknown_field_of_an_entry_names_its_position(tmp_path):
     value = copy.deepcopy(SMALL)
     value["data"]["entries"].append({"annotaton": "x.json"})
     path = write(tmp_path, value)
@@ -136,7 +136,7 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("frames.size=112", "frames.size: 112 gives 49 patches; a tile needs at least 64"),
         ("model.vision_tower.heads=7", "model.vision_tower.heads: 7 does not divide width (1024)"),
         ("model.vision_tower.type=uml", "model.vision_tower.type: 'uml' (str) is not one of umt, internvideo2"),
-        ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: umt has none"),
+        ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: not supported by umt"),
         ("model.vision_tower={type: internvideo2, drop_path: 1.0}", "model.vision_tower.drop_path: 1.0 is a probab"),
         ("model.vision_tower={type: internvideo2, width: 24, heads: 2}", "model.vision_tower.width: 24 is not a mult"),
         (
@@ -167,8 +167,8 @@ def test_a_stage_is_continued_by_name(tmp_path):
     goes_on = {**SMALL, "init_from": {"run": "stage1", "connector": "random"}}
     start = load_manifest(write(tmp_path, goes_on)).init_from
     assert (start.run, start.connector) == ("runs/first", "random")
-    for place in ("./stage1", "runs/stage1", "stage0", "hf:acme/stage1"):
-        assert load_manifest(tmp_path / "m.yaml", (f"init_from.run={place}",)).init_from.run == place
+    for run in ("./stage1", "runs/stage1", "stage0", "hf:acme/stage1"):
+        assert load_manifest(tmp_path / "m.yaml", (f"init_from.run={run}",)).init_from.run == run
     write(tmp_path, {"stage": 1}, "stage1.yaml")
     message = refusal(tmp_path / "m.yaml")
     assert (
@@ -191,7 +191,7 @@ def test_missing_field_is_named(tmp_path, name):
         ("stage: [1", "not valid YAML"),
         ("- stage: 1", "expected a mapping of fields at the top level"),
         ("", "expected a mapping of fields at the top level"),
-        ("stage: 1\nseed: 1\nstage: 2\n", "`stage` stands twice"),
+        ("stage: 1\nseed: 1\nstage: 2\n", "`stage` is given twice"),
         ("extends: []", "extends: expected a file name or a list of them, got [] (list)"),
         ("extends: [3]", "extends: expected a file name or a list of them"),
         ("extends: nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
