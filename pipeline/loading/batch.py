@@ -1,8 +1,9 @@
-"""One row: what a rank runs in one micro-step."""
+"""The batch: tensors of one packed row, which a rank runs in one micro-step."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,31 +12,33 @@ import torch
 
 @dataclass(slots=True)
 class Batch:
-    """Dialogues packed into one row of L tokens without padding, D of them, with their media.
+    """One micro-batch: a packed row that a rank runs in one micro-step.
 
-    A row without dialogues has one token (id 0, label ``IGNORE``) and no keys, so that every rank runs the same calls.
-    Tensors live on the CPU until ``to``; frames stay uint8 and are normalised on the device.
+    The row has D dialogues with their media, L tokens in all, without padding. A row without dialogues has one token
+    (id 0, label ``IGNORE_INDEX``) and no keys, so that every rank makes the same calls. Tensors are on the CPU until
+    :meth:`to`. Pixels stay uint8 and are normalized on the device.
     """
 
     epoch: int
     step: int  #: number of the global batch in its epoch
-    micro_step: int  #: which micro-step of the global batch
+    micro_step: int  #: number of the micro-step in its global batch
     num_micro_steps: int  #: micro-steps of this global batch, equal on all ranks
-    is_last: bool  #: the global batch ends with this micro-step
+    is_last: bool  #: this micro-step is the last of its global batch
     keys: list[str]  #: dialogue keys, in the order of ``cu_seqlens``
-    input_ids: torch.Tensor  #: int64 (L,), IMAGE once per visual token
-    labels: torch.Tensor  #: int64 (L,), not shifted; IGNORE where nothing is learned and at each dialogue's first token
+    input_ids: torch.Tensor  #: int64 (L,), IMAGE_TOKEN_INDEX once per visual token
+    #: int64 (L,), not shifted; IGNORE_INDEX at tokens without a label and at each dialogue's first token
+    labels: torch.Tensor
     position_ids: torch.Tensor  #: int64 (L,), restarts at 0 with each dialogue
-    cu_seqlens: torch.Tensor  #: int32 (D + 1,), where dialogues start and end; (0, 1) in an empty row
-    token_weight: torch.Tensor  #: float32 (L,), weight of the loss at each labelled place, 0 elsewhere
-    total_weight: float  #: planned weight of the whole global batch over all rows, unreadable dialogues included
+    cu_seqlens: torch.Tensor  #: int32 (D + 1,), offsets at which dialogues start and end; (0, 1) in an empty row
+    token_weight: torch.Tensor  #: float32 (L,), loss weight of each labeled token, 0 elsewhere
+    total_weight: float  #: planned weight of the global batch over all rows, unreadable dialogues included
     clips: torch.Tensor  #: uint8 (N_c, 4, S, S, 3)
-    image_tiles: torch.Tensor  #: uint8 (N_s, S, S, 3), tiles of stills
-    visual_index: torch.Tensor  #: int64 (V,): the row of concat(clip tokens, still tokens) for each IMAGE, in order
-    groups: int  #: tower groups that every rank runs in this micro-step, at least 1
-    drop_path_rand: torch.Tensor | None = (
-        None  #: float32 (U, n), random numbers of each clip and still (trainer/training/drop_path_rng.py)
-    )
+    image_tiles: torch.Tensor  #: uint8 (N_s, S, S, 3)
+    #: int64 (V,), for each IMAGE_TOKEN_INDEX in order its row in concat(clip tokens, image tokens)
+    visual_index: torch.Tensor
+    groups: int  #: groups of units that every rank runs through the vision tower in this micro-step, at least 1
+    #: float32 (U, n), random numbers of each clip and image tile (trainer/training/drop_path_rng.py)
+    drop_path_rand: torch.Tensor | None = None
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  #: (dialogue key, reason) left out
 
     @property
@@ -45,25 +48,25 @@ class Batch:
 
     @property
     def frames(self) -> int:
-        """Pictures that go through the vision tower: frames of clips and tiles of stills."""
+        """Images that go through the vision tower: frames of clips and tiles of images."""
         return self.clips.shape[0] * self.clips.shape[1] + self.image_tiles.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(value.nbytes for value in self._tensors().values())
 
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
-        """A copy with every tensor on ``device``."""
+        """Return a copy with every tensor on ``device``."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """A copy with every tensor in page-locked memory, for asynchronous copies to a GPU."""
+        """Return a copy with every tensor in page-locked memory, for asynchronous copies to a GPU."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
-    def _mapped(self, function: Any) -> Batch:
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return dataclasses.replace(self, **{name: function(value) for name, value in self._tensors().items()})

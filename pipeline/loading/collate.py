@@ -1,4 +1,4 @@
-"""Dialogues to a row: media expanded, positions, weights, and where each visual token comes from."""
+"""Collate dialogues into one packed row: visual tokens expanded, positions, weights and the index of visual tokens."""
 
 from __future__ import annotations
 
@@ -16,75 +16,91 @@ from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TO
 
 @dataclass(frozen=True, slots=True)
 class MicroStep:
-    """Where a row stands in its epoch, and what the plan says about its global batch; see :class:`Batch`."""
+    """Position of a row in its epoch, and what the plan says about its global batch; see :class:`Batch`."""
 
     epoch: int = 0
     step: int = 0
-    index: int = 0
-    count: int = 1
+    index: int = 0  #: number of the micro-step in its global batch
+    count: int = 1  #: micro-steps of the global batch
     total_weight: float = 0.0
     groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class PackedSample:
-    """One dialogue of a row, its media read."""
+    """One dialogue of a row, with its decoded media."""
 
     key: str
-    ids: np.ndarray  #: int32 (n,), IMAGE once per medium
+    ids: np.ndarray  #: int32 (n,), IMAGE_TOKEN_INDEX once per media item
     labels: np.ndarray  #: int32 (n,)
-    weight: float  #: of the loss at each labelled place
+    weight: float  #: loss weight of each labeled token
     views: list[MediaView]
     clips: np.ndarray  #: uint8 (N_c, T, S, S, 3), clips of the dialogue in order of use
-    tiles: np.ndarray  #: uint8 (N_s, S, S, 3)
+    tiles: np.ndarray  #: uint8 (N_s, S, S, 3), image tiles of the dialogue in order of use
 
 
 def collate(
-    place: MicroStep, pieces: list[PackedSample], clips: np.ndarray, stills: np.ndarray, skipped: list[tuple[str, str]]
+    micro_step: MicroStep,
+    samples: list[PackedSample],
+    clips: np.ndarray,
+    tiles: np.ndarray,
+    skipped: list[tuple[str, str]],
 ) -> Batch:
-    """The row of ``pieces``, whose clips and stills are ``clips`` and ``stills`` in order."""
-    ids, labels, positions, weights, visual = [], [], [], [], []
-    clip, tile = 0, len(clips) * TOKENS_PER_CLIP
-    for piece in pieces:
-        repeats = np.ones(len(piece.ids), dtype=np.int64)
-        repeats[piece.ids == IMAGE_TOKEN_INDEX] = [view.tokens for view in piece.views]
-        ids.append(np.repeat(piece.ids, repeats))
-        labels.append(np.repeat(piece.labels, repeats))
+    """Make the batch of a row.
+
+    Args:
+        micro_step: position of the row in its epoch.
+        samples: dialogues of the row, in order.
+        clips: uint8 (N_c, T, S, S, 3), clips of all samples in order.
+        tiles: uint8 (N_s, S, S, 3), image tiles of all samples in order.
+        skipped: (dialogue key, reason) of dialogues that were left out.
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    visual_index: list[np.ndarray] = []
+    clip_token, tile_token = 0, len(clips) * TOKENS_PER_CLIP  # next rows of concat(clip tokens, image tokens)
+    for sample in samples:
+        repeats = np.ones(len(sample.ids), dtype=np.int64)
+        repeats[sample.ids == IMAGE_TOKEN_INDEX] = [view.tokens for view in sample.views]
+        ids.append(np.repeat(sample.ids, repeats))
+        labels.append(np.repeat(sample.labels, repeats))
         positions.append(np.arange(len(ids[-1])))
-        weights.append(np.where(labels[-1] == IGNORE_INDEX, 0, piece.weight))
-        for view in piece.views:
+        weights.append(np.where(labels[-1] == IGNORE_INDEX, 0, sample.weight))
+        for view in sample.views:
             if view.clips:
-                visual.append(np.arange(clip, clip + view.tokens))
-                clip += view.tokens
+                visual_index.append(np.arange(clip_token, clip_token + view.tokens))
+                clip_token += view.tokens
             else:
-                visual.append(tile + _still_order(view))
-                tile += view.tokens
-    if not pieces:
-        ids, labels, positions, weights = [[0]], [[IGNORE_INDEX]], [[0]], [[0]]
+                visual_index.append(tile_token + _tile_token_order(view))
+                tile_token += view.tokens
+    if not samples:
+        ids, labels, positions, weights = ([np.array([value])] for value in (0, IGNORE_INDEX, 0, 0))
     return Batch(
-        epoch=place.epoch,
-        step=place.step,
-        micro_step=place.index,
-        num_micro_steps=place.count,
-        is_last=place.index + 1 == place.count,
-        keys=[piece.key for piece in pieces],
+        epoch=micro_step.epoch,
+        step=micro_step.step,
+        micro_step=micro_step.index,
+        num_micro_steps=micro_step.count,
+        is_last=micro_step.index + 1 == micro_step.count,
+        keys=[sample.key for sample in samples],
         input_ids=_tensor(ids, np.int64),
         labels=_tensor(labels, np.int64),
         position_ids=_tensor(positions, np.int64),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int32)),
         token_weight=_tensor(weights, np.float32),
-        total_weight=place.total_weight,
+        total_weight=micro_step.total_weight,
         clips=torch.from_numpy(clips),
-        image_tiles=torch.from_numpy(stills),
-        visual_index=_tensor(visual, np.int64),
-        groups=place.groups,
+        image_tiles=torch.from_numpy(tiles),
+        visual_index=_tensor(visual_index, np.int64),
+        groups=micro_step.groups,
         skipped=skipped,
     )
 
 
-def _still_order(view: MediaView) -> np.ndarray:
+def _tile_token_order(view: MediaView) -> np.ndarray:
     return np.arange(TOKENS_PER_TILE) if view.grid is None else raster_order(view.grid)
 
 
-def _tensor(parts: list, dtype: type) -> torch.Tensor:
+def _tensor(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype=dtype))

@@ -1,8 +1,8 @@
-"""Decoding in threads, with a time limit for every item.
+"""Decode in threads, with a time limit for every item. Also the interfaces that all decoders share.
 
-A task is a list of items, media or parts of them, that one thread decodes one after the other into the pictures of a
-row. An item that cannot be read, or takes too long, fails alone. A thread that is stuck in a read cannot be stopped:
-it is given up, another one takes its place, and what it still does is ignored.
+A task is a list of items: media, or parts of them, that one thread decodes one after the other into the pixels of a
+row. An item that cannot be read, or takes too long, fails alone. A thread that is stuck in a read cannot be stopped.
+It is given up, another thread replaces it, and its later results are ignored.
 """
 
 from __future__ import annotations
@@ -19,32 +19,48 @@ import numpy as np
 from framestream.pipeline.loading.buffer_pool import Buffer
 from framestream.pipeline.shards.media_view import MediaView
 
-GRACE = 2.0  #: seconds over ``loader.read_timeout``, in which a reader with that limit says itself what it waited for
-CHUNK = 32  #: pictures of a task, where an item has not more
+#: Seconds beyond ``loader.read_timeout``. A storage with that limit needs them to report what it waited for.
+GRACE = 2.0
+IMAGES_PER_TASK = 32  #: frames and tiles of a task, unless one image has more tiles
 
 
 class LoaderError(RuntimeError):
-    """Reading cannot go on; one line that says why."""
+    """Reading cannot continue; one line that says why."""
 
 
 class FrameSource(Protocol):
-    """Pixels of media; see :class:`framestream.pipeline.planning.dataset.Pictures`."""
+    """Reads the pixels of media by view; many threads use it at once.
 
-    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None: ...
+    :class:`framestream.pipeline.shards.media_view.MediaViews` is one for the media of one shard root, and
+    :class:`framestream.pipeline.planning.dataset.MediaReader` for those of all roots.
+    """
 
-    def read_image(self, view: MediaView, out: np.ndarray) -> None: ...
+    def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
+        """Decode frames ``start`` .. ``start + n`` of a video's view into ``out``, uint8 (n, S, S, 3).
 
-    def describe(self, view: MediaView) -> str: ...
+        Raises:
+            OSError, ValueError: the media cannot be read.
+        """
+
+    def read_image(self, view: MediaView, out: np.ndarray) -> None:
+        """Decode an image into its tiles ``out``, uint8 (view.tiles, S, S, 3).
+
+        Raises:
+            OSError, ValueError: the media cannot be read.
+        """
+
+    def describe(self, view: MediaView) -> str:
+        """Return shard and member of a media item, for messages."""
 
 
 @dataclass(slots=True)
 class DecodeItem:
-    """A still, or frames of a video, and the pictures of the row that they become."""
+    """An image, or frames of a video, and where their pixels go in the row."""
 
     view: MediaView
-    start: int  #: first of the view's frames
-    at: int  #: first picture of the row
-    count: int  #: pictures
+    start: int  #: first of the view's frames; 0 for an image
+    offset: int  #: index of the first frame or tile in the row's pixels
+    count: int  #: number of frames or tiles
     dialogue: int  #: number of the dialogue in the row
 
 
@@ -52,91 +68,106 @@ class DecodeItem:
 class DecodeTask:
     """Items of one row that one thread decodes one after the other.
 
-    ``done`` is called once, by any thread, when every item has been decoded or has failed; ``stuck`` says that a thread
-    that was given up may still write to ``pictures``.
+    ``done`` is called once, by any thread, when every item has been decoded or has failed. ``stuck`` means that a
+    thread that was given up may still write to ``pixels``.
     """
 
     items: list[DecodeItem]
-    media_reader: np.ndarray  #: uint8 (P, S, S, 3), all of the row
-    buffer: Buffer | None  #: that holds them at its start; None where other processes have no part in it
+    pixels: np.ndarray  #: uint8 (P, S, S, 3), all frames and tiles of the row
+    buffer: Buffer | None  #: memory that begins with ``pixels``; only :class:`ProcessDecoder` needs it
     done: Callable[[DecodeTask], None]
-    failed: dict[int, str] = field(default_factory=dict)  #: place in ``items`` -> one line that names the file
-    error: BaseException | None = None  #: a fault of the program
+    failed: dict[int, str] = field(default_factory=dict)  #: index in ``items`` -> one line that names the file
+    error: BaseException | None = None  #: an error that is not the media's
     stuck: bool = False
-    place: int = 0  #: of the item that is next
+    next_item: int = 0  #: index in ``items``
 
 
 def split_tasks(
-    items: list[DecodeItem], pictures: np.ndarray, buffer: Buffer, done: Callable[[DecodeTask], None]
+    items: list[DecodeItem], pixels: np.ndarray, buffer: Buffer | None, done: Callable[[DecodeTask], None]
 ) -> list[DecodeTask]:
-    """Tasks of about :data:`CHUNK` pictures: long videos in parts, small media together."""
-    parts = [
-        DecodeItem(item.view, item.start + first, item.at + first, min(CHUNK, item.count - first), item.dialogue)
-        if item.view.kind == "video"
-        else item
-        for item in items
-        for first in range(0, item.count if item.view.kind == "video" else 1, CHUNK)
-    ]
+    """Group items into tasks of about :data:`IMAGES_PER_TASK` images: long videos in parts, small media together."""
+    parts = []
+    for item in items:
+        if item.view.kind != "video":  # the tiles of an image are decoded together
+            parts.append(item)
+            continue
+        for first in range(0, item.count, IMAGES_PER_TASK):
+            count = min(IMAGES_PER_TASK, item.count - first)
+            parts.append(DecodeItem(item.view, item.start + first, item.offset + first, count, item.dialogue))
     groups: list[list[DecodeItem]] = []
     room = 0
     for part in parts:
         if part.count > room:
             groups.append([])
-            room = CHUNK
+            room = IMAGES_PER_TASK
         groups[-1].append(part)
         room -= part.count
-    return [DecodeTask(group, pictures, buffer, done) for group in groups]
+    return [DecodeTask(group, pixels, buffer, done) for group in groups]
 
 
 class Decoder(Protocol):
-    """Who works through tasks: :class:`Threads` or :class:`framestream.pipeline.loading.decode_processes.Processes`."""
+    """Decodes tasks in the background, in the order they are submitted.
 
-    def submit(self, task: DecodeTask) -> None: ...
+    There are two: :class:`ThreadDecoder` and :class:`framestream.pipeline.loading.decode_processes.ProcessDecoder`.
+    """
 
-    def raise_if_failed(self) -> None: ...
+    def submit(self, task: DecodeTask) -> None:
+        """Decode ``task``, then call :attr:`DecodeTask.done`."""
 
-    def close(self) -> None: ...
+    def raise_if_failed(self) -> None:
+        """Check for decoding that hangs or failed. Call it about once a second.
+
+        Raises:
+            LoaderError: decoding cannot continue.
+        """
+
+    def close(self) -> None:
+        """Stop decoding. Tasks that are not done stay so."""
 
 
 class ThreadDecoder:
-    """``count`` threads that work through tasks in the order they are given.
+    """A :class:`Decoder` of ``count`` threads.
 
     Args:
-        source: where pixels come from; used by all threads.
+        source: reads the pixels; used by all threads.
+        count: number of threads.
         limit: seconds that one item may take.
     """
 
     def __init__(self, source: FrameSource, count: int, limit: float) -> None:
         self._source, self._limit = source, limit
         self._tasks: queue.SimpleQueue[DecodeTask | None] = queue.SimpleQueue()
+        # Protects what threads and raise_if_failed both change: the two below, and the results in tasks. Without it a
+        # thread that was just given up could still record a result, and the next item would be skipped.
         self._lock = threading.Lock()
-        self._at: dict[threading.Thread, tuple[DecodeTask, float]] = {}  # what a thread is at, since when; see check
-        self._threads: set[threading.Thread] = set()
+        self._current: dict[threading.Thread, tuple[DecodeTask, float]] = {}  # task, and when its current item began
+        self._threads: set[threading.Thread] = set()  # without those that were given up
         for _ in range(count):
             self._start()
 
     def submit(self, task: DecodeTask) -> None:
-        """Decode ``task``; :attr:`Task.done` tells when."""
+        """Decode ``task``, then call :attr:`DecodeTask.done`."""
         self._tasks.put(task)
 
     def raise_if_failed(self) -> None:
-        """Give up threads whose item takes too long; call it about once a second."""
+        """Give up threads whose item takes too long. It never raises. Call it about once a second."""
         now = time.monotonic()
         with self._lock:
-            late = {thread: task for thread, (task, since) in self._at.items() if now - since > self._limit + GRACE}
+            limit = self._limit + GRACE
+            late = {thread: task for thread, (task, since) in self._current.items() if now - since > limit}
             for thread, task in late.items():
                 self._threads.discard(thread)
-                del self._at[thread]
-                where = self._source.describe(task.items[task.place].view)
-                task.failed[task.place] = f"{where}: took longer than loader.read_timeout ({self._limit:g} s)"
+                del self._current[thread]
+                name = self._source.describe(task.items[task.next_item].view)
+                task.failed[task.next_item] = f"{name}: took longer than loader.read_timeout ({self._limit:g} s)"
                 task.stuck = True
-                task.place += 1
+                task.next_item += 1
         for task in late.values():
             self._start()
             self._tasks.put(task)
 
     def close(self) -> None:
-        """End all threads, each after the item it is at; those that are stuck are left behind."""
+        """End all threads, each after its current item. Threads that are stuck are left behind."""
         with self._lock:
             threads, self._threads = self._threads, set()
         for _ in threads:
@@ -151,35 +182,35 @@ class ThreadDecoder:
         thread.start()
 
     def _work(self) -> None:
-        me = threading.current_thread()
+        thread = threading.current_thread()
         while (task := self._tasks.get()) is not None:
-            while self._begin(me, task):
-                item, failure, error = task.items[task.place], None, None
+            while self._begin(thread, task):
+                item, failure, error = task.items[task.next_item], None, None
                 try:
-                    self._read(item, task.media_reader[item.at : item.at + item.count])
+                    self._read(item, task.pixels[item.offset : item.offset + item.count])
                 except (OSError, ValueError) as reason:
                     failure = f"{self._source.describe(item.view)}: {' '.join(str(reason).split())}"
                 except BaseException as fault:
                     error = fault
                 with self._lock:
-                    if me not in self._threads:
+                    if thread not in self._threads:  # given up while it read: the task is another thread's now
                         return
                     if failure:
-                        task.failed[task.place] = failure
+                        task.failed[task.next_item] = failure
                     task.error = task.error or error
-                    task.place += 1
+                    task.next_item += 1
             with self._lock:
-                self._at.pop(me, None)
-                if me not in self._threads:
+                self._current.pop(thread, None)
+                if thread not in self._threads:
                     return
             task.done(task)
-            del task  # and with it the row's pictures, while this thread waits
+            del task  # while this thread waits, it must not keep the row's pixels alive
 
-    def _begin(self, me: threading.Thread, task: DecodeTask) -> bool:
-        """Whether there is another item, which this thread is at from now on."""
+    def _begin(self, thread: threading.Thread, task: DecodeTask) -> bool:
+        """Return whether the task has another item for ``thread``, and start the clock of that item."""
         with self._lock:
-            if me in self._threads and task.place < len(task.items) and not task.error:
-                self._at[me] = task, time.monotonic()
+            if thread in self._threads and task.next_item < len(task.items) and not task.error:
+                self._current[thread] = task, time.monotonic()
                 return True
         return False
 

@@ -1,15 +1,16 @@
-"""Batches for one rank: a plan that is pure arithmetic, and decoding ahead of it in threads or worker processes.
+"""Batches for one rank: the order comes from a plan, and threads or worker processes decode ahead.
 
     loader = build_loader(manifest, rank, world_size)
-    for batch in loader:            # one row of this rank; batch.last ends a global batch
+    for batch in loader:            # one row of this rank; batch.is_last ends a global batch
         ...
-    loader.state_dict()             # how many global batches were handed out, and what decides their order
+    loader.state_dict()             # the number of global batches returned, and what decides their order
 
-The state is the number of global batches whose last row was handed out, whatever was decoded ahead of it, so that a run
-continues with exactly the next one, in constant time, on any number of ranks that divides ``batching.row_multiple``.
-It belongs to a checkpoint of the step that the last row completes. Rows are decoded in order, as many ahead as
-``loader.prefetch_mb`` of pixels allow, by ``loader.threads`` in this process or in each of ``loader.workers``; how many
-and how far ahead changes no batch.
+The state is the number of global batches whose last row was returned, however far ahead rows were decoded. So a run
+continues with exactly the next global batch, in constant time, on any number of ranks that divides
+``batching.row_multiple``. The state belongs to a checkpoint of the step that the last row completes.
+
+Rows are decoded in order, by ``loader.threads`` threads in this process or in each of ``loader.workers`` processes. The
+pixels decoded ahead are bounded by ``loader.prefetch_mb``. None of these settings changes a batch.
 """
 
 from __future__ import annotations
@@ -32,22 +33,24 @@ from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
 
 __all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader"]
 
-AHEAD = 64  #: rows that are decoded ahead, however small they are
+MAX_PENDING_ROWS = 64  #: rows decoded ahead, even if they are small
 
 
 class UnreadableError(LoaderError):
-    """More dialogues could not be read than ``loader.max_unreadable``; one line that names files."""
+    """More dialogues than ``loader.max_unreadable`` could not be read; one line that names files."""
 
 
 class StateError(LoaderError):
-    """A state that belongs to other data or settings; one line that names what differs."""
+    """A state was created with different data or settings; one line that names the differences."""
 
 
 def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: str = "train") -> Loader:
-    """The loader of one rank over the roots of ``manifest.mix``, or ``manifest.shard_place``; tokenises each once.
+    """Build the loader of one rank over the roots of ``manifest.mix``, or over ``manifest.shard_root`` without a mix.
+
+    The first call tokenizes each root and caches the token ids beside its index.
 
     Raises:
-        ShardsError: no finished shards are there, or none of their dialogues can be used.
+        ShardsError: there are no finished shards, or none of their dialogues can be used.
         ManifestError: ``world_size`` does not divide ``batching.row_multiple``, the tokenizer cannot be loaded, or
             ``mix`` does not fit the shards.
     """
@@ -56,17 +59,17 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
         raise ManifestError(f"batching.row_multiple: {multiple} is not a multiple of {world_size} ranks; change either")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks")
-    corpus = open_dataset(manifest)
+    dataset = open_dataset(manifest)
     for epoch in range(manifest.train.epochs):
-        corpus.for_epoch(epoch)  # all caches are made here, where the first rank is alone
-    return Loader(EpochPlan(corpus, manifest, split), rank, world_size)
+        dataset.for_epoch(epoch)  # makes all token caches now, while only the first rank is here
+    return Loader(EpochPlan(dataset, manifest, split), rank, world_size)
 
 
 class Loader:
-    """Iterates over the rest of the current epoch, then stands at the start of the next one."""
+    """Batches of one rank. An iterator runs to the end of the current epoch; the next one starts the next epoch."""
 
     def __init__(self, plan: EpochPlan, rank: int, world_size: int) -> None:
-        self._plan, self._corpus = plan, plan.dataset
+        self._plan, self._dataset = plan, plan.dataset
         self._rank, self._world = rank, world_size
         self._epoch, self._step = 0, 0
         self._unreadable: list[str] = []
@@ -74,99 +77,106 @@ class Loader:
         self._pool = BufferPool(loader.prefetch_mb << 20, shared=loader.workers > 0)
 
     def __len__(self) -> int:
-        """Global batches of an epoch, equal on all ranks."""
-        return self._plan.batches
+        """Number of global batches in an epoch, equal on all ranks."""
+        return self._plan.num_batches
 
     def state_dict(self) -> dict:
-        """``epoch``, ``step`` (global batches of it handed out whole) and ``fingerprint``; plain JSON values."""
+        """Return the position as JSON values.
+
+        Returns:
+            ``epoch``, ``step`` (number of its global batches whose last row was returned) and ``fingerprint``.
+        """
         return {"epoch": self._epoch, "step": self._step, "fingerprint": self._plan.fingerprint()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to the place of ``state``; the next iteration starts with the global batch after it.
+        """Restore the position saved in ``state``. The next iteration starts with the global batch after it.
 
         Raises:
-            StateError: the state belongs to another index or to other settings that decide order.
+            StateError: the state was created with another index, or with other settings that decide the order.
         """
-        here, there = self._plan.fingerprint(), state["fingerprint"]
-        differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        if differ:
-            what = ", ".join(f"{name} ({there.get(name)} there, {here.get(name)} here)" for name in differ)
-            raise StateError(f"the loader's state is of other data or settings: {what}; use those, or start anew")
+        current, saved = self._plan.fingerprint(), state["fingerprint"]
+        names = sorted(name for name in current.keys() | saved.keys() if current.get(name) != saved.get(name))
+        if names:
+            differences = ", ".join(f"{name} (saved: {saved.get(name)}, now: {current.get(name)})" for name in names)
+            raise StateError(
+                "Cannot resume: the saved loader state was created with different data or settings: "
+                f"{differences}. Restore them, or start a new run."
+            )
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def report(self) -> EpochSummary:
-        """What the first epoch contains, by root and entry; reads nothing but lengths."""
+        """Summarize the first epoch by root and entry. It only reads lengths."""
         return summarize_epoch(self._plan)
 
     def excluded(self) -> Iterator[tuple[str, str]]:
-        """(key, reason) of every dialogue that epochs would contain if it could be used."""
+        """Yield (key, reason) of every dialogue that is left out of epochs because it cannot be used."""
         for number in self._plan.excluded.tolist():
-            yield self._corpus.key(number), self._corpus.skip_reason(number)
+            yield self._dataset.key(number), self._dataset.skip_reason(number)
 
     def truncated(self) -> Iterator[tuple[str, str]]:
-        """(key, reason) of every dialogue of epochs that loses its end to ``text.max_tokens``."""
+        """Yield (key, reason) of every dialogue of epochs whose end is cut off at ``text.max_tokens``."""
         for number in self._plan.truncated.tolist():
-            yield self._corpus.key(number), self._corpus.skip_reason(number)
+            yield self._dataset.key(number), self._dataset.skip_reason(number)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Rows of this rank from the current place to the end of its epoch.
+        """Yield this rank's rows, from the current position to the end of its epoch.
 
         Raises:
-            UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read; the row that
-                says so has been given.
-            WorkerError: a worker process died, failed or hangs.
+            UnreadableError: more than ``loader.max_unreadable`` dialogues of this rank could not be read. The row that
+                lists the last of them was returned before.
+            DecodeWorkerError: a worker process died, failed or hangs.
         """
         epoch = self._epoch
         rows = self._rows(epoch, self._step)
-        waiting: deque[PendingRow] = deque()
-        pool, decoders = self._pool, self._decoders()
+        pending: deque[PendingRow] = deque()
+        pool, decoder = self._pool, self._make_decoder()
         try:
             upcoming = next(rows, None)
-            while upcoming or waiting:
-                while upcoming and len(waiting) < AHEAD and upcoming.start(decoders, pool, needed=not waiting):
-                    waiting.append(upcoming)
+            while upcoming or pending:
+                while upcoming and len(pending) < MAX_PENDING_ROWS and upcoming.start(decoder, pool, not pending):
+                    pending.append(upcoming)
                     upcoming = next(rows, None)
-                row = waiting.popleft()
-                batch = row.finish(decoders, pool)
+                row = pending.popleft()
+                batch = row.finish(decoder, pool)
                 if batch.is_last:
                     ended = batch.step + 1 == len(self)
                     self._epoch, self._step = (epoch + 1, 0) if ended else (epoch, batch.step + 1)
-                del row  # the consumer alone holds the pixels
+                del row  # only the consumer may refer to the pixels, so that their buffer can be reused
                 yield batch
-                self._count(batch.skipped)  # after it was handed out, so that the consumer can note its reasons
+                self._count(batch.skipped)  # after the batch was returned, so that the consumer can record the reasons
                 del batch
         finally:
-            decoders.close()
-            for row in waiting:
+            decoder.close()
+            for row in pending:
                 row.abandon(pool)
 
-    def _decoders(self) -> Decoder:
+    def _make_decoder(self) -> Decoder:
         manifest = self._plan.manifest
         if manifest.loader.workers:
-            return ProcessDecoder(manifest, self._corpus.media_reader, self._pool)
-        return ThreadDecoder(self._corpus.media_reader, manifest.loader.threads, manifest.loader.read_timeout)
+            return ProcessDecoder(manifest, self._dataset.media_reader, self._pool)
+        return ThreadDecoder(self._dataset.media_reader, manifest.loader.threads, manifest.loader.read_timeout)
 
     def _rows(self, epoch: int, first: int) -> Iterator[PendingRow]:
         """The rows of this rank, planned one global batch at a time."""
         for step in range(first, len(self)):
             planned = self._plan.global_batch(epoch, step)
-            micros = len(planned.rows) // self._world
-            for micro in range(micros):
-                side_by_side = planned.rows[micro * self._world : (micro + 1) * self._world]
-                groups = self._plan.num_tower_groups(side_by_side)
-                place = MicroStep(epoch, step, micro, micros, planned.total_weight, groups)
-                yield self._row(place, side_by_side[self._rank].tolist())
+            count = len(planned.rows) // self._world
+            for index in range(count):
+                rows = planned.rows[index * self._world : (index + 1) * self._world]  # one for each rank
+                groups = self._plan.num_tower_groups(rows)
+                micro_step = MicroStep(epoch, step, index, count, planned.total_weight, groups)
+                yield self._row(micro_step, rows[self._rank].tolist())
 
-    def _row(self, place: MicroStep, dialogues: list[int]) -> PendingRow:
-        frames, corpus = self._plan.manifest.frames, self._corpus.for_epoch(place.epoch)
-        views = [corpus.views(number) for number in dialogues]
-        clips = [sum(view.clips for view in shown) for shown in views]
-        tiles = [sum(view.tiles for view in shown) for shown in views]
+    def _row(self, micro_step: MicroStep, dialogues: list[int]) -> PendingRow:
+        frames, dataset = self._plan.manifest.frames, self._dataset.for_epoch(micro_step.epoch)
+        views = [dataset.views(number) for number in dialogues]
+        clips = [sum(view.clips for view in media) for media in views]
+        tiles = [sum(view.tiles for view in media) for media in views]
         return PendingRow(
-            micro_step=place,
-            keys=[corpus.key(number) for number in dialogues],
-            texts=[corpus.text(number) for number in dialogues],
-            weights=[self._plan.weight(number, place.epoch) for number in dialogues],
+            micro_step=micro_step,
+            keys=[dataset.key(number) for number in dialogues],
+            texts=[dataset.ids_and_labels(number) for number in dialogues],
+            weights=[self._plan.token_weight(number, micro_step.epoch) for number in dialogues],
             views=views,
             clip_offsets=np.cumsum([0, *clips]),
             tile_offsets=np.cumsum([0, *tiles]),
@@ -177,8 +187,8 @@ class Loader:
         self._unreadable += [reason for _, reason in skipped]
         limit = self._plan.manifest.loader.max_unreadable
         if len(self._unreadable) > limit:
-            named = "; ".join(dict.fromkeys(self._unreadable[-5:]))
+            reasons = "; ".join(dict.fromkeys(self._unreadable[-5:]))
             raise UnreadableError(
                 f"{len(self._unreadable)} dialogues could not be read, more than loader.max_unreadable ({limit}); "
-                f"check the shards with these: {named}"
+                f"check these shards: {reasons}"
             )

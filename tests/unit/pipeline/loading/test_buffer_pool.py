@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framestream.pipeline.loading import buffer_pool as buffers
-from framestream.pipeline.loading.buffer_pool import LEAST, BufferPool
+from framestream.pipeline.loading.buffer_pool import MIN_BUFFER_BYTES, BufferPool
 
 #: What a consumer may keep of an array: each refers to the same memory in another way.
 HOLDS = {
@@ -39,7 +39,7 @@ def content(held) -> set[int]:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("how", HOLDS)
 def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
-    pool = BufferPool(8 * LEAST, shared)
+    pool = BufferPool(8 * MIN_BUFFER_BYTES, shared)
     array, first = pool.acquire(4096)
     array[:] = 7
     held = HOLDS[how](array)
@@ -68,12 +68,12 @@ def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
     steps=st.lists(st.sampled_from(["take", "take", "hand on", "drop", "forget"]), min_size=10, max_size=60),
 )
 def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps):
-    draw, pool = random.Random(seed), BufferPool(bound * LEAST, shared)
+    draw, pool = random.Random(seed), BufferPool(bound * MIN_BUFFER_BYTES, shared)
     ahead, handed, stamp = [], [], 0
     largest = 0
     for step in steps:
         if step == "take":
-            size = draw.choice([0, 1, 1000, LEAST, LEAST + 1, 3 * LEAST, draw.randrange(5 * LEAST)])
+            size = draw.choice([0, 1, 1000, MIN_BUFFER_BYTES, MIN_BUFFER_BYTES + 1, 3 * MIN_BUFFER_BYTES, draw.randrange(5 * MIN_BUFFER_BYTES)])
             lent = pool.acquire(size)
             assert lent is not None or ahead, "with nothing ahead there is always room"
             if lent:
@@ -93,13 +93,13 @@ def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps)
             pool.discard(ahead[0][1])
             handed.append(ahead.pop(0))
         held = sum(len(buffer.memory) for _, buffer, _ in handed if buffer.number in pool.numbers)
-        assert pool.nbytes - held <= max(bound * LEAST, largest) + 2 * largest
+        assert pool.nbytes - held <= max(bound * MIN_BUFFER_BYTES, largest) + 2 * largest
     for held, _, value in (*ahead, *handed):
         assert not len(held) or content(held) == {value}
 
 
 def test_a_forgotten_buffer_is_not_lent_again():
-    pool = BufferPool(4 * LEAST, True)
+    pool = BufferPool(4 * MIN_BUFFER_BYTES, True)
     array, bad = pool.acquire(10)
     pool.discard(bad)
     del array
@@ -108,7 +108,7 @@ def test_a_forgotten_buffer_is_not_lent_again():
 
 
 def test_another_mapping_of_a_shared_buffer_sees_its_pixels():
-    array, buffer = BufferPool(LEAST, True).acquire(100)
+    array, buffer = BufferPool(MIN_BUFFER_BYTES, True).acquire(100)
     array[:] = 3
     with mmap.mmap(buffer.descriptor, 0) as other:
         assert other[:100] == bytes([3]) * 100
@@ -117,9 +117,9 @@ def test_another_mapping_of_a_shared_buffer_sees_its_pixels():
 
 
 def test_few_files_are_open_and_none_after(monkeypatch):
-    monkeypatch.setattr(buffers, "MOST_FREE", 5)
+    monkeypatch.setattr(buffers, "MAX_FREE_BUFFERS", 5)
     before = len(os.listdir("/proc/self/fd"))
-    pool = BufferPool(100 * LEAST, True)
+    pool = BufferPool(100 * MIN_BUFFER_BYTES, True)
     arrays = [pool.acquire(10) for _ in range(20)]
     del arrays
     gc.collect()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from framestream.pipeline import build_loader
-from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.loading import decode_processes as processes
 from framestream.pipeline.loading.decode_processes import DecodeWorkerError
 from framestream.pipeline.shards.index import Index
@@ -71,7 +71,7 @@ def test_a_read_that_hangs_is_left_out_and_the_rest_is_read(tmp_path, count):
     folder = made.write()
     over = {"loader__workers": count, "loader__threads": 1, "loader__read_timeout": 1, "loader__max_unreadable": 3}
     loader = build_loader(manifest(folder, **over))
-    hangs = Index.open(folder / "stage2").path_of(0)
+    hangs = Index.open(folder / "stage2").shard_path(0)
     hangs.unlink()
     os.mkfifo(hangs)
     rows = list(loader)
@@ -97,12 +97,12 @@ def test_a_killed_worker_ends_the_run_with_its_name(root, name):
 
 
 def test_a_worker_that_says_nothing_is_given_up(root, monkeypatch):
-    monkeypatch.setattr(processes, "SILENT", 3.0)
+    monkeypatch.setattr(processes, "SILENCE_LIMIT", 3.0)
     stream = iter(build_loader(manifest(root, loader__workers=1, loader__prefetch_mb=1)))
     next(stream)
     (victim,) = workers(os.getpid())
     os.kill(victim, signal.SIGSTOP)
-    with pytest.raises(DecodeWorkerError, match=rf"process {victim}\) has said nothing for 3 s"):
+    with pytest.raises(DecodeWorkerError, match=rf"process {victim}\) has sent nothing for 3 s"):
         list(stream)
     assert gone(victim)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.pipeline.loading import decode_threads as decoders
-from framestream.pipeline.loading.decode_threads import CHUNK, DecodeItem, DecodeTask, ThreadDecoder, split_tasks
+from framestream.pipeline.loading.decode_threads import IMAGES_PER_TASK, DecodeItem, DecodeTask, ThreadDecoder, split_tasks
 from framestream.pipeline.shards.media_view import MediaView
 
 
@@ -29,10 +29,10 @@ class Numbers:
             raise ValueError("is\nbad")
         out[:] = view.frame_indices[start : start + len(out), None, None, None]
 
-    def read_still(self, view: MediaView, out: np.ndarray) -> None:
+    def read_image(self, view: MediaView, out: np.ndarray) -> None:
         self.read_frames(view, 0, out)
 
-    def where(self, view: MediaView) -> str:
+    def describe(self, view: MediaView) -> str:
         return f"medium {view.row}"
 
 
@@ -70,13 +70,13 @@ def test_tasks_hold_every_picture_once_and_small_media_together(counts):
     made = items(*counts)
     tasks = split_tasks(made, np.empty((0, 1, 1, 1)), None, print)
     parts = [item for task in tasks for item in task.items]
-    assert [p for item in parts for p in range(item.at, item.at + item.count)] == list(range(sum(map(abs, counts))))
-    assert all(part.at - part.start == made[part.dialogue].at for part in parts)
+    assert [p for item in parts for p in range(item.offset, item.offset + item.count)] == list(range(sum(map(abs, counts))))
+    assert all(part.offset - part.start == made[part.dialogue].offset for part in parts)
     for task in tasks:
-        assert sum(item.count for item in task.items) <= CHUNK or len(task.items) == 1
-        assert all(item.count <= CHUNK for item in task.items if item.view.kind == "video")
+        assert sum(item.count for item in task.items) <= IMAGES_PER_TASK or len(task.items) == 1
+        assert all(item.count <= IMAGES_PER_TASK for item in task.items if item.view.kind == "video")
     for one, two in itertools.pairwise(tasks):
-        assert sum(item.count for item in one.items) + two.items[0].count > CHUNK
+        assert sum(item.count for item in one.items) + two.items[0].count > IMAGES_PER_TASK
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -110,7 +110,7 @@ def test_a_stuck_read_is_given_up_and_the_rest_is_read(monkeypatch):
     for thread in left:
         thread.join(60)
         assert not thread.is_alive()
-    assert tasks[0].failed.keys() == {0, 2} and tasks[0].place == 4
+    assert tasks[0].failed.keys() == {0, 2} and tasks[0].next_item == 4
 
 
 def test_a_fault_of_the_program_is_kept(monkeypatch):

@@ -21,7 +21,7 @@ from framestream.pipeline import build_loader
 from framestream.pipeline.config.loading import ORDERS
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.loading import pending_row as reading
-from framestream.pipeline.loading.buffer_pool import LEAST, BufferPool
+from framestream.pipeline.loading.buffer_pool import MIN_BUFFER_BYTES, BufferPool
 from framestream.pipeline.loading.loader import Loader, StateError, UnreadableError
 from framestream.pipeline.loading.pending_row import PendingRow
 from framestream.pipeline.media.sampling import sample_indices, time_message
@@ -97,7 +97,7 @@ def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
 
 
 def slow_still(index: Index, medium: dict, mode: str, several: bool, out: dict) -> list[tuple]:
-    with tarfile.open(index.path_of(medium["shard"])) as tar:
+    with tarfile.open(index.shard_path(medium["shard"])) as tar:
         picture = Image.open(io.BytesIO(tar.extractfile(f"{medium['key']}.jpg").read()))
     cut, _ = split_into_tiles(picture, mode, SIZE, 2, several)
     first = len(out["stills"])
@@ -126,7 +126,7 @@ def test_batches_hold_what_a_slow_construction_holds(root, over):
     total, seen = 0.0, []
     for batch in loader:
         seen += batch.keys
-        if batch.micro == 0:
+        if batch.micro_step == 0:
             total = 0.0
         if not batch.keys:
             assert batch.input_ids.tolist() == [0] and batch.labels.tolist() == [IGNORE_INDEX]
@@ -138,26 +138,26 @@ def test_batches_hold_what_a_slow_construction_holds(root, over):
         assert batch.position_ids.tolist() == want["positions"]
         assert batch.cu_seqlens.tolist() == want["edges"]
         np.testing.assert_allclose(batch.token_weight, want["weights"], rtol=1e-6)
-        units = [("clip", i) for i in range(len(batch.clips))] + [("still", i) for i in range(len(batch.stills))]
+        units = [("clip", i) for i in range(len(batch.clips))] + [("still", i) for i in range(len(batch.image_tiles))]
         assert [(*units[i // 64], i % 64) for i in batch.visual_index.tolist()] == want["visual"]
         frames = batch.clips.flatten(0, 1).numpy()
         assert len(frames) == len(want["clips"])
         for frame, expected in zip(frames, want["clips"], strict=True):
             assert np.abs(frame.reshape(-1, 3) - np.array(expected)).max() <= 3
         assert (
-            np.abs(batch.stills.numpy().astype(int) - np.array(want["stills"]).reshape(batch.stills.shape)).max(
+            np.abs(batch.image_tiles.numpy().astype(int) - np.array(want["stills"]).reshape(batch.image_tiles.shape)).max(
                 initial=0
             )
             <= 2
         )
         assert batch.input_ids.dtype == batch.labels.dtype == batch.visual_index.dtype == torch.int64
         assert (batch.cu_seqlens.dtype, batch.token_weight.dtype) == (torch.int32, torch.float32)
-        assert batch.clips.dtype == batch.stills.dtype == torch.uint8
+        assert batch.clips.dtype == batch.image_tiles.dtype == torch.uint8
         assert batch.tokens == len(want["ids"]) and batch.frames == len(want["clips"]) + len(want["stills"])
-        units = len(batch.clips) + len(batch.stills)
+        units = len(batch.clips) + len(batch.image_tiles)
         assert batch.groups == max(1, -(-units // 2))
         total += float(batch.token_weight.sum())
-        if batch.last:
+        if batch.is_last:
             assert total == pytest.approx(batch.total_weight)
     assert len(seen) == len(set(seen)) == 21
 
@@ -168,7 +168,7 @@ def test_report_says_what_the_epoch_holds(root):
     batches = list(loader)
     assert sum(e.tokens for e in report.entries) == sum(batch.tokens for batch in batches)
     assert sum(e.frames for e in report.entries) == sum(batch.frames for batch in batches)
-    assert sum(e.learned for e in report.entries) == sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
+    assert sum(e.num_label_tokens for e in report.entries) == sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
     assert {e.entry: e.dialogues for e in report.entries} == {"stills": 9, "texts": 3, "videos": 9}
     assert str(report).splitlines()[4].split()[:2] == ["all", "21"]
 
@@ -261,17 +261,17 @@ def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit
     assert [place for *place, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
     for epoch in range(state["epoch"]):
         keys = [key for e, _, rows in whole if e == epoch for row in rows for key in row]
-        assert len(keys) == len(set(keys)) == 21 - plan.dropped
+        assert len(keys) == len(set(keys)) == 21 - plan.num_dropped
 
 
 def test_a_row_within_a_global_batch_is_not_counted(root):
     loader = build_loader(manifest(root))
     stream = iter(loader)
     first = next(stream)
-    assert not first.last and loader.state_dict()["step"] == 0
+    assert not first.is_last and loader.state_dict()["step"] == 0
     again = next(iter(loader))
     assert same(first, again)
-    while not next(stream).last:
+    while not next(stream).is_last:
         assert loader.state_dict()["step"] == 0
     assert loader.state_dict()["step"] == 1
 
@@ -288,16 +288,16 @@ def test_epochs_differ_and_sequential_keeps_the_order_of_the_index(root):
 def test_modality_makes_global_batches_of_one_kind(root):
     plan = parts(root, 4, 4, 1024, False, "modality")
     kinds = []
-    for step in range(plan.batches):
+    for step in range(plan.num_batches):
         rows = np.concatenate(plan.global_batch(0, step).rows)
         kinds.append({plan.num_vision_units(np.array([row])) > 0 for row in rows})
     assert [len(kind) for kind in kinds] == [1, 1, 1, 1, 2, 1]  # 18 with media, 3 of text; left over: 2 and 3
-    assert not plan.dropped
+    assert not plan.num_dropped
 
 
 def test_modality_length_says_what_it_drops(root):
     plan = parts(root, 2, 4, 1024, False, "modality_length")
-    assert plan.batches == 8 + 1 and plan.dropped == 2 + 1
+    assert plan.num_batches == 8 + 1 and plan.num_dropped == 2 + 1
     assert str(summarize_epoch(plan)).endswith("; batching.order drops 3 of all in each epoch")
     with pytest.raises(ShardsError, match="split train has no others; use modality"):
         parts(root, 18, 4, 1024, False, "modality_length")
@@ -317,7 +317,7 @@ def test_val_is_a_split_of_its_own(root):
 def test_a_state_of_other_settings_is_refused_by_name(root):
     state = build_loader(manifest(root)).state_dict()
     other = build_loader(manifest(root, batching__global_batch=5, frames__max=16))
-    with pytest.raises(StateError, match=r"batching.global_batch \(6 there, 5 here\), tokens"):
+    with pytest.raises(StateError, match=r"batching.global_batch \(saved: 6, now: 5\), tokens"):
         other.load_state_dict(state)
     build_loader(manifest(root, loader__threads=7, output="elsewhere")).load_state_dict(state)
 
@@ -339,11 +339,11 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
         build_loader(manifest(folder, text__max_tokens=64, text__over_length="refuse"))
     loader = build_loader(manifest(folder, text__max_tokens=64))
     assert [row.tokens for row in loader if row.keys] == [64]
-    ((key, reason),) = loader.cut()
+    ((key, reason),) = loader.truncated()
     assert key == made.dialogues[0]["key"] and reason.endswith(
         "tokens are more than text.max_tokens (64), and are cut to it"
     )
-    assert loader.report().cut == 1 and not list(loader.left_out())
+    assert loader.report().num_truncated == 1 and not list(loader.excluded())
 
 
 def test_left_out_dialogues_are_named(tmp_path):
@@ -352,10 +352,10 @@ def test_left_out_dialogues_are_named(tmp_path):
     made.dialogue(turns("Hello", "Hi"))
     made.dialogue(turns("<image> <image>", "Hi"), [made.still(30, 30)])
     loader = build_loader(manifest(made.write(), text__max_tokens=128, text__over_length="refuse"))
-    left = dict(loader.left_out())
+    left = dict(loader.excluded())
     assert "max_tokens" in left[made.dialogues[0]["key"]]
     assert "2 <image> marks" in left[made.dialogues[2]["key"]]
-    assert len(left) == loader.report().left_out == 2
+    assert len(left) == loader.report().num_excluded == 2
     assert [key for batch in loader for key in batch.keys] == [made.dialogues[1]["key"]]
 
 
@@ -379,15 +379,15 @@ def test_unreadable_media_leave_their_dialogue_out_and_nothing_else_changes(tmp_
     assert [k for k, _ in row.skipped] == [key]
     assert "000000.tar" in row.skipped[0][1] and made.media[made.dialogues[bad]["media"][0]]["key"] in row.skipped[0][1]
     assert row.keys == [k for k in good.keys if k != key]
-    assert (row.total_weight, row.groups, row.last, row.micros) == (5.0, good.groups, True, 1)
+    assert (row.total_weight, row.groups, row.is_last, row.num_micro_steps) == (5.0, good.groups, True, 1)
     # what is left equals the row of the others alone, pixels and visual places included
     want = slow_row(manifest(folder), row.keys)
     assert row.input_ids.tolist() == want["ids"] and row.cu_seqlens.tolist() == want["edges"]
-    units = [("clip", i) for i in range(len(row.clips))] + [("still", i) for i in range(len(row.stills))]
+    units = [("clip", i) for i in range(len(row.clips))] + [("still", i) for i in range(len(row.image_tiles))]
     assert [(*units[i // 64], i % 64) for i in row.visual_index.tolist()] == want["visual"]
     frames = row.clips.flatten(0, 1).numpy()
     assert all(np.abs(f.reshape(-1, 3) - np.array(c)).max() <= 3 for f, c in zip(frames, want["clips"], strict=True))
-    assert np.abs(row.stills.numpy().astype(int) - np.array(want["stills"])).max() <= 2
+    assert np.abs(row.image_tiles.numpy().astype(int) - np.array(want["stills"])).max() <= 2
     assert float(row.token_weight.sum()) == pytest.approx(4.0)
 
 
@@ -396,7 +396,7 @@ def test_a_row_that_loses_everything_is_an_empty_row(tmp_path):
     made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
     folder = made.write()
     loader = build_loader(manifest(folder))
-    Index.open(folder / "stage2").path_of(0).unlink()
+    Index.open(folder / "stage2").shard_path(0).unlink()
     rows = list(loader)
     assert [row.input_ids.tolist() for row in rows] == [[0]] * 4
     assert sum(len(row.skipped) for row in rows) == 1 and rows[0].total_weight == 1.0
@@ -407,7 +407,7 @@ def test_shards_that_are_not_all_there_are_refused(tmp_path):
     made = Root(tmp_path)
     made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
     folder = made.write()
-    path = Index.open(folder / "stage2").path_of(0)
+    path = Index.open(folder / "stage2").shard_path(0)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(ShardsError, match=rf"{path.name}: has [\d,]+ of [\d,]+ bytes"):
@@ -469,7 +469,7 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
     begin = PendingRow.start
 
     def start(row: PendingRow, *rest, **needed) -> bool:
-        size = max(LEAST, row.num_images * SIZE * SIZE * 3)  # a row of text alone counts too
+        size = max(MIN_BUFFER_BYTES, row.num_images * SIZE * SIZE * 3)  # a row of text alone counts too
         return begin(row, *rest, **needed) and not started.append(size)
 
     monkeypatch.setattr(PendingRow, "start", start)
@@ -512,7 +512,7 @@ def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monk
 
 def test_a_consumer_may_keep_every_batch(root, monkeypatch):
     """Also more of them than there may be buffers out."""
-    monkeypatch.setattr(reading, "MOST_LENT", 3)
+    monkeypatch.setattr(reading, "MAX_BUFFERS_IN_USE", 3)
     kept = list(build_loader(manifest(root, loader__prefetch_mb=1)))
     read = [row.clips.clone() for row in build_loader(manifest(root, loader__prefetch_mb=1))]
     assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
@@ -529,14 +529,14 @@ def test_passes_that_were_broken_off_or_go_on_beside_another_take_no_room_from_i
         assert len(list(loader)) == len(list(loader)) > 8  # two whole epochs
         for stream in others:
             stream.close()
-        assert loader._pool.lent == 0
+        assert loader._pool.in_use == 0
     finally:
         gc.enable()
 
 
 def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root, monkeypatch):
-    made, make = [], BufferPool._make
-    monkeypatch.setattr(BufferPool, "_make", lambda pool, size: made.append(size) or make(pool, size))
+    made, make = [], BufferPool._allocate
+    monkeypatch.setattr(BufferPool, "_allocate", lambda pool, size: made.append(size) or make(pool, size))
     over = {"batching": {"global_batch": 1, "row_multiple": 1}, "loader__prefetch_mb": 3}
     assert sum(1 for _ in build_loader(manifest(root, **over))) == 21
-    assert made == [LEAST] * len(made) and len(made) <= 3 + 2  # ahead, the consumer's, and the one before it
+    assert made == [MIN_BUFFER_BYTES] * len(made) and len(made) <= 3 + 2  # ahead, the consumer's, and the one before it
