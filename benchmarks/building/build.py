@@ -133,7 +133,7 @@ def processors(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def decode(path: Path, numbers: np.ndarray) -> None:
+def decode_all(path: Path, numbers: np.ndarray) -> None:
     """The frames as RGB pictures."""
     for _ in open_video(path).decode_frames(numbers):
         pass
@@ -164,7 +164,7 @@ def _run_ffmpeg(path: Path, filters: str, settings: list[str], name: str) -> Non
         subprocess.run([*program, "-vf", filters, *settings, *threads, f"{folder}/{name}"], check=True)
 
 
-def measure(folder: Path, kind: str, path: Path, copies: int, repeats: int) -> None:
+def measure_build(folder: Path, kind: str, path: Path, copies: int, repeats: int) -> None:
     """Print the table of one kind of media."""
     builds = Builds(folder, kind, path, copies, repeats)
     numbers = builds.frames(path)
@@ -179,7 +179,7 @@ def measure(folder: Path, kind: str, path: Path, copies: int, repeats: int) -> N
     ways = {
         "build, one worker": builds.run(1),
         "build, two workers": builds.run(2),
-        **{name: each(work) for name, work in (("decode", decode), ("bare", bare), ("ffmpeg", ffmpeg))},
+        **{name: each(work) for name, work in (("decode", decode_all), ("bare", bare), ("ffmpeg", ffmpeg))},
         "re-encode": each(re_encode),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -214,8 +214,8 @@ def main() -> None:
         short = folder / "short.mp4"
         short.write_bytes((FOOTAGE / "bigbuckbunny.mp4").read_bytes())
         long = loop(short, folder / "long.mp4", options.minutes * 60)
-        measure(folder / "s", "short", short, 8, options.repeats)
-        measure(folder / "l", "long", long, 1, options.repeats)
+        measure_build(folder / "s", "short", short, 8, options.repeats)
+        measure_build(folder / "l", "long", long, 1, options.repeats)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from framestream.tools.fetch.root_map import resolve_entries
 MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
 
 
-def generate(path: Path, dialogues: int, videos: int, seed: int) -> None:
+def generate_annotations(path: Path, dialogues: int, videos: int, seed: int) -> None:
     """Write one annotation file."""
     draw = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
@@ -46,7 +46,7 @@ def generate(path: Path, dialogues: int, videos: int, seed: int) -> None:
             file.write(json.dumps(sample) + "\n")
 
 
-def measure(folder: Path) -> None:
+def measure_planning(folder: Path) -> None:
     """Plan what was generated in ``folder``; runs in a process of its own, so that its memory is planning's alone."""
     root = folder / "media"
     root.mkdir(exist_ok=True)
@@ -84,8 +84,8 @@ def main() -> None:
             for number in range(options.files)
         ]
         with get_context("spawn").Pool() as pool:
-            pool.starmap(generate, work)
-        child = get_context("spawn").Process(target=measure, args=(folder,))
+            pool.starmap(generate_annotations, work)
+        child = get_context("spawn").Process(target=measure_planning, args=(folder,))
         child.start()
         child.join()
     raise SystemExit(child.exitcode)

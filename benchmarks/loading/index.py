@@ -81,7 +81,7 @@ def manifest(folder: Path) -> Manifest:
     return from_dict(Manifest, value, "benchmark")
 
 
-def generate(folder: Path, dialogues: int, media: int = MEDIA) -> None:
+def generate_index(folder: Path, dialogues: int, media: int = MEDIA) -> None:
     """Write ``folder``/stage3: a shard, the index and the token cache of ``manifest(folder)``."""
     root = folder / "stage3"
     (root / "video").mkdir(parents=True)
@@ -161,7 +161,7 @@ def _tokens(count: int) -> Iterator[pa.RecordBatch]:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def memory() -> Memory:
+def process_memory() -> Memory:
     """What the kernel says of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)
@@ -174,21 +174,21 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(folder: Path, samples: int) -> Measured:
+def measure_index(folder: Path, samples: int) -> Measured:
     """Open the root in ``folder``, take ``samples`` dialogues, then resume elsewhere; of a process that did nothing."""
     made = manifest(folder)
     build_chat_template(made)  # imports what tokenizers need
     forget_peak()
-    idle, started, cpu = memory(), time.perf_counter(), time.process_time()
+    idle, started, cpu = process_memory(), time.perf_counter(), time.process_time()
     loader = build_loader(made)
     stream = iter(loader)
     done = len(next(stream).keys)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    first, reading = memory(), []
+    first, reading = process_memory(), []
     while done < samples:
         done += len(next(stream).keys)
         if done >= (len(reading) + 1) * samples // 10:
-            reading.append(memory())
+            reading.append(process_memory())
     stream.close()
     state = loader.state_dict() | {"epoch": 1, "step": len(loader) // 2}
     del stream, loader
@@ -202,7 +202,7 @@ def measure(folder: Path, samples: int) -> Measured:
 def in_process(folder: Path, samples: int) -> Measured:
     """:func:`measure` in a new process."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (folder, samples))
+        return pool.apply(measure_index, (folder, samples))
 
 
 def main() -> None:
@@ -214,7 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     name = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        generate(name, options.dialogues)
+        generate_index(name, options.dialogues)
         size = sum(path.stat().st_size for path in (name / "stage3" / "index").iterdir())
         got = in_process(name, options.samples)
     finally:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loading.media import Media
+from benchmarks.loading.media import BenchmarkMedia
 from benchmarks.loading.readers import Reader, by_offset, peer, peer_module, pixels
 
 OURS = "framestream"
@@ -20,7 +20,7 @@ SECONDS = 1.0  #: that a reader is timed for over a slow line, at least
 THREADS = 16  #: requests that this project has under way over a slow line
 
 
-def bytes_read(name: str, media: Media, count: int) -> int:
+def bytes_read(name: str, media: BenchmarkMedia, count: int) -> int:
     """Bytes that the process read from the disk for ``count`` frames of every medium, its index included.
 
     The page cache holds none of the media before.
@@ -28,7 +28,7 @@ def bytes_read(name: str, media: Media, count: int) -> int:
     return _apart(_cold, name, media, count)
 
 
-def media_rate(name: str, media: Media, count: int, address: str) -> float:
+def media_rate(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
     """Media a second, with ``count`` frames each, over whole passes of ``SECONDS`` in all at least.
 
     Before each pass the data set is opened anew, with empty caches, which is not timed; nor is the first pass, after
@@ -37,7 +37,7 @@ def media_rate(name: str, media: Media, count: int, address: str) -> float:
     return _apart(_remote, name, media, count, address)
 
 
-def _cold(name: str, media: Media, count: int) -> int:
+def _cold(name: str, media: BenchmarkMedia, count: int) -> int:
     for path in media.folder.rglob("*"):
         if path.is_file():
             _forget(path)
@@ -46,14 +46,14 @@ def _cold(name: str, media: Media, count: int) -> int:
     return _disk_bytes() - before
 
 
-def _remote(name: str, media: Media, count: int, address: str) -> float:
+def _remote(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
     passes = [_timed_pass(name, media, count, address)]
     while sum(passes[1:]) < SECONDS:
         passes.append(_timed_pass(name, media, count, address))
     return media.count * len(passes[1:]) / sum(passes[1:])
 
 
-def _timed_pass(name: str, media: Media, count: int, address: str) -> float:
+def _timed_pass(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
     with tempfile.TemporaryDirectory(dir=media.folder) as tempfile.tempdir:  # for copies
         read = _open(name, media, address)
         started = time.perf_counter()
@@ -61,7 +61,7 @@ def _timed_pass(name: str, media: Media, count: int, address: str) -> float:
         return time.perf_counter() - started
 
 
-def _open(name: str, media: Media, address: str | None = None) -> Reader:
+def _open(name: str, media: BenchmarkMedia, address: str | None = None) -> Reader:
     if name != OURS:
         return peer(name, media, by_offset, address)
     return pixels(media) if address is None else pixels(media, THREADS, address)

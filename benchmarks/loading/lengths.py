@@ -74,7 +74,7 @@ def stage3(count: int, seed: int = 0) -> Lengths:
     return Lengths(tokens, patches)
 
 
-def table(batches: int) -> None:
+def lengths_table(batches: int) -> None:
     """Print rows, fill and balance of ``batches`` global batches, by ``row_multiple`` and number of ranks."""
     lengths = stage3(BATCH * batches)
     cost, tokens = costs(COST, lengths.patches, lengths.tokens), lengths.tokens
@@ -101,7 +101,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batches", type=int, default=400)
-    table(parser.parse_args().batches)
+    lengths_table(parser.parse_args().batches)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.building.build import loop
 from benchmarks.loading.isolated import OURS, bytes_read, media_rate, quiet
-from benchmarks.loading.media import EPOCH_FRAMES, Media, write_media
+from benchmarks.loading.media import EPOCH_FRAMES, BenchmarkMedia, write_media
 from benchmarks.loading.readers import PEERS, Reader, by_offset, limit, peer, pixels, reference, rows
 from benchmarks.loading.slow_server import SlowServer
 from tests.helpers.media.footage import FOOTAGE
@@ -86,7 +86,7 @@ def _short(of: list[float]) -> str:
     return f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
 
 
-def warm(media: Media, source: Path, rounds: int) -> None:
+def warm(media: BenchmarkMedia, source: Path, rounds: int) -> None:
     """Print the table of speeds on one core, and what a second thread on a second core brings."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
@@ -104,7 +104,7 @@ def warm(media: Media, source: Path, rounds: int) -> None:
     os.sched_setaffinity(0, cores)
 
 
-def threads(media: Media, rounds: int) -> Iterator[str]:
+def threads(media: BenchmarkMedia, rounds: int) -> Iterator[str]:
     """A table of how many times the speed of one decoding thread two have, on two cores."""
     pairs = {
         "frames alone": [pixels(media, n, least=EPOCH_FRAMES) for n in (1, 2)],
@@ -123,7 +123,7 @@ def threads(media: Media, rounds: int) -> Iterator[str]:
         )
 
 
-def cold(media: Media) -> None:
+def cold(media: BenchmarkMedia) -> None:
     """Print the table of bytes read from a cold disk."""
     print("| cold, 4 of 512 frames | kB a medium |\n| --- | --- |")
     for name in (OURS, *PEERS):
@@ -131,7 +131,7 @@ def cold(media: Media) -> None:
     print()
 
 
-def slow(media: Media, rounds: int) -> None:
+def slow(media: BenchmarkMedia, rounds: int) -> None:
     """Print the table of media a second over a slow line."""
     print("| 20 ms, 1 Gbit/s, 4 of 512 frames | media/s |\n| --- | --- |")
     with SlowServer(media.folder, DELAY, RATE) as server:

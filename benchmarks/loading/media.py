@@ -41,7 +41,7 @@ TURNS = [
 
 
 @dataclass(frozen=True)
-class Media:
+class BenchmarkMedia:
     """``count`` videos in ``folder``, each of ``frames`` frames of ``size`` x ``size`` pixels, one a second."""
 
     folder: Path
@@ -91,13 +91,13 @@ class Media:
         return from_dict(Manifest, value, "benchmark")
 
 
-def write_media(folder: Path, count: int, frames: int, size: int) -> Media:
+def write_media(folder: Path, count: int, frames: int, size: int) -> BenchmarkMedia:
     """Loops of real footage as a shard root in ``folder``; no two frames of all are the same bytes.
 
     Each frame of the root is a frame of the footage, moved sideways by a number of pixels that differs from loop to
     loop and from video to video.
     """
-    media = Media(folder, count, frames, size)
+    media = BenchmarkMedia(folder, count, frames, size)
     footage = _footage(size)
     (media.root / "video").mkdir(parents=True)
     rows, shards = [], []
@@ -129,7 +129,7 @@ def _footage(size: int) -> list[np.ndarray]:
         return [resize(frame.to_ndarray(format="rgb24"), size, size) for frame in container.decode(video=0)]
 
 
-def _add(writer: ShardWriter, media: Media, footage: list[np.ndarray], number: int) -> dict:
+def _add(writer: ShardWriter, media: BenchmarkMedia, footage: list[np.ndarray], number: int) -> dict:
     """Add video ``number`` to a shard; returns its row of the index, but for the shard."""
     jpegs = []
     for place in range(media.frames):
@@ -180,7 +180,7 @@ def _finish(root: Path, media: list[dict], shards: list[dict], dialogues: int) -
     (root / "build.json").write_text(json.dumps({"index_fingerprint": write_index(root, *tables)}))
 
 
-def _write_index(media: Media, root: Path, dialogues: int) -> None:
+def _write_index(media: BenchmarkMedia, root: Path, dialogues: int) -> None:
     """Another root with the same shards."""
     index = Index.open(media.root)
     (root / "video").mkdir(parents=True)

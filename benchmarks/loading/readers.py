@@ -21,7 +21,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from benchmarks.loading.media import Media
+from benchmarks.loading.media import BenchmarkMedia
 from framestream.pipeline import build_loader
 from framestream.pipeline.shards.frame_reader import FrameReader
 from framestream.pipeline.shards.index import Index, row_values
@@ -46,7 +46,7 @@ class _Arrays:
         return self._made[frames]
 
 
-def limit(media: Media) -> Reader:
+def limit(media: BenchmarkMedia) -> Reader:
     """libjpeg-turbo on JPEGs that lie in memory: what no reader of JPEGs can beat on one core."""
     index, arrays, read = Index.open(media.root), _Arrays(media.size), {}
 
@@ -71,7 +71,7 @@ def limit(media: Media) -> Reader:
     return frames
 
 
-def pixels(media: Media, threads: int = 0, address: str | None = None, least: int = 0) -> Reader:
+def pixels(media: BenchmarkMedia, threads: int = 0, address: str | None = None, least: int = 0) -> Reader:
     """This project's frames alone, by byte offset; ``threads`` read media side by side, 0 in the caller's thread.
 
     A pass of threads goes over the media again until it has ``least`` frames: they start with it and end with it.
@@ -105,7 +105,7 @@ def pixels(media: Media, threads: int = 0, address: str | None = None, least: in
     return frames
 
 
-def rows(media: Media, threads: int = 1) -> Reader:
+def rows(media: BenchmarkMedia, threads: int = 1) -> Reader:
     """This project's whole loader: frames, tokens, labels, packed rows."""
     made: dict[int, Any] = {}
 
@@ -148,16 +148,16 @@ def by_decord(mp4: bytes, places: list[int], out: np.ndarray) -> np.ndarray:
     return decord.VideoReader(io.BytesIO(mp4), num_threads=1).get_batch(places).asnumpy()
 
 
-def peer(name: str, media: Media, decoder: Decoder | None = None, address: str | None = None) -> Reader:
+def peer(name: str, media: BenchmarkMedia, decoder: Decoder | None = None, address: str | None = None) -> Reader:
     """A peer, with its own decoder where ``decoder`` is None; of local files, or of those at ``address``."""
     module = peer_module(name)
     folder = media.folder / name
     if not folder.exists():
         folder.mkdir()
-        if hasattr(module, "write"):
-            module.write(media, folder)
+        if hasattr(module, "write_samples"):
+            module.write_samples(media, folder)
     samples, arrays = module.open_samples(media, folder, address), _Arrays(media.size)
-    decode = decoder or getattr(module, "decode", by_decord)
+    decode = decoder or getattr(module, "decode_frames", by_decord)
 
     def frames(count: int) -> Iterator[np.ndarray]:
         places = media.places(count)

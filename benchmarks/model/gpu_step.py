@@ -36,7 +36,8 @@ import torch
 import yaml
 
 from benchmarks.loading.media import write_media
-from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.schema import to_dict
 from framestream.trainer.model import cost
 from framestream.trainer.monitoring.device import peak_flops
 
@@ -153,7 +154,7 @@ def beside(path: Path, steps: int) -> list[dict]:
     return [] if done.returncode else [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def row(stage: int, one: Case, records: list[dict], others: list[dict], peak: float | None) -> str:
+def table_row(stage: int, one: Case, records: list[dict], others: list[dict], peak: float | None) -> str:
     """A line of the table."""
     counted, last = records[WARMUP:], records[-1]
     seconds = statistics.median(r["seconds"] for r in counted)
@@ -212,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
                 records = ours(folder / "case.yaml", options.steps)
                 others = beside(folder / "case.yaml", options.steps) if one.plain else []
                 peak = peak_flops(one.manifest.train, torch.device("cpu" if small else "cuda"))
-                print(row(stage, one, records, others, peak), flush=True)
+                print(table_row(stage, one, records, others, peak), flush=True)
 
 
 if __name__ == "__main__":

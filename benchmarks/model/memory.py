@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.loading.lengths import PATCHES, TOKENS_PER_FRAME
-from benchmarks.training.packing import row
+from benchmarks.training.packing import result_row
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.trainer.model.cost import estimate_memory
@@ -39,7 +39,7 @@ def demo(stage: int, checkpointing: bool) -> Manifest:
     return dataclasses.replace(manifest, init_from=RANDOM, train=train)
 
 
-def measure(stage: int, frames: int, checkpointing: bool) -> int:
+def measure_memory(stage: int, frames: int, checkpointing: bool) -> int:
     """Bytes that two steps of the demo's model need at most; in a process of its own."""
     from framestream.trainer.distributed.preemption import PreemptionHandler
     from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
@@ -49,7 +49,7 @@ def measure(stage: int, frames: int, checkpointing: bool) -> int:
     from framestream.trainer.training.loop import RunContext, _global_batch
 
     manifest = demo(stage, checkpointing)
-    batch = row(
+    batch = result_row(
         np.array([frames * TOKENS_PER_FRAME + TEXT]), np.array([frames * PATCHES]), seed=0, size=manifest.frames.size
     )
     place = init_process_group(timeout_minutes=5)
@@ -82,7 +82,7 @@ def main() -> None:
         for stage in options.stages:
             for checkpointing in (False, True):
                 for frames in options.frames:
-                    measured = pool.apply(measure, (stage, frames, checkpointing))
+                    measured = pool.apply(measure_memory, (stage, frames, checkpointing))
                     parts = estimate(demo(stage, checkpointing), frames, 1)
                     sizes = [measured, sum(parts.values()), parts["kept"], parts["working"]]
                     shown = " | ".join(f"{size / MIB:,.0f}" for size in sizes)

@@ -42,8 +42,8 @@ def merging(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
     heads = connector.heads
     return {
         "framestream": lambda: connector.merge(clips, clips[:0])[0],
-        "clip by clip": lambda: torch.cat([plain_model.merge(c, TOKENS_PER_CLIP, heads) for c in clips.split(1)]),
-        "batch": lambda: plain_model.merge(clips, TOKENS_PER_CLIP, heads),
+        "clip by clip": lambda: torch.cat([plain_model.plain_merge(c, TOKENS_PER_CLIP, heads) for c in clips.split(1)]),
+        "batch": lambda: plain_model.plain_merge(clips, TOKENS_PER_CLIP, heads),
     }
 
 
@@ -52,8 +52,10 @@ def connecting(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
     heads, mlp, shape = connector.heads, connector.mlp, (len(clips), TOKENS_PER_CLIP, -1)
     return {
         "framestream": lambda: connector(clips, clips[:0]).view(shape),
-        "clip by clip": lambda: torch.cat([mlp(plain_model.merge(c, TOKENS_PER_CLIP, heads)) for c in clips.split(1)]),
-        "batch": lambda: mlp(plain_model.merge(clips, TOKENS_PER_CLIP, heads)),
+        "clip by clip": lambda: torch.cat(
+            [mlp(plain_model.plain_merge(c, TOKENS_PER_CLIP, heads)) for c in clips.split(1)]
+        ),
+        "batch": lambda: mlp(plain_model.plain_merge(clips, TOKENS_PER_CLIP, heads)),
     }
 
 
@@ -104,7 +106,7 @@ def compare(ways: Ways, flips: float = 0.0) -> None:
         print(f"{other} and {name} agree in {len(close) - wrong} of {len(close)}")
 
 
-def measure(title: str, ways: Ways, repeats: int) -> None:
+def measure_part(title: str, ways: Ways, repeats: int) -> None:
     """Print one row for each implementation; who begins changes with every turn."""
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -155,10 +157,10 @@ def main() -> None:
     compare(learn, FLIPS)
     print(f"{'':<55}{'seconds':>24}{'times framestream':>24}{'fastest':>10}")
     with torch.no_grad():
-        measure(f"merging, {options.clips} clips", merging(connector, clips), options.repeats)
-        measure(f"connector, {options.clips} clips", connecting(connector, clips), options.repeats)
-        measure(f"tower, {len(video)} clips, {len(stills)} stills", encode, options.repeats)
-    measure(f"connector, {len(quarter)} clips, and backward", learn, options.repeats)
+        measure_part(f"merging, {options.clips} clips", merging(connector, clips), options.repeats)
+        measure_part(f"connector, {options.clips} clips", connecting(connector, clips), options.repeats)
+        measure_part(f"tower, {len(video)} clips, {len(stills)} stills", encode, options.repeats)
+    measure_part(f"connector, {len(quarter)} clips, and backward", learn, options.repeats)
     print(f"load average {os.getloadavg()[0]:.1f} after")
 
 

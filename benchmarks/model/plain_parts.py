@@ -17,7 +17,7 @@ from framestream.pipeline.config.model import VisionTowerConfig
 from framestream.trainer.model.umt import BLOCK_EPS, FINAL_EPS, UMT
 
 
-def merge(tokens: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
+def plain_merge(tokens: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
     """Merge patches (N, t, C) to tokens (N, wanted, C), round by round (arXiv 2210.09461, appendix D)."""
     sizes = torch.ones_like(tokens[..., :1])  # (N, t, 1) patches in each token
     while tokens.shape[1] > wanted:
@@ -65,7 +65,7 @@ class PlainTower(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(cfg) for _ in range(cfg.depth - 1))
         self.vision_layernorm = nn.LayerNorm(cfg.width, eps=FINAL_EPS)
         self.load_state_dict(tower.state_dict(keep_vars=True), assign=True)
-        self.clip_positions, self.still_positions = tower.clip_positions, tower.still_positions
+        self.clip_positions, self.still_positions = tower.clip_positions, tower.tile_positions
 
     def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, 3, T, S, S) and (M, 3, 1, S, S) -> (N, T L, C) and (M, L, C)"""

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.model.plain_parts import PlainTower, merge
+from benchmarks.model.plain_parts import PlainTower, plain_merge
 from framestream.pipeline import build_loader
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP
@@ -38,7 +38,7 @@ from framestream.trainer.weights.load import initialize
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class PlainDialogue:
     """One dialogue with videos: ids and labels int64 (L,), clips uint8 (N, T, S, S, 3), its share of the loss."""
 
     ids: torch.Tensor
@@ -47,7 +47,7 @@ class Dialogue:
     weight: float
 
 
-def dialogues(rows: list[Batch]) -> Iterator[Dialogue]:
+def dialogues(rows: list[Batch]) -> Iterator[PlainDialogue]:
     """The dialogues of a global batch; each counts the same, by the mean over its learned tokens."""
     total = sum(len(row.keys) for row in rows)
     for row in rows:
@@ -55,7 +55,7 @@ def dialogues(rows: list[Batch]) -> Iterator[Dialogue]:
         for start, end in zip(ends, ends[1:], strict=False):
             ids = row.input_ids[start:end]
             clips = int((ids == IMAGE_TOKEN_INDEX).sum()) // TOKENS_PER_CLIP
-            yield Dialogue(ids, row.labels[start:end], row.clips[clip : clip + clips], 1 / total)
+            yield PlainDialogue(ids, row.labels[start:end], row.clips[clip : clip + clips], 1 / total)
             clip += clips
 
 
@@ -81,9 +81,9 @@ class PlainModel(nn.Module):
         for name in PARTS:
             getattr(self, name).requires_grad_(getattr(manifest.train, name).train)
 
-    def forward(self, dialogue: Dialogue) -> torch.Tensor:
+    def forward(self, dialogue: PlainDialogue) -> torch.Tensor:
         """Mean cross entropy of a dialogue's learned tokens."""
-        visual = self.connector(merge(self.encode(dialogue.clips), TOKENS_PER_CLIP, self.cfg.heads)).flatten(0, 1)
+        visual = self.connector(plain_merge(self.encode(dialogue.clips), TOKENS_PER_CLIP, self.cfg.heads)).flatten(0, 1)
         image = dialogue.ids == IMAGE_TOKEN_INDEX
         text = self.language_model.get_input_embeddings()(dialogue.ids.masked_fill(image, 0))
         merged = text.index_put((image.nonzero().squeeze(1),), visual.to(text.dtype))
@@ -101,9 +101,11 @@ class PlainModel(nn.Module):
         return tower.vision_layernorm(x)
 
 
-def to(dialogue: Dialogue, device: torch.device) -> Dialogue:
+def to(dialogue: PlainDialogue, device: torch.device) -> PlainDialogue:
     """A copy on ``device``."""
-    return Dialogue(*(part.to(device) for part in (dialogue.ids, dialogue.labels, dialogue.clips)), dialogue.weight)
+    return PlainDialogue(
+        *(part.to(device) for part in (dialogue.ids, dialogue.labels, dialogue.clips)), dialogue.weight
+    )
 
 
 def step(model: PlainModel, optimizer: torch.optim.Optimizer, rows: list[Batch], manifest: Manifest) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 from megatron import energon
 from megatron.energon.av import AVDecoder
 
-from benchmarks.loading.media import Media
+from benchmarks.loading.media import BenchmarkMedia
 
 
 @energon.stateless
@@ -28,7 +28,7 @@ class _Task(energon.DefaultTaskEncoder):
     cookers = [energon.Cooker(_keep)]
 
 
-def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
+def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
     """What hands out the MP4 of every medium, in order, at each call."""
     where: Path | str = media.root / "video"
     if address is not None:
@@ -40,7 +40,7 @@ def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[]
     return lambda: (sample["mp4"] for sample in loader)
 
 
-def decode(mp4: bytes, places: list[int], out: np.ndarray) -> np.ndarray:
+def decode_frames(mp4: bytes, places: list[int], out: np.ndarray) -> np.ndarray:
     """Frames (T, H, W, 3) uint8 by its AVDecoder: one clip where they follow each other, else a clip each."""
     first, last = places[0], places[-1]
     ranges = [(first, last)] if last - first + 1 == len(places) else [(place, place) for place in places]

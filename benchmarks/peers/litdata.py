@@ -11,10 +11,10 @@ import litdata
 from litdata.streaming import downloader
 from litdata.streaming.writer import BinaryWriter
 
-from benchmarks.loading.media import Media
+from benchmarks.loading.media import BenchmarkMedia
 
 
-def write(media: Media, folder: Path) -> None:
+def write_samples(media: BenchmarkMedia, folder: Path) -> None:
     """The media in its format, in chunks of at most 64 MB."""
     writer = BinaryWriter(str(folder / "chunks"), chunk_bytes=1 << 26)
     for number, (key, mp4) in enumerate(media.samples()):
@@ -23,7 +23,7 @@ def write(media: Media, folder: Path) -> None:
     writer.merge()
 
 
-def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
+def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
     """What hands out the MP4 of every medium, in order, at each call."""
     settings = {"input_dir": str(folder / "chunks")}
     if address is not None:

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import streaming
 
-from benchmarks.loading.media import Media
+from benchmarks.loading.media import BenchmarkMedia
 
 COLUMNS = {"key": "str", "mp4": "bytes"}
 
 
-def write(media: Media, folder: Path) -> None:
+def write_samples(media: BenchmarkMedia, folder: Path) -> None:
     """The media in its format, in shards of at most 64 MB."""
     with streaming.MDSWriter(out=str(folder / "mds"), columns=COLUMNS, size_limit=1 << 26) as writer:
         for key, mp4 in media.samples():
             writer.write({"key": key, "mp4": mp4})
 
 
-def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
+def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
     """What hands out the MP4 of every medium, in order, at each call."""
     settings = {"local": str(folder / "mds")}
     if address is not None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import webdataset
 
-from benchmarks.loading.media import Media
+from benchmarks.loading.media import BenchmarkMedia
 
 
-def open_samples(media: Media, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
+def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
     """What hands out the MP4 of every medium, in order, at each call."""
     names = sorted(path.name for path in (media.root / "video").glob("*.tar"))
     where = media.root if address is None else f"{address}/{media.root.relative_to(media.folder)}"

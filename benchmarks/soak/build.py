@@ -31,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.soak.errors import SoakError
 from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.ledger import read_ledger
 from framestream.pipeline.utils.atomic_io import file_sha256
@@ -47,11 +48,7 @@ PROGRESS = 60  #: files that come to be before a kill, at most
 PLACES = ("folder", "parts", "tar", "web", "archive")
 
 
-class SoakError(Exception):
-    """A build that did not come out as it must."""
-
-
-class Campaign:
+class BuildCampaign:
     """The corpus in all its places, and its builds below ``folder``."""
 
     def __init__(self, folder: Path, server: Server, media: int, workers: int) -> None:
@@ -120,7 +117,7 @@ class Campaign:
     def whole(self) -> dict[str, bytes]:
         """Digests of what a build leaves that nobody disturbs."""
         self._finish("whole")
-        return digests(self._folder / "whole" / "out")
+        return root_digests(self._folder / "whole" / "out")
 
     def run(self, seed: int, kills: int) -> int:
         """Builds until ``kills`` are spent; returns how many builds that were."""
@@ -132,7 +129,7 @@ class Campaign:
             while self.kills.total() < kills and not self._disturbed(name, moments, kills):
                 pass
             self._finish(name)
-            if (found := digests(self._folder / name / "out")) != wanted:
+            if (found := root_digests(self._folder / name / "out")) != wanted:
                 differ = sorted(path for path in found.keys() | wanted if found.get(path) != wanted.get(path))
                 raise SoakError(f"{name}: {len(differ)} files differ from the build without kills: {differ[:5]}")
             self._check(name)
@@ -156,7 +153,7 @@ class Campaign:
                 if not alone:
                     os.killpg(process.pid, signal.SIGKILL)
                     self.kills["all"] += 1
-                elif victims := workers(process.pid):
+                elif victims := build_workers(process.pid):
                     os.kill(moments.choice(victims), signal.SIGKILL)
                     self.kills["one worker"] += 1
             said = process.communicate()[1].decode(errors="replace")
@@ -232,12 +229,12 @@ def walk(folder: Path) -> Iterator[str]:
         yield from (os.path.join(above, name) for name in (*folders, *files))
 
 
-def digests(folder: Path) -> dict[str, bytes]:
+def root_digests(folder: Path) -> dict[str, bytes]:
     """Digest of every file below a folder."""
     return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def workers(process: int) -> list[int]:
+def build_workers(process: int) -> list[int]:
     """Process numbers of a build's workers."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     named = {int(child): Path(f"/proc/{child}/cmdline") for child in children}
@@ -255,7 +252,7 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as name, Server() as server:
-        campaign = Campaign(Path(name), server, options.media, options.workers)
+        campaign = BuildCampaign(Path(name), server, options.media, options.workers)
         try:
             builds = campaign.run(options.seed, options.kills)
         except SoakError as error:

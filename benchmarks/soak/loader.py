@@ -29,8 +29,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.soak.errors import SoakError
 from framestream.pipeline import Batch, build_loader, load_manifest
-from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.loading.loader import LoaderError
 from tests.helpers.corpora.small_root import manifest, mixed_root
 
@@ -42,11 +43,7 @@ PATIENCE = 60.0  #: seconds in which a worker without a parent must be gone, on 
 Row = tuple[int, int, int]  #: epoch, global batch, row of it
 
 
-class SoakError(Exception):
-    """Batches that did not come out as they must."""
-
-
-def digest(batch: Batch) -> str:
+def row_digest(batch: Batch) -> str:
     """Of all that a row holds and that does not depend on the number of ranks."""
     found = hashlib.sha256(json.dumps([batch.keys, batch.total_weight, batch.skipped]).encode())
     for name in (*("input_ids", "labels", "position_ids", "cu_seqlens", "token_weight"), "visual_index"):
@@ -66,12 +63,12 @@ def read(folder: Path, rank: int, world: int) -> None:
         while loader.state_dict()["epoch"] < EPOCHS:
             for batch in loader:
                 time.sleep(PAUSE)
-                row = [batch.epoch, batch.step, batch.micro * world + rank]
+                row = [batch.epoch, batch.step, batch.micro_step * world + rank]
                 state = loader.state_dict() if batch.last else None
-                print(json.dumps({"row": row, "digest": digest(batch), "state": state}), file=notes, flush=True)
+                print(json.dumps({"row": row, "digest": row_digest(batch), "state": state}), file=notes, flush=True)
 
 
-class Campaign:
+class ReadingCampaign:
     """The root, what it holds, and the ranks that read it, in ``folder``."""
 
     def __init__(self, folder: Path, workers: int, copies: int) -> None:
@@ -86,7 +83,7 @@ class Campaign:
         """Digest of every row, read by threads of this process."""
         loader = build_loader(load_manifest(self._folder / "manifest.yaml", ["loader.workers=0"]))
         batches = (batch for _ in range(EPOCHS) for batch in loader)
-        return {(batch.epoch, batch.step, batch.micro): digest(batch) for batch in batches}
+        return {(batch.epoch, batch.step, batch.micro_step): row_digest(batch) for batch in batches}
 
     def run(self, seed: int, kills: int) -> int:
         """Read both epochs until ``kills`` are spent; returns how often they were read to the end."""
@@ -152,7 +149,7 @@ class Campaign:
         rows, kind = draw.randint(1, PROGRESS), draw.choice(("all", "ranks", "one worker"))
         while sum(len(self._notes(rank)[0]) for rank in range(world)) < rows and any(r.poll() is None for r in ranks):
             time.sleep(0.01)
-        begun = {worker: rank for rank in ranks if rank.poll() is None for worker in workers(rank.pid)}
+        begun = {worker: rank for rank in ranks if rank.poll() is None for worker in worker_processes(rank.pid)}
         if begun:
             victim = draw.choice(sorted(begun))
             self._kill(kind, ranks, begun, victim)
@@ -178,7 +175,7 @@ class Campaign:
                 continue
 
 
-def workers(rank: int) -> list[int]:
+def worker_processes(rank: int) -> list[int]:
     """Process numbers of a rank's decoding workers."""
     try:
         children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
@@ -210,7 +207,7 @@ def main() -> int:
         return 0
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        campaign = Campaign(Path(name), options.workers, options.copies)
+        campaign = ReadingCampaign(Path(name), options.workers, options.copies)
         try:
             ended = campaign.run(options.seed, options.kills)
         except SoakError as error:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from benchmarks.soak.errors import SoakError
 from framestream.trainer.checkpoint.save import CheckpointError, latest_checkpoint, read_state
 from tests.helpers.corpora import training_corpus as corpus
 
@@ -36,10 +37,6 @@ STAGES = (1, 2, 3, 4)
 SAVE_EVERY = 3
 PROGRESS = 5  #: steps that are logged before a kill, at most
 TOLERANCE = 5e-4  #: relative, between losses on different numbers of ranks
-
-
-class SoakError(Exception):
-    """A stage that did not come out as it must."""
 
 
 def overrides(stage: int, steps: int) -> dict:
@@ -56,7 +53,7 @@ def overrides(stage: int, steps: int) -> dict:
     return {"train": {**train, **rest}, "frames": frames, "images": images, "batching": batching}
 
 
-class Campaign:
+class TrainingCampaign:
     """Shards and manifests of ``stages`` that start from each other, and runs over them, below ``folder``."""
 
     def __init__(self, folder: Path, steps: int, draw: random.Random, stages: tuple[int, ...] = STAGES) -> None:
@@ -208,7 +205,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         try:
-            campaign = Campaign(Path(name), options.steps, random.Random(options.seed))
+            campaign = TrainingCampaign(Path(name), options.steps, random.Random(options.seed))
             passes = campaign.run(options.kills)
         except SoakError as error:
             print(f"error: seed {options.seed}: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ SHOWN = 10  #: losses that are printed
 Choices = dict[tuple[int, int, str], list[str]]  #: (epoch, global batch, dialogue) -> what its clips and tiles chose
 
 
-def settings(manifest: Path, overrides: list[str], steps: int, output: Path) -> Manifest:
+def curve_manifest(manifest: Path, overrides: list[str], steps: int, output: Path) -> Manifest:
     """The manifest in float32 under ZeRO-3, its first weights from the seed."""
     fixed = [f"output={output}", f"train.max_steps={steps}", "train.dtype=fp32", "train.zero_stage=3"]
     random = InitFromConfig(vision_tower="random", connector="random", language_model="random")
@@ -148,11 +148,11 @@ def main() -> int:
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)  # the folder of the run that this is a rank of
     options = parser.parse_args()
     if options.rank_of:
-        one_rank(settings(options.manifest, options.set, options.steps, options.rank_of / "run"), options.rank_of)
+        one_rank(curve_manifest(options.manifest, options.set, options.steps, options.rank_of / "run"), options.rank_of)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        manifest = settings(options.manifest, options.set, options.steps, run)
+        manifest = curve_manifest(options.manifest, options.set, options.steps, run)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.ranks)]
         subprocess.run(
             [*launch, "-m", "benchmarks.training.loss_curve", *sys.argv[1:], "--rank-of", folder], check=True

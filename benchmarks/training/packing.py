@@ -35,8 +35,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.loading.lengths import PATCHES, Lengths, stage3
 from benchmarks.loading.media import write_media
-from framestream.pipeline.config.manifest import Manifest, load_manifest, to_dict
+from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.planning.packing import pack
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -72,7 +73,7 @@ GIB = 2**30
 # Packed and padded ----------------------------------------------------------------------------------------------------
 
 
-def row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -> Batch:
+def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -> Batch:
     """Dialogues of these lengths as one row: random text, noise for frames of ``size``, the last places learned.
 
     ``patches`` are counted at 224 pixels, as in ``benchmarks/loading/lengths.py``.
@@ -133,7 +134,7 @@ def shortened(count: int, seed: int) -> Lengths:
     return Lengths(64 * clips + np.maximum(text, LEARNED + 2), 4 * PATCHES * clips)
 
 
-def rows_of(count: int, share: int, seed: int) -> dict[str, list[np.ndarray]]:
+def rows_of_epoch(count: int, share: int, seed: int) -> dict[str, list[np.ndarray]]:
     """Which of ``count`` dialogues stand together: packed by length and cost, or ``share`` after the other."""
     drawn = shortened(count, seed)
     cost = _small_manifest().batching.cost
@@ -149,11 +150,11 @@ def _small_manifest() -> Manifest:
 
 def compare_packing(count: int, share: int, rounds: int) -> None:
     """Print tokens a second of both ways."""
-    drawn, together = shortened(count, 0), rows_of(count, share, 0)
+    drawn, together = shortened(count, 0), rows_of_epoch(count, share, 0)
     model = build_small()
     ways: dict[str, Callable[[Batch], torch.Tensor]] = {"packed": model, "padded": lambda batch: padded(model, batch)}
     parts = flops_by_part(_small_manifest(), frames=512 // SHORTER, text_tokens=256 // SHORTER)
-    sample = row(drawn.tokens[:2], drawn.patches[:2], 0)
+    sample = result_row(drawn.tokens[:2], drawn.patches[:2], 0)
     with torch.no_grad():
         torch.testing.assert_close(model(sample), padded(model, sample), rtol=1e-4, atol=1e-4)
     print(
@@ -166,7 +167,7 @@ def compare_packing(count: int, share: int, rounds: int) -> None:
         for name, way in ways.items():
             took, tokens, places = np.zeros(2), 0, 0
             for members in filter(len, together[name]):
-                batch = row(drawn.tokens[members], drawn.patches[members], int(members.sum()))
+                batch = result_row(drawn.tokens[members], drawn.patches[members], int(members.sum()))
                 start = _clocks()
                 way(batch).backward()
                 took += _clocks() - start

@@ -16,7 +16,7 @@ from benchmarks.building import plan
 from benchmarks.loading import index, loader, remote
 from benchmarks.loading import isolated as loader_apart
 from benchmarks.loading import readers as loader_readers
-from benchmarks.loading.media import Media, write_media  # noqa: E402
+from benchmarks.loading.media import BenchmarkMedia, write_media  # noqa: E402
 from benchmarks.loading.slow_server import SlowServer  # noqa: E402
 from benchmarks.model import gpu_step
 from benchmarks.model import lmms_eval as lmms
@@ -52,7 +52,7 @@ def test_results_that_differ_are_refused():
 
 
 def test_rows_name_every_implementation(capsys):
-    model.measure("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
+    model.measure_part("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
     first, second = capsys.readouterr().out.splitlines()
     assert "framestream" in first and "other" in second
 
@@ -78,7 +78,7 @@ def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_pat
     for dialogues in (20_000, 220_000):
         folder = tmp_path / str(dialogues)
         folder.mkdir()
-        index.generate(folder, dialogues, media=500)
+        index.generate_index(folder, dialogues, media=500)
         made[dialogues] = index.in_process(folder, 2000)
     small, large = made.values()
     held = [one.reading[-1].anonymous - one.idle.anonymous for one in (small, large)]
@@ -89,7 +89,7 @@ def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory) -> Media:
+def media(tmp_path_factory) -> BenchmarkMedia:
     return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=64)
 
 
@@ -164,10 +164,10 @@ def test_models_that_do_not_fit_have_fewer_layers():
 
 
 def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
-    together = train.rows_of(16, 4, seed=0)
+    together = train.rows_of_epoch(16, 4, seed=0)
     assert [sorted(np.concatenate(rows).tolist()) for rows in together.values()] == [list(range(16))] * 2
     lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * train.PATCHES
-    batch, small = train.row(lengths, patches, seed=0), train.build_small()
+    batch, small = train.result_row(lengths, patches, seed=0), train.build_small()
     assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
     with torch.no_grad():
         packed, padded = small(batch), train.padded(small, batch)
@@ -182,7 +182,7 @@ def test_the_loss_in_chunks_is_that_of_all_logits():
 
 def question(key: str, answer: str, file: MediaFile, context: tuple[dict, ...] = (), **meta) -> Question:
     turns = [*context, {"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": answer}]
-    return Question.of(key, turns, "entry", meta, [file])
+    return Question.from_turns(key, turns, "entry", meta, [file])
 
 
 def test_questions_become_documents_with_options():
