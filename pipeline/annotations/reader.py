@@ -1,15 +1,15 @@
-"""Annotation files read into dialogues of one shape, whatever shape they were written in.
+"""Read annotation files into dialogues of one form, whichever of the accepted forms they have.
 
 A file is a ``.json`` list, ``.jsonl`` lines or ``.parquet`` rows (the first two also ``.gz`` or ``.zst``) and is read
 as a stream. A sample holds ``conversations`` (``from``/``value`` or ``role``/``content``) and, unless it is text only,
 ``image`` (a path or a list of paths) or ``video`` (a path, with an optional clip from ``start`` to ``end`` seconds).
-What comes out:
+The resulting :class:`Annotation`:
 
 * roles are ``human``, ``gpt`` and ``system``
-* every media item has one ``<image>`` mark, for videos too; ``<video>`` is converted or refused
-* one media item without any mark is put at the start of the first human turn, which is what such files mean
-* media paths are relative, and stay below their root
-* all other fields are kept as ``meta``
+* every media item has one ``<image>`` placeholder, also a video; ``<video>`` is converted or refused
+* a single media item without a placeholder gets one at the start of the first human turn, as such files mean it
+* media paths are relative, and do not leave their root
+* all other fields are in ``meta``
 
 A sample that cannot be used is yielded as an :class:`AnnotationError` with its reason, never dropped silently.
 """
@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, _id, normalize
+from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, normalize, sample_id
 from framestream.pipeline.annotations.surrogates import SurrogateFilter
 from framestream.pipeline.config.data import EntryConfig
 from framestream.pipeline.config.subset import select_subset
@@ -37,7 +37,7 @@ COMPRESSED = (".gz", ".zst")
 
 
 class AnnotationFileError(ValueError):
-    """An annotation file that cannot be read at all or not to its end: one line with the file and the fix."""
+    """An annotation file that cannot be read, or not to its end: one line with the file and the fix."""
 
 
 def read_annotations(
@@ -49,23 +49,23 @@ def read_annotations(
     limit: int | None = None,
     compat: str = "none",
 ) -> Iterator[Annotation | AnnotationError]:
-    """The samples of ``entry`` that its sampling strategy takes, in the order of the file ``path``.
+    """Yield the samples of ``entry`` that its sampling strategy selects, in the order of the file ``path``.
 
     Args:
-        path: where the entry's annotation file is on this machine.
-        entry: names the root, the reader, the kinds of media and the sampling.
-        placeholder: ``convert`` makes ``<video>`` an ``<image>`` mark, ``refuse`` makes it an error of the sample.
+        path: the entry's annotation file on this machine.
+        entry: states the root, the reader, the kinds of media and the sampling.
+        placeholder: ``convert`` turns ``<video>`` into ``<image>``, ``refuse`` makes it an error of the sample.
         seed: of ``random:N``.
-        limit: take only the first so many of the samples that were selected.
+        limit: maximum number of samples.
         compat: ``published`` makes a first turn that is not ``from`` human or gpt an error of the sample.
 
     Raises:
-        AnnotationFileError: the file cannot be read, is of no known kind, or is broken.
+        AnnotationFileError: the file cannot be read, has an unknown suffix, or is broken.
     """
     path = Path(path)
-    samples: Iterator[tuple[int, Any]] = enumerate(_samples(path))
+    samples: Iterator[tuple[int, Any]] = enumerate(_read_samples(path))
     if entry.sampling != "all":
-        samples = _picked(samples, select_subset(entry.sampling, count_samples(path), seed))
+        samples = _pick(samples, select_subset(entry.sampling, count_samples(path), seed))
     for position, sample in islice(samples, limit):
         try:
             if isinstance(sample, AnnotationError):
@@ -73,46 +73,50 @@ def read_annotations(
             yield normalize(sample, entry, position, placeholder, compat)
         except AnnotationError as error:
             error.entry, error.position = entry.name, position
-            error.id = _id(sample, position)
+            error.id = sample_id(sample, position)
             yield error
 
 
 def count_samples(path: str | Path) -> int:
-    """Number of samples in an annotation file (AnnotationFileError as :func:`read_annotations`)."""
+    """Count the samples in an annotation file.
+
+    Raises:
+        AnnotationFileError: as for :func:`read_annotations`.
+    """
     path = Path(path)
-    with _explained(path):
-        if _kind_of_file(path) == ".parquet":
+    with _ReadErrors(path):
+        if _content_suffix(path) == ".parquet":
             return pq.read_metadata(path).num_rows
-        if _kind_of_file(path) == ".jsonl":
-            with _opened(path) as file:
+        if _content_suffix(path) == ".jsonl":
+            with _open(path) as file:
                 return sum(1 for line in file if line.strip())
-    return sum(1 for _ in _samples(path))
+    return sum(1 for _ in _read_samples(path))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _kind_of_file(path: Path) -> str:
-    """The suffix that says what is in a file, compressed or not."""
+def _content_suffix(path: Path) -> str:
+    """Return the suffix that states a file's format, without that of its compression."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def _opened(path: Path) -> io.BufferedReader:
+def _open(path: Path) -> io.BufferedReader:
     return io.BufferedReader(pa.input_stream(str(path), compression="detect"), 1 << 20)
 
 
-def _samples(path: Path) -> Iterator[Any]:
-    """Every sample as a plain value; a line of JSON lines that is no JSON comes as an AnnotationError."""
-    kind = _kind_of_file(path)
-    with _explained(path):
+def _read_samples(path: Path) -> Iterator[Any]:
+    """Yield every sample as a plain value, and an AnnotationError for a line of JSON lines that is not valid JSON."""
+    kind = _content_suffix(path)
+    with _ReadErrors(path):
         if kind == ".parquet":
             for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
         elif kind in (".json", ".jsonl"):
-            with _opened(path) as file:
+            with _open(path) as file:
                 yield from _json_list(path, file) if kind == ".json" else _json_lines(file)
         else:
-            raise AnnotationFileError(f"{path}: unknown kind of annotation file; give .json, .jsonl or .parquet")
+            raise AnnotationFileError(f"{path}: unknown annotation format; use .json, .jsonl or .parquet")
 
 
 def _json_list(path: Path, file: io.BufferedReader) -> Iterator[Any]:
@@ -136,8 +140,8 @@ def _json_lines(file: io.BufferedReader) -> Iterator[Any]:
             yield AnnotationError("bad_sample", f"the line is not JSON ({_one_line(error)})")
 
 
-class _explained:
-    """Turns what readers raise on a broken file into one line."""
+class _ReadErrors:
+    """Convert the errors that readers raise for a broken file into one line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -152,7 +156,7 @@ class _explained:
             raise AnnotationFileError(f"{self._path}: cannot be read to its end ({_one_line(error)}); fetch it again")
 
 
-def _picked(samples: Iterator[tuple[int, Any]], positions: range | np.ndarray) -> Iterator[tuple[int, Any]]:
+def _pick(samples: Iterator[tuple[int, Any]], positions: range | np.ndarray) -> Iterator[tuple[int, Any]]:
     wanted = iter(positions)
     target = next(wanted, None)
     for position, sample in samples:

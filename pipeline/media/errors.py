@@ -1,4 +1,4 @@
-"""Errors of media files, and what can be told about a file before any decoder sees it."""
+"""Errors of media files, and checks of a file's first bytes and structure without a decoder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REASONS = (
     "too_few_frames",
 )
 
-#: Larger pictures are refused: a few bytes can promise gigabytes of pixels. The same bound as Pillow's warning.
+#: Larger images are refused: a few bytes can promise gigabytes of pixels. The limit is that of Pillow's warning.
 MAX_PIXELS = 89_478_485
 
-#: First bytes of containers; a file that starts so is a damaged video rather than something else.
+#: First bytes of containers; a file that starts with them is a damaged video rather than something else.
 _CONTAINERS = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV\x01", b"OggS", b"GIF8", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
@@ -42,14 +42,14 @@ class MediaError(Exception):
 
 
 def _rebuild(reason: str, line: str) -> MediaError:
-    """A MediaError that has crossed a process boundary."""
+    """Make a MediaError again after pickling."""
     error = MediaError(reason, "", "")
     error.args = (line,)
     return error
 
 
 def check_file(path: str | Path) -> Path:
-    """``path``, if it is a file with something in it.
+    """Return ``path`` if it is a regular file that is not empty.
 
     Raises:
         MediaError: missing_file, empty_file, or not_media for a folder.
@@ -70,7 +70,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def diagnose_open_error(path: Path) -> MediaError:
-    """Why a file that no decoder could open is broken, judged from its bytes: not_media, truncated or corrupt."""
+    """Judge from its bytes why no decoder could open a file: not_media, truncated or corrupt."""
     with open(path, "rb") as file:
         head = file.read(16)
         if head[4:8] in _BOXES:
@@ -84,14 +84,14 @@ def diagnose_open_error(path: Path) -> MediaError:
 
 
 def is_truncated(path: Path) -> bool:
-    """Whether an MP4, Matroska or AVI file is shorter than its own structure says; False where it does not say."""
+    """Return whether an MP4, Matroska or AVI file is shorter than its structure states; False if it states nothing."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         head = file.read(64)
         if head[4:8] in _BOXES:
             return any(end > size and kind in (b"mdat", b"moov", b"moof") for kind, end in _boxes(file))
-        if head.startswith(b"RIFF"):  # the first of several where the file is large
+        if head.startswith(b"RIFF"):  # large files have several; this is the first
             return 8 + int.from_bytes(head[4:8], "little") > size
         if head.startswith(b"\x1aE\xdf\xa3"):
             return _segment_end(head) > size
@@ -99,40 +99,41 @@ def is_truncated(path: Path) -> bool:
 
 
 def _has_index(file: BinaryIO) -> bool:
-    """Whether a whole moov box stands among the top-level boxes of an MP4."""
+    """Return whether the top-level boxes of an MP4 include a complete moov box."""
     size = file.seek(0, 2)
     return any(kind == b"moov" and end <= size for kind, end in _boxes(file))
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Type and end of the top-level boxes of an MP4 (ISO/IEC 14496-12, section 4.2), to the first that is cut."""
+    """Yield type and end of an MP4's top-level boxes (ISO/IEC 14496-12, section 4.2), up to the first truncated one."""
     total = file.seek(0, 2)
-    place = 0
-    while place + 8 <= total:
-        file.seek(place)
+    offset = 0
+    while offset + 8 <= total:
+        file.seek(offset)
         size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
         if size == 1:  # a 64-bit size follows
             size = int.from_bytes(file.read(8), "big")
         elif size == 0:  # up to the end of the file
-            size = total - place
+            size = total - offset
         if size < 8:
             return
-        place += size
-        yield kind, place
+        offset += size
+        yield kind, offset
 
 
 def _segment_end(head: bytes) -> int:
-    """Where the Segment of a Matroska file ends, of its first bytes (RFC 8794, section 6.2); 0 if it does not say."""
-    place, size = _element_size(head, 4)
-    place += size  # past the EBML header
-    if head[place : place + 4] != b"\x18S\x80g":
+    """Return the offset at which a Matroska file's Segment ends (RFC 8794, section 6.2), or 0 if it is not stated."""
+    offset, size = _element_size(head, 4)
+    offset += size  # skip the EBML header
+    if head[offset : offset + 4] != b"\x18S\x80g":
         return 0
-    place, size = _element_size(head, place + 4)
-    return place + size if size else 0
+    offset, size = _element_size(head, offset + 4)
+    return offset + size if size else 0
 
 
-def _element_size(data: bytes, place: int) -> tuple[int, int]:
-    """The end of a size field at ``place``, and the size; 0 where it is not known."""
-    length = 9 - data[place].bit_length() if place < len(data) and data[place] else 1
-    value = int.from_bytes(data[place : place + length], "big") & (1 << 7 * length) - 1
-    return place + length, 0 if value == (1 << 7 * length) - 1 else value
+def _element_size(data: bytes, offset: int) -> tuple[int, int]:
+    """Return the end of the size field at ``offset``, and the size; 0 if it is unknown."""
+    # the leading zeros of the first byte tell the length of the field, and 7 bits of each byte are the value
+    length = 9 - data[offset].bit_length() if offset < len(data) and data[offset] else 1
+    value = int.from_bytes(data[offset : offset + length], "big") & (1 << 7 * length) - 1
+    return offset + length, 0 if value == (1 << 7 * length) - 1 else value  # all ones: unknown

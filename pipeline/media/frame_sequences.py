@@ -1,4 +1,4 @@
-"""Frames by number out of GIFs, at 1 frame a second, and folders of pictures, at 1 or, for TVQA, 3."""
+"""Read frames by number from GIFs, at 1 frame per second, and from folders of images, at 1 or, for TVQA, 3."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file
 from framestream.pipeline.media.image import read_image
 from framestream.pipeline.media.video import ResizeFn, VideoSource, identity
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  #: of the files of a folder, which are frames
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  #: of the files of a folder that are frames
 
 
-def open_gif(path: str | Path, shrink: ResizeFn = identity) -> VideoSource:
-    """Open a GIF as 1 frame a second, whatever its own delays; transparent places are black.
+def open_gif(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
+    """Open a GIF at 1 frame per second, whatever its own delays; transparent pixels become black.
 
-    A frame that covers a part of the picture is shown over those before it, as the file says.
+    A frame that covers a part of the image is drawn over the frames before it, as the file states.
 
     Raises:
         MediaError: the file is not a GIF, or no frame of it decodes.
@@ -39,22 +39,22 @@ def open_gif(path: str | Path, shrink: ResizeFn = identity) -> VideoSource:
         raise MediaError("unsupported", path, str(error)) from None
     except Exception as error:  # Pillow's decoders raise OSError, EOFError, ValueError, struct.error ...
         if not count:
-            raise _no_gif(path, error) from None
+            raise _gif_error(path, error) from None
         broken = True
 
-    def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
-        rest = set(wanted.tolist())
+    def decode_frames(numbers: np.ndarray) -> Iterator[np.ndarray]:
+        wanted = set(numbers.tolist())
         with Image.open(path, formats=("GIF",)) as gif:
-            for number, frame in zip(range(int(wanted[-1]) + 1), ImageSequence.Iterator(gif), strict=False):
-                if number in rest:
-                    frame = frame.convert("RGBA")
-                    shown = Image.alpha_composite(Image.new("RGBA", frame.size, "black"), frame)
-                    yield shrink(np.asarray(shown.convert("RGB")))
+            for number, frame in zip(range(int(numbers[-1]) + 1), ImageSequence.Iterator(gif), strict=False):
+                if number in wanted:
+                    rgba = frame.convert("RGBA")
+                    on_black = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+                    yield resize(np.asarray(on_black.convert("RGB")))
 
-    return VideoSource(np.arange(count, dtype=np.float64), 1.0, float(count), broken, pictures)
+    return VideoSource(np.arange(count, dtype=np.float64), 1.0, float(count), broken, decode_frames)
 
 
-def _no_gif(path: Path, error: Exception) -> MediaError:
+def _gif_error(path: Path, error: Exception) -> MediaError:
     with open(path, "rb") as file:
         if file.read(4) != b"GIF8":
             return MediaError("not_media", path, f"cannot be read as a GIF ({error})")
@@ -63,27 +63,27 @@ def _no_gif(path: Path, error: Exception) -> MediaError:
 
 
 def trailing_number(name: str) -> int:
-    """What orders the files of a folder: the last number in a name, -1 where there is none."""
+    """Return the last number in a file's name, by which a folder is sorted; -1 if there is none."""
     numbers = re.findall(r"\d+", Path(name).stem)
     return int(numbers[-1]) if numbers else -1
 
 
 def open_folder(
-    path: str | Path, shrink: ResizeFn = identity, order: Callable[[str], int] = trailing_number, name: str = ""
+    path: str | Path, resize: ResizeFn = identity, order: Callable[[str], int] = trailing_number, name: str = ""
 ) -> VideoSource:
-    """Open a folder of jpg, jpeg and png frames, ordered by what ``order`` makes of their names, then by name.
+    """Open a folder of jpg, jpeg and png frames, sorted by ``order`` of their names, then by name.
 
-    Numbers order the frames and do not time them: a gap in the numbers is no gap in time. There are 3 frames a second
-    if ``name`` (``path``, if it is empty) contains tvqa.
+    Numbers give the order of the frames, not their times: a gap in the numbers is not a gap in time. There are 3 frames
+    per second if ``name`` (or ``path``, if it is empty) contains tvqa.
 
     Raises:
-        MediaError: no such folder, or no pictures in it. ``pictures`` raises it for a broken picture.
+        MediaError: the folder does not exist or has no images. ``decode_frames`` raises it for a broken image.
     """
     path = Path(path)
     try:
         names = sorted(item.name for item in path.iterdir() if item.suffix.lower() in IMAGE_EXTENSIONS)
     except NotADirectoryError:
-        raise MediaError("not_media", path, "is no folder of frames; videos need the reader decord") from None
+        raise MediaError("not_media", path, "is not a folder of frames; use the reader decord for videos") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise MediaError("missing_file", path, f"the folder of frames cannot be read ({text})") from None
@@ -92,7 +92,7 @@ def open_folder(
     names.sort(key=order)
     fps = 3.0 if "tvqa" in (name or str(path)) else 1.0
 
-    def pictures(wanted: np.ndarray) -> Iterator[np.ndarray]:
-        return (shrink(np.asarray(read_image(path / names[number]))) for number in wanted.tolist())
+    def decode_frames(numbers: np.ndarray) -> Iterator[np.ndarray]:
+        return (resize(np.asarray(read_image(path / names[number]))) for number in numbers.tolist())
 
-    return VideoSource(np.arange(len(names)) / fps, fps, len(names) / fps, False, pictures)
+    return VideoSource(np.arange(len(names)) / fps, fps, len(names) / fps, False, decode_frames)

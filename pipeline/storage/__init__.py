@@ -1,4 +1,4 @@
-"""Where the bytes of a shard root come from: a local folder, a web server, a bucket or the hub.
+"""Read the files of a shard root from a local folder, a web server, a bucket or the Hugging Face hub.
 
 index = Index.open("https://host/shards/stage2")
 first, second = index.storage.read(index.shard(0), [(1536, 18000), (900000, 17500)])
@@ -16,13 +16,15 @@ from framestream.pipeline.storage.remote import RemoteStorage
 __all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
 
 
-def open_storage(root: str | os.PathLike, reading: ReadOptions | None = None) -> Storage:
-    """The storage of ``root``: a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH`` or
+def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = None) -> Storage:
+    """Open the storage of ``root``.
+
+    The root is a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH`` or
     ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
 
     Raises:
-        ValueError: an address of none of these forms, or the extra that reads it is not installed.
+        ValueError: the address has another form, or the extra that reads it is not installed.
         OSError: the hub does not have the repository, or cannot be reached.
     """
-    reading = reading or ReadOptions()
-    return RemoteStorage(open_resolver(str(root), reading), reading) if is_remote(root) else LocalStorage(root)
+    options = options or ReadOptions()
+    return RemoteStorage(open_resolver(str(root), options), options) if is_remote(root) else LocalStorage(root)

@@ -1,4 +1,4 @@
-"""Addresses of the files of remote roots; those of web servers are here."""
+"""Resolve the files of a remote root to the addresses from which they are read."""
 
 from __future__ import annotations
 
@@ -14,42 +14,48 @@ FORMS = "https://HOST/PATH, http://HOST/PATH, s3://BUCKET/PATH or hf://datasets/
 
 
 class AddressResolver(Protocol):
-    """A remote root."""
+    """A remote root whose files can be read over HTTP."""
 
-    shown: str  #: the root for messages, without a password
+    @property
+    def display_url(self) -> str:
+        """The root for messages, without a password."""
 
     def address(self, name: str) -> Address:
-        """Where the file ``name`` is read."""
+        """Return where the file ``name``, a path below the root, is read.
+
+        Raises:
+            OSError: the address cannot be determined, such as for expired credentials.
+        """
 
 
-def is_remote(root: str | os.PathLike) -> bool:
-    """Whether ``root`` is an address rather than a folder."""
+def is_remote(root: str | os.PathLike[str]) -> bool:
+    """Return whether ``root`` is an address rather than a folder."""
     return isinstance(root, str) and "://" in root
 
 
-def open_resolver(root: str, reading: ReadOptions) -> AddressResolver:
-    """The remote root at an address of one of the forms above.
+def open_resolver(root: str, options: ReadOptions) -> AddressResolver:
+    """Open the remote root at an address of one of the :data:`FORMS`.
 
     Raises:
-        ValueError: another form, or the extra that reads it is not installed.
+        ValueError: the address has another form, or the extra that reads it is not installed.
         OSError: the hub does not have the repository, or cannot be reached.
     """
-    kind = root.partition("://")[0]
-    if kind in ("http", "https"):
+    scheme = root.partition("://")[0]
+    if scheme in ("http", "https"):
         return WebAddresses(root)
-    if kind == "s3":
+    if scheme == "s3":
         from framestream.pipeline.storage.s3 import S3Addresses
 
         return S3Addresses(root)
-    if kind == "hf":
+    if scheme == "hf":
         from framestream.pipeline.storage.hub import HubAddresses  # huggingface_hub takes a while to import
 
-        return HubAddresses(root, reading)
+        return HubAddresses(root, options)
     raise ValueError(f"{root}: not {FORMS}")
 
 
 class WebAddresses:
-    """``https://HOST/PATH``, with ``USER:PASSWORD@`` before the host where the server wants them."""
+    """``https://HOST/PATH``, with ``USER:PASSWORD@`` before the host if the server requires a login."""
 
     def __init__(self, root: str) -> None:
         parts = urlsplit(root.rstrip("/"))
@@ -57,8 +63,8 @@ class WebAddresses:
             raise ValueError(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}: not {FORMS}")
         login = basic_login(parts)
         self._headers = {"Authorization": login} if login else {}
-        self.shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        self.display_url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     def address(self, name: str) -> Address:
-        url = f"{self.shown}/{quote(name)}"
+        url = f"{self.display_url}/{quote(name)}"
         return Address(url, url, self._headers)

@@ -1,9 +1,10 @@
-"""Ranges of remote files kept on the local disk, shared by all processes of a machine, within a bound.
+"""Cache ranges of remote files on the local disk, shared by all processes of a machine, up to a limit.
 
-``FOLDER/AB/CDEF...`` is a CRC-32 and the bytes of one read. It takes its name by a rename under a lock (flock), which
-ends with the process that holds it. ``FOLDER/total`` counts the bytes of all files and is raised before one appears, so
-that a process killed at any moment leaves a count that is right or too high. When the bound is reached the files used
-least recently go, and the count is made anew. Nothing waits for the cache: without the lock a read is not kept.
+``FOLDER/AB/CDEF...`` contains a CRC-32 and the bytes of one read. A file gets its name by a rename under a lock
+(flock), which the system releases if the process ends. ``FOLDER/total`` counts the bytes of all files. It is raised
+before a file appears, so a process killed at any time leaves a count that is right or too high. At the limit, the least
+recently used files are deleted and the rest is counted again. Nothing waits for the cache: a read that does not get the
+lock is not cached.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-KEPT = 0.8  #: share of the bound that is left when the oldest files go
-PATIENCE = 0.05  #: seconds to wait for the lock
+EVICT_TO = 0.8  #: share of the limit that remains after the oldest files are deleted
+LOCK_TIMEOUT = 0.05  #: seconds to wait for the lock
 CRC_BYTES = 4
 
 
 class RangeCache:
-    """Bytes by key; threads and processes share one folder.
+    """Cache bytes by key in a folder that threads and processes share.
 
     Args:
-        bound: bytes of all files together.
+        limit: bytes of all files together.
     """
 
-    def __init__(self, folder: Path, bound: int) -> None:
-        self._folder, self._bound = folder, bound
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
         self._warned = False
 
     def get(self, key: str) -> memoryview | None:
-        """What was kept under ``key``, or None."""
+        """Return the bytes cached under ``key``, or None."""
         path = self._path(key)
         try:
             data = memoryview(path.read_bytes())
@@ -43,15 +44,15 @@ class RangeCache:
         except OSError:
             return None
         check = int.from_bytes(data[:CRC_BYTES], "little")
-        if len(data) < CRC_BYTES or check != zlib.crc32(data[CRC_BYTES:]):  # after a power cut, or of a bad disk
+        if len(data) < CRC_BYTES or check != zlib.crc32(data[CRC_BYTES:]):  # after a power cut, or on a bad disk
             path.unlink(missing_ok=True)
             return None
         return data[CRC_BYTES:]
 
     def put(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Keep the bytes of ``parts``, one after the other, unless others hold the lock or they are too many."""
+        """Cache the concatenated ``parts``, unless another thread has the lock or they exceed the limit."""
         size = CRC_BYTES + sum(len(part) for part in parts)
-        if size > self._bound:
+        if size > self._limit:
             return
         path = self._path(key)
         try:
@@ -63,7 +64,7 @@ class RangeCache:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"loader.cache: {self._folder}: {error.strerror}; reads are not kept", stacklevel=2)
+                warnings.warn(f"loader.cache: {self._folder}: {error.strerror}; reads are not cached", stacklevel=2)
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -71,35 +72,35 @@ class RangeCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Whether the lock was had; it excludes threads too, since each opens the file anew."""
+        """Yield whether the lock was acquired; it also excludes threads, because each opens the file itself."""
         descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            until = time.monotonic() + PATIENCE
-            while not (had := _try_lock(descriptor)) and time.monotonic() < until:
+            give_up_at = time.monotonic() + LOCK_TIMEOUT
+            while not (acquired := _try_lock(descriptor)) and time.monotonic() < give_up_at:
                 time.sleep(0.001)
-            yield had
+            yield acquired
         finally:
             os.close(descriptor)
 
     def _reserve(self, size: int) -> None:
-        """Count ``size`` more bytes, and make room for them."""
+        """Count ``size`` more bytes, and delete old files if needed."""
         try:
             total = int((self._folder / "total").read_bytes())
         except (FileNotFoundError, ValueError):
-            total = self._evict(self._bound - size)
-        if total + size > self._bound:
-            total = self._evict(min(int(self._bound * KEPT), self._bound - size))
+            total = self._evict(self._limit - size)
+        if total + size > self._limit:
+            total = self._evict(min(int(self._limit * EVICT_TO), self._limit - size))
         (self._folder / "total").write_bytes(b"%d" % (total + size))
 
-    def _evict(self, bound: int) -> int:
-        """Bytes of all files, after the oldest are removed until they are at most ``bound``."""
+    def _evict(self, limit: int) -> int:
+        """Delete the oldest files until the rest has at most ``limit`` bytes, and return its bytes."""
         files = []
         for folder in os.scandir(self._folder):
             if folder.is_dir(follow_symlinks=False):
                 files += [(stat.st_mtime_ns, stat.st_size, path) for path, stat in _files(folder.path)]
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
-            if total <= bound:
+            if total <= limit:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -107,7 +108,7 @@ class RangeCache:
         return total
 
     def _write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
-        temporary = self._folder / "writing"  # one name, so that the process that follows a killed one takes it over
+        temporary = self._folder / "writing"  # a fixed name, so that the file of a killed process is overwritten
         check = 0
         for part in parts:
             check = zlib.crc32(part, check)

@@ -1,7 +1,7 @@
-"""Ranges of a file to requests: near ones in one, so that a request's cost is paid once, none much larger than needed.
+"""Merge nearby ranges of a file into one request, so that its cost is paid once, and slice the ranges out again.
 
-GAP is where both ways cost the same (``benchmarks/loading/remote.py``, docs/performance.md): what a request costs beyond its
-bytes against bytes that nobody asked for.
+GAP is where both ways cost the same: the fixed cost of a request against bytes that nobody needs
+(``benchmarks/loading/remote.py``, docs/performance.md).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GAP = 64 << 10  #: bytes that are read for nothing to save a request
-LARGEST = 1 << 20  #: bytes of a request of several ranges, so that long reads come over several connections
+GAP = 64 << 10  #: unneeded bytes that are read to save a request
+LARGEST = 1 << 20  #: bytes of a request of several ranges, so that long reads use several connections
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class RangeRequest:
 
 
 def coalesce(ranges: Sequence[tuple[int, int]]) -> list[RangeRequest]:
-    """Requests, ascending, such that each range (offset, size) lies whole in one."""
+    """Return ascending requests such that each range (offset, size) lies within one of them."""
     requests: list[RangeRequest] = []
     for offset, size in sorted(set(ranges)):
         last = requests[-1] if requests else None
@@ -39,13 +39,13 @@ def coalesce(ranges: Sequence[tuple[int, int]]) -> list[RangeRequest]:
 def slice_ranges(
     ranges: Sequence[tuple[int, int]], requests: Sequence[RangeRequest], data: Sequence[bytes | memoryview]
 ) -> list[memoryview]:
-    """The bytes of each range out of those of :func:`coalesce`'s requests; views, not copies."""
+    """Return the bytes of each range as views of ``data``, the responses to the requests of :func:`coalesce`."""
     starts = [request.offset for request in requests]
     found = []
     for offset, size in ranges:
-        place = bisect_right(starts, offset) - 1
-        while offset + size > starts[place] + requests[place].size:  # of overlapping requests an earlier one holds it
-            place -= 1
-        at = offset - starts[place]
-        found.append(memoryview(data[place])[at : at + size])
+        number = bisect_right(starts, offset) - 1
+        while offset + size > starts[number] + requests[number].size:  # requests may overlap: an earlier one has it
+            number -= 1
+        begin = offset - starts[number]
+        found.append(memoryview(data[number])[begin : begin + size])
     return found

@@ -1,7 +1,7 @@
-"""Connections that are kept open, and an end to every request, whatever the server does.
+"""Keep HTTP connections open, and end every request at its deadline.
 
-They are those of ``http.client``, because reading frames is thousands of small requests and it spends the least
-processor time on each (docs/performance.md). The proxies are those of the environment.
+The connections are those of ``http.client``: reading frames means thousands of small requests, and it takes the least
+processor time for each (docs/performance.md). Proxies are read from the environment.
 """
 
 from __future__ import annotations
@@ -19,56 +19,56 @@ from functools import cache
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
-STALL = 0.25  #: share of the time limit for which a request may wait for a byte, so that others can follow it
+IDLE_SHARE = 0.25  #: share of the time limit for which a request may wait for a byte, so that retries have time
 
 
 class Deadline:
-    """Time for one read, shared by its requests; when it is over, they end wherever they stand."""
+    """Time limit of one read, shared by its requests; :meth:`cancel` ends those that still run."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
-        self._over = threading.Event()
-        self._busy: set[http.client.HTTPConnection] = set()
+        self.seconds, self.expires_at = seconds, time.monotonic() + seconds
+        self._cancelled = threading.Event()
+        self._active: set[http.client.HTTPConnection] = set()
 
     @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.deadline - time.monotonic()
+    def remaining(self) -> float:
+        """Seconds left; negative after the deadline."""
+        return self.expires_at - time.monotonic()
 
-    def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than the time that is left."""
-        self._over.wait(max(min(seconds, self.left), 0))
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but not past the deadline, nor after :meth:`cancel`."""
+        self._cancelled.wait(max(min(seconds, self.remaining), 0))
 
-    def stall(self) -> float:
-        """Seconds that a request may wait for a byte.
+    def idle_timeout(self) -> float:
+        """Return the seconds for which a request may wait for a byte.
 
         Raises:
-            TimeoutError: the time is over.
+            TimeoutError: the deadline has passed.
         """
-        if self._over.is_set() or self.left <= 0:
-            raise TimeoutError(self.late())
-        return min(self.seconds * STALL, self.left)
+        if self._cancelled.is_set() or self.remaining <= 0:
+            raise TimeoutError(self.timeout_message())
+        return min(self.seconds * IDLE_SHARE, self.remaining)
 
-    def late(self) -> str:
-        """What to say when the time is over."""
+    def timeout_message(self) -> str:
+        """Return the text for errors after the deadline."""
         return f"took longer than loader.read_timeout ({self.seconds:g} s)"
 
-    def end(self) -> None:
-        """Break off what still runs; nothing else happens to a read that has ended."""
-        self._over.set()
-        for connection in list(self._busy):
+    def cancel(self) -> None:
+        """Abort the requests that still run, and refuse new ones."""
+        self._cancelled.set()
+        for connection in list(self._active):
             if (sock := connection.sock) is not None:
-                with contextlib.suppress(OSError):  # gone already
+                with contextlib.suppress(OSError):  # closed meanwhile
                     sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
-    def on(self, connection: http.client.HTTPConnection) -> Iterator[None]:
-        """A request runs on ``connection``."""
-        self._busy.add(connection)
+    def track(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """Let :meth:`cancel` abort what runs on ``connection`` within the block."""
+        self._active.add(connection)
         try:
             yield
         finally:
-            self._busy.discard(connection)
+            self._active.discard(connection)
 
 
 class ConnectionPool:
@@ -78,25 +78,25 @@ class ConnectionPool:
         self._idle: dict[tuple[str, str], deque[http.client.HTTPConnection]] = {}
 
     @contextlib.contextmanager
-    def get(self, url: str, headers: Mapping[str, str], ticket: Deadline) -> Iterator[http.client.HTTPResponse]:
-        """The answer to GET, its body unread; a connection whose answer was read whole is kept.
+    def request(self, url: str, headers: Mapping[str, str], deadline: Deadline) -> Iterator[http.client.HTTPResponse]:
+        """Send GET and yield the response with its body unread; the connection is reused if the body is read fully.
 
         Raises:
-            OSError, http.client.HTTPException: no answer.
+            OSError, http.client.HTTPException: there was no response.
         """
         parts = urlsplit(url)
         idle = self._idle.setdefault((parts.scheme, parts.netloc), deque())
         while True:
             try:
-                connection, used = idle.pop(), True
+                connection, is_reused = idle.pop(), True
             except IndexError:
-                connection, used = _connection(parts), False
-            with ticket.on(connection):
+                connection, is_reused = _make_connection(parts), False
+            with deadline.track(connection):
                 try:
-                    response = _ask(connection, parts, headers, ticket)
-                except ConnectionError:  # of one that was kept, most likely because the server keeps none so long
+                    response = _send(connection, parts, headers, deadline)
+                except ConnectionError:
                     connection.close()
-                    if used:
+                    if is_reused:  # most likely closed by the server while it was idle
                         continue
                     raise
                 except BaseException:
@@ -113,39 +113,51 @@ class ConnectionPool:
                 return
 
 
-def _ask(
-    connection: http.client.HTTPConnection, parts: SplitResult, headers: Mapping[str, str], ticket: Deadline
+def _send(
+    connection: http.client.HTTPConnection, parts: SplitResult, headers: Mapping[str, str], deadline: Deadline
 ) -> http.client.HTTPResponse:
-    connection.timeout = ticket.stall()
+    connection.timeout = deadline.idle_timeout()
     if connection.sock is not None:
         connection.sock.settimeout(connection.timeout)
-    proxied = getattr(connection, "proxy_headers", None)
-    server = (parts.scheme, parts.netloc) if proxied is not None else ("", "")  # a proxy is told the whole address
+    server = ("", "")
+    if isinstance(connection, _ProxiedConnection):
+        server = (parts.scheme, parts.netloc)  # a proxy needs the complete address
+        headers = {**headers, **connection.login}
     target = urlunsplit((*server, parts.path or "/", parts.query, ""))
-    connection.request("GET", target, headers={**headers, **(proxied or {})})
+    connection.request("GET", target, headers=headers)
     return connection.getresponse()
 
 
-def _connection(parts: SplitResult) -> http.client.HTTPConnection:
-    """A connection to a server, which is made when it is first used."""
+class _ProxiedConnection(http.client.HTTPConnection):
+    """A plain connection to a proxy, which passes requests for http addresses on."""
+
+    login: Mapping[str, str] = {}  #: header fields for the proxy
+
+
+def _make_connection(parts: SplitResult) -> http.client.HTTPConnection:
+    """Make a connection to a server; it is opened when it is first used."""
+    host = parts.hostname or ""
     proxy = getproxies().get(parts.scheme) or getproxies().get("all")
     secure = parts.scheme == "https"
-    if not proxy or proxy_bypass(parts.hostname):
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        return kind(parts.hostname, parts.port, **({"context": _tls()} if secure else {}))
-    through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    login = basic_login(through)
+    if not proxy or proxy_bypass(host):
+        if secure:
+            return http.client.HTTPSConnection(host, parts.port, context=_tls())
+        return http.client.HTTPConnection(host, parts.port)
+    proxy_parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    proxy_host, proxy_port = proxy_parts.hostname or "", proxy_parts.port or 80
+    login = basic_login(proxy_parts)
+    proxy_headers = {"Proxy-Authorization": login} if login else {}
     if not secure:
-        connection = http.client.HTTPConnection(through.hostname, through.port or 80)
-        connection.proxy_headers = {"Proxy-Authorization": login} if login else {}
-        return connection
-    connection = http.client.HTTPSConnection(through.hostname, through.port or 80, context=_tls())
-    connection.set_tunnel(parts.hostname, parts.port or 443, {"Proxy-Authorization": login} if login else {})
-    return connection
+        plain = _ProxiedConnection(proxy_host, proxy_port)
+        plain.login = proxy_headers
+        return plain
+    tunnel = http.client.HTTPSConnection(proxy_host, proxy_port, context=_tls())
+    tunnel.set_tunnel(host, parts.port or 443, proxy_headers)
+    return tunnel
 
 
 def basic_login(parts: SplitResult) -> str:
-    """The header of an address with a user and a password, else empty."""
+    """Return the Authorization header of an address with user and password, or an empty string."""
     if parts.username is None:
         return ""
     pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"

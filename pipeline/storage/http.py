@@ -1,12 +1,11 @@
-"""Ranged reads over HTTP (RFC 9110, sections 14 and 15): redirects, refusals, and trying again.
+"""Ranged reads over HTTP (RFC 9110, sections 14 and 15): redirects, refusals and retries.
 
-Redirects stay within http and https, never fall back from https to http, and take a login to no other server.
+Redirects stay within http and https, never go from https to http, and never send a login to another server.
 """
 
 from __future__ import annotations
 
 import http.client
-import random
 import ssl
 import time
 from collections.abc import Mapping
@@ -15,15 +14,23 @@ from http import HTTPStatus
 from urllib.parse import urljoin, urlsplit
 
 from framestream.pipeline.storage.connections import ConnectionPool, Deadline
-from framestream.pipeline.storage.headers import UNKNOWN, content_total, parse_int, range_start, retry_after
+from framestream.pipeline.storage.headers import (
+    UNKNOWN,
+    Headers,
+    content_total,
+    parse_int,
+    range_start,
+    retry_after,
+)
+from framestream.pipeline.utils.retry import TransientError, backoff, call_with_retries
 
-REDIRECTS = 10  #: followed one after another
+MAX_REDIRECTS = 10  #: followed one after another
 REDIRECTING = (301, 302, 303, 307, 308)
-KEPT_REDIRECT = 600.0  #: seconds for which reads of a file go straight to where it was found
-KEPT_REDIRECTS = 10_000  #: files
-BACKOFF = 0.25  #: seconds; the wait before retry n is drawn evenly from 0 to BACKOFF * 2**n
-LONGEST_BACKOFF = 10.0  #: seconds
-REFUSALS = 2  #: retries of 403, which means no, but is how some servers say that they are busy
+REDIRECT_LIFETIME = 600.0  #: seconds for which reads of a file go directly to the target of its redirect
+REDIRECT_CACHE_SIZE = 10_000  #: files
+BACKOFF = 0.25  #: seconds; the wait before retry n is drawn uniformly from 0 to BACKOFF * 2**n
+MAX_BACKOFF = 10.0  #: seconds
+FORBIDDEN_RETRIES = 2  #: retries of 403, which some busy servers send instead of 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,157 +38,172 @@ class Address:
     """Where a file is read."""
 
     url: str
-    shown: str  #: the same for messages: no password, no signature
+    display_url: str  #: the same for messages, without password or signature
     headers: Mapping[str, str] = field(default_factory=dict)  #: sent to the server of ``url`` and to no other
-    login: str = ""  #: what to do about a refusal, for messages
+    login_hint: str = ""  #: for messages: what to do if the server refuses
 
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """A range of a file, as it came."""
+    """A range of a file, as received."""
 
     data: bytes
-    total: int  #: bytes of the whole file
-    identity: str  #: ETag or date: another text where the file is another
+    total: int  #: bytes of the complete file
+    identity: str  #: ETag or modification date; differs if the file has changed
 
 
-class RetryableError(Exception):
-    """A failure that may pass.
+class TransientReadError(TransientError):
+    """A failed request that may succeed later.
 
     Args:
-        error: what it becomes when no tries are left; its text follows the file's name.
-        wait: seconds that the server asks for.
+        error: the exception raised when no tries are left; its message begins with the file's address.
+        wait: seconds that the server asks to wait.
         retries: fewer retries than allowed otherwise.
     """
 
     def __init__(self, error: type[OSError], message: str, wait: float = 0.0, retries: int | None = None) -> None:
-        super().__init__(message)
-        self.error, self.wait, self.retries = error, wait, retries
+        super().__init__(message, wait, retries)
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadRetries:
+    """The retry policy of one request (see :class:`framestream.pipeline.utils.retry.RetryPolicy`)."""
+
+    address: Address
+    deadline: Deadline
+    retries: int
+
+    def remaining(self) -> float:
+        return self.deadline.remaining
+
+    def delay(self, failure: TransientReadError, tries: int) -> float:
+        return failure.wait + backoff(BACKOFF, MAX_BACKOFF, tries)
+
+    def sleep(self, seconds: float) -> None:
+        self.deadline.sleep(seconds)
+
+    def final_error(self, failure: TransientReadError, tries: int, delay: float | None) -> OSError:
+        late = "" if delay is None else f"; another one {self.deadline.timeout_message()}"
+        return failure.error(f"{self.address.display_url}: {failure} (try {tries}{late})")
 
 
 class RangeClient:
-    """Requests of one process; threads share it."""
+    """The requests of one process; threads share it."""
 
     def __init__(self) -> None:
         self._connections = ConnectionPool()
-        self._moved: dict[str, tuple[str, float]] = {}  # where addresses redirected to, and until when that counts
+        self._redirects: dict[str, tuple[str, float]] = {}  # address -> (target, until when the target is used)
 
-    def fetch(self, address: Address, offset: int, size: int, ticket: Deadline, retries: int) -> RangeResponse:
-        """The bytes of a file from ``offset``: ``size`` of them, or fewer where the file ends before.
+    def fetch(self, address: Address, offset: int, size: int, deadline: Deadline, retries: int) -> RangeResponse:
+        """Read ``size`` bytes of a file from ``offset``, or fewer if the file ends before.
 
         Raises:
             FileNotFoundError, PermissionError, TimeoutError, ConnectionError: one line that names the file.
-            ValueError: the server cannot send ranges, or answers with something else that no retry changes.
+            ValueError: the server cannot send ranges, or gives another answer that no retry changes.
         """
-        tries = 0
-        while True:
-            try:
-                return self._attempt(address, offset, size, ticket)
-            except RetryableError as again:
-                tries += 1
-                allowed = retries if again.retries is None else min(retries, again.retries)
-                wait = again.wait + random.uniform(0, min(BACKOFF * 2**tries, LONGEST_BACKOFF))
-                if tries > allowed:
-                    raise again.error(f"{address.shown}: {again} (try {tries})") from None
-                if wait >= ticket.left:
-                    raise again.error(f"{address.shown}: {again} (try {tries}; another one {ticket.late()})") from None
-            ticket.wait(wait)
+        policy = _ReadRetries(address, deadline, retries)
+        return call_with_retries(lambda: self._attempt(address, offset, size, deadline), TransientReadError, policy)
 
-    def _attempt(self, address: Address, offset: int, size: int, ticket: Deadline) -> RangeResponse:
-        """One try, through redirects."""
+    def _attempt(self, address: Address, offset: int, size: int, deadline: Deadline) -> RangeResponse:
+        """Try once, following redirects."""
         wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
-        target, until = self._moved.get(address.url, ("", 0.0))
-        known = time.monotonic() < until
-        target = target if known else address.url
-        for _ in range(REDIRECTS + 1):
+        target, until = self._redirects.get(address.url, ("", 0.0))
+        is_cached = time.monotonic() < until
+        target = target if is_cached else address.url
+        for _ in range(MAX_REDIRECTS + 1):
             own = address.headers if _same_server(target, address.url) else {}
+            headers = {"User-Agent": "framestream", **wanted, **own}
             try:
-                with self._connections.get(target, {"User-Agent": "framestream", **wanted, **own}, ticket) as response:
+                with self._connections.request(target, headers, deadline) as response:
                     if response.status in REDIRECTING and "location" in response.headers:
-                        target = _redirected(target, response.headers["location"])
-                    elif known and response.status not in (206, 416):  # most likely no longer valid
-                        self._moved.pop(address.url, None)
-                        target, known = address.url, False
+                        target = _redirect_target(target, response.headers["location"])
+                    elif is_cached and response.status not in (206, 416):  # most likely expired
+                        self._redirects.pop(address.url, None)
+                        target, is_cached = address.url, False
                     else:
-                        part = _part(address, response, offset, size)
-                        if target != address.url and not known:
-                            if len(self._moved) >= KEPT_REDIRECTS:
-                                self._moved.clear()
-                            self._moved[address.url] = target, time.monotonic() + KEPT_REDIRECT
+                        part = _read_range(address, response, offset, size)
+                        if target != address.url and not is_cached:
+                            self._cache_redirect(address.url, target)
                         return part
             except (OSError, http.client.HTTPException) as error:
-                raise _passing(error, address, ticket) from None
-        raise ValueError(f"{address.shown}: the server redirects more than {REDIRECTS} times")
+                raise _connection_error(error, address, deadline) from None
+        raise ValueError(f"{address.display_url}: the server redirects more than {MAX_REDIRECTS} times")
+
+    def _cache_redirect(self, url: str, target: str) -> None:
+        if len(self._redirects) >= REDIRECT_CACHE_SIZE:
+            self._redirects.clear()
+        self._redirects[url] = target, time.monotonic() + REDIRECT_LIFETIME
 
 
-def _part(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> RangeResponse:
-    """The body of an answer, checked."""
+def _read_range(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> RangeResponse:
+    """Read and check the body of a response."""
     headers, status = response.headers, response.status
     identity = headers.get("etag", "") or headers.get("last-modified", "")
-    whole = content_total(headers)
-    if status == 416 and 0 <= whole <= offset:  # nothing lies there, as in an empty file
-        return RangeResponse(b"", whole, identity)
-    _check(address, status, headers)
+    total = content_total(headers)
+    if status == 416 and 0 <= total <= offset:  # the range begins at or after the end, as in an empty file
+        return RangeResponse(b"", total, identity)
+    _check_status(address, status, headers)
     if range_start(headers) != offset:
-        raise RetryableError(ConnectionError, f"the server sent another part than byte {offset}")
-    if whole == UNKNOWN:
-        raise ValueError(f"{address.shown}: the server does not tell how large the file is")
-    wanted = min(size, whole - offset)
+        raise TransientReadError(ConnectionError, f"the server sent another part than byte {offset}")
+    if total == UNKNOWN:
+        raise ValueError(f"{address.display_url}: the server does not state the size of the file")
+    wanted = min(size, total - offset)
     data = response.read(wanted)
     stated = parse_int(headers.get("content-length", ""))
     if len(data) != wanted or stated not in (UNKNOWN, wanted):
-        raise RetryableError(ConnectionError, f"the server sent {len(data)} of {wanted} bytes")
+        raise TransientReadError(ConnectionError, f"the server sent {len(data)} of {wanted} bytes")
     if not response.isclosed():
-        response.read(1)  # the end of a body in chunks
-    return RangeResponse(data, whole, identity)
+        response.read(1)  # consume the end of a chunked body, so that the connection can be used again
+    return RangeResponse(data, total, identity)
 
 
-def _check(address: Address, status: int, headers: Mapping[str, str]) -> None:
-    """Raise unless the answer holds a part of the file as it is stored."""
+def _check_status(address: Address, status: int, headers: Headers) -> None:
+    """Raise unless the response contains a part of the file as it is stored."""
     phrase = next((f" {known.phrase}" for known in HTTPStatus if known == status), "")
-    said = f"the server answered {status}{phrase}"
-    refused = f"{said}{address.login and '; '}{address.login}"
+    answer = f"the server answered {status}{phrase}"
+    refusal = f"{answer}{address.login_hint and '; '}{address.login_hint}"
     if status == 206:
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("", "identity"):
-            raise ValueError(f"{address.shown}: the server insists on sending it compressed ({encoding})")
+            raise ValueError(f"{address.display_url}: the server insists on sending it compressed ({encoding})")
         return
     if status == 200:
-        fix = "serve the root by one that can, such as nginx or a bucket, or copy it"
-        raise ValueError(f"{address.shown}: the server cannot send parts of a file; {fix}")
+        fix = "serve the root from one that can, such as nginx or a bucket, or copy it"
+        raise ValueError(f"{address.display_url}: the server cannot send parts of a file; {fix}")
     if region := headers.get("x-amz-bucket-region", "") if status in (301, 307, 400) else "":
-        raise ValueError(f"{address.shown}: the bucket is in region {region}; set AWS_REGION={region}")
+        raise ValueError(f"{address.display_url}: the bucket is in region {region}; set AWS_REGION={region}")
     if status in (404, 410):
-        raise RetryableError(FileNotFoundError, said, retries=0)
+        raise TransientReadError(FileNotFoundError, answer, retries=0)
     if status in (401, 402, 407, 451):
-        raise RetryableError(PermissionError, refused, retries=0)
+        raise TransientReadError(PermissionError, refusal, retries=0)
     if status == 403:
-        raise RetryableError(PermissionError, refused, retries=REFUSALS)
+        raise TransientReadError(PermissionError, refusal, retries=FORBIDDEN_RETRIES)
     if status in (408, 425, 429) or status >= 500:
-        raise RetryableError(ConnectionError, said, wait=retry_after(headers))
-    raise ValueError(f"{address.shown}: {said}")
+        raise TransientReadError(ConnectionError, answer, wait=retry_after(headers))
+    raise ValueError(f"{address.display_url}: {answer}")
 
 
-def _redirected(before: str, to: str) -> str:
-    """Where a redirect leads."""
-    target = urljoin(before, to)
-    schemes = urlsplit(before).scheme, urlsplit(target).scheme
+def _redirect_target(origin: str, location: str) -> str:
+    """Return the address to which a redirect leads."""
+    target = urljoin(origin, location)
+    schemes = urlsplit(origin).scheme, urlsplit(target).scheme
     if schemes[1] not in ("http", "https") or schemes == ("https", "http") or not urlsplit(target).hostname:
         message = f"the server redirects from {schemes[0]}: to {schemes[1] or 'nowhere'}:"
-        raise RetryableError(ConnectionError, message, retries=0)
+        raise TransientReadError(ConnectionError, message, retries=0)
     return target
 
 
-def _passing(error: OSError | http.client.HTTPException, address: Address, ticket: Deadline) -> Exception:
-    """A failed connection in one line that names no address, which could hold a password."""
-    if ticket.left <= 0:
-        return TimeoutError(f"{address.shown}: {ticket.late()}")
+def _connection_error(error: OSError | http.client.HTTPException, address: Address, deadline: Deadline) -> Exception:
+    """Describe a failed connection in one line without its address, which may contain a password."""
+    if deadline.remaining <= 0:
+        return TimeoutError(f"{address.display_url}: {deadline.timeout_message()}")
     if isinstance(error, TimeoutError):
-        return RetryableError(TimeoutError, "the server said nothing for too long")
+        return TransientReadError(TimeoutError, "the server sent nothing for too long")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return ConnectionError(f"{address.shown}: the server's certificate is not good ({error.verify_message})")
+        return ConnectionError(f"{address.display_url}: the server's certificate is not valid ({error.verify_message})")
     text = " ".join(str(error).split()) or type(error).__name__
-    return RetryableError(ConnectionError, f"the connection broke ({text})")
+    return TransientReadError(ConnectionError, f"the connection broke ({text})")
 
 
 def _same_server(a: str, b: str) -> bool:

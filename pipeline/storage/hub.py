@@ -1,6 +1,7 @@
-"""Data sets of the hub: ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
+"""Datasets of the Hugging Face hub: ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
 
-huggingface_hub gives the addresses, the login (HF_TOKEN or a saved one) and HF_ENDPOINT; files come by ranged requests.
+huggingface_hub provides the addresses, the login (HF_TOKEN or a saved one) and HF_ENDPOINT. Files are read by ranged
+requests.
 """
 
 from __future__ import annotations
@@ -15,38 +16,43 @@ from huggingface_hub.utils import build_hf_headers
 from framestream.pipeline.storage.base import ReadOptions
 from framestream.pipeline.storage.http import Address
 
-LOGIN = "accept the data set's terms on the hub and set HF_TOKEN"
+LOGIN = "accept the dataset's terms on the hub and set HF_TOKEN"
 
 
 class HubAddresses:
-    """``hf://datasets/OWNER/NAME[@REVISION]/PATH`` at the commit that the revision has when it is opened, with the
-    login and the endpoint of huggingface_hub."""
+    """``hf://datasets/OWNER/NAME[@REVISION]/PATH`` at the commit that the revision has when it is opened.
 
-    def __init__(self, root: str, reading: ReadOptions) -> None:
+    Login and endpoint are those of huggingface_hub.
+    """
+
+    def __init__(self, root: str, options: ReadOptions) -> None:
         found = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/\s]+))?(?:/(.*?))?/*", root, re.ASCII)
         if not found:
             raise ValueError(f"{root}: not hf://datasets/OWNER/NAME[@REVISION]/PATH (%2F for a / in the revision)")
-        self.shown, self._repository, self._folder = root.rstrip("/"), found[1], found[3] or ""
+        self.display_url, self._repository, self._folder = root.rstrip("/"), found[1], found[3] or ""
         self._headers = build_hf_headers(library_name="framestream")
-        self._commit = self._commit_of(unquote(found[2] or "main"), reading.timeout)
+        self._commit = self._commit_of(unquote(found[2] or "main"), options.timeout)
 
     def address(self, name: str) -> Address:
         path = f"{self._folder}/{name}" if self._folder else name
         url = hf_hub_url(self._repository, path, repo_type="dataset", revision=self._commit)
-        return Address(url, f"{self.shown}/{name}", self._headers, LOGIN)
+        return Address(url, f"{self.display_url}/{name}", self._headers, LOGIN)
 
     def _commit_of(self, revision: str, timeout: float) -> str:
         if re.fullmatch(r"[0-9a-f]{40}", revision):
             return revision
         try:
-            return HfApi().dataset_info(self._repository, revision=revision, timeout=timeout).sha
+            commit = HfApi().dataset_info(self._repository, revision=revision, timeout=timeout).sha
         except RevisionNotFoundError:
-            raise FileNotFoundError(f"{self.shown}: the data set has no revision {revision}") from None
+            raise FileNotFoundError(f"{self.display_url}: the dataset has no revision {revision}") from None
         except GatedRepoError:
-            raise PermissionError(f"{self.shown}: is gated; {LOGIN}") from None
+            raise PermissionError(f"{self.display_url}: is gated; {LOGIN}") from None
         except RepositoryNotFoundError:
-            raise FileNotFoundError(f"{self.shown}: no such data set, or it is private; {LOGIN}") from None
-        except Exception as error:  # of huggingface_hub or of the HTTP client below it, which has changed
+            raise FileNotFoundError(f"{self.display_url}: no such dataset, or it is private; {LOGIN}") from None
+        except Exception as error:  # huggingface_hub's errors depend on its HTTP client, which has changed
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-            raise ConnectionError(f"{self.shown}: the hub cannot be asked ({reason}); {fix}") from None
+            raise ConnectionError(f"{self.display_url}: the hub cannot be reached ({reason}); {fix}") from None
+        if commit is None:
+            raise ConnectionError(f"{self.display_url}: the hub does not state the commit of revision {revision}")
+        return commit

@@ -1,4 +1,4 @@
-"""Roots that are folders: ranges by ``pread`` from files that are kept open."""
+"""Read roots that are local folders: ranges by ``pread`` from files that stay open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from framestream.pipeline.storage.base import ShardRef
 
-OPEN_FILES = 128  #: files of a root that a process keeps open
+OPEN_FILES = 128  #: open files per root and process
 
 
 class LocalStorage:
@@ -17,7 +17,7 @@ class LocalStorage:
 
     remote = False
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._open: dict[str, _File] = {}
         self._lock = threading.Lock()
@@ -28,7 +28,9 @@ class LocalStorage:
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         file = self._file(shard.name)
-        return (file.read(offset, size) for offset, size in ranges)  # one at a time stays in the processor's cache
+        return (
+            file.read(offset, size) for offset, size in ranges
+        )  # lazily: one range at a time fits the processor's cache
 
     def read_all(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -40,12 +42,12 @@ class LocalStorage:
         return self.root / name
 
     def _file(self, name: str) -> _File:
-        """An open file; one that is pushed out by others is closed after its readers are done."""
+        """Return an open file; an evicted one is closed when its last reader drops it."""
         with self._lock:
             if file := self._open.pop(name, None):
-                self._open[name] = file  # the last to be pushed out
+                self._open[name] = file  # now the last to be evicted
                 return file
-        file = _File(self.root / name)  # without the lock: a file system may hang here
+        file = _File(self.root / name)  # without the lock, because a network file system may hang here
         with self._lock:
             self._open[name] = file
             if len(self._open) > OPEN_FILES:
@@ -54,10 +56,10 @@ class LocalStorage:
 
 
 class _File:
-    """A file open for ranged reads; closed when its last user lets go of it."""
+    """A file open for ranged reads; closed when it is garbage-collected."""
 
-    def __init__(self, path: os.PathLike) -> None:
-        self._descriptor = -1
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1  # for __del__, if open fails
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""Roots on other machines: ranged requests side by side, and a local folder for copies."""
+"""Read roots on other machines: concurrent ranged requests, and a local folder for copies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from framestream.pipeline.storage.connections import Deadline
 from framestream.pipeline.storage.http import RangeClient, RangeResponse
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 
-REQUESTS = 64  #: requests of a process that run at once
-PIECE = 4 << 20  #: bytes of a whole file that one request brings
-SIDE_BY_SIDE = 8  #: such requests at once; a line of 5 Mbit/s brings them within the default loader.read_timeout
-SMALL = 64 << 20  #: most bytes of a file that is read whole into memory
+REQUESTS = 64  #: concurrent requests of a process
+PIECE = 4 << 20  #: bytes per request when a complete file is copied
+CONCURRENT_PIECES = 8  #: such requests at once; at 5 Mbit/s they arrive within the default loader.read_timeout
+MAX_SMALL = 64 << 20  #: bytes up to which a file is read into memory completely
 
 
 class SharedClient:
-    """Connections and threads of one process, for all roots."""
+    """The connections and threads of one process, for all roots."""
 
     def __init__(self) -> None:
         self.client, self.threads = RangeClient(), DaemonThreadPool(REQUESTS)
@@ -38,13 +38,13 @@ class RemoteStorage:
 
     remote = True
 
-    def __init__(self, place: AddressResolver, reading: ReadOptions) -> None:
-        self.root = place.shown
-        self._place, self._reading = place, reading
-        cache = Path(reading.cache).expanduser()
+    def __init__(self, resolver: AddressResolver, options: ReadOptions) -> None:
+        self.root = resolver.display_url
+        self._resolver, self._options = resolver, options
+        cache = Path(options.cache).expanduser()
         name = re.sub(r"[^\w.-]+", "-", self.root.partition("://")[2])[-60:].strip("-.")
         self._folder = cache / "roots" / f"{name}-{hashlib.sha256(self.root.encode()).hexdigest()[:16]}"
-        self._ranges = RangeCache(cache / "ranges", int(reading.cache_gb * 1e9)) if reading.cache_gb else None
+        self._range_cache = RangeCache(cache / "ranges", int(options.cache_gb * 1e9)) if options.cache_gb else None
 
     @property
     def folder(self) -> Path:
@@ -53,37 +53,38 @@ class RemoteStorage:
         return self._folder
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-        key = f"{shard.digest} {list(ranges)}" if self._ranges and shard.digest else ""
-        if key and (kept := self._ranges.get(key)) is not None:
-            return _split(kept, ranges)
+        cache = self._range_cache if shard.digest else None
+        key = f"{shard.digest} {list(ranges)}" if cache else ""
+        if cache and (cached := cache.get(key)) is not None:
+            return _split(cached, ranges)
         requests = coalesce(ranges)
         parts = self._fetch(shard.name, requests)
         for part, request in zip(parts, requests, strict=True):
             if part.total != shard.size:
-                there = f"has {part.total:,} of {shard.size:,} bytes"
-                raise ValueError(f"{self.describe(shard.name)}: {there}; copy the file there again")
+                size = f"has {part.total:,} of {shard.size:,} bytes"
+                raise ValueError(f"{self.describe(shard.name)}: {size}; copy the file there again")
             if len(part.data) < request.size:
                 raise ValueError(
                     f"{self.describe(shard.name)}: ends within the {request.size} bytes at {request.offset}"
                 )
         found = slice_ranges(ranges, requests, [part.data for part in parts])
-        if key:
-            self._ranges.put(key, found)
+        if cache:
+            cache.put(key, found)
         return found
 
     def read_all(self, name: str) -> bytes:
-        [part] = self._fetch(name, [RangeRequest(0, SMALL)])
-        if part.total > SMALL:
-            raise ValueError(f"{self.describe(name)}: has {part.total:,} bytes, which is no such file of a root")
+        [part] = self._fetch(name, [RangeRequest(0, MAX_SMALL)])
+        if part.total > MAX_SMALL:
+            raise ValueError(f"{self.describe(name)}: has {part.total:,} bytes, too many for such a file of a root")
         return part.data
 
     def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
-        if not re.fullmatch(r"\w{1,128}", version):  # it comes from the other machine
-            raise ValueError(f"{version!r} is no fingerprint")
+        if not re.fullmatch(r"\w{1,128}", version):  # it is read from the other machine and becomes a folder name
+            raise ValueError(f"{version!r} is not a fingerprint")
         folder = self.folder / version
         with self._writing(), _locked(self._folder / "lock"):
             if not folder.is_dir():
-                for old in self._folder.iterdir():  # other versions, and what killed processes left
+                for old in self._folder.iterdir():  # other versions, and unfinished copies of killed processes
                     if old.is_dir():
                         shutil.rmtree(old)
                 temporary = self._folder / f"{version}.tmp"
@@ -98,32 +99,33 @@ class RemoteStorage:
         return f"{self.root}/{name}"
 
     def _fetch(self, name: str, requests: Sequence[RangeRequest]) -> list[RangeResponse]:
-        """Parts of one file, all within one time limit."""
-        ticket, address, client = Deadline(self._reading.timeout), self._place.address(name), _network.client
+        """Read parts of one file, all within one time limit."""
+        deadline, address = Deadline(self._options.timeout), self._resolver.address(name)
+        shared = _shared
 
         def fetch(request: RangeRequest) -> RangeResponse:
-            return client.fetch(address, request.offset, request.size, ticket, self._reading.retries)
+            return shared.client.fetch(address, request.offset, request.size, deadline, self._options.retries)
 
-        futures = [_network.threads.submit(fetch, request) for request in requests]
+        futures = [shared.threads.submit(fetch, request) for request in requests]
         try:
-            done, left = wait(futures, max(ticket.left, 0), FIRST_EXCEPTION)
+            done, pending = wait(futures, max(deadline.remaining, 0), FIRST_EXCEPTION)
             for future in done:
-                if future.exception():
-                    raise future.exception()
-            if left:
-                raise TimeoutError(f"{address.shown}: {ticket.late()}")
+                if error := future.exception():
+                    raise error
+            if pending:
+                raise TimeoutError(f"{address.display_url}: {deadline.timeout_message()}")
             return [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
-            ticket.end()
+            deadline.cancel()
 
     def _copy(self, name: str, path: Path) -> None:
-        """Write the whole file ``name`` to ``path``."""
+        """Copy the complete file ``name`` to ``path``."""
         [first] = self._fetch(name, [RangeRequest(0, PIECE)])
         with open(path, "wb") as file:
             file.write(first.data)
-            step = PIECE * SIDE_BY_SIDE
+            step = PIECE * CONCURRENT_PIECES
             for start in range(PIECE, first.total, step):
                 end = min(start + step, first.total)
                 requests = [RangeRequest(at, min(PIECE, end - at)) for at in range(start, end, PIECE)]
@@ -134,41 +136,43 @@ class RemoteStorage:
             file.flush()
             os.fsync(file.fileno())
         if path.stat().st_size != first.total:
-            raise ValueError(f"{self.describe(name)}: {path.stat().st_size:,} of {first.total:,} bytes have come")
+            raise ValueError(f"{self.describe(name)}: {path.stat().st_size:,} of {first.total:,} bytes have arrived")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Failures of the local folder in one line; those of the network have a line already."""
+        """Describe errors of the local folder in one line; those of the network already have one."""
         try:
             yield
         except OSError as error:
-            if error.strerror is None:
+            if error.strerror is None:  # raised by this package, with a complete message
                 raise
-            message = f"loader.cache: {self._reading.cache} cannot be written ({error.strerror}); name another folder"
+            message = f"loader.cache: {self._options.cache} cannot be written ({error.strerror}); name another folder"
             raise OSError(message) from None
 
 
 def _split(data: memoryview, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-    """The bytes of ranges that lie one after the other."""
-    found, at = [], 0
+    """Split the concatenated bytes of ranges."""
+    found, begin = [], 0
     for _, size in ranges:
-        found.append(data[at : at + size])
-        at += size
+        found.append(data[begin : begin + size])
+        begin += size
     return found
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this machine; the lock ends with its process."""
+    """Exclude the other processes of this machine; the system releases the lock if the process ends."""
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _renew() -> None:
-    global _network
-    _network = SharedClient()
+_shared = SharedClient()
 
 
-_renew()
-os.register_at_fork(after_in_child=_renew)  # threads do not live on in a child, and connections cannot be shared
+def _reset() -> None:
+    global _shared
+    _shared = SharedClient()
+
+
+os.register_at_fork(after_in_child=_reset)  # a child has none of the threads, and cannot share connections

@@ -68,7 +68,7 @@ def test_seeking_gives_what_straight_reading_gives(videos: Path, name: str) -> N
             assert [number_of(np.asarray(picture)) for picture in source.decode_frames(wanted)] == wanted.tolist()
     except InexactSeekError:
         assert not name.startswith("h264.")  # the plain case is read by seeking
-    assert [number_of(np.asarray(picture)) for picture in straight.pictures(np.arange(100))] == list(range(100))
+    assert [number_of(np.asarray(picture)) for picture in straight.decode_frames(np.arange(100))] == list(range(100))
 
 
 def test_frames_are_those_that_decord_reads_straight_through(videos: Path) -> None:

@@ -44,8 +44,8 @@ def test_batches_are_those_of_the_folder(hub, root, tmp_path, revision):
 @pytest.mark.parametrize(
     "address, text",
     [
-        ("hf://datasets/me/other/shards", "no such data set, or it is private; accept .* set HF_TOKEN"),
-        ("hf://datasets/me/data@v9/shards", "the data set has no revision v9"),
+        ("hf://datasets/me/other/shards", "no such dataset, or it is private; accept .* set HF_TOKEN"),
+        ("hf://datasets/me/data@v9/shards", "the dataset has no revision v9"),
         ("hf://datasets/me/gated/shards", "is gated; accept .* set HF_TOKEN"),
         ("hf://datasets/me/data/other/", "404 Not Found .*no finished shards"),
     ],
@@ -64,5 +64,5 @@ def test_what_is_not_there_is_named(hub, tmp_path, address, text):
 
 def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
     point_at("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(ShardsError, match="^hf://datasets/me/data: the hub cannot be asked .*HF_ENDPOINT"):
+    with pytest.raises(ShardsError, match="^hf://datasets/me/data: the hub cannot be reached .*HF_ENDPOINT"):
         Index.open("hf://datasets/me/data", ReadOptions(cache=str(tmp_path / "cache")))

@@ -40,9 +40,9 @@ def test_batches_are_those_of_the_folder(bucket, root, tmp_path):
 
 def test_addresses_are_signed_once_and_not_shown(bucket, tmp_path):
     storage = open_storage(f"{bucket}/stage2/", ReadOptions(cache=str(tmp_path / "cache")))
-    address = storage._place.address("video/train-000000.tar")
-    assert "X-Amz-Signature=" in address.url and "X-Amz-Signature" not in address.shown
-    assert storage._place.address("video/train-000000.tar") is address
+    address = storage._resolver.address("video/train-000000.tar")
+    assert "X-Amz-Signature=" in address.url and "X-Amz-Signature" not in address.display_url
+    assert storage._resolver.address("video/train-000000.tar") is address
     assert storage.read_all("build.json")
     with pytest.raises(FileNotFoundError):
         storage.read_all("nothing.json")
@@ -52,7 +52,7 @@ def test_without_credentials_the_bucket_is_asked_as_anybody(bucket, tmp_path, mo
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     storage = open_storage(f"{bucket}/stage2", ReadOptions(cache=str(tmp_path / "cache")))
-    assert "Signature" not in storage._place.address("build.json").url
+    assert "Signature" not in storage._resolver.address("build.json").url
 
 
 def test_what_is_not_there_is_named(bucket, tmp_path):
