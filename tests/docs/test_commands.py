@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from framestream.pipeline import load_manifest
-from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.config.schema import to_dict
 from framestream.tools import demo_data
 from framestream.tools.demo import tokenizer as demo_tokenizer
 from framestream.tools.demo import worlds as demo_worlds
@@ -48,7 +48,7 @@ def project(tmp_path_factory) -> Path:
     media.mkdir(parents=True)
     for name in ("annotations", "media"):
         (data / name).mkdir(parents=True)
-    demo_tokenizer.write(data / "tokenizer")
+    demo_tokenizer.write_tokenizer(data / "tokenizer")
     demo_data.write_annotation(data / "annotations" / "needles.jsonl", demo_data.needle_records(data / "media", 1)[:2])
     demo_data.write_videos(demo_worlds.plan("haystack", 1), data / "media", 1, 1)
     for split, count in (("train", 3), ("val", 2)):
@@ -113,7 +113,7 @@ def test_the_commands_run_as_they_stand(inside):
     assert {row["method"] for row in scores["families"]} == {"generation", "likelihood"}
 
 
-def test_every_benchmark_of_the_documents_has_a_short_form_among_the_tests():
+def test_documented_benchmarks_have_a_short_form_in_the_tests():
     tested = (ROOT / "tests" / "test_benchmarks.py").read_text(encoding="utf-8")
     for page in PAGES:
         for _, command, why in commands(page.read_text(encoding="utf-8")):

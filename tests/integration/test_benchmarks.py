@@ -72,7 +72,7 @@ def test_planning_counts_what_was_generated(capfd, monkeypatch, tmp_path):
     assert left.value.code == 0 and "100 dialogues in 2 files" in capfd.readouterr().out
 
 
-def test_memory_grows_neither_with_what_was_read_nor_much_with_the_index(tmp_path):
+def test_memory_does_not_grow_with_reads_or_the_index(tmp_path):
     """Four lengths, two orders and what sorting needs: 48 bytes a dialogue are far below any Python object for each."""
     made = {}
     for dialogues in (20_000, 220_000):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from framestream.tools.fetch.archives.archive import Archives, open_archives
+from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
 from framestream.tools.fetch.base import FetchError
 
 
-def content(source: Archives, path: str, scratch: Path) -> bytes:
+def content(source: ArchiveSource, path: str, scratch: Path) -> bytes:
     """The bytes of a fetched file, which is in the scratch folder and alone there."""
     scratch = scratch / "scratch"
     scratch.mkdir()
@@ -30,7 +30,7 @@ def content(source: Archives, path: str, scratch: Path) -> bytes:
         shutil.rmtree(scratch)
 
 
-def folder(source: Archives, path: str, scratch: Path) -> dict[str, bytes]:
+def folder(source: ArchiveSource, path: str, scratch: Path) -> dict[str, bytes]:
     scratch = scratch / "scratch"
     scratch.mkdir()
     try:
@@ -39,7 +39,7 @@ def folder(source: Archives, path: str, scratch: Path) -> dict[str, bytes]:
         shutil.rmtree(scratch)
 
 
-def failure(source: Archives, path: str, scratch: Path, tree: bool = False) -> str:
+def failure(source: ArchiveSource, path: str, scratch: Path, tree: bool = False) -> str:
     """The reason why a file cannot be had; the message is one line."""
     with pytest.raises(FetchError) as error:
         folder(source, path, scratch) if tree else content(source, path, scratch)
@@ -137,7 +137,7 @@ def zip_link(name: str, target: str) -> tuple[zipfile.ZipInfo, bytes]:
 
 def opened(
     *data: bytes, join: bool = False, inside: str = "", work: Path | None = None, limit: int = LIMIT
-) -> Archives:
+) -> ArchiveSource:
     """Archives, or the parts of one, as a source."""
     files = [Memory(piece, f"part{number}") for number, piece in enumerate(data)]
     return open_archives(files, join, inside, work, limit, "here")

@@ -8,9 +8,9 @@ import numpy as np
 
 from framestream.pipeline.config.preprocessing import TextConfig
 from framestream.pipeline.tokenization.chat_template import (
-    MARK,
+    IMAGE_PLACEHOLDER,
     ChatTemplate,
-    text_of,
+    turn_text,
 )
 from tests.helpers.golden_data import GOLDEN, TOKENIZER, json_lines, present
 
@@ -29,6 +29,6 @@ ROWS = json_lines("tokens_labels/cases.jsonl") if HERE else []
 def encode(row: dict, turns: list[dict], fetch: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels without the check that marks and media agree, which the published code does not make."""
     coder = conversation(row["version"], FOLDER)
-    kinds = [] if row["media"] == "text" else [row["media"]] * sum(text_of(turn).count(MARK) for turn in turns)
+    kinds = [] if row["media"] == "text" else [row["media"]] * sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in turns)
     kinds = kinds or ([] if row["media"] == "text" else [row["media"]])
     return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds), fetch)])[0]

@@ -46,7 +46,7 @@ WAYS: dict[str, Way] = {  #: the first is what the others are compared with
 
 def prepare(folder: Path, share: float) -> None:
     """The demo's data (``share`` of it) and the shards of stage 2; commands run in ``folder``."""
-    demo_data.generate(folder / "demo" / "data", workers=1, share=share)
+    demo_data.generate_demo(folder / "demo" / "data", workers=1, share=share)
     build = (sys.executable, str(corpus.PROJECT / "tools" / "build_shards.py"), "--stage", "2", "--workers", "1")
     corpus.run(*build, "--manifest", str(MANIFEST), cwd=folder)
 

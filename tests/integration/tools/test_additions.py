@@ -67,7 +67,7 @@ def test_an_addition_builds_known_media_once(grown):
     assert about["b3"] == about["f3"] and about["b8"] not in ([], about["f3"])
 
 
-def test_every_dialogue_of_the_grown_root_is_in_a_shard_or_in_the_ledger(data, grown):
+def test_dialogues_of_a_grown_root_are_in_shards_or_ledger(data, grown):
     written = [json.loads(sample["json"]) for sample in members(grown / "stage2", "dialogue").values()]
     rows = [row for row in read_ledger(grown / "stage2").to_pylist() if row["kind"] == "dialogue"]
     found = Counter((item["entry"], item["id"]) for item in written)
@@ -140,13 +140,13 @@ def test_what_a_root_was_built_from_stays_in_its_manifest(data, first, tmp_path)
     shutil.copytree(first, tmp_path, dirs_exist_ok=True)
     before = snapshot(tmp_path)
     gone = subprocess.run(data.command(tmp_path, "stills"), capture_output=True, text=True)
-    assert gone.returncode == 2 and "entry films is there and not in the manifest; " in gone.stderr
+    assert gone.returncode == 2 and "entry films is missing from the manifest; " in gone.stderr
     (data.folder / "media").rename(data.folder / "hidden")
     try:
         lost = subprocess.run(data.command(tmp_path, "films", "both"), capture_output=True, text=True)
     finally:
         (data.folder / "hidden").rename(data.folder / "media")
-    assert lost.returncode == 2 and "the media of entry films were found for the build and are not now (" in lost.stderr
+    assert lost.returncode == 2 and "the media of entry films were found for the build and are missing now (" in lost.stderr
     assert f"{data.folder}/media: no such folder" in lost.stderr
     assert snapshot(tmp_path) == before
 
@@ -160,7 +160,7 @@ def test_an_unfinished_build_takes_no_more_entries(data, tmp_path):
 def test_nothing_to_try_again(data, tmp_path):
     data.build(tmp_path, "stills")
     before = snapshot(tmp_path)
-    assert "nothing to try again" in data.build(tmp_path, "stills", options=("--retry-failed",))
+    assert "nothing to retry" in data.build(tmp_path, "stills", options=("--retry-failed",))
     assert snapshot(tmp_path) == before
 
 

@@ -133,7 +133,7 @@ def test_bad_input_has_its_reason(made, name):
     assert ledger[0]["entry"] == "bad" and ledger[0]["source"].endswith(f"bad.json#{list(BAD).index(name)}")
 
 
-def test_bad_media_have_rows_of_their_own_and_salvaged_ones_are_marked(made):
+def test_bad_media_are_in_the_ledger_and_recovered_are_marked(made):
     rows = read_ledger(made["root"]).to_pylist()
     lost = {row["source"].rpartition("/")[2]: row["reason"] for row in rows if row["kind"] == "media"}
     assert lost["missing.mp4"] == "missing_file" and lost["page.jpg"] == "not_media" and lost["a.mp4"] == "bad_clip"
@@ -147,7 +147,7 @@ def test_an_empty_annotation_file_is_a_row_and_a_warning(made):
     assert "nothing" in made["ran"].stderr
 
 
-def test_each_media_item_is_built_once_and_belongs_to_the_split_that_names_it_first(made):
+def test_media_are_built_once_in_the_split_that_names_them_first(made):
     index = Index.open(made["root"])
     found = Counter(zip(index.media["source"].to_pylist(), index.media["start"].to_pylist(), strict=True))
     folder = made["manifest"].parent / "media"
@@ -187,7 +187,7 @@ def test_index_points_at_the_bytes_that_webdataset_and_decord_read(made):
     assert set(samples) == set(index.media["key"].to_pylist())
     for place, row in enumerate(index.media.to_pylist()):
         data = samples[row["key"]]["mp4" if row["kind"] == "video" else "jpg"]
-        with open(index.path_of(row["shard"]), "rb") as file:
+        with open(index.shard_path(row["shard"]), "rb") as file:
             file.seek(row["offset"])
             assert file.read(row["size"]) == data
             file.seek(row["frame_offset"][0])
@@ -242,7 +242,7 @@ def test_a_finished_root_is_left_alone(made, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--set", "frames.max=12"), "frames.max is 8 there and 12 here"),
+        (("--set", "frames.max=12"), "frames.max was 8 and is now 12"),
         (("--set", "frames.quality=80"), "frames.quality"),
         (("--set", "seed=3"), "seed"),
         (("--limit", "1"), "limit"),
@@ -396,7 +396,7 @@ def test_a_changed_annotation_file_is_named(plain_text, capsys):
     assert f"{plain_text['annotation']} has changed since the build; " in capsys.readouterr().err
     plain_text["annotation"].unlink()
     assert run(plain_text, "--skip-unresolved") == 2
-    assert f"{plain_text['annotation']} was here for the build and is not now; " in capsys.readouterr().err
+    assert f"{plain_text['annotation']} was available for the build and is missing now; " in capsys.readouterr().err
 
 
 def test_an_entry_that_is_gone_is_named(plain_text, capsys):
@@ -404,7 +404,7 @@ def test_an_entry_that_is_gone_is_named(plain_text, capsys):
     other = corpus.annotations(plain_text["folder"] / "other.json", [{"id": 1, "conversations": TEXT}])
     corpus.manifest(plain_text["manifest"], [{"annotation": str(other)}])
     assert run(plain_text) == 2
-    assert "entry mine is there and not in the manifest; " in capsys.readouterr().err
+    assert "entry mine is missing from the manifest; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ runpy.run_path({str(BUILD_SHARDS)!r}, run_name="__main__")
 """
     root = ROOT
     ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert ran.returncode == 130 and ran.stderr == "stopped; the same command goes on from here\n"
+    assert ran.returncode == 130 and ran.stderr == "Stopped. Run the same command to continue.\n"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
@@ -458,7 +458,7 @@ def test_stopped_while_workers_start(made, tmp_path, seconds):
         time.sleep(0.005)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "stopped; the same command goes on from here\n"
+    assert process.communicate(timeout=60)[1] == "Stopped. Run the same command to continue.\n"
     assert process.returncode == 130
 
 
@@ -488,17 +488,17 @@ def test_trying_again_touches_only_the_rows_of_what_failed(plain_text, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--cache-gb", "lots"), "--cache-gb: must be a number of gigabytes, at least 0, not 'lots'"),
-        (("--cache-gb", "-1"), "--cache-gb: must be a number of gigabytes, at least 0, not '-1'"),
-        (("--cache-gb", "nan"), "--cache-gb: must be a number of gigabytes, at least 0, not 'nan'"),
-        (("--workers", "0"), "--workers: must be a whole number, at least 1, not '0'"),
-        (("--limit", "1.5"), "--limit: must be a whole number, at least 1, not '1.5'"),
-        (("--rank", "1"), "--rank and --of go together"),
-        (("--of", "4"), "--rank and --of go together"),
+        (("--cache-gb", "lots"), "--cache-gb: must be a number of gigabytes of at least 0, not 'lots'"),
+        (("--cache-gb", "-1"), "--cache-gb: must be a number of gigabytes of at least 0, not '-1'"),
+        (("--cache-gb", "nan"), "--cache-gb: must be a number of gigabytes of at least 0, not 'nan'"),
+        (("--workers", "0"), "--workers: must be a whole number of at least 1, not '0'"),
+        (("--limit", "1.5"), "--limit: must be a whole number of at least 1, not '1.5'"),
+        (("--rank", "1"), "--rank and --of must be given together"),
+        (("--of", "4"), "--rank and --of must be given together"),
         (("--rank", "5", "--of", "2"), "--rank 5: must be from 0 to 1, because --of is 2"),
         (("--rank", "-1", "--of", "2"), "--rank -1: must be from 0 to 1, because --of is 2"),
-        (("--address", "host:1"), "--address goes with --executor ray"),
-        (("--report", "plan"), "--report goes with --dry-run"),
+        (("--address", "host:1"), "--address needs --executor ray"),
+        (("--report", "plan"), "--report needs --dry-run"),
         (("--retry-failed", "--rank", "0", "--of", "2"), "--retry-failed is for one machine"),
     ],
 )
@@ -642,7 +642,7 @@ def test_two_builds_of_one_folder_do_not_meet(made, tmp_path, capsys):
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert run(made, "--out", str(tmp_path)) == 2
     os.close(handle)
-    assert "another build is at work here" in capsys.readouterr().err
+    assert "another build is running here" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "stage2").iterdir()] == ["build.lock"]
 
 

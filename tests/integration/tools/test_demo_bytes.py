@@ -43,7 +43,7 @@ SHA256 = {
 def demo(tmp_path_factory) -> Path:
     """A folder with the demo's data, a fiftieth of it."""
     folder = tmp_path_factory.mktemp("demo")
-    demo_data.generate(folder / "demo" / "data", seed=1, workers=2, share=0.02)
+    demo_data.generate_demo(folder / "demo" / "data", seed=1, workers=2, share=0.02)
     return folder
 
 

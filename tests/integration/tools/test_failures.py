@@ -75,14 +75,14 @@ STOPPED = signal.SIGSTOP  # which a process cannot answer in any way
 def worse(job):
     """A worker with files that hang or crash it: while they are fetched, ahead of others, or while they are decoded."""
     told = {"fetch b": signal.SIGSEGV, "decode c": STOPPED, "decode e": signal.SIGSEGV, "fetch g": STOPPED}
-    make, fetch = framestream.tools.builder.task.encode_video, framestream.tools.builder.task._Sources.fetch
+    make, fetch = framestream.tools.builder.task.encode_video, framestream.tools.builder.task._MediaSources.fetch
 
     def trouble(what):
         if sent := told.get(what):
             os.kill(os.getpid(), sent)
 
     def make_video(*arguments):
-        trouble(f"decode {Path(arguments[-1]).stem}")
+        trouble(f"decode {Path(arguments[-1].name).stem}")
         return make(*arguments)
 
     def fetch_file(self, item, scratch):
@@ -91,8 +91,8 @@ def worse(job):
 
     (
         framestream.tools.builder.task.encode_video,
-        framestream.tools.builder.task._Sources.fetch,
-        framestream.tools.builder.task.GRACE,
+        framestream.tools.builder.task._MediaSources.fetch,
+        framestream.tools.builder.task.FETCH_GRACE,
     ) = (
         make_video,
         fetch_file,
@@ -121,7 +121,7 @@ def full(*_, **__):
 
 
 def full_for_files(job):
-    framestream.tools.fetch.archives.archive.Archives.fetch = full
+    framestream.tools.fetch.archives.archive.ArchiveSource.fetch = full
     return make_worker(job)
 
 
@@ -176,7 +176,7 @@ def test_ctrl_c_says_one_line_and_the_build_goes_on(folder, whole, tmp_path, ste
     until(lambda: list(root.glob(step)), process)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said == "stopped; the same command goes on from here\n"
+    assert process.returncode == 130 and said == "Stopped. Run the same command to continue.\n"
     assert build_shards.main(arguments) == 0
     assert snapshot(tmp_path) == whole
 
@@ -189,7 +189,7 @@ def test_ctrl_c_while_a_server_says_nothing(folder, tmp_path):
         until(lambda: server.asked, process)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=15)
-    assert process.returncode == 130 and said == "stopped; the same command goes on from here\n"
+    assert process.returncode == 130 and said == "Stopped. Run the same command to continue.\n"
 
 
 def marked(text: str) -> list[int]:

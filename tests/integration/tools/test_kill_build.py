@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from benchmarks.soak.build import Campaign
+from benchmarks.soak.build import BuildCampaign
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.media_corpus import TEXT, TURNS
 from tests.helpers.corpora.snapshot import snapshot
@@ -87,7 +87,7 @@ def test_killed_at_random_moments(build, whole, tmp_path, seed):
 def test_folders_archives_and_a_web_server(tmp_path):
     """A short campaign of benchmarks/soak/build.py, which compares, counts and verifies what comes out."""
     with Server() as server:
-        campaign = Campaign(tmp_path, server, media=2, workers=2)
+        campaign = BuildCampaign(tmp_path, server, media=2, workers=2)
         campaign.run(seed=0, kills=4)
     assert campaign.kills.total() == 4 and campaign.kills["all"]
 
@@ -99,6 +99,6 @@ def _walk(folder):
 def test_another_manifest_is_refused_where_a_build_is_unfinished(build, whole, tmp_path):
     assert kill_when(build(tmp_path), (tmp_path / "stage2" / "work" / "tasks").exists)
     other = subprocess.run([*build(tmp_path), "--set", "frames.quality=50"], capture_output=True, text=True)
-    assert other.returncode == 2 and "frames.quality is 90 there and 50 here" in other.stderr
+    assert other.returncode == 2 and "frames.quality was 90 and is now 50" in other.stderr
     subprocess.run(build(tmp_path), check=True, capture_output=True)
     assert snapshot(tmp_path) == whole

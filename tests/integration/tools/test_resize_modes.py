@@ -67,4 +67,4 @@ def test_larger_frames_than_stored_are_refused(manifests: dict[str, Path]) -> No
 def test_a_build_goes_on_in_its_own_mode_alone(manifests: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
     command = ["--stage", "2", "--manifest", str(manifests["short_side"]), "--workers", "1"]
     assert main([*command, "--set", "frames.resize=stretch"]) == 2
-    assert "frames.resize is 'short_side' there and 'stretch' here" in capsys.readouterr().err
+    assert "frames.resize was 'short_side' and is now 'stretch'" in capsys.readouterr().err

@@ -46,8 +46,8 @@ def root(built: Path, tmp_path: Path) -> Path:
 
 
 def found(root: Path, deep: bool = False) -> list[str]:
-    """Findings as ``file: what``."""
-    return [f"{file}: {what}" for file, what, fix in verify(root, deep, 1, 100).findings.kept if fix]
+    """Findings as ``file: problem``."""
+    return [f"{file}: {problem}" for file, problem, fix in verify(root, deep, 1, 100).findings.listed if fix]
 
 
 @pytest.mark.parametrize("options", [[], ["--deep"], ["--workers", "2"]])
@@ -68,7 +68,7 @@ def test_started_by_path_it_lists_what_it_finds(root):
         [sys.executable, str(VERIFY_SHARDS), str(root), "--workers", "2"], capture_output=True, text=True
     )
     assert ran.returncode == 1, ran.stderr
-    assert f"{VIDEOS}: is missing; bring it back" in ran.stdout and f"{IMAGES}: has 0 bytes" in ran.stdout
+    assert f"{VIDEOS}: is missing; restore it" in ran.stdout and f"{IMAGES}: has 0 bytes" in ran.stdout
 
 
 def test_only_so_many_findings_are_shown(root, capsys):
@@ -118,27 +118,27 @@ def member(root: Path, shard: str, extension: str, number: int = 0) -> tarfile.T
     [
         (lambda r: flip(r / VIDEOS, member(r, VIDEOS, "mp4").offset_data + 900), "mp4: sha256 is"),
         (lambda r: flip(r / VIDEOS, member(r, VIDEOS, "json").offset_data + 9), "json: is not an object with"),
-        (lambda r: flip(r / VIDEOS, member(r, VIDEOS, "mp4", 1).offset + 130), "no tar header stands at byte"),
+        (lambda r: flip(r / VIDEOS, member(r, VIDEOS, "mp4", 1).offset + 130), "no valid tar header at byte"),
         (lambda r: os.truncate(r / VIDEOS, 30_000), "the file ends within"),
-        (lambda r: os.truncate(r / IMAGES, (r / IMAGES).stat().st_size - 512), "what follows its last member"),
-        (lambda r: flip(r / DIALOGUES, -1), "what follows its last member"),
+        (lambda r: os.truncate(r / IMAGES, (r / IMAGES).stat().st_size - 512), "its last member is not followed by"),
+        (lambda r: flip(r / DIALOGUES, -1), "its last member is not followed by"),
         (lambda r: flip(r / DIALOGUES, member(r, DIALOGUES, "json").offset_data + 40), "its sha256 is not the one"),
-        (lambda r: shutil.copy(r / VIDEOS, r / "video/train-000009.tar"), "train-000009.tar: is no shard of the index"),
-        (lambda r: (r / "video/train-000000.tar.tmp").touch(), "train-000000.tar.tmp: was not finished"),
-        (lambda r: (r / "work").mkdir(), "work: a build of this root has not ended"),
+        (lambda r: shutil.copy(r / VIDEOS, r / "video/train-000009.tar"), "train-000009.tar: is not a shard of the index"),
+        (lambda r: (r / "video/train-000000.tar.tmp").touch(), "train-000000.tar.tmp: is an unfinished"),
+        (lambda r: (r / "work").mkdir(), "work: a build of this root is not finished"),
         (lambda r: flip(r / f"{VIDEOS}.idx", 8), ".tar.idx: does not hold the offsets"),
         (lambda r: os.remove(r / f"{VIDEOS}.idx"), ".tar.idx: cannot be read (No such file"),
         (lambda r: (r / "video/train-000009.tar.idx").touch(), "train-000009.tar.idx: belongs to no shard"),
-        (lambda r: edit(r / "video/shardindex.json", '"nsamples": 4', '"nsamples": 5'), "shardlist: not what"),
-        (lambda r: edit(r / "video/shardindex.json", '"md5sum": "', '"md5sum": "0'), "shardlist: not what"),
-        (lambda r: edit(r / "image/.nv-meta/split.yaml", "train-000000", "train-000001"), "split_parts: not what"),
-        (lambda r: edit(r / "image/.nv-meta/.info.json", ".tar", ".tat"), "shard_counts: not what"),
-        (lambda r: edit(r / "image/.nv-meta/dataset.yaml", "Crude", "Cooked"), "__class__: not what"),
-        (lambda r: (r / "image/.nv-meta/dataset.yaml").write_text("a: [" * 3000), "is not the YAML of a build"),
+        (lambda r: edit(r / "video/shardindex.json", '"nsamples": 4', '"nsamples": 5'), "shardlist: not as in the index"),
+        (lambda r: edit(r / "video/shardindex.json", '"md5sum": "', '"md5sum": "0'), "shardlist: not as in the index"),
+        (lambda r: edit(r / "image/.nv-meta/split.yaml", "train-000000", "train-000001"), "split_parts: not as in the index"),
+        (lambda r: edit(r / "image/.nv-meta/.info.json", ".tar", ".tat"), "shard_counts: not as in the index"),
+        (lambda r: edit(r / "image/.nv-meta/dataset.yaml", "Crude", "Cooked"), "__class__: not as in the index"),
+        (lambda r: (r / "image/.nv-meta/dataset.yaml").write_text("a: [" * 3000), "is not a valid YAML file"),
         (lambda r: os.remove(r / "image/shardindex-val.json"), "shardindex-val.json: cannot be read"),
-        (lambda r: flip(r / "index/media.arrow", 2000), "index: its files are not those"),
+        (lambda r: flip(r / "index/media.arrow", 2000), "index: its files do not match index_fingerprint"),
         (lambda r: os.remove(r / "index/dialogues.arrow"), "index/dialogues.arrow: cannot be read"),
-        (lambda r: (r / "build.json").write_text("[" * 100_000), "build.json: is not the JSON of a build"),
+        (lambda r: (r / "build.json").write_text("[" * 100_000), "build.json: is not a valid JSON file"),
         (lambda r: edit(r / "build.json", '"planned": 8', '"planned": 9'), "1 planned dialogues are neither"),
         (lambda r: edit(r / "build.json", '"frames": 18', '"frames": 20'), "21 frames, the index 19"),
         (lambda r: edit(r / "build.json", '"dialogue": 2', '"dialogue": 3'), "shards does not count"),
@@ -269,11 +269,11 @@ def set_value(row: int, column: str, value: Any) -> Callable[[list], None]:
         ("media", set_value(0, "frame_offset", lambda x: [x[0] + 1, *x[1:]]), "frame_offset and frame_size"),
         ("media", set_value(0, "frame_size", lambda x: x[:-1]), "frame_offset and frame_size"),
         ("media", set_value(4, "frame_size", lambda x: [x[0] - 1]), "frame_offset and frame_size"),
-        ("media", set_value(2, "shard", 3), "do not stand in the order of shards.arrow"),
+        ("media", set_value(2, "shard", 3), "are not in the order of shards.arrow"),
         ("media", lambda rows: rows.append(rows[-1]), "8 rows, its shards 7 samples"),
         ("media", lambda rows: rows.insert(0, rows.pop(1)), "sample 0 is v"),
-        ("media", set_value(0, "key", "../../etc/passwd"), "a key is not one of v i and 24 hex digits"),
-        ("media", lambda rows: rows[1].update(key=rows[0]["key"]), "1 keys are there more than once"),
+        ("media", set_value(0, "key", "../../etc/passwd"), "a key is not one of v i followed by 24 hex digits"),
+        ("media", lambda rows: rows[1].update(key=rows[0]["key"]), "1 keys are repeated"),
         ("dialogues", set_value(0, "id", "other"), "json: id is 'v0', the index says 'other'"),
         ("dialogues", set_value(0, "conversations", "[]"), "json: conversations is"),
         ("dialogues", set_value(0, "conversations", "[" * 9000), "conversations in the index is not JSON"),
@@ -281,9 +281,9 @@ def set_value(row: int, column: str, value: Any) -> Callable[[list], None]:
         ("dialogues", set_value(0, "media", [1]), "json: media is"),
         ("dialogues", set_value(0, "media", [7]), "names rows that media.arrow does not have"),
         ("dialogues", set_value(0, "entry", "elsewhere"), "the index has 1"),
-        ("shards", set_value(0, "name", "../x.tar"), "stands where number 0 should"),
-        ("shards", set_value(0, "name", "train-000001.tar"), "stands where number 0 should"),
-        ("shards", set_value(0, "folder", "/etc"), "no such shard"),
+        ("shards", set_value(0, "name", "../x.tar"), "expected number 0"),
+        ("shards", set_value(0, "name", "train-000001.tar"), "expected number 0"),
+        ("shards", set_value(0, "folder", "/etc"), "invalid shard"),
         ("shards", set_value(0, "samples", 3), "7 rows, its shards 6 samples"),
     ],
 )
@@ -348,12 +348,12 @@ def test_frames_that_cannot_be_decoded_are_found_with_right_digests(root):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"mtime": 1}, "not the plain one (mtime, checksum)"),
-        ({"uid": 1000}, "not the plain one (uid, checksum)"),
-        ({"uname": "me"}, "not the plain one (checksum, owner)"),
-        ({"mode": 0o755}, "not the plain one (mode, checksum)"),
-        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "not the plain one (checksum, type, link)"),
-        ({"name": "k\x1b[31m.json"}, "k\\x1b[31m is no key of the folder"),
+        ({"mtime": 1}, "not as in the format (mtime, checksum)"),
+        ({"uid": 1000}, "not as in the format (uid, checksum)"),
+        ({"uname": "me"}, "not as in the format (checksum, owner)"),
+        ({"mode": 0o755}, "not as in the format (mode, checksum)"),
+        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "not as in the format (checksum, type, link)"),
+        ({"name": "k\x1b[31m.json"}, "k\\x1b[31m is not a key of the folder"),
     ],
 )
 def test_members_that_are_not_plain_are_found(root, change, expected):
@@ -379,4 +379,4 @@ def test_a_shard_of_pax_headers_is_refused(root):
             item.size, item.pax_headers = len(data), {"comment": "é"}
             tar.addfile(item, io.BytesIO(data))
     reseal(root)
-    assert any("its tar header is not the plain one" in line for line in found(root))
+    assert any("its tar header is not as in the format" in line for line in found(root))

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from framestream.pipeline import Questions, load_manifest
-from framestream.pipeline.config.manifest import to_dict
+from framestream.pipeline.config.schema import to_dict
 from framestream.trainer import chat
 from framestream.trainer.inference.generate import generate
 from framestream.trainer.model.video_llm import build_model

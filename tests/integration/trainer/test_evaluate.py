@@ -105,7 +105,7 @@ def test_what_cannot_be_shown_is_left_out_and_named(made, capsys):
     assert "questions left out; the first:" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_frame_size_is_scored_at_the_manifests(made, capsys):
+def test_a_checkpoint_is_scored_at_the_manifests_frame_size(made, capsys):
     """A larger picture is another position table, and weights go on as they are."""
     result = asked(made, *files(made), "--set", "frames.size=160", "--limit", "1")
     assert len(result["answers"]) == 1

@@ -114,7 +114,7 @@ def test_transformers_reads_the_language_model(tmp_path, tied):
         torch.testing.assert_close(model.language_model.lm_head(model.hidden(batch)), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_the_tokenizer_and_generation_settings_are_read_by_transformers(tmp_path):
+def test_transformers_reads_tokenizer_and_generation_settings(tmp_path):
     export(finished(tmp_path, settings())[0], tmp_path / "out")
     ours, theirs = AutoTokenizer.from_pretrained(TOKENIZER), AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "<|im_start|>user\nWhich colour?<|im_end|>\n"

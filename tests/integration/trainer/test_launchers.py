@@ -1,4 +1,4 @@
-"""Every launcher of docs/training.md starts the same run, and what would start another one is refused."""
+"""Every launcher of docs/training.md starts the same run. Other launchers are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from framestream.trainer.distributed.launchers import LaunchError, first_host, setup_environment
+from framestream.trainer.distributed.launchers import LaunchError, first_host, process_rank, setup_environment
 from tests.helpers.corpora import training_corpus as corpus
 
 SBATCH = corpus.PROJECT / "manifests" / "slurm" / "train.sbatch"
@@ -98,7 +98,10 @@ def test_ranks_that_differ_are_named(manifest: Path, tmp_path: Path) -> None:
     """One rank has another manifest, and its run folder is not the first rank's."""
     commands, environments = srun(manifest, tmp_path / "run", tmp_path)
     commands = [commands[0], [*commands[1], "--set", "seed=5", "--set", f"output={tmp_path / 'other'}"]]
-    waits = "import framestream.trainer.training.preflight, framestream.trainer.__main__ as m; framestream.trainer.training.preflight.MARKER_TIMEOUT = 0.5; raise SystemExit(m.main())"
+    waits = (
+        "from framestream.trainer.training import preflight; from framestream.trainer.__main__ import main; "
+        "preflight.MARKER_TIMEOUT = 0.5; raise SystemExit(main())"
+    )
     commands = [[sys.executable, "-c", waits, *command[3:]] for command in commands]
     done = together(commands, environments)
     assert [one.returncode for one in done] == [2, 2]
@@ -120,15 +123,16 @@ def test_ranks_that_differ_are_named(manifest: Path, tmp_path: Path) -> None:
         ("a[1-2],b[3-4]", "a1"),
     ],
 )
-def test_the_first_of_slurms_nodes(nodes: str, host: str) -> None:
+def test_the_first_host_of_a_slurm_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-def test_srun_gives_every_task_its_place() -> None:
+def test_srun_sets_rank_and_address() -> None:
     task = {**SLURM, "SLURM_STEP_NODELIST": "gpu[07-09]", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    assert process_rank(task) == 9
     setup_environment(task)
-    place = {"RANK": "9", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711"}
-    assert task.items() >= place.items()
+    expected = {"RANK": "9", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711"}
+    assert task.items() >= expected.items()
     alone = {**task, "CUDA_VISIBLE_DEVICES": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"}
     del alone["RANK"]
     setup_environment(alone)
@@ -136,6 +140,7 @@ def test_srun_gives_every_task_its_place() -> None:
 
 
 def test_one_task_and_no_launcher_are_one_process() -> None:
+    assert process_rank({}) == 0
     for environment in ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}):
         setup_environment(environment)
         assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
@@ -148,7 +153,7 @@ def test_one_task_and_no_launcher_are_one_process() -> None:
         ({"OMPI_COMM_WORLD_SIZE": "8"}, "mpirun started 8 processes, each of which would train alone"),
     ],
 )
-def test_launchers_that_leave_something_open_are_refused(environment: dict[str, str], message: str) -> None:
+def test_incomplete_and_unsupported_launchers_are_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         setup_environment(environment)
 
@@ -172,8 +177,8 @@ def test_the_slurm_job_queues_itself_again(tmp_path: Path, ended: int, status: i
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_leaving_while_starting_has_the_same_status(tmp_path, number):
-    """The process has read its manifest and still imports, or a little later; whatever it is at, 75 is its status."""
+def test_preemption_during_start_has_the_same_status(tmp_path, number):
+    """The process has read its manifest and still imports, or is a little later. Its status is always 75."""
     manifest = corpus.PROJECT / "manifests" / "demo" / "stage1.yaml"
     command = [sys.executable, "-X", "importtime", "-m", "trainer", "--manifest", str(manifest)]
     process = subprocess.Popen(
@@ -183,6 +188,6 @@ def test_leaving_while_starting_has_the_same_status(tmp_path, number):
         if line.rstrip().endswith("framestream.pipeline.loading.loader"):  # imported once the manifest is read
             break
     process.send_signal(number)
-    told = process.stderr.read()
+    errors = process.stderr.read()
     assert process.wait(timeout=60) == 75
-    assert f"stopped by {number.name}" in told
+    assert f"stopped by {number.name}" in errors

@@ -20,7 +20,7 @@ from lmms_eval.api.instance import Instance  # noqa: E402
 
 from benchmarks.model import lmms_eval as lmms  # noqa: E402
 from framestream.pipeline import load_manifest  # noqa: E402
-from framestream.pipeline.config.manifest import to_dict  # noqa: E402
+from framestream.pipeline.config.schema import to_dict  # noqa: E402
 from framestream.pipeline.evaluation.file_questions import FileQuestions  # noqa: E402
 from framestream.trainer import evaluate  # noqa: E402
 from framestream.trainer.lmms_plugin import SimpleModel  # noqa: E402

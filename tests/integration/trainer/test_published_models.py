@@ -18,7 +18,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.trainer.model import cost
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.hf_config import ReleaseConfig, build_hf_config, describe_tower_mismatch, parse_hf_config
+from framestream.trainer.weights.hf_config import (
+    ReleaseConfig,
+    build_hf_config,
+    describe_tower_mismatch,
+    parse_hf_config,
+)
 from framestream.trainer.weights.load import open_model_tensors
 from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.model import published_tensors as published

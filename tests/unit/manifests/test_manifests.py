@@ -214,7 +214,7 @@ def test_ablation_is_stage_3_with_fewer_samples():
     assert [(e.annotation, e.root, e.reader) for e in whole] == [(e.annotation, e.root, e.reader) for e in part]
 
 
-def test_root_map_example_names_a_place_for_everything_that_the_published_manifests_need():
+def test_the_example_root_map_covers_the_published_manifests():
     places = read_yaml(FOLDER / "roots.example.yaml")
     used = set()
     for name in PUBLISHED:

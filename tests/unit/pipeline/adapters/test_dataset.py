@@ -35,7 +35,7 @@ def shown(frames: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 13, 16, 37, 64, 512])
-def test_frames_are_as_many_as_wanted_nearest_and_at_their_true_seconds(root, count):
+def test_frames_are_the_nearest_and_have_their_true_seconds(root, count):
     dataset = ShardDataset(root, by="media", frames=count)
     for number in range(len(dataset)):
         (medium,) = dataset[number].media
@@ -193,7 +193,7 @@ def test_a_damaged_frame_names_its_shard_and_member(tmp_path):
     stage = made.write() / "stage2"
     dataset = ShardDataset(stage, frames=8)
     row = dataset.index.media.slice(1, 1).to_pylist()[0]
-    path = dataset.index.path_of(row["shard"])
+    path = dataset.index.shard_path(row["shard"])
     data = bytearray(path.read_bytes())
     data[row["frame_offset"][3] : row["frame_offset"][3] + 20] = bytes(20)
     path.write_bytes(data)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata
 
 from framestream.pipeline.adapters import ChatCollator, ShardDataset, chats
-from framestream.pipeline.adapters.hf_processor import metadata
+from framestream.pipeline.adapters.hf_processor import video_metadata
 from framestream.pipeline.adapters.types import Dialogue, Media, Sample
 from tests.helpers.corpora.small_root import turns
 
@@ -89,7 +89,7 @@ def test_media_are_listed_in_order_of_use():
 def test_transformers_reads_the_true_seconds(seconds, start, rest):
     duration = seconds[-1] + rest
     medium = video([start + second for second in seconds], start, duration)
-    read = VideoMetadata(**metadata(medium))
+    read = VideoMetadata(**video_metadata(medium))
     assert np.abs(np.array(read.timestamps) - seconds).max() <= 0.00051
     assert (read.height, read.width, read.duration) == (32, 48, duration)
     assert read.sampled_fps == pytest.approx(len(seconds) / duration, rel=0.06)

@@ -94,7 +94,7 @@ def test_epochs_and_seeds_differ_and_shuffling_can_be_left_out():
     assert sum(one_pass(Numbers(7), 2, 1, 1, shuffle=False)[0], [])[:7] == list(range(7))
 
 
-def test_workers_of_a_data_loader_keep_the_order_and_the_state_counts_what_was_consumed(tmp_path):
+def test_dataloader_workers_keep_order_and_state(tmp_path):
     made = Root(tmp_path)
     for number in range(11):
         made.dialogue(turns("<image>\nWhat?", f"{number}."), [made.video(6 + number, 6)])

@@ -363,7 +363,7 @@ def test_left_out_dialogues_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_unreadable_media_leave_their_dialogue_out_and_nothing_else_changes(tmp_path, kind):
+def test_unreadable_media_cost_their_dialogue_alone(tmp_path, kind):
     made = Root(tmp_path)
     video, other = made.video(8, 8), made.video(9, 9)
     still, picture = made.still(150, 60), made.still(60, 60)
@@ -518,7 +518,7 @@ def test_a_consumer_may_keep_every_batch(root, monkeypatch):
     assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
 
 
-def test_passes_that_were_broken_off_or_go_on_beside_another_take_no_room_from_it(root):
+def test_abandoned_and_parallel_passes_share_no_budget(root):
     loader = build_loader(manifest(root, loader__prefetch_mb=2))
     gc.disable()
     try:

@@ -453,7 +453,7 @@ def test_a_long_video_costs_a_few_bytes_a_frame(tmp_path: Path) -> None:
     assert [number_of(picture) for picture in pictures] == (wanted % 250).tolist()
 
 
-def test_a_stream_that_only_a_strict_decoder_refuses_is_read_as_players_do(tmp_path: Path) -> None:
+def test_streams_that_only_strict_decoders_refuse_are_read(tmp_path: Path) -> None:
     """The header says four reference frames, the stream uses five: some cameras write such files."""
     options = {"g": "25", "bf": "0", "refs": "5", "profile": "main", "preset": "slow"}
     data = bytearray(write_video(tmp_path / "refs.mp4", 100, options=options).read_bytes())

@@ -191,7 +191,7 @@ def test_one_bound_alone_is_no_clip():
 @pytest.mark.parametrize(
     ("name", "number"), [("a_1_20.jpg", 20), ("x_003.png", 3), ("00001.jpg", -1), ("a_1x.jpg", -1), ("a_2.jpeg", 2)]
 )
-def test_files_of_a_folder_are_ordered_by_the_number_after_the_last_underscore(name, number):
+def test_folder_files_are_ordered_by_their_trailing_number(name, number):
     assert file_number(name) == number
 
 

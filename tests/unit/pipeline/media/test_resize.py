@@ -69,7 +69,7 @@ def test_the_filter_is_the_bicubic_one() -> None:
         assert (off <= 1.5).mean() > 0.98 and off.mean() < 0.5  # rounded twice, clipped between the two directions
 
 
-def test_a_picture_of_the_size_is_not_touched_and_a_turned_one_is_read() -> None:
+def test_images_of_the_size_are_untouched_and_rotated_ones_read() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     np.testing.assert_array_equal(resize(noise, 30, 20), noise)
     turned = noise.transpose(1, 0, 2)[::-1]

@@ -89,7 +89,7 @@ def count_of(size: int, repeat: float, cap: int | None) -> int:
 
 def epoch_keys(plan: EpochPlan, epoch: int) -> list[str]:
     """The keys of all rows of an epoch, in order of global batches."""
-    steps = range(plan.batches)
+    steps = range(plan.num_batches)
     return [plan.dataset.key(int(n)) for step in steps for row in plan.global_batch(epoch, step).rows for n in row]
 
 
@@ -282,10 +282,10 @@ def test_entries_have_frames_of_their_own(roots):
     [
         ([{"root": "one", "repeat": -1}], r"mix\[0\].repeat: must be at least 0"),
         ([{"root": "one", "repeat": 0}], r"mix\[0\].repeat: is 0, and no entry has its own"),
-        ([{"root": "one"}, {"root": "one"}], r"mix\[1\].root: .* stands twice"),
+        ([{"root": "one"}, {"root": "one"}], r"mix\[1\].root: .* is listed twice"),
         ([{"root": "one", "weight": 1}, {"root": "two"}], r"mix\[1\].weight: all roots have one, or none"),
         ([{"root": "one", "weight": -0.5}], r"mix\[0\].weight: must be at least 0"),
-        ([{"root": "one", "entries": [{"entry": "a"}, {"entry": "a"}]}], r"mix\[0\].entries\[1\].entry: a stands"),
+        ([{"root": "one", "entries": [{"entry": "a"}, {"entry": "a"}]}], r"mix\[0\].entries\[1\].entry: a is listed"),
         ([{"root": "one", "entries": [{"entry": "a", "cap": 0}]}], r"mix\[0\].entries\[0\].cap: must be at least 1"),
         ([{"root": "one", "entries": [{"entry": "a", "min": 9, "max": 8}]}], r"mix\[0\].entries\[0\].min: 9 is larger"),
         ([{"root": "one", "entries": [{"entry": "a", "max": 10}]}], r"mix\[0\].entries\[0\].max: 10 is not a multiple"),
@@ -314,7 +314,7 @@ def test_a_state_of_another_mix_is_refused_and_a_root_may_move(roots, tmp_path):
     mix = [{"root": "one"}, {"root": "two", "entries": [{"entry": "d", "cap": 4}]}]
     state = build_loader(mixed(roots, mix)).state_dict()
     other = [{"root": "one", "repeat": 2}, {"root": "two", "entries": [{"entry": "d", "cap": 5}]}]
-    with pytest.raises(StateError, match=r"mix\[0\].repeat \(1.0 there, 2.0 here\), mix\[1\].entries"):
+    with pytest.raises(StateError, match=r"mix\[0\].repeat \(saved: 1.0, now: 2.0\), mix\[1\].entries"):
         build_loader(mixed(roots, other)).load_state_dict(state)
     with pytest.raises(StateError, match=r"mix\[0\].index"):
         build_loader(mixed(roots, mix[::-1])).load_state_dict(state)
@@ -333,13 +333,13 @@ def test_contents_are_what_the_first_epoch_holds(roots, entry_of):
     shares = {(Path(share.root).parent.name, share.entry): share for share in report.entries}
     for place, share in shares.items():
         mine = {key: count for key, count in keys.items() if entry_of[key] == place}
-        assert (share.dialogues, share.appearances) == (len(mine), sum(mine.values()))
-    assert sum(share.appearances for share in report.entries) == sum(keys.values()) == 33 + 6 + 4
+        assert (share.dialogues, share.num_samples) == (len(mine), sum(mine.values()))
+    assert sum(share.num_samples for share in report.entries) == sum(keys.values()) == 33 + 6 + 4
     assert sum(share.tokens for share in report.entries) == sum(row.tokens for row in rows)
     assert sum(share.frames for share in report.entries) == sum(row.frames for row in rows)
-    assert sum(share.learned for share in report.entries) == sum(int((row.labels != -100).sum()) for row in rows)
+    assert sum(share.num_label_tokens for share in report.entries) == sum(int((row.labels != -100).sum()) for row in rows)
     assert report.fill == pytest.approx(sum(row.tokens for row in rows) / (1024 * len(rows)))
-    assert 0 < report.balance <= 1 and report.left_out == 2 and report.batches == len(loader)
+    assert 0 < report.balance <= 1 and report.num_excluded == 2 and report.num_batches == len(loader)
     lines = str(report).splitlines()
     assert lines[0].split() == ["entry", "dialogues", "appearances", "frames", "tokens", "learned", "root"]
     assert lines[-3].split()[:3] == ["all", str(len(keys)), "43"] and "balance" in lines[-2]
@@ -353,7 +353,7 @@ def test_numbers_say_root_and_row(roots):
         root, row = corpus.locate(number)
         assert corpus.key(number) == corpus.parts[root].index.dialogues["key"][row].as_py()
         assert all(view.root == root for view in corpus.views(number))
-    before = [corpus.text(n)[0].tolist() for n in range(len(corpus))]
+    before = [corpus.ids_and_labels(n)[0].tolist() for n in range(len(corpus))]
     corpus.release()
-    assert [corpus.text(n)[0].tolist() for n in range(len(corpus))] == before
+    assert [corpus.ids_and_labels(n)[0].tolist() for n in range(len(corpus))] == before
     assert np.array_equal(corpus.length[15:], corpus.parts[1].tokens.length)

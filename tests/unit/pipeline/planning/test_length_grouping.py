@@ -77,7 +77,7 @@ def kinds(lengths: np.ndarray, batch: np.ndarray) -> int:
 
 
 @given(epochs())
-def test_modality_has_every_dialogue_once_and_batches_of_one_kind_up_to_the_left_overs(epoch):
+def test_modality_batches_hold_one_kind_and_every_dialogue_once(epoch):
     lengths, size, shares, generator = epoch
     places = grouping.modality_grouped(lengths, size, shares, generator)
     assert sorted(places) == list(range(len(lengths)))

@@ -92,7 +92,7 @@ def test_order_equals_its_definition_in_plain_integers(count, seed, epoch):
     assert ordered(np.arange(count), seed, epoch).tolist() == slow_order(count, seed, epoch)
 
 
-def test_orders_that_are_sorted_part_by_part_are_those_of_the_definition():
+def test_orders_sorted_by_parts_equal_the_definition():
     rows = np.arange(3 << 18, dtype=np.int32)  # three parts
     wanted = rows.astype(np.uint64) + np.uint64(epoch_seed(1, 2))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

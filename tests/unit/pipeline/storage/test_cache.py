@@ -32,7 +32,7 @@ def stored(folder: Path) -> int:
     return total
 
 
-def test_what_was_put_comes_back_until_the_bound_and_the_oldest_go_first(tmp_path):
+def test_cached_ranges_return_and_the_oldest_are_evicted(tmp_path):
     cache = RangeCache(tmp_path / "ranges", BOUND)
     for key in range(40):
         assert cache.get(str(key)) is None
@@ -98,7 +98,7 @@ def write(folder: Path, seed: int) -> None:
             cache.put(str(key), [content(key)])
 
 
-def test_killed_writers_leave_a_whole_cache_within_its_bound_and_nobody_waits(tmp_path):
+def test_killed_writers_leave_a_sound_cache_within_its_bound(tmp_path):
     folder, rng, context = tmp_path / "ranges", random.Random(0), multiprocessing.get_context("fork")
     running = [context.Process(target=write, args=(folder, seed), daemon=True) for seed in range(3)]
     for process in running:

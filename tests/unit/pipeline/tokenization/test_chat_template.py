@@ -13,13 +13,13 @@ from framestream.pipeline.config.manifest import ManifestError
 from framestream.pipeline.tokenization.chat_template import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
-    MARK,
+    IMAGE_PLACEHOLDER,
     ChatTemplate,
     load_tokenizer,
     preprocess_multimodal,
-    question_and_answer,
-    reused_sample,
-    text_of,
+    split_last_answer,
+    repeat_preprocessing,
+    turn_text,
 )
 from tests.helpers.golden_data import json_file
 from tests.helpers.model.golden_tokens import FOLDER, HERE, ROWS, conversation, encode
@@ -56,7 +56,7 @@ def accepted(row: dict) -> bool:
 def test_golden_ids_and_labels(row, fetch):
     turns = row["conversation"]
     if row["media"] != "text":
-        marks = sum(text_of(turn).count(MARK) for turn in turns)
+        marks = sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in turns)
         assert preprocess_multimodal(turns, [row["time_message"]] * marks) == row["conversation_after_media_step"]
     ids, labels = encode(row, turns, fetch)
     assert_encoded((ids, labels), row["input_ids"], row["labels"])
@@ -68,9 +68,9 @@ def test_golden_ids_and_labels(row, fetch):
 def test_golden_second_fetch(row):
     """Published: the dialogue as its first fetch left it goes through the media step again. Meant: nothing changes."""
     turns = row["conversation"]
-    messages = [row["time_message"]] * sum(text_of(turn).count(MARK) for turn in turns)
-    assert reused_sample(turns, messages, row["version"], 1) == row["conversation_after_media_step"]
-    assert reused_sample(turns, messages, row["version"], 2) == row["second_fetch_conversation"]
+    messages = [row["time_message"]] * sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in turns)
+    assert repeat_preprocessing(turns, messages, row["version"], 1) == row["conversation_after_media_step"]
+    assert repeat_preprocessing(turns, messages, row["version"], 2) == row["second_fetch_conversation"]
     assert_encoded(encode(row, turns, 2), row["second_fetch_input_ids"], row["second_fetch_labels"])
     first, second = encode(row, turns), encode(row, turns)
     assert first[0].tolist() == second[0].tolist() == row["input_ids"]
@@ -93,7 +93,7 @@ def test_golden_first_turns_fail_when_published(row):
 def test_golden_first_turns_accepted_as_what_they_say(row):
     ids, labels = encode(row, row["conversation"])
     tokenizer = load_tokenizer(str(FOLDER))
-    spoken = [(NAMES[turn.get("from", turn.get("role"))], text_of(turn)) for turn in row["conversation"]]
+    spoken = [(NAMES[turn.get("from", turn.get("role"))], turn_text(turn)) for turn in row["conversation"]]
     if spoken[0][0] != "system":
         spoken.insert(0, ("system", "You are a helpful assistant."))
     assert tokenizer.decode(ids) == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
@@ -149,11 +149,11 @@ def test_each_medium_has_its_own_message(qwen):
 @given(st.lists(st.text(max_size=12), min_size=2, max_size=6), st.booleans())
 def test_prompt_is_the_beginning_of_the_whole_dialogue(texts, seen):
     coder = conversation()
-    texts = [text.replace(MARK, "").replace("<", "") for text in texts]
+    texts = [text.replace(IMAGE_PLACEHOLDER, "").replace("<", "") for text in texts]
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
     if seen:
-        turns[0]["value"] = f"{MARK}\n{turns[0]['value']}"
-    asked, answer = question_and_answer(turns)
+        turns[0]["value"] = f"{IMAGE_PLACEHOLDER}\n{turns[0]['value']}"
+    asked, answer = split_last_answer(turns)
     media = (["video"], ["\nN frames. "]) if seen else ([], [])
     prompt = coder.prompt(asked, *media)
     ids, _ = coder.encode(turns[: len(asked) + 1], *media)
@@ -165,10 +165,10 @@ def test_prompt_is_the_beginning_of_the_whole_dialogue(texts, seen):
 
 def test_question_is_the_last_answered_one():
     turns = [{"from": role, "value": role + str(i)} for i, role in enumerate(["human", "gpt", "human", "gpt", "human"])]
-    asked, answer = question_and_answer(turns)
+    asked, answer = split_last_answer(turns)
     assert (len(asked), answer) == (3, "gpt3")
     with pytest.raises(ValueError, match="answer"):
-        question_and_answer(turns[:1])
+        split_last_answer(turns[:1])
 
 
 def test_plain_prompt_is_the_mark_alone():

@@ -181,7 +181,7 @@ def test_places_elsewhere_are_one_place_by_what_they_are(tmp_path, far):
 
 def test_places_travel_to_other_processes(tmp_path, far):
     place = resolve_entries(far_manifest(tmp_path))[0].media
-    assert (place.path, place.origin, place.given, place.name) == (
+    assert (place.path, place.origin, place.spec, place.name) == (
         None,
         "hf:o/n@77:x",
         "hf:o/n@77:x",
@@ -198,7 +198,7 @@ def test_annotation_files_are_fetched_and_planned(tmp_path):
         wanted = manifest(tmp_path, entries, cache=str(tmp_path / "cache"))
         found = resolve_entries(wanted)
         assert [item.annotation.resolved for item in found] == [True, False]
-        assert "nothing at the path" in found[1].annotation.missing and server.url in found[1].annotation.missing
+        assert "there is no such file" in found[1].annotation.missing and server.url in found[1].annotation.missing
         counts = make_plan(wanted, found, None, strict=False)
     assert counts["a"].dialogues == 3
     assert Path(found[0].annotation.path).is_relative_to(tmp_path / "cache")

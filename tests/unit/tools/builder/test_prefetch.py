@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from framestream.tools.builder.prefetch import AHEAD, prefetch
+from framestream.tools.builder.prefetch import PREFETCH_FILES, prefetch
 
 
 class Fetcher:
@@ -21,7 +21,7 @@ class Fetcher:
             self.begun.append(item)
             self.now += 1
             self.most = max(self.most, self.now)
-            if self.now == AHEAD:
+            if self.now == PREFETCH_FILES:
                 self.full.set()
         self.full.wait(1)
         assert list(folder.iterdir()) == []
@@ -43,8 +43,8 @@ def test_files_come_in_order_and_go(tmp_path):
             continue
         before = file.result()
         assert before.read_text() == str(item)
-        assert len(list((tmp_path / "scratch").iterdir())) <= AHEAD + 1
-    assert fetch.most == AHEAD and sorted(fetch.begun) == list(range(12))
+        assert len(list((tmp_path / "scratch").iterdir())) <= PREFETCH_FILES + 1
+    assert fetch.most == PREFETCH_FILES and sorted(fetch.begun) == list(range(12))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,4 +61,4 @@ def test_nothing_is_left_of_what_is_not_taken(tmp_path):
     files = prefetch(range(50), fetch, tmp_path / "scratch")
     next(files)
     files.close()
-    assert list(tmp_path.iterdir()) == [] and len(fetch.begun) <= AHEAD + 1
+    assert list(tmp_path.iterdir()) == [] and len(fetch.begun) <= PREFETCH_FILES + 1

@@ -87,7 +87,7 @@ def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
 
 
 def test_a_hang_outside_any_item_does_not_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(framestream.tools.builder.worker_pool, "OUTSIDE", 4.0)
+    monkeypatch.setattr(framestream.tools.builder.worker_pool, "OUTSIDE_SECONDS", 4.0)
     with pytest.raises(WorkerError, match="ended after 4 s outside any item"):
         run(tmp_path, {(1, -1): "hang"})
 

@@ -17,7 +17,7 @@ from framestream.tools import demo_data
 from framestream.tools.demo import dialogues as demo_dialogues
 from framestream.tools.demo import tokenizer as demo_tokenizer
 from framestream.tools.demo import worlds as demo_worlds
-from framestream.tools.demo.worlds import COLOURS
+from framestream.tools.demo.worlds import COLORS
 from tests.helpers.paths import ROOT
 
 SHARE = 0.02
@@ -26,7 +26,7 @@ SHARE = 0.02
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "data"
-    demo_data.generate(out, seed=3, workers=2, share=SHARE)
+    demo_data.generate_demo(out, seed=3, workers=2, share=SHARE)
     return out
 
 
@@ -42,8 +42,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 def nearest_colour(pixels: np.ndarray) -> collections.Counter:
     """How many of (n, 3) pixels are close to each named colour."""
-    names = list(COLOURS)
-    distance = np.linalg.norm(pixels[:, None].astype(float) - np.array(list(COLOURS.values())), axis=2)
+    names = list(COLORS)
+    distance = np.linalg.norm(pixels[:, None].astype(float) - np.array(list(COLORS.values())), axis=2)
     close = distance.min(1) < 45
     return collections.Counter(names[i] for i in distance[close].argmin(1))
 
@@ -54,13 +54,13 @@ def video_frames(path: Path) -> np.ndarray:
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_other_ones(made, tmp_path):
-    demo_data.generate(tmp_path / "again", seed=3, workers=1, share=SHARE)
+    demo_data.generate_demo(tmp_path / "again", seed=3, workers=1, share=SHARE)
     assert digests(tmp_path / "again") == digests(made)
     plans = [demo_worlds.plan("train", seed, SHARE) for seed in (3, 4)]
     assert plans[0] != plans[1]
 
 
-def test_running_again_does_nothing_and_foreign_folders_are_left_alone(made, tmp_path, capsys):
+def test_a_second_run_changes_nothing_and_spares_other_folders(made, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     assert demo_data.main(["--out", str(made), "--seed", "3", "--share", str(SHARE)]) == 0
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
@@ -102,7 +102,7 @@ def test_what_is_seen_is_what_the_answers_say(made):
                 middle = frames[len(frames) // 2]
                 assert nearest_colour(middle.reshape(-1, 3)).most_common(1)[0][0] == facts["colour"]
             if "side" in facts:
-                seen = np.linalg.norm(frames[0].astype(float) - COLOURS[facts["colour"]], axis=2) < 45
+                seen = np.linalg.norm(frames[0].astype(float) - COLORS[facts["colour"]], axis=2) < 45
                 assert (np.nonzero(seen)[1].mean() < demo_worlds.SIDE / 2) == (facts["side"] == "left")
             checked[world.kind] += 1
     assert set(checked) == set(demo_worlds.SIZES["train"])
@@ -117,7 +117,7 @@ def test_orders_need_at_least_eight_frames_between_the_colours():
             assert len(before) >= 2 and len(after) >= 2 and after[0] - before[-1] >= 8
 
 
-def test_held_out_answers_are_balanced_and_each_scored_family_has_200_questions():
+def test_held_out_answers_are_balanced_over_200_questions():
     answers = collections.defaultdict(collections.Counter)
     for world in demo_worlds.plan("heldout", 0):
         for record in demo_dialogues.held_out_dialogues(world, "x.mp4", 0):
@@ -146,7 +146,7 @@ def test_other_containers_and_stills(made):
     with Image.open(made / "media/gif/shape.gif") as gif:
         assert gif.n_frames == 8
     assert [path.name for path in sorted((made / "media/folder/shape").iterdir())][:2] == ["00001.jpg", "00002.jpg"]
-    for form, size in demo_data.STILL_SIZES.items():
+    for form, size in demo_data.IMAGE_SIZES.items():
         for path in (made / "media/stills").glob(f"{form}-*"):
             with Image.open(path) as still:
                 assert still.size == size
@@ -159,7 +159,7 @@ def test_tokenizer_loads_in_transformers_laid_out_like_qwen2(made):
     assert tokenizer("\n")["input_ids"] == [198]
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     assert [tokenizer.convert_tokens_to_ids(t) for t in demo_tokenizer.SPECIAL] == list(range(len(tokenizer)))[-3:]
-    for word in (*COLOURS, *demo_worlds.SHAPES, *demo_worlds.SIDES, *demo_worlds.NUMBERS, *demo_worlds.DIRECTIONS):
+    for word in (*COLORS, *demo_worlds.SHAPES, *demo_worlds.SIDES, *demo_worlds.NUMBERS, *demo_worlds.DIRECTIONS):
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(" " + word)["input_ids"]) == 1, word
     text = "<|im_start|>user\nWie heißt das? 12.50 é\n\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

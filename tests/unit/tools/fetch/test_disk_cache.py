@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.tools.fetch.base import FetchError
-from framestream.tools.fetch.disk_cache import ABANDONED, Cache, CachedSource, DiskFullError
+from framestream.tools.fetch.disk_cache import ABANDONED, DiskCache, CachedSource, DiskFullError
 from tests.helpers.media.cached_files import Made, contents, read, wanted
 
 
@@ -36,23 +36,23 @@ def left(folder):
 def test_contents_are_right_and_the_bound_holds(tmp_path_factory, bound, steps):
     folder = tmp_path_factory.mktemp("cache")
     sizes = {str(number): number * 300 for number in range(9)}
-    caches = [Cache(folder, bound), Cache(folder, bound)]
+    caches = [DiskCache(folder, bound), DiskCache(folder, bound)]
     for number, tree, which in steps:
         source = CachedSource(Made(sizes), caches[which])
         assert read(source, caches[which], str(number), tree) == wanted(str(number), sizes[str(number)], tree)
         assert used(folder) <= bound + max(sizes.values()), "one process is ahead by one file at most"
-        assert caches[which].settle() == used(folder) <= bound
+        assert caches[which].trim() == used(folder) <= bound
     assert not left(folder)
 
 
 def test_what_is_kept_is_not_fetched_again_and_what_changed_is(tmp_path):
-    made, cache = Made({"a": 10, "b": 30}), Cache(tmp_path, 1000)
+    made, cache = Made({"a": 10, "b": 30}), DiskCache(tmp_path, 1000)
     source = CachedSource(made, cache)
     for _ in range(3):
         assert read(source, cache, "a") == wanted("a", 10)
         assert read(source, cache, "b", tree=True) == wanted("b", 30, tree=True)
     assert made.fetched == ["a", "b"]
-    assert read(CachedSource(Made({"a": 10}), Cache(tmp_path, 1000)), cache, "a") == wanted("a", 10)
+    assert read(CachedSource(Made({"a": 10}), DiskCache(tmp_path, 1000)), cache, "a") == wanted("a", 10)
     made.version = "two"
     read(source, cache, "a")
     assert made.fetched == ["a", "b", "a"]
@@ -62,7 +62,7 @@ def test_what_is_kept_is_not_fetched_again_and_what_changed_is(tmp_path):
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path):
-    made, cache = Made(dict.fromkeys("abcd", 300)), Cache(tmp_path, 1000)
+    made, cache = Made(dict.fromkeys("abcd", 300)), DiskCache(tmp_path, 1000)
     source = CachedSource(made, cache)
     for moment, path in enumerate("abcad"):
         read(source, cache, path)
@@ -79,7 +79,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
 
 
 def test_evicting_takes_nothing_away_from_a_reader(tmp_path):
-    cache = Cache(tmp_path, 1000)
+    cache = DiskCache(tmp_path, 1000)
     source = CachedSource(Made({"a": 500, "b": 600}), cache)
     read(source, cache, "a")
     read(source, cache, "b", tree=True)
@@ -91,7 +91,7 @@ def test_evicting_takes_nothing_away_from_a_reader(tmp_path):
 
 
 def test_too_large_for_the_cache_goes_past_it(tmp_path):
-    made, cache = Made({"a": 1001, "b": 10}), Cache(tmp_path, 1000)
+    made, cache = Made({"a": 1001, "b": 10}), DiskCache(tmp_path, 1000)
     source = CachedSource(made, cache)
     for path in "baa":
         read(source, cache, path)
@@ -103,7 +103,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", no_link)
-    made, cache = Made({"a": 1000}), Cache(tmp_path, 1000)
+    made, cache = Made({"a": 1000}), DiskCache(tmp_path, 1000)
     for _ in range(2):
         assert read(CachedSource(made, cache), cache, "a") == contents("a", 1000)
     assert made.fetched == ["a"]
@@ -117,7 +117,7 @@ def test_a_full_disk_costs_the_cache_and_then_ends_in_one_line(tmp_path):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return found
 
-    made, cache = Full({"a": 100, "b": 100}), Cache(tmp_path, 1000)
+    made, cache = Full({"a": 100, "b": 100}), DiskCache(tmp_path, 1000)
     source = CachedSource(made, cache)
     read(source, cache, "a")
     assert read(source, cache, "b") == contents("b", 100)
@@ -128,7 +128,7 @@ def test_a_full_disk_costs_the_cache_and_then_ends_in_one_line(tmp_path):
 
 
 def test_keeping_on_a_full_disk_is_given_up(tmp_path, monkeypatch):
-    cache = Cache(tmp_path, 1000)
+    cache = DiskCache(tmp_path, 1000)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -142,10 +142,10 @@ PROCESS = """
 import random, sys
 from pathlib import Path
 from tests.helpers.media.cached_files import Made, read, wanted
-from framestream.tools.fetch.disk_cache import Cache, CachedSource
+from framestream.tools.fetch.disk_cache import DiskCache, CachedSource
 
 folder, seed, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-cache, draw = Cache(folder, 60_000), random.Random(seed)
+cache, draw = DiskCache(folder, 60_000), random.Random(seed)
 sizes = {str(number): number * 1000 for number in range(20)}
 source = CachedSource(Made(sizes), cache)
 print("begun", flush=True)
@@ -165,7 +165,7 @@ def test_processes_share_a_cache(tmp_path):
     assert [process.wait() for process in processes] == [0] * 3
     for process in processes:
         process.stdout.close()
-    assert Cache(tmp_path, 60_000).settle() == used(tmp_path) <= 60_000
+    assert DiskCache(tmp_path, 60_000).trim() == used(tmp_path) <= 60_000
     assert not left(tmp_path)
 
 
@@ -179,10 +179,10 @@ def test_killed_processes_leave_what_is_swept(tmp_path):
         process.wait()
         process.stdout.close()
         swept += len(left(tmp_path))
-        Cache(tmp_path, 60_000)
+        DiskCache(tmp_path, 60_000)
         assert not left(tmp_path)
     assert swept, "no process was killed on its way"
-    made, cache = Made({str(number): number * 1000 for number in range(20)}), Cache(tmp_path, 1_000_000)  # room for all
+    made, cache = Made({str(number): number * 1000 for number in range(20)}), DiskCache(tmp_path, 1_000_000)  # room for all
     for number in range(20):
         for tree in (False, True):
             assert read(CachedSource(made, cache), cache, str(number), tree) == wanted(str(number), number * 1000, tree)
@@ -190,12 +190,12 @@ def test_killed_processes_leave_what_is_swept(tmp_path):
 
 
 def test_scratch_folders_of_others_are_swept_when_they_are_old(tmp_path):
-    cache = Cache(tmp_path, 1000)
+    cache = DiskCache(tmp_path, 1000)
     for name, age in (("elsewhere-1-a", 0), ("elsewhere-1-b", ABANDONED + 60)):
         (tmp_path / "scratch" / name).mkdir()
         os.utime(tmp_path / "scratch" / name, (time.time() - age,) * 2)
     with cache.scratch() as mine:
-        cache.sweep()
+        cache.remove_abandoned()
         assert {item.name for item in left(tmp_path)} == {"elsewhere-1-a", mine.name}
 
 
@@ -220,7 +220,7 @@ class Together(Made):
 
 
 def test_threads_that_want_one_file_fetch_it_once(tmp_path):
-    cache = Cache(tmp_path, 10_000)
+    cache = DiskCache(tmp_path, 10_000)
     made = Together({"a": 1000}, 4)
     source = CachedSource(made, cache)
     with ThreadPoolExecutor(4) as pool:
@@ -232,13 +232,13 @@ def test_threads_that_want_one_file_fetch_it_once(tmp_path):
 
 
 def test_keys_are_told_apart(tmp_path):
-    cache = Cache(tmp_path, 1000)
+    cache = DiskCache(tmp_path, 1000)
     for key in ("a\0b", "a", "ä\ud800"):
         with cache.scratch() as scratch:
             (scratch / "x").write_bytes(hashlib.sha256(ascii(key).encode()).digest())
-            cache.keep(key, scratch / "x")
+            cache.put(key, scratch / "x")
     for key in ("a\0b", "a", "ä\ud800"):
         with cache.scratch() as scratch:
-            assert cache.take(key, scratch).read_bytes() == hashlib.sha256(ascii(key).encode()).digest()
+            assert cache.get(key, scratch).read_bytes() == hashlib.sha256(ascii(key).encode()).digest()
     with cache.scratch() as scratch:
-        assert cache.take("b", scratch) is None and not list(scratch.iterdir())
+        assert cache.get("b", scratch) is None and not list(scratch.iterdir())

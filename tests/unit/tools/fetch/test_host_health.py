@@ -63,16 +63,16 @@ def test_an_answer_in_between_starts_the_count_again():
     assert asked.count == 5 * (MAX_FAILURES - 1)
 
 
-def test_denied_speaks_of_the_place_and_a_missing_file_of_nothing_else():
+def test_denied_is_about_the_source_and_missing_about_the_file():
     hosts, denied, missing = HostCircuitBreaker(), Asked("denied"), Asked("missing_file")
     ask(hosts, "hf:gated/set@1:", denied, times=50)
     ask(hosts, "hf:open/set@1:", missing, times=50)
     assert denied.count == MAX_FAILURES and missing.count == 50
 
 
-def test_less_patience():
+def test_a_smaller_limit_of_failures():
     hosts, asked = HostCircuitBreaker(), Asked("unreachable")
-    ask(hosts, "hf:a/b", asked, times=9, patience=1)
+    ask(hosts, "hf:a/b", asked, times=9, max_failures=1)
     assert asked.count == 1
 
 

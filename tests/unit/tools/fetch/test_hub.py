@@ -103,8 +103,8 @@ def test_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch):
     assert sent == {"Bearer hf_secret"}
 
 
-def test_a_folder_with_more_files_than_are_kept_is_asked_for_one_by_one(hub, monkeypatch):
-    monkeypatch.setattr(framestream.tools.fetch.object_listing, "KEPT", 1)
+def test_folders_too_large_to_list_are_asked_file_by_file(hub, monkeypatch):
+    monkeypatch.setattr(framestream.tools.fetch.object_listing, "MAX_CACHED_FILES", 1)
     source = opened(hub)
     assert source.find("a b.mp4") == 5 and source.find("large.mp4") == 100_000 and source.find("c.mp4") is None
     with pytest.raises(FetchError) as error:
@@ -113,7 +113,7 @@ def test_a_folder_with_more_files_than_are_kept_is_asked_for_one_by_one(hub, mon
 
 
 def test_listings_that_are_kept_are_bounded(hub, monkeypatch):
-    monkeypatch.setattr(framestream.tools.fetch.object_listing, "KEPT", 4)
+    monkeypatch.setattr(framestream.tools.fetch.object_listing, "MAX_CACHED_FILES", 4)
     source = opened(hub, "hf:me/data")
     for _ in range(3):
         assert (

@@ -92,7 +92,7 @@ def test_parts_of_archives(bucket):
 
 
 def test_a_large_folder_is_asked_for_one_by_one(bucket, monkeypatch):
-    monkeypatch.setattr(framestream.tools.fetch.object_listing, "KEPT", 1)
+    monkeypatch.setattr(framestream.tools.fetch.object_listing, "MAX_CACHED_FILES", 1)
     source = open_source("s3://videos/v/frames", QUICK)
     assert source.find("1.jpg") == 3 and source.find("4.jpg") is None
 

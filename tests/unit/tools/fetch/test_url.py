@@ -18,11 +18,11 @@ part = st.text(min_size=1, max_size=9).filter(lambda text: "/" not in text and t
 @given(parts=st.lists(part, min_size=1, max_size=3))
 def test_paths_are_quoted(parts):
     path = "/".join(parts)
-    address = urlsplit(UrlTemplate("url", "https://host/x/{path}").address(path))
+    address = urlsplit(UrlTemplate("url", "https://host/x/{path}").url(path))
     assert address[:2] == ("https", "host") and not address.query and not address.fragment
     shown = path.encode("utf-8", "replace").decode()  # what has no bytes in UTF-8 becomes a question mark
     assert unquote(address.path) == f"/x/{shown}"
-    address = urlsplit(UrlTemplate("url", "https://host/get?f={path}&key=1").address(path))
+    address = urlsplit(UrlTemplate("url", "https://host/get?f={path}&key=1").url(path))
     assert address.path == "/get" and parse_qs(address.query, keep_blank_values=True) == {"f": [shown], "key": ["1"]}
 
 
@@ -36,7 +36,7 @@ def test_paths_are_quoted(parts):
     ],
 )
 def test_placeholders(template, path, address):
-    assert UrlTemplate("url", template).address(path) == address
+    assert UrlTemplate("url", template).url(path) == address
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ PageSource("https://h/{stem}", QUICK).fetch("x", pathlib.Path(sys.argv[1]))
 def is_yt_dlp(number):
     """Whether a process is there and is the one that runs yt-dlp."""
     try:
-        return b"page_process" in Path(f"/proc/{number}/cmdline").read_bytes()
+        return b"ytdlp_process" in Path(f"/proc/{number}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
 

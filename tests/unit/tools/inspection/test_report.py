@@ -74,7 +74,7 @@ def test_frames_are_those_stored_with_their_seconds_and_dialogues(built, tmp_pat
     shown = images(page)
     assert len(shown) == 19
     for row in index.media.to_pylist():
-        with open(index.path_of(row["shard"]), "rb") as file:
+        with open(index.shard_path(row["shard"]), "rb") as file:
             for place, (offset, size) in enumerate(zip(row["frame_offset"], row["frame_size"], strict=True)):
                 file.seek(offset)
                 stored = Image.open(io.BytesIO(file.read(size))).convert("RGB")
@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_one_line_and_no_page(root, tmp_path, capsys, cha
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_token_cache_is_used_unless_it_is_another_index_s_or_damaged(root, tmp_path):
+def test_token_caches_of_other_indexes_or_damaged_are_ignored(root, tmp_path):
     row = {"ids": [], "labels": [], "clips": 0, "tiles": 0, "learned": 0}
     table = pa.Table.from_pylist([row | {"length": 1000 + n, "error": "x" * (n == 0)} for n in range(8)], TOKEN_SCHEMA)
     path = root / "index" / "tokens-00.arrow"

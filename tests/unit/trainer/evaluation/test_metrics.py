@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framestream.trainer.evaluation.metrics import CONTROLS, MAX_PARTNERS, blind_partners, bootstrap_ci, is_correct, summarize
+from framestream.trainer.evaluation.metrics import (
+    CONTROLS,
+    MAX_PARTNERS,
+    blind_partners,
+    bootstrap_ci,
+    is_correct,
+    summarize,
+)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
 
 
-def test_text_from_the_data_is_escaped_and_answers_are_judged_as_the_scores_are(tmp_path):
+def test_data_text_is_escaped_and_answers_judged_as_scored(tmp_path):
     page = Page(report.render([report.read_run(write_run(tmp_path / "run", scores=True))]))
     text = page.cells()
     assert "Which <b>colour</b>?" in text and "blind: </p>" in text and "<short> video" in text

@@ -52,7 +52,7 @@ def test_other_media_are_read_anew():
     assert list(talk.answer(pack([both]))) == generate(model, [pack([both])], NEW, -1)[0]
 
 
-def test_characters_of_several_tokens_are_held_back_until_they_are_whole():
+def test_characters_of_several_tokens_are_streamed_complete():
     data = "früh – 東".encode()
     pieces = list(stream_text(iter(data), lambda ids: bytes(ids).decode("utf-8", errors="replace")))
     assert "".join(pieces) == "früh – 東" and all("\ufffd" not in piece for piece in pieces) and len(pieces) > 4

@@ -36,11 +36,8 @@ def test_the_greedy_answer_is_known_as_such(model):
     prompt = pack([dialogue(3, clips=1, text=6)])
     greedy = generate(model, [prompt], 4, -1)[0]
     other = [*greedy[:3], (greedy[3] + 1) % 20]
-    assert [found.is_greedy for found in loglikelihood(model, prefill(model, [prompt]), [greedy, greedy[:2], other])] == [
-        True,
-        True,
-        False,
-    ]
+    found = loglikelihood(model, prefill(model, [prompt]), [greedy, greedy[:2], other])
+    assert [answer.is_greedy for answer in found] == [True, True, False]
 
 
 def test_all_next_tokens_together_are_certain(model):

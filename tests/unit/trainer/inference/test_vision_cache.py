@@ -36,7 +36,7 @@ rows = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_tokens_are_those_of_the_units_whatever_is_kept(asked, kept):
     counting = Counting()
-    encoded = VisionFeatureCache(counting, room=kept * 32)
+    encoded = VisionFeatureCache(counting, max_bytes=kept * 32)
     for clips, stills in asked:
         found = encoded(units(clips, 4, 2, 2, 3), units(stills, 2, 2, 3))
         for tokens, numbers in zip(found, (clips, stills), strict=True):
@@ -46,7 +46,7 @@ def test_tokens_are_those_of_the_units_whatever_is_kept(asked, kept):
 
 def test_nothing_is_encoded_twice_while_there_is_room():
     counting = Counting()
-    encoded = VisionFeatureCache(counting, room=2 * 32)
+    encoded = VisionFeatureCache(counting, max_bytes=2 * 32)
     for numbers in ([1, 2], [2, 1], [1, 3], [1, 2]):  # 3 displaces 2, which was not asked for lately
         encoded(units(numbers, 4, 2, 2, 3), units([], 2, 2, 3))
     assert counting.seen == [1, 2, 3, 2]

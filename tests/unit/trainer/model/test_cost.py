@@ -61,7 +61,7 @@ def test_flops_of_a_row_are_the_products_that_it_runs(cfg):
     language = cfg.language_model
     masked = cost.part_costs(settings)["language_model"].pair / 2 * sum(length**2 for length in lengths)
     recomputed = 2 * learned * language.vocab_size * language.hidden_size
-    expected = cost.row_flops(settings, clips=3, stills=2, lengths=lengths, learned=learned)
+    expected = cost.row_flops(settings, clips=3, tiles=2, lengths=lengths, learned=learned)
     pixels = (3 * 4 + 2) * SIZE**2 * 3
     of_pixels = 2 * pixels * cfg.vision_tower.width  # gradient of the pixels, which the formula counts and nobody needs
     # what is left is merging, whose products the formula leaves out

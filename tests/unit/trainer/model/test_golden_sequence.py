@@ -25,8 +25,10 @@ def model() -> VideoLLM:
         language_model=LanguageModelConfig(**language),
     )
     model = VideoLLM(cfg, tower["size"], 4, recompute=True)
-    weights = FILES / "weights.safetensors"
-    copy_tensors(model, {name: t for part in model.parts() for name, t in open_part_tensors(model, part, weights, cfg).items()})
+    weights, tensors = FILES / "weights.safetensors", {}
+    for part in model.parts():
+        tensors |= open_part_tensors(model, part, weights, cfg)
+    copy_tensors(model, tensors)
     model.pixels = lambda frames: frames.movedim(-1, 1)
     return model.train()
 

@@ -10,7 +10,13 @@ import torch
 
 from framestream.pipeline.config.model import VisionTowerConfig
 from framestream.trainer.model.attention import AttentionSegments
-from framestream.trainer.model.internvideo2 import InternVideo2, drop_path, pos_embed_grid, init_pos_embed, interpolate_pos_embed
+from framestream.trainer.model.internvideo2 import (
+    InternVideo2,
+    drop_path,
+    init_pos_embed,
+    interpolate_pos_embed,
+    pos_embed_grid,
+)
 from framestream.trainer.weights.load import random_tensor
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
@@ -133,10 +139,11 @@ def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():
 
 
 def test_tables_that_fit_no_clip_are_refused():
-    assert pos_embed_grid(1 + 4 * 16**2, 4) == (4, 16) and pos_embed_grid(1 + 8 * 16**2, 4) == (8, 16) and pos_embed_grid(1 + 256, 1) == (1, 16)
-    assert [pos_embed_grid(rows, frames) for rows, frames in ((0, 4), (1, 1), (1 + 8 * 64, 1), (256, 1), (1 + 5 * 64, 4))] == [
-        None
-    ] * 5
+    assert pos_embed_grid(1 + 4 * 16**2, 4) == (4, 16)
+    assert pos_embed_grid(1 + 8 * 16**2, 4) == (8, 16)
+    assert pos_embed_grid(1 + 256, 1) == (1, 16)
+    for rows, frames in ((0, 4), (1, 1), (1 + 8 * 64, 1), (256, 1), (1 + 5 * 64, 4)):
+        assert pos_embed_grid(rows, frames) is None
     with pytest.raises(ValueError, match="a table of 300 rows"):
         interpolate_pos_embed(torch.zeros(1, 300, 16), 4, 8)
 

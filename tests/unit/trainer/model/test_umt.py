@@ -35,7 +35,7 @@ def cases():
 def test_golden_umt_positions(model):
     outputs, tower = np.load(FILES / model["outputs"]), build(model["arguments"])
     np.testing.assert_allclose(tower.clip_positions, outputs["pos_embed_video"][0], atol=1e-5)
-    np.testing.assert_allclose(tower.still_positions, outputs["pos_embed_image"][0], atol=1e-5)
+    np.testing.assert_allclose(tower.tile_positions, outputs["pos_embed_image"][0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("model", "case"), cases())

@@ -99,7 +99,7 @@ def test_groups_cover_every_unit_once_in_order(clips, stills, number):
     batch = dataclasses.replace(
         pack([]),
         clips=torch.arange(clips, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, 4, 1, 1, 3),
-        stills=100 + torch.arange(stills, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3),
+        image_tiles=100 + torch.arange(stills, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3),
         groups=number,
     )
     parts = list(split_groups(batch))
@@ -136,7 +136,7 @@ def test_the_dummy_still_does_not_change_the_text():
 @pytest.mark.parametrize("frozen", [[], ["vision_tower", "language_model"], ["language_model"]])
 @pytest.mark.parametrize("recompute", [True, False])
 @both_towers
-def test_every_module_is_entered_in_the_same_order_whatever_the_row_holds(frozen, recompute, cfg):
+def test_modules_run_in_the_same_order_for_any_row(frozen, recompute, cfg):
     """ZeRO-3 gathers and releases in module calls, forward, backward and recomputed: ranks must agree on the order."""
     model = small_model(recompute, cfg).train()
     for part in frozen:

@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import load_file, save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from framestream.pipeline.config.manifest import to_dict
 from framestream.pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.schema import to_dict
 from framestream.trainer.weights.load import resolve_init_tensors
 from framestream.trainer.weights.tensor_files import INDEX, WeightsError, to_hf_name
 from tests.helpers.model.manifests import manifest

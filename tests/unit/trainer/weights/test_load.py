@@ -384,7 +384,7 @@ def test_weights_of_another_size_are_used_with_tables_of_the_new_one(tmp_path):
         init_from=InitFromConfig(run=str(tmp_path / "stage3")),
     )
     model = initialised(larger)
-    assert model.vision_tower.still_positions.shape[0] == 144
+    assert model.vision_tower.tile_positions.shape[0] == 144
     np.testing.assert_array_equal(
         model.vision_tower.blocks[0].attn.qkv.weight.detach(),
         initialised(settings).vision_tower.blocks[0].attn.qkv.weight.detach(),

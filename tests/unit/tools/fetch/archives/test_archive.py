@@ -19,7 +19,7 @@ from PIL import Image
 
 from framestream.pipeline.media.frame_sequences import open_folder
 from framestream.tools.fetch.archives import archive as archives_module
-from framestream.tools.fetch.archives.archive import Archives, open_archives
+from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
 from framestream.tools.fetch.archives.member_table import stable_name
 from framestream.tools.fetch.archives.zip import list_zip
 from framestream.tools.fetch.base import FetchError
@@ -129,7 +129,7 @@ def test_frames_keep_their_order_under_safe_names(tmp_path):
         pictures[name] = out.getvalue()
     shuffled = {f"frames/{name}": pictures[name] for name in sorted(pictures, reverse=True)}
     source = opened(pack_tar([(tar_info(name), data) for name, data in shuffled.items()]))
-    frames = open_folder(source.fetch("frames", tmp_path, tree=True)).pictures(np.arange(len(pictures)))
+    frames = open_folder(source.fetch("frames", tmp_path, tree=True)).decode_frames(np.arange(len(pictures)))
     assert [frame[0, 0, 0] for frame in frames] == [0, 40, 80, 120, 160, 200]
 
 
@@ -221,7 +221,7 @@ def test_what_a_killed_process_has_left_of_its_list_goes(tmp_path, kind):
     assert table.exists() and other.exists() and not [path for path in left if path.exists()]
 
 
-def sums(source: Archives, paths: list[str], scratch: str) -> list[int]:
+def sums(source: ArchiveSource, paths: list[str], scratch: str) -> list[int]:
     """In another process: the sum of the bytes of each file."""
     return [sum(content(source, path, Path(scratch))) for path in paths]
 
@@ -422,6 +422,6 @@ def test_the_extension_is_taken_over_only_if_it_is_one(tmp_path):
 
 def test_kinds_are_told_by_contents(monkeypatch):
     inner = pack({"inner": b"x"}, "stored")
-    assert archives_module._kind(Memory(pack({"a.zip": inner}, "ustar"), "x.zip")) == "tar"
-    assert archives_module._kind(Memory(pack({"a.tar": pack({"a": b"a"}, "gnu")}, "stored"), "x.tar")) == "zip"
+    assert archives_module._detect_format(Memory(pack({"a.zip": inner}, "ustar"), "x.zip")) == "tar"
+    assert archives_module._detect_format(Memory(pack({"a.tar": pack({"a": b"a"}, "gnu")}, "stored"), "x.tar")) == "zip"
     assert opened(b"#!/bin/sh\n" * 60 + inner).find("inner") == 1

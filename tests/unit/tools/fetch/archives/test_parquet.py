@@ -23,9 +23,9 @@ from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.ledger import read_ledger
 from framestream.tools import build_shards
 from framestream.tools.fetch.archives import parquet as parquets
-from framestream.tools.fetch.archives.archive import Archives, open_archives
-from framestream.tools.fetch.archives.parquet_footer import read_directory
-from framestream.tools.fetch.archives.parquet_rows import ALIKE
+from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
+from framestream.tools.fetch.archives.parquet_footer import read_footer
+from framestream.tools.fetch.archives.parquet_rows import MAX_SAME_NAME
 from framestream.tools.fetch.base import UNKNOWN, FetchError
 from framestream.tools.fetch.registry import open_source
 from tests.helpers.corpora import media_corpus as corpus
@@ -62,7 +62,7 @@ def noise(seed: int, size: int = 3000) -> bytes:
     return np.random.default_rng(seed).bytes(size)
 
 
-def found(source: Archives, path: str, scratch: Path) -> bytes | str:
+def found(source: ArchiveSource, path: str, scratch: Path) -> bytes | str:
     """The bytes of a file, or the reason why there are none."""
     try:
         return content(source, path, scratch)
@@ -119,7 +119,7 @@ def test_rows_of_one_name_are_one_picture_or_none(tmp_path):
     assert error.value.reason == "bad_media" and list(tmp_path.iterdir()) == []
     assert failure(source, "other.jpg", tmp_path) == "bad_media", "across files, too"
     assert source.identity("same.jpg") != source.identity("other.jpg")
-    many = opened(data_set([("same", None, b"1")] * (ALIKE + 1)))
+    many = opened(data_set([("same", None, b"1")] * (MAX_SAME_NAME + 1)))
     assert failure(many, "same.jpg", tmp_path) == "bad_media", "so many are not compared"
 
 
@@ -157,7 +157,7 @@ def by_the_rules(rows: Sequence[Row], asked: str) -> bytes | str:
     for rule in rules:
         if alike := [data for path, stems, data in members if rule(path, stems)]:
             pictures = set(alike) - {None}
-            if len(alike) > ALIKE or len(pictures) > 1:
+            if len(alike) > MAX_SAME_NAME or len(pictures) > 1:
                 return "bad_media"
             return pictures.pop() if pictures else "missing_file"
     return "missing_file"
@@ -307,7 +307,7 @@ def test_what_is_no_such_file(data, reason, words):
 def test_the_directory_is_that_of_pyarrow(options):
     data = data_set([(f"{n}", f"{n}.jpg" if n % 2 else None, noise(n, 50)) for n in range(500)], group=7, **options)
     expected = pq.ParquetFile(io.BytesIO(data)).metadata
-    rows, groups = read_directory(data[-8 - int.from_bytes(data[-8:-4], "little") : -8], {"id", "image.bytes"})
+    rows, groups = read_footer(data[-8 - int.from_bytes(data[-8:-4], "little") : -8], {"id", "image.bytes"})
     assert (rows, len(groups)) == (500, expected.num_row_groups)
     for number, found in enumerate(groups):
         group = expected.row_group(number)
@@ -333,20 +333,20 @@ def test_limits(tmp_path, monkeypatch):
     source = opened(data, limit=1000)
     assert content(source, "small.jpg", tmp_path) == bytes(1000)
     assert failure(source, "large.jpg", tmp_path) == "too_large"
-    monkeypatch.setattr(parquets, "ROWS", 1)
+    monkeypatch.setattr(parquets, "MAX_ROWS", 1)
     assert refused(data)[0] == "too_large"
     monkeypatch.undo()
-    monkeypatch.setattr(parquets, "FOOTER", 100)
+    monkeypatch.setattr(parquets, "MAX_FOOTER", 100)
     assert refused(data)[0] == "too_large"
     monkeypatch.undo()
-    monkeypatch.setattr(parquets, "SPARE", 1 << 20)
+    monkeypatch.setattr(parquets, "RATIO_SLACK", 1 << 20)
     long = "n" * 4000
     names = data_set([(f"{long}{n % 10}", None, b"x") for n in range(4000)], group=4000, compression="zstd")
     assert len(names) < 200_000 and refused(names)[0] == "too_large", "names that unpack to more than they may"
     bomb = data_set([("bomb", None, bytes(60 << 20))], compression="zstd", use_dictionary=False)
     assert len(bomb) < 100_000 and found(opened(bomb), "bomb.jpg", tmp_path) == "too_large"
     monkeypatch.undo()
-    monkeypatch.setattr(parquets, "PAGE", 1 << 20)
+    monkeypatch.setattr(parquets, "MAX_PAGE", 1 << 20)
     page = data_set([("page", None, noise(0, 2 << 20))])
     assert found(opened(page), "page.jpg", tmp_path) == "too_large"
 

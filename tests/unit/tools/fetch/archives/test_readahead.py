@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.tools.fetch.archives import readahead
-from framestream.tools.fetch.archives.readahead import FIRST, MOST, ReadAheadFile
+from framestream.tools.fetch.archives.readahead import FIRST_BLOCK, MAX_READ, ReadAheadFile
 from tests.helpers.media.memory_files import Memory
 
 DATA = bytes(range(256)) * 8
@@ -20,8 +20,8 @@ DATA = bytes(range(256)) * 8
 )
 def test_it_reads_like_a_file(steps, stop):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readahead, "FIRST", 16)
-        patch.setattr(readahead, "GAP", 40)
+        patch.setattr(readahead, "FIRST_BLOCK", 16)
+        patch.setattr(readahead, "MAX_GAP", 40)
         stream, plain = ReadAheadFile(Memory(DATA), stop), io.BytesIO(DATA)
         for whence, offset, size in steps:
             if offset + (0, plain.tell(), len(DATA))[whence] >= 0:
@@ -39,12 +39,12 @@ def test_reading_on_end_takes_few_reads_and_jumping_moves_little():
     for place in range(0, file.size, 100_000):
         stream.seek(place)
         stream.read(512)
-    assert len(file.reads) < 20 and max(size for _, size in file.reads) <= MOST
+    assert len(file.reads) < 20 and max(size for _, size in file.reads) <= MAX_READ
     file.reads.clear()
     for place in range(0, file.size, 4 << 20):
         stream.seek(place)
         stream.read(512)
-    assert file.moved == 10 * FIRST
+    assert file.moved == 10 * FIRST_BLOCK
 
 
 def test_nothing_is_read_behind_the_stop_and_nothing_huge():
@@ -52,4 +52,4 @@ def test_nothing_is_read_behind_the_stop_and_nothing_huge():
     ReadAheadFile(file, stop=1000).read(10)
     assert file.reads == [(0, 1000)]
     with pytest.raises(ValueError, match="8388609 bytes"):
-        ReadAheadFile(file).read(MOST + 1)
+        ReadAheadFile(file).read(MAX_READ + 1)

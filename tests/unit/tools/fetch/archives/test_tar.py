@@ -52,7 +52,7 @@ def test_devices_pipes_and_sparse_files(tmp_path):
     assert failure(opened(pack_tar([(sparse, b"x")])), "sparse", tmp_path) == "unsupported"
 
 
-def test_a_broken_header_costs_what_is_behind_it_and_the_member_before(tmp_path):
+def test_a_broken_header_costs_the_rest_and_the_member_before(tmp_path):
     data = bytearray(pack({name: name.encode() * 600 for name in "abcde"}, "ustar"))
     data[data.index(b"c\0\0\0") + 148] ^= 1  # the checksum
     source = opened(bytes(data))
@@ -98,7 +98,7 @@ def test_pax_headers_with_nonsense(tmp_path):
 
 
 def test_a_gzip_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(tars, "SPARE", 1 << 20)
+    monkeypatch.setattr(tars, "RATIO_SLACK", 1 << 20)
     for data in (
         pack({"bomb": bytes(30 << 20)}, "ustar"),
         pack({"a": b"a"}, "ustar") + bytes(30 << 20),

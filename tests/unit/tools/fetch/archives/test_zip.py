@@ -13,7 +13,7 @@ import pytest
 
 from framestream.tools.fetch.archives import zip as zips
 from framestream.tools.fetch.archives.archive import open_archives
-from framestream.tools.fetch.archives.zip import PIECE, list_zip, unpack, zip_stream
+from framestream.tools.fetch.archives.zip import CHUNK, list_zip, unpack_member, open_zip_stream
 from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import (
     Memory,
@@ -141,7 +141,7 @@ def test_links_lead_within_the_archive(tmp_path):
 
 
 def test_many_links_are_refused(monkeypatch):
-    monkeypatch.setattr(zips, "LINKS", 3)
+    monkeypatch.setattr(zips, "MAX_LINKS", 3)
     reason, line = refused(pack_zip([zip_link(str(number), "a") for number in range(4)]))
     assert reason == "unsupported" and "over 3 symbolic links" in line
 
@@ -168,7 +168,7 @@ def test_a_member_that_unpacks_to_more_than_it_says(tmp_path, kind):
     assert len(data) < 60_000
     member = dict(list_zip(Memory(data)))["bomb"]
     with pytest.raises(FetchError, match="unpacks to more bytes where the archive states 1000"):
-        list(unpack(zip_stream(Memory(data), member), member, "bomb"))
+        list(unpack_member(open_zip_stream(Memory(data), member), member, "bomb"))
     assert failure(opened(data), "bomb", tmp_path) == "corrupt"
 
 
@@ -176,8 +176,8 @@ def test_a_member_that_unpacks_to_more_than_it_says(tmp_path, kind):
 def test_a_bomb_is_handed_on_in_small_pieces(kind):
     data = pack({"bomb": bytes(20 << 20)}, kind)
     member = dict(list_zip(Memory(data)))["bomb"]
-    sizes = [len(piece) for piece in unpack(zip_stream(Memory(data), member), member, "bomb")]
-    assert sum(sizes) == 20 << 20 and max(sizes) <= PIECE
+    sizes = [len(piece) for piece in unpack_member(open_zip_stream(Memory(data), member), member, "bomb")]
+    assert sum(sizes) == 20 << 20 and max(sizes) <= CHUNK
 
 
 @pytest.mark.parametrize("kind", ["stored", "deflate", "bzip2", "lzma"])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framestream.tools.fetch.base import UNKNOWN, FetchError
-from framestream.tools.fetch.http.client import Expected, HttpClient, redacted
+from framestream.tools.fetch.http.client import ExpectedFile, HttpClient, redact_url
 from framestream.tools.fetch.http.retry import FetchLimits
 from tests.helpers.servers.web_server import QUICK, Server, turns
 
@@ -58,7 +58,7 @@ def breaks(at, how="reset", etag=True):
 # Good servers ---------------------------------------------------------------------------------------------------------
 
 
-def test_whole_file_by_length_by_chunks_and_to_the_end_of_the_connection(server, tmp_path):
+def test_files_end_by_length_by_chunks_or_with_the_connection(server, tmp_path):
     def chunks(request):
         request.send_response(200)
         request.send_header("Transfer-Encoding", "chunked")
@@ -129,7 +129,7 @@ def test_no_wait_goes_past_the_time_limit(server, tmp_path):
 @pytest.mark.parametrize("how", ["reset", "stall", ""])
 def test_a_broken_download_goes_on_where_it_broke(server, tmp_path, how):
     server.routes["/file"] = turns(breaks(100_000, how), breaks(200_000, how), good)
-    assert fetch(server, tmp_path, Expected(len(DATA), {"sha256": hashlib.sha256(DATA).hexdigest()})) == DATA
+    assert fetch(server, tmp_path, ExpectedFile(len(DATA), {"sha256": hashlib.sha256(DATA).hexdigest()})) == DATA
     first, *more = [int((asked or "bytes=0-")[6:-1]) for asked in server.ranges("/file")]
     assert first == 0 and more == sorted(more) and more[-1] > HALF // 2
     assert all(headers["if-range"] == '"one"' for _, headers in server.asked[1:])
@@ -258,11 +258,11 @@ def test_less_than_the_length_says(server, tmp_path):
     assert len(server.asked) == 1 + QUICK.retries
 
 
-def test_more_than_the_length_says_is_cut_there_and_told_by_a_checksum(server, tmp_path):
+def test_bytes_beyond_the_length_are_cut_and_fail_the_checksum(server, tmp_path):
     server.routes["/file"] = lambda request: request.answer(body=DATA, length=HALF)
     assert fetch(server, tmp_path) == DATA[:HALF]
-    assert failure(server, tmp_path, Expected(len(DATA))) == "bad_checksum"
-    assert failure(server, tmp_path, Expected(digests={"md5": hashlib.md5(DATA).hexdigest()})) == "bad_checksum"
+    assert failure(server, tmp_path, ExpectedFile(len(DATA))) == "bad_checksum"
+    assert failure(server, tmp_path, ExpectedFile(digests={"md5": hashlib.md5(DATA).hexdigest()})) == "bad_checksum"
 
 
 def digest_headers():
@@ -298,8 +298,8 @@ def test_a_git_blob_is_checked_by_its_name(server, tmp_path):
     """The name is what `git hash-object` prints."""
     server.routes["/file"] = lambda request: request.serve(b"hello\n")
     name = "ce013625030ba8dba906f756967f9e9ca394464a"
-    assert fetch(server, tmp_path, Expected(6, {"git": name})) == b"hello\n"
-    assert failure(server, tmp_path, Expected(6, {"git": name[::-1]})) == "bad_checksum"
+    assert fetch(server, tmp_path, ExpectedFile(6, {"git": name})) == b"hello\n"
+    assert failure(server, tmp_path, ExpectedFile(6, {"git": name[::-1]})) == "bad_checksum"
 
 
 # Refusals and redirects -----------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_a_login_goes_to_no_other_server(server, tmp_path):
 
 
 def test_addresses_are_shown_without_credentials():
-    assert redacted("https://me:pw@host:8/a/{path}?token=x&f={stem}#y") == "https://host:8/a/{path}?token=...&f={stem}"
+    assert redact_url("https://me:pw@host:8/a/{path}?token=x&f={stem}#y") == "https://host:8/a/{path}?token=...&f={stem}"
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_probe_tells_size_ranges_and_absence(server):
     assert http.probe(server.url + "/none", "x") is None
     server.routes["/none"] = lambda request: request.answer(401)
     with pytest.raises(FetchError, match="log in") as error:
-        HttpClient(QUICK, login="log in").probe(server.url + "/none", "x")
+        HttpClient(QUICK, login_hint="log in").probe(server.url + "/none", "x")
     assert error.value.reason == "denied"
 
 
