@@ -1,14 +1,17 @@
-# make demo    the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
-# make test    ruff and the test suite
-# make peers   the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision, lmms-eval), in
-#              .venv-peers
-# make bench   this project's readers beside other loaders, in .venv-peers (docs/performance.md)
-# make lint    ruff alone
-# make soak    builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
-#              campaign (docs/reliability.md)
-# make clean   removes .venv, .venv-peers, caches and the demo's folder
+# make demo       the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
+# make test       lint, types and the whole test suite
+# make test-fast  the tests that tell most mistakes within three minutes
+# make test-slow  the other tests
+# make lint       ruff, its formatter and mypy
+# make docs       the docs site in build/site
+# make peers      the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision, lmms-eval), in
+#                 .venv-peers
+# make bench      this project's readers beside other loaders, in .venv-peers (docs/performance.md)
+# make soak       builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
+#                 campaign (docs/reliability.md)
+# make clean      removes environments, caches and the demo's folder
 #
-# Each target prepares .venv (or .venv-peers) first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
+# Each target prepares its environment first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
 # chooses the interpreter, PIP_FLAGS='--extra-index-url URL' another source of wheels.
 
 SHELL     := /bin/bash
@@ -26,7 +29,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test peers bench lint soak clean
+.PHONY: demo test test-fast test-slow lint docs peers bench soak clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -61,6 +64,13 @@ demo: .venv/ready
 test: lint
 	pytest -q -n 2 --dist loadfile
 
+test-fast: .venv/ready
+	pytest -q -n 2 --dist loadfile -m "not slow" tests/unit tests/docs
+
+test-slow: .venv/ready
+	pytest -q -n 2 --dist loadfile -m slow tests/unit tests/docs
+	pytest -q -n 2 --dist loadfile tests/integration
+
 # lmms-eval states av<16 and much that its tasks here do not use
 peers: .venv-peers/ready
 	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps lmms-eval
@@ -75,6 +85,10 @@ bench: .venv-peers/ready
 lint: .venv/ready
 	ruff check .
 	ruff format --check .
+	mypy --package framestream
+
+docs: .venv-docs/ready
+	.venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
 
 soak: .venv/ready
 	python -m benchmarks.soak.build --seed $(SEED) --kills $(KILLS)
@@ -82,7 +96,7 @@ soak: .venv/ready
 	python -m benchmarks.soak.train --seed $(SEED)
 
 clean:
-	rm -rf .venv .venv-peers demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-peers demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
@@ -90,3 +104,9 @@ clean:
 
 .venv-peers/ready: setup.cfg pyproject.toml constraints.txt constraints-peers.txt
 	$(call environment,.venv-peers,11,--constraint constraints-peers.txt,dev$(comma)peers)
+
+# the API reference is read from the sources: neither torch nor the package itself is installed here
+.venv-docs/ready: pyproject.toml constraints-docs.txt
+	@"$(python)" -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -r constraints-docs.txt
+	@touch $@

@@ -341,7 +341,7 @@ def test_saved_weights_are_read_back_bit_for_bit(tmp_path, limit, tied):
         assert model(batch).item() == again(batch).item()
 
 
-def test_internvideo2_is_saved_under_its_published_names_and_goes_on_at_another_size(tmp_path):
+def test_internvideo2_keeps_published_names_at_another_size(tmp_path):
     settings = start(INTERNVIDEO2)
     model = initialised(settings)
     save_weights(model, tmp_path / "stage3" / "final", settings)
