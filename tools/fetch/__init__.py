@@ -1,1 +1,1 @@
-"""Bytes of media and annotation files, wherever a root map says they are."""
+"""Sources of media and annotation files: local folders, the hub, web servers, buckets, video pages and archives."""

@@ -1,8 +1,8 @@
-"""Annotation files of other places, fetched once into a folder of this machine.
+"""Cache of remote annotation files: each is fetched once into a local folder.
 
-``DATA.CACHE/annotations/DIGEST/`` holds one file under its own name, and ``fetched.json``: where it is from, its bytes
-and its checksum, which is compared whenever the file is used. A file that has changed at its place is not fetched
-again; name a revision (``hf:OWNER/NAME@REVISION:PATH``) to be sure which one is read, or remove the folder.
+``DATA.CACHE/annotations/DIGEST/`` holds one file under its own name, and ``fetched.json`` with its origin, bytes and
+checksum. The checksum is compared whenever the file is used. A file that has changed at its origin is not fetched
+again. To choose the version that is read, name a revision (``hf:OWNER/NAME@REVISION:PATH``) or remove the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,9 +25,12 @@ from framestream.pipeline.utils.canonical_json import canonical_json
 from framestream.tools.fetch.base import FetchError
 from framestream.tools.fetch.host_health import SourcePool
 from framestream.tools.fetch.http.retry import FetchLimits
+from framestream.tools.fetch.registry import Location
 
+#: Groups: the repository with its revision, and the path. A revision has no colon, so the first colon ends it.
 HUB_FILE = re.compile(r"(hf:(?:(?:datasets|models)/)?[\w.-]+/[\w.-]+(?:@[^:]+)?):(.+)", re.ASCII)
-HUB_ADDRESS = re.compile(
+#: The same file by its web address. Groups: OWNER/NAME, revision (may be missing), path; a query is ignored.
+HUB_URL = re.compile(
     r"https?://(?:www\.)?huggingface\.co/datasets/([\w.-]+/[\w.-]+)/(?:(?:tree|blob|resolve|raw)/([^/]+)/)?([^?#]+)(?:[?#].*)?",
     re.ASCII,
 )
@@ -35,16 +38,18 @@ RECORD = "fetched.json"
 
 
 def remote_file(name: str) -> tuple[str, str] | None:
-    """Place and path of an annotation file that is somewhere else: a hub file, also by its web address, any other web
-    address, or an object in a bucket. None for a local path."""
-    if found := HUB_FILE.fullmatch(name):
-        return found[1], found[2]
-    if found := HUB_ADDRESS.fullmatch(name):
-        revision = "" if found[2] in (None, "main") else f"@{unquote(found[2])}"
-        return f"hf:{found[1]}{revision}", unquote(found[3])
+    """Return location and path of a remote annotation file, or None if ``name`` is a local path.
+
+    Remote are hub files, also by their web address, other web addresses, and objects in buckets.
+    """
+    if match := HUB_FILE.fullmatch(name):
+        return match[1], match[2]
+    if match := HUB_URL.fullmatch(name):
+        revision = "" if match[2] in (None, "main") else f"@{unquote(match[2])}"
+        return f"hf:{match[1]}{revision}", unquote(match[3])
     if name.startswith("s3://"):
-        place, _, path = name.rpartition("/")
-        return place, path
+        location, _, path = name.rpartition("/")
+        return location, path
     if name.startswith(("http://", "https://")):
         parts = urlsplit(name)
         folder, _, path = parts.path.rpartition("/")
@@ -52,68 +57,75 @@ def remote_file(name: str) -> tuple[str, str] | None:
     return None
 
 
-def cache_folder(given: str) -> Path:
-    """The folder that ``data.cache`` names; ``~/.cache/framestream`` if it names none."""
+def cache_folder(setting: str) -> Path:
+    """Return the folder of ``data.cache``; ``~/.cache/framestream`` if the setting is empty."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framestream"
-    return Path(given or default).expanduser()
+    return Path(setting or default).expanduser()
 
 
 class AnnotationCache:
-    """The fetched files below ``folder``; threads and processes may share it."""
+    """Fetched annotation files below ``folder``. Threads and processes may share it."""
 
-    def __init__(self, folder: Path, opened: SourcePool, limits: FetchLimits) -> None:
+    def __init__(self, folder: Path, sources: SourcePool, limits: FetchLimits) -> None:
         self._folder = folder / "annotations"
-        self._opened, self._limits = opened, limits
+        self._sources, self._limits = sources, limits
 
-    def fetch(self, given: str | Mapping[str, Any], path: str) -> Path:
-        """Where ``path`` of the place ``given``, a value of a root map, is on this machine now.
+    def fetch(self, location: Location, path: str) -> Path:
+        """Return the local path of file ``path`` of ``location``; fetch it if it is not cached.
 
         Raises:
-            FetchError: it cannot be had.
-            ValueError: ``given`` is no place.
+            FetchError: the file cannot be fetched.
+            ValueError: the location is invalid.
             ManifestError: the folder cannot be written.
         """
-        key = hashlib.sha256(canonical_json([given, path]).encode()).hexdigest()[:32]
-        kept = self._folder / key / PurePosixPath(path).name
-        if _whole(kept):
-            return kept
-        source = self._opened.source(given)
-        if self._opened.hosts.call(source.origin, lambda: source.find(path), patience=1) is None:
-            raise FetchError("missing_file", f"{source.origin} {path}", "nothing at the path")
+        key = hashlib.sha256(canonical_json([location, path]).encode()).hexdigest()[:32]
+        cached = self._folder / key / PurePosixPath(path).name
+        if _is_intact(cached):
+            return cached
+        source = self._sources.source(location)
+        if self._sources.hosts.call(source.origin, lambda: source.find(path), max_failures=1) is None:
+            raise FetchError("missing_file", f"{source.origin} {path}", "there is no such file")
         try:
-            with _alone(self._folder, key) as scratch:
-                if _whole(kept):  # another process fetched it in the meantime
-                    return kept
-                file = self._opened.source(given, self._limits).fetch(path, scratch)
+            with _exclusive_scratch(self._folder, key) as scratch:
+                if _is_intact(cached):  # another process has fetched it in the meantime
+                    return cached
+                file = self._sources.source(location, self._limits).fetch(path, scratch)
                 if not file.is_relative_to(scratch):
-                    return file  # on this machine already
-                _keep(file, kept, {"place": source.origin, "path": path})
+                    return file  # a local file is not copied
+                _store(file, cached, {"place": source.origin, "path": path})
         except OSError as error:
             raise ManifestError(f"data.cache: {self._folder}: cannot be written ({error.strerror})") from None
-        return kept
+        return cached
 
 
-def _whole(kept: Path) -> bool:
-    """Whether a kept file is there and has the checksum that it was fetched with."""
+def _is_intact(cached: Path) -> bool:
+    """Return whether a cached file exists and has the checksum that it was fetched with."""
     try:
-        return json.loads((kept.parent / RECORD).read_bytes())["sha256"] == file_sha256(kept).hex()
+        return json.loads((cached.parent / RECORD).read_bytes())["sha256"] == file_sha256(cached).hex()
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _keep(file: Path, kept: Path, record: dict[str, Any]) -> None:
-    """Move a fetched file to its place, which appears whole."""
-    named = file.rename(file.with_name(kept.name))
-    record |= {"bytes": named.stat().st_size, "sha256": file_sha256(named).hex()}
-    write_atomic(named.parent / RECORD, canonical_json(record).encode())
-    shutil.rmtree(kept.parent, ignore_errors=True)  # one that has been damaged
-    os.rename(named.parent, kept.parent)
-    fsync_path(kept.parent.parent)
+def _store(file: Path, cached: Path, record: dict[str, Any]) -> None:
+    """Move a fetched file and its record to ``cached``.
+
+    Its folder appears by one rename, so other processes never see a part of it.
+    """
+    renamed = file.rename(file.with_name(cached.name))
+    record |= {"bytes": renamed.stat().st_size, "sha256": file_sha256(renamed).hex()}
+    write_atomic(renamed.parent / RECORD, canonical_json(record).encode())
+    shutil.rmtree(cached.parent, ignore_errors=True)  # an earlier file that is damaged
+    os.rename(renamed.parent, cached.parent)
+    fsync_path(cached.parent.parent)
 
 
 @contextmanager
-def _alone(folder: Path, key: str) -> Iterator[Path]:
-    """An empty folder beside the final one, for one process at a time; what is left in it is removed."""
+def _exclusive_scratch(folder: Path, key: str) -> Iterator[Path]:
+    """Yield an empty folder for ``key``, to one process at a time. What is left in it is removed at the end.
+
+    The folder is below ``folder``, so that its contents can be renamed to their final path. The lock is an flock, which
+    the system releases when a process is killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{key}.tmp"
     with open(folder / f"{key}.lock", "wb") as lock:

@@ -1,8 +1,8 @@
-"""What every source of files can do, and how it fails.
+"""Protocols of file sources, and the error they raise.
 
-A *source* holds the files below one root: a folder, a hub repository, archives, a web server, a bucket. ``find`` says
-whether a file is there without moving it, ``fetch`` brings it to this machine. :class:`Bytes` is one remote or local
-file that can be read at any place, which is what archives are read from.
+A *source* gives access to the files below one root: a folder, a hub repository, archives, a web server or a bucket.
+``find`` returns the size of a file without transferring it. ``fetch`` brings the file to this machine.
+:class:`RandomAccessFile` is one local or remote file that can be read at any offset; archives are read through it.
 """
 
 from __future__ import annotations
@@ -14,64 +14,85 @@ from typing import Protocol
 from framestream.pipeline.shards.ledger import REASONS
 from framestream.pipeline.storage import headers
 
-UNKNOWN = headers.UNKNOWN  #: size of a file whose place does not tell it
+UNKNOWN = headers.UNKNOWN  #: size of a file whose source does not state one
 
 
 class FetchError(Exception):
-    """A file cannot be had: ``reason`` is one of the ledger's, the text is one clear line that names the file."""
+    """A file cannot be fetched. The text is one line that names the file.
 
-    def __init__(self, reason: str, place: object, message: str) -> None:
+    Args:
+        reason: one of the reasons of the ledger.
+        location: the file or source, named at the start of the message.
+        message: what is wrong, and the fix.
+    """
+
+    def __init__(self, reason: str, location: object, message: str) -> None:
         if reason not in REASONS:
             raise ValueError(f"{reason!r} is not a reason of pipeline/shards/ledger.py; add it there")
-        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(place))
-        super().__init__(f"{shown}: {' '.join(message.split())}")
+        name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(location))
+        super().__init__(f"{name}: {' '.join(message.split())}")
         self.reason = reason
 
 
 class MediaSource(Protocol):
-    """The files below one root; ``path`` is relative, with forward slashes, without ``.`` and ``..``."""
+    """The files below one root. A ``path`` is relative, with forward slashes, without ``.`` and ``..``.
 
-    origin: str  #: what it reads from, as the root map words it, with its revision and without credentials
+    Threads may share a source.
+    """
+
+    origin: str  #: what the source reads, in the syntax of the root map, with its revision and without credentials
 
     def find(self, path: str, tree: bool = False) -> int | None:
-        """Bytes of the file ``path`` (``UNKNOWN`` where its place does not tell), or None where there is none.
+        """Return the bytes of the file ``path``, ``UNKNOWN`` if the source does not state them, None if it is missing.
 
         With ``tree`` the path is a folder of frames: the bytes of all files directly in it.
 
         Raises:
-            FetchError: the place cannot be asked (unreachable, denied).
+            FetchError: the source cannot be read (unreachable, denied).
         """
 
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
-        """A local path of the file, or, with ``tree``, of a folder with the files directly in folder ``path``.
+        """Return a local path of the file. With ``tree``, return a folder with the files directly in folder ``path``.
 
-        Files already on this machine are named where they are; others are put into ``scratch``, an empty folder that
-        the caller removes afterwards, and nothing is written outside it.
+        A file that is already on this machine is not copied: its own path is returned. Other files are written into
+        ``scratch``, an empty folder that the caller removes afterwards. Nothing is written outside it.
 
         Raises:
             FetchError: missing_file, outside_root, too_large, unreachable, denied, timeout, bad_checksum ...
         """
 
     def identity(self, path: str, tree: bool = False) -> str:
-        """Text that is another one when the contents of ``path`` are, as far as its place tells without moving them.
+        """Return a text that changes when the contents of ``path`` change, as far as the source states without a fetch.
 
-        It names the contents in caches, with ``origin`` and ``path``; empty where ``origin`` says it all.
+        Together with ``origin`` and ``path`` it names the contents in caches. It is empty where ``origin`` is enough.
         """
 
 
 class RandomAccessFile(Protocol):
-    """One file that can be read at any place."""
+    """One file that can be read at any offset. Threads may share it."""
 
-    name: str  #: for messages, and its extension tells its kind
-    size: int  #: bytes
-    identity: str  #: changes when the content does (etag, checksum, or size and time); names caches of its contents
+    @property
+    def name(self) -> str:
+        """Name for messages; its extension tells the type of the file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+
+    @property
+    def identity(self) -> str:
+        """Text that changes when the contents do: an ETag, a checksum, or size and time. Caches use it in names."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``, fewer only at the end (FetchError as for sources)."""
+        """Return ``size`` bytes from ``offset``, fewer only at the end of the file.
+
+        Raises:
+            FetchError: as for sources; bad_checksum if the file has changed since it was opened.
+        """
 
 
 def check_path(origin: str, path: str) -> str:
-    """``path``, if it is relative and stays below its root.
+    """Return ``path`` if it is relative and stays below its root.
 
     Raises:
         FetchError: outside_root.
@@ -82,6 +103,6 @@ def check_path(origin: str, path: str) -> str:
 
 
 def local_name(path: str) -> str:
-    """A safe name on this machine for the file ``path`` of somewhere else; keeps the extension."""
+    """Return a safe local name for the remote file ``path``, with the same extension."""
     suffix = PurePosixPath(path).suffix
     return f"media{suffix}" if re.fullmatch(r"\.\w{1,16}", suffix, re.ASCII) else "media"

@@ -39,7 +39,7 @@ class DiskFullError(OSError):
     """No space is left: one line with the fix."""
 
 
-def is_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
     """Whether no space is left."""
     return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in FULL)
 
@@ -62,7 +62,7 @@ class _Kept:
     used: float
 
 
-class Cache:
+class DiskCache:
     """A cache below ``folder`` of at most ``bound`` bytes, 0 for none.
 
     Between two measurements other processes may exceed the bound by what they add, each by a 256th of it or one file;
@@ -71,12 +71,12 @@ class Cache:
 
     def __init__(self, folder: str | Path, bound: int) -> None:
         self._files, self._scratch = Path(folder) / "files", Path(folder) / "scratch"
-        self.bound = bound
+        self.max_bytes = bound
         self._added = bound  # so that the first addition measures
         self._files.mkdir(parents=True, exist_ok=True)
         self._scratch.mkdir(exist_ok=True)
         self._prefix = f"{_machine()}-{os.getpid()}-"
-        self.sweep()
+        self.remove_abandoned()
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -87,7 +87,7 @@ class Cache:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def take(self, key: str, scratch: Path, tree: bool = False) -> Path | None:
+    def get(self, key: str, scratch: Path, tree: bool = False) -> Path | None:
         """What is kept for ``key``, in ``scratch``: a file, or with ``tree`` a folder of files; None if nothing is."""
         target = scratch / "kept"
         target.mkdir()
@@ -97,16 +97,16 @@ class Cache:
         shutil.rmtree(target)
         return None
 
-    def keep(self, key: str, path: Path) -> None:
+    def put(self, key: str, path: Path) -> None:
         """Keep ``path``, a file or a folder of files in a scratch folder, for ``key``; nothing happens where it is too
         large or the disk is full."""
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)
         kept = self._path(key)
-        if not self.bound or size > self.bound or kept.exists():
+        if not self.max_bytes or size > self.max_bytes or kept.exists():
             return
         self._added += size
-        if self._added > self.bound // SLACK:
+        if self._added > self.max_bytes // SLACK:
             self._measure(size)
         try:
             self._insert(files, kept)
@@ -114,7 +114,7 @@ class Cache:
             if error.errno not in FULL:
                 raise
 
-    def settle(self) -> int:
+    def trim(self) -> int:
         """Evict until the bound holds, whatever others have added; returns the bytes that are kept."""
         return self._measure(0)
 
@@ -123,7 +123,7 @@ class Cache:
         for item in self._kept():
             self._evict(item.path)
 
-    def sweep(self) -> None:
+    def remove_abandoned(self) -> None:
         """Remove scratch folders of processes of this machine that are gone, and any that are a day old."""
         with tempfile.NamedTemporaryFile(dir=self._scratch, prefix=self._prefix) as probe:
             now = os.stat(probe.name).st_mtime  # the file system's own clock
@@ -175,9 +175,9 @@ class Cache:
         self._added = coming
         kept = self._kept()
         total = sum(item.size for item in kept)
-        if total + coming > self.bound:
+        if total + coming > self.max_bytes:
             for item in sorted(kept, key=lambda item: item.used):
-                if total <= LOW * self.bound - coming:
+                if total <= LOW * self.max_bytes - coming:
                     break
                 self._evict(item.path)
                 total -= item.size
@@ -204,7 +204,7 @@ class CachedSource:
     A file that several threads ask for at once is fetched by one of them, whose failure is also that of the others.
     """
 
-    def __init__(self, source: MediaSource, cache: Cache) -> None:
+    def __init__(self, source: MediaSource, cache: DiskCache) -> None:
         self.origin = source.origin
         self._source, self._cache = source, cache
         self._coming: dict[str, Future[None]] = {}  # by key
@@ -224,7 +224,7 @@ class CachedSource:
         Raises:
             DiskFull: even with nothing in the cache.
         """
-        if not self._cache.bound:
+        if not self._cache.max_bytes:
             return self._fetch(path, scratch, tree)
         key = "\0".join((self.origin, self._source.identity(path, tree), path, "tree" if tree else "file"))
         with self._lock:
@@ -246,11 +246,11 @@ class CachedSource:
         return found
 
     def _take(self, key: str, path: str, scratch: Path, tree: bool) -> Path:
-        found = self._cache.take(key, scratch, tree)
+        found = self._cache.get(key, scratch, tree)
         if found is None:
             found = self._fetch(path, scratch, tree)
             if found.is_relative_to(scratch):
-                self._cache.keep(key, found)
+                self._cache.put(key, found)
         return found
 
     def _fetch(self, path: str, scratch: Path, tree: bool) -> Path:

@@ -1,14 +1,14 @@
-"""Hub repositories: ``hf:OWNER/NAME[@REVISION]:FOLDER``; a model repository is ``hf:models/OWNER/NAME``.
+"""Hub repositories as a source: ``hf:OWNER/NAME[@REVISION]:FOLDER``, or ``hf:models/OWNER/NAME`` for a model repository.
 
-huggingface_hub gives the addresses, the login (HF_TOKEN or a saved one) and HF_ENDPOINT. Files come through
-``framestream.tools.fetch.http.client``, because huggingface_hub's own downloads know no limits on size, time or stalls.
+huggingface_hub supplies the URLs, the login (HF_TOKEN or a saved one) and HF_ENDPOINT. Files are downloaded by
+``framestream.tools.fetch.http.client``: the downloads of huggingface_hub have no limits on size, time or stalls.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -20,90 +20,103 @@ from framestream.tools.fetch.http.client import HttpClient
 from framestream.tools.fetch.http.retry import FetchLimits
 from framestream.tools.fetch.object_listing import ListedFile, ListedSource
 
-PLACE = re.compile(r"hf:(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::(.*))?", re.ASCII)
-ANSWER = 64 << 20  #: most bytes of one page of a listing
-LOGIN = "accept its terms on the hub and set HF_TOKEN"
+#: Groups: type of repository (may be missing: datasets), OWNER/NAME, revision (may be missing), folder (may be missing).
+#: A revision has no colon, because a colon separates it from the folder.
+HUB_LOCATION = re.compile(r"hf:(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::(.*))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+#: Query of the next page in a Link header: ``<URL?QUERY>; rel="next"``.
+NEXT_PAGE = re.compile(r"<[^>?]*\?([^>]*)>\s*;\s*rel=\"?next\"?")
+MAX_PAGE = 64 << 20  #: bytes of one page of a listing
+LOGIN_HINT = "accept its terms on the hub and set HF_TOKEN"
 
 
 class HubStore:
-    """A hub repository at one commit (see ``framestream.tools.fetch.object_listing.Store``).
+    """A hub repository at one commit (see :class:`framestream.tools.fetch.object_listing.ObjectStore`).
+
+    Args:
+        repo_type: datasets, models or spaces.
+        name: OWNER/NAME.
+        revision: branch, tag or commit; ``main`` if empty.
 
     Raises:
-        FetchError: no such repository or revision, no login, hub out of reach.
+        FetchError: the repository or revision does not exist or needs a login, or the hub is unreachable.
     """
 
-    def __init__(self, kind: str, name: str, revision: str, limits: FetchLimits, endpoint: str = "") -> None:
-        self._kind, self._name = kind, name
+    def __init__(self, repo_type: str, name: str, revision: str, limits: FetchLimits, endpoint: str = "") -> None:
+        self._repo_type, self._name = repo_type, name
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.http = HttpClient(limits, build_hf_headers(library_name="framestream"), LOGIN)
-        self.commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else self._commit(revision)
+        self.http = HttpClient(limits, build_hf_headers(library_name="framestream"), LOGIN_HINT)
+        self.commit = revision if COMMIT.fullmatch(revision) else self._find_commit(revision)
 
     def files(self, folder: str) -> Iterator[tuple[str, ListedFile]]:
-        """Name and item of each file directly in ``folder``."""
-        api = f"{self._endpoint}/api/{self._kind}/{self._name}/tree/{self.commit}"
-        url = first = f"{api}/{quote(folder)}" if folder else api
-        place = f"hf:{self._name}:{folder}"
+        """Yield each file directly in ``folder`` with its name."""
+        root = f"{self._endpoint}/api/{self._repo_type}/{self._name}/tree/{self.commit}"
+        url = first_url = f"{root}/{quote(folder)}" if folder else root
+        location = f"hf:{self._name}:{folder}"
         while url:
             try:
-                entries, headers = self._json(url, place)
+                entries, headers = self._get_json(url, location)
             except FetchError as error:
                 if error.reason == "missing_file":
                     return
                 raise
             for entry in entries:
                 if entry.get("type") == "file":
-                    yield entry["path"].rpartition("/")[2], _item(entry)
-            page = re.search(r"<[^>?]*\?([^>]*)>\s*;\s*rel=\"?next\"?", headers.get("link", ""))
-            url = f"{first}?{page[1]}" if page else ""  # of this endpoint, whatever host the link names
+                    yield entry["path"].rpartition("/")[2], _listed_file(entry)
+            # Only the query of the link is used: the token must not go to another host that the link may name.
+            page = NEXT_PAGE.search(headers.get("link", ""))
+            url = f"{first_url}?{page[1]}" if page else ""
 
     def url(self, path: str) -> str:
-        """Address of a file."""
-        kind = None if self._kind == "models" else self._kind.rstrip("s")
-        return hf_hub_url(self._name, path, repo_type=kind, revision=self.commit, endpoint=self._endpoint)
+        """Return the URL of a file."""
+        repo_type = None if self._repo_type == "models" else self._repo_type.rstrip("s")
+        return hf_hub_url(self._name, path, repo_type=repo_type, revision=self.commit, endpoint=self._endpoint)
 
-    def _commit(self, revision: str) -> str:
-        place = f"hf:{self._name}@{revision or 'main'}"
-        url = f"{self._endpoint}/api/{self._kind}/{self._name}/revision/{quote(revision or 'main', safe='')}"
+    def _find_commit(self, revision: str) -> str:
+        location = f"hf:{self._name}@{revision or 'main'}"
+        url = f"{self._endpoint}/api/{self._repo_type}/{self._name}/revision/{quote(revision or 'main', safe='')}"
         try:
-            answer, _ = self._json(url, place)
+            answer, _ = self._get_json(url, location)
         except FetchError as error:
             if error.reason != "missing_file":
                 raise
-            message = f"no such {self._kind[:-1]} or revision, or one that needs a login; {LOGIN}"
-            raise FetchError("denied", place, message) from None
+            message = f"no such {self._repo_type[:-1]} or revision, or it needs a login; {LOGIN_HINT}"
+            raise FetchError("denied", location, message) from None
         commit = answer.get("sha") if isinstance(answer, dict) else None
-        if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise FetchError("unreachable", place, "the hub names no commit of the revision")
+        if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+            raise FetchError("unreachable", location, "the hub names no commit of the revision")
         return commit
 
-    def _json(self, url: str, place: str) -> tuple[Any, Any]:
-        body, headers = self.http.get(url, place, ANSWER)
+    def _get_json(self, url: str, location: str) -> tuple[Any, Mapping[str, str]]:
+        body, headers = self.http.get(url, location, MAX_PAGE)
         try:
             return json.loads(body), headers
         except ValueError:
-            raise FetchError("unreachable", place, "the hub answered with something that is not JSON") from None
+            raise FetchError("unreachable", location, "the response of the hub is not JSON") from None
 
 
-def open_hub(place: str, limits: FetchLimits, endpoint: str = "") -> ListedSource:
-    """The source of ``hf:OWNER/NAME[@REVISION]:FOLDER``; its origin names the commit, and opens the same files again.
+def open_hub(location: str, limits: FetchLimits, endpoint: str = "") -> ListedSource:
+    """Return the source of ``hf:OWNER/NAME[@REVISION]:FOLDER``.
+
+    Its origin names the commit. Opening the origin gives the same files again.
 
     Raises:
-        ValueError: the place is not of this form.
-        FetchError: the repository cannot be asked.
+        ValueError: the location does not have this form.
+        FetchError: the repository cannot be read.
     """
-    found = PLACE.fullmatch(place)
-    if not found:
-        raise ValueError(f"{place} is not hf:OWNER/NAME[@REVISION]:FOLDER")
+    match = HUB_LOCATION.fullmatch(location)
+    if not match:
+        raise ValueError(f"{location} is not hf:OWNER/NAME[@REVISION]:FOLDER")
     if constants.HF_HUB_OFFLINE and not endpoint:
-        raise FetchError("unreachable", place, "the hub is not asked while HF_HUB_OFFLINE is set")
-    kind, name, revision, folder = (text or "" for text in found.groups())
-    repository = HubStore(kind or "datasets", name, revision, limits, endpoint)
-    prefix = f"{kind}/" if kind else ""
-    return ListedSource(f"hf:{prefix}{name}@{repository.commit}:{folder}", repository, folder)
+        raise FetchError("unreachable", location, "the hub is not used while HF_HUB_OFFLINE is set")
+    repo_type, name, revision, folder = (text or "" for text in match.groups())
+    store = HubStore(repo_type or "datasets", name, revision, limits, endpoint)
+    prefix = f"{repo_type}/" if repo_type else ""
+    return ListedSource(f"hf:{prefix}{name}@{store.commit}:{folder}", store, folder)
 
 
-def _item(entry: dict[str, Any]) -> ListedFile:
-    """A file of the hub's listing: large files have a sha256, small ones the name of a git blob."""
+def _listed_file(entry: dict[str, Any]) -> ListedFile:
+    """Return a file of the hub's listing. Large files have a SHA-256, small ones the id of a git blob."""
     large = entry.get("lfs")
     if large:
         return ListedFile(int(large["size"]), large["oid"], {"sha256": large["oid"]})

@@ -1,7 +1,7 @@
-"""Sources that list their folders and serve their files by HTTP: hub repositories and buckets.
+"""Sources that list folders and serve files by HTTP: hub repositories and buckets.
 
-A folder is listed when the first of its files is asked for, and what was listed last is kept, so that a hundred
-thousand files cost a hundred requests. A folder with more files than are kept is asked for one by one.
+A folder is listed when its first file is requested, and recent listings stay in memory. A hundred thousand files then
+cost about a hundred requests. Files of a folder that is too large for the memory are requested one by one.
 """
 
 from __future__ import annotations
@@ -18,61 +18,75 @@ from pathlib import Path
 from typing import Protocol
 
 from framestream.tools.fetch.base import FetchError, check_path, local_name
-from framestream.tools.fetch.http.client import Expected, HttpClient
+from framestream.tools.fetch.http.client import ExpectedFile, HttpClient
 from framestream.tools.fetch.http.ranged_file import HttpFile
 
-KEPT = 200_000  #: files of listings in memory, about 60 MB
+MAX_CACHED_FILES = 200_000  #: files of listings in memory, about 60 MB
+MAX_NAME = 255  #: bytes of a file name on common file systems
 
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
     """One file of a listing."""
 
-    size: int
-    identity: str
-    digests: Mapping[str, str] = field(default_factory=dict)  #: see framestream.tools.fetch.http.client.Expected
+    size: int  #: bytes
+    identity: str  #: see :meth:`framestream.tools.fetch.base.MediaSource.identity`
+    digests: Mapping[str, str] = field(default_factory=dict)  #: see framestream.tools.fetch.http.client.ExpectedFile
+
+
+Listing = dict[str, ListedFile]  #: the files directly in one folder, by name
 
 
 class ObjectStore(Protocol):
-    """A place with folders; paths count from its root."""
+    """A store with folders, such as a bucket. Paths are relative to its root."""
 
-    http: HttpClient
+    @property
+    def http(self) -> HttpClient:
+        """Client that downloads the files."""
 
     def files(self, folder: str) -> Iterable[tuple[str, ListedFile]]:
-        """Name and item of each file directly in ``folder``, ``""`` for the root; nothing if it is not there."""
+        """Yield each file directly in ``folder`` with its name; nothing if the folder is missing. ``""`` is the root.
+
+        Raises:
+            FetchError: unreachable, denied, timeout.
+        """
 
     def url(self, path: str) -> str:
-        """Address of a file."""
+        """Return the URL of a file, signed if the store needs it.
+
+        Raises:
+            FetchError: unreachable, denied.
+        """
 
 
 class ListedSource:
-    """The files below ``folder`` of a store (see ``framestream.tools.fetch.base.Source``). Threads may share one."""
+    """A :class:`~framestream.tools.fetch.base.MediaSource` for the files below ``folder`` of a store."""
 
     def __init__(self, origin: str, store: ObjectStore, folder: str) -> None:
         self.origin, self._store, self._folder = origin, store, folder.strip("/")
-        self._listings: OrderedDict[str, dict[str, ListedFile] | None] = OrderedDict()
-        self._kept = 0
-        self._lock = threading.Lock()
-        self._waiting: dict[str, threading.Lock] = {}  # one thread lists a folder, the others wait for it
+        self._listings: OrderedDict[str, Listing | None] = OrderedDict()  # None: too large to cache
+        self._cached_files = 0
+        self._lock = threading.Lock()  # guards the two attributes above and _folder_locks
+        self._folder_locks: dict[str, threading.Lock] = {}  # one thread lists a folder while others wait for it
 
     def find(self, path: str, tree: bool = False) -> int | None:
-        """Bytes of a file or a folder of frames."""
+        """Return the bytes of a file or a folder of frames."""
         check_path(self.origin, path)
         if tree:
-            items = self._tree(path)
-            return sum(item.size for item in items.values()) if items else None
-        item = self._item(path)
-        return None if item is None else item.size
+            files = self._list_tree(path)
+            return sum(file.size for file in files.values()) if files else None
+        file = self._find_file(path)
+        return None if file is None else file.size
 
     def identity(self, path: str, tree: bool = False) -> str:
-        """Checksum or ETag, of all files of a folder together."""
+        """Return the checksum or ETag of a file, or one checksum of those of all files of a folder."""
         check_path(self.origin, path)
         if not tree:
-            item = self._item(path)
-            return item.identity if item else ""
+            file = self._find_file(path)
+            return file.identity if file else ""
         digest = hashlib.sha256()
-        for name, item in sorted(self._tree(path).items()):
-            digest.update(f"{name}\0{item.identity}\0".encode("utf-8", "backslashreplace"))
+        for name, file in sorted(self._list_tree(path).items()):
+            digest.update(f"{name}\0{file.identity}\0".encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
 
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
@@ -80,99 +94,108 @@ class ListedSource:
         check_path(self.origin, path)
         if tree:
             return self._fetch_tree(path, scratch)
-        item = self._item(path)
-        if item is None:
-            raise FetchError("missing_file", f"{self.origin} {path}", "nothing at the path")
-        self._download(path, item, scratch / local_name(path), 0, time.monotonic())
+        file = self._find_file(path)
+        if file is None:
+            raise FetchError("missing_file", f"{self.origin} {path}", "there is no such file")
+        self._download(path, file, scratch / local_name(path), 0, time.monotonic())
         return scratch / local_name(path)
 
-    def matching(self, pattern: str) -> list[HttpFile]:
-        """Files whose name matches the last part of ``pattern``, in no order; the folder is named without wildcards."""
-        folder, _, wanted = self._full(pattern).rpartition("/")
+    def open_matching(self, pattern: str) -> list[HttpFile]:
+        """Open the files whose name matches the last part of ``pattern``, in no order.
+
+        The folder is named without wildcards.
+        """
+        folder, _, name_pattern = self._full_path(pattern).rpartition("/")
         return [
-            self._bytes(f"{folder}/{name}".lstrip("/"), item)
-            for name, item in self._store.files(folder)
-            if name == wanted or fnmatch.fnmatchcase(name, wanted)
+            self._open(f"{folder}/{name}".lstrip("/"), file)
+            for name, file in self._store.files(folder)
+            if name == name_pattern or fnmatch.fnmatchcase(name, name_pattern)
         ]
 
-    def _bytes(self, full: str, item: ListedFile) -> HttpFile:
-        store, name = self._store, f"{self.origin} {full}"
-        return HttpFile(store.http, lambda: store.url(full), name, item.size, item.identity)
+    def _open(self, full_path: str, file: ListedFile) -> HttpFile:
+        store, name = self._store, f"{self.origin} {full_path}"
+        return HttpFile(store.http, lambda: store.url(full_path), name, file.size, file.identity)
 
     def _fetch_tree(self, path: str, scratch: Path) -> Path:
         target, done, started = scratch / "frames", 0, time.monotonic()
-        items = self._tree(path)
-        if not items:
-            raise FetchError("missing_file", f"{self.origin} {path}", "no folder with files at the path")
+        files = self._list_tree(path)
+        if not files:
+            raise FetchError("missing_file", f"{self.origin} {path}", "there is no folder with files")
         target.mkdir()
-        for name, item in items.items():
+        for name, file in files.items():
             check_path(f"{self.origin} {path}", name)
-            if set(name) & set("/\0") or not _is_text(name) or len(name.encode()) > 255:
-                raise FetchError("outside_root", f"{self.origin} {path}", f"{name!r} is no name of a file")
-            self._download(f"{path}/{name}", item, target / name, done, started)
-            done += item.size
+            if set(name) & set("/\0") or not _is_encodable(name) or len(name.encode()) > MAX_NAME:
+                raise FetchError("outside_root", f"{self.origin} {path}", f"{name!r} is not a valid file name")
+            self._download(f"{path}/{name}", file, target / name, done, started)
+            done += file.size
         return target
 
-    def _download(self, path: str, item: ListedFile, target: Path, done: int, started: float) -> None:
-        http, place = self._store.http, f"{self.origin} {path}"
-        limits = http.limits.after(started, done)
-        http.download(self._store.url(self._full(path)), target, place, Expected(item.size, item.digests), limits)
+    def _download(self, path: str, file: ListedFile, target: Path, done: int, started: float) -> None:
+        http, location = self._store.http, f"{self.origin} {path}"
+        limits = http.limits.subtract_used(started, done)
+        expected = ExpectedFile(file.size, file.digests)
+        http.download(self._store.url(self._full_path(path)), target, location, expected, limits)
 
-    def _tree(self, path: str) -> dict[str, ListedFile]:
-        items = self._list(self._full(path)) if _is_text(path) else {}
-        if items is None:
-            raise FetchError("too_large", f"{self.origin} {path}", f"the folder has more than {KEPT} files")
-        return items
+    def _list_tree(self, path: str) -> Listing:
+        files = self._list(self._full_path(path)) if _is_encodable(path) else {}
+        if files is None:
+            raise FetchError("too_large", f"{self.origin} {path}", f"the folder has more than {MAX_CACHED_FILES} files")
+        return files
 
-    def _item(self, path: str) -> ListedFile | None:
-        if not _is_text(path):
+    def _find_file(self, path: str) -> ListedFile | None:
+        if not _is_encodable(path):
             return None
-        full = self._full(path)
-        folder, _, name = full.rpartition("/")
-        items = self._list(folder)
-        if items is not None:
-            return items.get(name)
-        facts = self._store.http.probe(self._store.url(full), f"{self.origin} {path}")
-        return None if facts is None else ListedFile(facts.size, facts.identity)
+        full_path = self._full_path(path)
+        folder, _, name = full_path.rpartition("/")
+        files = self._list(folder)
+        if files is not None:
+            return files.get(name)
+        info = self._store.http.probe(self._store.url(full_path), f"{self.origin} {path}")
+        return None if info is None else ListedFile(info.size, info.identity)
 
-    def _list(self, folder: str) -> dict[str, ListedFile] | None:
-        """The files of a folder by name; None if they are too many to keep."""
+    def _list(self, folder: str) -> Listing | None:
+        """Return the files of a folder by name, or None if they are too many to cache."""
         with self._lock:
             if folder in self._listings:
-                return self._use(folder)
-            waiting = self._waiting.setdefault(folder, threading.Lock())
-        with waiting:
+                return self._cached(folder)
+            folder_lock = self._folder_locks.setdefault(folder, threading.Lock())
+        # The request is made under the folder's own lock: threads that need other folders do not wait for it.
+        with folder_lock:
             with self._lock:
-                if folder in self._listings:
-                    return self._use(folder)
-            return self._ask(folder)
+                if folder in self._listings:  # another thread has listed it in the meantime
+                    return self._cached(folder)
+            return self._request(folder)
 
-    def _use(self, folder: str) -> dict[str, ListedFile] | None:
+    def _cached(self, folder: str) -> Listing | None:
+        """Return a cached listing and mark it as used. The caller holds the lock."""
         self._listings.move_to_end(folder)
         return self._listings[folder]
 
-    def _ask(self, folder: str) -> dict[str, ListedFile] | None:
-        items: dict[str, ListedFile] | None = {}
-        for name, item in self._store.files(folder):
-            items[name] = item
-            if len(items) > KEPT:
-                items = None
+    def _request(self, folder: str) -> Listing | None:
+        """List a folder and cache the result."""
+        files: Listing = {}
+        listing: Listing | None = files
+        for name, file in self._store.files(folder):
+            files[name] = file
+            if len(files) > MAX_CACHED_FILES:
+                listing = None
                 break
         with self._lock:
-            self._waiting.pop(folder, None)
-            self._listings[folder] = items
-            self._kept += _weight(items)
-            while self._kept > KEPT and len(self._listings) > 1:
-                _, old = self._listings.popitem(last=False)
-                self._kept -= _weight(old)
-        return items
+            self._folder_locks.pop(folder, None)
+            self._listings[folder] = listing
+            self._cached_files += _weight(listing)
+            while self._cached_files > MAX_CACHED_FILES and len(self._listings) > 1:
+                _, oldest = self._listings.popitem(last=False)
+                self._cached_files -= _weight(oldest)
+        return listing
 
-    def _full(self, path: str) -> str:
+    def _full_path(self, path: str) -> str:
+        """Return ``path`` relative to the root of the store."""
         return f"{self._folder}/{path}".lstrip("/")
 
 
-def _is_text(path: str) -> bool:
-    """Whether a path can be sent: not one with parts of characters, as JSON may hold."""
+def _is_encodable(path: str) -> bool:
+    """Return whether a path can be sent as UTF-8. JSON may contain lone surrogates, which cannot."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -180,10 +203,11 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _weight(items: dict[str, ListedFile] | None) -> int:
-    return 1 + len(items or ())
+def _weight(listing: Listing | None) -> int:
+    """Return what a listing counts against MAX_CACHED_FILES; an empty one counts 1."""
+    return 1 + len(listing or ())
 
 
 def name_order(name: str) -> list[tuple[int, str]]:
-    """Sorts names with their numbers as numbers: part_2 before part_10."""
+    """Return a sort key that compares numbers in names as numbers: part_2 before part_10."""
     return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]

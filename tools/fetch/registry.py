@@ -1,4 +1,4 @@
-"""Places as a root map words them: ``dir:``, ``hf:``, ``url:``, ``page:``, ``s3://``, and archives in such places."""
+"""Open the locations that a root map names: ``dir:``, ``hf:``, ``url:``, ``page:``, ``s3://``, and archives in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from framestream.pipeline.utils.canonical_json import canonical_json
 from framestream.tools.fetch.archives.archive import open_archives
 from framestream.tools.fetch.base import FetchError, MediaSource, RandomAccessFile
-from framestream.tools.fetch.http.client import HttpClient, redacted
+from framestream.tools.fetch.http.client import HttpClient, redact_url
 from framestream.tools.fetch.http.ranged_file import HttpFile
 from framestream.tools.fetch.http.retry import FetchLimits
 from framestream.tools.fetch.hub import open_hub
@@ -20,103 +20,116 @@ from framestream.tools.fetch.s3 import open_s3
 from framestream.tools.fetch.url import UrlSource
 from framestream.tools.fetch.ytdlp import PageSource
 
-FORMS = "dir:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem} or s3://BUCKET/FOLDER"
-FILES = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"
+Location = str | Mapping[str, Any]  #: a value of a root map
+
+SOURCE_FORMS = (
+    "dir:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem} or s3://BUCKET/FOLDER"
+)
+FILE_FORMS = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"
 
 
-def open_source(place: str | Mapping[str, Any], limits: FetchLimits, work: Path | None = None) -> MediaSource:
-    """The source of a place: text, or ``{archives: FILES, join: BOOL, inside: FOLDER}`` for what is in archives.
+def open_source(location: Location, limits: FetchLimits, member_lists: Path | None = None) -> MediaSource:
+    """Return the source of a location.
 
-    ``work`` is a folder where lists of what archives hold are kept. A hub place without a commit is looked up; the
-    source's ``origin`` names the commit, and opening that instead gives the same files in another process or later.
+    A hub location without a commit is resolved to one. The source's ``origin`` names the commit, and opening the origin
+    gives the same files in another process or later.
+
+    Args:
+        location: text, or ``{archives: FILES, join: BOOL, inside: FOLDER}`` for files in archives.
+        member_lists: folder that caches the lists of what archives contain.
 
     Raises:
-        ValueError: one line that says what is wrong with the place.
-        FetchError: the place cannot be asked, or needs a package that is not installed.
+        ValueError: one line that states what is wrong with the location.
+        FetchError: the location cannot be read, or needs a package that is not installed.
     """
-    if not isinstance(place, str):
-        return _open_archives(place, limits, work)
-    kind, _, rest = place.partition(":")
-    if kind == "dir":
+    if not isinstance(location, str):
+        return _open_archives(location, limits, member_lists)
+    scheme, _, rest = location.partition(":")
+    if scheme == "dir":
         if not rest or not Path(rest).is_dir():
-            raise ValueError(f"{place} is not a folder")
+            raise ValueError(f"{location} is not a folder")
         return FolderSource(rest)
-    if kind == "hf":
-        return open_hub(place, limits)
-    if kind == "s3":
-        return open_s3(place, limits)
-    if kind == "url":
+    if scheme == "hf":
+        return open_hub(location, limits)
+    if scheme == "s3":
+        return open_s3(location, limits)
+    if scheme == "url":
         return UrlSource(rest, limits)
-    if kind == "page":
+    if scheme == "page":
         return PageSource(rest, limits)
-    raise ValueError(f"{redacted(place)} cannot be read; give {FORMS}")
+    raise ValueError(f"{redact(location)} is not a known kind of location; use {SOURCE_FORMS}")
 
 
-def check_archives(place: Mapping[str, Any]) -> None:
-    """Refuse a mapping that does not say where archives are (ValueError with one line)."""
-    files = place.get("archives")
-    if unknown := sorted(set(map(str, place)) - {"archives", "join", "inside"}):
-        raise ValueError(f"{unknown[0]}: unknown field; give archives, join and inside")
-    if not files or not all(isinstance(file, str) for file in ([files] if isinstance(files, str) else files)):
-        raise ValueError(f"archives: expected files such as {FILES}, or a list of them, got {files!r:.80}")
-    if not isinstance(place.get("join", False), bool):
-        raise ValueError(f"join: expected true for the parts of one archive, or false, got {place['join']!r:.80}")
-    if not isinstance(place.get("inside", ""), str):
-        raise ValueError(f"inside: expected a folder within the archives, got {place['inside']!r:.80}")
-
-
-def _open_archives(place: Mapping[str, Any], limits: FetchLimits, work: Path | None) -> MediaSource:
-    check_archives(place)
-    files = open_files(place["archives"], limits)
-    join, inside = place.get("join", False), place.get("inside", "")
-    return open_archives(files, join, inside, work, limits.bytes, redact(place))
-
-
-def redact(place: str | Mapping[str, Any]) -> str:
-    """A place for tables and messages, without credentials."""
-    if not isinstance(place, str):
-        files = place.get("archives", ())
-        return canonical_json(
-            {**place, "archives": [redact(file) for file in ([files] if isinstance(files, str) else files)]}
-        )
-    kind, colon, rest = place.partition(":")
-    return f"{kind}:{redacted(rest)}" if kind in ("url", "page") else place
-
-
-def open_files(places: str | Sequence[str], limits: FetchLimits) -> list[RandomAccessFile]:
-    """The files of one place or several, for reading archives: those of each place in the order of their names, with
-    numbers as numbers. The last part of a place may hold the wildcards ``*``, ``?`` and ``[...]``, but not of url:.
+def check_archives(location: Mapping[str, Any]) -> None:
+    """Check the fields of a mapping that names archives.
 
     Raises:
-        ValueError: one line that says what is wrong with a place.
-        FetchError: missing_file where nothing matches, or the place cannot be asked.
+        ValueError: one line that names the field.
     """
-    found: list[RandomAccessFile] = []
-    for place in [places] if isinstance(places, str) else places:
-        files = _matching(place, limits)
+    files = location.get("archives")
+    if unknown := sorted(set(map(str, location)) - {"archives", "join", "inside"}):
+        raise ValueError(f"{unknown[0]}: unknown field; the fields are archives, join and inside")
+    if not files or not all(isinstance(file, str) for file in ([files] if isinstance(files, str) else files)):
+        raise ValueError(f"archives: expected files such as {FILE_FORMS}, or a list of them, got {files!r:.80}")
+    if not isinstance(location.get("join", False), bool):
+        raise ValueError(f"join: expected true for the parts of one archive, or false, got {location['join']!r:.80}")
+    if not isinstance(location.get("inside", ""), str):
+        raise ValueError(f"inside: expected a folder within the archives, got {location['inside']!r:.80}")
+
+
+def _open_archives(location: Mapping[str, Any], limits: FetchLimits, member_lists: Path | None) -> MediaSource:
+    check_archives(location)
+    files = open_files(location["archives"], limits)
+    join, inside = location.get("join", False), location.get("inside", "")
+    return open_archives(files, join, inside, member_lists, limits.bytes, redact(location))
+
+
+def redact(location: Location) -> str:
+    """Return a location as text without credentials, for tables and messages."""
+    if not isinstance(location, str):
+        files = location.get("archives", ())
+        redacted = [redact(file) for file in ([files] if isinstance(files, str) else files)]
+        return canonical_json({**location, "archives": redacted})
+    scheme, colon, rest = location.partition(":")
+    return f"{scheme}:{redact_url(rest)}" if scheme in ("url", "page") else location
+
+
+def open_files(locations: str | Sequence[str], limits: FetchLimits) -> Sequence[RandomAccessFile]:
+    """Open the files of one or more locations, for reading archives.
+
+    The files of each location are sorted by name, with numbers compared as numbers. The last part of a location may
+    contain the wildcards ``*``, ``?`` and ``[...]``, except of ``url:``.
+
+    Raises:
+        ValueError: one line that states what is wrong with a location.
+        FetchError: missing_file if nothing matches, or the location cannot be read.
+    """
+    opened: list[RandomAccessFile] = []
+    for location in [locations] if isinstance(locations, str) else locations:
+        files = _match_files(location, limits)
         if not files:
-            raise FetchError("missing_file", place, "no file matches")
-        found += sorted(files, key=lambda file: name_order(file.name))
-    return found
+            raise FetchError("missing_file", location, "no file matches")
+        opened += sorted(files, key=lambda file: name_order(file.name))
+    return opened
 
 
-def _matching(place: str, limits: FetchLimits) -> list[RandomAccessFile]:
-    kind, _, rest = place.partition(":")
-    folder, slash, name = rest.rpartition("/")
-    if kind == "url":
-        return [HttpFile.open(HttpClient(limits), rest, f"url:{redacted(rest)}")]
-    if kind not in ("dir", "hf", "s3"):
-        raise ValueError(f"{redacted(place)} holds no archives; give {FILES}")
-    if kind == "hf":
-        head, colon, inner = rest.partition(":")
-        folder, slash, name = f"{head}{colon}{inner.rpartition('/')[0]}", "/", inner.rpartition("/")[2]
-    if not name or any(mark in folder for mark in "*?["):
-        raise ValueError(f"{place}: name files, with wildcards in the last part of the path alone")
-    if kind == "dir":
+def _match_files(location: str, limits: FetchLimits) -> Sequence[RandomAccessFile]:
+    scheme, _, rest = location.partition(":")
+    folder, slash, pattern = rest.rpartition("/")
+    if scheme == "url":
+        return [HttpFile.open(HttpClient(limits), rest, f"url:{redact_url(rest)}")]
+    if scheme not in ("dir", "hf", "s3"):
+        raise ValueError(f"{redact(location)} cannot contain archives; use {FILE_FORMS}")
+    if scheme == "hf":
+        repository, colon, path = rest.partition(":")
+        folder, slash, pattern = f"{repository}{colon}{path.rpartition('/')[0]}", "/", path.rpartition("/")[2]
+    if not pattern or any(mark in folder for mark in "*?["):
+        raise ValueError(f"{location}: name files; only the last part of the path may contain wildcards")
+    if scheme == "dir":
         parent = Path(folder + slash)
         if not parent.is_dir():
-            raise FetchError("missing_file", place, f"{parent} is not a folder")
-        found = [item for item in parent.iterdir() if item.name == name or fnmatch.fnmatchcase(item.name, name)]
-        return [LocalFile(item) for item in found if item.is_file()]
-    opened = open_hub(f"hf:{folder}", limits) if kind == "hf" else open_s3(f"s3:{folder}", limits)
-    return opened.matching(name)
+            raise FetchError("missing_file", location, f"{parent} is not a folder")
+        items = [item for item in parent.iterdir() if item.name == pattern or fnmatch.fnmatchcase(item.name, pattern)]
+        return [LocalFile(item) for item in items if item.is_file()]
+    source = open_hub(f"hf:{folder}", limits) if scheme == "hf" else open_s3(f"s3:{folder}", limits)
+    return source.open_matching(pattern)

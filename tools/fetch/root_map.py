@@ -1,13 +1,14 @@
-"""Where annotation files and media really are: local folders, the user's root map, and the hub.
+"""Resolve where annotation files and media are: local folders, the user's root map, and the hub.
 
-The published recipe names web pages as roots. A root map (``data.roots``, a YAML file) says where their contents lie;
-its keys are an entry's name, an entry's root or, for annotation files, ``hf:OWNER/NAME``::
+The published recipe names web pages as roots. A root map (``data.roots``, a YAML file) names where their contents are.
+Its keys are the name of an entry, the root of an entry or, for annotation files, ``hf:OWNER/NAME``::
 
     https://github.com/m-bain/webvid: dir:/data/webvid
     https://huggingface.co/datasets/lmms-lab/M4-Instruct-Data: hf:lmms-lab/M4-Instruct-Data
 
-Places that are no folder of this machine are opened by :func:`framestream.tools.fetch.registry.open_source`. Annotation files of such
-places, and of web addresses, buckets and the hub without any root map, are fetched (``tools/fetch/annotation_cache.py``).
+Locations that are not local folders are opened by :func:`framestream.tools.fetch.registry.open_source`. Annotation
+files there, at web addresses, in buckets and on the hub are fetched (``tools/fetch/annotation_cache.py``), also without
+a root map.
 """
 
 from __future__ import annotations
@@ -29,35 +30,35 @@ from framestream.tools.fetch.annotation_cache import AnnotationCache, cache_fold
 from framestream.tools.fetch.base import FetchError, MediaSource
 from framestream.tools.fetch.host_health import SourcePool
 from framestream.tools.fetch.http.retry import FetchLimits
-from framestream.tools.fetch.registry import check_archives, open_files, open_source, redact
+from framestream.tools.fetch.registry import Location, check_archives, open_files, open_source, redact
 
-THREADS = 8  #: places opened and annotation files fetched at once
+THREADS = 8  #: locations opened and annotation files fetched at once
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedLocation:
-    """Something that an entry needs: where it is, or why it is not there (one line with the fix)."""
+    """Where an annotation file or the media of an entry are, or why they are missing (one line with the fix)."""
 
-    path: Path | None  #: on this machine; None for a place elsewhere
-    origin: str  #: what it is read from, or would come from
-    missing: str = ""
-    name: str = ""  #: what the manifest and the root map call it; part of a media item's identity
-    spec: str | Mapping[str, Any] = ""  #: opens it: a value of a root map, a hub repository's with its commit
+    path: Path | None  #: on this machine; None for a remote location
+    origin: str  #: what is read, or would be read
+    missing: str = ""  #: why it is missing; empty if it is resolved
+    name: str = ""  #: the key of the root map, or the root; part of the identity of media items
+    spec: Location = ""  #: opens the location: a value of a root map; a hub repository has its commit
     limits: FetchLimits = FetchLimits()
-    member_lists: Path | None = None  #: folder where lists of what archives hold are kept
+    member_lists: Path | None = None  #: folder that caches the lists of what archives contain
 
     @property
     def resolved(self) -> bool:
-        """Whether the place is known; what is in it may still be missing."""
+        """Whether the location is known. Files in it may still be missing."""
         return not self.missing
 
     def open(self) -> MediaSource:
-        """The files below it, for places that are resolved.
+        """Open the files below a resolved location.
 
         Raises:
-            FetchError: the place cannot be asked, or is none.
+            FetchError: the location cannot be read, or is invalid.
         """
         try:
             return open_source(self.spec, self.limits, self.member_lists)
@@ -66,125 +67,132 @@ class ResolvedLocation:
 
 
 class RootMap:
-    """The root map of a manifest; a manifest without one has only local folders."""
+    """The root map of a manifest. Without one, only local folders are resolved.
 
-    def __init__(self, data: DataConfig, limits: FetchLimits, quick: FetchLimits) -> None:
+    Args:
+        limits: for fetching annotation files.
+        probe_limits: for finding out whether locations can be read.
+    """
+
+    def __init__(self, data: DataConfig, limits: FetchLimits, probe_limits: FetchLimits) -> None:
         self._file = data.roots
-        self._opened = SourcePool(quick)
+        self._sources = SourcePool(probe_limits)
         self._cache = cache_folder(data.cache)
-        self._annotations = AnnotationCache(self._cache, self._opened, limits)
+        self._annotations = AnnotationCache(self._cache, self._sources, limits)
         self._map: dict[str, str | dict[str, Any]] = {}
         if data.roots:
             if not Path(data.roots).is_file():
-                raise ManifestError(f"data.roots: {data.roots}: no such file; name your root map, or none")
-            for name, place in read_yaml(data.roots).items():
-                if not isinstance(place, (str, dict)):
-                    where = f"data.roots: {data.roots}: {name}"
-                    raise ManifestError(f"{where}: expected text such as dir:/path or a mapping, got {place!r}")
-                self._map[str(name)] = place
+                raise ManifestError(f"data.roots: {data.roots}: no such file; name your root map, or remove the field")
+            for name, location in read_yaml(data.roots).items():
+                if not isinstance(location, (str, dict)):
+                    field = f"data.roots: {data.roots}: {name}"
+                    raise ManifestError(f"{field}: expected text such as dir:/path or a mapping, got {location!r}")
+                self._map[str(name)] = location
 
     def annotation(self, entry: EntryConfig) -> ResolvedLocation:
-        """The entry's annotation file, on this machine."""
-        name, far = entry.annotation, remote_file(entry.annotation)
-        if not far:
+        """Resolve the annotation file of an entry to a local file; fetch it if it is remote."""
+        name, remote = entry.annotation, remote_file(entry.annotation)
+        if not remote:
             if not Path(name).is_file():
-                return ResolvedLocation(
-                    None, name, f"{name}: no such annotation file; correct data.entries or fetch it"
-                )
+                missing = f"{name}: no such annotation file; correct data.entries or fetch it"
+                return ResolvedLocation(None, name, missing)
             return ResolvedLocation(Path(name), name)
-        place, path = far
-        hub = place.partition("@")[0] if place.startswith("hf:") else ""
-        mapped = next((key for key in (place, hub) if key in self._map), "")
-        given = self._map[mapped] if mapped else place
-        if isinstance(given, str) and given.startswith("dir:"):
-            folder = self._place(mapped)
+        location, path = remote
+        hub = location.partition("@")[0] if location.startswith("hf:") else ""
+        key = next((key for key in (location, hub) if key in self._map), "")
+        spec = self._map[key] if key else location
+        if isinstance(spec, str) and spec.startswith("dir:"):
+            folder = self._resolve(key)
             file = folder.path and folder.path / path
             if file and not file.is_file():
                 return ResolvedLocation(None, folder.origin, f"{file}: no such annotation file")
             return ResolvedLocation(file, folder.origin, folder.missing)
         try:
-            return ResolvedLocation(self._annotations.fetch(given, path), mapped or name)
+            return ResolvedLocation(self._annotations.fetch(spec, path), key or name)
         except ManifestError:
             raise
         except (FetchError, ValueError) as error:
-            fix = f"fetch it and map {hub} to dir:FOLDER{self._where}" if hub else "fetch it and name the local file"
+            fix = f"fetch it and map {hub} to dir:FOLDER{self._in_file}" if hub else "fetch it and name the local file"
             return ResolvedLocation(None, name, f"the annotation file is not on this machine: {error}; {fix}")
 
     def media(self, entry: EntryConfig) -> ResolvedLocation:
-        """The place that the entry's media paths are relative to; a folder without links."""
+        """Resolve the location that the entry's media paths are relative to. A local folder is resolved to its real path."""
         for name in (entry.name, entry.root):
             if name and name in self._map:
-                return self._place(name)
+                return self._resolve(name)
         if not entry.root:
             return ResolvedLocation(None, "", "the entry has media but no root; set its root to their folder")
         if "://" in entry.root or entry.root.startswith("hf:"):
-            fix = f"map the root to a place{self._where}, see manifests/roots.example.yaml{self._near(entry.root)}"
+            fix = f"map the root to a location{self._in_file}, see manifests/roots.example.yaml{self._similar(entry.root)}"
             return ResolvedLocation(None, entry.root, f"the root is not a folder on this machine; {fix}")
         if not Path(entry.root).is_dir():
-            fix = f"correct the entry's root{f', or map it{self._where}' if self._file else ''}{self._near(entry.root)}"
+            mapping = f", or map it{self._in_file}" if self._file else ""
+            fix = f"correct the entry's root{mapping}{self._similar(entry.root)}"
             return ResolvedLocation(None, entry.root, f"{entry.root}: no such folder; {fix}")
-        return _folder(Path(entry.root), entry.root, entry.root)
+        return _local_folder(Path(entry.root), entry.root, entry.root)
 
-    def _place(self, name: str) -> ResolvedLocation:
-        """What the root map says of ``name``."""
-        given, limits = self._map[name], self._opened.limits
-        if not isinstance(given, str):  # archives, which take long to open
-            return self._archives(name, given)
-        if given.startswith("dir:"):
-            folder = Path(given[len("dir:") :])
+    def _resolve(self, name: str) -> ResolvedLocation:
+        """Resolve the root map's value of ``name``."""
+        spec, limits = self._map[name], self._sources.limits
+        if not isinstance(spec, str):  # archives are only checked here: opening them may take long
+            return self._resolve_archives(name, spec)
+        if spec.startswith("dir:"):
+            folder = Path(spec[len("dir:") :])
             if not folder.is_dir():
-                return ResolvedLocation(None, given, f"{self._file}: {name}: {folder} is not a folder")
-            return _folder(folder, given, name)
+                return ResolvedLocation(None, spec, f"{self._file}: {name}: {folder} is not a folder")
+            return _local_folder(folder, spec, name)
         try:
-            origin = self._opened.source(given).origin
+            origin = self._sources.source(spec).origin
         except ValueError as error:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
-            return ResolvedLocation(None, given, f"{self._file}: {name}: {error}", name)
-        return ResolvedLocation(None, origin, "", name, origin if given.startswith("hf:") else given, limits)
+            return ResolvedLocation(None, spec, f"{self._file}: {name}: {error}", name)
+        return ResolvedLocation(None, origin, "", name, origin if spec.startswith("hf:") else spec, limits)
 
-    def _archives(self, name: str, given: Mapping[str, Any]) -> ResolvedLocation:
-        """Archives that are there, at the commits that their hub repositories are at now."""
+    def _resolve_archives(self, name: str, spec: Mapping[str, Any]) -> ResolvedLocation:
+        """Check that archives exist, and name the present commits of their hub repositories."""
         try:
-            check_archives(given)
-            files = [given["archives"]] if isinstance(given["archives"], str) else given["archives"]
-            pinned = {**given, "archives": [self._pinned(file) for file in files]}
-            open_files(pinned["archives"], self._opened.limits)
+            check_archives(spec)
+            files = [spec["archives"]] if isinstance(spec["archives"], str) else spec["archives"]
+            pinned = {**spec, "archives": [self._pin(file) for file in files]}
+            open_files(pinned["archives"], self._sources.limits)
         except ValueError as error:
             raise ManifestError(f"data.roots: {self._file}: {name}: {error}") from None
         except FetchError as error:
-            return ResolvedLocation(None, redact(given), f"{self._file}: {name}: {error}", name)
-        lists = self._cache / "archives"
+            return ResolvedLocation(None, redact(spec), f"{self._file}: {name}: {error}", name)
+        member_lists = self._cache / "archives"
         try:
-            lists.mkdir(parents=True, exist_ok=True)
+            member_lists.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ManifestError(f"data.cache: {lists}: cannot be made ({error.strerror})") from None
-        return ResolvedLocation(None, redact(pinned), "", name, pinned, self._opened.limits, lists)
+            raise ManifestError(f"data.cache: {member_lists}: cannot be created ({error.strerror})") from None
+        return ResolvedLocation(None, redact(pinned), "", name, pinned, self._sources.limits, member_lists)
 
-    def _pinned(self, file: str) -> str:
+    def _pin(self, file: str) -> str:
+        """Return a hub file with the commit of its repository; other files unchanged."""
         if not file.startswith("hf:"):
             return file
         repository, _, path = file.removeprefix("hf:").partition(":")
-        return self._opened.source(f"hf:{repository}:").origin + path
+        return self._sources.source(f"hf:{repository}:").origin + path
 
     @property
-    def _where(self) -> str:
+    def _in_file(self) -> str:
+        """Name the root map, for messages."""
         return f" in {self._file or 'a YAML file named by data.roots'}"
 
-    def _near(self, name: str) -> str:
-        """Names the key that is ``name`` but for small letters and slashes at its ends."""
-        near = (key for key in self._map if key.strip("/").casefold() == name.strip("/").casefold())
-        return next((f"; it has `{key}`" for key in near), "")
+    def _similar(self, name: str) -> str:
+        """Name the key that differs from ``name`` only in case and in slashes at its ends, for messages."""
+        similar = (key for key in self._map if key.strip("/").casefold() == name.strip("/").casefold())
+        return next((f"; it has `{key}`" for key in similar), "")
 
 
-def _folder(path: Path, origin: str, name: str) -> ResolvedLocation:
+def _local_folder(path: Path, origin: str, name: str) -> ResolvedLocation:
     real = os.path.realpath(path)
     return ResolvedLocation(Path(real), origin, "", name, f"dir:{real}")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedEntry:
-    """An entry with its number, its unique name, and the places of its annotation file and media."""
+    """An entry with its number, its unique name, and the locations of its annotation file and media."""
 
     number: int
     entry: EntryConfig
@@ -193,10 +201,10 @@ class ResolvedEntry:
 
 
 def resolve_entries(manifest: Manifest, quick: bool = False) -> list[ResolvedEntry]:
-    """The manifest's entries in order; a name that an earlier entry has gets ``~2``, ``~3`` ... appended.
+    """Resolve the entries of a manifest, in order. Repeated names get ``~2``, ``~3`` ... appended.
 
     Args:
-        quick: give up places that do not answer within seconds.
+        quick: give up locations that do not answer within seconds.
 
     Raises:
         ManifestError: the root map cannot be used.
@@ -204,17 +212,21 @@ def resolve_entries(manifest: Manifest, quick: bool = False) -> list[ResolvedEnt
     limits = FetchLimits.from_manifest(manifest.data)
     roots = RootMap(manifest.data, limits, replace(limits, retries=1, stall=5.0) if quick else limits)
     entries = manifest.data.entries
-    media = _in_threads(roots.media, entries, "places")
-    annotations = _in_threads(roots.annotation, entries, "annotation files")
-    seen, found = Counter(), []
-    for number, (entry, annotation, place) in enumerate(zip(entries, annotations, media, strict=True)):
-        seen[entry.name] += 1
-        if seen[entry.name] > 1:
-            entry = replace(entry, name=f"{entry.name}~{seen[entry.name]}")
-        found.append(ResolvedEntry(number, entry, annotation, place))
-    return found
+    media = _map_in_threads(roots.media, entries, "locations")
+    annotations = _map_in_threads(roots.annotation, entries, "annotation files")
+    name_counts: Counter[str] = Counter()
+    resolved = []
+    for number, (entry, annotation, location) in enumerate(zip(entries, annotations, media, strict=True)):
+        name_counts[entry.name] += 1
+        if name_counts[entry.name] > 1:
+            entry = replace(entry, name=f"{entry.name}~{name_counts[entry.name]}")
+        resolved.append(ResolvedEntry(number, entry, annotation, location))
+    return resolved
 
 
-def _in_threads(call: Callable[[EntryConfig], T], entries: tuple[EntryConfig, ...], what: str) -> list[T]:
+def _map_in_threads(
+    function: Callable[[EntryConfig], T], entries: tuple[EntryConfig, ...], description: str
+) -> list[T]:
     with DaemonThreadPool(THREADS) as threads:
-        return list(tqdm(threads.map(call, entries), desc=what, total=len(entries), disable=None, leave=False))
+        results = threads.map(function, entries)
+        return list(tqdm(results, desc=description, total=len(entries), disable=None, leave=False))

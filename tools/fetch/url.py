@@ -1,4 +1,4 @@
-"""Web servers: ``url:https://HOST/FOLDER/{path}``, with the media path filled in where the template says."""
+"""Web servers as a source: ``url:https://HOST/FOLDER/{path}``, a template that the media path is filled into."""
 
 from __future__ import annotations
 
@@ -7,76 +7,86 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
 from framestream.tools.fetch.base import FetchError, check_path, local_name
-from framestream.tools.fetch.http.client import HttpClient, redacted
+from framestream.tools.fetch.http.client import HttpClient, redact_url
 from framestream.tools.fetch.http.retry import FetchLimits
 
 PLACEHOLDERS = ("path", "name", "stem", "folder")
 
 
 class UrlTemplate:
-    """An address with ``{path}`` (all of a media path), ``{name}`` (its last part), ``{stem}`` (that without its
-    extension) or ``{folder}`` (all but the last part), which are quoted, so that no path changes the address's form.
+    """A URL with placeholders for a media path.
+
+    ``{path}`` is the whole media path, ``{name}`` its last part, ``{stem}`` the last part without its extension, and
+    ``{folder}`` all but the last part. Values are percent-encoded, so a path cannot change the structure of the URL.
+
+    Args:
+        scheme: ``url`` or ``page``, for messages.
+        template: the URL.
 
     Raises:
         ValueError: not http(s), no or unknown placeholders, or a placeholder in the host.
     """
 
-    def __init__(self, kind: str, text: str) -> None:
-        named = re.findall(r"\{([^{}]*)\}", text)
-        parts = urlsplit(text)
+    def __init__(self, scheme: str, template: str) -> None:
+        names = re.findall(r"\{([^{}]*)\}", template)
+        parts = urlsplit(template)
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-        self.shown = f"{kind}:{redacted(text)}"
+        self.redacted = f"{scheme}:{redact_url(template)}"  #: the template without credentials
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self.shown}: not an address that begins with http:// or https://")
-        if not named or not set(named) <= set(PLACEHOLDERS) or re.search(r"[{}]", re.sub(r"\{\w+\}", "", text)):
-            raise ValueError(f"{self.shown}: name the file by {known} and by nothing else in braces")
+            raise ValueError(f"{self.redacted}: the URL must begin with http:// or https://")
+        # The second test finds braces that do not form a placeholder.
+        if not names or not set(names) <= set(PLACEHOLDERS) or re.search(r"[{}]", re.sub(r"\{\w+\}", "", template)):
+            raise ValueError(f"{self.redacted}: name the file by {known}; other braces are not allowed")
         if "{" in parts.netloc:
-            raise ValueError(f"{self.shown}: the host cannot depend on the file")
-        self._text = text
+            raise ValueError(f"{self.redacted}: the host cannot depend on the file")
+        self._template = template
 
-    def address(self, path: str) -> str:
-        """The address of the file ``path``."""
-        return self._fill(self._text, path)
+    def url(self, path: str) -> str:
+        """Return the URL of the file ``path``."""
+        return self._fill(self._template, path)
 
-    def place(self, path: str) -> str:
-        """The same for error lines: without credentials."""
-        return self._fill(self.shown, path)
+    def redacted_url(self, path: str) -> str:
+        """Return the URL of the file ``path`` without credentials, for error messages."""
+        return self._fill(self.redacted, path)
 
-    def _fill(self, text: str, path: str) -> str:
+    def _fill(self, template: str, path: str) -> str:
         parts = PurePosixPath(path)
         folder = "" if parts.parent == PurePosixPath(".") else str(parts.parent)
         values = {"path": path, "name": parts.name, "stem": parts.stem, "folder": folder}
         quoted = {name: quote(value, safe="/", errors="replace") for name, value in values.items()}
-        return re.sub(r"\{(\w+)\}", lambda found: quoted[found[1]], text)
+        return re.sub(r"\{(\w+)\}", lambda match: quoted[match[1]], template)
 
 
 class UrlSource:
-    """The files of a web server, which cannot list them (see ``framestream.tools.fetch.base.Source``)."""
+    """A :class:`~framestream.tools.fetch.base.MediaSource` for a web server, which cannot list its files."""
 
     def __init__(self, template: str, limits: FetchLimits) -> None:
         self._template, self._http = UrlTemplate("url", template), HttpClient(limits)
-        self.origin = self._template.shown
+        self.origin = self._template.redacted
 
     def find(self, path: str, tree: bool = False) -> int | None:
-        """Bytes of a file, by one request."""
-        place = self._place(path, tree)
-        facts = self._http.probe(self._template.address(path), place)
-        return None if facts is None else facts.size
+        """Return the bytes of a file. Costs one request."""
+        location = self._location(path, tree)
+        info = self._http.probe(self._template.url(path), location)
+        return None if info is None else info.size
 
     def identity(self, path: str, tree: bool = False) -> str:
-        """ETag or date, and size."""
-        facts = self._http.probe(self._template.address(path), self._place(path, tree))
-        return "" if facts is None else facts.identity
+        """Return the ETag or date, and the size."""
+        info = self._http.probe(self._template.url(path), self._location(path, tree))
+        return "" if info is None else info.identity
 
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
         """Download a file into ``scratch``."""
-        place, target = self._place(path, tree), scratch / local_name(path)
-        self._http.download(self._template.address(path), target, place)
+        location, target = self._location(path, tree), scratch / local_name(path)
+        self._http.download(self._template.url(path), target, location)
         return target
 
-    def _place(self, path: str, tree: bool) -> str:
+    def _location(self, path: str, tree: bool) -> str:
+        """Check ``path`` and return its URL for error messages."""
         check_path(self.origin, path)
         if tree:
-            fix = "map the root to a folder, the hub, a bucket or archives"
-            raise FetchError("unsupported", f"{self.origin} {path}", f"a web server lists no folders of frames; {fix}")
-        return self._template.place(path)
+            message = (
+                "a web server cannot list folders of frames; map the root to a folder, the hub, a bucket or archives"
+            )
+            raise FetchError("unsupported", f"{self.origin} {path}", message)
+        return self._template.redacted_url(path)

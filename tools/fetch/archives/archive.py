@@ -35,11 +35,11 @@ from framestream.tools.fetch.archives.member_table import (
     stable_name,
 )
 from framestream.tools.fetch.archives.multipart import MultipartFile
-from framestream.tools.fetch.archives.parquet import MARK, ParquetImages, list_parquet
-from framestream.tools.fetch.archives.parquet_rows import ALIKE, rows_of
+from framestream.tools.fetch.archives.parquet import MAGIC, ParquetImages, list_parquet
+from framestream.tools.fetch.archives.parquet_rows import MAX_SAME_NAME, find_rows
 from framestream.tools.fetch.archives.readahead import ReadAheadFile
-from framestream.tools.fetch.archives.tar import copy, gunzip, is_tar, list_tar, list_tar_gz
-from framestream.tools.fetch.archives.zip import ends_zip, list_zip, starts_zip, unpack, zip_stream
+from framestream.tools.fetch.archives.tar import copy_member, open_gzip, is_tar, list_tar, list_tar_gz
+from framestream.tools.fetch.archives.zip import has_zip_directory, list_zip, is_zip, unpack_member, open_zip_stream
 from framestream.tools.fetch.base import UNKNOWN, FetchError, RandomAccessFile, local_name
 
 #: First bytes of archives that are not read, with their names.
@@ -51,7 +51,7 @@ UNIQUE = "name them by the paths they are stored with, or write them to files an
 
 def open_archives(
     files: Sequence[RandomAccessFile], join: bool, inside: str, work: Path | None, limit: int, origin: str
-) -> Archives:
+) -> ArchiveSource:
     """The files in one or many archives; of a path in several archives, the first archive's counts.
 
     Args:
@@ -64,10 +64,10 @@ def open_archives(
     Raises:
         FetchError: an archive cannot be read, or is not whole so that nothing in it can be found.
     """
-    return Archives([MultipartFile(files)] if join else files, inside, work, limit, origin)
+    return ArchiveSource([MultipartFile(files)] if join else files, inside, work, limit, origin)
 
 
-class Archives:
+class ArchiveSource:
     """A :class:`~framestream.tools.fetch.base.Source`. Threads may share it; a copy sent to another process reads the lists of
     members from the work folder."""
 
@@ -85,7 +85,7 @@ class Archives:
         self._members = MemberTable(self._table())
 
     def __reduce__(self) -> tuple:
-        return Archives, (self._files, self._inside, self._work, self._limit, self.origin)
+        return ArchiveSource, (self._files, self._inside, self._work, self._limit, self.origin)
 
     @property
     def notes(self) -> list[str]:
@@ -140,9 +140,9 @@ class Archives:
             raise FetchError("outside_root", f"{self.origin} {path!r}", "is not a path below the archives' folder")
         inner = f"{self._inside}/{path}" if self._inside else path
         if tree:
-            return list(self._members.inside(inner))
+            return list(self._members.list_folder(inner))
         member = self._members.get(inner)
-        return [(path, member) for member in (rows_of(self._members, inner) if member is None else [member])]
+        return [(path, member) for member in (find_rows(self._members, inner) if member is None else [member])]
 
     def _place(self, member: ArchiveMember) -> str:
         return f"in {self._files[member.archive].name}"
@@ -160,7 +160,7 @@ class Archives:
 
     def _read_list(self, number: int) -> pa.Table:
         file, notes = self._files[number], []
-        kind = _kind(file)
+        kind = _detect_format(file)
         if kind == "tar.gz":
             with self._new_index(number) as index:
                 return make_table(list_tar_gz(file, index, notes), notes)
@@ -177,14 +177,14 @@ class Archives:
             items = list(group)
             with self._open(number, items[-1][1]) as stream:
                 for target, member in items:
-                    pieces = unpack if member.method >= 0 else copy
+                    pieces = unpack_member if member.method >= 0 else copy_member
                     with open(target, "xb") as out:
                         for piece in pieces(stream, member, f"{path} {self._place(member)}"):
                             out.write(piece)
 
     def _take_row(self, path: str, rows: list[ArchiveMember], target: Path) -> Path:
         """Write the picture of rows, which must be the same one in all of them, into a file."""
-        if len(rows) > ALIKE:
+        if len(rows) > MAX_SAME_NAME:
             raise FetchError("bad_media", path, f"{len(rows)} rows of {self.origin} have this name; {UNIQUE}")
         read = (self._pictures.read(row.archive, row.offset, f"{path} {self._place(row)}") for row in rows)
         pictures = {picture for picture in read if picture is not None}
@@ -204,11 +204,11 @@ class Archives:
         with contextlib.ExitStack() as stack:
             if method == GZIPPED:
                 index = stack.enter_context(self._index(number))
-                yield stack.enter_context(gunzip(file, index))
+                yield stack.enter_context(open_gzip(file, index))
             elif method == PLAIN:
                 yield ReadAheadFile(file, last.offset + last.packed)
             else:
-                yield zip_stream(file, last)
+                yield open_zip_stream(file, last)
 
     @contextlib.contextmanager
     def _new_index(self, number: int) -> Iterator[BinaryIO]:
@@ -228,16 +228,16 @@ class Archives:
         return self._work / f"{self._names[number]}.gzip"
 
 
-def _kind(file: RandomAccessFile) -> str:
+def _detect_format(file: RandomAccessFile) -> str:
     """zip, tar, tar.gz or parquet, judged from the contents; names lie."""
     head = file.read(0, 512)
     if not head:
         raise FetchError("empty_file", file.name, "has no bytes")
     if head.startswith(b"\x1f\x8b"):
         return "tar.gz"
-    if head.startswith(MARK):
+    if head.startswith(MAGIC):
         return "parquet"
-    if starts_zip(head):
+    if is_zip(head):
         return "zip"
     if is_tar(head):
         return "tar"
@@ -246,7 +246,7 @@ def _kind(file: RandomAccessFile) -> str:
         raise FetchError("unsupported", file.name, f"is a {other} file, which cannot be read at any place; {fix}")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise FetchError("not_media", file.name, "is an HTML page, not an archive; the address may need a login")
-    if ends_zip(file):  # behind a program that unpacks it
+    if has_zip_directory(file):  # behind a program that unpacks it
         return "zip"
     hint = "; its first part may be missing or not the first one" if isinstance(file, MultipartFile) else ""
     raise FetchError("unsupported", file.name, f"is no zip, tar or tar.gz archive and no parquet file{hint}")

@@ -26,7 +26,7 @@ from framestream.tools.common.arrow_files import map_table, write_table
 
 VERSION = 1  #: of the tables; older ones are made again
 BATCH_ROWS = 1 << 16
-LONGEST_CHAIN = 8  #: links from one to the next that are followed
+MAX_LINK_CHAIN = 8  #: links from one to the next that are followed
 
 #: Members that are there but are not handed out: the ledger's reason, and what is wrong.
 REFUSALS = {
@@ -88,10 +88,10 @@ def resolve_link(path: str, link: str) -> bytes | None:
             parts.pop()
         elif part not in ("", "."):
             parts.append(part)
-    return None if link.startswith("/") or "\0" in link or not parts else key_of("/".join(parts))
+    return None if link.startswith("/") or "\0" in link or not parts else member_key("/".join(parts))
 
 
-def key_of(path: str) -> bytes:
+def member_key(path: str) -> bytes:
     """``FOLDER NUL NAME``: sorted by it, the files directly in a folder stand together."""
     folder, _, name = path.rpartition("/")
     return f"{folder}\0{name}".encode("utf-8", "surrogateescape")
@@ -100,7 +100,7 @@ def key_of(path: str) -> bytes:
 def make_table(members: Iterable[tuple[str, ArchiveMember]], notes: list[str]) -> pa.Table:
     """The table of one archive from (path, member) in the archive's order; of equal paths the last one counts, as
     where an archive is unpacked. ``notes`` are read after the members, and kept with the table."""
-    rows = ((key_of(path), *member) for path, member in members)
+    rows = ((member_key(path), *member) for path, member in members)
     batches = []
     while batch := list(islice(rows, BATCH_ROWS)):
         columns = zip(*batch, strict=True)
@@ -150,10 +150,10 @@ class MemberTable:
     def get(self, path: str) -> ArchiveMember | None:
         """The member at ``path``, or the one that a link there leads to, or None."""
         try:
-            first = member = self._find(key_of(path))
+            first = member = self._find(member_key(path))
         except UnicodeEncodeError:
             return None
-        for _ in range(LONGEST_CHAIN):
+        for _ in range(MAX_LINK_CHAIN):
             if member is None or member.link is None:
                 break
             member = self._find(member.link)
@@ -161,10 +161,10 @@ class MemberTable:
             return first._replace(refusal="dangling")
         return member
 
-    def inside(self, folder: str) -> Iterator[tuple[str, ArchiveMember]]:
+    def list_folder(self, folder: str) -> Iterator[tuple[str, ArchiveMember]]:
         """Name and member of everything directly in ``folder``, in the order of names."""
         try:
-            prefix = key_of(f"{folder}/")
+            prefix = member_key(f"{folder}/")
         except UnicodeEncodeError:
             return
         for row in range(self._row(prefix), len(self)):

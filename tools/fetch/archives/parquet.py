@@ -18,16 +18,19 @@ import pyarrow.parquet as pq
 
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 from framestream.tools.fetch.archives.member_table import ROW, ArchiveMember
-from framestream.tools.fetch.archives.parquet_footer import read_directory
-from framestream.tools.fetch.archives.parquet_rows import listed
-from framestream.tools.fetch.archives.readahead import RangedFile
+from framestream.tools.fetch.archives.parquet_footer import read_footer
+from framestream.tools.fetch.archives.parquet_rows import row_paths
+from framestream.tools.fetch.archives.readahead import RandomAccessStream
 from framestream.tools.fetch.base import UNKNOWN, FetchError, RandomAccessFile
 
-MARK = b"PAR1"  #: first and last bytes of a file
-FOOTER = 32 << 20  #: most bytes of the directory at a file's end
-ROWS = 1 << 26  #: most rows of a file
-PAGE = 1 << 30  #: most bytes read at once, which is a packed page; unpacked it has less than 2 GiB, by the format
-RATIO, SPARE = 20, 1 << 28  #: a column of a row group, and all names, may unpack to RATIO times their size and SPARE
+MAGIC = b"PAR1"  #: first and last bytes of a file
+MAX_FOOTER = 32 << 20  #: most bytes of the directory at a file's end
+MAX_ROWS = 1 << 26  #: most rows of a file
+MAX_PAGE = 1 << 30  #: most bytes read at once, which is a packed page; unpacked it has less than 2 GiB, by the format
+MAX_RATIO, RATIO_SLACK = (
+    20,
+    1 << 28,
+)  #: a column of a row group, and all names, may unpack to RATIO times their size and SPARE
 
 _TAIL = 1 << 16  # bytes; what pyarrow reads first
 _BUFFER = 1 << 18  # bytes; pages that are larger are read at once
@@ -49,18 +52,18 @@ def list_parquet(file: RandomAccessFile, mark: str, notes: list[str]) -> Iterato
         FetchError: truncated, corrupt, too_large; unsupported, where the file has no such columns.
     """
     table = _Table(file)
-    bound, nameless = RATIO * file.size + SPARE, 0
+    bound, nameless = MAX_RATIO * file.size + RATIO_SLACK, 0
     with DaemonThreadPool(_THREADS) as threads:
         for first in range(0, table.groups, _AHEAD):
             groups = range(first, min(first + _AHEAD, table.groups))
             for group, pieces in zip(groups, threads.map(table.small_pieces, groups), strict=True):
                 try:
                     for row, path, name in table.names(group, pieces):
-                        paths = list(listed(path, name, mark, row))
+                        paths = list(row_paths(path, name, mark, row))
                         nameless += not paths
                         bound -= sum(map(len, paths)) + 64 * len(paths)
                         if bound < 0:
-                            text = f"its names are over {RATIO} times its size; split the file"
+                            text = f"its names are over {MAX_RATIO} times its size; split the file"
                             raise FetchError("too_large", file.name, text)
                         for listed_path in paths:
                             yield listed_path, ArchiveMember(0, row, UNKNOWN, 0, 0, ROW)
@@ -127,20 +130,22 @@ class _Table:
     def __init__(self, file: RandomAccessFile) -> None:
         self._file = file
         tail = file.read(max(file.size - _TAIL, 0), _TAIL)
-        if file.size < 12 or not tail.endswith(MARK):
+        if file.size < 12 or not tail.endswith(MAGIC):
             raise FetchError("truncated", file.name, "the parquet file has no directory at its end; fetch it again")
         footer = int.from_bytes(tail[-8:-4], "little")
         if footer > file.size - 12:
             raise FetchError("corrupt", file.name, f"{_DAMAGED}: its directory is longer than the file")
-        if footer > FOOTER:
-            raise FetchError("too_large", file.name, f"its directory has {footer} bytes, over {FOOTER}; split the file")
+        if footer > MAX_FOOTER:
+            raise FetchError(
+                "too_large", file.name, f"its directory has {footer} bytes, over {MAX_FOOTER}; split the file"
+            )
         if footer + 8 > len(tail):
             tail = file.read(file.size - footer - 8, footer + 8)
         try:
             opened = self._open({file.size - len(tail): tail})
             self._metadata, self._wanted = opened.metadata, _columns(file, opened.schema_arrow)
             needed = {*self._wanted, "image.bytes"}
-            rows, self._groups = read_directory(tail[-8 - footer : -8], needed)
+            rows, self._groups = read_footer(tail[-8 - footer : -8], needed)
             if any(group.chunks.keys() != needed for group in self._groups):
                 raise ValueError("a row group lacks a column")
         except _BROKEN as error:
@@ -149,8 +154,8 @@ class _Table:
         self._starts = [0, *accumulate(group.rows for group in self._groups)]
         if self._starts[-1] != rows or self._metadata.num_row_groups != self.groups:
             raise FetchError("corrupt", file.name, f"{_DAMAGED}: its row groups have another number of rows than it")
-        if rows > ROWS:
-            raise FetchError("too_large", file.name, f"has {rows} rows, over {ROWS}; split the file")
+        if rows > MAX_ROWS:
+            raise FetchError("too_large", file.name, f"has {rows} rows, over {MAX_ROWS}; split the file")
 
     def locate(self, row: int) -> tuple[int, int]:
         """The row group of a row, and the row's place in it."""
@@ -212,8 +217,8 @@ class _Table:
 
     def _check_ratio(self, group: int, columns: Sequence[str]) -> None:
         for chunk in map(self._groups[group].chunks.get, columns):
-            if chunk.size > RATIO * chunk.packed + SPARE:
-                text = f"row group {group} unpacks to {chunk.size} bytes, over {RATIO} times its size"
+            if chunk.size > MAX_RATIO * chunk.packed + RATIO_SLACK:
+                text = f"row group {group} unpacks to {chunk.size} bytes, over {MAX_RATIO} times its size"
                 raise FetchError("too_large", self._file.name, text)
 
 
@@ -247,7 +252,7 @@ def _texts(column: pa.Array) -> list[str | None]:
     return [None if text is None else text.decode("utf-8", "surrogateescape") for text in binary.to_pylist()]
 
 
-class _Handle(RangedFile):
+class _Handle(RandomAccessStream):
     """A file for pyarrow; what lies in ``pieces`` (bytes by offset) is not read again."""
 
     def __init__(self, file: RandomAccessFile, pieces: dict[int, bytes]) -> None:
@@ -255,8 +260,8 @@ class _Handle(RangedFile):
         self._pieces = pieces
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= PAGE:
-            raise FetchError("too_large", self._file.name, f"{size} bytes are to be read at once, over {PAGE}")
+        if not 0 <= size <= MAX_PAGE:
+            raise FetchError("too_large", self._file.name, f"{size} bytes are to be read at once, over {MAX_PAGE}")
         start = self._place
         for first, piece in self._pieces.items():
             if first <= start and start + size <= first + len(piece):

@@ -13,7 +13,7 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _, _STRUC
 _DEEPEST = 32  # structures in structures
 
 
-class Chunk(NamedTuple):
+class ColumnChunk(NamedTuple):
     """A column of a row group; bytes."""
 
     start: int
@@ -25,10 +25,10 @@ class RowGroup(NamedTuple):
     """A row group."""
 
     rows: int
-    chunks: dict[str, Chunk]  #: by column, ``image.bytes`` for a column of a structure
+    chunks: dict[str, ColumnChunk]  #: by column, ``image.bytes`` for a column of a structure
 
 
-def read_directory(data: bytes, columns: Collection[str]) -> tuple[int, list[RowGroup]]:
+def read_footer(data: bytes, columns: Collection[str]) -> tuple[int, list[RowGroup]]:
     """Rows and row groups of a file with the directory ``data`` (FileMetaData of parquet.thrift).
 
     Args:
@@ -63,7 +63,7 @@ def _row_group(stream: _Compact, columns: Collection[str]) -> RowGroup:
     return RowGroup(rows, chunks)
 
 
-def _chunk(stream: _Compact) -> tuple[str, Chunk]:
+def _chunk(stream: _Compact) -> tuple[str, ColumnChunk]:
     """A ColumnChunk, whose field 3 is the ColumnMetaData."""
     name, numbers = "", {}
     for field, kind in stream.fields():
@@ -78,7 +78,7 @@ def _chunk(stream: _Compact) -> tuple[str, Chunk]:
             else:
                 stream.skip(inner_kind)
     start = min(numbers[9], numbers.get(11) or numbers[9])  # data pages, and before them the dictionary
-    chunk = Chunk(start, numbers[7], numbers[6])
+    chunk = ColumnChunk(start, numbers[7], numbers[6])
     if min(chunk) < 0:
         raise ValueError(f"a column with {chunk}")
     return name, chunk

@@ -14,7 +14,7 @@ from itertools import islice
 
 from framestream.tools.fetch.archives.member_table import ArchiveMember, MemberTable, normalize_path
 
-ALIKE = 8  #: rows of one name that are compared; where there are more, none of them is handed out
+MAX_SAME_NAME = 8  #: rows of one name that are compared; where there are more, none of them is handed out
 
 _PATH, _ID, _PART = "012"  # what a name is: of a path, an id, or the last part of either; sorted in this order
 _LONGEST = 4096  # characters of a name
@@ -22,7 +22,7 @@ _LOOKED_AT = 1000  # rows of one name
 _EXTENSIONS = re.compile(r"(?<=[^/])(?:\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?))+$", re.I)
 
 
-def listed(path: str | None, name: str | None, mark: str, row: int) -> Iterator[str]:
+def row_paths(path: str | None, name: str | None, mark: str, row: int) -> Iterator[str]:
     """Paths under which ``row`` goes into a table of members; none where neither its path nor its ``id`` is a name.
 
     Args:
@@ -41,7 +41,7 @@ def listed(path: str | None, name: str | None, mark: str, row: int) -> Iterator[
     return (f"\0{stem}/{facts}" for stem, facts in names.items())
 
 
-def rows_of(members: MemberTable, path: str) -> list[ArchiveMember]:
+def find_rows(members: MemberTable, path: str) -> list[ArchiveMember]:
     """The rows that ``path`` names, in the order of their files.
 
     The first of these that there are: rows stored with this path; with this path or ``id`` but for the extension; with
@@ -63,7 +63,7 @@ def rows_of(members: MemberTable, path: str) -> list[ArchiveMember]:
 def _named(members: MemberTable, stem: str) -> list[tuple[str, str, ArchiveMember]]:
     """Kind of name, extension and member of the rows of a name."""
     found = []
-    for facts, member in islice(members.inside(f"\0{stem}"), _LOOKED_AT):
+    for facts, member in islice(members.list_folder(f"\0{stem}"), _LOOKED_AT):
         kind, _, _, end = facts.split(" ", 3)
         found.append((kind, end, member))
     return found

@@ -10,12 +10,12 @@ import io
 
 from framestream.tools.fetch.base import RandomAccessFile
 
-FIRST = 1 << 16  #: bytes read after a jump
-MOST = 1 << 23  #: bytes read at once, unless more are asked for
-GAP = 1 << 20  #: bytes that are rather read than jumped over
+FIRST_BLOCK = 1 << 16  #: bytes read after a jump
+MAX_READ = 1 << 23  #: bytes read at once, unless more are asked for
+MAX_GAP = 1 << 20  #: bytes that are rather read than jumped over
 
 
-class RangedFile(io.RawIOBase):
+class RandomAccessStream(io.RawIOBase):
     """``file`` from its start, for libraries that take files; what reads is left to others."""
 
     def __init__(self, file: RandomAccessFile) -> None:
@@ -38,13 +38,13 @@ class RangedFile(io.RawIOBase):
         return place
 
 
-class ReadAheadFile(RangedFile):
+class ReadAheadFile(RandomAccessStream):
     """``file`` from its start; nothing behind ``stop`` is read unless it is asked for."""
 
     def __init__(self, file: RandomAccessFile, stop: int | None = None) -> None:
         super().__init__(file)
         self._stop = file.size if stop is None else stop
-        self._size = FIRST  # of the next block
+        self._size = FIRST_BLOCK  # of the next block
         self._blocks = [(0, b"")]  # the last two, newest first, with their offsets: gzip is read back and forth
 
     def read(self, size: int = -1) -> bytes:
@@ -53,7 +53,7 @@ class ReadAheadFile(RangedFile):
         Raises:
             ValueError: more than 8 MiB at once, which only a forged header makes its readers ask for.
         """
-        if not 0 <= size <= MOST:
+        if not 0 <= size <= MAX_READ:
             raise ValueError(f"{size} bytes are asked for at once")
         data = self._at(self._place, size)
         self._place += len(data)
@@ -64,8 +64,8 @@ class ReadAheadFile(RangedFile):
             if start <= offset and offset + size <= start + len(block):
                 return block[offset - start : offset - start + size]
         start, block = self._blocks[0]
-        near = bool(block) and start <= offset <= start + len(block) + GAP
-        self._size = min(2 * max(self._size, size), MOST) if near else FIRST
+        near = bool(block) and start <= offset <= start + len(block) + MAX_GAP
+        self._size = min(2 * max(self._size, size), MAX_READ) if near else FIRST_BLOCK
         kept = block[offset - start :] if near else b""
         ahead = min(self._size, self._stop - offset)
         block = kept + self._file.read(offset + len(kept), max(size, ahead) - len(kept))

@@ -17,13 +17,13 @@ from typing import BinaryIO
 import rapidgzip
 
 from framestream.tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, normalize_path, resolve_link
-from framestream.tools.fetch.archives.readahead import MOST, ReadAheadFile
+from framestream.tools.fetch.archives.readahead import MAX_READ, ReadAheadFile
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
 BLOCK = tarfile.BLOCKSIZE
-PIECE = 1 << 20  #: bytes handed on at once
+CHUNK = 1 << 20  #: bytes handed on at once
 DAMAGED = "the gzip file is damaged or cut; fetch it again, or unpack by hand what can be"
-RATIO, SPARE = 20, 1 << 30  #: a gzip file may unpack to RATIO times its size and SPARE bytes
+MAX_RATIO, RATIO_SLACK = 20, 1 << 30  #: a gzip file may unpack to RATIO times its size and SPARE bytes
 
 
 def is_tar(head: bytes) -> bool:
@@ -46,7 +46,7 @@ def list_tar_gz(file: RandomAccessFile, index: BinaryIO, notes: list[str]) -> It
     Raises:
         FetchError: unsupported, where no tar archive is in it; too_large; corrupt or bad_checksum, of the whole file.
     """
-    bound = RATIO * file.size + SPARE
+    bound = MAX_RATIO * file.size + RATIO_SLACK
     with _Unpacked(file) as stream:
         head = stream.read(BLOCK)
         if len(head) < BLOCK and _is_cut(file):
@@ -57,7 +57,7 @@ def list_tar_gz(file: RandomAccessFile, index: BinaryIO, notes: list[str]) -> It
             if member.refusal == "cut":
                 raise FetchError("corrupt", file.name, DAMAGED)
             yield path, member
-        while stream.read(PIECE):  # to the end, where the checksum of the whole is
+        while stream.read(CHUNK):  # to the end, where the checksum of the whole is
             _check_bound(file.name, stream.tell(), bound)
         stream.write_index(index)
 
@@ -66,16 +66,16 @@ def _is_cut(file: RandomAccessFile) -> bool:
     """Whether a gzip file breaks off in its first block, of which rapidgzip makes nothing and no error."""
     unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     with contextlib.suppress(zlib.error):
-        unpacker.decompress(file.read(0, MOST), BLOCK)
+        unpacker.decompress(file.read(0, MAX_READ), BLOCK)
     return not unpacker.eof
 
 
-def gunzip(file: RandomAccessFile, index: BinaryIO) -> BinaryIO:
+def open_gzip(file: RandomAccessFile, index: BinaryIO) -> BinaryIO:
     """What a gzip file unpacks to, readable at any place with the index of :func:`list_tar_gz`."""
     return _Unpacked(file, index)
 
 
-def copy(stream: BinaryIO, member: ArchiveMember, place: str) -> Iterator[bytes]:
+def copy_member(stream: BinaryIO, member: ArchiveMember, place: str) -> Iterator[bytes]:
     """The bytes of a member, piece by piece.
 
     Raises:
@@ -84,7 +84,7 @@ def copy(stream: BinaryIO, member: ArchiveMember, place: str) -> Iterator[bytes]
     stream.seek(member.offset)
     left = member.size
     while left:
-        piece = stream.read(min(left, PIECE))
+        piece = stream.read(min(left, CHUNK))
         if not piece:
             raise FetchError("truncated", place, f"the archive ends {left} bytes before the member does")
         left -= len(piece)
@@ -108,7 +108,7 @@ class _Unpacked(io.RawIOBase):
             return self._stream.seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
-        if size > MOST:
+        if size > MAX_READ:
             raise ValueError(f"{size} bytes are asked for at once")
         with self._errors():
             return self._stream.read(size)
@@ -197,4 +197,4 @@ def _member(info: tarfile.TarInfo, method: int) -> tuple[str, ArchiveMember] | N
 
 def _check_bound(name: str, place: int, bound: int) -> None:
     if place > bound:
-        raise FetchError("too_large", name, f"unpacks to over {bound >> 20} MiB, {RATIO} times its size")
+        raise FetchError("too_large", name, f"unpacks to over {bound >> 20} MiB, {MAX_RATIO} times its size")

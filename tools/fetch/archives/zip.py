@@ -22,9 +22,9 @@ from framestream.tools.fetch.archives.multipart import MultipartFile
 from framestream.tools.fetch.archives.readahead import ReadAheadFile
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
-PIECE = 1 << 20  #: bytes handed on at once
+CHUNK = 1 << 20  #: bytes handed on at once
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
-LINKS = 4096  #: symbolic links of an archive that are followed; the place of each has to be read from its data
+MAX_LINKS = 4096  #: symbolic links of an archive that are followed; the place of each has to be read from its data
 
 _LONGEST_LINK = 4096  # bytes
 _LONGEST_COMMENT = (1 << 16) - 1  # bytes, behind the directory
@@ -58,8 +58,10 @@ def list_zip(file: RandomAccessFile) -> Iterator[tuple[str, ArchiveMember]]:
             first[part] = path, member
         if is_link and not member.refusal:
             links += 1
-            if links > LINKS:
-                raise FetchError("unsupported", file.name, f"has over {LINKS} symbolic links; pack the files instead")
+            if links > MAX_LINKS:
+                raise FetchError(
+                    "unsupported", file.name, f"has over {MAX_LINKS} symbolic links; pack the files instead"
+                )
             member = _follow(file, path, member)
         yield path, member
     if len(first) > 1:  # parts in another order are seen before a member is asked for
@@ -67,22 +69,22 @@ def list_zip(file: RandomAccessFile) -> Iterator[tuple[str, ArchiveMember]]:
             _seek_data(ReadAheadFile(file, member.offset), member, f"{file.name}: {path}")
 
 
-def starts_zip(head: bytes) -> bool:
+def is_zip(head: bytes) -> bool:
     """Whether a file that starts with these bytes is a zip archive."""
     return head.startswith((b"PK\3\4", _END_MARK, b"PK\7\x08", b"PK00PK\3\4"))
 
 
-def ends_zip(file: RandomAccessFile) -> bool:
+def has_zip_directory(file: RandomAccessFile) -> bool:
     """Whether a file ends like a zip archive, whatever stands before it."""
     return _END_MARK in _tail(file)
 
 
-def zip_stream(file: RandomAccessFile, last: ArchiveMember) -> ReadAheadFile:
+def open_zip_stream(file: RandomAccessFile, last: ArchiveMember) -> ReadAheadFile:
     """A stream for reading members up to ``last``, and little that lies behind it."""
     return ReadAheadFile(file, last.offset + _LOCAL.size + _SLACK + last.packed)
 
 
-def unpack(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
+def unpack_member(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
     """The bytes of a member, piece by piece; never more than its directory states.
 
     Raises:
@@ -121,7 +123,7 @@ def _seek_data(stream: ReadAheadFile, member: ArchiveMember, place: str) -> None
 def _packed(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
     left = member.packed
     while left:
-        chunk = stream.read(min(left, PIECE))
+        chunk = stream.read(min(left, CHUNK))
         if not chunk:
             raise FetchError("truncated", place, f"the archive ends {left} bytes before the member does")
         left -= len(chunk)
@@ -134,7 +136,7 @@ def _inflated(member: ArchiveMember, chunks: Iterable[bytes]) -> Iterator[bytes]
     elif member.method == 8:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         for chunk in chunks:
-            while not inflater.eof and ((piece := inflater.decompress(chunk, PIECE)) or inflater.unconsumed_tail):
+            while not inflater.eof and ((piece := inflater.decompress(chunk, CHUNK)) or inflater.unconsumed_tail):
                 chunk = inflater.unconsumed_tail
                 yield piece
     else:
@@ -143,7 +145,7 @@ def _inflated(member: ArchiveMember, chunks: Iterable[bytes]) -> Iterator[bytes]
             if inflater is None:
                 inflater, chunk = _lzma(chunk, member.size)
             while not inflater.eof:
-                yield inflater.decompress(chunk, PIECE)
+                yield inflater.decompress(chunk, CHUNK)
                 if inflater.needs_input:
                     break
                 chunk = b""
@@ -258,7 +260,7 @@ def _follow(file: RandomAccessFile, path: str, member: ArchiveMember) -> Archive
     if member.size > _LONGEST_LINK:
         return member._replace(refusal="outside")
     try:
-        text = b"".join(unpack(zip_stream(file, member), member, f"{file.name}: {path}"))
+        text = b"".join(unpack_member(open_zip_stream(file, member), member, f"{file.name}: {path}"))
     except FetchError as error:
         if error.reason not in ("corrupt", "truncated", "bad_checksum"):
             raise

@@ -1,0 +1,1 @@
+"""HTTP client for media files: whole downloads and ranged reads, with limits and retries."""
