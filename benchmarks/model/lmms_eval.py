@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from framestream.pipeline.evaluation.file_questions import FileQuestions
-from framestream.pipeline.evaluation.questions import Question, Questions
+from framestream.pipeline.evaluation.questions import Question, QuestionSource
 from framestream.trainer.evaluation.metrics import is_correct
 from framestream.trainer.evaluation.scorer import evaluate
 from framestream.trainer.inference.predictor import resolve_run
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
     right: bool
 
 
-def docs_of(questions: Questions | Sequence[Question], keys: Sequence[str]) -> list[dict]:
+def docs_of(questions: QuestionSource | Sequence[Question], keys: Sequence[str]) -> list[dict]:
     """The questions with ``keys`` as lmms-eval's documents, in that order.
 
     Raises:

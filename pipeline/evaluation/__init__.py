@@ -1,0 +1,1 @@
+"""Questions and prompts for evaluation, chat and needle-in-a-haystack tests."""

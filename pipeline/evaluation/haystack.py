@@ -1,7 +1,7 @@
-"""A needle in a haystack: questions about a picture that stands in place of one frame of a long video.
+"""Needle in a haystack: questions about an image that replaces one frame of a long video.
 
-As in V-NIAH (Long Context Transfer from Language to Vision, arXiv 2406.16852): a video is sampled at so many frames,
-one of them, so deep into the video, is replaced by a picture, and the model is asked about the picture.
+As in V-NIAH (Long Context Transfer from Language to Vision, arXiv 2406.16852): a video is sampled at a number of
+frames, the frame at a given depth is replaced by an image, and the model is asked about the image.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.pipeline.evaluation.prompts import PromptBuilder
+from framestream.pipeline.evaluation.questions import Question, QuestionList
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.media.image import read_image
@@ -27,10 +28,10 @@ from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile, bu
 
 
 class HaystackCell(NamedTuple):
-    """One place of a heat map."""
+    """One cell of a heat map."""
 
-    frames: int  #: that are shown
-    depth: float  #: of the needle, percent of the way from the first to the last of them
+    frames: int  #: frames of the video
+    depth: float  #: position of the needle, in percent of the way from the first to the last frame
 
     @property
     def name(self) -> str:
@@ -39,35 +40,35 @@ class HaystackCell(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Which of the frames the needle replaces, from 0."""
+        """The number of the frame that the needle replaces, from 0."""
         return round(self.depth / 100 * (self.frames - 1))
 
 
 class HaystackSample(NamedTuple):
-    """What a question shows: a video with a picture in it."""
+    """The media of a question: a video that contains a needle."""
 
     cell: HaystackCell
-    video: int
-    needle: Path
+    video: int  #: number of the video
+    needle: Path  #: file of the image
 
 
-class Haystack(FileQuestions):
-    """The questions of an annotation file of pictures, each asked once for every number of frames and every depth.
+class Haystack(QuestionList):
+    """The questions of an annotation file about images, repeated for every number of frames and every depth.
 
-    The pictures are hidden in ``videos`` in turn. Frames are those that the sampler ``middle`` takes, resized, encoded
-    and worded as the manifest says.
+    The images are inserted into ``videos`` in turn. Frames are sampled by ``middle``. They are resized, encoded and
+    described as the manifest says.
 
     Args:
-        needles: an annotation file whose questions show one picture each, below ``root``.
-        videos: files to hide them in; each needs as many frames as are asked for.
+        needles: an annotation file whose questions are about one image each, below ``root``.
+        videos: files to insert them into; each must have as many frames as the largest of ``frames``.
         frames: numbers of frames, multiples of the manifest's ``frames.clip_frames``.
-        depths: percent.
+        depths: percentages.
 
     Attributes:
         cells: by the family of their questions.
 
     Raises:
-        AnnotationFileError, ShardsError: the needles cannot be read, or none of them can be asked.
+        AnnotationFileError, ShardsError: the needles cannot be read, or none of them can be used.
         MediaError: a video cannot be used, or is too short; one line that names it.
     """
 
@@ -80,19 +81,21 @@ class Haystack(FileQuestions):
         frames: Sequence[int],
         depths: Sequence[float],
     ) -> None:
-        super().__init__(manifest, needles, root)
-        asked = []
-        for question in self._list:
-            if [medium.reader for medium in question.media] == [IMAGE_READER]:
-                asked.append(question)
+        source = FileQuestions(manifest, needles, root)
+        super().__init__(source.chat_template)
+        self.rejected = source.rejected
+        questions: list[Question] = []
+        for question in source:
+            if [file.reader for file in question.media] == [IMAGE_READER]:
+                questions.append(question)
             else:
-                self.rejected.append(f"{needles}: {question.key}: needles are questions about one picture")
-        if not asked:
-            raise ShardsError(f"{needles}: no question about one picture; needles are pictures with a question each")
-        self._manifests = {count: _sampled(manifest, count) for count in frames}
-        self._videos = [_stored(video, self._manifests[max(frames)], max(frames)) for video in videos]
+                self.rejected.append(f"{needles}: {question.key}: needles are questions about one image")
+        if not questions:
+            raise ShardsError(f"{needles}: no question about one image found; give an image and a question per needle")
+        self._manifests = {count: _with_frames(manifest, count) for count in frames}
+        self._videos = [_open_video(video, self._manifests[max(frames)], max(frames)) for video in videos]
         self.cells = {cell.name: cell for cell in (HaystackCell(count, depth) for count in frames for depth in depths)}
-        self._list = [
+        self._questions = [
             dataclasses.replace(
                 question,
                 key=f"{question.key}, {name}",
@@ -100,55 +103,51 @@ class Haystack(FileQuestions):
                 media=[HaystackSample(cell, number % len(videos), question.media[0].path)],
             )
             for name, cell in self.cells.items()
-            for number, question in enumerate(asked)
+            for number, question in enumerate(questions)
         ]
 
     def prompt_length(self, i: int, media_of: int | None = None) -> int:
-        """Tokens of the prompt, visual ones included; nothing is decoded."""
-        (shown,) = self._media(i, media_of)
-        return self._prompts(shown).tokens(self._list[i].turns, [0])
+        """Count the tokens of the prompt, with visual tokens; no media are decoded."""
+        (sample,) = self._media(i, media_of)
+        return self._prompts(sample).num_tokens(self._questions[i].turns, [0])
 
     def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
-        """As of :meth:`framestream.pipeline.evaluation.questions.Questions.prompt`.
+        """See :meth:`framestream.pipeline.evaluation.questions.QuestionSource.prompt`."""
+        (sample,) = self._media(i, media_of)
+        return self._prompts(sample).build(self._questions[i].turns, [0], self._questions[i].key, shuffle)
 
-        Raises:
-            MediaError: the picture cannot be used.
-        """
-        (shown,) = self._media(i, media_of)
-        return self._prompts(shown).build(self._list[i].turns, [0], self._list[i].key, shuffle)
-
-    def _prompts(self, shown: HaystackSample) -> PromptBuilder:
-        manifest = self._manifests[shown.cell.frames]
-        visuals = _Hidden(self._videos[shown.video], manifest, shown.needle, shown.cell.position)
-        return PromptBuilder(manifest, visuals, self.chat_template)
+    def _prompts(self, sample: HaystackSample) -> PromptBuilder:
+        manifest = self._manifests[sample.cell.frames]
+        media_views = _NeedleViews(self._videos[sample.video], manifest, sample.needle, sample.cell.position)
+        return PromptBuilder(manifest, media_views, self.chat_template)
 
 
-class _Hidden(MediaViews):
-    """A video with the picture ``needle`` in place of the frame ``place`` that is shown."""
+class _NeedleViews(MediaViews):
+    """Views of a video whose frame ``position`` is replaced by the image ``needle``."""
 
-    def __init__(self, index: Index, manifest: Manifest, needle: Path, place: int) -> None:
+    def __init__(self, index: Index, manifest: Manifest, needle: Path, position: int) -> None:
         super().__init__(index, manifest)
-        self._needle, self._place = needle, place
+        self._needle, self._position = needle, position
 
     def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
         super().read_frames(view, start, out)
-        if start <= self._place < start + len(out):
+        if start <= self._position < start + len(out):
             size, stored = out.shape[1], self.frames
-            picture = resize(np.asarray(read_image(self._needle)), size, size)
-            out[self._place - start] = decode_jpeg(encode_jpeg(picture, stored.quality, stored.subsampling))
+            image = resize(np.asarray(read_image(self._needle)), size, size)
+            out[self._position - start] = decode_jpeg(encode_jpeg(image, stored.quality, stored.subsampling))
 
 
-def _sampled(manifest: Manifest, count: int) -> Manifest:
-    """``manifest`` with ``count`` frames of every video."""
+def _with_frames(manifest: Manifest, count: int) -> Manifest:
+    """Return ``manifest`` with ``count`` frames per video, sampled by ``middle``."""
     frames = dataclasses.replace(manifest.frames, sampler="middle", min=count, max=count)
     return dataclasses.replace(manifest, frames=frames, compat="none")
 
 
-def _stored(video: str | Path, manifest: Manifest, count: int) -> Index:
-    """The frames of ``video`` that are ever shown."""
+def _open_video(video: str | Path, manifest: Manifest, count: int) -> Index:
+    """Decode the frames of ``video`` that any question uses; at least ``count`` frames are needed."""
     index = build_memory_index([MediaFile(video)], manifest)
     if index.media["kind"][0].as_py() != "video":
-        raise MediaError("no_video_stream", video, "is a picture; needles are hidden in videos")
+        raise MediaError("no_video_stream", video, "is an image; needles are inserted into videos")
     if (vlen := index.media["vlen"][0].as_py()) < count:
         raise MediaError(
             "too_few_frames", video, f"has {vlen:,} frames; name a longer video, or at most as many frames"

@@ -1,4 +1,4 @@
-"""Questions as rows that end where the answer begins."""
+"""Build generation prompts: packed rows of one dialogue without the answer."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
 
 
 class PromptBuilder:
-    """Makes rows under one manifest, exactly as the loader makes those that are trained on.
+    """Builds prompts under one manifest, with the preprocessing of training rows.
 
     Args:
-        visuals: whose media are shown.
+        media_views: views of the media that prompts may use.
     """
 
-    def __init__(self, manifest: Manifest, visuals: MediaViews, conversation: ChatTemplate) -> None:
-        self._visuals, self._conversation = visuals, conversation
-        self._size, self._clip = manifest.frames.size, manifest.frames.clip_frames
+    def __init__(self, manifest: Manifest, media_views: MediaViews, chat_template: ChatTemplate) -> None:
+        self._media_views, self._chat_template = media_views, chat_template
+        self._size, self._clip_frames = manifest.frames.size, manifest.frames.clip_frames
         self._group_clips = manifest.model.vision_tower.group_clips
-        self._most = manifest.model.language_model.max_position_embeddings
+        self._limit = manifest.model.language_model.max_position_embeddings
 
     def encode(self, turns: Sequence[dict], media: Sequence[int]) -> tuple[np.ndarray, list[MediaView]]:
-        """Ids of the prompt, int32 (n,) with one ``IMAGE`` for each medium, and what is shown of each.
+        """Return the ids of the prompt, int32 (n,) with one ``IMAGE_TOKEN_INDEX`` per media item, and the media views.
 
         Args:
-            turns: ``{"from", "value"}``, the last one the question, with a mark for each medium.
+            turns: ``{"from", "value"}``; the last one is the question. They contain one placeholder per media item.
             media: rows of the media table, in order of use.
 
         Raises:
-            ValueError: marks and media do not fit, or a video cannot be sampled.
+            ValueError: the placeholders do not fit the media, or a video cannot be sampled.
         """
-        views = self._visuals.views(list(media))
+        views = self._media_views.views(list(media))
         kinds, messages = [view.kind for view in views], [view.message for view in views]
-        return self._conversation.prompt(turns, kinds, messages), views
+        return self._chat_template.prompt(turns, kinds, messages), views
 
-    def tokens(self, turns: Sequence[dict], media: Sequence[int]) -> int:
-        """Tokens of the prompt, visual ones included; nothing is decoded. Arguments and errors of :meth:`ids`."""
-        return _tokens(*self.encode(turns, media))
+    def num_tokens(self, turns: Sequence[dict], media: Sequence[int]) -> int:
+        """Count the tokens of the prompt, with visual tokens; no media are decoded. Arguments as of :meth:`encode`."""
+        return _num_tokens(*self.encode(turns, media))
 
     def build(
         self,
@@ -52,38 +52,46 @@ class PromptBuilder:
         key: str = "",
         shuffle: np.random.Generator | None = None,
     ) -> Batch:
-        """The prompt as a row of one dialogue; no label is set.
+        """Build the prompt as a row of one dialogue; no label is set.
 
         Args:
-            turns, media: as of :meth:`ids`.
-            shuffle: draws another order for the frames of each video; what is said about them stays.
+            turns, media: as of :meth:`encode`.
+            shuffle: draws a random order for the frames of each video. The time message does not change.
 
         Raises:
-            ValueError: as of :meth:`ids`, the model takes fewer tokens, or media cannot be decoded.
+            ValueError: as of :meth:`encode`, the prompt is too long for the model, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
         ids, views = self.encode(turns, media)
-        if (tokens := _tokens(ids, views)) >= self._most:
+        if (tokens := _num_tokens(ids, views)) >= self._limit:
             raise ValueError(
-                f"{tokens:,} tokens were asked, and the model takes {self._most:,}; ask less, or start anew"
+                f"the prompt has {tokens:,} tokens, and the limit of the model is {self._limit:,}; "
+                "shorten it or start a new conversation"
             )
-        side, clip = self._size, self._clip
-        clips = np.empty((sum(view.clips for view in views), clip, side, side, 3), dtype=np.uint8)
-        stills = np.empty((sum(view.tiles for view in views), side, side, 3), dtype=np.uint8)
-        frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
+        clips, tiles = self._read_media(views, shuffle)
+        groups = max(1, -(-(len(clips) + len(tiles)) // self._group_clips))
+        sample = PackedSample(key, ids, np.full_like(ids, IGNORE_INDEX), 0.0, views, clips, tiles)
+        return collate(MicroStep(groups=groups), [sample], clips, tiles, [])
+
+    def _read_media(
+        self, views: Sequence[MediaView], shuffle: np.random.Generator | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode clips, uint8 (N_c, T, S, S, 3), and image tiles, uint8 (N_s, S, S, 3), in the order of ``views``."""
+        side = self._size
+        clips = np.empty((sum(view.clips for view in views), self._clip_frames, side, side, 3), dtype=np.uint8)
+        tiles = np.empty((sum(view.tiles for view in views), side, side, 3), dtype=np.uint8)
+        all_frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
         for view in views:
             if view.kind == "video":
-                shown = frames[frame : frame + len(view.frame_indices)]
-                self._visuals.read_frames(view, 0, shown)
+                frames = all_frames[frame : frame + len(view.frame_indices)]
+                self._media_views.read_frames(view, 0, frames)
                 if shuffle is not None:
-                    shown[:] = shown[shuffle.permutation(len(shown))]
+                    frames[:] = frames[shuffle.permutation(len(frames))]
             else:
-                self._visuals.read_image(view, stills[tile : tile + view.tiles])
+                self._media_views.read_image(view, tiles[tile : tile + view.tiles])
             frame, tile = frame + len(view.frame_indices), tile + view.tiles
-        groups = max(1, -(-(len(clips) + len(stills)) // self._group_clips))
-        piece = PackedSample(key, ids, np.full_like(ids, IGNORE_INDEX), 0.0, views, clips, stills)
-        return collate(MicroStep(groups=groups), [piece], clips, stills, [])
+        return clips, tiles
 
 
-def _tokens(ids: np.ndarray, views: Sequence[MediaView]) -> int:
+def _num_tokens(ids: np.ndarray, views: Sequence[MediaView]) -> int:
     return len(ids) - len(views) + sum(view.tokens for view in views)

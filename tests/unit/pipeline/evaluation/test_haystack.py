@@ -1,4 +1,4 @@
-"""Pictures hidden in videos: where they are put, what stays as it was, and what is refused."""
+"""Images inserted into videos: which frame is replaced, that others do not change, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_needle_is_asked_in_every_cell(manifest, folder):
     assert len({haystack[i].key for i in range(len(haystack))}) == len(haystack)
     assert haystack[0].options == ["red", "blue"]
     outside, several = haystack.rejected
-    assert "needles.json: sample 3: " in outside and "needles are questions about one picture" in several
+    assert "needles.json: sample 3: " in outside and "needles are questions about one image" in several
 
 
 def test_the_needle_replaces_one_frame_and_no_other(manifest, folder):
@@ -68,15 +68,15 @@ def test_frames_and_words_are_those_of_the_sampler(manifest, folder):
 
 @pytest.mark.parametrize(
     ("videos", "frames", "message"),
-    [(("0.mp4",), (4, 64), "has 32 frames"), (("red.png",), (4,), "is a picture"), (("none.mp4",), (4,), "none.mp4")],
+    [(("0.mp4",), (4, 64), "has 32 frames"), (("red.png",), (4,), "is an image"), (("none.mp4",), (4,), "none.mp4")],
 )
 def test_videos_that_cannot_hide_anything_are_refused(manifest, folder, videos, frames, message):
     with pytest.raises(MediaError, match=message):
         asked(manifest, folder, videos, frames)
 
 
-def test_needles_are_pictures(manifest, folder, tmp_path):
+def test_needles_are_images(manifest, folder, tmp_path):
     turns = [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "needles.json").write_text(json.dumps([{"conversations": turns}]))
-    with pytest.raises(ShardsError, match="no question about one picture"):
+    with pytest.raises(ShardsError, match="no question about one image"):
         Haystack(manifest, tmp_path / "needles.json", folder, [folder / "0.mp4"], FRAMES, DEPTHS)

@@ -1,4 +1,4 @@
-"""Held-out dialogues as prompts, with their own media and with another's."""
+"""Validation dialogues as prompts, with their own media and with those of another question."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_prompts_end_where_the_answer_begins(root):
         assert questions[i].family == ("count" if i % 2 else "held out")
         assert questions[i].meta == ({"family": "count"} if i % 2 else {})
         assert (batch.labels == IGNORE_INDEX).all() and batch.clips.shape == (2, 4, SIZE, SIZE, 3)
-        assert batch.keys == [questions[i].key] and batch.groups == 1 and batch.last
-        assert len(batch.input_ids) == questions.length(i)
+        assert batch.keys == [questions[i].key] and batch.groups == 1 and batch.is_last
+        assert len(batch.input_ids) == questions.prompt_length(i)
         assert batch.visual_index.tolist() == list(range(128))
 
 
@@ -60,7 +60,7 @@ def test_another_questions_media_come_with_their_own_message(root):
     assert "lasts for 2.50 seconds" in text(manifest(root), own.input_ids.tolist())
     assert text(manifest(root), blind.input_ids.tolist()).count("Which is it, 0?") == 1
     assert np.abs(own.clips[0, 0].numpy() - np.array(colour(0, 0))).max() <= 3
-    assert len(blind.input_ids) == questions.length(0, 1)
+    assert len(blind.input_ids) == questions.prompt_length(0, 1)
 
 
 def test_only_what_precedes_the_answer_is_shown(tmp_path):
@@ -74,9 +74,9 @@ def test_only_what_precedes_the_answer_is_shown(tmp_path):
     assert [questions[i].answer for i in range(len(questions))] == ["This.", "Four.", "Yes."]
     assert questions.prompt(0).clips.shape[0] == 2
     tiled = questions.prompt(1)
-    assert tiled.stills.shape == (3, SIZE, SIZE, 3) and len(tiled.visual_index) == 192
+    assert tiled.image_tiles.shape == (3, SIZE, SIZE, 3) and len(tiled.visual_index) == 192
     assert sorted(tiled.visual_index.tolist()) == list(range(192)) != tiled.visual_index.tolist()
-    assert questions.prompt(2).clips.shape[0] == questions.prompt(2).stills.shape[0] == 0
+    assert questions.prompt(2).clips.shape[0] == questions.prompt(2).image_tiles.shape[0] == 0
     with pytest.raises(ValueError, match="question 1 shows 1 media, question 2 has 0"):
         questions.prompt(1, media_of=2)
 
@@ -84,7 +84,9 @@ def test_only_what_precedes_the_answer_is_shown(tmp_path):
 def test_a_split_without_questions_is_one_clear_line(tmp_path):
     made = Root(tmp_path)
     made.dialogue(turns("Hello", "Hi"))
-    with pytest.raises(ShardsError, match="no answered dialogue of split val"):
+    with pytest.raises(
+        ShardsError, match=r"no samples with an answer found \(split: val\); add an entry with split: val and rebuild"
+    ):
         Questions(manifest(made.write()))
 
 
