@@ -12,10 +12,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
-from framestream.pipeline.shards.index import ShardsError
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, process_rank
+
+if TYPE_CHECKING:
+    from framestream.pipeline.config.manifest import Manifest
 
 RESUME_HINT = "run the same command to resume from the last checkpoint"
 
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
     parser.add_argument("--dry-run", action="store_true", help="print the resolved manifest and its costs, then stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     options = parser.parse_args(arguments)
+    from framestream.pipeline.config.manifest import ManifestError, load_manifest
+    from framestream.pipeline.shards.index import ShardsError
+
     try:
         manifest = load_manifest(options.manifest, options.set)
         if options.dry_run:

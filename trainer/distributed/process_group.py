@@ -30,7 +30,7 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes logs and checkpoints' state."""
+        """Whether this is rank 0, which writes the log and the state of checkpoints."""
         return self.rank == 0
 
 

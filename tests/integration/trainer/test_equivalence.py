@@ -1,7 +1,7 @@
-"""The same training however it is run, through the real command line on the demo's stage 2, and in plain PyTorch.
+"""Training is the same on any number of ranks and in plain PyTorch: the real command line on the demo's stage 2.
 
-Each run must have the global batches of the first, its losses and gradient norms, and its final weights. Here each of
-two runs differs from it in several things at once; ``python -m benchmarks.training.equivalence`` takes them one by one.
+Each run must have the global batches, losses, gradient norms and final weights of the first. Here each of two runs
+differs from it in several settings at once. ``python -m benchmarks.training.equivalence`` varies them one by one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OTHERS: dict[str, ways.Way] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the demo's commands run: its data, and the shards of stage 2."""
+    """A folder with the demo's data and the shards of stage 2, in which the commands run."""
     folder = tmp_path_factory.mktemp("demo")
     ways.prepare(folder, share=0.03)
     return folder
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def curve(folder: Path) -> str:
-    """What the command says that compares two ranks under ZeRO-3, whose run stays in ``first``, with plain PyTorch."""
+    """The output of the command that compares two ranks under ZeRO-3, whose run is ``first``, with plain PyTorch."""
     words = [word for setting in ways.SETTINGS for word in ("--set", setting)]
     options = ("--manifest", str(ways.MANIFEST), "--steps", "4", "--keep", "first")
     return corpus.run(sys.executable, "-m", "benchmarks.training.loss_curve", *options, *words, cwd=folder).stdout
@@ -52,21 +52,21 @@ def first(folder: Path, curve: str) -> Path:
 
 
 def test_the_loss_curve_is_that_of_plain_pytorch(curve: str) -> None:
-    """The command's exit status says whether it is, up to the first merging choice that differs."""
+    """The exit status of the command says whether they are equal up to the first merging choice that differs."""
     assert "2 ranks, ZeRO-3, 4 steps" in curve and "no patch was merged into another token" in curve
     assert len([line for line in curve.splitlines() if line.startswith("| ")]) == 2 + 4
     assert float(re.search(r"largest relative difference: (\S+) in the 4 steps", curve)[1]) <= ways.TOLERANCES["loss"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_however_it_is_run_it_is_the_same_training(folder: Path, first: Path, name: str) -> None:
+def test_other_settings_give_the_same_training(folder: Path, first: Path, name: str) -> None:
     corpus.run(*ways.command(name, OTHERS[name], STEPS), cwd=folder)
     away = ways.apart(folder / name, first)
     print(name, {field: f"{value:.1e}" for field, value in away.items()})
     assert all(away[field] <= tolerance for field, tolerance in ways.TOLERANCES.items()), away
 
 
-def test_killed_and_resumed_is_the_same_to_the_last_bit(folder: Path, first: Path) -> None:
+def test_a_killed_and_resumed_run_is_equal_bit_for_bit(folder: Path, first: Path) -> None:
     words = ways.command("resumed", (2, ()), STEPS, "train.save_every=1")
     log = folder / "resumed" / "log.jsonl"
     with open(os.devnull, "wb") as nowhere:

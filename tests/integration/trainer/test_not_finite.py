@@ -1,4 +1,4 @@
-"""Global batches whose loss or gradient is not finite: nothing is learned from them, and a run ends past a limit."""
+"""Global batches whose loss or gradient is not finite: their update is skipped, and a run ends at a limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["1-none", "3-none", "3-optimizer"])
-def test_a_skipped_step_is_as_if_its_batch_had_not_been(results: Path, name: str):
+def test_a_skipped_step_leaves_the_weights_unchanged(results: Path, name: str):
     result = json.loads((results / f"result-{name}.json").read_text())
     for fault in ("loss", "gradient"):
         assert result[fault]["equal"]

@@ -1,9 +1,10 @@
-"""Any mix of text, stills and videos on any rank: no rank waits for ever, and the result is that of one process.
+"""Any mix of text, images and videos on any rank: no rank waits forever, and the result is that of one process.
 
-Ranks run the four kinds of rows in all 24 orders, on two ranks in two micro-steps, on four in one, and compare their
-model calls after each. Loss and every part's gradient must equal those of one process without DeepSpeed: float32, norm
-of the difference at most 1e-5 of the norm. The frames are noise, chosen so that no choice of token merging hangs on
-less than 1e-4 of cosine similarity; a choice that rounding flips would change the output wholesale.
+Ranks run the four kinds of rows in all 24 orders, on two ranks in two micro-steps and on four ranks in one. They
+compare their model calls after each. Loss and every part's gradient must equal those of one process without DeepSpeed:
+in float32, the norm of the difference is at most 1e-5 of the norm. The frames are noise. They are chosen so that no
+choice of token merging depends on less than 1e-4 of cosine similarity, because a choice that rounding flips would
+change the output completely.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def test_no_merging_choice_is_close(alone) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_order_of_rows_over_ranks_equals_one_process(folder: Path, alone, world: int) -> None:
+def test_every_order_of_rows_equals_one_process(folder: Path, alone, world: int) -> None:
     loss, gradients, _ = alone
     worker = str(ROOT / "tests/helpers/workers/orders_worker.py")
     corpus.run("torchrun", "--standalone", "--nproc_per_node", str(world), worker, str(folder))

@@ -18,7 +18,7 @@ from framestream.trainer.checkpoint.save import latest_checkpoint
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED
 from tests.helpers.corpora import training_corpus as corpus
 
-#: different rates and decays, large enough that one in place of another would show at once, and a part that is frozen
+#: different rates and decays, large enough that a mix-up would show at once, and a frozen part
 PARTS = (
     "train.vision_tower={train: true, lr: 1e-3, weight_decay: 0.1}",
     "train.connector={train: true, lr: 4e-3, weight_decay: 20}",
@@ -45,7 +45,7 @@ def part_of(name: str) -> str:
 
 
 def interrupt(command: list[str], run: Path, step: int, number: int) -> tuple[int, str]:
-    """Exit status and output of ``command``, which gets signal ``number`` once ``step`` steps are logged."""
+    """Return exit status and output of ``command``, which gets signal ``number`` once ``step`` steps are logged."""
     process = subprocess.Popen(
         command,
         env=corpus.environment(),
@@ -78,7 +78,7 @@ def straight(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(3, signal.SIGTERM, ()), (1, signal.SIGUSR1, ("--signals_to_handle", "SIGTERM,SIGINT,SIGUSR1"))],
     ids=["zero3", "zero1"],
 )
-def test_two_ranks_then_one_then_two_equal_two_all_along(
+def test_resuming_on_other_ranks_equals_an_uninterrupted_run(
     manifest: Path, straight: Path, tmp_path: Path, zero_stage: int, asked: signal.Signals, options: tuple[str, ...]
 ) -> None:
     """Each time the run gets a signal, and saves at a step where no checkpoint was due."""
@@ -118,7 +118,7 @@ def test_two_ranks_then_one_then_two_equal_two_all_along(
         assert names and difference <= (0 if part == "language_model" else 1e-2) * norm, part
 
 
-def test_a_run_that_the_disk_cannot_hold_is_refused_before_it_begins(manifest: Path, tmp_path: Path) -> None:
+def test_a_run_that_needs_more_disk_is_refused_at_the_start(manifest: Path, tmp_path: Path) -> None:
     keep = 10**9
     command = corpus.train_command(manifest, 2, f"output={tmp_path / 'run'}", f"train.keep_last={keep}")
     done = corpus.run(*command, check=False)

@@ -33,10 +33,6 @@ def tensors(run: Path) -> dict:
     return found
 
 
-def story(run: Path) -> list[tuple]:
-    return [(record["step"], record["batch"], record["loss"]) for record in corpus.log(run)]
-
-
 def test_losses_fall_and_every_dialogue_is_used(straight: Path) -> None:
     records = corpus.log(straight)
     assert [record["step"] for record in records] == list(range(1, records[-1]["steps"] + 1))
@@ -45,9 +41,7 @@ def test_losses_fall_and_every_dialogue_is_used(straight: Path) -> None:
     assert {"vision_tower", "connector", "language_model"} == set(records[0]["lr"])
 
 
-def test_a_finished_stage_is_left_alone_and_the_next_starts_from_it(
-    manifest: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_a_finished_stage_is_kept_and_the_next_starts_from_it(manifest: Path, straight: Path, tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (straight / "final").iterdir()}
     done = corpus.run(*corpus.train_command(manifest, 1, f"output={straight}"))
     assert "already trained" in done.stderr and f"final weights are in {straight / 'final'}" in done.stdout

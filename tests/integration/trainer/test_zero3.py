@@ -87,7 +87,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", list(cases()))
 def test_two_sharded_ranks_equal_one_process(folder, name, monkeypatch):
-    """Whatever the layout of the first weights; rank 1, which cannot see them, has them all from rank 0."""
+    """For every layout of the initial weights. Rank 1 cannot see the files and gets all weights from rank 0."""
     monkeypatch.chdir(folder)
     made, steps = cases()[name]
     if name in FILES:

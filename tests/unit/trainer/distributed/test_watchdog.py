@@ -48,7 +48,7 @@ def test_a_silent_rank_is_named_after_half_the_limit():
     assert when < later < when + 5  # rank 0 reports for all
 
 
-def test_a_silent_rank_is_ignored_while_this_rank_makes_progress():
+def test_a_silent_rank_is_ignored_if_this_one_makes_progress():
     assert first_fault(StallDetector(0, 60, 1), lambda i: [beat(i, i // 9), beat(3, 7)], 200) is None
 
 
