@@ -1,0 +1,1 @@
+"""Read annotation files and normalize their samples."""

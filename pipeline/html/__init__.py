@@ -1,0 +1,1 @@
+"""Render HTML pages and SVG charts."""

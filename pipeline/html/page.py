@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one style, no scripts, nothing from elsewhere; every value is escaped."""
+"""Render self-contained HTML pages: one style, no scripts, no external files; every value is escaped."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jinja2
 
 
 def render_page(template: Path, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
-    """The page that ``template``, which extends ``page.html.j2``, makes of ``values``.
+    """Render ``template``, which extends ``page.html.j2``, with ``values``.
 
     Raises:
-        jinja2.UndefinedError: the template names a value that is not there.
+        jinja2.UndefinedError: the template names a value that is missing.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),

@@ -1,4 +1,4 @@
-"""Small SVG charts for HTML pages: lines over steps, bars with intervals, histograms, heat maps. No other library."""
+"""Draw small SVG charts for HTML pages without a chart library: lines, bars with intervals, histograms, heat maps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 COLORS = ("#2f6fdb", "#d9730d", "#2b8a5b", "#8a4fbf")
-MOST_POINTS = 500  #: of one line; longer ones are thinned to means
+MAX_POINTS = 500  #: of one line; longer ones are reduced to means
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: a name for the legend (or none), x and y of equal length, a colour, and whether it is background."""
+    """One line: a name for the legend (or empty), x and y of equal length, a color, and whether it is background."""
 
     name: str
     x: Sequence[float]
@@ -36,7 +36,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """How many values lie from ``low`` up to ``high``; of one value alone where these are equal."""
+    """The number of values from ``low`` up to ``high``; if these are equal, of that value only."""
 
     low: float
     high: float
@@ -44,12 +44,12 @@ class Bin:
 
     @property
     def label(self) -> str:
-        """The range in words."""
+        """The range as text."""
         return f"{self.low:,.6g}" if self.low == self.high else f"{self.low:,.6g} to {self.high:,.6g}"
 
 
 def format_number(value: float) -> str:
-    """A number in few characters: 0, 0.25, 12, 3.4k, 1e-5."""
+    """Format a number in few characters: 0, 0.25, 12, 3.4k, 1e-5."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -62,29 +62,29 @@ def format_number(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds in words: ``3.2 s``, ``4 min 05 s`` or ``2 h 03 min``."""
+    """Format seconds as ``3.2 s``, ``4 min 05 s`` or ``2 h 03 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers that cover ``low``..``high``, about ``wanted`` of them, the outer ones at or beyond the ends."""
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Return about ``count`` round numbers that cover ``low``..``high``; the outer ones are at or beyond the ends."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):
         high = low + (abs(low) if abs(low) > 1e-9 else 1.0)
-    rough = (high - low) / wanted
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def downsample(values: Sequence[float], most: int = MOST_POINTS) -> list[float]:
-    """At most ``most`` values, each the mean of a stretch of ``values``."""
-    if len(values) <= most:
+def downsample(values: Sequence[float], limit: int = MAX_POINTS) -> list[float]:
+    """Reduce to at most ``limit`` values, each the mean of consecutive ``values``."""
+    if len(values) <= limit:
         return list(values)
-    edges = [len(values) * i // most for i in range(most + 1)]
+    edges = [len(values) * i // limit for i in range(limit + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
 
 
@@ -96,7 +96,7 @@ def line_chart(
     low: float | None = None,
     show: Callable[[float], str] = format_number,
 ) -> Markup:
-    """Lines over optimiser steps, as an SVG element.
+    """Draw lines over optimizer steps as an SVG element.
 
     Args:
         title: what the chart shows, with its unit; also its accessible name.
@@ -133,17 +133,17 @@ def line_chart(
         ]
         style = "faint" if line.faint else "line"
         parts.append(f'<polyline class="{style}" stroke="{line.color}" points="{" ".join(points)}"/>')
-    at = width - right
+    x = width - right  # right end of the legend, drawn from right to left
     for line in reversed([line for line in lines if line.name]):
-        at -= 6.2 * len(line.name)
-        parts.append(f'<text class="tick" x="{at:.0f}" y="16">{escape(line.name)}</text>')
-        parts.append(f'<rect x="{at - 13:.0f}" y="9.5" width="9" height="3" rx="1" fill="{line.color}"/>')
-        at -= 24
+        x -= 6.2 * len(line.name)
+        parts.append(f'<text class="tick" x="{x:.0f}" y="16">{escape(line.name)}</text>')
+        parts.append(f'<rect x="{x - 13:.0f}" y="9.5" width="9" height="3" rx="1" fill="{line.color}"/>')
+        x -= 24
     return _svg(title, width, height, parts)
 
 
 def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], width: int = 900) -> Markup:
-    """Horizontal bars from 0 to 100 with their intervals, in named groups, as an SVG element."""
+    """Draw horizontal bars from 0 to 100 with their intervals, in named groups, as an SVG element."""
     left, right, top, thick, gap = 150, 64, 10, 13, 14
     height = top + sum(len(bars) * (thick + 3) + gap for _, bars in groups) + 22
 
@@ -164,25 +164,25 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], width: in
             f'<text class="group" x="{left - 10}" y="{middle + 3:.1f}" text-anchor="end">{escape(name)}</text>'
         )
         for bar in bars:
-            centre = y + thick / 2
+            center = y + thick / 2
             label = escape(f"{name}, {bar.label}: {bar.value:.1f} % ({bar.low:.1f} to {bar.high:.1f})")
             parts.append(
                 f'<rect x="{left}" y="{y:.1f}" width="{across(bar.value) - left:.1f}" height="{thick}" rx="2" '
                 f'fill="{bar.color}"><title>{label}</title></rect>'
             )
-            whisker = f"M{across(bar.low):.1f} {centre:.1f}H{across(bar.high):.1f}"
+            whisker = f"M{across(bar.low):.1f} {center:.1f}H{across(bar.high):.1f}"
             for end in (bar.low, bar.high):
-                whisker += f"M{across(end):.1f} {centre - 3.5:.1f}v7"
+                whisker += f"M{across(end):.1f} {center - 3.5:.1f}v7"
             parts.append(f'<path class="whisker" d="{whisker}"/>')
             at = max(across(bar.high), across(bar.value)) + 6
-            parts.append(f'<text class="tick" x="{at:.1f}" y="{centre + 3.5:.1f}">{bar.value:.1f}</text>')
+            parts.append(f'<text class="tick" x="{at:.1f}" y="{center + 3.5:.1f}">{bar.value:.1f}</text>')
             y += thick + 3
         y += gap
     return _svg(title, width, height, parts)
 
 
 def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 210) -> Markup:
-    """Counts in neighbouring bins, drawn equally wide however far they reach, as an SVG element.
+    """Draw counts in adjacent bins, with equal width whatever their range, as an SVG element.
 
     Args:
         title: what is counted, with its unit; also the chart's accessible name.
@@ -211,9 +211,8 @@ def histogram(title: str, bins: Sequence[Bin], width: int = 430, height: int = 2
         )
         if number % every == 0:
             middle = x + step / 2 if bin.low == bin.high else x
-            parts.append(
-                f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{format_number(bin.low)}</text>'
-            )
+            low = format_number(bin.low)
+            parts.append(f'<text class="tick" x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{low}</text>')
     return _svg(title, width, height, parts)
 
 
@@ -226,11 +225,11 @@ def heat_map(
     down: str,
     width: int = 430,
 ) -> Markup:
-    """Percentages in a grid, red at 0, yellow at 50 and green at 100, each written in its cell, as an SVG element.
+    """Draw percentages in a grid as an SVG element: red at 0, yellow at 50, green at 100, with the number in each cell.
 
     Args:
-        values: one list for each of ``rows``, with a value for each of ``columns``; None is left empty.
-        across, down: what columns and rows are.
+        values: one list for each of ``rows``, with a value for each of ``columns``; None leaves the cell empty.
+        across, down: names of the two axes.
     """
     left, right, top, bottom, tall = 64, 12, 30, 40, 30
     height, wide = top + tall * len(rows) + bottom, (width - left - right) / len(columns)
@@ -261,7 +260,7 @@ def heat_map(
 
 
 def heat_color(value: float) -> str:
-    """The colour of a percentage between 0 and 100."""
+    """Return the color of a percentage between 0 and 100."""
     stops = ((230, 107, 91), (247, 222, 131), (112, 190, 131))
     at = min(max(value, 0.0), 100.0) / 50
     first, second = stops[min(int(at), 1)], stops[min(int(at), 1) + 1]

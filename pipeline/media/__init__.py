@@ -1,0 +1,1 @@
+"""Decode videos and images, sample and resize frames, and encode them for storage."""

@@ -1,15 +1,16 @@
-"""Which frames of a video are taken, and the message that tells the model when.
+"""Select the frames of a video by a sampler, and write the message that tells the model their times.
 
-The rules are the published recipe's (arXiv 2501.00574 and its training code), checked number by number against golden
-tables. With ``vlen`` frames at ``fps`` frames a second, ``duration`` seconds, bounds ``low`` and ``high`` and clips of
-``clip`` frames:
+The rules are those of the published recipe (arXiv 2501.00574 and its training code), checked number by number against
+golden tables. The video has ``vlen`` frames at ``fps`` frames per second and lasts ``duration`` seconds. The bounds are
+``low`` and ``high``, and the vision tower takes clips of ``clip`` frames.
 
-* ``middle``: N = high, or low (vlen at most) if that is more; [0, vlen) is cut into n = min(N, vlen) intervals with
-  truncated edges, the floor of each interval's middle is taken, and the last frame is repeated up to N.
+* ``middle``: N = high, or low (vlen at most) if that is more. [0, vlen) is divided into n = min(N, vlen) intervals with
+  truncated edges. The floor of each interval's middle is selected, and the last frame is repeated up to N.
 * ``dynamic_fps1``: N = clip * floor(duration / clip), at least ``clip``, then at most ``high``, then at least ``low``
-  (which falls to clip * floor(vlen / clip) for a video with fewer than ``low`` frames); then as ``middle``.
-* ``fpsX``: times 1/(2X), 3/(2X), 5/(2X) ... seconds; time * fps rounded half to even; cut after ``high``, not padded.
-* ``rand``: N as ``middle``, one random frame of each interval.
+  (clip * floor(vlen / clip) for a video with fewer than ``low`` frames); then as ``middle``.
+* ``fpsX``: times 1/(2X), 3/(2X), 5/(2X) ... seconds; time * fps is rounded half to even. At most ``high`` frames are
+  selected, without padding.
+* ``rand``: N as for ``middle``, with one random frame of each interval.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from framestream.pipeline.config.preprocessing import FramesConfig
 def sample_indices(
     frames: FramesConfig, vlen: int, fps: float, duration: float, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Source frame numbers in [0, vlen), int64 (N,), in time order and with repeats.
+    """Return source frame numbers in [0, vlen), int64 (N,), in time order and with repeats.
 
     Raises:
-        ValueError: the video has no frames; or ``dynamic_fps1`` gives a count that clips do not divide; or ``rand``
-            was asked for without ``rng``.
+        ValueError: the video has no frames, ``dynamic_fps1`` gives a count that is not a multiple of ``clip_frames``,
+            or ``rand`` has no ``rng``.
     """
     indices = frame_indices(frames.sampler, vlen, fps, duration, frames.min, frames.max, frames.clip_frames, rng)
     if frames.sampler == "dynamic_fps1":
@@ -46,27 +47,27 @@ def frame_indices(
     clip: int,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """The rules above for plain numbers: int64 (N,); ``fpsX`` may give none at all."""
+    """Apply the rules above to plain numbers: int64 (N,); ``fpsX`` may select no frames."""
     if vlen < 1:
         raise ValueError(f"a video of {vlen} frames cannot be sampled")
     if sampler in ("middle", "rand"):
-        wanted = max(min(low, vlen), high)
+        count = max(min(low, vlen), high)
     elif sampler == "dynamic_fps1":
-        wanted = fps1_count(duration, vlen, low, high, clip)
+        count = fps1_count(duration, vlen, low, high, clip)
     else:
         return _at_rate(float(sampler[3:]), vlen, fps, duration, high)
-    edges = np.linspace(0, vlen, min(wanted, vlen) + 1).astype(np.int64)
+    edges = np.linspace(0, vlen, min(count, vlen) + 1).astype(np.int64)
     if sampler != "rand":
-        taken = (edges[:-1] + edges[1:] - 1) // 2
+        indices = (edges[:-1] + edges[1:] - 1) // 2
     elif rng is None:
-        raise ValueError("frames.sampler rand needs a random generator; pass rng")
+        raise ValueError("frames.sampler rand requires a random generator; pass rng")
     else:
-        taken = rng.integers(edges[:-1], edges[1:])
-    return _repeat_last(taken, wanted)
+        indices = rng.integers(edges[:-1], edges[1:])
+    return _repeat_last(indices, count)
 
 
 def fps1_count(duration: float, frames: float, low: int, high: int, clip: int) -> int:
-    """How many frames ``dynamic_fps1`` wants of ``frames`` frames that last ``duration`` seconds."""
+    """Return how many frames ``dynamic_fps1`` selects of ``frames`` frames that last ``duration`` seconds."""
     if frames < low:
         low = int(frames // clip) * clip
     return max(min(int(duration // clip) * clip or clip, high), low)
@@ -75,8 +76,8 @@ def fps1_count(duration: float, frames: float, low: int, high: int, clip: int) -
 def _at_rate(rate: float, vlen: int, fps: float, duration: float, high: int) -> np.ndarray:
     gap = 1 / rate
     times = np.arange(gap / 2, duration + gap / 2, gap)
-    taken = np.around(times * fps).astype(np.int64)
-    return taken[taken < vlen][:high]
+    indices = np.around(times * fps).astype(np.int64)
+    return indices[indices < vlen][:high]
 
 
 def _repeat_last(indices: np.ndarray, count: int) -> np.ndarray:
@@ -84,15 +85,15 @@ def _repeat_last(indices: np.ndarray, count: int) -> np.ndarray:
 
 
 def check_count(count: int, clip_frames: int) -> None:
-    """Refuse a number of frames that whole clips do not make up (ValueError)."""
+    """Raise ValueError if ``count`` is not a multiple of ``clip_frames``."""
     if count % clip_frames:
         raise ValueError(f"{count} frames are not a multiple of {clip_frames} (frames.clip_frames); change frames.max")
 
 
 def pad_to_clips(indices: np.ndarray, vlen: int, clip_frames: int) -> np.ndarray:
-    """``indices`` with the last repeated up to a multiple of ``clip_frames``; the middle frame where none are given.
+    """Repeat the last index up to a multiple of ``clip_frames``; use the middle frame if ``indices`` is empty.
 
-    ``middle`` and ``dynamic_fps1`` pass unchanged; ``fpsX`` may end within a clip or take nothing of a short video.
+    ``middle`` and ``dynamic_fps1`` are unchanged. ``fpsX`` may end within a clip, or select nothing of a short video.
     """
     if not len(indices):
         indices = np.array([(vlen - 1) // 2], dtype=np.int64)
@@ -100,16 +101,16 @@ def pad_to_clips(indices: np.ndarray, vlen: int, clip_frames: int) -> np.ndarray
 
 
 def media_seed(seed: int, key: str) -> int:
-    """Seed of the ``rand`` sampler for one media item: the build and every later reading draw the same frames."""
+    """Return the seed of the ``rand`` sampler for one media item: builds and inference select the same frames."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")
 
 
 def time_message(style: str, duration: float, indices: np.ndarray, fps: float) -> str:
-    """What is said after every image mark of a video; starts with a newline and ends with a space, or is empty.
+    """Return the text after every image placeholder of a video: it starts with a newline and ends with a space.
 
     Args:
-        style: ``short`` (count only), ``long`` (the second of every frame, one decimal) or ``none``.
-        duration: seconds of the video, or of its clip.
+        style: ``short`` (count only), ``long`` (the second of every frame, one decimal) or ``none`` (empty text).
+        duration: of the video or its clip, in seconds.
         indices: frame numbers, repeats included; they count from the start of the clip.
     """
     if style == "none":

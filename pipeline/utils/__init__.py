@@ -1,0 +1,1 @@
+"""Helpers without knowledge of the data: files, threads, retries, memory maps."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Write files that are either complete or absent: to a temporary file, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` whole or not at all, see :func:`atomic_file`."""
+    """Write ``data`` to ``path`` completely or not at all; see :func:`atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def file_sha256(path: str | Path) -> bytes:
-    """Digest of a file, read piece by piece."""
+    """Return the SHA-256 of a file, which is read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -47,7 +47,7 @@ def file_sha256(path: str | Path) -> bytes:
 
 
 def fsync_path(path: str | Path) -> None:
-    """Make a file, or the renames inside a folder, survive a power cut."""
+    """Flush a file, or the renames inside a folder, to the disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

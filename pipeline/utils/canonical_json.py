@@ -1,4 +1,4 @@
-"""TODO."""
+"""Serialize values as canonical JSON."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _COMPACT = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",",
 
 
 def canonical_json(value: Any) -> str:
-    """``value`` as compact JSON with sorted keys; the same value gives the same text."""
+    """Serialize ``value`` as compact JSON with sorted keys; equal values give equal text."""
     return _COMPACT.encode(value)

@@ -1,6 +1,6 @@
-"""Threads for requests to other machines, which do not hold up a program that wants to end.
+"""A pool of daemon threads for requests to other machines, which do not delay the end of the program.
 
-The threads of ``concurrent.futures`` do: Ctrl-C would wait for a server that says nothing.
+The threads of ``concurrent.futures`` do: Ctrl-C would wait for a server that does not respond.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class DaemonThreadPool:
-    """Up to ``count`` daemon threads, started when there is something to do; a context manager that ends them."""
+    """Up to ``count`` daemon threads, started on demand; the context manager ends them."""
 
     def __init__(self, count: int) -> None:
         self._count, self._started = count, 0
@@ -34,7 +34,7 @@ class DaemonThreadPool:
             self._calls.put(None)
 
     def submit(self, call: Callable[[Item], Result], item: Item) -> Future[Result]:
-        """``call(item)``, to be run by the next thread that is free; it can be cancelled until then."""
+        """Run ``call(item)`` in the next free thread; it can be canceled until then."""
         future: Future[Result] = Future()
         self._calls.put((future, call, item))
         with self._lock:
@@ -44,17 +44,17 @@ class DaemonThreadPool:
         return future
 
     def map(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """What ``call`` returns for each item, in their order; what it raises is raised when its turn comes."""
+        """Yield the result of ``call`` for each item, in order; its exception is raised at that position."""
         futures = [self.submit(call, item) for item in items]
         return (future.result() for future in futures)
 
     def _work(self) -> None:
-        while given := self._calls.get():
-            future, call, item = given
+        while job := self._calls.get():
+            future, call, item = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(call(item))
             except BaseException as error:
                 future.set_exception(error)
-            del given, future, call, item  # nothing is held while waiting
+            del job, future, call, item  # keep no references while waiting
