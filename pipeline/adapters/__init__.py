@@ -1,10 +1,10 @@
-"""Shards for other trainers: PyTorch data sets, chat inputs of Hugging Face processors, Megatron-Energon.
+"""Shards for other trainers: PyTorch datasets, chat inputs of Hugging Face processors, Megatron-Energon.
 
     from framestream.pipeline.adapters import ShardDataset
     sample = ShardDataset("shards/stage3", frames=64)[0]
 
-docs/reuse.md has an example for each. Names are imported when first used; what belongs to another package is imported
-by the file that needs it alone.
+docs/reuse.md has an example for each. Names are imported when they are first used. Another package is imported only by
+the module that needs it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Megatron-Energon: cookers for the folders of a root, whose ``.nv-meta`` the builder writes.
+"""Cookers for Megatron-Energon: one for each folder of a shard root. The builder writes the folders' ``.nv-meta``.
 
-A task encoder takes members as bytes and cooks them, so that only the frames that are shown are decoded::
+A task encoder without a decoder passes the members as bytes, so that a cooker decodes only the selected frames::
 
     class Task(DefaultTaskEncoder):
         decoder = None
@@ -28,40 +28,55 @@ except ImportError as error:
 
 @edataclass
 class MediaSample(Sample):
-    """One video or still with the dialogues about it alone; fields as in :class:`framestream.pipeline.adapters.Media`."""
+    """Energon's sample of a :class:`framestream.pipeline.adapters.Media`, with the dialogues about it alone."""
 
-    frames: torch.Tensor  #: uint8 (T, H, W, 3), RGB
-    timestamps: torch.Tensor  #: float64 (T,), seconds of the source
-    start: float
-    duration: float
+    frames: torch.Tensor  #: uint8 (T, H, W, 3), RGB; an image has T = 1
+    timestamps: torch.Tensor  #: float64 (T,), seconds of each frame in its source
+    start: float  #: seconds of the source at which the clip begins
+    duration: float  #: seconds of the clip; 0 for an image
     dialogues: list[Dialogue]
 
 
 @edataclass
 class DialogueSample(Sample):
-    """One conversation, and the keys of its media (in the folders video and image)."""
+    """Energon's sample of a :class:`framestream.pipeline.adapters.Dialogue`, with the keys of its media.
+
+    The media are samples of the folders ``video`` and ``image``.
+    """
 
     dialogue: Dialogue
     media: list[str]
 
 
 def media_cooker(frames: FrameChoice = None) -> Callable[[dict], MediaSample]:
-    """A cooker for the folders ``video`` and ``image``; ``frames`` as for :class:`framestream.pipeline.adapters.ShardDataset`."""
+    """Return a cooker for the folders ``video`` and ``image``.
+
+    Args:
+        frames: as for :class:`framestream.pipeline.adapters.ShardDataset`.
+    """
     validate_choice(frames)
     return stateless(functools.partial(cook_media, frames=frames))
 
 
 def cook_media(sample: dict[str, Any], *, frames: FrameChoice = None) -> MediaSample:
-    """A crude sample with its members as bytes, cooked."""
-    read = read_members(sample, frames)
-    (medium,) = read.media
-    values = {name: getattr(medium, name) for name in ("frames", "timestamps", "start", "duration")}
-    return MediaSample(**basic_sample_keys(sample), **values, dialogues=read.dialogues)
+    """Cook a crude sample of a media item: decode its members.
+
+    Raises:
+        SampleError: the members are not those of a media item, or cannot be read.
+    """
+    decoded = read_members(sample, frames)
+    (media,) = decoded.media
+    values = {name: getattr(media, name) for name in ("frames", "timestamps", "start", "duration")}
+    return MediaSample(**basic_sample_keys(sample), **values, dialogues=decoded.dialogues)
 
 
 @stateless
 def cook_dialogue(sample: dict[str, Any]) -> DialogueSample:
-    """A cooker for the folder ``dialogue``."""
-    read = read_members(sample)
+    """Cook a crude sample of the folder ``dialogue``.
+
+    Raises:
+        SampleError: the member is not that of a dialogue, or cannot be read.
+    """
+    decoded = read_members(sample)
     media = json.loads(json.loads(sample["json"])["media"])
-    return DialogueSample(**basic_sample_keys(sample), dialogue=read.dialogues[0], media=media)
+    return DialogueSample(**basic_sample_keys(sample), dialogue=decoded.dialogues[0], media=media)

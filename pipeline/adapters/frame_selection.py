@@ -1,4 +1,4 @@
-"""Which stored frames are shown: those nearest to what a sampler takes of the source."""
+"""Select which stored frames are returned: those nearest to the frames that a sampler selects of the source."""
 
 from __future__ import annotations
 
@@ -9,31 +9,41 @@ from framestream.pipeline.media.resize import stored_size
 from framestream.pipeline.media.sampling import frame_indices, pad_to_clips, sample_indices
 from framestream.pipeline.shards.media_view import nearest_indices
 
-#: So many frames; or a manifest's ``frames``, its size included; or None: each stored frame once.
+#: A number of frames, or a manifest's ``frames`` (also its size), or None for each stored frame once.
 FrameChoice = int | FramesConfig | None
 
 
 def validate_choice(choice: FrameChoice) -> None:
-    """Refuse what is no number of frames (ValueError)."""
+    """Check the type and the number.
+
+    Raises:
+        ValueError: not a number of frames, a :class:`FramesConfig` or None.
+    """
     if not (choice is None or isinstance(choice, FramesConfig) or (type(choice) is int and choice > 0)):
-        raise ValueError(f"frames: {choice!r} is no number of frames; give one of at least 1, Frames(...) or None")
+        raise ValueError(
+            f"frames: {choice!r} is not a number of frames; pass an integer of at least 1, FramesConfig(...) or None"
+        )
 
 
 def choose_stored_frames(
     choice: FrameChoice, stored: np.ndarray, vlen: int, fps: float, duration: float, seed: int
 ) -> np.ndarray:
-    """Places in ``stored``, int64 (T,), ascending, with repeats where fewer frames are stored than wanted.
+    """Return which stored frames to use, with repeats if fewer frames are stored than requested.
 
-    A number N takes the middles of N equal parts of the video, as the sampler ``middle``; ``Frames`` goes by its own
-    rules, and its counts are whole clips. Between the first and the last stored frame, what is shown is off by at most
-    half the gap there.
+    A number N selects the middles of N equal parts of the video, as the sampler ``middle`` does. A
+    :class:`FramesConfig` selects by its own rules, and its number of frames is a multiple of ``clip_frames``. Between
+    the first and the last stored frame, a frame is off by at most half the gap between stored frames.
 
     Args:
-        stored: int64 (n,), numbers of the stored frames in the source, ascending from the clip's first.
-        vlen: frames of the source's clip.
+        choice: number of frames, settings of a sampler, or None.
+        stored: int64 (n,), source frame numbers of the stored frames, ascending, counted from the clip's first.
+        vlen: number of source frames of the clip.
         fps: source frames a second.
         duration: seconds of the clip.
         seed: of the sampler ``rand``.
+
+    Returns:
+        int64 (T,), indices into ``stored``, ascending.
     """
     if choice is None:
         return np.arange(len(stored))
@@ -46,11 +56,16 @@ def choose_stored_frames(
 
 
 def shown_size(choice: FrameChoice, width: int, height: int) -> tuple[int, int]:
-    """(width, height) of what is shown of frames stored at ``width`` x ``height``: as stored, or as ``Frames`` says.
+    """Return (width, height) of the frames that are returned, in pixels.
+
+    Args:
+        choice: a :class:`FramesConfig` decides the size; otherwise it is the stored one.
+        width: of the stored frames, in pixels.
+        height: of the stored frames, in pixels.
 
     Raises:
-        ValueError: the frames are too narrow to keep their proportions at that size.
+        ValueError: the frames are too narrow to keep their aspect ratio at that size.
     """
-    return (
-        stored_size(choice.resize, choice.size, width, height) if isinstance(choice, FramesConfig) else (width, height)
-    )
+    if not isinstance(choice, FramesConfig):
+        return width, height
+    return stored_size(choice.resize, choice.size, width, height)

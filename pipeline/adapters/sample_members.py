@@ -1,6 +1,6 @@
-"""One sample as webdataset, wids, datasets or Megatron-Energon read it: its members' bytes to frames.
+"""Decode one sample as webdataset, wids, datasets or Megatron-Energon read it: from its members' bytes to frames.
 
-Only the frames that are shown are decoded, by libjpeg-turbo.
+Only the selected frames are decoded, by libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from framestream.pipeline.shards.frame_reader import decode_into
 
 
 def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Sample:
-    """The sample whose members a reader gave by extension (``mp4`` or ``jpg``, and ``json``; other names are ignored).
+    """Decode a sample from its members.
 
-    A member may be bytes, an open file, or what ``datasets`` gives undecoded; ``json`` may be text, or parsed already.
-    A dialogue has no media here: they are in the other two folders, under the keys that its JSON names.
+    A dialogue has no media here. They are in the other two folders, under the keys that its JSON names.
 
     Args:
-        members: such as a sample of ``webdataset``; names may begin with a dot, as those of ``wids`` do.
-        frames: as for :class:`framestream.pipeline.adapters.ShardDataset`; None for a root built with ``compat: published``.
+        members: by extension, ``mp4`` or ``jpg``, and ``json``; other names are ignored. Names may begin with a dot, as
+            those of ``wids`` do. A value may be bytes, an open file, or what ``datasets`` returns undecoded. ``json``
+            may also be text or an object.
+        frames: as for :class:`framestream.pipeline.adapters.ShardDataset`; None for a root built with
+            ``compat: published``.
 
     Raises:
         SampleError: the members are not those of a sample, or cannot be read.
@@ -37,40 +39,40 @@ def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Samp
     found = {name.lstrip("."): value for name, value in members.items()}
     key = found.get("__key__", "a sample")
     try:
-        facts = found["json"]
-        if not isinstance(facts, Mapping):
-            facts = json.loads(facts if isinstance(facts, str) else _bytes(facts))
-        key = facts["key"]
-        if "conversations" in facts:
-            return Sample([], [_dialogue(facts)])
-        dialogues = [_dialogue(item) for item in json.loads(facts["dialogues"])]
-        if facts["kind"] == "image":
-            return Sample([_medium(decode_jpeg(_bytes(found["jpg"]))[None], np.zeros(1), facts)], dialogues)
-        return Sample([_video(_bytes(found["mp4"]), facts, frames)], dialogues)
+        metadata = found["json"]
+        if not isinstance(metadata, Mapping):
+            metadata = json.loads(metadata if isinstance(metadata, str) else _bytes(metadata))
+        key = metadata["key"]
+        if "conversations" in metadata:
+            return Sample([], [_dialogue(metadata)])
+        dialogues = [_dialogue(item) for item in json.loads(metadata["dialogues"])]
+        if metadata["kind"] == "image":
+            return Sample([_media(decode_jpeg(_bytes(found["jpg"]))[None], np.zeros(1), metadata)], dialogues)
+        return Sample([_video(_bytes(found["mp4"]), metadata, frames)], dialogues)
     except KeyError as error:
-        raise SampleError(f"{key}: has no {error}; give the members as its shard has them") from None
+        raise SampleError(f"{key}: has no {error}; pass the members as the shard has them") from None
     except (OSError, TypeError, ValueError) as error:
         raise SampleError(f"{key}: {' '.join(str(error).split())}") from None
 
 
-def _video(mp4: bytes, facts: Mapping[str, Any], choice: FrameChoice) -> Media:
-    stored, seconds = np.array(facts["frame_index"]), np.array(facts["timestamps"], dtype=np.float64)
-    places = choose_stored_frames(
-        choice, stored, facts["vlen"], facts["fps"], facts["duration"], media_seed(0, facts["key"])
-    )
+def _video(mp4: bytes, metadata: Mapping[str, Any], choice: FrameChoice) -> Media:
+    stored, seconds = np.array(metadata["frame_index"]), np.array(metadata["timestamps"], dtype=np.float64)
+    vlen, fps, duration, key = (metadata[name] for name in ("vlen", "fps", "duration", "key"))
+    indices = choose_stored_frames(choice, stored, vlen, fps, duration, media_seed(0, key))
     offsets, sizes, _ = mjpeg_frames(mp4)
     if len(offsets) != len(stored):
         raise ValueError(f"the mp4 has {len(offsets)} frames, the json {len(stored)}")
-    size = facts["height"], facts["width"]
-    out = np.empty((len(places), *shown_size(choice, *size[::-1])[::-1], 3), dtype=np.uint8)
-    for k, place in enumerate(places.tolist()):
-        decode_into(mp4[offsets[place] : offsets[place] + sizes[place]], size, out[k])
-    return _medium(out, seconds[places], facts)
+    height, width = metadata["height"], metadata["width"]
+    out_width, out_height = shown_size(choice, width, height)
+    out = np.empty((len(indices), out_height, out_width, 3), dtype=np.uint8)
+    for k, index in enumerate(indices.tolist()):
+        decode_into(mp4[offsets[index] : offsets[index] + sizes[index]], (height, width), out[k])
+    return _media(out, seconds[indices], metadata)
 
 
-def _medium(frames: np.ndarray, timestamps: np.ndarray, facts: Mapping[str, Any]) -> Media:
-    named = {name: facts[name] for name in ("key", "kind", "start", "duration", "source")}
-    return Media(torch.from_numpy(frames), torch.from_numpy(timestamps), **named)
+def _media(frames: np.ndarray, timestamps: np.ndarray, metadata: Mapping[str, Any]) -> Media:
+    fields = {name: metadata[name] for name in ("key", "kind", "start", "duration", "source")}
+    return Media(torch.from_numpy(frames), torch.from_numpy(timestamps), **fields)
 
 
 def _dialogue(item: Mapping[str, Any]) -> Dialogue:
@@ -80,6 +82,6 @@ def _dialogue(item: Mapping[str, Any]) -> Dialogue:
 
 
 def _bytes(value: Any) -> bytes:
-    if isinstance(value, Mapping):  # of datasets
+    if isinstance(value, Mapping):  # an undecoded column of datasets
         value = value["bytes"]
     return value.read() if hasattr(value, "read") else bytes(value)

@@ -1,9 +1,9 @@
-"""Samples in batches, dealt out to ranks and DataLoader workers, that go on exactly where they stopped.
+"""Batches of samples, distributed over ranks and DataLoader workers, with exact resume.
 
-The epochs of a data set stand one after the other, each a permutation of its samples by (seed, epoch). A step takes
-the next ``batch_size`` x ``world_size`` of them, ``batch_size`` for each rank; worker w of K makes the steps w, w + K,
-... of its rank, which a DataLoader puts back in order. So neither the number of workers nor what was prefetched has a
-part in the order, all ranks have equally many steps, and the state is the number of samples that all ranks were given.
+The epochs of a dataset follow each other, each a permutation of its samples by (seed, epoch). A step consumes the next
+``batch_size`` x ``world_size`` samples, ``batch_size`` for each rank. Worker w of K makes steps w, w + K, ... of its
+rank, and the DataLoader restores their order. So the order does not depend on the number of workers or on prefetching,
+all ranks have the same number of steps, and the state is the number of samples that all ranks together have received.
 """
 
 from __future__ import annotations
@@ -16,33 +16,36 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from framestream.pipeline.adapters.dataset import ShardDataset
 from framestream.pipeline.adapters.types import Sample, SampleError
-from framestream.pipeline.loading.loader import StateError, UnreadableError
+from framestream.pipeline.loading.loader import UnreadableError, validate_state
 from framestream.pipeline.planning.mixing import epoch_seed, permute
 
 
 class StreamBatch(NamedTuple):
-    """What one rank is given in one step."""
+    """The samples of one rank in one step."""
 
     samples: list[Sample]
     skipped: list[tuple[str, str]]  #: (key, reason) of samples that could not be read
-    state: dict[str, Any]  #: where to go on after this batch, the same on all ranks
+    state: dict[str, Any]  #: position after this batch, the same on all ranks; see :meth:`ShardStream.load_state_dict`
 
 
 class ShardStream(IterableDataset[StreamBatch]):
-    """Batches of a :class:`ShardDataset`; give it to ``DataLoader(stream, batch_size=None, num_workers=...)``.
+    """Batches of a :class:`ShardDataset`, for ``DataLoader(stream, batch_size=None, num_workers=...)``.
 
-    A pass goes from the loaded state, else from the start, to the end of the last epoch. The last step is filled up
-    with the samples that an epoch more would begin with. Another pass begins where this one did.
+    A pass runs from the loaded state, or from the start, to the end of the last epoch. The last step is filled up with
+    the first samples of a further epoch. The next pass begins at the same position as this one.
 
     Args:
-        dataset: what is dealt out.
-        batch_size: samples that a rank is given in a step.
-        rank: which of the ranks this is.
-        world_size: how many ranks there are; it may differ after a resume.
+        dataset: source of the samples.
+        batch_size: samples of one rank in one step.
+        rank: number of this rank.
+        world_size: number of ranks; it may change on resume.
         seed: of the order.
-        epochs: how often each sample is given.
-        shuffle: false: the order of the index in every epoch.
-        max_unreadable: how many samples a process may skip in a pass before it stops.
+        epochs: number of times that each sample is returned.
+        shuffle: False for the order of the index in every epoch.
+        max_unreadable: samples that a process may skip in a pass before it stops.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     def __init__(
@@ -64,25 +67,21 @@ class ShardStream(IterableDataset[StreamBatch]):
         self._position = 0
 
     def __len__(self) -> int:
-        """Steps of a pass, equal on all ranks."""
-        left = self.epochs * len(self.dataset) - self._position
-        return max(0, -(-left // (self.batch_size * self.world_size)))
+        """Number of steps in a pass, equal on all ranks."""
+        remaining = self.epochs * len(self.dataset) - self._position
+        return max(0, -(-remaining // (self.batch_size * self.world_size)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin after the batch that ``state`` came with, whatever its batch size and number of ranks.
+        """Restore the position after the batch that has ``state``. Batch size and number of ranks may change.
 
         Raises:
-            StateError: it belongs to another root or to settings that make another order.
+            StateError: the state was created with another root, or with settings that make another order.
         """
-        here = self._state(0)
-        differ = sorted(name for name in here if name != "position" and state.get(name) != here[name])
-        if differ:
-            what = ", ".join(f"{name} ({state.get(name)} there, {here[name]} here)" for name in differ)
-            raise StateError(f"the stream's state is of other data or settings: {what}; use those, or start anew")
+        validate_state("stream", {name: state.get(name) for name in self._order_settings()}, self._order_settings())
         self._position = int(state["position"])
 
     def __iter__(self) -> Iterator[StreamBatch]:
-        """The batches of this rank, or of this worker's share of them.
+        """Yield the batches of this rank, or in a DataLoader worker its share of them.
 
         Raises:
             UnreadableError: more than ``max_unreadable`` samples could not be read.
@@ -94,11 +93,11 @@ class ShardStream(IterableDataset[StreamBatch]):
         for step in range(worker, len(self), workers):
             first = self._position + step * step_size
             samples, skipped = [], []
-            for place in range(first + self.rank * self.batch_size, first + (self.rank + 1) * self.batch_size):
-                if place // len(self.dataset) != epoch:
-                    epoch = place // len(self.dataset)
+            for position in range(first + self.rank * self.batch_size, first + (self.rank + 1) * self.batch_size):
+                if position // len(self.dataset) != epoch:
+                    epoch = position // len(self.dataset)
                     order = self._order(epoch)
-                number = int(order[place % len(self.dataset)])
+                number = int(order[position % len(self.dataset)])
                 try:
                     samples.append(self.dataset[number])
                 except SampleError as error:
@@ -107,7 +106,7 @@ class ShardStream(IterableDataset[StreamBatch]):
                     if unreadable > self.max_unreadable:
                         raise UnreadableError(
                             f"{unreadable} samples could not be read, more than max_unreadable "
-                            f"({self.max_unreadable}); check the shards with this: {error}"
+                            f"({self.max_unreadable}); check this shard: {error}"
                         ) from None
             yield StreamBatch(samples, skipped, self._state(first + step_size))
 
@@ -115,6 +114,9 @@ class ShardStream(IterableDataset[StreamBatch]):
         numbers = np.arange(len(self.dataset))
         return permute(numbers, epoch_seed(self.seed, epoch)) if self.shuffle else numbers
 
-    def _state(self, position: int) -> dict[str, Any]:
+    def _order_settings(self) -> dict[str, Any]:
         data = {"index": self.dataset.index.fingerprint, "by": self.dataset.by, "split": self.dataset.split}
-        return {"position": position, "seed": self.seed, "shuffle": self.shuffle, **data}
+        return {"seed": self.seed, "shuffle": self.shuffle, **data}
+
+    def _state(self, position: int) -> dict[str, Any]:
+        return {"position": position, **self._order_settings()}

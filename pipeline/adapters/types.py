@@ -1,6 +1,6 @@
-"""What the adapters give: media with their frames and seconds, and the dialogues about them.
+"""Types that the adapters return: media with their frames and timestamps, and the dialogues about them.
 
-These are named tuples of tensors and plain values, so that a DataLoader moves them between processes and pins them.
+They are named tuples of tensors and plain values, so that a DataLoader can move them between processes and pin them.
 """
 
 from __future__ import annotations
@@ -11,32 +11,33 @@ import torch
 
 
 class SampleError(ValueError):
-    """A sample that cannot be read: one line that names the shard and the member."""
+    """A sample cannot be read; one line that names the shard and the member."""
 
 
 class Media(NamedTuple):
-    """One video or still."""
+    """One media item: a video (or a clip of one) or an image."""
 
-    frames: torch.Tensor  #: uint8 (T, H, W, 3), RGB; a still has T = 1
-    timestamps: torch.Tensor  #: float64 (T,), the second of each frame in its source
+    frames: torch.Tensor  #: uint8 (T, H, W, 3), RGB; an image has T = 1
+    timestamps: torch.Tensor  #: float64 (T,), seconds of each frame in its source
     key: str
     kind: str  #: video or image
-    start: float  #: second of the source at which the clip begins
-    duration: float  #: seconds of the clip; 0 for a still
-    source: str
+    start: float  #: seconds of the source at which the clip begins
+    duration: float  #: seconds of the clip; 0 for an image
+    source: str  #: root and path of the source file
 
 
 class Dialogue(NamedTuple):
-    """One conversation."""
+    """One dialogue."""
 
-    turns: list[dict[str, str]]  #: {"from": human, gpt or system, "value": text}; the n-th <image> is the n-th medium
+    #: {"from": human, gpt or system, "value": text}; the n-th <image> mark is the n-th media item, videos too
+    turns: list[dict[str, str]]
     key: str
     id: str  #: as the annotation says
     entry: str  #: name of the manifest's entry
 
 
 class Sample(NamedTuple):
-    """A dialogue with its media, or a medium with the dialogues about it alone."""
+    """A dialogue with its media in order of use, or a media item with the dialogues about it alone."""
 
     media: list[Media]
     dialogues: list[Dialogue]

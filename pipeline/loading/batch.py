@@ -69,4 +69,5 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return dataclasses.replace(self, **{name: function(value) for name, value in self._tensors().items()})
+        changes: dict[str, Any] = {name: function(value) for name, value in self._tensors().items()}
+        return dataclasses.replace(self, **changes)

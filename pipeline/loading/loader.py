@@ -16,7 +16,8 @@ pixels decoded ahead are bounded by ``loader.prefetch_mb``. None of these settin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from framestream.pipeline.planning.dataset import open_dataset
 from framestream.pipeline.planning.epoch_plan import EpochPlan
 from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
 
-__all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader"]
+__all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader", "validate_state"]
 
 MAX_PENDING_ROWS = 64  #: rows decoded ahead, even if they are small
 
@@ -65,6 +66,26 @@ def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: 
     return Loader(EpochPlan(dataset, manifest, split), rank, world_size)
 
 
+def validate_state(owner: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that a saved state was created with the current data and settings.
+
+    Args:
+        owner: whose state it is, for the message.
+        saved: values of the state that decide the order.
+        current: the same values now.
+
+    Raises:
+        StateError: one line that names every difference.
+    """
+    names = sorted(name for name in current.keys() | saved.keys() if current.get(name) != saved.get(name))
+    if names:
+        differences = ", ".join(f"{name} (saved: {saved.get(name)}, now: {current.get(name)})" for name in names)
+        raise StateError(
+            f"Cannot resume: the saved {owner} state was created with different data or settings: {differences}. "
+            f"Restore them, or start a new run."
+        )
+
+
 class Loader:
     """Batches of one rank. An iterator runs to the end of the current epoch; the next one starts the next epoch."""
 
@@ -80,7 +101,7 @@ class Loader:
         """Number of global batches in an epoch, equal on all ranks."""
         return self._plan.num_batches
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position as JSON values.
 
         Returns:
@@ -88,20 +109,13 @@ class Loader:
         """
         return {"epoch": self._epoch, "step": self._step, "fingerprint": self._plan.fingerprint()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position saved in ``state``. The next iteration starts with the global batch after it.
 
         Raises:
             StateError: the state was created with another index, or with other settings that decide the order.
         """
-        current, saved = self._plan.fingerprint(), state["fingerprint"]
-        names = sorted(name for name in current.keys() | saved.keys() if current.get(name) != saved.get(name))
-        if names:
-            differences = ", ".join(f"{name} (saved: {saved.get(name)}, now: {current.get(name)})" for name in names)
-            raise StateError(
-                "Cannot resume: the saved loader state was created with different data or settings: "
-                f"{differences}. Restore them, or start a new run."
-            )
+        validate_state("loader", state["fingerprint"], self._plan.fingerprint())
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def report(self) -> EpochSummary:

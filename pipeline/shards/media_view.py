@@ -67,7 +67,7 @@ class MediaViews:
         """
         self.index, self.root = index, root
         self.frames, self.images, self.seed = manifest.frames, manifest.images, manifest.seed
-        self._frames_by_entry = {entry.entry: entry.frames(manifest.frames) for entry in entries}
+        self._frames_by_entry = {entry.entry: entry.bound_frames(manifest.frames) for entry in entries}
         self._published = manifest.compat == "published"
         self._columns = {name: index.media[name] for name in index.media.column_names}
         self._reader = FrameReader(index)

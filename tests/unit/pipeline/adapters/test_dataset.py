@@ -171,8 +171,8 @@ def test_numbers_beyond_the_end_are_refused(root):
     ("arguments", "message"),
     [
         ({"by": "clip"}, "'clip' is not dialogue or media"),
-        ({"frames": 0}, "frames: 0 is no number of frames"),
-        ({"frames": True}, "frames: True is no number"),
+        ({"frames": 0}, "frames: 0 is not a number of frames"),
+        ({"frames": True}, "frames: True is not a number"),
         ({"split": "test"}, "no dialogue of split test"),
     ],
 )
