@@ -109,6 +109,7 @@ def test_the_commands_run_as_they_stand(inside):
             for command in documented(page):
                 run(command)
     assert Page(Path("report.html").read_text()).cells().count("mine")
+    exec(compile(fenced(PAGES[0].read_text(encoding="utf-8"), "python"), "README.md", "exec"), {})
     scores = json.loads(Path("runs/mine/evaluation.json").read_text())
     assert {row["method"] for row in scores["families"]} == {"generation", "likelihood"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -66,6 +67,14 @@ def test_the_tree_names_every_file_and_folder_once_and_no_other():
 def walk(folder: Path, pattern: str) -> list[Path]:
     """Files of a folder that match, without those below links."""
     return [path for path in folder.rglob(pattern) if not any(parent.is_symlink() for parent in path.parents)]
+
+
+def test_the_architecture_page_has_the_layers():
+    module = ast.parse((ROOT / "tests" / "docs" / "test_structure.py").read_text(encoding="utf-8"))
+    assigned = {ast.unparse(node.targets[0]): node.value for node in module.body if isinstance(node, ast.Assign)}
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| (`\w.*) \|$", page[page.index("| layer | rooms |") :], re.M)
+    assert [tuple(re.findall(r"`([^`]+)`", row)) for row in rows] == list(ast.literal_eval(assigned["LAYERS"]))
 
 
 def anchors(text: str) -> set[str]:
