@@ -18,7 +18,7 @@ from framestream.pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, M
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
 from framestream.pipeline.config.schema import ManifestError, from_dict, spec
 from framestream.pipeline.config.training import EvaluateConfig, TrainConfig
-from framestream.pipeline.config.yaml_files import apply_override, read_yaml
+from framestream.pipeline.config.yaml_files import apply_override, locate_manifest, read_yaml
 
 __all__ = ["Manifest", "ManifestError", "load_manifest"]
 
@@ -62,7 +62,7 @@ class Manifest:
             raise ManifestError(f"text.max_tokens: {longest} is more than {limit}; lower it or raise that")
         if self.mix and self.batching.order == "modality_length":
             raise ManifestError(
-                "batching.order: modality_length drops a varying number of dialogues of a mix in each epoch; use modality"
+                "batching.order: modality_length drops a varying number of dialogues of a mix each epoch; use modality"
             )
         init = self.init_from
         if not init.run and not (init.vision_tower and init.language_model):
@@ -108,6 +108,7 @@ class Manifest:
 def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Manifest:
     """Read, validate and freeze a manifest.
 
+    ``path`` is a file, or the name of a manifest that comes with framestream, such as ``stage3`` or ``demo/stage2``.
     ``init_from.run`` may name a manifest beside ``path``, such as ``stage2`` for ``stage2.yaml``. It is replaced by the
     ``output`` of that manifest.
 
@@ -117,12 +118,13 @@ def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ())
     Raises:
         ManifestError: one line naming the file, the field and the fix.
     """
+    path = locate_manifest(path)
     value = read_yaml(path)
     for assignment in overrides:
         value = apply_override(value, assignment)
-    value = _resolve_run(value, Path(path))
+    value = _resolve_run(value, path)
     manifest = from_dict(Manifest, value, f"{path}: ")
-    return manifest if manifest.name else dataclasses.replace(manifest, name=Path(path).stem)
+    return manifest if manifest.name else dataclasses.replace(manifest, name=path.stem)
 
 
 def _resolve_run(value: dict, path: Path) -> dict:

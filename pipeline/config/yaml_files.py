@@ -7,8 +7,26 @@ from typing import Any
 
 import yaml
 
+import framestream
 from framestream.pipeline.config.catalog import expand_catalogs
 from framestream.pipeline.config.schema import ManifestError, show_value
+
+
+def locate_manifest(name: str | Path) -> Path:
+    """Return the file called ``name``, or else the manifest of that name that comes with framestream.
+
+    ``stage3``, ``stage3.yaml`` and ``manifests/stage3.yaml`` are one name. A name that is neither is returned as it is,
+    so that reading it says what is missing.
+    """
+    path = Path(name)
+    if path.is_file() or path.is_absolute():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == ("manifests",) else path.parts
+    if ".." in parts:
+        return path
+    shipped = Path(framestream.__file__).parent / "manifests" / Path(*parts)
+    candidates = (shipped, shipped.with_name(f"{shipped.name}.yaml"))
+    return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 def load_yaml(path: str | Path) -> Any:
@@ -59,7 +77,9 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {show_value(named)}")
     merged: dict = {}
     for base in bases:
-        merged = merge_mappings(merged, read_yaml(path.parent / base, (*seen, path.resolve())))
+        beside = path.parent / base
+        extended = beside if beside.is_file() else locate_manifest(base)
+        merged = merge_mappings(merged, read_yaml(extended if extended.is_file() else beside, (*seen, path.resolve())))
     return merge_mappings(merged, value)
 
 

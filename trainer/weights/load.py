@@ -1,13 +1,14 @@
-"""Weights in and out: published files and our own, on one process or under ZeRO-3.
+"""Read and write weights: published files and our own, in one process or under ZeRO-3.
 
-``initialise`` fills a new model from the places that the manifest names, ``save`` writes a folder, ``load_pretrained``
-reads one for inference. Under ZeRO-3 every parameter is gathered by itself: rank 0 reads or writes it and no rank holds
-the whole model. What stands in files is the business of ``framestream.trainer.weights.tensor_files``.
+``initialize`` fills a new model from the addresses in the manifest, ``save_weights`` writes a folder,
+``load_pretrained`` reads one for inference. Under ZeRO-3 every parameter is gathered by itself: rank 0 reads or writes
+it, and no rank stores the full model. :mod:`framestream.trainer.weights.tensor_files` knows the format of the files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -19,12 +20,18 @@ import torch.distributed as dist
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from framestream.pipeline.config.manifest import Manifest, to_dict
+from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import ModelConfig
-from framestream.pipeline.config.schema import from_dict
-from framestream.trainer.model.internvideo2 import LAYER_SCALE, POS_EMBED_FRAMES, pos_embed_grid, init_pos_embed, interpolate_pos_embed
+from framestream.pipeline.config.schema import from_dict, to_dict
+from framestream.trainer.model.internvideo2 import (
+    LAYER_SCALE,
+    POS_EMBED_FRAMES,
+    init_pos_embed,
+    interpolate_pos_embed,
+    pos_embed_grid,
+)
 from framestream.trainer.model.video_llm import VideoLLM
-from framestream.trainer.weights import hf_config as release
+from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, is_hf_release, parse_hf_config
 from framestream.trainer.weights.hub import locate_weights
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
@@ -35,7 +42,7 @@ from framestream.trainer.weights.tensor_files import (
     open_tensors,
     shard_files,
     to_hf_name,
-    write_index,
+    write_weight_index,
     write_shard,
 )
 
@@ -43,17 +50,17 @@ MAX_NAMES = 3  #: names of faulty tensors in a message
 
 
 def open_part_tensors(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
-    """The tensors of one part by our names, complete and of the right shapes.
+    """Open the tensors of one part by our names; all of them exist and have the model's shapes.
 
-    Learned positions for another number of patches or frames are fitted to the model's.
+    Learned positions for another number of patches or frames are resized to the model's.
 
     Raises:
-        WeightsError: lists missing, unexpected and wrongly shaped tensors by name.
+        WeightsError: lists missing and unexpected tensors, and tensors of the wrong shape, by name.
     """
     tensors = open_tensors(path)
     found = {name: tensors[key] for key, name in map_checkpoint_keys(part, list(tensors), cfg).items()}
     wanted = {name: full_shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
-    found = {name: _fitted(name, tensor, wanted[name]) if name in wanted else tensor for name, tensor in found.items()}
+    found |= {name: _fit_positions(name, found[name], size) for name, size in wanted.items() if name in found}
     wrong = [
         f"{name} is {list(found[name].shape)}, the model's {list(size)}"
         for name, size in wanted.items()
@@ -65,13 +72,13 @@ def open_part_tensors(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) 
         "wrong shape": wrong,
     }
     if any(faults.values()):
-        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        listed = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names)
         raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
     return found
 
 
-def _fitted(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
-    """Learned positions as the model wants them; anything else, and a table that cannot be one, as it is."""
+def _fit_positions(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
+    """Resize learned positions to the model's table; anything else, and a table that does not fit, is unchanged."""
     frames = POS_EMBED_FRAMES.get(name.removeprefix("vision_tower."))
     if frames is None or tensor.shape == size or len(tensor.shape) != 3 or tensor.shape[::2] != size[::2]:
         return tensor
@@ -81,15 +88,15 @@ def _fitted(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
     return LazyTensor(size, lambda: interpolate_pos_embed(tensor.read(), *wanted))
 
 
-# ------------------------------------------------------------------------------------------------------- filling
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
-    """float32 start value that depends on the seed, the name and the shape alone.
+    """Compute a float32 start value that depends only on the seed, the name and the shape.
 
-    Matrices are normal with variance 1 / inputs (LeCun's rule; a deviation of 0.017 at 3,584 inputs, where Qwen2 has
-    0.02, and more in smaller models); norm weights are one, biases zero. InternVideo2's layer scales and positions have
-    the published start values.
+    Matrices are normal with variance 1 / inputs (LeCun's rule). That is a standard deviation of 0.017 at 3,584 inputs,
+    where Qwen2 has 0.02, and more in smaller models. Norm weights are one, biases zero. InternVideo2's layer scales and
+    positions have the published start values.
     """
     frames = POS_EMBED_FRAMES.get(name.removeprefix("vision_tower."))
     if frames is not None and (table := pos_embed_grid(size[1], frames)):
@@ -106,62 +113,76 @@ def random_tensor(name: str, size: tuple[int, ...], seed: int) -> torch.Tensor:
 def resolve_init_tensors(
     model: VideoLLM, manifest: Manifest, parts: Collection[str] | None = None
 ) -> dict[str, LazyTensor]:
-    """Where every parameter of ``parts`` (all if None) starts from: our name -> tensor, as ``manifest.init_from`` says.
+    """Find the start value of every parameter of ``parts`` (all if None), as ``manifest.init_from`` says.
 
-    A part named in ``init_from`` wins over its ``run``; a connector that nothing names is random.
+    A part named in ``init_from`` takes precedence over ``init_from.run``. A connector that nothing names is random.
+
+    Returns:
+        our name -> tensor.
+
+    Raises:
+        WeightsError: one line that names the field, the file and the tensors that do not fit.
     """
-    tensors, places = {}, {}
+    tensors: dict[str, LazyTensor] = {}
+    paths: dict[str, tuple[str, Path]] = {}
     for part in model.parts() if parts is None else parts:
-        field, place = resolve_init_source(manifest, part)
-        if place == "random":
+        field, address = resolve_init_source(manifest, part)
+        if address == "random":
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
                     size = full_shape(p)
-                    tensors[name] = LazyTensor(size, lambda n=name, s=size: random_tensor(n, s, manifest.seed))
+                    tensors[name] = LazyTensor(size, functools.partial(random_tensor, name, size, manifest.seed))
         else:
             try:
-                places[part] = (f"{field}: ", locate_weights(place))
+                paths[part] = (f"{field}: ", locate_weights(address))
             except WeightsError as error:
                 raise WeightsError(f"{field}: {error}") from error
-    return tensors | _read_parts(model, places, manifest.model)
+    return tensors | _open_parts(model, paths, manifest.model)
 
 
-def _read_parts(model: VideoLLM, places: dict[str, tuple[str, Path]], cfg: ModelConfig) -> dict[str, LazyTensor]:
-    """The tensors of several parts by our names; ``places``: part -> how its errors begin, file or folder.
+def _open_parts(model: VideoLLM, paths: dict[str, tuple[str, Path]], cfg: ModelConfig) -> dict[str, LazyTensor]:
+    """Open the tensors of several parts by our names.
+
+    Args:
+        paths: part -> beginning of its errors, file or folder.
 
     Raises:
-        WeightsError: one, with the faults of all parts.
+        WeightsError: one error with the faults of all parts.
     """
-    tensors, faults = {}, {}
-    for part, (where, path) in places.items():
+    tensors: dict[str, LazyTensor] = {}
+    faults: dict[str, None] = {}  # an ordered set: a damaged folder of all parts is one fault
+    for part, (where, path) in paths.items():
         try:
             tensors |= open_part_tensors(model, part, path, cfg)
         except WeightsError as error:
-            faults[f"{where}{error}"] = None  # a damaged folder of all parts is one fault
+            faults[f"{where}{error}"] = None
     if faults:
         raise WeightsError("; ".join(faults))
     return tensors
 
 
 def resolve_init_source(manifest: Manifest, part: str) -> tuple[str, str]:
-    """Field of the manifest that says where a part starts from, and that place, or ``random``.
+    """Find what a part starts from.
+
+    Returns:
+        the manifest's field that says so, and an address for ``locate_weights``, or ``random``.
 
     Raises:
         WeightsError: ``init_from.run`` is a run that is not finished.
     """
-    given = manifest.init_from
-    if own := getattr(given, part):
-        return f"init_from.{part}", own
-    return "init_from.run", _weights_of(given.run) if given.run else "random"
+    init = manifest.init_from
+    if address := getattr(init, part):
+        return f"init_from.{part}", address
+    return "init_from.run", _run_weights(init.run) if init.run else "random"
 
 
-def _some(names: list[str]) -> str:
-    """The first of ``names``, in one line that can be read."""
+def _shorten(names: list[str]) -> str:
+    """Join the first of ``names`` to a line that is not too long."""
     return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
-def _weights_of(run: str) -> str:
-    """Place of the weights of a run, or of a released checkpoint, also one of the hub (``hf:``): that itself."""
+def _run_weights(run: str) -> str:
+    """Return the folder of final weights of a run; the address of a released checkpoint is returned unchanged."""
     folder = Path(run)
     if run.startswith("hf:") or (not (folder / "final").exists() and (folder / "config.json").is_file()):
         return run
@@ -173,10 +194,10 @@ def _weights_of(run: str) -> str:
 
 
 def initialize(model: VideoLLM, manifest: Manifest) -> None:
-    """Fill every parameter as ``manifest.init_from`` says. Call before ``deepspeed.initialize``, on every rank.
+    """Set every parameter as ``manifest.init_from`` says. Call before ``deepspeed.initialize``, on every rank.
 
     Raises:
-        WeightsError: on every rank alike, before anything is filled.
+        WeightsError: on every rank, before any parameter is set.
     """
     partitioned = any(is_partitioned(p) for p in model.parameters())
     reads = not partitioned or dist.get_rank() == 0
@@ -195,7 +216,10 @@ def initialize(model: VideoLLM, manifest: Manifest) -> None:
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, LazyTensor] | None) -> None:
-    """Copy ``tensors`` (our names) into all parameters; a rank that does not read passes None and takes part."""
+    """Copy ``tensors`` (by our names) into all parameters.
+
+    Every rank calls this, because parameters are gathered; a rank that does not read passes None.
+    """
     for name, parameter in model.named_parameters():
         with gather_parameter(parameter, write=True), torch.no_grad():
             if tensors is not None:
@@ -203,22 +227,22 @@ def copy_tensors(model: nn.Module, tensors: dict[str, LazyTensor] | None) -> Non
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 holds only a part of the parameter on this rank."""
+    """Return whether this rank stores only a ZeRO-3 partition of the parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter."""
+    """Return the shape of the parameter before ZeRO-3 partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextlib.contextmanager
 def gather_parameter(parameter: nn.Parameter, write: bool = False) -> Iterator[None]:
-    """The whole parameter on every rank for a while; with ``write``, rank 0's values are kept."""
+    """Gather a partitioned parameter on every rank inside the block; with ``write``, rank 0's values are stored."""
     if not is_partitioned(parameter):
         yield
         return
-    import deepspeed  # only a sharded run needs it
+    import deepspeed  # only a sharded run needs DeepSpeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if write else None):
         yield
@@ -228,10 +252,10 @@ def gather_parameter(parameter: nn.Parameter, write: bool = False) -> Iterator[N
 
 
 def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write all parameters under published names, with config.json; call on every rank.
+    """Write all parameters by their published names, and config.json. Call on every rank.
 
-    One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (a larger tensor has a shard of its own)
-    with their index. config.json, written last, holds the manifest's sections that inference needs.
+    The files are one ``model.safetensors``, or numbered shards of at most ``shard_bytes`` with their index. A larger
+    tensor has a shard of its own. config.json is written last, with the manifest's sections that inference needs.
     """
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     tower = manifest.model.vision_tower.type
@@ -249,10 +273,10 @@ def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_
             write_shard(folder / file, tensors)
     if not writes:
         return
-    write_index(folder, sizes, shard_bytes)
+    write_weight_index(folder, sizes, shard_bytes)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     sections = {name: to_dict(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
-    config = {"architectures": ["VideoLLM"], "model_type": release.NATIVE_MODEL_TYPE, "dtype": dtype, **sections}
+    config = {"architectures": ["VideoLLM"], "model_type": NATIVE_MODEL_TYPE, "dtype": dtype, **sections}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -261,22 +285,21 @@ def _bytes(parameter: nn.Parameter) -> int:
 
 
 def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
-    """The model of a folder that ``save`` or ``framestream.trainer.export`` wrote, or of a released checkpoint, on the CPU.
-
-    It has the dtype that config.json names.
+    """Load a model for inference: on the CPU, in eval mode, in the dtype of its config.json.
 
     Args:
-        size: pixels of a frame's side; what config.json names if None.
+        folder: written by :func:`save_weights` or ``python -m trainer.export``, or a released checkpoint.
+        size: pixels of a frame's side; the size in config.json if None.
 
     Raises:
-        WeightsError: no config.json there, or its weights do not fit it.
+        WeightsError: there is no config.json, or the weights do not fit it.
         ManifestError: config.json describes a model that cannot be built here.
     """
     folder = Path(folder)
     config, where = read_config(folder), str(folder / "config.json")
-    if release.is_hf_release(config):
-        cfg, trained_size, clip_frames = release.parse_hf_config(config, where)
-    elif config.get("model_type") == release.NATIVE_MODEL_TYPE:
+    if is_hf_release(config):
+        cfg, trained_size, clip_frames = parse_hf_config(config, where)
+    elif config.get("model_type") == NATIVE_MODEL_TYPE:
         cfg = from_dict(ModelConfig, config["model"], f"{where}: model")
         trained_size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
     else:
@@ -290,7 +313,11 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a folder of weights; WeightsError where it is missing or no JSON object."""
+    """Read config.json of a folder of weights.
+
+    Raises:
+        WeightsError: it is missing, or not a JSON object.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise WeightsError(f"{folder}: no config.json; name the `final` folder of a finished run")
@@ -304,7 +331,11 @@ def read_config(folder: Path) -> dict:
 
 
 def parse_dtype(config: dict, where: str) -> torch.dtype:
-    """dtype that a config.json names (``dtype``, or ``torch_dtype`` as before transformers 5)."""
+    """Return the dtype in a config.json: ``dtype``, or ``torch_dtype`` as before transformers 5.
+
+    Raises:
+        WeightsError: none of :data:`~framestream.trainer.weights.tensor_files.DTYPES`.
+    """
     name = config.get("dtype") or config.get("torch_dtype")
     if name not in DTYPES:
         raise WeightsError(f"{where}: dtype: {name!r} is not one of {', '.join(DTYPES)}")
@@ -312,11 +343,15 @@ def parse_dtype(config: dict, where: str) -> torch.dtype:
 
 
 def build_meta_model(cfg: ModelConfig, size: int, clip_frames: int) -> VideoLLM:
-    """A model without storage (``meta``), for its parameters' names and shapes."""
+    """Build a model without storage (``meta``), for its parameters' names and shapes."""
     with torch.device("meta"), no_init_weights():
         return VideoLLM(cfg, size, clip_frames)
 
 
 def open_model_tensors(model: VideoLLM, folder: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
-    """The tensors of all parts by our names; one WeightsError as from ``read_part``, with the faults of all parts."""
-    return _read_parts(model, {part: ("", folder) for part in model.parts()}, cfg)
+    """Open the tensors of all parts by our names.
+
+    Raises:
+        WeightsError: one error with the faults of all parts, as in :func:`open_part_tensors`.
+    """
+    return _open_parts(model, {part: ("", folder) for part in model.parts()}, cfg)

@@ -289,3 +289,22 @@ def test_any_mapping_is_refused_in_one_line_and_never_crashes(value):
     with pytest.raises(ManifestError) as caught:
         from_dict(Manifest, value, "m.yaml: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["demo/stage2", "demo/stage2.yaml", "manifests/demo/stage2.yaml"])
+def test_shipped_manifests_are_found_by_name_from_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    manifest = load_manifest(name)
+    assert (manifest.name, manifest.stage, manifest.init_from.run) == ("stage2", 2, "demo/runs/stage1")
+    (tmp_path / "own.yaml").write_text(f"extends: {name}\noutput: mine\n", encoding="utf-8")
+    assert load_manifest("own.yaml").output == "mine"
+
+
+def test_own_manifests_win_over_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stage3.yaml").write_text("extends: demo/stage2\noutput: mine\n", encoding="utf-8")
+    assert load_manifest("stage3.yaml").output == "mine"
+    with pytest.raises(ManifestError, match=r"^stage9: cannot be read"):
+        load_manifest("stage9")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        load_manifest("manifests/../../../../etc/hostname")

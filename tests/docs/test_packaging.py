@@ -1,0 +1,146 @@
+"""The package: its license, its dependencies and their pins, and what an installed copy can do."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.helpers.paths import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = ("pipeline", "trainer", "tools")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def extra(name: str) -> list[Requirement]:
+    return [Requirement(text) for text in project()["optional-dependencies"][name]]
+
+
+def dependencies() -> list[Requirement]:
+    return [Requirement(text) for text in project()["dependencies"]]
+
+
+def requirements(text: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def test_licence_is_the_whole_apache_licence():
+    words = " ".join((ROOT / "LICENSE").read_text(encoding="utf-8").split())
+    assert words.startswith("Apache License Version 2.0, January 2004")
+    assert hashlib.sha256(words.encode()).hexdigest() == APACHE_2
+    assert project()["license"] == "Apache-2.0"
+
+
+#: sha256 of the licence's words joined by single spaces, as in apache.org/licenses/LICENSE-2.0.txt
+APACHE_2 = "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_constraints_pin_every_dependency_within_its_bounds(python):
+    pins = {}
+    for pin in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8")):
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin} is not exact"
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice"
+            pins[canonicalize_name(pin.name)] = str(pin.specifier)[2:]
+    wanted = [*dependencies(), *extra("dev")]
+    for requirement in wanted:
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), f"{requirement} is not pinned"
+
+
+def brought_along(waiting: list[Requirement]) -> set[str]:
+    """Requirements and what they depend on here; torch pins its own CUDA parts exactly."""
+    needed = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in needed or name.startswith(("nvidia-", "cuda-", "triton")):
+            continue
+        needed.add(name)
+        for line in importlib.metadata.requires(name) or []:
+            inner = Requirement(line)
+            extras = [*requirement.extras, ""]
+            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(inner)
+    return needed
+
+
+def test_constraints_pin_what_dependencies_depend_on():
+    """Nothing that `pip install -e .[dev]` brings along is left to chance."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    needed = brought_along([*dependencies(), *extra("dev")])
+    assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints.txt"
+    unpaired = {pin.name for pin in requirements(text) if pin.marker and "<" in str(pin.marker)}
+    assert pinned <= needed | {canonicalize_name(name) for name in unpaired}, "constraints.txt pins what nothing needs"
+
+
+def test_constraints_of_the_peers_are_exact_and_within_bounds():
+    pins = requirements((ROOT / "constraints-peers.txt").read_text(encoding="utf-8"))
+    exact = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
+    assert len(exact) == len(pins) and all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    for requirement in extra("peers"):
+        assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), (
+            f"{requirement} is not pinned"
+        )
+    both = {canonicalize_name(pin.name) for pin in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8"))}
+    assert not both & exact.keys(), "constraints.txt has it already"
+
+
+@pytest.mark.peers
+def test_constraints_pin_what_the_peers_depend_on():
+    pytest.importorskip("megatron.energon")
+    needed = brought_along(extra("peers"))
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "constraints-peers.txt"))
+    pinned = {canonicalize_name(pin.name) for pin in requirements(text)}
+    assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints-peers.txt"
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports absolutely."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_imports_are_declared_dependencies():
+    declared = [*dependencies(), *(item for name in project()["optional-dependencies"] for item in extra(name))]
+    named = {canonicalize_name(item.name) for item in declared}
+    owners = importlib.metadata.packages_distributions()
+    optional = {"flash_attn": "flash-attn", "megatron": "megatron-energon"}
+    for path in SOURCES:
+        for name in imported(path) - {"framestream"} - sys.stdlib_module_names:
+            owner = owners.get(name, [optional.get(name, name)])
+            assert named & {canonicalize_name(item) for item in owner}, f"{relative(path)} imports {name}"
+
+
+def test_declared_dependencies_are_imported():
+    owners = importlib.metadata.packages_distributions()
+    used = {canonicalize_name(owner) for path in SOURCES for name in imported(path) for owner in owners.get(name, [])}
+    named = {canonicalize_name(item.name) for item in dependencies()}
+    assert named - used == {"tensorboard"}  # torch.utils.tensorboard needs it
