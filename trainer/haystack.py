@@ -1,9 +1,9 @@
-"""``python -m trainer.haystack --manifest M --needles FILE --root DIR --video FILE``: find pictures in long videos.
+"""``python -m trainer.haystack --manifest M --needles FILE --root DIR --video FILE``: find images in long videos.
 
-Every question of the annotation file, about one picture each, is asked with the picture in place of one frame of a
-video, for every number of frames and every depth (:mod:`framestream.pipeline.evaluation.haystack`); and blind, with the picture of another
-question, whose answer differs, in its place. Results go to RUN/haystack.json, and as a heat map to
-``python -m trainer.report RUN`` and to ``--html``.
+Every question of the annotation file is about one image. The image replaces one frame of a video, and the question is
+asked for every number of frames and every depth (:mod:`framestream.pipeline.evaluation.haystack`). It is also asked
+blind, with the image of another question whose answer differs. Results are written to RUN/haystack.json, and as a heat
+map to ``python -m trainer.report RUN`` and to ``--html``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,61 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from framestream.pipeline.config.manifest import Manifest, ManifestError
-from framestream.pipeline.evaluation.haystack import Haystack
 from framestream.trainer.evaluation.cli import build_parser, run_command
-from framestream.trainer.evaluation.haystack_html import render_haystack_page
-from framestream.trainer.evaluation.haystack_search import run_haystack
+
+if TYPE_CHECKING:
+    from framestream.pipeline.config.manifest import Manifest
 
 FRAMES = (8, 32, 128, 512)
 DEPTHS = (0, 25, 50, 75, 100)
 
 
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.haystack") -> int:
+    """Run the command line; returns the exit status: 0 done, 1 files that cannot be read, 2 bad input, 130 Ctrl-C."""
+    description = "Find images that replace one frame of a long video."
+    parser = build_parser(prog, description, "the stage's YAML", "haystack.json")
+    parser.add_argument("--needles", type=Path, required=True, help="annotation file: images with a question each")
+    parser.add_argument("--root", type=Path, required=True, help="folder that its image paths are relative to")
+    parser.add_argument(
+        "--video", action="append", required=True, help="insert the images in this video; repeat it for several videos"
+    )
+    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
+    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
+    return run_command(parser, arguments, _score, _page, table, lambda _: "haystack.json")
+
+
+def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
+    from framestream.pipeline.evaluation.haystack import Haystack
+    from framestream.trainer.evaluation.haystack_search import run_haystack
+
+    _check_options(options, manifest)
+    frames, depths = sorted(set(options.frames)), sorted(set(options.depths))
+    haystack = Haystack(manifest, options.needles, options.root, options.video, frames, depths)
+    return run_haystack(manifest, checkpoint, haystack)
+
+
+def _check_options(options: argparse.Namespace, manifest: Manifest) -> None:
+    from framestream.pipeline.config.manifest import ManifestError
+
+    clip = manifest.frames.clip_frames
+    for count in options.frames:
+        if count < clip or count % clip:
+            raise ManifestError(f"--frames {count}: must be a multiple of {clip}, the frames of a clip")
+    for depth in options.depths:
+        if not 0 <= depth <= 100:
+            raise ManifestError(f"--depths {depth:g}: must be a percentage from 0 to 100")
+
+
+def _page(result: dict) -> str:
+    from framestream.trainer.evaluation.haystack_html import render_haystack_page
+
+    return render_haystack_page(result)
+
+
 def table(result: dict) -> list[str]:
-    """The accuracies of generation as lines of text: depths down, numbers of frames across."""
+    """Format the accuracies of generation as lines of text: one line for each depth, one column for each length."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
     values = {(row["frames"], row["depth"]): row["accuracy"] for row in rows}
@@ -33,40 +75,12 @@ def table(result: dict) -> list[str]:
         cells = (values.get((count, depth)) for count in frames)
         lines.append(f"{depth:>6g} %" + "".join(f"{'':>8}" if v is None else f"{v:>8.1f}" for v in cells))
     for row in filter(None, (result["trained"], result["deepest"])):
-        spread = f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
+        interval = f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
         lines.append(
             f"{row['family']}: {row['accuracy']:.1f} % of {row['questions']}, blind {row['blind']:.1f}, "
-            f"gain {row['gain']:.1f} ({spread})"
+            f"gain {row['gain']:.1f} ({interval})"
         )
     return lines
-
-
-def _check(options: argparse.Namespace, manifest: Manifest) -> None:
-    clip = manifest.frames.clip_frames
-    for count in options.frames:
-        if count < clip or count % clip:
-            raise ManifestError(f"--frames {count}: is no multiple of {clip}, the frames of a clip")
-    for depth in options.depths:
-        if not 0 <= depth <= 100:
-            raise ManifestError(f"--depths {depth:g}: is no percentage; give numbers from 0 to 100")
-
-
-def _ask(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
-    _check(options, manifest)
-    frames, depths = sorted(set(options.frames)), sorted(set(options.depths))
-    haystack = Haystack(manifest, options.needles, options.root, options.video, frames, depths)
-    return run_haystack(manifest, checkpoint, haystack)
-
-
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.haystack") -> int:
-    """Command line; returns the exit status (0 done, 1 files or weights that cannot be read, 2 bad input)."""
-    parser = build_parser(prog, __doc__.split("\n\n")[0], "the stage's YAML", "haystack.json")
-    parser.add_argument("--needles", type=Path, required=True, help="annotation file: pictures with a question each")
-    parser.add_argument("--root", type=Path, required=True, help="folder that its picture paths are relative to")
-    parser.add_argument("--video", action="append", required=True, help="hide them in this video; repeatable, in turn")
-    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
-    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
-    return run_command(parser, arguments, _ask, render_haystack_page, table, lambda _: "haystack.json")
 
 
 if __name__ == "__main__":

@@ -1,241 +1,39 @@
-"""``python -m trainer.report RUN [RUN ...] --out report.html``: what the runs did, as one page that needs nothing else.
+"""``python -m trainer.report RUN [RUN ...] --out report.html``: write runs and their scores as one HTML page.
 
-Read from each RUN, where present: ``log.jsonl`` (one object per optimiser step), ``manifest.yaml`` (the resolved
-manifest), ``ledger/`` (dialogues that were left out or cut), ``evaluation.json`` (scores of held-out questions) and
-``haystack.json`` (needles found in long videos).
+The page is self-contained. :mod:`framestream.trainer.evaluation.run_report` lists the files that are read.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import json
-import math
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
-from markupsafe import Markup
-
-from framestream.pipeline.html.page import render_page
-from framestream.pipeline.html.svg import COLORS, Line, format_duration, format_number, line_chart
-from framestream.pipeline.shards.ledger import REASONS
-from framestream.trainer.checkpoint.save import write_atomically
-from framestream.trainer.evaluation import haystack_html as haystack_page
-from framestream.trainer.evaluation.scores_html import SCORE_FILTERS, BAR_COLORS, scores_values
-from framestream.trainer.monitoring.run_ledger import read_run_ledger
-
-PART_COLOURS = {"vision_tower": COLORS[0], "connector": COLORS[1], "language_model": COLORS[2]}
-SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
-EDGE_STEPS = 10  #: steps averaged for a first and a last loss, at most half of them
-EXAMPLES = 5  #: dialogues shown for each reason of the ledger
-GIB = 2**30
-
-
-class ReportError(ValueError):
-    """Something that a report needs is missing or broken: one line that names the file and the fix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run's folder, read."""
-
-    folder: Path
-    steps: list[dict]
-    manifest: dict
-    ledger: list[dict]
-    evaluation: dict | None
-    haystack: dict | None
-
-    @property
-    def name(self) -> str:
-        return str(self.manifest.get("name") or self.folder.name)
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        ReportError: there is no log, or a file is not what it should be.
-    """
-    log = folder / "log.jsonl"
-    if not log.is_file():
-        raise ReportError(f"{folder}: no log.jsonl here; train it first: python -m trainer --manifest M")
-    steps = _json_lines(log)
-    if not steps:
-        raise ReportError(f"{log}: no optimiser step is logged yet; wait for the first one")
-    for record in steps:
-        missing = [name for name in ("step", "loss", "seconds") if name not in record]
-        if missing:
-            raise ReportError(f"{log}: a line lacks {', '.join(missing)}; the file was not written by the trainer")
-    manifest = {}
-    if (folder / "manifest.yaml").is_file():
-        manifest = yaml.safe_load((folder / "manifest.yaml").read_text(encoding="utf-8"))
-    evaluation, haystack = _scores(folder, "evaluate", "evaluation"), _scores(folder, "haystack", "haystack")
-    return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation, haystack)
-
-
-def _scores(folder: Path, program: str, name: str) -> dict | None:
-    """What ``framestream.trainer.evaluate`` or ``framestream.trainer.haystack`` wrote; None where it was not run."""
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ReportError(f"{path}: not JSON; run python -m trainer.{program} again") from None
-    if not all("method" in row for row in found["families"]):
-        raise ReportError(f"{path}: of another version; run python -m trainer.{program} again")
-    return found
-
-
-def render(runs: list[Run]) -> str:
-    """The page as HTML."""
-    return render_page(
-        Path(__file__).parent / "evaluation" / "report.html.j2",
-        {"compact": format_number, "duration": format_duration, **SCORE_FILTERS},
-        runs=[(run, summary(run), charts(run)) for run in runs],
-        scored=[{"name": run.name, **scores_values(run.evaluation)} for run in runs if run.evaluation],
-        searched=[{"name": run.name, **haystack_page.haystack_values(run.haystack)} for run in runs if run.haystack],
-        **BAR_COLORS,
-    )
-
-
-def summary(run: Run) -> dict:
-    """The figures of one run's row in the table of stages."""
-    steps, manifest = run.steps, run.manifest
-    train, frames = manifest.get("train", {}), manifest.get("frames", {})
-    trained = [name.replace("_", " ") for name in PART_COLOURS if train.get(name, {}).get("train")]
-    losses = [record["loss"] for record in steps if record["loss"] is not None] or [math.nan]
-    edge = min(EDGE_STEPS, max(1, len(losses) // 2))
-    seconds = sum(record["seconds"] for record in steps)
-    init = manifest.get("init_from", {})
-    return {
-        "stage": manifest.get("stage", ""),
-        "trained": ", ".join(trained) or "unknown",
-        "frames": _frames(frames) if frames else "unknown",
-        "init": init.get("run") or ", ".join(sorted({str(value) for value in init.values() if value})) or "unknown",
-        "zero_stage": steps[-1].get("zero_stage", "unknown"),
-        "ranks": steps[-1].get("ranks", "unknown"),
-        "done": steps[-1]["step"],
-        "wanted": steps[-1].get("steps", steps[-1]["step"]),
-        "dialogues": sum(record.get("dialogues", 0) for record in steps),
-        "seconds": seconds,
-        "first_loss": statistics.fmean(losses[:edge]),
-        "last_loss": statistics.fmean(losses[-edge:]),
-        "tokens_per_s": _per_second(steps, "tokens_per_s", seconds),
-        "frames_per_s": _per_second(steps, "frames_per_s", seconds),
-        "data_wait": 100 * _per_second(steps, "data_wait", seconds),
-        "mfu": 100 * _per_second(steps, "mfu", seconds) if steps[-1].get("mfu") is not None else None,
-        "peak_memory": max(record.get("peak_memory", 0) for record in steps) / GIB,
-        "not_finite": steps[-1].get("not_finite", 0),
-        "noted": len(run.ledger),
-        "ledger": ledger_rows(run.ledger),
-    }
-
-
-def ledger_rows(ledger: list[dict]) -> list[dict]:
-    """What the ledger holds for each reason, most frequent first: meaning, number, and the first few dialogues."""
-    by_reason: dict[str, list[dict]] = collections.defaultdict(list)
-    for row in ledger:
-        by_reason[row["reason"]].append(row)
-    return [
-        {"reason": reason, "meaning": REASONS.get(reason, ""), "count": len(rows), "examples": rows[:EXAMPLES]}
-        for reason, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    ]
-
-
-def charts(run: Run) -> list[Markup]:
-    """A run's curves: loss, learning rates, throughput, waiting for data, MFU, memory and gradient norm."""
-    x = [record["step"] for record in run.steps]
-    finite = [(record["step"], record["loss"]) for record in run.steps if record["loss"] is not None]
-    drawn = []
-    if finite:
-        learned, losses = zip(*finite, strict=True)
-        each = Line("each step", learned, losses, "#9db9ea", faint=True)
-        smooth = Line("moving average", learned, _moving_average(list(losses)))
-        drawn.append(line_chart("loss", [each, smooth], low=0.0 if min(losses) >= 0 else None))
-    parts = sorted({part for record in run.steps for part in record.get("lr", {})}, key=list(PART_COLOURS).index)
-    if parts:
-        drawn.append(line_chart("learning rate", _rate_lines(run, parts), low=0.0))
-    for key, title, factor in (
-        ("tokens_per_s", "tokens a second", 1),
-        ("frames_per_s", "frames a second", 1),
-        ("data_wait", "waiting for data, % of a step", 100),
-        ("tflops", "TFLOP/s of a rank", 1),
-        ("mfu", "MFU, %", 100),
-        ("peak_memory", "peak memory of a rank, GiB", 1 / GIB),
-        ("grad_norm", "gradient norm before clipping", 1),
-        ("not_finite", "steps not finite so far", 1),
-    ):
-        known = [(record["step"], factor * record[key]) for record in run.steps if record.get(key) is not None]
-        if known and (key != "not_finite" or known[-1][1]):
-            x, values = zip(*known, strict=True)
-            drawn.append(line_chart(title, [Line("", x, values)], low=0.0))
-    return drawn
-
-
-def _frames(frames: dict) -> str:
-    count = str(frames["min"]) if frames["min"] == frames["max"] else f"{frames['min']} to {frames['max']}"
-    return f"{count} at {frames['size']} px, {frames['sampler']}"
-
-
-def _rate_lines(run: Run, parts: list[str]) -> list[Line]:
-    """One line for each distinct course of the learning rate, named after all the parts that follow it."""
-    courses: dict[tuple[float, ...], list[str]] = {}
-    for part in parts:
-        courses.setdefault(tuple(record["lr"].get(part, 0.0) for record in run.steps), []).append(part)
-    x = [record["step"] for record in run.steps]
-    return [
-        Line(", ".join(names).replace("_", " "), x, rates, PART_COLOURS[names[0]]) for rates, names in courses.items()
-    ]
-
-
-def _per_second(steps: list[dict], key: str, seconds: float) -> float:
-    """Mean of a rate or share over time: steps weigh as long as they took."""
-    return sum((record.get(key) or 0.0) * record["seconds"] for record in steps) / seconds if seconds else 0.0
-
-
-def _moving_average(values: list[float]) -> list[float]:
-    """Exponential moving average, with the correction for its start (Adam, arXiv 1412.6980, section 3)."""
-    total, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        total += SMOOTHING * (value - total)
-        weight += SMOOTHING * (1 - weight)
-        smooth.append(total / weight)
-    return smooth
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; a torn last line (of a run being written) is left out."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ReportError(f"{path}: line {number} is not JSON; remove it") from None
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.report") -> int:
-    """Command line; returns the exit status (0 done, 2 bad input)."""
-    parser = argparse.ArgumentParser(prog=prog, description="Write one HTML page about runs.")
+    """Run the command line; returns the exit status: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(prog=prog, description="Write runs and their scores as one HTML page.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, in the order of the stages")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default %(default)s)")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="also write the loss, heat maps and an answer as image files"
+    )
     options = parser.parse_args(arguments)
+    from framestream.pipeline.utils.atomic_io import write_atomic
+    from framestream.trainer.evaluation.run_report import ReportError, read_run, render, write_images
+
     try:
-        page = render([read_run(folder) for folder in options.runs])
+        runs = [read_run(folder) for folder in options.runs]
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    page = render(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out, page)
-    print(f"{options.out}: {len(options.runs)} runs, {len(page) / 1e3:,.0f} kB")
+    write_atomic(options.out, page.encode())
+    if options.images:
+        write_images(options.images, runs)
+    print(f"{options.out}: {len(runs)} runs, {len(page) / 1e3:,.0f} kB")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""What the commands that score a model share: their common options, and how they end."""
+"""What the commands that score a model share: common options, error handling and output.
+
+A command parses its options with :func:`build_parser` before it imports anything heavy, so that ``--help`` is fast.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,28 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from framestream.pipeline.annotations.reader import AnnotationFileError
-from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
-from framestream.pipeline.media.errors import MediaError
-from framestream.pipeline.shards.index import ShardsError
-from framestream.pipeline.utils.atomic_io import write_atomic
-from framestream.trainer.weights.runs import resolve_weights
-from framestream.trainer.weights.tensor_files import WeightsError
+if TYPE_CHECKING:
+    from framestream.pipeline.config.manifest import Manifest
 
 
 def build_parser(prog: str, description: str, manifest: str, results: str) -> argparse.ArgumentParser:
-    """Options of a command that scores a model.
+    """Build the parser of a command that scores a model, with the common options.
 
     Args:
         prog: name of the command in its help.
-        manifest: what is said of that option.
-        results: files below RUN that results go to, as the help names them.
+        description: of the command.
+        manifest: help of the option ``--manifest``.
+        results: names of the files of results below RUN, for the help.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--manifest", required=True, help=manifest)
     parser.add_argument(
-        "--checkpoint", type=Path, help="a finished run, or a folder of weights; the manifest's run if not given"
+        "--checkpoint", type=Path, help="a finished run, or a folder of weights (default: the manifest's run)"
     )
-    parser.add_argument("--out", type=Path, help=f"file of the results; RUN/{results} if not given")
-    parser.add_argument("--html", type=Path, help="write a page of them, too")
+    parser.add_argument("--out", type=Path, help=f"file of results to write (default: RUN/{results})")
+    parser.add_argument("--html", type=Path, help="also write the results as a page to this file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     return parser
 
@@ -39,25 +39,34 @@ def build_parser(prog: str, description: str, manifest: str, results: str) -> ar
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    ask: Callable[[argparse.Namespace, Manifest, Path], dict],
+    score: Callable[[argparse.Namespace, Manifest, Path], dict],
     page: Callable[[dict], str],
     table: Callable[[dict], Iterable[str]],
     name: Callable[[argparse.Namespace], str],
 ) -> int:
-    """Parse the command line, ask the model, and write what was found to files and to the terminal.
+    """Parse the command line, score the model, and write the result to files and to the terminal.
 
     Args:
-        ask: options, manifest and folder of weights to the result, an object of JSON.
-        page, table: the result as HTML, and as lines of text.
+        parser: of the command line.
+        arguments: the command line; that of the process if None.
+        score: from options, manifest and folder of weights to the result, a JSON object.
+        page: renders the result as HTML.
+        table: renders the result as lines of text.
         name: of the file of results below RUN.
 
     Returns:
-        the exit status (0 done, 1 media or weights that cannot be read, 2 bad input).
+        the exit status: 0 done, 1 media or weights that cannot be read, 2 bad input, 130 Ctrl-C.
     """
     options = parser.parse_args(arguments)
+    from framestream.pipeline.annotations.reader import AnnotationFileError
+    from framestream.pipeline.config.manifest import ManifestError, load_manifest
+    from framestream.pipeline.media.errors import MediaError
+    from framestream.pipeline.shards.index import ShardsError
+    from framestream.trainer.weights.tensor_files import WeightsError
+
     try:
         manifest = load_manifest(options.manifest, options.set)
-        result = ask(options, manifest, _weights(options, manifest))
+        result = score(options, manifest, _resolve_weights(options, manifest))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
@@ -70,21 +79,32 @@ def run_command(
     result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     for line in (*table(result), *_notes(result)):
         print(line)
-    written = {options.out or Path(manifest.output) / name(options): json.dumps(result, indent=1)}
+    files = {options.out or Path(manifest.output) / name(options): json.dumps(result, indent=1)}
     if options.html:
-        written[options.html] = page(result)
-    for path, text in written.items():
+        files[options.html] = page(result)
+    return _write(files)
+
+
+def _write(files: dict[Path, str]) -> int:
+    """Write the files of results and print their names; returns the exit status."""
+    from framestream.pipeline.utils.atomic_io import write_atomic
+
+    for path, text in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, text.encode())
         except OSError as error:
-            print(f"error: {path}: cannot be written ({error.strerror}); name another place", file=sys.stderr)
+            print(f"error: {path}: cannot be written ({error.strerror}); name another file", file=sys.stderr)
             return 1
         print(path)
     return 0
 
 
-def _weights(options: argparse.Namespace, manifest: Manifest) -> Path:
+def _resolve_weights(options: argparse.Namespace, manifest: Manifest) -> Path:
+    """Return the folder of weights that the options name, or that of the manifest's run."""
+    from framestream.trainer.weights.runs import resolve_weights
+    from framestream.trainer.weights.tensor_files import WeightsError
+
     try:
         return resolve_weights(options.checkpoint or manifest.output)
     except WeightsError:
@@ -97,11 +117,14 @@ def _weights(options: argparse.Namespace, manifest: Manifest) -> Path:
 
 
 def _notes(result: dict) -> Iterator[str]:
-    """What was not asked, and what could not be right, a line each."""
+    """Yield a line for each kind of question that was not asked or cannot be answered correctly."""
     if result["without_partner"]:
-        named = ", ".join(result["without_partner"])
-        yield f"not asked, because the family has no other answer to be blind with, in: {named}"
+        families = ", ".join(result["without_partner"])
+        yield f"not asked, because no other question of the family has another answer (no blind control): {families}"
     if result["too_long"]:
-        yield f"{result['too_long']} answers have more tokens than evaluate.max_new_tokens: no generated one is right"
+        yield (
+            f"{result['too_long']} expected answers have more tokens than evaluate.max_new_tokens: "
+            "generation cannot answer them correctly"
+        )
     if result["unreadable"]:
         yield f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}"

@@ -1,4 +1,4 @@
-"""Heat maps of needles in haystacks as HTML: by themselves, and what reports of runs show of them."""
+"""Render heat maps of needles in haystacks as HTML, on a page of their own or in a report of runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from framestream.trainer.evaluation.scores_html import SCORE_FILTERS
 
 
 def haystack_values(result: dict) -> dict[str, Any]:
-    """What the templates show of a result of :func:`framestream.trainer.evaluation.haystack_search.search`."""
+    """Return what the templates show of the object of haystack.json."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
-    across, down = [f"{count:,}" for count in frames], [f"{depth:g} %" for depth in depths]
+    columns, lines = [f"{count:,}" for count in frames], [f"{depth:g} %" for depth in depths]
     maps = []
     for value, title in (("accuracy", "accuracy, %"), ("blind", "blind, %")):
         values = {(row["frames"], row["depth"]): row[value] for row in rows}
         cells = [[values.get((count, depth)) for count in frames] for depth in depths]
-        maps.append(heat_map(title, across, down, cells, "frames", "depth"))
+        maps.append(heat_map(title, columns, lines, cells, "frames", "depth"))
     return {"haystack": result, "maps": maps}
 
 
 def render_haystack_page(result: dict) -> str:
-    """A page about one result."""
+    """Render a page about one result."""
     return render_page(Path(__file__).parent / "search.html.j2", SCORE_FILTERS, **haystack_values(result))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Score needles in haystacks, and the accuracy at the lengths that the model was trained with."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ from framestream.trainer.evaluation.scorer import evaluate
 
 
 def run_haystack(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
-    """Ask everything; returns what haystack.json holds.
+    """Ask every question of ``haystack``, with its needle and blind.
 
     Returns:
-        what :func:`framestream.trainer.evaluation.scorer.evaluate` does, each of ``families`` with its ``frames`` and ``depth``;
-        ``trained_frames``, the manifest's most; ``trained``, the accuracy at the most frames that are no more than
-        these, ``deepest`` the same of the deepest needles among them; None where more are asked only.
+        the object of haystack.json: that of :func:`framestream.trainer.evaluation.scorer.evaluate`, with ``frames`` and
+        ``depth`` in each row of ``families``, and
+
+        ``trained_frames``: the manifest's most frames.
+        ``trained``: the accuracy at the largest number of frames that is not above ``trained_frames``.
+        ``deepest``: the same for the deepest needles alone. Both are None if all numbers of frames are above it.
     """
     result = evaluate(manifest, checkpoint, haystack, controls=("blind",), examples=0)
     for row in result["families"]:
         row |= haystack.cells[row["family"]]._asdict()
-    most = max((cell.frames for cell in haystack.cells.values() if cell.frames <= manifest.frames.max), default=None)
+    trained = max((cell.frames for cell in haystack.cells.values() if cell.frames <= manifest.frames.max), default=None)
     depth = max(cell.depth for cell in haystack.cells.values())
-    within = [row for row in result["answers"] if haystack.cells[row["family"]].frames == most]
+    within = [row for row in result["answers"] if haystack.cells[row["family"]].frames == trained]
     deepest = [row for row in within if haystack.cells[row["family"]].depth == depth]
     result["trained_frames"] = manifest.frames.max
-    result["trained"] = _together(within, f"{most} frames", manifest.seed)
-    result["deepest"] = _together(deepest, f"{most} frames, {depth:g} % deep", manifest.seed)
+    result["trained"] = _summarize_cells(within, f"{trained} frames", manifest.seed)
+    result["deepest"] = _summarize_cells(deepest, f"{trained} frames, {depth:g} % deep", manifest.seed)
     return result
 
 
-def _together(rows: list[dict], name: str, seed: int) -> dict | None:
-    """The accuracy of several cells' answers."""
+def _summarize_cells(rows: list[dict], name: str, seed: int) -> dict | None:
+    """Summarize the generated answers of several cells; None if there are no answers."""
     if not rows:
         return None
-    own, blind = (np.array([is_correct(row[way], row["expected"]) for row in rows]) for way in ("own", "blind"))
+    own, blind = (
+        np.array([is_correct(row[condition], row["expected"]) for row in rows]) for condition in ("own", "blind")
+    )
     return summarize(name, "generation", own, {"blind": blind}, seed)

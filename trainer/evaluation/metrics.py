@@ -1,4 +1,4 @@
-"""Right or wrong, partners for the blind control, and shares with their intervals. Pure arithmetic."""
+"""Decide whether answers are correct, choose partners for the blind control, and compute accuracies with intervals."""
 
 from __future__ import annotations
 
@@ -13,25 +13,34 @@ CONTROLS = ("blind", "shuffled")  #: other frames, and the same frames in anothe
 
 
 def normalize_answer(text: str) -> str:
-    """Case, surrounding space, brackets around all of it and a final full stop do not count."""
+    """Normalize an answer: lower case, without outer spaces, outer parentheses and trailing periods."""
     plain = text.strip().lower().rstrip(".").strip()
     return plain[1:-1].strip() if re.fullmatch(r"\([^()]*\)", plain) else plain
 
 
-def is_correct(given: str, answer: str) -> bool:
-    """Whether a reply is the answer. Where that is a single letter, a reply may go on after it: ``(B) a square``."""
+def is_correct(reply: str, answer: str) -> bool:
+    """Return whether ``reply`` is the expected answer.
+
+    If the answer is a single letter, the reply may continue after it, as in ``(B) a square``.
+    """
     expected = normalize_answer(answer)
     if re.fullmatch(r"[a-z]", expected):
-        first = re.match(r"\(?([a-z])(?![a-z'’])", given.strip().lower())
-        return bool(first) and first[1] == expected
-    return normalize_answer(given) == expected
+        # the letter, perhaps after a parenthesis, must not begin a word or a contraction: "a" in "apple", "i" in "I'm"
+        first = re.match(r"\(?([a-z])(?![a-z'’])", reply.strip().lower())
+        return first is not None and first[1] == expected
+    return normalize_answer(reply) == expected
 
 
 def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Sequence[int], seed: int) -> list[list[int]]:
-    """For each question up to :data:`TRIES` others of its family with a different answer, the first to be taken, the
-    rest where its media cannot be shown; none where there is none.
+    """Choose for each question up to :data:`MAX_PARTNERS` others of its family with a different answer.
 
-    Partners are drawn uniformly among those that show at least as many media; a question without media has none.
+    The first one is used; the others replace it if its media cannot be shown. Partners are chosen uniformly from the
+    questions that show at least as many media. A question without media has no partner.
+
+    Args:
+        families, answers: of each question.
+        shown: number of media of each question.
+        seed: of the random choice.
     """
     rng = np.random.default_rng(seed)
     by_family: dict[str, list[int]] = {}
@@ -48,33 +57,39 @@ def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Seque
 
 
 def bootstrap_ci(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap percentile interval of the mean of ``values`` (n,)."""
+    """Compute the 95 % bootstrap percentile interval of the mean of ``values`` (n,)."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def summarize(family: str, method: str, right: np.ndarray, controls: Mapping[str, np.ndarray], seed: int) -> dict:
-    """Accuracy of one family beside its controls, in points of 100, with intervals.
+def summarize(family: str, method: str, correct: np.ndarray, controls: Mapping[str, np.ndarray], seed: int) -> dict:
+    """Compute the accuracy of one family and of its controls, in percent, with intervals.
 
-    The interval of a gain resamples both answers of a question together.
+    A gain is the accuracy minus that of a control. Its interval resamples both answers of a question together.
 
     Args:
-        method: how answers were had: ``generation`` or ``likelihood``.
-        right: (n,) whether each question was answered rightly with its own frames.
+        family: name of the family.
+        method: ``generation`` or ``likelihood``.
+        correct: (n,) whether each question is answered correctly with its own frames.
         controls: the same under some of :data:`CONTROLS`, by name.
+        seed: of the bootstrap.
+
+    Returns:
+        one row of ``families`` in evaluation.json.
     """
-    row: dict = {"family": family, "method": method, "questions": len(right)}
-    _put(row, "accuracy", "", right, seed)
+    row: dict = {"family": family, "method": method, "questions": len(correct)}
+    _add_mean(row, "accuracy", "", correct, seed)
     for name, control in controls.items():
-        _put(row, name, f"{name}_", control, seed)
+        _add_mean(row, name, f"{name}_", control, seed)
         gain = "gain" if name == "blind" else f"{name}_gain"
-        _put(row, gain, f"{gain}_", right.astype(float) - control.astype(float), seed)
+        _add_mean(row, gain, f"{gain}_", correct.astype(float) - control.astype(float), seed)
     return row
 
 
-def _put(row: dict, name: str, prefix: str, values: np.ndarray, seed: int) -> None:
+def _add_mean(row: dict, name: str, prefix: str, values: np.ndarray, seed: int) -> None:
+    """Add the mean of ``values`` in percent as ``name``, and its interval as ``low`` and ``high`` with ``prefix``."""
     values = values.astype(float)
     low, high = bootstrap_ci(values, seed)
     row[name] = 100 * float(values.mean())

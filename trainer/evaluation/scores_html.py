@@ -1,7 +1,8 @@
-"""Scores as HTML: by themselves, and what reports of runs show of them."""
+"""Render scores as HTML, on a page of their own or in a report of runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ from framestream.pipeline.html.page import render_page
 from framestream.pipeline.html.svg import COLORS, Bar, bar_chart
 from framestream.trainer.evaluation.metrics import is_correct
 
-#: colours of the bars: with a question's own frames, with another's, with its own in another order
+#: color of the bars by condition: own frames, those of another question, own frames in another order
 BAR_COLORS = {"own": COLORS[0], "blind": "#b9c0cc", "shuffled": "#e0b36a"}
-SCORE_FILTERS = {"points": "{:.1f}".format, "right": lambda example: is_correct(example["given"], example["expected"])}
+#: of the templates: a number with one decimal, and whether an example is answered correctly
+SCORE_FILTERS: dict[str, Callable[..., Any]] = {
+    "points": "{:.1f}".format,
+    "right": lambda example: is_correct(example["given"], example["expected"]),
+}
 
 
 def scores_values(result: dict) -> dict[str, Any]:
-    """What the templates show of a result of :func:`framestream.trainer.evaluation.scorer.evaluate`."""
+    """Return what the templates show of the object of evaluation.json."""
     groups = []
     for row in result["families"]:
         if row["method"] != "generation":
@@ -28,5 +33,6 @@ def scores_values(result: dict) -> dict[str, Any]:
 
 
 def render_scores_page(result: dict) -> str:
-    """A page about one result."""
-    return render_page(Path(__file__).parent / "evaluation.html.j2", SCORE_FILTERS, **scores_values(result), **BAR_COLORS)
+    """Render a page about one result."""
+    template = Path(__file__).parent / "evaluation.html.j2"
+    return render_page(template, SCORE_FILTERS, **scores_values(result), **BAR_COLORS)

@@ -1,4 +1,4 @@
-"""A contact sheet: the pictures that a model is shown, as one picture."""
+"""Draw a contact sheet: the images that a model sees, in one file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from PIL import Image, ImageDraw
 
 from framestream.pipeline.media.resize import resize
 
-IMAGE_SIDE, IMAGES_PER_LINE, CAPTION_HEIGHT = 160, 8, 14  #: pixels of a picture's side, pictures in a line, pixels for the words below
+IMAGE_SIDE = 160  #: pixels of an image's side
+IMAGES_PER_LINE = 8
+CAPTION_HEIGHT = 14  #: pixels below an image
 
 
-def write_contact_sheet(path: str | Path, pictures: Sequence[np.ndarray], words: Sequence[str]) -> None:
-    """Write ``pictures``, uint8 (S, S, 3) each, with a word below each, as a JPEG or what the suffix says.
+def write_contact_sheet(path: str | Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Write ``images`` with a caption below each; the format follows the suffix of ``path``.
+
+    Args:
+        path: file to write, such as ``sheet.jpg``.
+        images: uint8 (S, S, 3) each.
+        captions: one for each image.
 
     Raises:
         OSError, ValueError: the file cannot be written, or its suffix is unknown.
     """
-    across = min(IMAGES_PER_LINE, len(pictures))
-    sheet = Image.new("RGB", (across * IMAGE_SIDE, math.ceil(len(pictures) / across) * (IMAGE_SIDE + CAPTION_HEIGHT)), "white")
+    columns = min(IMAGES_PER_LINE, len(images))
+    lines = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * IMAGE_SIDE, lines * (IMAGE_SIDE + CAPTION_HEIGHT)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (picture, word) in enumerate(zip(pictures, words, strict=True)):
-        left, top = number % across * IMAGE_SIDE, number // across * (IMAGE_SIDE + CAPTION_HEIGHT)
-        sheet.paste(Image.fromarray(resize(picture, IMAGE_SIDE, IMAGE_SIDE)), (left, top))
-        draw.text((left + 2, top + IMAGE_SIDE), word, fill="black")
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = number % columns * IMAGE_SIDE, number // columns * (IMAGE_SIDE + CAPTION_HEIGHT)
+        sheet.paste(Image.fromarray(resize(image, IMAGE_SIDE, IMAGE_SIDE)), (left, top))
+        draw.text((left + 2, top + IMAGE_SIDE), caption, fill="black")
     sheet.save(path)

@@ -1,4 +1,4 @@
-"""A trained model that is asked about files: from paths and turns to text."""
+"""Load a trained model and ask it about files: from paths and turns to text."""
 
 from __future__ import annotations
 
@@ -21,24 +21,44 @@ from framestream.trainer.weights.tensor_files import WeightsError
 
 
 def resolve_run(
-    checkpoint: str | Path, manifest: str | Path | None, overrides: Sequence[str] = ()
+    checkpoint: str | Path, manifest: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Path, Manifest]:
-    """The folder of weights and the manifest of a run, of its ``final``, or of an exported checkpoint.
+    """Find the folder of weights and the manifest of ``checkpoint``.
+
+    Args:
+        checkpoint: a run, its ``final`` folder, or an exported checkpoint.
+        manifest: the stage's YAML; the ``manifest.yaml`` beside or in the folder of weights if None.
+        overrides: ``field=value`` each, such as ``frames.max=64``.
 
     Raises:
         WeightsError: there are no weights, or no manifest beside them.
         ManifestError: the manifest is faulty.
     """
     weights = resolve_weights(checkpoint)
-    beside = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
-    found = manifest or next((path for path in beside if path.is_file()), None)
+    candidates = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
+    found = manifest or next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise WeightsError(f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too")
     return weights, load_manifest(found, tuple(overrides))
 
 
 class Predictor:
-    """One model under one manifest, on the GPU if there is one."""
+    """A trained model under one manifest, on the GPU if there is one.
+
+    Args:
+        weights: folder of weights, as :func:`resolve_run` finds it.
+        manifest: how files are sampled, resized and put into words.
+
+    Attributes:
+        model: the model, in eval mode.
+        tokenizer: its Hugging Face tokenizer.
+        chat_template: from turns to token ids.
+        device: where the model runs.
+
+    Raises:
+        WeightsError: the weights cannot be read or do not fit the model.
+        ManifestError: the tokenizer cannot be loaded, or config.json describes a model that cannot be built here.
+    """
 
     def __init__(self, weights: Path, manifest: Manifest) -> None:
         self.chat_template = build_chat_template(manifest)
@@ -46,37 +66,53 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_pretrained(weights, manifest.frames.size).to(self.device)
         self._manifest = manifest
-        self._handfuls = MediaFileCache(manifest)
+        self._files = MediaFileCache(manifest)
 
     def build_prompt(self, turns: Sequence[dict], files: Sequence[MediaFile], key: str = "") -> Batch:
-        """The row of ``turns``, which end with a question and have a mark for each of ``files``.
+        """Build the prompt of a dialogue: a batch of one row, on the model's device.
+
+        Args:
+            turns: ``{"from": "human", "value": ...}`` and so on. The last one is the question. Each of ``files`` has
+                one ``<image>`` mark in the turns.
+            files: the media, in the order of the marks.
+            key: name of the dialogue; random sampling depends on it.
 
         Raises:
             MediaError: a file cannot be used; one line that names it.
             ValueError: marks and files do not fit, or the model takes fewer tokens.
         """
-        prompts = PromptBuilder(self._manifest, self._handfuls.media_views(files), self.chat_template)
+        prompts = PromptBuilder(self._manifest, self._files.media_views(files), self.chat_template)
         return prompts.build(turns, range(len(files)), key).to(self.device)
 
     def media_views(self, files: Sequence[MediaFile]) -> list[MediaView]:
-        """What is shown of ``files``."""
-        return self._handfuls.media_views(files).views(list(range(len(files))))
+        """Return what the model is shown of each file: frames of a video, tiles of an image.
+
+        Raises:
+            MediaError: a file cannot be used; one line that names it.
+        """
+        return self._files.media_views(files).views(list(range(len(files))))
 
     def frame_times(self, files: Sequence[MediaFile], view: MediaView) -> list[float]:
-        """Seconds of the source at which the frames of a video's view were shown."""
-        stored = self._handfuls.media_views(files).index.media["timestamps"][view.row].as_py()
-        return [stored[place] for place in view.frame_indices]
+        """Return the seconds in the source of the frames of a video's view."""
+        timestamps = self._files.media_views(files).index.media["timestamps"][view.row].as_py()
+        return [timestamps[frame] for frame in view.frame_indices]
 
     def answer(self, prompts: Sequence[Batch], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
-        """The answers to ``prompts``, of one question each."""
+        """Generate the answers to ``prompts``, all at the same time.
+
+        Args:
+            prompts: as :meth:`build_prompt` makes them.
+            max_new_tokens: longest answer.
+            sampling: how tokens are chosen.
+        """
         tokens = generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_token_id, sampling)
         return [self.decode(ids) for ids in tokens]
 
     def loglikelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[LogLikelihood]:
-        """How likely each of ``answers`` is, with the token that ends it."""
-        read = prefill(self.model, [prompt])
-        return loglikelihood(self.model, read, [self.chat_template.answer_ids(answer) for answer in answers])
+        """Compute the log-likelihood of each of ``answers``, with the token that ends it."""
+        state = prefill(self.model, [prompt])
+        return loglikelihood(self.model, state, [self.chat_template.answer_ids(answer) for answer in answers])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Tokens of an answer as text."""
+        """Decode the tokens of an answer, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Clips and stills that are encoded once, however many questions show them."""
+"""Encode each clip and each image tile once, however many questions show it."""
 
 from __future__ import annotations
 
@@ -8,49 +8,62 @@ from collections.abc import Callable
 
 import torch
 
-MAX_BYTES = 1 << 30  #: bytes of what is kept
+MAX_BYTES = 1 << 30  #: bytes of cached tokens
 
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class VisionFeatureCache:
-    """In place of :meth:`framestream.trainer.model.video_llm.VideoLLM.encode` where nothing is learned: what was encoded lately,
-    told by its pixels, is not encoded again.
+    """Least recently used tokens of clips and tiles, by a digest of their pixels. For models that are not trained.
 
-    model.encode = Encoded(model.encode)
+        model.vision_cache = VisionFeatureCache(model.encode)
+
+    Args:
+        encode: computes the tokens of clips and tiles that are not in the cache
+            (:meth:`framestream.trainer.model.video_llm.VideoLLM.encode`).
+        max_bytes: the oldest tokens are dropped above this size.
     """
 
-    def __init__(self, encode: Encode, room: int = MAX_BYTES) -> None:
-        self._encode, self._room = encode, room
-        self._kept: collections.OrderedDict[bytes, torch.Tensor] = collections.OrderedDict()
+    def __init__(self, encode: Encode, max_bytes: int = MAX_BYTES) -> None:
+        self._encode, self._max_bytes = encode, max_bytes
+        self._tokens: collections.OrderedDict[bytes, torch.Tensor] = collections.OrderedDict()
         self._bytes = 0
 
     @torch.no_grad()
-    def __call__(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of ``encode``: uint8 (n, T, S, S, 3) and (m, S, S, 3) to (n, 64, C) and (m, 64, C)."""
-        names = [_digest(unit) for unit in (*clips, *stills)]
+    def __call__(self, clips: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens of clips and tiles.
+
+        Args:
+            clips: uint8 (n, T, S, S, 3).
+            tiles: uint8 (m, S, S, 3).
+
+        Returns:
+            (n, 64, C) and (m, 64, C)
+        """
+        digests = [_digest(unit) for unit in (*clips, *tiles)]
         n = len(clips)
-        fresh = {name: i for i, name in enumerate(names) if name not in self._kept}
-        found = {name: self._kept[name] for name in names if name in self._kept}
-        if fresh:
-            of_clips, of_stills = [i for i in fresh.values() if i < n], [i - n for i in fresh.values() if i >= n]
-            tokens = torch.cat(self._encode(clips[of_clips], stills[of_stills]))
-            found |= {name: tokens[place].clone() for place, name in enumerate(fresh)}
-        for name in names:
-            self._keep(name, found[name])
-        tokens = torch.stack([found[name] for name in names])
+        missing = {digest: i for i, digest in enumerate(digests) if digest not in self._tokens}
+        found = {digest: self._tokens[digest] for digest in digests if digest in self._tokens}
+        if missing:
+            # a dict: a unit that the batch shows twice is encoded once
+            new_clips, new_tiles = [i for i in missing.values() if i < n], [i - n for i in missing.values() if i >= n]
+            tokens = torch.cat(self._encode(clips[new_clips], tiles[new_tiles]))
+            found |= {digest: tokens[row].clone() for row, digest in enumerate(missing)}
+        for digest in digests:
+            self._put(digest, found[digest])
+        tokens = torch.stack([found[digest] for digest in digests])
         return tokens[:n], tokens[n:]
 
-    def _keep(self, name: bytes, tokens: torch.Tensor) -> None:
-        if name in self._kept:
-            self._kept.move_to_end(name)
+    def _put(self, digest: bytes, tokens: torch.Tensor) -> None:
+        if digest in self._tokens:
+            self._tokens.move_to_end(digest)
             return
-        self._kept[name] = tokens
+        self._tokens[digest] = tokens
         self._bytes += tokens.nbytes
-        while self._bytes > self._room:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._tokens.popitem(last=False)[1].nbytes
 
 
 def _digest(pixels: torch.Tensor) -> bytes:
-    """Of a clip's or a still's pixels; clips and stills have different shapes, so different numbers of bytes."""
-    return hashlib.blake2b(memoryview(pixels.cpu().contiguous().numpy()).cast("B"), digest_size=16).digest()
+    """Digest the pixels of a clip or a tile; their numbers of bytes differ, so a clip is never taken for a tile."""
+    return hashlib.blake2b(pixels.cpu().contiguous().numpy().reshape(-1).data, digest_size=16).digest()

@@ -1,8 +1,8 @@
 """Attention within the segments of a packed sequence: clips and tiles in the tower, dialogues in the language model.
 
-One function with two implementations. flash-attn's variable-length kernel runs where it is installed and can (CUDA,
-16 bit); elsewhere every run of equally long segments is one batched ``scaled_dot_product_attention`` call. Neither
-builds a mask over the whole sequence.
+One function with two implementations. On CUDA in 16 bit, flash-attn's variable-length kernel runs if it is installed.
+Elsewhere, every run of equally long segments is one batched ``scaled_dot_product_attention`` call. Neither builds a
+mask over the full sequence.
 
 Shapes: T tokens of all segments, H query heads, K key and value heads (K divides H), D channels of a head.
 """
@@ -29,8 +29,8 @@ PACKED = "framestream_packed"  #: name under which transformers finds ``language
 class AttentionSegments:
     """How T tokens divide into segments that see only themselves.
 
-    ``runs`` are (count, length) pairs of Python ints, consecutive segments of one length together, so that no
-    attention call waits for the device; ``cu_seqlens`` is int32 (segments + 1,) on the tokens' device.
+    ``runs`` are (count, length) pairs of Python ints: consecutive segments of one length are one pair. So no attention
+    call waits for the device. ``cu_seqlens`` is int32 (segments + 1,) on the tokens' device.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -38,14 +38,14 @@ class AttentionSegments:
 
     @classmethod
     def of_runs(cls, runs: list[tuple[int, int]], device: torch.device) -> AttentionSegments:
-        """Segments from (count, length) pairs; empty ones are dropped."""
-        kept = tuple((count, length) for count, length in runs if count and length)
-        ends = itertools.accumulate((length for count, length in kept for _ in range(count)), initial=0)
-        return cls(kept, torch.tensor(list(ends), dtype=torch.int32, device=device))
+        """Build segments from (count, length) pairs; empty ones are dropped."""
+        filled = tuple((count, length) for count, length in runs if count and length)
+        ends = itertools.accumulate((length for count, length in filled for _ in range(count)), initial=0)
+        return cls(filled, torch.tensor(list(ends), dtype=torch.int32, device=device))
 
     @classmethod
     def of_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> AttentionSegments:
-        """Segments from their cumulative lengths, int32 (segments + 1,); waits once for the device."""
+        """Build segments from their cumulative lengths, int32 (segments + 1,); waits once for the device."""
         ends = cu_seqlens.tolist()
         lengths = [end - start for start, end in itertools.pairwise(ends)]
         runs = tuple((len(list(same)), length) for length, same in itertools.groupby(lengths) if length)
@@ -60,12 +60,12 @@ class AttentionSegments:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: AttentionSegments, causal: bool
 ) -> torch.Tensor:
-    """Softmax attention of each token to its own segment, scaled by 1/sqrt(D).
+    """Compute softmax attention of each token to its own segment, scaled by 1/sqrt(D).
 
     Args:
         q: (T, H, D).
         k, v: (T, K, D).
-        causal: a token sees only itself and what stands before it in its segment.
+        causal: a token sees only itself and the tokens before it in its segment.
 
     Returns:
         (T, H, D)
@@ -79,7 +79,7 @@ def attend(
 def attend_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: AttentionSegments, causal: bool
 ) -> torch.Tensor:
-    """``attend`` through ``scaled_dot_product_attention``: one batched call for each run of equal lengths."""
+    """Compute ``attend`` by ``scaled_dot_product_attention``: one batched call for each run of equal lengths."""
     outputs, start = [], 0
     for count, length in segments.runs:
         end = start + count * length
@@ -97,7 +97,7 @@ def attend_sdpa(
 def language_model_attention(
     module, query, key, value, attention_mask, segments: AttentionSegments | None = None, **settings
 ):
-    """transformers' attention interface: packed rows through ``attend``, anything else through its own SDPA.
+    """Implement transformers' attention interface: packed rows by ``attend``, anything else by its own SDPA.
 
     Args:
         query: (1, H, T, D); key, value: (1, K, T, D) of a packed row when ``segments`` is given.

@@ -1,15 +1,17 @@
-"""What the model costs: parameters, FLOPs and memory, from the manifest alone (nothing is allocated).
+"""Estimate what a model costs: parameters, FLOPs and memory, from the manifest alone (nothing is allocated).
 
 FLOPs of a training step, for each token that passes a part (P weights in matrix products, L layers, d channels of
 all heads, S tokens that attend to each other):
 
-    forward 2 P + 4 L d S, gradient of the inputs the same again, gradient of the weights 2 P + 4 L d S
+    forward                 2 P + 4 L d S
+    gradient of the inputs  2 P + 4 L d S
+    gradient of the weights 2 P + 4 L d S
 
-so 6 P + 12 L d S where all are needed. A frozen part skips the weights' gradients (attention has no weights: its
-backward pass stays whole), and everything backward where nothing before it is trained. Recomputation under gradient
-checkpointing is not counted, nor are norms, activations, merging and the position tables; drop path saves nothing,
-because every branch is computed. S is the whole segment, as usual in published figures; ``cost_coefficients`` counts
-causal attention as the half that is computed, because it estimates time.
+So the sum is 6 P + 12 L d S where all are needed. A frozen part skips the gradient of its weights. Its attention has no
+weights, so the backward pass of attention is counted in full. A frozen part with nothing trained before it has no
+backward pass. Not counted are recomputation under gradient checkpointing, norms, activations, merging and position
+tables. Drop path saves nothing, because every branch is computed. S is the full segment, as usual in published figures;
+``cost_coefficients`` counts half of causal attention, the part that is computed, because it estimates time.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, 
 from framestream.trainer.model.lm_head import CHUNK_LOGITS
 from framestream.trainer.model.video_llm import VideoLLM
 
-CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a still, beside its patches
-#: values of its width that a tower block keeps for each token: inputs of its norms, scales, products and activations
+CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a tile, in addition to its patches
+#: values of its width that a tower block saves for each token: inputs of its norms, scales, products and activations
 SAVED_VALUES = {"umt": 16, "internvideo2": 22}
 
 
 def count_parameters(manifest: Manifest) -> dict[str, int]:
-    """Number of parameters of each part; tied embeddings count once."""
+    """Count the parameters of each part; tied embeddings count once."""
     return _parameters(manifest.model, manifest.frames.size, manifest.frames.clip_frames)
 
 
@@ -44,14 +46,14 @@ def _parameters(cfg: ModelConfig, size: int, clip_frames: int) -> dict[str, int]
 
 
 def tower_tokens(manifest: Manifest) -> tuple[int, int]:
-    """Patches of a clip, and tokens that its attention spans: those and the class token of a tower that has one."""
+    """Count the patches of a clip, and the tokens of its attention: patches and the tower's class token, if any."""
     tower = manifest.model.vision_tower
     patches = (manifest.frames.size // tower.patch) ** 2 * manifest.frames.clip_frames
     return patches, patches + CLASS_TOKENS[tower.type]
 
 
 def _learned_positions(manifest: Manifest) -> int:
-    """Parameters of the class token and of the tables for clips and stills, which are added and not multiplied."""
+    """Count the parameters of the class token and of the position tables, which are added and not multiplied."""
     (patches, tokens), tower = tower_tokens(manifest), manifest.model.vision_tower
     return tower.width * (1 + tokens + patches // manifest.frames.clip_frames + 1) if tower.type != "umt" else 0
 
@@ -65,7 +67,7 @@ class PartCost:
 
 
 def part_costs(manifest: Manifest) -> dict[str, PartCost]:
-    """Training FLOPs of the three parts by the formula above; a vision tower's token is a patch or a class token."""
+    """Compute the training FLOPs of the three parts by the formula above; class tokens count as tokens of the tower."""
     train, counts = manifest.train, count_parameters(manifest)
     tower, language = manifest.model.vision_tower, manifest.model.language_model
     before_connector = train.vision_tower.train
@@ -82,7 +84,7 @@ def part_costs(manifest: Manifest) -> dict[str, PartCost]:
 
 
 def _matmul_weights(manifest: Manifest) -> int:
-    """Weights of the language model in matrix products, the head's included."""
+    """Count the weights of the language model in matrix products, including the head's."""
     language = manifest.model.language_model
     # the embedding is looked up, not multiplied; tied, the same matrix is the head and is multiplied once
     embedding = 0 if language.tie_word_embeddings else language.vocab_size * language.hidden_size
@@ -98,7 +100,7 @@ def _part(weights: int, layers: int, width: int, trained: bool, inputs_need_grad
 
 
 def flops_by_part(manifest: Manifest, frames: int, text_tokens: int) -> dict[str, float]:
-    """Training FLOPs of one sample with a video of ``frames`` frames and ``text_tokens`` tokens of text, by part."""
+    """Estimate the training FLOPs of one sample by part: ``frames`` frames of video, ``text_tokens`` tokens of text."""
     costs, (_, spanned) = part_costs(manifest), tower_tokens(manifest)
     clips = frames // manifest.frames.clip_frames
     visual = clips * TOKENS_PER_CLIP
@@ -111,30 +113,30 @@ def flops_by_part(manifest: Manifest, frames: int, text_tokens: int) -> dict[str
 
 
 def flops(manifest: Manifest, frames: int, text_tokens: int) -> float:
-    """Training FLOPs of one sample with a video of ``frames`` frames and ``text_tokens`` tokens of text."""
+    """Estimate the training FLOPs of one sample: ``frames`` frames of video, ``text_tokens`` tokens of text."""
     return sum(flops_by_part(manifest, frames, text_tokens).values())
 
 
-def row_flops(manifest: Manifest, clips: int, stills: int, lengths: Sequence[int], learned: int) -> float:
-    """Training FLOPs that a row needs, by the formula above: what MFU counts.
+def row_flops(manifest: Manifest, clips: int, tiles: int, lengths: Sequence[int], learned: int) -> float:
+    """Compute the training FLOPs that a row needs, by the formula above: the numerator of MFU.
 
-    Every segment attends to itself alone, causal attention is the half that is needed, and only learned places go
-    through the head. Dummies and recomputation are not counted.
+    Every segment attends to itself alone. Half of causal attention counts, and only labelled positions go through the
+    head. Dummies and recomputation are not counted.
 
     Args:
-        clips, stills: through the vision tower; tiles of a still count one by one.
-        lengths: tokens of each dialogue, visual ones included.
-        learned: labelled places.
+        clips, tiles: number of units through the vision tower; every tile of an image counts.
+        lengths: tokens of each dialogue, including visual tokens.
+        learned: number of labelled positions.
     """
     costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
-    of_still = patches // manifest.frames.clip_frames + spanned - patches
+    tile_span = patches // manifest.frames.clip_frames + spanned - patches
     tower, language = costs["vision_tower"], costs["language_model"]
     cfg = manifest.model.language_model
     head = language.token / _matmul_weights(manifest) * cfg.vocab_size * cfg.hidden_size
     return (
-        tower.token * (clips * spanned + stills * of_still)
-        + tower.pair * (clips * spanned**2 + stills * of_still**2)
-        + costs["connector"].token * (clips * TOKENS_PER_CLIP + stills * TOKENS_PER_TILE)
+        tower.token * (clips * spanned + tiles * tile_span)
+        + tower.pair * (clips * spanned**2 + tiles * tile_span**2)
+        + costs["connector"].token * (clips * TOKENS_PER_CLIP + tiles * TOKENS_PER_TILE)
         + (language.token - head) * sum(lengths)
         + language.pair / 2 * sum(length**2 for length in lengths)
         + head * learned
@@ -142,10 +144,10 @@ def row_flops(manifest: Manifest, clips: int, stills: int, lengths: Sequence[int
 
 
 def cost_coefficients(manifest: Manifest) -> CostModel:
-    """Coefficients that balance rows: FLOPs a patch (its share of the connector included), a token, and a pair.
+    """Compute the coefficients that balance rows: FLOPs of a patch (with its share of the connector), a token, a pair.
 
-    Patches of a still are counted like those of a clip, which overstates their attention; class tokens are shared out
-    among a clip's patches.
+    Patches of a tile count like those of a clip, which overestimates their attention. The cost of a class token is
+    divided among the clip's patches.
     """
     costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
     tower, language = costs["vision_tower"], costs["language_model"]
@@ -157,22 +159,24 @@ def cost_coefficients(manifest: Manifest) -> CostModel:
 
 
 def estimate_memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str, int]:
-    """Estimated bytes of one rank while it trains on a row of ``tokens`` tokens with ``frames`` frames.
+    """Estimate the bytes of one rank while it trains on a row of ``tokens`` tokens with ``frames`` frames.
 
-    ``states``: weights, gradients and AdamW's two moments, sharded over ``world`` ranks as far as the ZeRO stage does
-    (weights from 3, gradients from 2, optimiser from 1) and without what is offloaded. ``kept``: what gradient
-    checkpointing keeps of every tower group and layer. ``working``: the largest piece that is recomputed at once (a
-    tower group, a layer or a chunk of logits); a tower block keeps ``KEPT_VALUES`` of its width for each token.
+    Returns:
+        ``states``: weights, gradients and AdamW's two moments, without what is offloaded. They are sharded over
+        ``world`` ranks from ZeRO stage 3 (weights), 2 (gradients) or 1 (optimizer).
+        ``kept``: what gradient checkpointing saves of every tower group and layer.
+        ``working``: the largest piece that is recomputed at once (a tower group, a layer or a chunk of logits). A
+        tower block saves ``SAVED_VALUES`` of its width for each token.
     """
     train, cfg = manifest.train, manifest.model
     tower, language = cfg.vision_tower, cfg.language_model
     counts, size = count_parameters(manifest), 2 if train.dtype == "bf16" else 4
     learned = sum(counts[name] for name in counts if getattr(train, name).train)
-    # bf16 keeps a float32 master copy beside the two moments
-    weights, gradients, optimiser = sum(counts.values()) * size, learned * size, learned * (12 if size == 2 else 8)
+    # with bf16 weights, the optimizer has a float32 master copy in addition to the two moments
+    weights, gradients, optimizer = sum(counts.values()) * size, learned * size, learned * (12 if size == 2 else 8)
     states = 0 if train.offload == "all" else weights // (world if train.zero_stage == 3 else 1)
     states += gradients // (world if train.zero_stage >= 2 else 1)
-    states += 0 if train.offload != "none" else optimiser // world
+    states += 0 if train.offload != "none" else optimizer // world
 
     clip = manifest.frames.clip_frames
     _, spanned = tower_tokens(manifest)
@@ -193,5 +197,5 @@ def estimate_memory(manifest: Manifest, frames: int, tokens: int, world: int) ->
 
 
 def logits_bytes(tokens: int, vocabulary: int) -> int:
-    """Bytes of one chunk of logits: in 16 bit, in float32, and their gradient."""
+    """Compute the bytes of one chunk of logits: in 16 bit, in float32, and their gradient."""
     return min(tokens * vocabulary, CHUNK_LOGITS) * (2 + 4 + 4)

@@ -1,7 +1,7 @@
-"""The language model's head: logits for generation, the weighted loss for training without ever holding all logits.
+"""The language model's head: logits for generation, and the weighted loss for training in bounded memory.
 
-A row of 32,768 places times 152,064 words would be 20 GB in float32. So only labelled places go through the head, in
-chunks whose logits are recomputed in the backward pass.
+The logits of 32,768 positions times 152,064 words would be 20 GB in float32. So only labelled positions go through the
+head, in chunks whose logits are recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ CHUNK_LOGITS = 2**27  #: logits of one chunk: half a GiB in float32
 class ChunkedLMHead(nn.Module):
     """Linear head (no bias) that owns the weight (V, H) of ``source``, a linear layer or the embedding it is tied to.
 
-    The weight is used in this module's own ``forward`` alone, however many chunks there are: ZeRO-3 gathers it once
-    for each call, so ranks with different numbers of labelled places stay in step.
+    Only this module's own ``forward`` uses the weight, however many chunks there are. ZeRO-3 gathers it once for each
+    call, so ranks with different numbers of labelled positions stay in step.
     """
 
     def __init__(self, source: nn.Linear | nn.Embedding):
@@ -33,33 +33,38 @@ class ChunkedLMHead(nn.Module):
         labels: torch.Tensor | None = None,
         token_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (..., V) of ``hidden`` (..., H); with labels the loss of a row.
+        """Compute logits (..., V) of ``hidden`` (..., H), or with labels the loss of a row.
 
         Args:
             hidden: (L, H) when labels are given.
-            labels: int64 (L,), not shifted; place i predicts label i + 1, and the first label of every dialogue is
-                IGNORE, so no dialogue predicts the next one's start.
-            token_weight: float32 (L,) weight of the loss at each labelled place.
+            labels: int64 (L,), not shifted: position i predicts label i + 1. The first label of every dialogue is
+                ``IGNORE_INDEX``, so no dialogue predicts the next one's start.
+            token_weight: float32 (L,) weight of the loss at each labelled position; needed with labels.
 
         Returns:
             float32 scalar, sum of token_weight x cross entropy; zero with zero gradients where nothing is labelled.
+
+        Raises:
+            ValueError: labels without ``token_weight``.
         """
         if labels is None:
             return F.linear(hidden, self.weight)
-        places = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
-        if len(places):
-            targets, weights = labels[places + 1], token_weight[places + 1]
-        else:  # place 0 stands in, with weight 0: every parameter gets its (zero) gradient on every rank
-            places = targets = labels.new_zeros(1)
+        if token_weight is None:
+            raise ValueError("labels are given without token_weight; give both for a loss, or neither for logits")
+        positions = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+        if len(positions):
+            targets, weights = labels[positions + 1], token_weight[positions + 1]
+        else:  # position 0 with weight 0: every parameter gets its (zero) gradient on every rank
+            positions = targets = labels.new_zeros(1)
             weights = token_weight.new_zeros(1)
-        rows = hidden[places]
+        rows = hidden[positions]
         size = max(1, CHUNK_LOGITS // self.weight_rows)
         chunks = zip(rows.split(size), targets.split(size), weights.split(size), strict=True)
         return torch.stack([checkpoint(self._chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     @property
     def weight_rows(self) -> int:
-        """V, also while ZeRO-3 holds only a part of the weight."""
+        """V, also while this rank stores only a ZeRO-3 partition of the weight."""
         return getattr(self.weight, "ds_shape", self.weight.shape)[0]
 
     def _chunk(self, rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

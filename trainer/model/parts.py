@@ -1,4 +1,4 @@
-"""TODO."""
+"""Names of the parts of a model that a manifest freezes, trains and initializes."""
 
 from __future__ import annotations
 

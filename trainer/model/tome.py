@@ -1,16 +1,16 @@
 """ToMe16 MLP connector: merge each clip's and each tile's patches to a fixed number of tokens, then two linear layers.
 
-Merging is bipartite soft matching (arXiv 2210.09461) in rounds, until the wanted number of tokens is left. A round on
-t tokens removes r = min(floor(t / 2), t - wanted) of them:
+Merging is bipartite soft matching (arXiv 2210.09461) in rounds, until ``wanted`` tokens are left. A round on t tokens
+removes r = min(floor(t / 2), t - wanted) of them:
 
     - a token's key is its channels averaged over heads, scaled to unit length;
-    - every token at an even place names its most similar (cosine) token at an odd place;
-    - the r even tokens most similar to their choice are merged into it, by averages weighted with how many patches
-      each token already stands for;
-    - new order: the even tokens left, by falling similarity, then all odd tokens in place.
+    - every token at an even position chooses the most similar (cosine) token at an odd position;
+    - the r even tokens most similar to their choice are merged into it, by averages weighted with the number of
+      patches of each token;
+    - new order: the remaining even tokens by falling similarity, then all odd tokens in their old order.
 
-Keys are linear in the tokens, their length plays no part, and the choices carry no gradient. So the rounds run on
-sums of keys alone, without gradient, and only decide which patches end up in which token; a token is then the average
+Keys are linear in the tokens, their length does not matter, and the choices carry no gradient. So the rounds run on
+sums of keys alone, without gradient. They only decide which patches belong to which token. A token is then the average
 of its patches.
 """
 
@@ -24,7 +24,7 @@ from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 
 
 class ToMeConnector(nn.Module):
-    """From patches of the vision tower to tokens of the language model.
+    """Turns patches of the vision tower into tokens of the language model.
 
     Args:
         width: channels of a patch.
@@ -37,32 +37,32 @@ class ToMeConnector(nn.Module):
         self.heads = heads
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
-    def merge(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The part without parameters: (N, P, C) and (M, Q, C) -> (N, 64, C) and (M, 64, C)."""
-        return merge(clips, TOKENS_PER_CLIP, self.heads), merge(stills, TOKENS_PER_TILE, self.heads)
+    def merge(self, clips: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge patches, without parameters: (N, P, C) and (M, Q, C) -> (N, 64, C) and (M, 64, C)."""
+        return merge(clips, TOKENS_PER_CLIP, self.heads), merge(tiles, TOKENS_PER_TILE, self.heads)
 
-    def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> torch.Tensor:
-        """Tokens of all clips, then of all stills.
+    def forward(self, clips: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+        """Compute the tokens of all clips, then of all tiles.
 
         Args:
-            clips: (N, P, C) patches of each clip, or the 64 tokens they were merged to (which change no more).
-            stills: (M, Q, C) likewise.
+            clips: (N, P, C) patches of each clip, or the 64 tokens they were merged to before.
+            tiles: (M, Q, C) likewise.
 
         Returns:
             (64 N + 64 M, hidden)
         """
-        clips, stills = self.merge(clips, stills)
-        return self.mlp(torch.cat([clips.flatten(0, 1), stills.flatten(0, 1)]))
+        clips, tiles = self.merge(clips, tiles)
+        return self.mlp(torch.cat([clips.flatten(0, 1), tiles.flatten(0, 1)]))
 
 
 def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
-    """Merge (N, P, C) patches to (N, wanted, C) tokens; P = wanted returns them as they are.
+    """Merge (N, P, C) patches to (N, wanted, C) tokens; P = wanted returns them unchanged.
 
-    N = 0 runs the same operations as any other N: under ZeRO-3 the backward pass of a rank without clips must meet
-    the tower's hooks in the same order as one with clips.
+    N = 0 runs the same operations as any other N. Under ZeRO-3, the backward pass of a rank without clips must call
+    the tower's hooks in the same order as that of a rank with clips.
 
     Raises:
-        ValueError: there are fewer patches than wanted tokens.
+        ValueError: there are fewer patches than ``wanted``.
     """
     count = patches.shape[1]
     if count < wanted:
@@ -74,7 +74,7 @@ def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
 
 @torch.no_grad()
 def assign_tokens(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
-    """Which of the ``wanted`` tokens each of (N, P, C) patches is merged into: int64 (N, P).
+    """Assign each of (N, P, C) patches to one of ``wanted`` tokens: int64 (N, P).
 
     Runs on all N at once and never waits for the device.
     """
@@ -83,31 +83,35 @@ def assign_tokens(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tenso
     while keys.shape[1] > wanted:
         tokens = keys.shape[1]
         removed = min(tokens // 2, tokens - wanted)
-        moved = bipartite_soft_matching(keys, removed)  # (N, t) new place of every token
+        moved = bipartite_soft_matching(keys, removed)  # (N, t) new position of every token
         keys = pool(keys, moved, tokens - removed, "sum")
         token = moved.gather(1, token)
     return token
 
 
 def bipartite_soft_matching(keys: torch.Tensor, removed: int) -> torch.Tensor:
-    """One round on (N, t, c) float32 keys of any length: the place of each token among the t - removed left, (N, t)."""
+    """Run one round on (N, t, c) float32 keys of any length.
+
+    Returns:
+        (N, t), the position of each token among the t - removed that remain.
+    """
     keys = F.normalize(keys, dim=-1)
     even, odd = keys[:, 0::2], keys[:, 1::2]
     similarity, choice = (even @ odd.mT).max(dim=-1)  # (N, evens)
     order = similarity.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=keys.device).expand_as(order))
-    kept = even.shape[1] - removed  # even tokens that stay; odd tokens stand behind them
-    place = torch.empty(keys.shape[:2], dtype=torch.int64, device=keys.device)
-    place[:, 0::2] = torch.where(rank < removed, kept + choice, rank - removed)
-    place[:, 1::2] = kept + torch.arange(odd.shape[1], device=keys.device)
-    return place
+    remaining = even.shape[1] - removed  # even tokens that are not merged; odd tokens follow them
+    position = torch.empty(keys.shape[:2], dtype=torch.int64, device=keys.device)
+    position[:, 0::2] = torch.where(rank < removed, remaining + choice, rank - removed)
+    position[:, 1::2] = remaining + torch.arange(odd.shape[1], device=keys.device)
+    return position
 
 
 def pool(rows: torch.Tensor, group: torch.Tensor, groups: int, mode: str) -> torch.Tensor:
-    """The "sum" or "mean" of the rows of each group: (N, P, C) -> (N, groups, C).
+    """Compute the "sum" or "mean" of the rows of each group: (N, P, C) -> (N, groups, C).
 
-    Rows of a group are added in their order, on GPUs too, so a result never depends on timing. Nothing waits for the
-    device. Gradients flow to the rows.
+    Rows of a group are added in their order, on GPUs too, so the result is deterministic. Nothing waits for the device.
+    Gradients flow to the rows.
 
     Args:
         rows: (N, P, C).

@@ -1,12 +1,12 @@
-"""UMT: a video transformer over clips of a few frames, with stills as clips of one frame.
+"""UMT: a video transformer over clips of a few frames; an image tile is a clip of one frame.
 
     frames -> 16 x 16 patches -> + fixed positions -> pre-norm blocks, attention over all frames of a clip -> LayerNorm
 
-Clips and stills go through the blocks in one call: linear layers and norms over the tokens of both, attention within
-each clip and each still. Of the published encoder's ``depth`` blocks the last is not run (the published model takes
-the features before it), so it is not built.
+Clips and tiles go through the blocks in one call: linear layers and norms over the tokens of both, attention within
+each clip and each tile. The published model takes the features before the last of the encoder's ``depth`` blocks. So
+the last block is neither run nor built.
 
-Shapes: N clips, M stills, T frames of a clip, S pixels along a side, L patches of a frame, C channels.
+Shapes: N clips, M tiles, T frames of a clip, S pixels along a side, L patches of a frame, C channels.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ class UMT(nn.Module):
         frames: T.
     """
 
-    num_drop_path_rands = 0  #: random numbers that a clip or a still needs while training
+    num_drop_path_rands = 0  #: random numbers that a clip or a tile needs while training
+    clip_positions: torch.Tensor  #: float32 (T L, C)
+    tile_positions: torch.Tensor  #: float32 (L, C)
 
-    def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES):
+    def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
         hidden = int(cfg.width * cfg.mlp_ratio)
@@ -43,67 +45,66 @@ class UMT(nn.Module):
         self.vision_layernorm = nn.LayerNorm(cfg.width, eps=FINAL_EPS)
         side = size // cfg.patch
         clip_positions = sinusoid_pos_embed(cfg.width, TABLE_FRAMES, cfg.table_side, frames, side)
-        self.register_buffer("clip_positions", clip_positions, persistent=False)  # (T L, C)
-        self.register_buffer(
-            "still_positions", sinusoid_pos_embed(cfg.width, 1, cfg.table_side, 1, side), persistent=False
-        )  # (L, C)
+        tile_positions = sinusoid_pos_embed(cfg.width, 1, cfg.table_side, 1, side)
+        self.register_buffer("clip_positions", clip_positions, persistent=False)
+        self.register_buffer("tile_positions", tile_positions, persistent=False)
 
-    def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode clips and stills together; either may be empty, not both.
+    def forward(self, clips: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode clips and tiles together; either may be empty, not both.
 
         Args:
-            clips: (N, 3, T, S, S) normalised pixels.
-            stills: (M, 3, 1, S, S) normalised pixels.
+            clips: (N, 3, T, S, S) normalized pixels.
+            tiles: (M, 3, 1, S, S) normalized pixels.
 
         Returns:
             (N, T L, C) and (M, L, C)
         """
-        pictures = torch.cat([clips.transpose(1, 2).flatten(0, 1), stills.squeeze(2)])  # (N T + M, 3, S, S)
-        patches = self.patch_embed(pictures)
-        of_clips = patches[: len(clips) * clips.shape[2]].reshape(len(clips), *self.clip_positions.shape)
-        of_stills = patches[len(clips) * clips.shape[2] :]
-        of_clips = of_clips + self.clip_positions.to(patches.dtype)
-        of_stills = of_stills + self.still_positions.to(patches.dtype)
-        runs = [of_clips.shape[:2], of_stills.shape[:2]]
-        segments = AttentionSegments.of_runs([tuple(run) for run in runs], patches.device)
-        x = torch.cat([of_clips.flatten(0, 1), of_stills.flatten(0, 1)])  # (tokens, C)
+        images = torch.cat([clips.transpose(1, 2).flatten(0, 1), tiles.squeeze(2)])  # (N T + M, 3, S, S)
+        patches = self.patch_embed(images)
+        clip_tokens = patches[: len(clips) * clips.shape[2]].reshape(len(clips), *self.clip_positions.shape)
+        tile_tokens = patches[len(clips) * clips.shape[2] :]
+        clip_tokens = clip_tokens + self.clip_positions.to(patches.dtype)
+        tile_tokens = tile_tokens + self.tile_positions.to(patches.dtype)
+        runs = [(tokens.shape[0], tokens.shape[1]) for tokens in (clip_tokens, tile_tokens)]
+        segments = AttentionSegments.of_runs(runs, patches.device)
+        x = torch.cat([clip_tokens.flatten(0, 1), tile_tokens.flatten(0, 1)])  # (tokens, C)
         for block in self.blocks:
             x = block(x, segments)
         x = self.vision_layernorm(x)
-        split = of_clips.shape[0] * of_clips.shape[1]
-        return x[:split].view_as(of_clips), x[split:].view_as(of_stills)
+        split = clip_tokens.shape[0] * clip_tokens.shape[1]
+        return x[:split].view_as(clip_tokens), x[split:].view_as(tile_tokens)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts pictures into patches and projects them."""
+    """Cut images into patches and project them."""
 
-    def __init__(self, width: int, patch: int):
+    def __init__(self, width: int, patch: int) -> None:
         super().__init__()
         self.proj = PatchProjection(3, width, (1, patch, patch), stride=(1, patch, patch))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(P, 3, S, S) -> (P, L, C)"""
-        return self.proj(pictures)
+        return self.proj(images)
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution over patches that do not overlap, computed as the matrix product that it is.
+    """A convolution over patches that do not overlap, computed as one matrix product.
 
     The weight keeps the published shape (C, 3, 1, patch, patch).
     """
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(P, 3, S, S) -> (P, L, C), patches row by row."""
         p = self.kernel_size[-1]
-        pictures = pictures.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (P, 3, rows, p, columns, p)
-        patches = pictures.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (P, L, 3 p p)
+        images = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (P, 3, rows, p, columns, p)
+        patches = images.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (P, L, 3 p p)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class UMTBlock(nn.Module):
     """Pre-norm transformer block over packed tokens (tokens, C)."""
 
-    def __init__(self, width: int, heads: int, hidden: int):
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
         self.attn = UMTAttention(width, heads)
@@ -118,7 +119,7 @@ class UMTBlock(nn.Module):
 class UMTAttention(nn.Module):
     """Self-attention with a bias on queries and values and none on keys."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = Projection(width, 3 * width, bias=False)
@@ -133,16 +134,16 @@ class UMTAttention(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear layer whose bias is given in the call, so that adding it takes no pass of its own over the tokens."""
+    """A linear layer that gets its bias in the call, so that adding it takes no extra pass over the tokens."""
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x, self.weight, bias)
 
 
 class Mlp(nn.Module):
     """Linear, GELU, linear."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -152,13 +153,13 @@ class Mlp(nn.Module):
 
 
 def sinusoid_pos_embed(width: int, table_frames: int, table_side: int, frames: int, side: int) -> torch.Tensor:
-    """Fixed sin-cos positions, resized to a clip: float32 (frames * side * side, width).
+    """Compute fixed sin-cos positions, resized to a clip: float32 (frames * side * side, width).
 
-    Place p of the flat ``table_frames * table_side**2`` places has sin on even and cos on odd channels of
-    p / 10000^(2 floor(c / 2) / width). The table is resized linearly over time (where the number of frames differs),
-    then each frame bicubically (where the side differs); corners are not aligned.
+    Position p of the ``table_frames * table_side**2`` positions of a flat table has sin on even and cos on odd channels
+    of p / 10000^(2 floor(c / 2) / width). If the number of frames differs, the table is resized linearly over time.
+    If the side differs, each frame is then resized bicubically. Corners are not aligned.
 
-    The table starts in numpy, because DeepSpeed's ``zero.Init`` changes the dtype of tensors made by torch.
+    The table starts in numpy, because DeepSpeed's ``zero.Init`` changes the dtype of tensors that torch creates.
     """
     channel = np.arange(width)
     angle = np.arange(table_frames * table_side**2)[:, None] / 10000.0 ** (2 * (channel // 2) / width)
@@ -168,13 +169,13 @@ def sinusoid_pos_embed(width: int, table_frames: int, table_side: int, frames: i
 
 
 def resize_pos_embed(table: torch.Tensor, frames: int, side: int) -> torch.Tensor:
-    """Positions (f, s, s, C) for other clips, (frames, side, side, C): linear over time, then bicubic over a frame."""
+    """Resize positions (f, s, s, C) to (frames, side, side, C): linear over time, then bicubic over a frame."""
     if frames != table.shape[0]:
-        over_time = table.permute(1, 2, 3, 0).flatten(0, 1)  # (places of a frame, C, f)
+        over_time = table.permute(1, 2, 3, 0).flatten(0, 1)  # (positions of a frame, C, f)
         resized = F.interpolate(over_time, size=frames, mode="linear", align_corners=False)
         table = resized.unflatten(0, table.shape[1:3]).permute(3, 0, 1, 2)
     if side != table.shape[1]:
-        picture = table.permute(0, 3, 1, 2)
-        resized = F.interpolate(picture, size=(side, side), mode="bicubic", align_corners=False)
+        channels_first = table.permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_first, size=(side, side), mode="bicubic", align_corners=False)
         table = resized.permute(0, 2, 3, 1)
     return table

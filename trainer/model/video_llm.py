@@ -1,29 +1,29 @@
 """VideoLLM: vision tower -> connector -> language model, on packed rows.
 
-    clips, stills (uint8)                                      input_ids
-        | normalised on the device                                 |
+    clips, tiles (uint8)                                       input_ids
+        | normalized on the device                                 |
     vision tower, in batch.groups groups  ->  merged tokens    embeddings
         |                                                          |
-    connector, once          ->   visual tokens replace the IMAGE places
+    connector, once          ->   visual tokens replace the image ids
                                                                    |
                                language model, once: causal within each dialogue
                                                                    |
                                head, once: sum of token_weight x cross entropy
 
-Every part is called the same number of times whatever a row holds, because ZeRO-3 gathers parameters inside module
-calls and ranks that call differently wait for each other for ever. A group without clips and stills encodes one dummy
-still; its tokens enter the row multiplied by zero, so gradients are zero and not missing.
+Every part is called the same number of times, whatever a row contains: ZeRO-3 gathers parameters inside module calls,
+and ranks that call modules in different orders wait for each other forever. A group without clips and tiles encodes
+one dummy tile. Its tokens enter the row multiplied by zero, so gradients are zero and not missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Cache, Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
 from framestream.pipeline.config.manifest import Manifest
@@ -38,23 +38,32 @@ from framestream.trainer.model.umt import UMT
 
 MEAN = (0.485, 0.456, 0.406)  #: ImageNet
 STD = (0.229, 0.224, 0.225)
-TOWER_CLASSES = {"umt": UMT, "internvideo2": InternVideo2}
+TOWER_CLASSES: dict[str, type[UMT] | type[InternVideo2]] = {"umt": UMT, "internvideo2": InternVideo2}
 
 
 class VideoLLM(nn.Module):
-    """The whole model.
+    """Vision tower, connector and language model.
 
     Args:
         cfg: architecture of the three parts.
         size: S, pixels along a side of a frame.
         clip_frames: T, frames of a clip.
         recompute: gradient checkpointing of tower groups and language-model layers while training.
+
+    Attributes:
+        vision_cache: replaces :meth:`encode` if set, such as
+            :class:`framestream.trainer.inference.vision_cache.VisionFeatureCache`. Not for models that are trained.
     """
 
-    def __init__(self, cfg: ModelConfig, size: int, clip_frames: int, recompute: bool = False):
+    vision_tower: UMT | InternVideo2
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, cfg: ModelConfig, size: int, clip_frames: int, recompute: bool = False) -> None:
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
         self.recompute = recompute
+        self.vision_cache: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
         self.vision_tower = TOWER_CLASSES[tower.type](tower, size, clip_frames)
         self.connector = ToMeConnector(tower.width, hidden, tower.heads)
         self.language_model = build_language_model(cfg.language_model)
@@ -63,11 +72,11 @@ class VideoLLM(nn.Module):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         for name, values in (("mean", MEAN), ("std", STD)):
-            colours = torch.from_numpy(np.array(values, dtype=np.float32)).view(1, 3, 1, 1, 1)
-            self.register_buffer(name, colours, persistent=False)
+            channels = torch.from_numpy(np.array(values, dtype=np.float32)).view(1, 3, 1, 1, 1)
+            self.register_buffer(name, channels, persistent=False)
 
     def parts(self) -> dict[str, nn.Module]:
-        """The three parts that a manifest freezes, trains and initialises."""
+        """Return the three parts that a manifest freezes, trains and initializes."""
         return {
             "vision_tower": self.vision_tower,
             "connector": self.connector,
@@ -75,11 +84,11 @@ class VideoLLM(nn.Module):
         }
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Loss of a row: float32 scalar, sum of token_weight x cross entropy over its labelled places."""
+        """Compute the loss of a row: float32 scalar, sum of token_weight x cross entropy over labelled positions."""
         return self.language_model.lm_head(self.hidden(batch), batch.labels, batch.token_weight)
 
-    def hidden(self, batch: Batch, cache=None) -> torch.Tensor:
-        """Last hidden states of a row: (L, H). A transformers ``cache`` is filled with the row's keys and values."""
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
+        """Compute the last hidden states of a row: (L, H). Its keys and values are put into ``cache``."""
         output = self.language_model.model(
             inputs_embeds=self.embed(batch).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
@@ -90,53 +99,57 @@ class VideoLLM(nn.Module):
         return output.last_hidden_state.squeeze(0)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Embeddings of a row, with visual tokens at the IMAGE places: (L, H)."""
+        """Compute the embeddings of a row, with visual tokens at the positions of image ids: (L, H)."""
         visual = self.visual_tokens(batch)
         image = batch.input_ids == IMAGE_TOKEN_INDEX
         text = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(image, 0))
-        places = image.nonzero().squeeze(1)
-        merged = text.index_copy(0, places, visual[batch.visual_index].to(text.dtype))
+        positions = image.nonzero().squeeze(1)
+        merged = text.index_copy(0, positions, visual[batch.visual_index].to(text.dtype))
         return merged + 0 * visual.sum().to(text.dtype)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
-        """Tokens of the row's clips, then of its stills, then of dummies: (64 (N + M + dummies), H)."""
+        """Compute the tokens of the row's clips, then of its tiles, then of dummies: (64 (N + M + dummies), H)."""
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        encode = self.vision_cache or self.encode
         merged, start = [], 0
-        for clips, stills in split_groups(batch):
-            end = start + len(clips) + len(stills)
-            units = (
-                (clips, stills) if batch.drop_path_rand is None else (clips, stills, batch.drop_path_rand[start:end])
-            )
+        for clips, tiles in split_groups(batch):
+            end = start + len(clips) + len(tiles)
+            units: tuple[torch.Tensor, ...] = (clips, tiles)
+            if batch.drop_path_rand is not None:
+                units = (clips, tiles, batch.drop_path_rand[start:end])
             if trained and self.recompute and self.training:
-                merged.append(checkpoint(self.encode, *units, use_reentrant=False))
+                merged.append(checkpoint(encode, *units, use_reentrant=False))
             else:
                 with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                    merged.append(self.encode(*units))
+                    merged.append(encode(*units))
             start = end
         return self.connector(*(torch.cat(units) for units in zip(*merged, strict=True)))
 
     def encode(
-        self, clips: torch.Tensor, stills: torch.Tensor, *draws: torch.Tensor
+        self, clips: torch.Tensor, tiles: torch.Tensor, *drop_path_rand: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One group through the tower, merged to tokens (all that is kept of a group for the backward pass).
+        """Run one group through the tower and merge its patches to tokens.
+
+        Only these tokens of a group stay in memory for the backward pass.
 
         Args:
             clips: uint8 (n, T, S, S, 3).
-            stills: uint8 (m, S, S, 3).
-            draws: random numbers of the n + m, for towers that need them, float32 (n + m, .).
+            tiles: uint8 (m, S, S, 3).
+            drop_path_rand: random numbers of the n + m units, for towers that need them, float32 (n + m, .).
 
         Returns:
             (n, 64, C) and (m, 64, C)
         """
-        return self.connector.merge(*self.vision_tower(self.pixels(clips), self.pixels(stills.unsqueeze(1)), *draws))
+        patches = self.vision_tower(self.pixels(clips), self.pixels(tiles.unsqueeze(1)), *drop_path_rand)
+        return self.connector.merge(*patches)
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, T, S, S, 3) -> normalised (n, 3, T, S, S) in the tower's dtype."""
+        """Normalize frames: uint8 (n, T, S, S, 3) -> (n, 3, T, S, S) in the tower's dtype."""
         scaled = frames.movedim(-1, 1).float() / 255
         return ((scaled - self.mean) / self.std).to(self.vision_tower.patch_embed.proj.weight.dtype)
 
-    def _apply(self, fn, recurse: bool = True):
-        """Cast and move as usual, but keep constants (positions, RoPE frequencies, colours) in float32."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VideoLLM:
+        """Cast and move as usual, but leave constants (positions, RoPE frequencies, mean and std) in float32."""
         constants = [
             (module, name, buffer)
             for module in self.modules()
@@ -152,26 +165,26 @@ class VideoLLM(nn.Module):
 
 
 def split_groups(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The row's clips, then its stills, as ``batch.groups`` groups of nearly equal numbers of units.
+    """Divide the row's clips, then its tiles, into ``batch.groups`` groups of nearly equal numbers of units.
 
     Yields:
-        clips uint8 (n, T, S, S, 3) and stills uint8 (m, S, S, 3); a group of neither has one black dummy still.
+        clips uint8 (n, T, S, S, 3) and tiles uint8 (m, S, S, 3). A group of neither has one black dummy tile.
     """
-    clips, stills = batch.clips, batch.image_tiles
-    share, longer = divmod(len(clips) + len(stills), batch.groups)
+    clips, tiles = batch.clips, batch.image_tiles
+    share, longer = divmod(len(clips) + len(tiles), batch.groups)
     start = 0
     for group in range(batch.groups):
         end = start + share + (group < longer)
         n = len(clips)
-        group_stills = stills[max(start - n, 0) : max(end - n, 0)]
+        group_tiles = tiles[max(start - n, 0) : max(end - n, 0)]
         if start == end:
-            group_stills = stills.new_zeros(1, *stills.shape[1:])
-        yield clips[start:end], group_stills
+            group_tiles = tiles.new_zeros(1, *tiles.shape[1:])
+        yield clips[start:end], group_tiles
         start = end
 
 
 def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
-    """Qwen2 with packed attention and the chunked loss head; weights are not initialised."""
+    """Build Qwen2 with packed attention and the chunked loss head; weights are not initialized."""
     config = Qwen2Config(
         hidden_size=cfg.hidden_size,
         intermediate_size=cfg.intermediate_size,
@@ -183,12 +196,12 @@ def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
         rms_norm_eps=cfg.rms_norm_eps,
         tie_word_embeddings=cfg.tie_word_embeddings,
-        attn_implementation=PACKED,
+        attn_implementation=PACKED,  # type: ignore[call-arg]  # taken by the base class as one of its **kwargs
     )
     with no_init_weights():
         model = Qwen2ForCausalLM(config)
     model.lm_head = ChunkedLMHead(model.model.embed_tokens if cfg.tie_word_embeddings else model.lm_head)
-    # Made anew from numpy: inside DeepSpeed's zero.Init torch would have computed the frequencies in 16 bit.
+    # Recomputed in numpy: inside DeepSpeed's zero.Init torch has computed the frequencies in 16 bit.
     width = cfg.hidden_size // cfg.num_attention_heads
     exponent = torch.from_numpy(np.arange(0, width, 2, dtype=np.float32)) / width
     rotary = model.model.rotary_emb
@@ -197,9 +210,9 @@ def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
 
 
 def build_model(manifest: Manifest, device: str = "cpu") -> VideoLLM:
-    """The manifest's model, its weights not yet initialised (``framestream.trainer.weights.load.initialize`` does that).
+    """Build the manifest's model; :func:`framestream.trainer.weights.load.initialize` sets its weights.
 
-    ``device="meta"`` allocates nothing, for counting. Works inside ``deepspeed.zero.Init()`` too.
+    With ``device="meta"`` nothing is allocated, for counting. Works inside ``deepspeed.zero.Init()`` too.
     """
     with torch.device(device), no_init_weights():
         return VideoLLM(

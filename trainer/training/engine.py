@@ -14,8 +14,7 @@ from framestream.trainer.distributed.process_group import DistributedContext, de
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.training.optim import freeze, parameter_groups
 from framestream.trainer.weights.load import initialize
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
 
 
 class TrainingEngine(Protocol):
@@ -85,7 +84,7 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
     with deepspeed.zero.Init(config_dict_or_path=config) if partitioned else contextlib.nullcontext():
         model: VideoLLM = build_model(manifest)
     if not partitioned:
-        model.to(context.device, DTYPES[manifest.train.dtype])
+        model.to(context.device, TRAIN_DTYPES[manifest.train.dtype])
     initialize(model, manifest)
     freeze(model.parts(), manifest.train)
     train = manifest.train

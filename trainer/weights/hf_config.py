@@ -1,8 +1,8 @@
-"""config.json of a released checkpoint: written from a manifest's sections, and read back into them.
+"""config.json of a released checkpoint: written from a manifest's sections, and parsed back into them.
 
-A release's own code builds the tower by its name, so the file says neither depth nor heads nor, except in the sizes of
-its picture grids, pixels. What that leaves open stands in a section of its own, ``framestream``, which other readers
-pass over; a config.json without it is read by the tower's published name.
+A release's own code builds the tower by its name. So the file states neither depth nor heads, and pixels only in the
+sizes of its image grids. The rest is in an additional section, ``framestream``, which other readers ignore. A
+config.json without that section is parsed by the tower's published name.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from framestream.pipeline.config.manifest import to_dict
 from framestream.pipeline.config.model import ConnectorConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from framestream.pipeline.config.schema import ManifestError, from_dict
+from framestream.pipeline.config.schema import ManifestError, from_dict, to_dict
 
 HF_ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
 HF_MODEL_TYPE = "videochat_flash_qwen"
 HF_CODE_MODULE = "modeling_videochat_flash"  #: the release's python file that ``auto_map`` names
-NATIVE_MODEL_TYPE = "framestream"
+NATIVE_MODEL_TYPE = "framestream"  #: ``model_type`` of our own config.json, and the name of our section in a release
 
 #: published towers: name -> pixels along a side of a frame, architecture
 HF_TOWERS = {
@@ -30,7 +29,7 @@ HF_TOWERS = {
     ),
 }
 
-#: the same in every release: the connector, how media become tokens, and settings of parts that are switched off
+#: equal in every release: the connector, how media become tokens, and settings of parts that are off
 FIXED_FIELDS: dict[str, Any] = {
     "frame_aspect_ratio": "square",
     "frame_grid_pinpoints": None,
@@ -72,9 +71,11 @@ class ReleaseConfig:
 
     @classmethod
     def from_config(cls, config: dict, dtype: str, where: str) -> ReleaseConfig:
-        """From ``framestream``'s own config.json; ``where`` leads every error (ManifestError)."""
+        """Read ``framestream``'s own config.json; ``where`` begins every error (ManifestError)."""
         kinds = {"model": ModelConfig, "frames": FramesConfig, "images": ImagesConfig, "text": TextConfig}
-        sections = {name: from_dict(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()}
+        sections: dict[str, Any] = {
+            name: from_dict(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()
+        }
         return cls(**sections, dtype=dtype)
 
 
@@ -82,26 +83,26 @@ class ReleaseConfig:
 
 
 def tower_name(model: ModelConfig, size: int) -> str:
-    """Published name of the tower that is nearest to frames of ``size`` pixels: the largest one that is not larger."""
+    """Return the published name of the tower for frames of ``size`` pixels: the largest one that is not larger."""
     sizes = {pixels: name for name, (pixels, tower) in HF_TOWERS.items() if tower.type == model.vision_tower.type}
     return sizes[max((pixels for pixels in sizes if pixels <= size), default=min(sizes))]
 
 
 def describe_tower_mismatch(settings: ReleaseConfig) -> str:
-    """What the release's own code would build otherwise than this model, in words; empty where it builds the same."""
+    """Describe how the tower that the release's own code builds differs from this model's; empty if it does not."""
     pixels, tower = HF_TOWERS[tower_name(settings.model, settings.frames.size)]
     ours, theirs = to_dict(settings.model.vision_tower), to_dict(tower)
     ours["frames.size"], theirs["frames.size"] = settings.frames.size, pixels
-    names = [name for name in ours if name not in ("group_clips", "drop_path")]  # of training alone
+    names = [name for name in ours if name not in ("group_clips", "drop_path")]  # used in training only
     return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in names if ours[name] != theirs[name])
 
 
 def build_hf_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str, Any]:
-    """config.json of the release.
+    """Build config.json of the release.
 
     Args:
         settings: of the weights.
-        tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the tokenizer, those that it has.
+        tokens: the tokenizer's ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as far as it has them.
     """
     model, size, images = settings.model, settings.frames.size, settings.images
     grids = [[size * i, size * j] for i in range(1, images.max_grid + 1) for j in range(1, images.max_grid + 1)]
@@ -109,7 +110,10 @@ def build_hf_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str
     return {
         "architectures": [HF_ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
-        "auto_map": {"AutoConfig": f"{HF_CODE_MODULE}.VideoChatFlashQwenConfig", "AutoModel": f"{HF_CODE_MODULE}.{HF_ARCHITECTURE}"},
+        "auto_map": {
+            "AutoConfig": f"{HF_CODE_MODULE}.VideoChatFlashQwenConfig",
+            "AutoModel": f"{HF_CODE_MODULE}.{HF_ARCHITECTURE}",
+        },
         "torch_dtype": settings.dtype,
         **_qwen2(model.language_model),
         **{name: number for name, number in tokens.items() if name != "pad_token_id"},  # as Qwen2's config.json
@@ -126,7 +130,7 @@ def build_hf_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str
 
 
 def _qwen2(language: LanguageModelConfig) -> dict[str, Any]:
-    """Qwen2's keys, as transformers wrote them before version 5 (``rope_theta``); later versions read them too."""
+    """Return Qwen2's keys as transformers wrote them before version 5 (``rope_theta``); later versions read them."""
     return {
         **to_dict(language),
         "attention_dropout": 0.0,
@@ -141,7 +145,7 @@ def _qwen2(language: LanguageModelConfig) -> dict[str, Any]:
 
 
 def build_generation_config(tokens: dict[str, int]) -> dict[str, Any]:
-    """generation_config.json: greedy, as the published evaluation; an answer ends at the turn's or the text's end."""
+    """Build generation_config.json: greedy, as the published evaluation; an answer ends with the turn or the text."""
     ends = list(dict.fromkeys(tokens[name] for name in ("eos_token_id", "pad_token_id") if name in tokens))
     return {**tokens, "do_sample": False, "eos_token_id": ends}
 
@@ -150,15 +154,19 @@ def build_generation_config(tokens: dict[str, int]) -> dict[str, Any]:
 
 
 def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
-    """Model, pixels along a side of a frame and frames of a clip of a release's config.json.
+    """Parse a release's config.json: the model, pixels along a side of a frame, frames of a clip.
 
     Raises:
-        ManifestError: ``where`` and the field that is missing or describes another model.
+        ManifestError: names ``where`` and the field that is missing or describes another model.
     """
     if NATIVE_MODEL_TYPE in config:
         own = config[NATIVE_MODEL_TYPE] if isinstance(config[NATIVE_MODEL_TYPE], dict) else {}
         frames = from_dict(FramesConfig, own.get("frames"), f"{where}: {NATIVE_MODEL_TYPE}.frames")
-        return from_dict(ModelConfig, own.get("model"), f"{where}: {NATIVE_MODEL_TYPE}.model"), frames.size, frames.clip_frames
+        return (
+            from_dict(ModelConfig, own.get("model"), f"{where}: {NATIVE_MODEL_TYPE}.model"),
+            frames.size,
+            frames.clip_frames,
+        )
     name = config.get("mm_vision_tower")
     if name not in HF_TOWERS:
         raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(HF_TOWERS)}")
@@ -176,11 +184,11 @@ def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
     known = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **config}
     fields = to_dict(LanguageModelConfig()).keys()
     if absent := sorted(fields - known.keys()):
-        raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release holds all of Qwen2's keys")
+        raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release has all of Qwen2's keys")
     language = from_dict(LanguageModelConfig, {field: known[field] for field in fields}, f"{where}: ")
     return ModelConfig(vision_tower=tower, connector=ConnectorConfig(), language_model=language), size, 4
 
 
 def is_hf_release(config: dict) -> bool:
-    """Whether config.json is a release's, also one whose ``model_type`` is another (some published ones say qwen2)."""
+    """Return whether config.json is a release's; some published ones have the ``model_type`` qwen2."""
     return config.get("model_type") == HF_MODEL_TYPE or "mm_vision_tower" in config

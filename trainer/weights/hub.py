@@ -1,12 +1,12 @@
-"""Where named weights lie on this machine: local paths, and files of the hub, which are fetched once.
+"""Find named weights: local paths, and files of the Hugging Face hub, which are downloaded once.
 
     PATH                            a file or a folder
-    OWNER/NAME                      the safetensors files of a repository, where no such folder is here
+    OWNER/NAME                      the safetensors files of a repository, if there is no local folder of that name
     hf:OWNER/NAME[@REVISION]        the same, at a branch, tag or commit
     hf:OWNER/NAME[@REVISION]:FILE   one file of a repository, such as an encoder's .pt or mm_projector.bin
 
-``HF_HOME`` says where fetched files are kept, ``HF_TOKEN`` opens gated repositories, ``HF_HUB_OFFLINE=1`` reads only
-what was fetched before.
+``HF_HOME`` names the folder for downloads, ``HF_TOKEN`` opens gated repositories. With ``HF_HUB_OFFLINE=1`` only
+earlier downloads are read.
 """
 
 from __future__ import annotations
@@ -26,35 +26,37 @@ from huggingface_hub.errors import (
 
 from framestream.trainer.weights.tensor_files import WeightsError
 
-REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"
+REPOSITORY = r"[\w-][\w.-]*/[\w.-]+"  #: OWNER/NAME; a leading dot would be a relative path
+#: the forms that begin with hf:
 HUB_ADDRESS = re.compile(rf"hf:(?P<name>{REPOSITORY})(?:@(?P<revision>[^:@]+))?(?::(?P<file>.+))?")
 
 
-def locate_weights(place: str) -> Path:
-    """Local path of ``place``, one of the four forms above; what is on the hub is fetched unless it was before.
+def locate_weights(address: str) -> Path:
+    """Return the local path of ``address``, one of the four forms above; download it from the hub if necessary.
 
     Raises:
-        WeightsError: one line with the place, what is wrong with it and the fix.
+        WeightsError: one line with the address, what is wrong with it and the fix.
     """
-    if place.startswith("hf:"):
-        named = HUB_ADDRESS.fullmatch(place)
-        if named is None:
-            raise WeightsError(f"{place}: is not hf:OWNER/NAME, hf:OWNER/NAME:FILE or hf:OWNER/NAME@REVISION:FILE")
-        return _fetch(place, named["name"], named["revision"], named["file"])
-    if Path(place).exists():
-        return Path(place)
-    if not re.fullmatch(REPOSITORY, place):
-        raise WeightsError(f"{place}: no such file or folder")
-    return _fetch(f"{place}: no such file or folder here, and on the hub", place, None, None)
+    if address.startswith("hf:"):
+        parts = HUB_ADDRESS.fullmatch(address)
+        if parts is None:
+            raise WeightsError(f"{address}: is not hf:OWNER/NAME, hf:OWNER/NAME:FILE or hf:OWNER/NAME@REVISION:FILE")
+        return _download(address, parts["name"], parts["revision"], parts["file"])
+    if Path(address).exists():
+        return Path(address)
+    if not re.fullmatch(REPOSITORY, address):
+        raise WeightsError(f"{address}: no such file or folder")
+    return _download(f"{address}: no such file or folder here, and on the hub", address, None, None)
 
 
-def _fetch(where: str, name: str, revision: str | None, file: str | None) -> Path:
+def _download(where: str, name: str, revision: str | None, file: str | None) -> Path:
+    """Download a file or the safetensors files of a repository; ``where`` begins every error."""
     try:
         if file:
             return Path(hf_hub_download(name, file, revision=revision))
-        patterns = {"allow_patterns": ["*.safetensors", "*.json"], "ignore_patterns": ["*/*"]}
-        folder = Path(snapshot_download(name, revision=revision, **patterns))
-    except Exception as error:  # of the library, the network or the disk: none may end in a traceback
+        wanted = ["*.safetensors", "*.json"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as error:  # from the library, the network or the disk: no traceback for any of them
         raise WeightsError(f"{where}: {_reason(error, name, revision, file)}") from error
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(f"{where}: {name} has no *.safetensors; name the file, as hf:{name}:FILE")
@@ -62,7 +64,7 @@ def _fetch(where: str, name: str, revision: str | None, file: str | None) -> Pat
 
 
 def _reason(error: Exception, name: str, revision: str | None, file: str | None) -> str:
-    """What went wrong, and the fix, in one line."""
+    """Describe what went wrong, and the fix, in one line."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
     if isinstance(error, GatedRepoError):

@@ -42,8 +42,8 @@ from framestream.trainer.weights.tensor_files import (
     open_tensors,
     shard_files,
     to_hf_name,
-    write_weight_index,
     write_shard,
+    write_weight_index,
 )
 
 MAX_NAMES = 3  #: names of faulty tensors in a message

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Find the folder of weights of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from framestream.trainer.weights.tensor_files import WeightsError
 
 
 def resolve_weights(checkpoint: str | Path) -> Path:
-    """The folder of weights of a finished run, or ``checkpoint`` itself.
+    """Return the folder of weights of a finished run, or ``checkpoint`` itself if that is one.
 
     Raises:
-        WeightsError: there are none.
+        WeightsError: there are no weights.
     """
     checkpoint = Path(checkpoint)
     weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"

@@ -1,11 +1,12 @@
 """Tensors in files: published names, reading without loading, and writing in shards.
 
-Files carry the published names (``published_name``). Tensors are read with safetensors or
+Tensors have their published names in files (``to_hf_name``). They are read with safetensors or
 ``torch.load(weights_only=True)``; nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -20,19 +21,20 @@ from safetensors.torch import save_file
 from framestream.pipeline.config.model import ModelConfig
 from framestream.trainer.model.internvideo2 import POS_EMBED_FRAMES
 
-SHARD_BYTES = 5 * 10**9  #: largest file that ``save`` writes
+SHARD_BYTES = 5 * 10**9  #: largest file that ``save_weights`` writes
 INDEX = "model.safetensors.index.json"
 
 HF_TOWER_PREFIXES = {  #: published prefix of the vision tower, by its type
     "umt": "model.vision_tower.vision_tower.encoder.",
     "internvideo2": "model.vision_tower.vision_tower.",
 }
-HF_PREFIXES = {  #: our prefix -> published prefix of the other parts, once the vision tower's has been tried
+HF_PREFIXES = {  #: our prefix -> published prefix of the other parts; the vision tower's prefix is tried first
     "connector.": "model.mm_projector.",
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  #: of weights in files
+TRAIN_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  #: by the manifest's ``train.dtype``
 ENCODER_PREFIXES = (  #: in an encoder's own file; longer ones first
     "vision_tower.vision_tower.encoder.",
     "vision_tower.vision_tower.",
@@ -42,8 +44,14 @@ ENCODER_PREFIXES = (  #: in an encoder's own file; longer ones first
     "encoder.",
     "",
 )
-#: what files of InternVideo2 may hold for its own pretraining, which compares features with other models'
-PRETRAINING_PREFIXES = ("clip_projector.", "clip_decoder.", "final_clip_decoder.", "clip_pos_embed", "clip_img_pos_embed")
+#: names in files of InternVideo2 that only its own pretraining uses, to compare features with other models'
+PRETRAINING_PREFIXES = (
+    "clip_projector.",
+    "clip_decoder.",
+    "final_clip_decoder.",
+    "clip_pos_embed",
+    "clip_img_pos_embed",
+)
 
 
 class WeightsError(ValueError):
@@ -52,7 +60,7 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its shape is known, its values are read when wanted."""
+    """A tensor in a file: its shape is known, its values are read on demand."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
@@ -62,7 +70,7 @@ class LazyTensor:
 
 
 def to_hf_name(name: str, tower: str = "umt") -> str:
-    """Published name of one of our parameters; ``tower`` is the vision tower's type."""
+    """Return the published name of one of our parameters; ``tower`` is the vision tower's type."""
     for ours, published in _prefixes(tower):
         if name.startswith(ours):
             return published + name[len(ours) :]
@@ -70,7 +78,7 @@ def to_hf_name(name: str, tower: str = "umt") -> str:
 
 
 def from_hf_name(name: str, tower: str = "umt") -> str | None:
-    """Our name of a tensor with a published name; None for other names."""
+    """Return our name of a tensor with a published name; None for other names."""
     for ours, published in _prefixes(tower):
         if name.startswith(published):
             return ours + name[len(published) :]
@@ -78,36 +86,58 @@ def from_hf_name(name: str, tower: str = "umt") -> str | None:
 
 
 def _prefixes(tower: str) -> list[tuple[str, str]]:
-    """(ours, published), the first match being right; any other tower's tensors are a vision tower's too."""
-    return [("vision_tower.", HF_TOWER_PREFIXES[tower]), ("vision_tower.", HF_TOWER_PREFIXES["internvideo2"]), *HF_PREFIXES.items()]
+    """List (ours, published); the first match counts. Another tower's tensors are a vision tower's, too."""
+    return [
+        ("vision_tower.", HF_TOWER_PREFIXES[tower]),
+        ("vision_tower.", HF_TOWER_PREFIXES["internvideo2"]),
+        *HF_PREFIXES.items(),
+    ]
 
 
 def map_checkpoint_keys(part: str, keys: list[str], cfg: ModelConfig) -> dict[str, str]:
-    """Our name for every key of a file that belongs to ``part``; keys that fit nothing keep their own name.
+    """Map the keys of a file of ``part`` to our names; a key that matches nothing maps to itself.
 
-    Accepted are whole models with published names (other parts' tensors are passed over), the encoder's own file
-    (any of ``ENCODER_PREFIXES``; UMT's last norm is called ``norm``), ``mm_projector.bin`` (any prefix before
-    ``mm_projector.``) and a connector's or encoder's bare names.
+    Accepted files:
+        - complete models with published names; tensors of other parts are ignored;
+        - an encoder's own file, with any of ``ENCODER_PREFIXES``;
+        - ``mm_projector.bin``, with any prefix before ``mm_projector.``;
+        - a connector's or an encoder's names without a prefix.
     """
     tower = cfg.vision_tower.type
-    published = {key: from_hf_name(key, tower) for key in keys}
-    if any(name and name.startswith(part + ".") for name in published.values()):
-        names = {key: name or key for key, name in published.items() if not name or name.startswith(part + ".")}
-    elif part == "connector":
+    names = _map_published(part, keys, tower)
+    if not names and part == "connector":
         names = {key: "connector." + key.rpartition("mm_projector.")[2] for key in keys}
-    elif part == "vision_tower":
-        prefix = next(p for p in ENCODER_PREFIXES if any(key.startswith(p) for key in keys))
-        names = {key: key.removeprefix(prefix) for key in keys}
-        if tower == "umt":
-            names = {key: re.sub(r"^norm\.", "vision_layernorm.", name) for key, name in names.items()}
-        names = {key: "vision_tower." + name for key, name in names.items()}
-    else:
+    elif not names and part == "vision_tower":
+        names = _map_encoder(keys, tower)
+    elif not names:
         names = {key: key for key in keys}
-    return {key: name for key, name in names.items() if not name.startswith(_unused(cfg))}
+    unused = _unused_prefixes(cfg)
+    return {key: name for key, name in names.items() if not name.startswith(unused)}
 
 
-def _unused(cfg: ModelConfig) -> tuple[str, ...]:
-    """Beginnings of names that files may hold and the model computes, shares or never runs."""
+def _map_published(part: str, keys: list[str], tower: str) -> dict[str, str]:
+    """Map the keys of a complete model: those of ``part``, and unknown ones to themselves; empty for other files."""
+    names = {key: from_hf_name(key, tower) for key in keys}
+    if not any(_is_of(part, name) for name in names.values()):
+        return {}
+    return {key: name or key for key, name in names.items() if not name or _is_of(part, name)}
+
+
+def _is_of(part: str, name: str | None) -> bool:
+    return name is not None and name.startswith(part + ".")
+
+
+def _map_encoder(keys: list[str], tower: str) -> dict[str, str]:
+    """Map the keys of an encoder's own file; there, UMT's last norm is called ``norm``."""
+    prefix = next(p for p in ENCODER_PREFIXES if any(key.startswith(p) for key in keys))
+    names = {key: key.removeprefix(prefix) for key in keys}
+    if tower == "umt":
+        names = {key: re.sub(r"^norm\.", "vision_layernorm.", name) for key, name in names.items()}
+    return {key: "vision_tower." + name for key, name in names.items()}
+
+
+def _unused_prefixes(cfg: ModelConfig) -> tuple[str, ...]:
+    """List prefixes of names that may be in files, for tensors that the model computes, shares or never runs."""
     computed = tuple(POS_EMBED_FRAMES) if cfg.vision_tower.type == "umt" else PRETRAINING_PREFIXES
     in_tower = tuple("vision_tower." + name for name in computed)
     last_block = (f"vision_tower.blocks.{cfg.vision_tower.depth - 1}.",)
@@ -119,12 +149,12 @@ def _unused(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a file or folder by its own name, unread.
+    """Open every tensor of a file or folder, by the name in the file.
 
-    A folder holds a safetensors index, safetensors files, or one torch file (.bin, .pt, .pth).
+    A folder contains a safetensors index, safetensors files, or one torch file (.bin, .pt, .pth).
 
     Raises:
-        WeightsError: nothing there, a file of another kind, or a damaged one.
+        WeightsError: no such file, a file of another format, or a damaged one.
     """
     tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(path):
@@ -137,6 +167,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _weight_files(path: Path) -> list[Path]:
+    """List the files of weights at ``path``."""
     if path.is_file():
         return [path]
     if (path / INDEX).is_file():
@@ -157,7 +188,7 @@ def _weight_files(path: Path) -> list[Path]:
 def _safetensors(file: Path) -> dict[str, LazyTensor]:
     opened = safe_open(file, framework="pt")
     return {
-        key: LazyTensor(tuple(opened.get_slice(key).get_shape()), lambda key=key: opened.get_tensor(key))
+        key: LazyTensor(tuple(opened.get_slice(key).get_shape()), functools.partial(opened.get_tensor, key))
         for key in opened.keys()  # noqa: SIM118 (not a mapping)
     }
 
@@ -169,18 +200,22 @@ def _torch_file(file: Path) -> dict[str, LazyTensor]:
             values = values[wrapper]
     if not isinstance(values, dict):
         raise ValueError(f"a {type(values).__name__} instead of named tensors")
-    return {
-        key: LazyTensor(tuple(value.shape), lambda value=value: value)
-        for key, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
+    return {key: _in_memory(value) for key, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _in_memory(value: torch.Tensor) -> LazyTensor:
+    return LazyTensor(tuple(value.shape), lambda: value)
 
 
 # -------------------------------------------------------------------------------------------------------- writing
 
 
 def shard_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """File name -> its tensors' names, in the order of ``sizes`` (bytes); each file is filled up to ``limit`` bytes."""
+    """Distribute tensors over files of at most ``limit`` bytes, in the order of ``sizes`` (bytes).
+
+    Returns:
+        file name -> names of its tensors; a tensor larger than ``limit`` has a file of its own.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -195,13 +230,13 @@ def shard_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """One safetensors file, readable by whoever may read its folder."""
+    """Write one safetensors file with the read permissions of its folder."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
 
-def write_index(folder: Path, sizes: dict[str, int], limit: int) -> None:
-    """The index of the files that ``shard_files`` names, where there is more than one."""
+def write_weight_index(folder: Path, sizes: dict[str, int], limit: int) -> None:
+    """Write the index of the files of ``shard_files``, if there is more than one."""
     shards = shard_files(sizes, limit)
     if len(shards) > 1:
         located = {name: file for file, names in shards.items() for name in names}

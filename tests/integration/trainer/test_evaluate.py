@@ -132,7 +132,7 @@ def test_what_cannot_be_right_or_compared_is_said(made, tmp_path, capsys):
     ]
     assert evaluate.main([*words, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "no other answer to be blind with, in: alone" in said and "1 answers have more tokens than" in said
+    assert "(no blind control): alone" in said and "1 expected answers have more tokens than" in said
     assert said.splitlines()[-1] == str(out) and json.loads(out.read_text())["without_partner"] == ["alone"]
 
 
@@ -145,7 +145,7 @@ def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
     result = asked(made, *files(made, "options.json"))
     assert len(result["answers"]) == len(samples) - 4 and len(result["unreadable"]) == 4
     told = "\n".join(result["unreadable"])
-    assert told.count("is no list of at least two answers") == 3 and "options.json: sample 0: " in told
+    assert told.count("must be a list of at least two answers") == 3 and "options.json: sample 0: " in told
     assert "is none of its options, one, two" in told
 
 
@@ -179,4 +179,4 @@ def test_ctrl_c_has_its_status_and_writes_nothing(made, tmp_path, capsys, monkey
 def test_an_empty_annotation_file_is_named(made, capsys):
     (made.parent / "none.json").write_text(yaml.safe_dump([]))
     assert evaluate.main(["--manifest", str(made), *files(made, "none.json")]) == 2
-    assert "none.json: no answered dialogue" in capsys.readouterr().err
+    assert "none.json: no samples with an answer found" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
 from framestream.pipeline.config.model import InitFromConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.preprocessing import ImagesConfig
-from framestream.trainer.export import export, main
+from framestream.trainer.checkpoint.export import export
+from framestream.trainer.export import main
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.weights.hf_config import ReleaseConfig, describe_tower_mismatch, is_hf_release, parse_hf_config
 from framestream.trainer.weights.load import initialize, load_pretrained, save_weights

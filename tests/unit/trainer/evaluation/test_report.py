@@ -12,6 +12,7 @@ from PIL import Image
 
 from framestream.pipeline.shards.ledger import REASONS
 from framestream.trainer import report
+from framestream.trainer.evaluation.run_report import read_run, render, summary
 from tests.helpers.html_page import Page
 
 
@@ -88,7 +89,7 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     assert "4 dialogues not learned, or not whole: 3 × unreadable, 1 × x<y" in text
     assert "every dialogue could be read" not in text and "d0 /media/0.mp4: <gone>; d2 /media" in text
     assert REASONS["unreadable"] in text
-    assert "1.50 GiB" in text and "25.0 %" in text and report.summary(report.read_run(runs[0]))["mfu"] is None
+    assert "1.50 GiB" in text and "25.0 %" in text and summary(read_run(runs[0]))["mfu"] is None
     assert "1 step not learned, because loss or gradient was not finite" in text and "MFU, %" in text
     assert "runs/stage1" in text and "20.0 s" in text and "640" in text
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
@@ -99,7 +100,7 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
 
 
 def test_data_text_is_escaped_and_answers_judged_as_scored(tmp_path):
-    page = Page(report.render([report.read_run(write_run(tmp_path / "run", scores=True))]))
+    page = Page(render([read_run(write_run(tmp_path / "run", scores=True))]))
     text = page.cells()
     assert "Which <b>colour</b>?" in text and "blind: </p>" in text and "<short> video" in text
     assert "b" not in {tag for tag, _ in page.tags}
@@ -110,7 +111,7 @@ def test_data_text_is_escaped_and_answers_judged_as_scored(tmp_path):
     ("content", "words"),
     [
         (None, ("log.jsonl", "train it first")),
-        ("", ("log.jsonl", "no optimiser step")),
+        ("", ("log.jsonl", "no optimizer step")),
         ('{"step": 1, "seconds": 1}\n', ("log.jsonl", "lacks loss")),
         ('{"step": 1, "seco\n{"step": 2, "loss": 1, "seconds": 1}\n', ("log.jsonl", "line 1")),
     ],
@@ -129,4 +130,4 @@ def test_the_line_that_is_being_written_is_left_out(tmp_path):
     run = write_run(tmp_path / "run", steps=7)
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 8, "lo')
-    assert report.summary(report.read_run(run))["done"] == 7
+    assert summary(read_run(run))["done"] == 7

@@ -1,0 +1,233 @@
+"""Export the weights of a run in the layout of the published checkpoints.
+
+    OUT/config.json, generation_config.json
+    OUT/model.safetensors                 or shards of at most 5 GB with model.safetensors.index.json
+    OUT/tokenizer.json, ...               the files of the run's tokenizer
+    OUT/*.py                              copied from the release, never run
+
+Names, values and dtype are those of the run. With tied embeddings there is no ``lm_head.weight``, as transformers saves
+Qwen2: config.json says ``tie_word_embeddings``, and a second copy could differ from the first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+
+from framestream.pipeline.config.manifest import load_manifest
+from framestream.pipeline.tokenization.chat_template import load_tokenizer
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.trainer.model.parts import PARTS
+from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.hf_config import (
+    HF_CODE_MODULE,
+    NATIVE_MODEL_TYPE,
+    ReleaseConfig,
+    build_generation_config,
+    build_hf_config,
+)
+from framestream.trainer.weights.load import (
+    build_meta_model,
+    full_shape,
+    open_model_tensors,
+    parse_dtype,
+    read_config,
+    resolve_init_tensors,
+)
+from framestream.trainer.weights.tensor_files import (
+    DTYPES,
+    SHARD_BYTES,
+    TRAIN_DTYPES,
+    LazyTensor,
+    WeightsError,
+    shard_files,
+    to_hf_name,
+    write_shard,
+    write_weight_index,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class ExportError(ValueError):
+    """An export that is not possible; one line that names the file or folder and the fix."""
+
+
+def export(
+    checkpoint: Path, out: Path, release_files: Path | None = None, shard_bytes: int = SHARD_BYTES
+) -> ReleaseConfig:
+    """Write ``checkpoint`` to the folder ``out``, which appears complete or not at all.
+
+    At most one shard is in memory at a time.
+
+    Args:
+        checkpoint: a run's folder, its ``final`` folder, or one of its checkpoints of any number of ranks. Parts that
+            are frozen are in no checkpoint; they are read from ``init_from`` again.
+        out: folder to create.
+        release_files: folder with the release's Python files, which are copied.
+        shard_bytes: largest file.
+
+    Returns:
+        what was exported.
+
+    Raises:
+        ExportError, WeightsError, ManifestError: one line each; nothing is written.
+    """
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise ExportError(f"{out}: is there already and not an empty folder; name another --out or remove it")
+    code = python_files(release_files) if release_files else []
+    settings, tensors = open_checkpoint(checkpoint)
+    part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        tokens = _write_tokenizer(part, settings.text.tokenizer)
+        _write_weights(part, tensors, settings, shard_bytes)
+        for path in code:
+            shutil.copyfile(path, part / path.name)
+        _write_json(part / "generation_config.json", build_generation_config(tokens))
+        _write_json(part / "config.json", build_hf_config(settings, tokens))
+        for path in (*part.iterdir(), part):
+            fsync_path(path)
+        os.replace(part, out)
+        fsync_path(part.parent)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return settings
+
+
+def python_files(folder: Path) -> list[Path]:
+    """List the release's Python files in ``folder``. Links are ignored, so that only files of this folder are copied.
+
+    Raises:
+        ExportError: the file that config.json's ``auto_map`` names is not among them.
+    """
+    found = sorted(path for path in folder.glob("*.py") if path.is_file() and not path.is_symlink())
+    if f"{HF_CODE_MODULE}.py" not in [path.name for path in found]:
+        fix = "name a folder with the release's python files themselves, not links to them"
+        raise ExportError(f"{folder}: no {HF_CODE_MODULE}.py there; {fix}")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def open_checkpoint(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
+    """Open a run, its final weights or one of its checkpoints.
+
+    Returns:
+        its settings, and its tensors by our names, not yet read.
+
+    Raises:
+        ExportError, WeightsError, ManifestError: one line each.
+    """
+    if (folder / "final" / "config.json").is_file():
+        return _open_final(folder / "final")
+    if (folder / "config.json").is_file():
+        return _open_final(folder)
+    if (folder / "state.json").is_file():
+        return _open_unfinished(folder, folder.resolve().parent.parent)
+    if (folder / "checkpoints" / "latest").is_file():
+        return _open_unfinished(None, folder)
+    raise ExportError(f"{folder}: no weights there; name a RUN, its RUN/final or one of its RUN/checkpoints/step-*")
+
+
+def _open_final(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
+    """Open final weights, as ``save_weights`` wrote them."""
+    config, where = read_config(folder), str(folder / "config.json")
+    if config.get("model_type") != NATIVE_MODEL_TYPE:
+        raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; name the `final` folder of a run")
+    settings = ReleaseConfig.from_config(config, _dtype_name(parse_dtype(config, where)), where)
+    model = build_meta_model(settings.model, settings.frames.size, settings.frames.clip_frames)
+    tensors = open_model_tensors(model, folder, settings.model)
+    return settings, {name: tensors[name] for name, _ in model.named_parameters()}
+
+
+def _open_unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
+    """Open a checkpoint of DeepSpeed (the newest if None): the optimizer's float32 weights, in the run's dtype."""
+    # these import DeepSpeed, which final weights do not need
+    from framestream.trainer.checkpoint.load import trained_weights
+    from framestream.trainer.checkpoint.save import CheckpointError, check_settings, latest_checkpoint
+
+    manifest = load_manifest(run / "manifest.yaml")
+    model = build_model(manifest, device="meta")
+    shapes = {name: full_shape(p) for name, p in model.named_parameters()}
+    state_file = run / "checkpoints" / "latest"  # named in errors until the checkpoint is known
+    try:
+        checkpoint = folder or latest_checkpoint(run)
+        if checkpoint is None:
+            raise ExportError(f"{run}: has no checkpoint; name another RUN")
+        state_file = checkpoint / "state.json"
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        check_settings(state["settings"], manifest, checkpoint)
+        tensors = trained_weights(checkpoint)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+    except ExportError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{state_file}: cannot be read; take another checkpoint of the run") from error
+    frozen = [part for part in PARTS if not getattr(manifest.train, part).train]
+    tensors |= resolve_init_tensors(model, manifest, frozen)
+    wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+    if wrong:
+        manifest_file = run / "manifest.yaml"
+        raise WeightsError(f"{checkpoint}: tensors missing, or not as in {manifest_file}: {', '.join(wrong)}")
+    dtype = _dtype_name(TRAIN_DTYPES[manifest.train.dtype])
+    settings = ReleaseConfig(manifest.model, manifest.frames, manifest.images, manifest.text, dtype)
+    return settings, {name: tensors[name] for name in shapes}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def _write_weights(folder: Path, tensors: dict[str, LazyTensor], settings: ReleaseConfig, limit: int) -> None:
+    """Write all tensors by their published names, in files of at most ``limit`` bytes."""
+    dtype, tower = DTYPES[settings.dtype], settings.model.vision_tower.type
+    by_name = {to_hf_name(name, tower): tensor for name, tensor in tensors.items()}
+    sizes = {name: math.prod(tensor.shape) * dtype.itemsize for name, tensor in by_name.items()}
+    for file, names in shard_files(sizes, limit).items():
+        write_shard(folder / file, {name: by_name[name].read().to(dtype).contiguous() for name in names})
+    write_weight_index(folder, sizes, limit)
+
+
+def _write_tokenizer(folder: Path, name: str) -> dict[str, int]:
+    """Copy the tokenizer's files unchanged; returns its bos, eos and pad ids (Qwen2's bos is its padding)."""
+    tokenizer = load_tokenizer(name)
+    source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+    for file in TOKENIZER_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    if not (folder / "tokenizer.json").exists():  # transformers has built it from vocab.json and merges.txt
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    ids = {
+        "bos_token_id": pad if bos is None else bos,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad,
+    }
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

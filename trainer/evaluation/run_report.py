@@ -1,0 +1,234 @@
+"""Read the folders of runs, and render them as one self-contained HTML page.
+
+Read from each RUN, if present: ``log.jsonl`` (one object per optimizer step), ``manifest.yaml`` (the resolved
+manifest), ``ledger/`` (dialogues that were left out or cut), ``evaluation.json`` (scores of held-out questions) and
+``haystack.json`` (needles in long videos).
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from markupsafe import Markup
+
+from framestream.pipeline.html.page import render_page
+from framestream.pipeline.html.svg import COLORS, Line, format_duration, format_number, line_chart
+from framestream.pipeline.shards.ledger import REASONS
+from framestream.trainer.evaluation.haystack_html import haystack_values
+from framestream.trainer.evaluation.scores_html import BAR_COLORS, SCORE_FILTERS, scores_values
+from framestream.trainer.monitoring.run_ledger import read_run_ledger
+
+PART_COLORS = {"vision_tower": COLORS[0], "connector": COLORS[1], "language_model": COLORS[2]}
+SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
+EDGE_STEPS = 10  #: steps averaged for a first and a last loss, at most half of them
+EXAMPLES_PER_REASON = 5  #: dialogues of the ledger that are shown
+GIB = 2**30
+
+
+class ReportError(ValueError):
+    """A file that a report needs is missing or broken; one line that names the file and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The content of one run's folder."""
+
+    folder: Path
+    steps: list[dict]
+    manifest: dict
+    ledger: list[dict]
+    evaluation: dict | None
+    haystack: dict | None
+
+    @property
+    def name(self) -> str:
+        """The manifest's name, else the folder's."""
+        return str(self.manifest.get("name") or self.folder.name)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        ReportError: there is no log, or a file has another format.
+    """
+    log = folder / "log.jsonl"
+    if not log.is_file():
+        raise ReportError(f"{folder}: no log.jsonl here; train it first: python -m trainer --manifest M")
+    steps = _json_lines(log)
+    if not steps:
+        raise ReportError(f"{log}: no optimizer step is logged yet; wait for the first one")
+    for record in steps:
+        missing = [name for name in ("step", "loss", "seconds") if name not in record]
+        if missing:
+            raise ReportError(f"{log}: a line lacks {', '.join(missing)}; the file was not written by the trainer")
+    manifest: dict = {}
+    if (folder / "manifest.yaml").is_file():
+        manifest = yaml.safe_load((folder / "manifest.yaml").read_text(encoding="utf-8"))
+    evaluation, haystack = _scores(folder, "evaluate", "evaluation"), _scores(folder, "haystack", "haystack")
+    return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation, haystack)
+
+
+def _scores(folder: Path, program: str, name: str) -> dict | None:
+    """Read the results of ``python -m trainer.PROGRAM``; None if it was not run."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ReportError(f"{path}: not JSON; run python -m trainer.{program} again") from None
+    if not all("method" in row for row in result["families"]):
+        raise ReportError(f"{path}: written by another version; run python -m trainer.{program} again")
+    return result
+
+
+def render(runs: list[Run]) -> str:
+    """Render the page as HTML."""
+    return render_page(
+        Path(__file__).parent / "report.html.j2",
+        {"compact": format_number, "duration": format_duration, **SCORE_FILTERS},
+        runs=[(run, summary(run), charts(run)) for run in runs],
+        scored=[{"name": run.name, **scores_values(run.evaluation)} for run in runs if run.evaluation],
+        searched=[{"name": run.name, **haystack_values(run.haystack)} for run in runs if run.haystack],
+        **BAR_COLORS,
+    )
+
+
+def summary(run: Run) -> dict:
+    """Compute the figures of one run's row in the table of stages."""
+    steps, manifest = run.steps, run.manifest
+    train, frames = manifest.get("train", {}), manifest.get("frames", {})
+    trained = [name.replace("_", " ") for name in PART_COLORS if train.get(name, {}).get("train")]
+    losses = [record["loss"] for record in steps if record["loss"] is not None] or [math.nan]
+    edge = min(EDGE_STEPS, max(1, len(losses) // 2))
+    seconds = sum(record["seconds"] for record in steps)
+    init = manifest.get("init_from", {})
+    return {
+        "stage": manifest.get("stage", ""),
+        "trained": ", ".join(trained) or "unknown",
+        "frames": _frames(frames) if frames else "unknown",
+        "init": init.get("run") or ", ".join(sorted({str(value) for value in init.values() if value})) or "unknown",
+        "zero_stage": steps[-1].get("zero_stage", "unknown"),
+        "ranks": steps[-1].get("ranks", "unknown"),
+        "done": steps[-1]["step"],
+        "wanted": steps[-1].get("steps", steps[-1]["step"]),
+        "dialogues": sum(record.get("dialogues", 0) for record in steps),
+        "seconds": seconds,
+        "first_loss": statistics.fmean(losses[:edge]),
+        "last_loss": statistics.fmean(losses[-edge:]),
+        "tokens_per_s": _time_mean(steps, "tokens_per_s", seconds),
+        "frames_per_s": _time_mean(steps, "frames_per_s", seconds),
+        "data_wait": 100 * _time_mean(steps, "data_wait", seconds),
+        "mfu": 100 * _time_mean(steps, "mfu", seconds) if steps[-1].get("mfu") is not None else None,
+        "peak_memory": max(record.get("peak_memory", 0) for record in steps) / GIB,
+        "not_finite": steps[-1].get("not_finite", 0),
+        "noted": len(run.ledger),
+        "ledger": ledger_rows(run.ledger),
+    }
+
+
+def ledger_rows(ledger: list[dict]) -> list[dict]:
+    """Group the ledger by reason, most frequent first: meaning, number, and the first dialogues."""
+    by_reason: dict[str, list[dict]] = collections.defaultdict(list)
+    for row in ledger:
+        by_reason[row["reason"]].append(row)
+    return [
+        {
+            "reason": reason,
+            "meaning": REASONS.get(reason, ""),
+            "count": len(rows),
+            "examples": rows[:EXAMPLES_PER_REASON],
+        }
+        for reason, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+def charts(run: Run) -> list[Markup]:
+    """Draw a run's curves: loss, learning rates, throughput, waiting for data, MFU, memory and gradient norm."""
+    finite = [(record["step"], record["loss"]) for record in run.steps if record["loss"] is not None]
+    curves = []
+    if finite:
+        steps, losses = zip(*finite, strict=True)
+        each = Line("each step", steps, losses, "#9db9ea", faint=True)
+        smooth = Line("moving average", steps, _moving_average(list(losses)))
+        curves.append(line_chart("loss", [each, smooth], low=0.0 if min(losses) >= 0 else None))
+    parts = sorted({part for record in run.steps for part in record.get("lr", {})}, key=list(PART_COLORS).index)
+    if parts:
+        curves.append(line_chart("learning rate", _rate_lines(run, parts), low=0.0))
+    for key, title, factor in (
+        ("tokens_per_s", "tokens a second", 1),
+        ("frames_per_s", "frames a second", 1),
+        ("data_wait", "waiting for data, % of a step", 100),
+        ("tflops", "TFLOP/s of a rank", 1),
+        ("mfu", "MFU, %", 100),
+        ("peak_memory", "peak memory of a rank, GiB", 1 / GIB),
+        ("grad_norm", "gradient norm before clipping", 1),
+        ("not_finite", "steps not finite so far", 1),
+    ):
+        known = [(record["step"], factor * record[key]) for record in run.steps if record.get(key) is not None]
+        if known and (key != "not_finite" or known[-1][1]):
+            x, values = zip(*known, strict=True)
+            curves.append(line_chart(title, [Line("", x, values)], low=0.0))
+    return curves
+
+
+def _frames(frames: dict) -> str:
+    count = str(frames["min"]) if frames["min"] == frames["max"] else f"{frames['min']} to {frames['max']}"
+    return f"{count} at {frames['size']} px, {frames['sampler']}"
+
+
+def _rate_lines(run: Run, parts: list[str]) -> list[Line]:
+    """Draw one line for each distinct schedule of the learning rate, named after the parts that follow it."""
+    schedules: dict[tuple[float, ...], list[str]] = {}
+    for part in parts:
+        schedules.setdefault(tuple(record["lr"].get(part, 0.0) for record in run.steps), []).append(part)
+    x = [record["step"] for record in run.steps]
+    return [
+        Line(", ".join(names).replace("_", " "), x, rates, PART_COLORS[names[0]]) for rates, names in schedules.items()
+    ]
+
+
+def _time_mean(steps: list[dict], key: str, seconds: float) -> float:
+    """Compute the mean of a rate or share over time: steps are weighted by their duration."""
+    return sum((record.get(key) or 0.0) * record["seconds"] for record in steps) / seconds if seconds else 0.0
+
+
+def _moving_average(values: list[float]) -> list[float]:
+    """Compute the exponential moving average, with the bias correction of Adam (arXiv 1412.6980, section 3)."""
+    total, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        total += SMOOTHING * (value - total)
+        weight += SMOOTHING * (1 - weight)
+        smooth.append(total / weight)
+    return smooth
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines; an incomplete last line (of a run that is being written) is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ReportError(f"{path}: line {number} is not JSON; remove it") from None
+    return rows
+
+
+def write_images(folder: Path, runs: Sequence[Run]) -> None:
+    """Write the loss of all runs, and heat maps and one answer of the last runs that have them, as image files."""
+    from framestream.trainer.evaluation.report_images import write_report_images  # imports torch
+
+    losses = {run.name: charts(run)[0] for run in runs if any(record["loss"] is not None for record in run.steps)}
+    maps = [haystack_values(run.haystack)["maps"] for run in runs if run.haystack]
+    examples = [run.evaluation["examples"] for run in runs if run.evaluation]
+    write_report_images(folder, losses, *(found[-1] if found else [] for found in (maps, examples)))

@@ -1,0 +1,69 @@
+"""Ask a model questions about media files, in text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from framestream.pipeline.shards.memory_index import MediaFile
+from framestream.pipeline.tokenization.chat_template import IMAGE_PLACEHOLDER
+from framestream.trainer.inference.chat_session import ChatSession, stream_text
+from framestream.trainer.inference.generate import GREEDY, Sampling
+from framestream.trainer.inference.predictor import Predictor
+
+
+class Conversation:
+    """A conversation about ``files``; each question is answered with the earlier turns as context.
+
+    Args:
+        predictor: the model that answers.
+        files: videos and images, shown before the first question in this order.
+        max_new_tokens: longest answer.
+        sampling: how tokens are chosen.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        files: Sequence[MediaFile] = (),
+        max_new_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        self._predictor, self._files = predictor, list(files)
+        self._session = ChatSession(predictor.model, max_new_tokens, predictor.tokenizer.eos_token_id, sampling)
+        self._turns: list[dict[str, str]] = []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Yield the answer piece by piece; the turn is remembered once the iterator is exhausted.
+
+        Raises:
+            MediaError: a file cannot be used; one line that names it.
+            ValueError: the conversation has more tokens than the model takes.
+        """
+        marks = "" if self._turns else f"{IMAGE_PLACEHOLDER}\n" * len(self._files)
+        turns = [*self._turns, {"from": "human", "value": marks + question.replace(IMAGE_PLACEHOLDER, "")}]
+        prompt = self._predictor.build_prompt(turns, self._files)
+        answer = ""
+        for piece in stream_text(self._session.answer(prompt), self._predictor.decode):
+            answer += piece
+            yield piece
+        self._turns = [*turns, {"from": "gpt", "value": answer}]
+
+    def input_images(self) -> tuple[list[np.ndarray], list[str]]:
+        """Return the images that the model sees, and a caption for each.
+
+        Images are uint8 (S, S, 3): the frames of videos, then the tiles of images. A frame's caption is its second in
+        the video, a tile's is the file's name with the number of the tile.
+
+        Raises:
+            MediaError: a file cannot be used; one line that names it.
+        """
+        turn = {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n" * len(self._files)}
+        batch, views = self._predictor.build_prompt([turn], self._files), self._predictor.media_views(self._files)
+        times = [self._predictor.frame_times(self._files, view) for view in views if view.kind == "video"]
+        captions = [f"{second:.1f} s" for seconds in times for second in seconds]
+        for view, file in zip(views, self._files, strict=True):
+            captions += [f"{Path(file.path).name} {tile + 1}/{view.tiles}" for tile in range(view.tiles)]
+        return [*batch.clips.flatten(0, 1).cpu().numpy(), *batch.image_tiles.cpu().numpy()], captions
