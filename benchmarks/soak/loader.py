@@ -48,7 +48,7 @@ def row_digest(batch: Batch) -> str:
     found = hashlib.sha256(json.dumps([batch.keys, batch.total_weight, batch.skipped]).encode())
     for name in (*("input_ids", "labels", "position_ids", "cu_seqlens", "token_weight"), "visual_index"):
         found.update(getattr(batch, name).numpy())
-    for pixels in (batch.clips, batch.stills):
+    for pixels in (batch.clips, batch.image_tiles):
         found.update(repr(tuple(pixels.shape)).encode())
         found.update(pixels.numpy())
     return found.hexdigest()
@@ -64,7 +64,7 @@ def read(folder: Path, rank: int, world: int) -> None:
             for batch in loader:
                 time.sleep(PAUSE)
                 row = [batch.epoch, batch.step, batch.micro_step * world + rank]
-                state = loader.state_dict() if batch.last else None
+                state = loader.state_dict() if batch.is_last else None
                 print(json.dumps({"row": row, "digest": row_digest(batch), "state": state}), file=notes, flush=True)
 
 
