@@ -1,4 +1,4 @@
-"""TODO."""
+"""Kill a process at a chosen moment."""
 
 from __future__ import annotations
 

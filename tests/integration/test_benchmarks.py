@@ -12,7 +12,7 @@ from tests.helpers.model.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks.building import plan
+from benchmarks.building import decord_widths, plan
 from benchmarks.loading import index, loader, remote
 from benchmarks.loading import isolated as loader_apart
 from benchmarks.loading import readers as loader_readers
@@ -63,6 +63,15 @@ def test_remote_reads_are_measured_over_every_client(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(f"| {name} |" in text for name in ("http.client", "urllib3", "httpx2", "1", "32"))
     assert "kB of a request of 1 MiB" in text
+
+
+def test_widths_that_decord_refuses_are_padded_rows(capsys, monkeypatch):
+    """Where it refuses any: rows are padded to 64 pixels, and a padded row's bytes are a multiple of the width."""
+    monkeypatch.setattr("sys.argv", ["decord_widths", "--up-to", "66"])
+    decord_widths.main()
+    assert "of 32 even widths" in capsys.readouterr().out
+    for width, row in decord_widths.refused_widths(66).items():
+        assert width % 64 and row == 3 * 64 * -(-width // 64) and row % width == 0
 
 
 def test_planning_counts_what_was_generated(capfd, monkeypatch, tmp_path):

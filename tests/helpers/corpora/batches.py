@@ -1,4 +1,4 @@
-"""TODO."""
+"""All batches of a loader, as plain values."""
 
 from __future__ import annotations
 

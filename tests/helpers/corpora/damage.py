@@ -1,4 +1,4 @@
-"""TODO."""
+"""Damage a shard root, and compare batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A corpus of annotation files that grows between builds."""
 
 from __future__ import annotations
 

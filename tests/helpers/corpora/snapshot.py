@@ -1,4 +1,4 @@
-"""TODO."""
+"""The files of a built root with their digests, and the members of a shard."""
 
 from __future__ import annotations
 

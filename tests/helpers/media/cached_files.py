@@ -1,4 +1,4 @@
-"""TODO."""
+"""A source that counts what it fetches, and the files that a cache must return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The golden token ids and labels, and the chat templates that must give them."""
 
 from __future__ import annotations
 

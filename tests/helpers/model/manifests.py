@@ -1,4 +1,4 @@
-"""TODO."""
+"""Manifests of small models, by parts that learn."""
 
 from __future__ import annotations
 

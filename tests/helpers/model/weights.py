@@ -1,4 +1,4 @@
-"""TODO."""
+"""Small models with first weights on the disk."""
 
 from __future__ import annotations
 

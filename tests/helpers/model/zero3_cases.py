@@ -1,4 +1,4 @@
-"""TODO."""
+"""Training runs that ZeRO-3 and one process must do alike: manifests and the rows of each rank."""
 
 from __future__ import annotations
 
