@@ -38,13 +38,13 @@ def shown(frames: torch.Tensor) -> list[int]:
 def test_frames_are_the_nearest_and_have_their_true_seconds(root, count):
     dataset = ShardDataset(root, by="media", frames=count)
     for number in range(len(dataset)):
-        (medium,) = dataset[number].media
-        if medium.kind == "image":
+        (item,) = dataset[number].media
+        if item.kind == "image":
             continue
-        assert medium.frames.dtype == torch.uint8 and medium.frames.shape == (count, 64, 64, 3)
-        assert medium.timestamps.dtype == torch.float64 and medium.timestamps.shape == (count,)
-        there = shown(medium.frames)
-        assert medium.timestamps.tolist() == [frame / FPS for frame in there]
+        assert item.frames.dtype == torch.uint8 and item.frames.shape == (count, 64, 64, 3)
+        assert item.timestamps.dtype == torch.float64 and item.timestamps.shape == (count,)
+        there = shown(item.frames)
+        assert item.timestamps.tolist() == [frame / FPS for frame in there]
         stored = dataset.index.media["frame_index"][int(dataset._rows[number])].as_py()
         vlen = dataset.index.media["vlen"][int(dataset._rows[number])].as_py()
         parts = min(count, vlen)
@@ -58,19 +58,19 @@ def test_without_a_number_each_stored_frame_is_shown_once(root):
     dataset = ShardDataset(root, by="media")
     stored = {row["key"]: row["frame_index"] for row in dataset.index.media.to_pylist() if row["kind"] == "video"}
     for sample in dataset:
-        (medium,) = sample.media
-        if medium.kind == "video":
-            assert shown(medium.frames) == stored[medium.key]
+        (item,) = sample.media
+        if item.kind == "video":
+            assert shown(item.frames) == stored[item.key]
 
 
 @given(data=st.data(), count=st.integers(1, 600))
 def test_a_shown_frame_is_off_by_half_a_gap_at_most(data, count):
     vlen = data.draw(st.integers(1, 5000))
     stored = np.array(sorted(data.draw(st.sets(st.integers(0, vlen - 1), min_size=1, max_size=600))))
-    places = choose_stored_frames(count, stored, vlen, 25.0, vlen / 25, 0)
+    indices = choose_stored_frames(count, stored, vlen, 25.0, vlen / 25, 0)
     every = choose_stored_frames(count, np.arange(vlen), vlen, 25.0, vlen / 25, 0)
-    assert len(places) == len(every) == count and (np.diff(places) >= 0).all()
-    off = np.abs(stored[places] - every)
+    assert len(indices) == len(every) == count and (np.diff(indices) >= 0).all()
+    off = np.abs(stored[indices] - every)
     assert (off == np.abs(stored[:, None] - every).min(axis=0)).all()
     inside = (every >= stored[0]) & (every <= stored[-1])
     assert (off[inside] * 2 <= max(np.diff(stored), default=0)).all()
@@ -86,12 +86,12 @@ def test_manifest_frames_are_those_the_trainer_is_given(root, sampler):
         frames__size=32,
         model__vision_tower__patch=4,
     )
-    visuals, dataset = MediaViews(Index.open(root), made), ShardDataset(root, by="media", frames=made.frames)
+    media_views, dataset = MediaViews(Index.open(root), made), ShardDataset(root, by="media", frames=made.frames)
     for number, row in enumerate(dataset._rows.tolist()):
-        (view,) = visuals.views([row])
+        (view,) = media_views.views([row])
         if view.kind == "video":
             out = np.empty((len(view.frame_indices), 32, 32, 3), dtype=np.uint8)
-            visuals.read_frames(view, 0, out)
+            media_views.read_frames(view, 0, out)
             assert np.array_equal(dataset[number].media[0].frames.numpy(), out)
 
 
@@ -108,32 +108,32 @@ def test_a_dialogue_has_its_media_in_order(root):
             row["id"],
             row["entry"],
         )
-        keys = [index.media["key"][medium].as_py() for medium in row["media"]]
-        assert [medium.key for medium in sample.media] == keys
+        keys = [index.media["key"][item].as_py() for item in row["media"]]
+        assert [item.key for item in sample.media] == keys
     assert {len(sample.media) for sample in dataset} == {0, 1, 2}
 
 
-def test_a_medium_has_the_dialogues_about_it_alone_and_none_held_out(root):
+def test_a_media_item_has_the_dialogues_about_it_alone(root):
     dataset = ShardDataset(root, by="media", frames=4)
     rows = dataset.index.dialogues.to_pylist()
     keys = dataset.index.media["key"].to_pylist()
     about = 0
     for number, sample in enumerate(dataset):
-        (medium,) = sample.media
-        alone = [r["key"] for r in rows if r["split"] == "train" and [keys[m] for m in r["media"]] == [medium.key]]
+        (item,) = sample.media
+        alone = [r["key"] for r in rows if r["split"] == "train" and [keys[m] for m in r["media"]] == [item.key]]
         assert [dialogue.key for dialogue in sample.dialogues] == alone
-        assert dataset.key(number) == medium.key
+        assert dataset.key(number) == item.key
         about += len(alone)
     assert about == sum(r["split"] == "train" and len(r["media"]) == 1 for r in rows)
     assert any(r["split"] == "val" and len(r["media"]) == 1 for r in rows)
 
 
-def test_stills_are_whole_pictures(root):
-    stills = [m for sample in ShardDataset(root, by="media") for m in sample.media if m.kind == "image"]
-    assert {tuple(still.frames.shape) for still in stills} >= {(1, 60, 150, 3), (1, 140, 50, 3), (1, 20, 30, 3)}
-    for still in stills:
-        assert still.timestamps.tolist() == [0.0] and still.duration == 0
-        corner = still.frames[0, :4, :4].float().mean(dim=(0, 1))
+def test_images_have_their_full_size(root):
+    images = [m for sample in ShardDataset(root, by="media") for m in sample.media if m.kind == "image"]
+    assert {tuple(image.frames.shape) for image in images} >= {(1, 60, 150, 3), (1, 140, 50, 3), (1, 20, 30, 3)}
+    for image in images:
+        assert image.timestamps.tolist() == [0.0] and image.duration == 0
+        corner = image.frames[0, :4, :4].float().mean(dim=(0, 1))
         assert (corner - torch.tensor([200.0, 20.0, 20.0])).abs().max() < 6
 
 

@@ -49,9 +49,9 @@ def test_cooked_media_are_those_of_the_data_set(footage_root, folder):
         read[sample.__key__] = sample
     assert read.keys() == wanted.keys()
     for key, sample in read.items():
-        (medium,) = wanted[key].media
-        assert torch.equal(sample.frames, medium.frames) and torch.equal(sample.timestamps, medium.timestamps)
-        assert (sample.start, sample.duration) == (medium.start, medium.duration)
+        (item,) = wanted[key].media
+        assert torch.equal(sample.frames, item.frames) and torch.equal(sample.timestamps, item.timestamps)
+        assert (sample.start, sample.duration) == (item.start, item.duration)
         assert sample.dialogues == wanted[key].dialogues
 
 
@@ -64,7 +64,7 @@ def test_cooked_dialogues_name_their_media(footage_root):
     assert read.keys() == wanted.keys()
     for key, sample in read.items():
         assert [sample.dialogue] == wanted[key].dialogues
-        assert sample.media == [medium.key for medium in wanted[key].media]
+        assert sample.media == [item.key for item in wanted[key].media]
 
 
 def test_a_training_loader_with_workers_goes_on_where_it_stopped(footage_root):
@@ -85,8 +85,8 @@ def test_the_held_out_split_is_apart(footage_root, folder):
     alone = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
     task = DialogueTask() if folder == "dialogue" else MediaTask()
     made = energon.get_val_dataset(footage_root / folder, worker_config=alone, batch_size=None, task_encoder=task)
-    held = ShardDataset(footage_root, split="val", by="dialogue" if folder == "dialogue" else "media")
-    assert [s.__key__ for s in energon.get_loader(made)] == [held.key(number) for number in range(len(held))]
+    dataset = ShardDataset(footage_root, split="val", by="dialogue" if folder == "dialogue" else "media")
+    assert [s.__key__ for s in energon.get_loader(made)] == [dataset.key(number) for number in range(len(dataset))]
 
 
 def test_energon_info_counts_samples_and_shards(footage_root):

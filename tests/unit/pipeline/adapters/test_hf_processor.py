@@ -20,13 +20,13 @@ def video(seconds: list[float], start: float = 0.0, duration: float = 10.0) -> M
     return Media(frames, torch.tensor(seconds, dtype=torch.float64), "v", "video", start, duration, "s")
 
 
-def still(level: int = 0) -> Media:
+def image(level: int = 0) -> Media:
     frames = torch.full((1, 20, 30, 3), level, dtype=torch.uint8)
     return Media(frames, torch.zeros(1, dtype=torch.float64), "i", "image", 0.0, 0.0, "s")
 
 
 def messages(media: list[Media], *texts: str, first: list[dict] = (), **settings: str) -> list[tuple[str, list[str]]]:
-    """Role and parts of each message; a part is a text, or <kind> of a medium."""
+    """Role and parts of each message; a part is a text, or <kind> of a media item."""
     (chat,) = chats(Sample(media, [Dialogue([*first, *turns(*texts)], "d", "0", "a")]), **settings)
     return [
         (message["role"], [part.get("text", f"<{part['type']}>") for part in message["content"]])
@@ -47,10 +47,10 @@ U, A = "user", "assistant"
         ([], [f"{S}?", "Ho"], {}, [(U, [f"{S}?"]), (A, ["Ho"])]),
         ([video([1, 2])], [f"{S}\nHi", "Ho"], {}, [(U, [V, "Hi"]), (A, ["Ho"])]),
         ([video([1, 2])], [f"Hi\n{S}", "Ho"], {}, [(U, [V, "Hi"]), (A, ["Ho"])]),
-        ([still()], [S], {}, [(U, [S])]),
-        ([still(), still()], [f"A {S} or {S}?", "B"], {}, [(U, ["A ", S, " or ", S, "?"]), (A, ["B"])]),
-        ([still()], ["Hi", "Ho", f"{S}\nHe", "B"], {}, [(U, ["Hi"]), (A, ["Ho"]), (U, [S, "He"]), (A, ["B"])]),
-        ([still()], [f"{S}\nHi"], {"first": [SYSTEM]}, [("system", ["Be brief."]), (U, [S, "Hi"])]),
+        ([image()], [S], {}, [(U, [S])]),
+        ([image(), image()], [f"A {S} or {S}?", "B"], {}, [(U, ["A ", S, " or ", S, "?"]), (A, ["B"])]),
+        ([image()], ["Hi", "Ho", f"{S}\nHe", "B"], {}, [(U, ["Hi"]), (A, ["Ho"]), (U, [S, "He"]), (A, ["B"])]),
+        ([image()], [f"{S}\nHi"], {"first": [SYSTEM]}, [("system", ["Be brief."]), (U, [S, "Hi"])]),
         ([], ["Hi"], {"first": [HELLO]}, [(U, ["Hi"])]),
         ([], ["Hi"], {"first": [SYSTEM, HELLO]}, [("system", ["Be brief."]), (U, ["Hi"])]),
         ([video([1, 2])], [f"{S}\nHi"], {"time_message": "short"}, [(U, [V, f"{SAID} from it. \nHi"])]),
@@ -60,7 +60,7 @@ U, A = "user", "assistant"
             {"time_message": "long"},
             [(U, [V, f"{SAID} at 1.2, 3.0 seconds. \nHi"])],
         ),
-        ([still()], [f"{S}\nHi"], {"time_message": "long"}, [(U, [S, "Hi"])]),
+        ([image()], [f"{S}\nHi"], {"time_message": "long"}, [(U, [S, "Hi"])]),
     ],
 )
 def test_marks_become_media_where_they_stand(media, texts, settings, wanted):
@@ -70,14 +70,14 @@ def test_marks_become_media_where_they_stand(media, texts, settings, wanted):
 @pytest.mark.parametrize(("marks", "media"), [(1, 2), (2, 1), (3, 2)])
 def test_marks_that_do_not_fit_the_media_are_refused(marks, media):
     with pytest.raises(ValueError, match=rf"^d: (more|fewer) <image> marks than media \({media}\)$"):
-        messages([still()] * media, "<image>" * marks + "Hi", "Ho")
+        messages([image()] * media, "<image>" * marks + "Hi", "Ho")
 
 
 def test_media_are_listed_in_order_of_use():
-    sample = Sample([video([1]), still(9), video([2]), still(200)], [Dialogue(turns("<image>" * 4), "d", "0", "a")])
+    sample = Sample([video([1]), image(9), video([2]), image(200)], [Dialogue(turns("<image>" * 4), "d", "0", "a")])
     (chat,) = chats(sample)
     assert [item["frames_indices"] for item in chat["video_metadata"]] == [[1000], [2000]]
-    assert [picture.getpixel((0, 0)) for picture in chat["images"]] == [(9, 9, 9), (200, 200, 200)]
+    assert [pixels.getpixel((0, 0)) for pixels in chat["images"]] == [(9, 9, 9), (200, 200, 200)]
     assert [part["type"] for part in chat["messages"][0]["content"]] == ["video", "image", "video", "image"]
 
 
@@ -88,8 +88,8 @@ def test_media_are_listed_in_order_of_use():
 )
 def test_transformers_reads_the_true_seconds(seconds, start, rest):
     duration = seconds[-1] + rest
-    medium = video([start + second for second in seconds], start, duration)
-    read = VideoMetadata(**video_metadata(medium))
+    item = video([start + second for second in seconds], start, duration)
+    read = VideoMetadata(**video_metadata(item))
     assert np.abs(np.array(read.timestamps) - seconds).max() <= 0.00051
     assert (read.height, read.width, read.duration) == (32, 48, duration)
     assert read.sampled_fps == pytest.approx(len(seconds) / duration, rel=0.06)
@@ -105,4 +105,4 @@ def test_every_dialogue_of_a_medium_is_a_row(footage_root):
 
 def test_samples_without_dialogues_make_no_batch():
     with pytest.raises(ValueError, match="no dialogue among these samples"):
-        ChatCollator(None)([Sample([still()], [])])
+        ChatCollator(None)([Sample([image()], [])])

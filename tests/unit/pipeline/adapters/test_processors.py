@@ -31,7 +31,7 @@ def levels(made, pixels: torch.Tensor) -> np.ndarray:
     return ((pixels * std + mean) * 255).numpy()
 
 
-def pictures(name: str, made, batch, number: int) -> np.ndarray:
+def processor_images(name: str, made, batch, number: int) -> np.ndarray:
     """The frames (T, H, W, 3) of video ``number`` as the model will see them, in levels."""
     if name.startswith("llava"):
         return levels(made.video_processor, batch["pixel_values_videos"][number]).transpose(0, 2, 3, 1)
@@ -50,7 +50,7 @@ def test_the_model_sees_the_frames_of_the_sample(dataset, name):
     batch = ChatCollator(made)(samples)
     assert batch["input_ids"].shape[0] == 3 and batch["attention_mask"].shape == batch["input_ids"].shape
     for number, sample in enumerate(samples[:2]):
-        seen = pictures(name, made, batch, number)
+        seen = processor_images(name, made, batch, number)
         frames = sample.media[0].frames.numpy()
         assert len(seen) == len(frames) == 8
         size = seen.shape[2:0:-1]
@@ -81,8 +81,8 @@ def test_qwen3_says_the_true_seconds(dataset, row):
     made = processor("qwen3_vl")
     batch = ChatCollator(made)([dataset[row]])
     said = [float(second) for second in re.findall(r"<(\d+\.\d) seconds>", spoken(made, batch["input_ids"][0]))]
-    (medium,) = dataset[row].media
-    pairs = (medium.timestamps.numpy() - medium.start).reshape(4, 2).mean(axis=1)
+    (item,) = dataset[row].media
+    pairs = (item.timestamps.numpy() - item.start).reshape(4, 2).mean(axis=1)
     assert np.abs(pairs - said).max() <= 0.0501 and len(set(said)) == 4
 
 
@@ -90,8 +90,8 @@ def test_qwen3_says_the_true_seconds(dataset, row):
 def test_llava_is_told_the_times_in_words(dataset, name):
     made = processor(name)
     batch = ChatCollator(made, time_message="long")([dataset[2]])
-    medium = dataset[2].media[0]
-    seconds = ", ".join(f"{second:.1f}" for second in np.around((medium.timestamps - 2).numpy(), 1))
+    item = dataset[2].media[0]
+    seconds = ", ".join(f"{second:.1f}" for second in np.around((item.timestamps - 2).numpy(), 1))
     assert f"sampled at {seconds} seconds. \nAnd here?" in spoken(made, batch["input_ids"][0])
 
 

@@ -105,7 +105,7 @@ def test_every_reader_gives_the_same(footage_root, tmp_path, reader: Callable[..
         for name in facts.keys() & row.keys():
             value = row[name]
             if folder == "dialogue" and name == "media":
-                value = json.dumps([index.media["key"][medium].as_py() for medium in value], separators=(",", ":"))
+                value = json.dumps([index.media["key"][item].as_py() for item in value], separators=(",", ":"))
             assert facts[name] == value, name
         if folder == "dialogue":
             continue
@@ -143,7 +143,7 @@ def test_energon_decodes_the_frames_that_are_asked_for(footage_root):
     for sample in energon.get_loader(made):
         clips, _ = sample["mp4"].get_video_clips([(3, 6), (12, 12)], video_unit="frames")
         ours = shown[sample["__key__"]]
-        for clip, places in zip(clips, (slice(3, 7), slice(12, 13)), strict=True):
-            assert difference(clip.permute(0, 2, 3, 1).numpy(), ours[places]) <= 2
+        for clip, part in zip(clips, (slice(3, 7), slice(12, 13)), strict=True):
+            assert difference(clip.permute(0, 2, 3, 1).numpy(), ours[part]) <= 2
         count += 1
     assert count == 3

@@ -33,11 +33,11 @@ def test_media_are_what_the_data_set_gives(footage_root, frames):
     found = members_of(footage_root, "video") | members_of(footage_root, "image")
     assert len(found) == len(dataset) == 6
     for sample in dataset:
-        (medium,) = sample.media
-        read = read_members(found[medium.key], frames)
-        assert torch.equal(read.media[0].frames, medium.frames)
-        assert torch.equal(read.media[0].timestamps, medium.timestamps)
-        assert read.media[0][2:] == medium[2:] and read.dialogues == sample.dialogues
+        (item,) = sample.media
+        read = read_members(found[item.key], frames)
+        assert torch.equal(read.media[0].frames, item.frames)
+        assert torch.equal(read.media[0].timestamps, item.timestamps)
+        assert read.media[0][2:] == item[2:] and read.dialogues == sample.dialogues
 
 
 def test_frames_keep_their_aspect_where_they_are_stored_so(tmp_path):
@@ -51,9 +51,9 @@ def test_frames_keep_their_aspect_where_they_are_stored_so(tmp_path):
         dataset = ShardDataset(root, by="media", frames=frames)
         assert dataset[0].media[0].frames.shape == shape
         for sample in dataset:
-            (medium,) = sample.media
-            if medium.kind == "video":
-                assert torch.equal(read_members(found[medium.key], frames).media[0].frames, medium.frames)
+            (item,) = sample.media
+            if item.kind == "video":
+                assert torch.equal(read_members(found[item.key], frames).media[0].frames, item.frames)
 
 
 def test_dialogues_are_what_the_data_set_gives(footage_root):

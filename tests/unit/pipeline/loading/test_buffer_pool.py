@@ -1,4 +1,4 @@
-"""Buffers are used again once nobody refers to them, and never before."""
+"""Buffers are reused when nothing refers to them any more, and never before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from framestream.pipeline.loading import buffer_pool as buffers
 from framestream.pipeline.loading.buffer_pool import MIN_BUFFER_BYTES, BufferPool
 
-#: What a consumer may keep of an array: each refers to the same memory in another way.
+#: What a consumer may keep of an array. Each refers to the same memory in another way.
 HOLDS = {
     "array": lambda array: array,
     "view of a view": lambda array: array[: len(array) // 2].reshape(2, -1)[1],
@@ -30,10 +30,10 @@ HOLDS = {
 }
 
 
-def content(held) -> set[int]:
-    if isinstance(held, torch.UntypedStorage):
-        held = torch.empty(0, dtype=torch.uint8).set_(held)
-    return set(np.unique(np.asarray(held)).tolist())
+def content(reference) -> set[int]:
+    if isinstance(reference, torch.UntypedStorage):
+        reference = torch.empty(0, dtype=torch.uint8).set_(reference)
+    return set(np.unique(np.asarray(reference)).tolist())
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -42,7 +42,7 @@ def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
     pool = BufferPool(8 * MIN_BUFFER_BYTES, shared)
     array, first = pool.acquire(4096)
     array[:] = 7
-    held = HOLDS[how](array)
+    reference = HOLDS[how](array)
     del array
     gc.collect()
     pool.release(first)
@@ -50,8 +50,8 @@ def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
         other, second = pool.acquire(4096)
         assert second is not first
         other[:] = 9
-    assert [int(value) for value in held][:3] == [7] * 3 if how == "iterator" else content(held) == {7}
-    del held, other
+    assert [int(value) for value in reference][:3] == [7] * 3 if how == "iterator" else content(reference) == {7}
+    del reference, other
     gc.collect()
     assert pool.in_use == 0
     assert first.number in pool.numbers
@@ -65,15 +65,16 @@ def test_whatever_still_refers_to_a_buffer_keeps_it(how, shared):
     seed=st.integers(0, 2**32),
     shared=st.booleans(),
     bound=st.integers(1, 6),
-    steps=st.lists(st.sampled_from(["take", "take", "hand on", "drop", "forget"]), min_size=10, max_size=60),
+    steps=st.lists(st.sampled_from(["acquire", "acquire", "release", "drop", "discard"]), min_size=10, max_size=60),
 )
 def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps):
-    draw, pool = random.Random(seed), BufferPool(bound * MIN_BUFFER_BYTES, shared)
+    rng, pool = random.Random(seed), BufferPool(bound * MIN_BUFFER_BYTES, shared)
     ahead, handed, stamp = [], [], 0
     largest = 0
     for step in steps:
-        if step == "take":
-            size = draw.choice([0, 1, 1000, MIN_BUFFER_BYTES, MIN_BUFFER_BYTES + 1, 3 * MIN_BUFFER_BYTES, draw.randrange(5 * MIN_BUFFER_BYTES)])
+        if step == "acquire":
+            unit = MIN_BUFFER_BYTES
+            size = rng.choice([0, 1, 1000, unit, unit + 1, 3 * unit, rng.randrange(5 * unit)])
             lent = pool.acquire(size)
             assert lent is not None or ahead, "with nothing ahead there is always room"
             if lent:
@@ -81,24 +82,24 @@ def test_no_content_is_ever_lost_and_the_bound_holds(seed, shared, bound, steps)
                 assert array.shape == (size,) and array.dtype == np.uint8
                 stamp = stamp % 250 + 1
                 array[:] = stamp
-                ahead.append((draw.choice([torch.from_numpy, np.asarray])(array), buffer, stamp))
+                ahead.append((rng.choice([torch.from_numpy, np.asarray])(array), buffer, stamp))
                 largest = max(largest, len(buffer.memory))
                 del array, lent, buffer
-        elif step == "hand on" and ahead:
+        elif step == "release" and ahead:
             handed.append(ahead.pop(0))
             pool.release(handed[-1][1])
         elif step == "drop" and handed:
-            del handed[draw.randrange(len(handed))]
-        elif step == "forget" and ahead:
+            del handed[rng.randrange(len(handed))]
+        elif step == "discard" and ahead:
             pool.discard(ahead[0][1])
             handed.append(ahead.pop(0))
-        held = sum(len(buffer.memory) for _, buffer, _ in handed if buffer.number in pool.numbers)
-        assert pool.nbytes - held <= max(bound * MIN_BUFFER_BYTES, largest) + 2 * largest
-    for held, _, value in (*ahead, *handed):
-        assert not len(held) or content(held) == {value}
+        released = sum(len(buffer.memory) for _, buffer, _ in handed if buffer.number in pool.numbers)
+        assert pool.nbytes - released <= max(bound * MIN_BUFFER_BYTES, largest) + 2 * largest
+    for reference, _, value in (*ahead, *handed):
+        assert not len(reference) or content(reference) == {value}
 
 
-def test_a_forgotten_buffer_is_not_lent_again():
+def test_a_discarded_buffer_is_not_reused():
     pool = BufferPool(4 * MIN_BUFFER_BYTES, True)
     array, bad = pool.acquire(10)
     pool.discard(bad)
@@ -124,10 +125,10 @@ def test_few_files_are_open_and_none_after(monkeypatch):
     del arrays
     gc.collect()
     assert pool.in_use == 0 and len(pool.numbers) == 5
-    held = pool.acquire(10)[0]
+    reference = pool.acquire(10)[0]
     del pool
     gc.collect()
-    held[:] = 1  # outlives its pool
-    del held
+    reference[:] = 1  # outlives its pool
+    del reference
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before

@@ -1,4 +1,4 @@
-"""Rows against the published collator, and what becomes of the inputs on which the published model goes wrong."""
+"""Rows compared with the published collator, and inputs on which the published model fails."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_golden_collate_packed(tmp_path, rows):
     for batch in batches:
         ids, labels = ([value for key in batch.keys for value in wanted[key][part]] for part in (0, 1))
         assert batch.input_ids.tolist() == ids and batch.labels.tolist() == labels
-        assert batch.position_ids.tolist() == [place for key in batch.keys for place in range(len(wanted[key][0]))]
+        assert batch.position_ids.tolist() == [
+            position for key in batch.keys for position in range(len(wanted[key][0]))
+        ]
         assert np.diff(batch.cu_seqlens).tolist() == [len(wanted[key][0]) for key in batch.keys]
         assert ((batch.token_weight > 0) == (batch.labels != IGNORE_INDEX)).all()
 
@@ -81,7 +83,7 @@ def test_a_row_has_no_mask_that_could_hide_text():
     assert not [name for name in Batch.__dataclass_fields__ if "mask" in name]
 
 
-def places(what: str) -> int:
+def first_number(what: str) -> int:
     """The first number of a golden description, in digits or in letters."""
     return next(
         int(word) if word.isdigit() else NUMBERS[word]
@@ -93,7 +95,7 @@ def places(what: str) -> int:
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=odd["what"]) for odd in ODD if "error" in odd])
 def test_golden_odd_inputs_no_whole_clips(tmp_path, odd):
     """A video that clips do not divide: such a setting is refused, and such a source is shown in whole clips."""
-    count = places(odd["what"])
+    count = first_number(odd["what"])
     with pytest.raises(ManifestError, match=f"frames.max: {count} is not a multiple of clip_frames"):
         manifest(tmp_path, frames__min=count, frames__max=count)
     with pytest.raises(ValueError, match=f"{count} frames are not a multiple of 4"):
@@ -109,8 +111,8 @@ def test_golden_odd_inputs_no_whole_clips(tmp_path, odd):
 
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=odd["what"]) for odd in ODD if "rows_out" in odd])
 def test_golden_odd_inputs_no_row_is_dropped(tmp_path, odd):
-    """Fewer kinds of media than rows drop rows there. Here a medium has its kind, every dialogue its row."""
-    count = places(odd["what"])
+    """Fewer kinds of media than rows drop rows there. Here a media item has its kind, every dialogue its row."""
+    count = first_number(odd["what"])
     assert odd["rows_out"] < count
     made = Root(tmp_path)
     for _ in range(count):
@@ -125,9 +127,9 @@ def test_golden_odd_inputs_no_row_is_dropped(tmp_path, odd):
 
 
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=odd["what"]) for odd in ODD if "length_out" in odd])
-def test_golden_odd_inputs_no_medium_is_repeated(tmp_path, odd):
-    """Too few pictures repeat the last one there; here the sample goes to the ledger, and a row never has it."""
-    count = places(odd["what"])
+def test_golden_odd_inputs_no_media_item_is_repeated(tmp_path, odd):
+    """With too few images the reference repeats the last. Here the sample goes to the ledger, and no row has it."""
+    count = first_number(odd["what"])
     assert odd["second_place_repeats_first"] and 0 <= odd["length_out"] - count * TOKENS_PER_TILE < TOKENS_PER_TILE
     conversation = turns("<image>" * count, "This.")
     with pytest.raises(AnnotationError, match=f"{count} <image> or <video> marks for 1 media") as refused:
@@ -135,7 +137,7 @@ def test_golden_odd_inputs_no_medium_is_repeated(tmp_path, odd):
     assert refused.value.reason == "placeholder_mismatch"
     made = Root(tmp_path)
     made.dialogue(conversation, [made.still(20, 20)])
-    with pytest.raises(ShardsError, match=f"1 are left out, the first because {count} <image> marks"):
+    with pytest.raises(ShardsError, match=f"1 are excluded, the first because {count} <image> marks"):
         build_loader(manifest(made.write()))
     made = Root(tmp_path / "enough")
     made.dialogue(conversation, [made.still(20, 20) for _ in range(count)])

@@ -55,8 +55,8 @@ def test_what_cannot_be_read_is_left_out_alike(tmp_path):
     for number in range(6):
         made.dialogue(turns("<image>\nWhat?", f"{number}."), [made.video(8, 8)])
     folder = made.write()
-    for medium in made.media[1:3]:
-        spoil(folder, medium)
+    for item in made.media[1:3]:
+        spoil(folder, item)
     here, there = ([*build_loader(manifest(folder, loader__workers=n))] for n in (0, 2))
     assert sum(len(row.skipped) for row in here) == 2
     assert all(same(a, b) for a, b in zip(here, there, strict=True))

@@ -1,4 +1,4 @@
-"""Tasks in threads: every picture once, faults alone, stuck reads given up."""
+"""Tasks in threads: every image once, faults alone, stuck reads given up."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.pipeline.loading import decode_threads as decoders
-from framestream.pipeline.loading.decode_threads import IMAGES_PER_TASK, DecodeItem, DecodeTask, ThreadDecoder, split_tasks
+from framestream.pipeline.loading.decode_threads import (
+    IMAGES_PER_TASK,
+    DecodeItem,
+    DecodeTask,
+    ThreadDecoder,
+    split_tasks,
+)
 from framestream.pipeline.shards.media_view import MediaView
 
 
 class Numbers:
-    """A source whose pictures are numbers; some media are bad, and some never come until they are let go."""
+    """A source whose pixels are numbers. Some media are bad, and some block until they are let go."""
 
     def __init__(self, bad: tuple[int, ...] = (), stuck: tuple[int, ...] = ()) -> None:
         self.bad, self.stuck, self.go = bad, stuck, threading.Event()
@@ -33,24 +39,24 @@ class Numbers:
         self.read_frames(view, 0, out)
 
     def describe(self, view: MediaView) -> str:
-        return f"medium {view.row}"
+        return f"item {view.row}"
 
 
 def items(*counts: int) -> list[DecodeItem]:
-    """Videos of some frames, or a still of -n tiles; picture k is k."""
+    """Videos of n frames, or an image of -n tiles; the pixels of frame or tile k are k."""
     made, at = [], 0
     for row, count in enumerate(counts):
         kind = "video" if count > 0 else "image"
-        places = np.arange(at, at + abs(count))
-        made.append(DecodeItem(MediaView(row, kind, places, "", 0, 0), 0, at, abs(count), row))
+        numbers = np.arange(at, at + abs(count))
+        made.append(DecodeItem(MediaView(row, kind, numbers, "", 0, 0), 0, at, abs(count), row))
         at += abs(count)
     return made
 
 
 def decoded(threads: ThreadDecoder, made: list[DecodeItem]) -> tuple[np.ndarray, list[DecodeTask]]:
-    pictures = np.full((sum(item.count for item in made), 1, 1, 1), 255, dtype=np.uint8)
+    pixels = np.full((sum(item.count for item in made), 1, 1, 1), 255, dtype=np.uint8)
     done: queue.Queue[DecodeTask] = queue.Queue()
-    tasks = split_tasks(made, pictures, None, done.put)
+    tasks = split_tasks(made, pixels, None, done.put)
     for task in tasks:
         threads.submit(task)
     ended = 0
@@ -62,15 +68,17 @@ def decoded(threads: ThreadDecoder, made: list[DecodeItem]) -> tuple[np.ndarray,
         except queue.Empty:
             pass
     assert done.empty()
-    return pictures.ravel(), tasks
+    return pixels.ravel(), tasks
 
 
 @given(st.lists(st.integers(1, 100) | st.integers(-80, -1), max_size=12))
-def test_tasks_hold_every_picture_once_and_small_media_together(counts):
+def test_tasks_hold_every_image_once_and_small_media_together(counts):
     made = items(*counts)
     tasks = split_tasks(made, np.empty((0, 1, 1, 1)), None, print)
     parts = [item for task in tasks for item in task.items]
-    assert [p for item in parts for p in range(item.offset, item.offset + item.count)] == list(range(sum(map(abs, counts))))
+    assert [p for item in parts for p in range(item.offset, item.offset + item.count)] == list(
+        range(sum(map(abs, counts)))
+    )
     assert all(part.offset - part.start == made[part.dialogue].offset for part in parts)
     for task in tasks:
         assert sum(item.count for item in task.items) <= IMAGES_PER_TASK or len(task.items) == 1
@@ -82,24 +90,24 @@ def test_tasks_hold_every_picture_once_and_small_media_together(counts):
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_item_that_cannot_be_read_fails_alone(count):
     threads = ThreadDecoder(Numbers(bad=(1,)), count, 60)
-    pictures, tasks = decoded(threads, items(40, 5, -2, 7))
+    pixels, tasks = decoded(threads, items(40, 5, -2, 7))
     threads.close()
     wanted = np.arange(54)
     wanted[40:45] = 255
-    assert pictures.tolist() == wanted.tolist()
-    failed = [(task.items[place].dialogue, reason) for task in tasks for place, reason in task.failed.items()]
-    assert failed == [(1, "medium 1: is bad")]
+    assert pixels.tolist() == wanted.tolist()
+    failed = [(task.items[item].dialogue, reason) for task in tasks for item, reason in task.failed.items()]
+    assert failed == [(1, "item 1: is bad")]
 
 
 def test_a_stuck_read_is_given_up_and_the_rest_is_read(monkeypatch):
     monkeypatch.setattr(decoders, "GRACE", 0.2)
     source = Numbers(stuck=(0, 2))
     threads = ThreadDecoder(source, 1, 0.2)
-    pictures, tasks = decoded(threads, items(3, 4, -2, 7))
-    assert pictures.tolist() == [255] * 3 + [3, 4, 5, 6] + [255] * 2 + list(range(9, 16))
+    pixels, tasks = decoded(threads, items(3, 4, -2, 7))
+    assert pixels.tolist() == [255] * 3 + [3, 4, 5, 6] + [255] * 2 + list(range(9, 16))
     assert tasks[0].failed == {
-        0: "medium 0: took longer than loader.read_timeout (0.2 s)",
-        2: "medium 2: took longer than loader.read_timeout (0.2 s)",
+        0: "item 0: took longer than loader.read_timeout (0.2 s)",
+        2: "item 2: took longer than loader.read_timeout (0.2 s)",
     }
     assert tasks[0].stuck
     left = [thread for thread in threading.enumerate() if thread.name == "decode"]

@@ -48,31 +48,31 @@ def root(tmp_path_factory) -> Path:
 def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
     """The row of some dialogues, built token by token with other means: PIL, tarfile and flat lists.
 
-    Visual tokens are named (medium's number in the row, kind, unit, place in the unit).
+    Visual tokens are named (number of the media item in the row, kind, unit, position in the unit).
     """
     index = Index.open(made.shard_root)
     dialogues = {d["key"]: d for d in index.dialogues.to_pylist()}
     conversation = ChatTemplate(made.text)
-    out = {name: [] for name in ("ids", "labels", "positions", "weights", "visual", "edges", "clips", "stills")}
+    out = {name: [] for name in ("ids", "labels", "positions", "weights", "visual", "edges", "clips", "images")}
     out["edges"].append(0)
     for key in keys:
         dialogue = dialogues[key]
         media = [{name: index.media[name][row].as_py() for name in index.media.column_names} | {"row": row}
                  for row in dialogue["media"]]  # fmt: skip
-        stills = [medium for medium in media if medium["kind"] == "image"]
+        images = [item for item in media if item["kind"] == "image"]
         messages, expansions = [], []
-        for medium in media:
-            if medium["kind"] == "image":
+        for item in media:
+            if item["kind"] == "image":
                 mode = made.images.mode
-                expansions.append(slow_still(index, medium, mode, len(stills) > 1, out))
+                expansions.append(slow_image(index, item, mode, len(images) > 1, out))
                 messages.append("")
                 continue
-            wanted = sample_indices(made.frames, medium["vlen"], medium["fps"], medium["duration"]).tolist()
+            wanted = sample_indices(made.frames, item["vlen"], item["fps"], item["duration"]).tolist()
             wanted += wanted[-1:] * (-len(wanted) % 4)
-            numbers = [min(medium["frame_index"], key=lambda f: (abs(f - w), f)) for w in wanted]  # noqa: B023
-            messages.append(time_message("short", medium["duration"], np.array(numbers), medium["fps"]))
+            numbers = [min(item["frame_index"], key=lambda f: (abs(f - w), f)) for w in wanted]  # noqa: B023
+            messages.append(time_message("short", item["duration"], np.array(numbers), item["fps"]))
             first = len(out["clips"]) // 4
-            out["clips"] += [colour(medium["row"], number) for number in numbers]
+            out["clips"] += [colour(item["row"], number) for number in numbers]
             expansions.append([("clip", first + c, t) for c in range(len(numbers) // 4) for t in range(64)])
         turns = json.loads(dialogue["conversations"])
         ids, labels = conversation.encode(turns, [m["kind"] for m in media], messages)
@@ -96,18 +96,18 @@ def slow_row(made: Manifest, keys: list[str]) -> dict[str, list]:
     return out
 
 
-def slow_still(index: Index, medium: dict, mode: str, several: bool, out: dict) -> list[tuple]:
-    with tarfile.open(index.shard_path(medium["shard"])) as tar:
-        picture = Image.open(io.BytesIO(tar.extractfile(f"{medium['key']}.jpg").read()))
-    cut, _ = split_into_tiles(picture, mode, SIZE, 2, several)
-    first = len(out["stills"])
-    out["stills"] += list(cut)
-    tokens = [("still", first, t) for t in range(64)]
+def slow_image(index: Index, item: dict, mode: str, several: bool, out: dict) -> list[tuple]:
+    with tarfile.open(index.shard_path(item["shard"])) as tar:
+        image = Image.open(io.BytesIO(tar.extractfile(f"{item['key']}.jpg").read()))
+    cut, _ = split_into_tiles(image, mode, SIZE, 2, several)
+    first = len(out["images"])
+    out["images"] += list(cut)
+    tokens = [("image", first, t) for t in range(64)]
     if len(cut) > 1:
-        w, h = best_grid(medium["width"], medium["height"], SIZE, 2)
+        w, h = best_grid(item["width"], item["height"], SIZE, 2)
         for y in range(8 * h):
             for x in range(8 * w):
-                tokens.append(("still", first + 1 + y // 8 * w + x // 8, y % 8 * 8 + x % 8))
+                tokens.append(("image", first + 1 + y // 8 * w + x // 8, y % 8 * 8 + x % 8))
     return tokens
 
 
@@ -138,22 +138,22 @@ def test_batches_hold_what_a_slow_construction_holds(root, over):
         assert batch.position_ids.tolist() == want["positions"]
         assert batch.cu_seqlens.tolist() == want["edges"]
         np.testing.assert_allclose(batch.token_weight, want["weights"], rtol=1e-6)
-        units = [("clip", i) for i in range(len(batch.clips))] + [("still", i) for i in range(len(batch.image_tiles))]
+        units = [("clip", i) for i in range(len(batch.clips))] + [("image", i) for i in range(len(batch.image_tiles))]
         assert [(*units[i // 64], i % 64) for i in batch.visual_index.tolist()] == want["visual"]
         frames = batch.clips.flatten(0, 1).numpy()
         assert len(frames) == len(want["clips"])
         for frame, expected in zip(frames, want["clips"], strict=True):
             assert np.abs(frame.reshape(-1, 3) - np.array(expected)).max() <= 3
         assert (
-            np.abs(batch.image_tiles.numpy().astype(int) - np.array(want["stills"]).reshape(batch.image_tiles.shape)).max(
-                initial=0
-            )
+            np.abs(
+                batch.image_tiles.numpy().astype(int) - np.array(want["images"]).reshape(batch.image_tiles.shape)
+            ).max(initial=0)
             <= 2
         )
         assert batch.input_ids.dtype == batch.labels.dtype == batch.visual_index.dtype == torch.int64
         assert (batch.cu_seqlens.dtype, batch.token_weight.dtype) == (torch.int32, torch.float32)
         assert batch.clips.dtype == batch.image_tiles.dtype == torch.uint8
-        assert batch.tokens == len(want["ids"]) and batch.frames == len(want["clips"]) + len(want["stills"])
+        assert batch.tokens == len(want["ids"]) and batch.frames == len(want["clips"]) + len(want["images"])
         units = len(batch.clips) + len(batch.image_tiles)
         assert batch.groups == max(1, -(-units // 2))
         total += float(batch.token_weight.sum())
@@ -168,7 +168,9 @@ def test_report_says_what_the_epoch_holds(root):
     batches = list(loader)
     assert sum(e.tokens for e in report.entries) == sum(batch.tokens for batch in batches)
     assert sum(e.frames for e in report.entries) == sum(batch.frames for batch in batches)
-    assert sum(e.num_label_tokens for e in report.entries) == sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
+    assert sum(e.num_label_tokens for e in report.entries) == sum(
+        int((b.labels != IGNORE_INDEX).sum()) for b in batches
+    )
     assert {e.entry: e.dialogues for e in report.entries} == {"stills": 9, "texts": 3, "videos": 9}
     assert str(report).splitlines()[4].split()[:2] == ["all", "21"]
 
@@ -258,7 +260,7 @@ def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit
     assert got == whole
     assert straight.state() == state and state["step"] == 0
     size = len(straight.ranks[0])
-    assert [place for *place, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
+    assert [position for *position, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
     for epoch in range(state["epoch"]):
         keys = [key for e, _, rows in whole if e == epoch for row in rows for key in row]
         assert len(keys) == len(set(keys)) == 21 - plan.num_dropped
@@ -276,7 +278,7 @@ def test_a_row_within_a_global_batch_is_not_counted(root):
     assert loader.state_dict()["step"] == 1
 
 
-def test_epochs_differ_and_sequential_keeps_the_order_of_the_index(root):
+def test_epochs_differ_and_sequential_has_the_order_of_the_index(root):
     loader = build_loader(manifest(root))
     first, second = ([b.keys for b in loader] for _ in range(2))
     assert first != second
@@ -298,7 +300,7 @@ def test_modality_makes_global_batches_of_one_kind(root):
 def test_modality_length_says_what_it_drops(root):
     plan = parts(root, 2, 4, 1024, False, "modality_length")
     assert plan.num_batches == 8 + 1 and plan.num_dropped == 2 + 1
-    assert str(summarize_epoch(plan)).endswith("; batching.order drops 3 of all in each epoch")
+    assert str(summarize_epoch(plan)).endswith("; batching.order drops 3 samples per epoch")
     with pytest.raises(ShardsError, match="split train has no others; use modality"):
         parts(root, 18, 4, 1024, False, "modality_length")
 
@@ -335,7 +337,7 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
     made = Root(tmp_path)
     made.dialogue(turns("Hello", "word " * 300))
     folder = made.write()
-    with pytest.raises(ShardsError, match="1 are left out, the first because .* text.max_tokens"):
+    with pytest.raises(ShardsError, match="1 are excluded, the first because .* text.max_tokens"):
         build_loader(manifest(folder, text__max_tokens=64, text__over_length="refuse"))
     loader = build_loader(manifest(folder, text__max_tokens=64))
     assert [row.tokens for row in loader if row.keys] == [64]
@@ -366,8 +368,8 @@ def test_left_out_dialogues_are_named(tmp_path):
 def test_unreadable_media_cost_their_dialogue_alone(tmp_path, kind):
     made = Root(tmp_path)
     video, other = made.video(8, 8), made.video(9, 9)
-    still, picture = made.still(150, 60), made.still(60, 60)
-    for media in ([video], [other], [still], [picture], []):
+    wide, square = made.still(150, 60), made.still(60, 60)
+    for media in ([video], [other], [wide], [square], []):
         made.dialogue(turns("<image>\nWhat?" if media else "What?", "This."), media)
     over = {"batching": {"global_batch": 5, "row_multiple": 1}}
     folder = made.write()
@@ -380,14 +382,14 @@ def test_unreadable_media_cost_their_dialogue_alone(tmp_path, kind):
     assert "000000.tar" in row.skipped[0][1] and made.media[made.dialogues[bad]["media"][0]]["key"] in row.skipped[0][1]
     assert row.keys == [k for k in good.keys if k != key]
     assert (row.total_weight, row.groups, row.is_last, row.num_micro_steps) == (5.0, good.groups, True, 1)
-    # what is left equals the row of the others alone, pixels and visual places included
+    # what is left equals the row of the others alone, pixels and visual index included
     want = slow_row(manifest(folder), row.keys)
     assert row.input_ids.tolist() == want["ids"] and row.cu_seqlens.tolist() == want["edges"]
-    units = [("clip", i) for i in range(len(row.clips))] + [("still", i) for i in range(len(row.image_tiles))]
+    units = [("clip", i) for i in range(len(row.clips))] + [("image", i) for i in range(len(row.image_tiles))]
     assert [(*units[i // 64], i % 64) for i in row.visual_index.tolist()] == want["visual"]
     frames = row.clips.flatten(0, 1).numpy()
     assert all(np.abs(f.reshape(-1, 3) - np.array(c)).max() <= 3 for f, c in zip(frames, want["clips"], strict=True))
-    assert np.abs(row.image_tiles.numpy().astype(int) - np.array(want["stills"])).max() <= 2
+    assert np.abs(row.image_tiles.numpy().astype(int) - np.array(want["images"])).max() <= 2
     assert float(row.token_weight.sum()) == pytest.approx(4.0)
 
 
@@ -424,13 +426,13 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(root):
         build_loader(manifest(root, model__language_model__vocab_size=100))
 
 
-def test_too_many_unreadable_dialogues_stop_the_run_and_name_files(tmp_path):
+def test_too_many_unreadable_dialogues_stop_and_name_files(tmp_path):
     made = Root(tmp_path)
     for _ in range(5):
         made.dialogue(turns("<image>\nWhat?", "This."), [made.video(8, 8)])
     folder = made.write()
-    for medium in made.media[:3]:
-        spoil(folder, medium)
+    for item in made.media[:3]:
+        spoil(folder, item)
     with pytest.raises(UnreadableError, match=r"3 dialogues .* loader.max_unreadable \(2\).*train-00000\d.tar: v"):
         list(build_loader(manifest(folder)))
     assert sum(len(row.skipped) for row in build_loader(manifest(folder, loader__max_unreadable=3))) == 3
@@ -482,8 +484,8 @@ def test_rows_ahead_are_bounded(root, monkeypatch):
         assert used == len(started) > 4
 
 
-def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monkeypatch):
-    """Wherever a run stops, and whatever was decoded by then, it goes on with the batch after the last whole one."""
+def test_state_counts_what_was_returned_not_what_was_read(root, monkeypatch):
+    """Wherever a run stops, and whatever was decoded by then, it resumes after the last complete global batch."""
     ahead: list[int] = []
     begin = PendingRow.start
     monkeypatch.setattr(
@@ -511,11 +513,11 @@ def test_state_counts_what_was_handed_out_and_not_what_was_read_ahead(root, monk
 
 
 def test_a_consumer_may_keep_every_batch(root, monkeypatch):
-    """Also more of them than there may be buffers out."""
+    """Also more of them than buffers may be in use."""
     monkeypatch.setattr(reading, "MAX_BUFFERS_IN_USE", 3)
-    kept = list(build_loader(manifest(root, loader__prefetch_mb=1)))
+    batches = list(build_loader(manifest(root, loader__prefetch_mb=1)))
     read = [row.clips.clone() for row in build_loader(manifest(root, loader__prefetch_mb=1))]
-    assert all(torch.equal(a.clips, b) for a, b in zip(kept, read, strict=True))
+    assert all(torch.equal(a.clips, b) for a, b in zip(batches, read, strict=True))
 
 
 def test_abandoned_and_parallel_passes_share_no_budget(root):

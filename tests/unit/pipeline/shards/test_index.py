@@ -26,11 +26,11 @@ SHARDS = [{"folder": "video", "split": "train", "name": "train-000000.tar", "sam
 
 
 def _media(number: int, frames: int = 4) -> dict[str, Any]:
-    places = list(range(frames))
+    numbers = list(range(frames))
     row = {"key": f"v{number}", "kind": "video", "split": "train", "shard": 0, "offset": 512 + number, "size": 2**33}
     row |= {"width": 64, "height": 64, "source_width": 640, "source_height": 272, "vlen": 100, "fps": 25.0}
-    row |= {"duration": 4.0, "start": 0.5, "sample": places, "frame_index": [25 * place for place in places]}
-    row |= {"timestamps": [place + 0.5 for place in places], "frame_offset": [2**40 + place for place in places]}
+    row |= {"duration": 4.0, "start": 0.5, "sample": numbers, "frame_index": [25 * number for number in numbers]}
+    row |= {"timestamps": [number + 0.5 for number in numbers], "frame_offset": [2**40 + number for number in numbers]}
     return row | {"frame_size": [9] * frames, "sha256": "0" * 64, "source": "a.mp4"}
 
 
@@ -78,7 +78,7 @@ def test_lists_are_views_into_the_file(tmp_path: Path) -> None:
     assert [len(chunk) for chunk in column.chunks] == [BATCH_ROWS, BATCH_ROWS, 7]
     for row in (0, BATCH_ROWS - 1, BATCH_ROWS, rows - 1):
         values = row_values(column, row)
-        assert values.tolist() == [2**40 + place for place in range(4)]
+        assert values.tolist() == [2**40 + number for number in range(4)]
         assert not values.flags.owndata and not values.flags.writeable
     assert row_values(index.media["timestamps"], 5).dtype == np.float64
     assert pa.total_allocated_bytes() - before < 100_000 < (tmp_path / "index" / "media.arrow").stat().st_size

@@ -1,4 +1,4 @@
-"""What is shown of stored media, and its pixels."""
+"""Views of stored media: the frames they select, and their pixels."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.helpers.corpora.small_root import SIZE, Root, colour, manifest
 def test_nearest_is_nearest(stored, wanted):
     stored = np.array(sorted(stored))
     got = nearest_indices(stored, np.array(wanted))
-    for number, place in zip(wanted, got.tolist(), strict=True):
-        assert abs(stored[place] - number) == min(abs(s - number) for s in stored.tolist())
+    for number, position in zip(wanted, got.tolist(), strict=True):
+        assert abs(stored[position] - number) == min(abs(s - number) for s in stored.tolist())
 
 
 @given(
@@ -83,7 +83,7 @@ def test_any_number_of_frames_is_had_of_what_is_stored(built, read, vlen, fps, b
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    made = Root(tmp_path_factory.mktemp("visuals"))
+    made = Root(tmp_path_factory.mktemp("media_views"))
     for vlen, stored in ((90, 90), (90, 12), (3, 3)):
         made.video(vlen, stored)
     made.still(150, 60)
@@ -91,7 +91,7 @@ def root(tmp_path_factory):
     return made.write()
 
 
-def visuals(root, **over) -> MediaViews:
+def media_views(root, **over) -> MediaViews:
     made = manifest(root, **over)
     return MediaViews(Index.open(made.shard_root), made)
 
@@ -106,7 +106,7 @@ def shown(reader: MediaViews, row: int) -> np.ndarray:
 @pytest.mark.parametrize("maximum", [4, 8, 64])
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_frames_are_the_nearest_stored_ones(root, row, maximum):
-    reader = visuals(root, frames__max=maximum, frames__min=maximum)
+    reader = media_views(root, frames__max=maximum, frames__min=maximum)
     vlen = reader.index.media["vlen"][row].as_py()
     stored = reader.index.media["frame_index"][row].as_py()
     wanted = sample_indices(reader.frames, vlen, 2.0, vlen / 2.0)
@@ -118,8 +118,8 @@ def test_frames_are_the_nearest_stored_ones(root, row, maximum):
         assert abs(best - number) <= -(-max(np.diff(stored)) // 2)
 
 
-def test_parts_of_a_video_are_the_whole(root):
-    reader = visuals(root, frames__max=16)
+def test_parts_of_a_video_are_parts_of_all_frames(root):
+    reader = media_views(root, frames__max=16)
     view = reader.views([0])[0]
     whole = shown(reader, 0)
     part = np.empty((5, SIZE, SIZE, 3), dtype=np.uint8)
@@ -128,25 +128,25 @@ def test_parts_of_a_video_are_the_whole(root):
 
 
 def test_the_message_names_the_frames_that_are_shown(root):
-    view = visuals(root, frames__time_message="long").views([1])[0]
+    view = media_views(root, frames__time_message="long").views([1])[0]
     index = Index.open(root / "stage2").media["frame_index"][1].as_py()
-    seconds = ", ".join(str(float(np.around(index[place] / 2.0, 1))) for place in view.frame_indices)
+    seconds = ", ".join(str(float(np.around(index[position] / 2.0, 1))) for position in view.frame_indices)
     assert view.message == (
         f"\nThe video lasts for 45.00 seconds, and 8 frames are uniformly sampled at {seconds} seconds. "
     )
-    assert visuals(root, frames__time_message="none").views([1])[0].message == ""
+    assert media_views(root, frames__time_message="none").views([1])[0].message == ""
 
 
 def test_another_size_is_resized_as_pil_does_within_a_level(root):
-    small, same = visuals(root, frames__size=32, model__vision_tower__patch=4), visuals(root)
+    small, same = media_views(root, frames__size=32, model__vision_tower__patch=4), media_views(root)
     for got, stored in zip(shown(small, 1), shown(same, 1), strict=True):
         expected = np.asarray(Image.fromarray(stored).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(got - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["square", "anyres_nopad"])
-def test_stills_are_the_tiles_of_the_stored_picture(root, mode):
-    reader = visuals(root, images__mode=mode)
+def test_images_are_the_tiles_of_the_stored_image(root, mode):
+    reader = media_views(root, images__mode=mode)
     media = reader.index.media
     for rows in ([3], [3, 4]):
         for view in reader.views(rows):
@@ -160,15 +160,15 @@ def test_stills_are_the_tiles_of_the_stored_picture(root, mode):
 
 
 def test_rand_is_the_same_at_every_reading(root):
-    first, second = (visuals(root, frames__sampler="rand").views([0])[0].frame_indices.tolist() for _ in range(2))
-    other = visuals(root, frames__sampler="rand", seed=1).views([0])[0].frame_indices.tolist()
+    first, second = (media_views(root, frames__sampler="rand").views([0])[0].frame_indices.tolist() for _ in range(2))
+    other = media_views(root, frames__sampler="rand", seed=1).views([0])[0].frame_indices.tolist()
     assert first == second != other
 
 
 def test_a_shard_that_ends_early_is_an_error(tmp_path):
     made = Root(tmp_path)
     made.video(8, 8)
-    reader = visuals(made.write())
+    reader = media_views(made.write())
     path = reader.index.shard_path(0)
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(ValueError, match="the shard ends within"):
@@ -177,8 +177,8 @@ def test_a_shard_that_ends_early_is_an_error(tmp_path):
 
 def test_more_shards_than_open_files(root, monkeypatch):
     monkeypatch.setattr("framestream.pipeline.storage.local.OPEN_FILES", 1)
-    reader = visuals(root)
-    expected = [shown(visuals(root), row) for row in (0, 1)]
+    reader = media_views(root)
+    expected = [shown(media_views(root), row) for row in (0, 1)]
     for _ in range(3):
         assert all(np.array_equal(shown(reader, row), expected[row]) for row in (0, 1))
     assert len(reader.index.storage._open) == 1

@@ -81,9 +81,9 @@ def test_frames_are_whole_jpegs_and_open_everywhere(footage: list[np.ndarray], t
     for offset, size, frame in zip(*mjpeg_frames(mp4)[:2], footage, strict=True):
         jpeg = mp4[offset : offset + size]
         assert jpeg.startswith(b"\xff\xd8") and jpeg.endswith(b"\xff\xd9")
-        with Image.open(io.BytesIO(jpeg)) as picture:
-            assert (picture.format, picture.size) == ("JPEG", (640, 272))
-            np.testing.assert_array_equal(decode_jpeg(jpeg), np.asarray(picture))
+        with Image.open(io.BytesIO(jpeg)) as image:
+            assert (image.format, image.size) == ("JPEG", (640, 272))
+            np.testing.assert_array_equal(decode_jpeg(jpeg), np.asarray(image))
         assert np.abs(decode_jpeg(jpeg).astype(int) - frame).mean() < 5
 
     with av.open(str(path)) as container:
@@ -104,7 +104,9 @@ def test_frames_are_whole_jpegs_and_open_everywhere(footage: list[np.ndarray], t
 
 def test_the_same_frames_give_the_same_bytes(footage: list[np.ndarray]) -> None:
     program = (
-        "import sys, hashlib, numpy as np; from framestream.pipeline.media.jpeg import encode_jpeg; from framestream.pipeline.media.mjpeg_mp4 import mux_mjpeg\n"
+        "import sys, hashlib, numpy as np\n"
+        "from framestream.pipeline.media.jpeg import encode_jpeg\n"
+        "from framestream.pipeline.media.mjpeg_mp4 import mux_mjpeg\n"
         "from tests.helpers.media.footage import BIKES, all_frames\n"
         "jpegs = [encode_jpeg(f, 90, '420') for f in all_frames(BIKES)[0][:24]]\n"
         "print(hashlib.sha256(mux_mjpeg(jpegs, 1.5 + np.arange(24), 30.0, 640, 272)).hexdigest())"
@@ -138,8 +140,8 @@ def test_jpegs_carry_the_quality_and_subsampling_asked_for(footage: list[np.ndar
         jpeg = encode_jpeg(footage[0], 90, name)
         frame_header = jpeg.index(b"\xff\xc0")  # SOF0: length, precision, height, width, 3, then id, H V, table
         assert divmod(jpeg[frame_header + 11], 16) == factors
-    with Image.open(io.BytesIO(encode_jpeg(footage[0], 75, "420"))) as picture:
-        assert picture.quantization[0][0] == 8  # 16 of the standard table at quality 75
+    with Image.open(io.BytesIO(encode_jpeg(footage[0], 75, "420"))) as image:
+        assert image.quantization[0][0] == 8  # 16 of the standard table at quality 75
     assert len(encode_jpeg(footage[0], 50, "420")) < len(encode_jpeg(footage[0], 95, "420"))
 
 
@@ -161,12 +163,12 @@ def test_jpegs_are_decoded_into_the_array_given(footage: list[np.ndarray]) -> No
 
 
 def _write(path: Path, count: int = 5) -> tuple[ShardInfo, dict[str, dict[str, tuple[int, int]]]]:
-    places = {}
+    ranges = {}
     with ShardWriter(path) as shard:
         for number in range(count):
             key = media_key("video", str(number))
-            places[key] = shard.add(key, {"mp4": _mp4(2 + number), "json": json.dumps({"key": key}).encode()})
-    return shard.info, places
+            ranges[key] = shard.add(key, {"mp4": _mp4(2 + number), "json": json.dumps({"key": key}).encode()})
+    return shard.info, ranges
 
 
 def _described(path: Path) -> ShardInfo:
@@ -181,15 +183,15 @@ def _described(path: Path) -> ShardInfo:
 
 
 def test_shards_are_plain_tar_files(tmp_path: Path) -> None:
-    info, places = _write(tmp_path / "train-000000.tar")
+    info, ranges = _write(tmp_path / "train-000000.tar")
     path = tmp_path / info.name
-    expected = [f"{key}.{extension}" for key in places for extension in ("mp4", "json")]
+    expected = [f"{key}.{extension}" for key in ranges for extension in ("mp4", "json")]
     listed = subprocess.run(["tar", "tf", str(path)], check=True, capture_output=True, text=True)
     assert listed.stdout.split() == expected and not listed.stderr
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
-            assert (member.offset_data, member.size) == places[key][extension]
+            assert (member.offset_data, member.size) == ranges[key][extension]
             assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
             assert (member.uname, member.gname, member.type, member.pax_headers) == ("", "", tarfile.REGTYPE, {})
     data = path.read_bytes()
@@ -199,17 +201,17 @@ def test_shards_are_plain_tar_files(tmp_path: Path) -> None:
 
 
 def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
-    info, places = _write(tmp_path / "train-000000.tar")
+    info, ranges = _write(tmp_path / "train-000000.tar")
     samples = list(webdataset.WebDataset(str(tmp_path / info.name), shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == list(places)
+    assert [sample["__key__"] for sample in samples] == list(ranges)
     for number, sample in enumerate(samples):
         assert sample["mp4"] == _mp4(2 + number)
         assert json.loads(sample["json"]) == {"key": sample["__key__"]}
 
 
-def test_a_member_is_a_video_and_a_frame_is_found_by_its_offset_alone(tmp_path: Path) -> None:
-    info, places = _write(tmp_path / "train-000000.tar")
-    offset, size = list(places.values())[4]["mp4"]
+def test_a_member_is_a_video_whose_frames_have_offsets(tmp_path: Path) -> None:
+    info, ranges = _write(tmp_path / "train-000000.tar")
+    offset, size = list(ranges.values())[4]["mp4"]
     handle = os.open(tmp_path / info.name, os.O_RDONLY)
     member = os.pread(handle, size, offset)
     frame_offsets, frame_sizes, _ = mjpeg_frames(member)
