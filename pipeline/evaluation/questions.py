@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,6 +121,9 @@ class QuestionList:
 
     def __getitem__(self, i: int) -> Question:
         return self._questions[i]
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self._questions)
 
     def num_answer_tokens(self, i: int) -> int:
         """Count the tokens of the expected answer, without the end token."""

@@ -1,0 +1,1 @@
+"""Chat templates and the token cache: dialogues as token ids and labels."""

@@ -1,26 +1,27 @@
-"""Conversations to token ids and labels: the published media step and the templates ``plain`` and ``qwen_2``.
+"""Convert dialogues to token ids and labels: the published preprocessing and the templates ``plain`` and ``qwen_2``.
 
-The media step (dialogues with media only) moves a turn's only ``<image>`` mark to its front, puts the time message of a
-video after its mark and removes a noise string of one data set. A template then makes segments, each tokenised by
-itself:
+The preprocessing applies to dialogues with media. If a turn has one ``<image>`` mark, it moves to the front. The time
+message of a video is inserted after its mark. A noise string of one data set is removed. A template then makes
+segments, which are tokenized separately:
 
-* ``qwen_2``: a system turn, then every turn as ``<|im_start|>ROLE\\nTEXT<|im_end|>\\n``. Whole assistant turns are
-  learned, header included. As published, a lone newline, ``<|im_start|>`` and ``<|im_end|>`` are learned in prompts
-  too; ``text.mask_prompt_markers`` turns that off. A dialogue that begins with an assistant turn loses it; a first
-  system turn takes the place of the default one.
-* ``plain`` (stage 1): two turns; the human one is reduced to its mark, then the caption and a newline are learned.
+* ``qwen_2``: a system turn, then every turn as ``<|im_start|>ROLE\\nTEXT<|im_end|>\\n``. Assistant turns get labels,
+  including their header. As published, a lone newline, ``<|im_start|>`` and ``<|im_end|>`` in prompts get labels too;
+  ``text.mask_prompt_markers`` turns that off. An assistant turn at the beginning of a dialogue is removed. A system
+  turn at the beginning replaces the default one.
+* ``plain`` (stage 1): two turns. The human turn is reduced to its mark; the caption and a newline get labels.
 
-Marks become the id ``IMAGE``, once per medium; the loader repeats it for every visual token.
+Each mark becomes one ``IMAGE_TOKEN_INDEX``. The loader repeats it for every visual token.
 
-``fetch`` brings back two faults of the published code (``compat: published``). It edits a dialogue in place, so that
-the k-th time it is fetched the media step is made for the k-th time, and a qwen_2 dialogue fails unless its first turn
-is ``from`` human or gpt. ``fetch`` is k there, and 0 for what was meant.
+``fetch`` reproduces two faults of the published code (``compat: published``). That code edits a dialogue in place, so
+that the preprocessing runs for the k-th time when the dialogue is fetched for the k-th time. A ``qwen_2`` dialogue
+fails unless its first turn is ``from`` human or gpt. ``fetch`` is k to reproduce this, and 0 for the intended behavior.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,21 +29,30 @@ from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.preprocessing import TextConfig
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-MARK = "<image>"
-NOISE = "QA_GT_caption_based_noisy"
+IMAGE_PLACEHOLDER = "<image>"  #: mark of a media item in a text, also of a video
+NOISE = "QA_GT_caption_based_noisy"  #: string that the published code removes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 Turns = Sequence[dict]
-TokenSegments = list[tuple[list[str], bool]]  # texts with a medium between each two, and whether all of it is learned
+
+#: a Hugging Face fast tokenizer; it is not imported here because that takes seconds
+Tokenizer = Any
+
+#: of each segment: its texts, with one media item between each two, and whether all its tokens get labels
+TokenSegments = list[tuple[list[str], bool]]
 
 
-def load_tokenizer(name: str):
-    """A Hugging Face fast tokenizer from a folder or hub name; never runs code that comes with it."""
+def load_tokenizer(name: str) -> Tokenizer:
+    """Load a Hugging Face fast tokenizer from a folder or by hub name; code that comes with it is never run.
+
+    Raises:
+        ManifestError: it cannot be loaded, or is not a fast tokenizer.
+    """
     from transformers import AutoTokenizer
 
     path = Path(name)
     local = name.startswith((".", "/")) or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
-    if local and not path.is_dir():  # a folder by its look: the hub is not asked for it
+    if local and not path.is_dir():  # it looks like a folder, so the hub is not asked
         raise ManifestError(f"text.tokenizer: {name} is not a folder here")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -55,16 +65,16 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def role_of(turn: dict) -> str:
-    """``user``, ``assistant``, ``system``, or another name as it stands (``function``; learned, as published)."""
+def turn_role(turn: dict) -> str:
+    """Return ``user``, ``assistant``, ``system``, or any other name unchanged (``function``; labeled, as published)."""
     name = turn.get("from", turn.get("role"))
     if not isinstance(name, str) or not name:
         raise ValueError(f"one of the turns has no role: {str(turn)[:80]}")
     return ROLES.get(name, name)
 
 
-def text_of(turn: dict) -> str:
-    """What the turn says."""
+def turn_text(turn: dict) -> str:
+    """Return the text of a turn."""
     text = turn.get("value", turn.get("content"))
     if not isinstance(text, str):
         raise ValueError(f"one of the turns has no text: {str(turn)[:80]}")
@@ -72,126 +82,126 @@ def text_of(turn: dict) -> str:
 
 
 def preprocess_multimodal(turns: Turns, messages: Sequence[str]) -> list[dict]:
-    """Turns as the published media step leaves them; the k-th mark of the dialogue is followed by ``messages[k]``."""
-    left = iter(messages)
-    done = []
+    """Apply the published preprocessing; ``messages[k]`` is inserted after the k-th mark of the dialogue."""
+    remaining = iter(messages)
+    processed = []
     for turn in turns:
-        text = text_of(turn)
-        if text.count(MARK) == 1 and not text.startswith(MARK):
-            text = f"{MARK}\n{text.replace(MARK, '').strip()}".strip()
-        head, *tails = text.split(MARK)
+        text = turn_text(turn)
+        if text.count(IMAGE_PLACEHOLDER) == 1 and not text.startswith(IMAGE_PLACEHOLDER):
+            text = f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+        head, *tails = text.split(IMAGE_PLACEHOLDER)
         for tail in tails:
-            message = next(left, "").rstrip()
-            head += MARK + (f"{message} " if message else "") + tail
-        done.append({**turn, "value" if "value" in turn else "content": head.replace(NOISE, "")})
-    return done
+            message = next(remaining, "").rstrip()
+            head += IMAGE_PLACEHOLDER + (f"{message} " if message else "") + tail
+        processed.append({**turn, "value" if "value" in turn else "content": head.replace(NOISE, "")})
+    return processed
 
 
-def reused_sample(turns: Turns, messages: Sequence[str], template: str, fetch: int) -> list[dict]:
-    """Turns after ``fetch`` media steps, in between which template ``plain`` reduces the first turn to its mark."""
+def repeat_preprocessing(turns: Turns, messages: Sequence[str], template: str, fetch: int) -> list[dict]:
+    """Apply the preprocessing ``fetch`` times; in between, template ``plain`` reduces the first turn to its mark."""
     for _ in range(fetch - 1):
         turns = preprocess_multimodal(turns, messages)
         if template == "plain":
-            turns = [{**turns[0], "value": MARK}, *turns[1:]]
+            turns = [{**turns[0], "value": IMAGE_PLACEHOLDER}, *turns[1:]]
     return preprocess_multimodal(turns, messages)
 
 
-def question_and_answer(turns: Turns) -> tuple[list[dict], str]:
-    """The turns up to the last human one that is answered, and that answer; ValueError where there is none."""
+def split_last_answer(turns: Turns) -> tuple[list[dict], str]:
+    """Return the turns up to the last human turn with an answer, and the answer; ValueError if there is none."""
     for i in range(len(turns) - 2, -1, -1):
-        if role_of(turns[i]) == "user" and role_of(turns[i + 1]) == "assistant":
-            return list(turns[: i + 1]), text_of(turns[i + 1])
+        if turn_role(turns[i]) == "user" and turn_role(turns[i + 1]) == "assistant":
+            return list(turns[: i + 1]), turn_text(turns[i + 1])
     raise ValueError("no human turn is followed by an answer")
 
 
 class ChatTemplate:
-    """Encodes dialogues under one manifest's text settings."""
+    """Encodes dialogues under the text settings of one manifest."""
 
-    def __init__(self, text: TextConfig, tokenizer=None) -> None:
+    def __init__(self, text: TextConfig, tokenizer: Tokenizer | None = None) -> None:
         self.text = text
         self.tokenizer = load_tokenizer(text.tokenizer) if tokenizer is None else tokenizer
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
         markers = self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         if text.template == "qwen_2" and (len(newline) != 1 or None in markers or markers[0] == markers[1]):
             raise ManifestError(f"text.tokenizer: {text.tokenizer!r} lacks <|im_start|>, <|im_end|> or a newline token")
-        learned = [] if text.template == "plain" or text.mask_prompt_markers else [*newline, *markers]
-        self._learned = np.array(learned, dtype=np.int32)
+        labeled = [] if text.template == "plain" or text.mask_prompt_markers else [*newline, *markers]
+        self._labeled_ids = np.array(labeled, dtype=np.int32)  # they get labels wherever they are
 
     def encode(
         self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels, int32 (n,), of one dialogue; one ``IMAGE`` per medium, its label ``IGNORE``.
+        """Encode one dialogue as ids and labels, int32 (n,); each media item is one id, with label ``IGNORE_INDEX``.
 
         Args:
             turns: ``{"from", "value"}`` or ``{"role", "content"}``, in order.
-            kinds: ``image`` or ``video`` for every medium, in order of use; empty for text.
-            messages: the time message of every medium, empty for stills.
-            fetch: 0, or the number of the published code's fetch of the dialogue, from 1.
+            kinds: ``image`` or ``video`` of every media item, in order of use; empty for text.
+            messages: the time message of every media item, empty for images.
+            fetch: 0, or which fetch of the published code to reproduce, from 1.
 
         Raises:
             ValueError: the turns do not fit the template, or the marks do not fit the media.
         """
         ids, labels = self.tokenize([self.segments(turns, kinds, messages, fetch)])[0]
-        self.check_placeholders(ids, kinds)
+        self.check_placeholders(ids, len(kinds))
         return ids, labels
 
     def prompt(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str]) -> np.ndarray:
-        """Ids, int32 (n,), of turns that end with a question, up to where the answer starts."""
+        """Encode turns that end with a question, up to the start of the answer, as ids, int32 (n,)."""
         if self.text.template == "plain":
             turns = [*turns, {"from": "gpt", "value": ""}]
             segments = self.segments(turns, kinds, messages)[:1]
         else:
             segments = [*self.segments(turns, kinds, messages), (["<|im_start|>assistant\n"], True)]
         ids, _ = self.tokenize([segments])[0]
-        self.check_placeholders(ids, kinds)
+        self.check_placeholders(ids, len(kinds))
         return ids
 
     def answer_ids(self, text: str) -> list[int]:
-        """Ids of an answer as it is learned: all that follows a prompt, with the token that ends it."""
+        """Encode an answer as in training: all that follows a prompt, with the end token."""
         if self.text.template == "plain":
             return self._ids([f"{text}\n"])[0]
-        head, whole = self._ids(["<|im_start|>assistant\n", f"<|im_start|>assistant\n{text}<|im_end|>"])
-        return whole[len(head) :]
+        header, complete = self._ids(["<|im_start|>assistant\n", f"<|im_start|>assistant\n{text}<|im_end|>"])
+        return complete[len(header) :]
 
-    def check_placeholders(self, ids: np.ndarray, kinds: Sequence[str]) -> None:
-        """ValueError unless there is one mark for each medium."""
+    def check_placeholders(self, ids: np.ndarray, count: int) -> None:
+        """Raise ValueError unless there is one mark for each of ``count`` media."""
         marks = int((ids == IMAGE_TOKEN_INDEX).sum())
-        if marks != len(kinds):
+        if marks != count:
             raise ValueError(
-                f"{marks} {MARK} marks are left for {len(kinds)} media under template {self.text.template}"
+                f"{marks} {IMAGE_PLACEHOLDER} marks are left for {count} media under template {self.text.template}"
             )
 
     def segments(self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0) -> TokenSegments:
-        """Texts to be tokenised one by one, split at their marks; in a text-only dialogue a mark is a literal word."""
+        """Split a dialogue into segments, and these at their marks; without media, a mark is ordinary text."""
         if not turns:
             raise ValueError("the dialogue has no turns")
         plain = self.text.template == "plain"
         if fetch and not plain and turns[0].get("from") not in ("human", "gpt"):
             raise ValueError("with compat: published the first of the turns is from human or gpt")
-        turns = turns if plain else self._spoken(turns)
+        turns = turns if plain else self._normalize_roles(turns)
         if kinds:
-            turns = reused_sample(turns, messages, self.text.template, max(fetch, 1))
+            turns = repeat_preprocessing(turns, messages, self.text.template, max(fetch, 1))
         segments = self._plain(turns) if plain else self._qwen_2(turns)
-        return [(text.split(MARK) if kinds else [text], learned) for text, learned in segments]
+        return [(text.split(IMAGE_PLACEHOLDER) if kinds else [text], labeled) for text, labeled in segments]
 
     def _plain(self, turns: Turns) -> list[tuple[str, bool]]:
-        if len(turns) != 2 or MARK not in text_of(turns[0]):
-            raise ValueError(f"template plain needs two turns, the first with an {MARK} mark")
-        return [(MARK, False), (f"{text_of(turns[1])}\n", True)]
+        if len(turns) != 2 or IMAGE_PLACEHOLDER not in turn_text(turns[0]):
+            raise ValueError(f"template plain needs two turns, the first with an {IMAGE_PLACEHOLDER} mark")
+        return [(IMAGE_PLACEHOLDER, False), (f"{turn_text(turns[1])}\n", True)]
 
-    def _spoken(self, turns: Turns) -> Turns:
-        """The turns that are used: a system turn first, and no assistant turn right after it."""
-        first = role_of(turns[0]) == "system"
-        system = turns[0] if first else {"from": "system", "value": self.text.system}
-        rest = turns[1:] if first else turns
-        return [system, *(rest[1:] if rest and role_of(rest[0]) == "assistant" else rest)]
+    def _normalize_roles(self, turns: Turns) -> Turns:
+        """Return the used turns: a system turn first, and no assistant turn right after it."""
+        has_system = turn_role(turns[0]) == "system"
+        system = turns[0] if has_system else {"from": "system", "value": self.text.system}
+        rest = turns[1:] if has_system else turns
+        return [system, *(rest[1:] if rest and turn_role(rest[0]) == "assistant" else rest)]
 
     def _qwen_2(self, turns: Turns) -> list[tuple[str, bool]]:
-        spoken = [(role_of(turn), text_of(turn)) for turn in turns]
-        return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role not in ("system", "user")) for role, text in spoken]
+        pairs = [(turn_role(turn), turn_text(turn)) for turn in turns]
+        return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role not in ("system", "user")) for role, text in pairs]
 
     def tokenize(self, dialogues: Iterable[TokenSegments]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids and labels, int32 (n,), of many dialogues in one call of the tokenizer."""
+        """Encode many dialogues as ids and labels, int32 (n,), in one call of the tokenizer."""
         dialogues = list(dialogues)
         pieces = [piece for segments in dialogues for texts, _ in segments for piece in texts]
         encoded = iter(self._ids(pieces))
@@ -208,30 +218,32 @@ class ChatTemplate:
             verbose=False,
         )["input_ids"]
 
-    def _join(self, segments: TokenSegments, encoded: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        ids, learned = [], []
-        for texts, whole in segments:
-            start = len(ids)
-            ids += next(encoded)
+    def _join(self, segments: TokenSegments, encoded: Iterator[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Join the ids of one dialogue, which are the next of ``encoded``, and make its labels."""
+        joined: list[int] = []
+        labeled: list[bool] = []
+        for texts, all_labeled in segments:
+            start = len(joined)
+            joined += next(encoded)
             for _ in texts[1:]:
-                ids.append(IMAGE_TOKEN_INDEX)
-                ids += next(encoded)
-            learned += [whole] * (len(ids) - start)
-        ids = np.array(ids, dtype=np.int32)
-        keep = (np.array(learned, dtype=bool) | np.isin(ids, self._learned)) & (ids != IMAGE_TOKEN_INDEX)
-        return ids, np.where(keep, ids, np.int32(IGNORE_INDEX))
+                joined.append(IMAGE_TOKEN_INDEX)
+                joined += next(encoded)
+            labeled += [all_labeled] * (len(joined) - start)
+        ids = np.array(joined, dtype=np.int32)
+        has_label = (np.array(labeled, dtype=bool) | np.isin(ids, self._labeled_ids)) & (ids != IMAGE_TOKEN_INDEX)
+        return ids, np.where(has_label, ids, np.int32(IGNORE_INDEX))
 
 
 def build_chat_template(manifest: Manifest) -> ChatTemplate:
-    """The manifest's tokenizer and template.
+    """Load the tokenizer and the template of a manifest.
 
     Raises:
-        ManifestError: the tokenizer cannot be loaded, or the language model has no place for some of its ids.
+        ManifestError: the tokenizer cannot be loaded, or has more ids than the language model.
     """
-    made, size = ChatTemplate(manifest.text), manifest.model.language_model.vocab_size
-    if len(made.tokenizer) > size:
+    template, size = ChatTemplate(manifest.text), manifest.model.language_model.vocab_size
+    if len(template.tokenizer) > size:
         raise ManifestError(
-            f"model.language_model.vocab_size: {size} is fewer than the {len(made.tokenizer)} ids of "
+            f"model.language_model.vocab_size: {size} is fewer than the {len(template.tokenizer)} ids of "
             f"{manifest.text.tokenizer}; raise it, or name another tokenizer"
         )
-    return made
+    return template

@@ -1,7 +1,7 @@
-"""TODO."""
+"""Ids that are not in any vocabulary; their values are those of LLaVA."""
 
 from __future__ import annotations
 
-IMAGE_TOKEN_INDEX = -200  #: id that stands where visual tokens go
+IMAGE_TOKEN_INDEX = -200  #: input id of a visual token, or before expansion of a media item
 
-IGNORE_INDEX = -100  #: label of a place that is not learned
+IGNORE_INDEX = -100  #: label of a token without loss

@@ -1,9 +1,9 @@
-"""The token cache: every dialogue tokenised once, beside the index, so that all lengths are known before reading.
+"""Token cache: every dialogue is tokenized once, so that all lengths are known before media are read.
 
-``ROOT/index/tokens-FINGERPRINT.arrow`` has one row per dialogue of the index, in its order. The fingerprint covers
-the index, the tokenizer's content and every setting that ids or visual tokens depend on, so that another manifest on
-the same root gets a file of its own; limits on length are applied when reading. With ``compat: published`` the time
-message is said once more in every epoch, and every epoch has a file of its own.
+``ROOT/index/tokens-FINGERPRINT.arrow`` has one row per dialogue of the index, in its order. The fingerprint covers the
+index, the content of the tokenizer and every setting that ids or visual tokens depend on. So manifests that differ in
+these have separate files on the same root. Limits on length are applied when reading. With ``compat: published`` the
+time message is repeated once more in every epoch, and every epoch has a separate file.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from framestream.pipeline.shards.index import Index, ShardsError, row_values
 from framestream.pipeline.shards.media_view import MediaView, MediaViews
-from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.chat_template import ChatTemplate, TokenSegments
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 
-FORMAT = 1  #: raise it when the meaning of a column changes
-CHUNK = 1024  #: dialogues that are tokenised at once and make one record batch
+FORMAT = 1  #: increase it when the meaning of a column changes
+CHUNK = 1024  #: dialogues that are tokenized in one call and form one record batch
 SCHEMA = pa.schema(
     [
-        ("ids", pa.list_(pa.int32())),  # IMAGE stands once for each medium
-        ("labels", pa.list_(pa.int32())),  # IGNORE at the first place and at media
-        ("length", pa.int32()),  # tokens of the dialogue, visual ones included
+        ("ids", pa.list_(pa.int32())),  # IMAGE_TOKEN_INDEX once per media item
+        ("labels", pa.list_(pa.int32())),  # IGNORE_INDEX at the first position and at media
+        ("length", pa.int32()),  # tokens of the dialogue, with visual tokens
         ("clips", pa.int32()),  # clips of its videos
-        ("tiles", pa.int32()),  # tiles of its stills
-        ("learned", pa.int32()),  # labelled places
+        ("tiles", pa.int32()),  # tiles of its images
+        ("learned", pa.int32()),  # number of labeled tokens
         ("error", pa.string()),  # why the dialogue cannot be used, else empty
     ]
 )
 
 
 def token_fingerprint(
-    index: Index, manifest: Manifest, conversation: ChatTemplate, visuals: MediaViews, fetch: int = 0
+    index: Index, manifest: Manifest, chat_template: ChatTemplate, media_views: MediaViews, fetch: int = 0
 ) -> str:
-    """Sha256 hex over all that the cached rows depend on; ``fetch`` as of :class:`Conversation`."""
+    """Return the sha256, in hex, of all that the cached rows depend on; ``fetch`` as of :meth:`ChatTemplate.encode`."""
     frames, text = manifest.frames, manifest.text
-    content = conversation.tokenizer.backend_tokenizer.to_str()
+    content = chat_template.tokenizer.backend_tokenizer.to_str()
     parts = {
         "format": FORMAT,
         "index": index.fingerprint,
@@ -57,7 +57,7 @@ def token_fingerprint(
         "images": [manifest.images.mode, manifest.images.max_grid],
         "seed": manifest.seed if frames.sampler == "rand" else 0,
         **({"fetch": fetch} if fetch else {}),
-        **({"bounds": visuals.frame_bounds} if visuals.frame_bounds else {}),
+        **({"bounds": media_views.frame_bounds} if media_views.frame_bounds else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -65,121 +65,131 @@ def token_fingerprint(
 class TokenCache:
     """Ids, labels and lengths of every dialogue under the manifest's ``text.max_tokens`` and ``text.over_length``.
 
-    ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,). A dialogue over the limit is cut at
-    its end, where that leaves all of its media and something to learn; else it is refused. ``learned`` is 0 where a
-    dialogue is refused and nowhere else; ``cut`` has the rows that are cut, ascending.
+    A dialogue over the limit is truncated at its end if all of its media and at least one label remain. Otherwise it is
+    excluded.
 
-    With ``compat: published`` dialogues grow with the epoch: these are the tokens of ``epoch``, by default the last of
-    ``train.epochs``, in which the fewest dialogues can be used, and :meth:`at` gives those of the others.
+    With ``compat: published`` dialogues grow with the epoch. Then the tokens are those of ``epoch``, by default the
+    last of ``train.epochs``, in which the fewest dialogues can be used. :meth:`for_epoch` gives those of other epochs.
+
+    Attributes:
+        length, clips, tiles, num_label_tokens: int32 (dialogues,). Only excluded dialogues have ``num_label_tokens`` 0.
+        truncated: rows of the truncated dialogues, int32, ascending.
     """
 
     def __init__(
         self,
         index: Index,
         manifest: Manifest,
-        conversation: ChatTemplate,
-        visuals: MediaViews,
+        chat_template: ChatTemplate,
+        media_views: MediaViews,
         epoch: int | None = None,
     ) -> None:
-        # Only the published epochs need the tokenizer again, which is large.
-        self._made_of = (index, manifest, conversation, visuals) if manifest.compat == "published" else None
+        # Only with compat: published is the tokenizer, which is large, needed for other epochs.
+        self._sources = (index, manifest, chat_template, media_views) if manifest.compat == "published" else None
         self._epoch = manifest.train.epochs - 1 if epoch is None else epoch
-        self._other: TokenCache | None = None
+        self._other_epoch: TokenCache | None = None
         fetch = self._epoch + 1 if manifest.compat == "published" else 0
-        self.fingerprint = token_fingerprint(index, manifest, conversation, visuals, fetch)
+        self.fingerprint = token_fingerprint(index, manifest, chat_template, media_views, fetch)
         path = index.storage.folder / f"tokens-{self.fingerprint[:32]}.arrow"
         if not path.is_file():
-            _build(path, index, conversation, visuals, fetch)
+            _build(path, index, chat_template, media_views, fetch)
         try:
             self._mapped = MappedTable(path)
             table = self._mapped.table
         except (OSError, ValueError):
             table = None
         if table is None or table.schema != SCHEMA or len(table) != len(index.dialogues):
-            raise ShardsError(f"{path}: damaged, or not the tokens of this index; remove the file, it is made again")
+            raise ShardsError(
+                f"{path}: damaged, or not the tokens of this index; delete the file, and it will be created again"
+            )
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
         self.length, self.clips, self.tiles, self.num_label_tokens = (
             self._mapped.array(name) for name in ("length", "clips", "tiles", "learned")
         )
-        self._limit, self._cuts = manifest.text.max_tokens, manifest.text.over_length == "cut"
+        self._limit, self._truncates = manifest.text.max_tokens, manifest.text.over_length == "cut"
         self.truncated = self._apply_limit()
 
     def for_epoch(self, epoch: int) -> TokenCache:
-        """The tokens of one epoch; they differ with ``compat: published`` only.
+        """Return the tokens of one epoch; only with ``compat: published`` do they differ between epochs.
 
         Raises:
             ManifestError: an epoch after the last of ``train.epochs``, with ``compat: published``.
         """
-        if self._made_of is None or epoch == self._epoch:
+        if self._sources is None or epoch == self._epoch:
             return self
-        manifest = self._made_of[1]
+        manifest = self._sources[1]
         if epoch >= manifest.train.epochs:
-            raise ManifestError(f"train.epochs: is {manifest.train.epochs}, and compat: published has none after them")
-        if self._other is None or self._other._epoch != epoch:
-            self._other = TokenCache(*self._made_of, epoch)
-        return self._other
+            raise ManifestError(
+                f"train.epochs: is {manifest.train.epochs}; with compat: published there are no later epochs"
+            )
+        if self._other_epoch is None or self._other_epoch._epoch != epoch:
+            self._other_epoch = TokenCache(*self._sources, epoch)
+        return self._other_epoch
 
     def get(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels, int32 (n,), of one dialogue, within the limit; views, not to be written to."""
-        ids, kept = row_values(self._ids, row), None
-        if len(ids) > self._limit - self._visual(row):
-            kept = self._kept(row, ids)
-        return ids[:kept], row_values(self._labels, row)[:kept]
+        """Return ids and labels of one dialogue within the limit, int32 (n,); views that must not be modified."""
+        ids, count = row_values(self._ids, row), None
+        if len(ids) > self._limit - self._num_visual_tokens(row):
+            count = self._num_fitting(row, ids)
+        return ids[:count], row_values(self._labels, row)[:count]
 
     def skip_reason(self, row: int) -> str:
-        """Why a refused dialogue is refused, or what a cut one loses."""
+        """Explain why a dialogue is excluded, or that it is truncated."""
         ids = row_values(self._ids, row)
-        length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + self._visual(row)
+        length = len(ids) - int((ids == IMAGE_TOKEN_INDEX).sum()) + self._num_visual_tokens(row)
         if length <= self._limit:
             return self._error[row].as_py() or "the dialogue has nothing to learn"
         text = f"{length} tokens are more than text.max_tokens ({self._limit})"
         if self.num_label_tokens[row]:
             return f"{text}, and are cut to it"
-        if not self._cuts:
+        if not self._truncates:
             return text
-        if self._cuts_media(ids, self._kept(row, ids)):
+        if self._cuts_media(ids, self._num_fitting(row, ids)):
             return f"{text}, and cutting it would cut its media"
         return f"{text}, and nothing to learn lies within them"
 
     def release(self) -> None:
-        """Give back the memory of what was read of the file, see :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`."""
+        """Release the memory of the file, see :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`."""
         self._mapped.drop_pages()
 
-    def _visual(self, row: int) -> int:
+    def _num_visual_tokens(self, row: int) -> int:
         return int(self.clips[row]) * TOKENS_PER_CLIP + int(self.tiles[row]) * TOKENS_PER_TILE
 
-    def _kept(self, row: int, ids: np.ndarray) -> int:
-        """How many of ``ids`` fit the limit, if all media lie among them."""
-        return max(0, self._limit - self._visual(row) + int((ids == IMAGE_TOKEN_INDEX).sum()))
+    def _num_fitting(self, row: int, ids: np.ndarray) -> int:
+        """Count how many of ``ids`` fit the limit, provided that all media are among them."""
+        return max(0, self._limit - self._num_visual_tokens(row) + int((ids == IMAGE_TOKEN_INDEX).sum()))
 
     @staticmethod
-    def _cuts_media(ids: np.ndarray, kept: int) -> bool:
-        return bool((ids[kept:] == IMAGE_TOKEN_INDEX).any())
+    def _cuts_media(ids: np.ndarray, count: int) -> bool:
+        return bool((ids[count:] == IMAGE_TOKEN_INDEX).any())
 
     def _apply_limit(self) -> np.ndarray:
-        """Set the lengths of what is cut and refused; the rows of what is cut, int32."""
+        """Update the lengths of truncated and excluded dialogues; return the rows of truncated ones, int32."""
         over = np.flatnonzero(self.length > self._limit)
-        if not self._cuts:
+        if not self._truncates:
             self.num_label_tokens[over] = 0
             return np.empty(0, dtype=np.int32)
-        cut = np.zeros(len(over), dtype=bool)
+        truncated = np.zeros(len(over), dtype=bool)
         for number, row in enumerate(over.tolist()):
             ids, labels = row_values(self._ids, row), row_values(self._labels, row)
-            kept = self._kept(row, ids)
-            self.num_label_tokens[row] = 0 if self._cuts_media(ids, kept) else (labels[:kept] != IGNORE_INDEX).sum()
-            cut[number] = self.num_label_tokens[row] > 0
-        self.length[over[cut]] = self._limit
-        return over[cut].astype(np.int32)
+            count = self._num_fitting(row, ids)
+            self.num_label_tokens[row] = 0 if self._cuts_media(ids, count) else (labels[:count] != IGNORE_INDEX).sum()
+            truncated[number] = self.num_label_tokens[row] > 0
+        self.length[over[truncated]] = self._limit
+        return over[truncated].astype(np.int32)
 
 
-def _build(path: Path, index: Index, conversation: ChatTemplate, visuals: MediaViews, fetch: int) -> None:
-    """Write the cache under a name of its own, then rename: several processes may do it at once, with equal bytes."""
+def _build(path: Path, index: Index, chat_template: ChatTemplate, media_views: MediaViews, fetch: int) -> None:
+    """Write the cache to a unique temporary file, then rename it.
+
+    Several processes may do so at the same time. They write equal bytes, so it does not matter which rename is last.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         try:
             with open(temporary, "wb") as file:
                 with pa.ipc.new_file(file, SCHEMA) as writer:
-                    for batch in _batches(index, conversation, visuals, fetch):
+                    for batch in _batches(index, chat_template, media_views, fetch):
                         writer.write_batch(batch)
                 file.flush()
                 os.fsync(file.fileno())
@@ -190,17 +200,21 @@ def _build(path: Path, index: Index, conversation: ChatTemplate, visuals: MediaV
         raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
 
 
-def _batches(index: Index, conversation: ChatTemplate, visuals: MediaViews, fetch: int) -> Iterator[pa.RecordBatch]:
+def _batches(
+    index: Index, chat_template: ChatTemplate, media_views: MediaViews, fetch: int
+) -> Iterator[pa.RecordBatch]:
     columns = index.dialogues.select(["media", "entry", "conversations"])
     total = len(columns)
     with tqdm(total=total, desc="tokens", unit="dialogue", disable=total < 20 * CHUNK, dynamic_ncols=True) as bar:
         for start in range(0, total, CHUNK):
             chunk = columns.slice(start, CHUNK)
             dialogues = zip(*(column.to_pylist() for column in chunk.columns), strict=True)
-            prepared = [_prepare(conversation, visuals, *dialogue, fetch) for dialogue in dialogues]
-            encoded = conversation.tokenize([[] if error else segments for segments, _, error in prepared])
+            prepared = [
+                _prepare(chat_template, media_views, media, entry, turns, fetch) for media, entry, turns in dialogues
+            ]
+            encoded = chat_template.tokenize([[] if error else segments for segments, _, error in prepared])
             rows = [
-                _row(conversation, ids, labels, views, error)
+                _row(chat_template, ids, labels, views, error)
                 for (ids, labels), (_, views, error) in zip(encoded, prepared, strict=True)
             ]
             yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
@@ -208,20 +222,21 @@ def _batches(index: Index, conversation: ChatTemplate, visuals: MediaViews, fetc
 
 
 def _prepare(
-    conversation: ChatTemplate, visuals: MediaViews, media: list[int], entry: str, turns: str, fetch: int
-) -> tuple[list, list, str]:
+    chat_template: ChatTemplate, media_views: MediaViews, media: list[int], entry: str, turns: str, fetch: int
+) -> tuple[TokenSegments, list[MediaView], str]:
+    """Return the segments and media views of a dialogue, and the error if it cannot be used."""
     try:
-        views = visuals.views(media, entry)
+        views = media_views.views(media, entry)
         kinds, messages = [view.kind for view in views], [view.message for view in views]
-        return conversation.segments(json.loads(turns), kinds, messages, fetch), views, ""
+        return chat_template.segments(json.loads(turns), kinds, messages, fetch), views, ""
     except ValueError as error:
         return [], [], str(error)
 
 
-def _row(conversation: ChatTemplate, ids: np.ndarray, labels: np.ndarray, views: list[MediaView], error: str) -> dict:
+def _row(chat_template: ChatTemplate, ids: np.ndarray, labels: np.ndarray, views: list[MediaView], error: str) -> dict:
     if not error:
         try:
-            conversation.check_placeholders(ids, views)
+            chat_template.check_placeholders(ids, len(views))
         except ValueError as mismatch:
             error = str(mismatch)
     if error:
