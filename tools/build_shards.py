@@ -1,8 +1,8 @@
 """Build the shards of a stage: python tools/build_shards.py --stage 3
 
-Reads the annotation files that the manifest names, decodes every distinct video and still once, and writes
-OUT/stageN/{video,image,dialogue}/*.tar with their index and ledger. Started again after an interruption it goes on;
-started again when finished it does nothing. What cannot be built is in the ledger, with the reason.
+Reads the annotation files of the manifest and decodes every distinct video and image once. Writes
+OUT/stageN/{video,image,dialogue}/*.tar with their index and ledger. Run the same command again to continue after an
+interruption. A finished build is not repeated. The ledger lists what could not be built, and why.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-if __package__ in (None, ""):  # started by path: the packages lie beside this folder
+if __package__ in (None, ""):  # run as a script: the packages are beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "build_shards") -> int:
-    """Run the command; returns the exit status (0 done, 1 a build that cannot go on, 2 bad input, 130 stopped)."""
+    """Run the command. Returns the exit status: 0 done, 1 the build failed, 2 bad input, 130 stopped."""
     parser = _parser(prog)
     options = parser.parse_args(arguments)
     if options.report and not options.dry_run:
-        parser.error("--report goes with --dry-run")
+        parser.error("--report needs --dry-run")
     if options.address and options.executor != "ray":
-        parser.error("--address goes with --executor ray")
+        parser.error("--address needs --executor ray")
     if (options.rank is None) != (options.of is None):
-        parser.error("--rank and --of go together: machine I, counted from 0, of N")
+        parser.error("--rank and --of must be given together: machine I (from 0) of N")
     if options.retry_failed and options.of:
-        parser.error("--retry-failed is for one machine, or a Ray cluster; leave out --rank and --of")
+        parser.error("--retry-failed works on one machine or a Ray cluster; remove --rank and --of")
     options.rank, options.of = options.rank or 0, options.of or 1
     if not 0 <= options.rank < options.of:
         parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, because --of is {options.of}")
     try:
         return _run(options)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("Stopped. Run the same command to continue.", file=sys.stderr)
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Imported here, because they take half a second in which the user may press Ctrl-C, too.
+    # Imported here so that --help is fast, and Ctrl-C during the imports is handled by main().
     from framestream.pipeline.annotations.reader import AnnotationFileError
     from framestream.pipeline.config.manifest import ManifestError, load_manifest
     from framestream.pipeline.shards.ledger import read_ledger
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     from framestream.tools.builder.build import BuildOptions, build
     from framestream.tools.builder.plan_report import plan_rows, plan_summary, write_report
     from framestream.tools.builder.planner import make_plan
-    from framestream.tools.builder.summary import build_summary, first_of_reasons, shard_counts
+    from framestream.tools.builder.summary import build_summary, first_messages, shard_counts
     from framestream.tools.common.errors import BuildError, WorkerError
     from framestream.tools.fetch.disk_cache import DiskFullError, disk_full_at
     from framestream.tools.fetch.root_map import resolve_entries
@@ -64,8 +64,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.out:
             manifest = replace(manifest, shards=options.out)
         if options.dry_run:
-            found = resolve_entries(manifest, quick=True)
-            rows = plan_rows(found, make_plan(manifest, found, None, options.limit, strict=False))
+            entries = resolve_entries(manifest, quick=True)
+            rows = plan_rows(entries, make_plan(manifest, entries, None, options.limit, strict=False))
             print(plan_summary(rows))
             if options.report:
                 write_report(Path(options.report), str(path), rows)
@@ -81,18 +81,18 @@ def _run(options: argparse.Namespace) -> int:
             cache_bytes=round(options.cache_gb * 1e9),
         )
         with disk_full_at(manifest.shard_root):
-            outcome = build(manifest, executor, settings)
+            result = build(manifest, executor, settings)
     except (ManifestError, BuildError, AnnotationFileError, WorkerError, DiskFullError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, (WorkerError, DiskFullError)) else 2
-    if not outcome.built:
-        what = "nothing to try again" if options.retry_failed else "nothing to do"
-        print(f"{manifest.shard_root}: finished already, {what}")
+    if not result.built:
+        reason = "nothing to retry" if options.retry_failed else "nothing to do"
+        print(f"{manifest.shard_root}: already finished, {reason}")
         return 0
-    if outcome.record is None:
-        print(f"{manifest.shard_root}: this machine is done; {outcome.left:,} media are left to the others")
+    if result.record is None:
+        print(f"{manifest.shard_root}: this machine is done; other machines still build {result.media_left:,} media")
         return 0
-    record = outcome.record
+    record = result.record
     for entry in record["entries"]:
         if "empty_annotation" in entry["left_out"].get("entry", {}):
             print(f"warning: entry {entry['name']}: the annotation file has no samples", file=sys.stderr)
@@ -100,69 +100,71 @@ def _run(options: argparse.Namespace) -> int:
     print(f"shards: {manifest.shard_root} ({shard_counts(record)})")
     if any(entry["left_out"] for entry in record["entries"]):
         print(f"left out, with reasons: {manifest.shard_root / 'ledger' / 'ledger.parquet'}")
-        print(first_of_reasons(read_ledger(manifest.shard_root)))
+        print(first_messages(read_ledger(manifest.shard_root)))
     return 0
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
-    parser.add_argument("--manifest", metavar="PATH", help="default: manifests/stageN.yaml")
-    parser.add_argument("--out", metavar="DIR", help="write OUT/stageN instead of the manifest's shards folder")
+    parser.add_argument("--manifest", metavar="PATH", help="manifest file (default: manifests/stageN.yaml)")
+    parser.add_argument("--out", metavar="OUT", help="write OUT/stageN instead of the manifest's shards folder")
     parser.add_argument(
         "--workers",
         metavar="K",
         type=whole_number,
         default=len(os.sched_getaffinity(0)),
-        help="default: the cores that this process may use",
+        help="worker processes (default: the available cores)",
     )
-    parser.add_argument("--limit", metavar="N", type=whole_number, help="take the first N dialogues of each entry")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be built and what is missing")
-    parser.add_argument("--report", metavar="DIR", help="write what --dry-run says to DIR/plan.html and plan.parquet")
+    parser.add_argument("--limit", metavar="N", type=whole_number, help="use only the first N dialogues of each entry")
+    parser.add_argument("--dry-run", action="store_true", help="only report what would be built and what is missing")
     parser.add_argument(
-        "--skip-unresolved", action="store_true", help="leave out, and count, entries that are not here"
+        "--report", metavar="DIR", help="write the report of --dry-run to plan.html and plan.parquet in DIR"
+    )
+    parser.add_argument(
+        "--skip-unresolved", action="store_true", help="leave out entries whose annotations or media cannot be found"
     )
     parser.add_argument(
         "--retry-failed",
         action="store_true",
-        help="add to finished shards what failed for a reason that may have passed",
+        help="retry what failed for a temporary reason, and add it to the finished shards",
     )
     parser.add_argument(
         "--cache-gb",
         metavar="GB",
         type=size,
         default=20.0,
-        help="disk space for fetched files that several clips are cut from; default: 20",
+        help="disk space for fetched files, in gigabytes; clips of one file share it (default: 20)",
     )
-    parser.add_argument("--rank", metavar="I", type=int, help="of this machine, from 0; with --of")
-    parser.add_argument("--of", metavar="N", type=whole_number, help="machines that share this build")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: on a Ray cluster")
-    parser.add_argument("--address", metavar="HOST:PORT", default="", help="of the Ray cluster")
+    parser.add_argument("--rank", metavar="I", type=int, help="number of this machine, from 0; needs --of")
+    parser.add_argument("--of", metavar="N", type=whole_number, help="number of machines that share this build")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: run on a Ray cluster")
+    parser.add_argument("--address", metavar="HOST:PORT", default="", help="address of the Ray cluster")
     parser.add_argument(
         "--set",
         metavar="FIELD=VALUE",
         action="append",
         default=[],
-        help="override a field of the manifest, a.b.c=VALUE",
+        help="override a field of the manifest, such as frames.size=224",
     )
     return parser
 
 
 def whole_number(text: str) -> int:
-    """A count of at least 1."""
+    """Parse a whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
 def size(text: str) -> float:
-    """A number that is at least 0."""
+    """Parse a number of at least 0."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of gigabytes, at least 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of gigabytes of at least 0, not {text!r}")
     return value
 
 

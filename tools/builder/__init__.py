@@ -1,0 +1,1 @@
+"""Build a shard root: plan, worker tasks, and the last steps that write the index."""

@@ -1,12 +1,14 @@
-"""From a manifest to a finished shard root, through interruptions, and from a finished root to a larger one.
+"""Build a shard root from a manifest, resume an interrupted build, or add to a finished root.
 
-The work folder of an unfinished root holds the plan and the results of every finished task, each of which appears
-whole. So the same command after a kill goes on where it was, and the last steps (``framestream.tools.builder.finalize``) only move and
-derive: doing them twice gives the same bytes. A finished root is taken up again when the manifest has entries that it
-lacks, or to try failures again; until the last steps it stays as it was, and readable.
+The work folder of an unfinished root holds the plan and the results of every finished task. Both appear atomically, so
+the same command after a kill continues where it stopped. The last steps (``tools/builder/finalize.py``) only move and
+derive files: doing them twice gives the same bytes.
 
-Many machines on one file system share the tasks: machine i of n takes every n-th one, and the last to be done takes the
-last steps. Locks are the kernel's (``framestream.tools.builder.locks``), so that they end with the process that holds them.
+A finished root is extended if the manifest has new entries, or to retry failures. Until the last steps the root stays
+unchanged and readable.
+
+Machines that share a file system can share the tasks. Machine i of n takes every n-th task, and the last machine to
+finish does the last steps. Locks (``tools/builder/locks.py``) belong to the kernel, so they end with their process.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from framestream.tools.builder.build_spec import difference, specification, with
 from framestream.tools.builder.executors import Executor
 from framestream.tools.builder.finalize import finish, write_outcomes
 from framestream.tools.builder.incremental import ExistingBuild, Selection, snapshot
-from framestream.tools.builder.locks import LOCKS, lock_root, lock_step
+from framestream.tools.builder.locks import LOCK_FILES, lock_root, lock_step
 from framestream.tools.builder.planner import make_plan
 from framestream.tools.builder.task import BuildJob, is_dialogue, task_folder
 from framestream.tools.common.arrow_files import map_table
@@ -40,47 +42,47 @@ from framestream.tools.fetch.root_map import ResolvedEntry, resolve_entries
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How a build is run; the first three decide what is taken, nothing else changes a byte."""
+    """How a build runs. The first three decide what is built; the others do not change any bytes."""
 
-    limit: int | None = None  #: take only the first so many samples of each entry
-    skip_unresolved: bool = False  #: leave out, and count, entries that are not here
-    retry_failed: bool = False  #: plan again what failed for a reason that may have passed
-    rank: int = 0
-    ranks: int = 1  #: machines that share this build
-    cache_bytes: int = 0  #: of fetched files that are kept while media are built from them
+    limit: int | None = None  #: use only the first ``limit`` samples of each entry
+    skip_unresolved: bool = False  #: leave out entries whose annotations or media cannot be found
+    retry_failed: bool = False  #: retry what failed for a temporary reason
+    rank: int = 0  #: number of this machine
+    ranks: int = 1  #: number of machines that share this build
+    cache_bytes: int = 0  #: disk space for fetched files, because several media may be clips of one file
 
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """What a build came to."""
+    """Result of a build."""
 
-    record: Mapping[str, Any] | None  #: contents of build.json; None while other machines are not done
+    record: Mapping[str, Any] | None  #: contents of build.json; None while other machines still work
     built: bool = True  #: False if there was nothing to do
-    left: int = 0  #: media that other machines still have to build
+    media_left: int = 0  #: media that other machines still have to build
 
 
 def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> BuildResult:
     """Build ``manifest.shard_root``, or this machine's share of it.
 
     Raises:
-        BuildError: something the plan needs is not here, no dialogue can be used, or the folder holds another build.
-        WorkError: a worker failed.
+        BuildError: input is missing, no dialogue can be used, or the folder contains another build.
+        WorkerError: a worker failed.
         AnnotationFileError: an annotation file is broken.
     """
     root = manifest.shard_root
-    found = resolve_entries(manifest)
-    wanted = specification(manifest, found, options.limit)
+    entries = resolve_entries(manifest)
+    wanted = specification(manifest, entries, options.limit)
     with lock_root(root, shared=options.ranks > 1):
         with lock_step(root):
-            if not _plan(manifest, found, wanted, root, options):
-                return BuildResult(_record(root), built=False)
-        job = make_job(manifest, found, root / "work", options.cache_bytes)
+            if not _plan(manifest, entries, wanted, root, options):
+                return BuildResult(_read_record(root), built=False)
+        job = make_job(manifest, entries, root / "work", options.cache_bytes)
         _run_media(job, executor, options)
         with lock_step(root):
-            if not (job.work / "plan").is_dir():  # another machine was done last
-                return BuildResult(_record(root))
-            if left := _tasks_left(job):
-                return BuildResult(None, left=int(_sizes(job)[left].sum()))
+            if not (job.work / "plan").is_dir():  # another machine did the last steps
+                return BuildResult(_read_record(root))
+            if unfinished := _unfinished_tasks(job):
+                return BuildResult(None, media_left=int(_task_sizes(job)[unfinished].sum()))
             _run_dialogues(job, executor)
             record = finish(root, job, wanted)
             done = root / "work.done"
@@ -89,44 +91,43 @@ def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> Buil
         return BuildResult(record)
 
 
-def _record(root: Path) -> dict[str, Any]:
+def _read_record(root: Path) -> dict[str, Any]:
     return json.loads((root / "build.json").read_bytes())
 
 
-def _check_same(
-    root: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], found: Sequence[ResolvedEntry], finished: bool
+def _require_same_specification(
+    root: Path, built: Mapping[str, Any], wanted: Mapping[str, Any], entries: Sequence[ResolvedEntry], finished: bool
 ) -> None:
-    if other := difference(there, wanted, found):
-        what = "another build" if finished else "another build, which is not finished"
-        undo = "undo the difference" if finished else "finish it with what it was begun with"
-        raise BuildError(f"{root}: holds {what}: {other}; give another --out, remove {root}, or {undo}")
+    if text := difference(built, wanted, entries):
+        kind = "another build" if finished else "another build, which is not finished"
+        fix = "undo the difference" if finished else "finish it with its original settings"
+        raise BuildError(f"{root}: contains {kind}: {text}; give another --out, remove {root}, or {fix}")
 
 
 def _plan(
-    manifest: Manifest, found: Sequence[ResolvedEntry], wanted: Mapping[str, Any], root: Path, options: BuildOptions
+    manifest: Manifest, entries: Sequence[ResolvedEntry], wanted: Mapping[str, Any], root: Path, options: BuildOptions
 ) -> bool:
-    """Make work/plan unless it is there; it appears whole. False if the root is finished and nothing is to be added."""
+    """Create work/plan atomically unless it exists. Return False if the root is finished and nothing is to be added."""
     work, folder, scratch = root / "work", root / "work" / "plan", root / "work" / "plan.tmp"
     if folder.is_dir():
-        _check_same(root, json.loads((folder / "specification.json").read_bytes()), wanted, found, finished=False)
+        planned = json.loads((folder / "specification.json").read_bytes())
+        _require_same_specification(root, planned, wanted, entries, finished=False)
         return True
     for leftover in (work, root / "work.done"):
         shutil.rmtree(leftover, ignore_errors=True)
-    adds = (root / "build.json").is_file()
-    strange = [path.name for path in sorted(root.iterdir()) if path.name not in LOCKS]
-    if strange and not adds:
-        raise BuildError(f"{root}: holds {strange[0]}, which no build left here; give another --out")
+    is_addition = (root / "build.json").is_file()
+    unknown = [path.name for path in sorted(root.iterdir()) if path.name not in LOCK_FILES]
+    if unknown and not is_addition:
+        raise BuildError(f"{root}: contains {unknown[0]}, which is not part of a build; give another --out")
     scratch.mkdir(parents=True)
     try:
-        if adds:
-            there = _record(root)["specification"]
-            _check_same(root, there, without_additions(there, wanted), found, finished=True)
+        if is_addition:
+            built = _read_record(root)["specification"]
+            _require_same_specification(root, built, without_additions(built, wanted), entries, finished=True)
             snapshot(root, scratch / "previous")
         selection = Selection(ExistingBuild.open(scratch / "previous", manifest.compat), wanted, options.retry_failed)
-        planned = selection.wants_any() and make_plan(
-            manifest, found, scratch, options.limit, not options.skip_unresolved, selection
-        )
-        if not planned:
+        strict = not options.skip_unresolved
+        if not selection.may_add() or not make_plan(manifest, entries, scratch, options.limit, strict, selection):
             shutil.rmtree(work)
             return False
     except (BuildError, AnnotationFileError):
@@ -138,13 +139,13 @@ def _plan(
     return True
 
 
-def make_job(manifest: Manifest, found: Sequence[ResolvedEntry], work: Path, cache_bytes: int = 0) -> BuildJob:
-    """What workers need to know of the build whose plan is in ``work``."""
+def make_job(manifest: Manifest, entries: Sequence[ResolvedEntry], work: Path, cache_bytes: int = 0) -> BuildJob:
+    """Return what workers need to know about the build whose plan is in ``work``."""
     return BuildJob(
         work=work,
         tasks=tuple(json.loads((work / "plan" / "tasks.json").read_bytes())["tasks"]),
-        entries=tuple(origin.entry.name for origin in found),
-        places=tuple(origin.media for origin in found),
+        entries=tuple(item.entry.name for item in entries),
+        locations=tuple(item.media for item in entries),
         frames=manifest.frames,
         images=manifest.images,
         seed=manifest.seed,
@@ -158,14 +159,14 @@ def make_job(manifest: Manifest, found: Sequence[ResolvedEntry], work: Path, cac
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
-def _sizes(job: BuildJob) -> np.ndarray:
-    """Media of each task, int64 (tasks,)."""
+def _task_sizes(job: BuildJob) -> np.ndarray:
+    """Count the media of each task, int64 (tasks,)."""
     tasks = map_table(job.work / "plan" / "media.arrow")["task"].to_numpy()
     return np.bincount(tasks[tasks >= 0], minlength=len(job.tasks))
 
 
-def _tasks_left(job: BuildJob, dialogues: bool = False) -> list[int]:
-    """Tasks about media, or about dialogues, that are not finished."""
+def _unfinished_tasks(job: BuildJob, dialogues: bool = False) -> list[int]:
+    """List the unfinished tasks that build media, or that write dialogues."""
     return [
         task
         for task, name in enumerate(job.tasks)
@@ -174,20 +175,20 @@ def _tasks_left(job: BuildJob, dialogues: bool = False) -> list[int]:
 
 
 def _run_media(job: BuildJob, executor: Executor, options: BuildOptions) -> None:
-    """Run this machine's tasks that are not finished."""
+    """Run the unfinished tasks of this machine."""
     (job.work / "tasks").mkdir(exist_ok=True)
-    media = [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
-    mine = media[options.rank :: options.ranks]
-    names = {job.tasks[task] for task in mine}
+    media_tasks = [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
+    own_tasks = media_tasks[options.rank :: options.ranks]
+    names = {job.tasks[task] for task in own_tasks}
     for scratch in (job.work / "tasks").glob("*.tmp"):
         if scratch.name.partition(".")[0] in names:
             shutil.rmtree(scratch, ignore_errors=True)
-    left = sorted(set(_tasks_left(job)).intersection(mine))
-    sizes = _sizes(job)
-    total, frames = int(sizes[mine].sum()), 0
-    done = total - int(sizes[left].sum())
+    unfinished = sorted(set(_unfinished_tasks(job)).intersection(own_tasks))
+    sizes = _task_sizes(job)
+    total, frames = int(sizes[own_tasks].sum()), 0
+    done = total - int(sizes[unfinished].sum())
     with tqdm(total=total, initial=done, unit=" media", desc="media", disable=None) as bar:
-        for counts in executor(job, left):
+        for counts in executor(job, unfinished):
             frames += counts.get("frames", 0)
             bar.update(counts.get("media", 0))
             if elapsed := bar.format_dict["elapsed"]:
@@ -195,8 +196,8 @@ def _run_media(job: BuildJob, executor: Executor, options: BuildOptions) -> None
 
 
 def _run_dialogues(job: BuildJob, executor: Executor) -> None:
-    """Write the dialogues, when the outcome of every media item is known."""
+    """Write the dialogues. All media tasks must be finished."""
     write_outcomes(job)
-    left = _tasks_left(job, dialogues=True)
-    for _ in tqdm(executor(job, left), total=len(left), unit=" reports", desc="dialogues", disable=None, leave=False):
+    tasks = _unfinished_tasks(job, dialogues=True)
+    for _ in tqdm(executor(job, tasks), total=len(tasks), unit=" reports", desc="dialogues", disable=None, leave=False):
         pass

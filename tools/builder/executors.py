@@ -1,6 +1,6 @@
-"""Where the tasks of a build run: in processes of this machine, or on a Ray cluster.
+"""Executors run the tasks of a build: in processes of this machine, or on a Ray cluster.
 
-An executor takes a job and the numbers of the tasks to run and yields counts of what was finished, as it comes. The
+An executor takes a job and the numbers of its tasks. It yields counts of what was finished, as workers report them. The
 bytes of a task do not depend on where it ran.
 """
 
@@ -18,7 +18,7 @@ Executor: TypeAlias = Callable[[BuildJob, Sequence[int]], Iterator[Counts]]
 
 
 def local(workers: int) -> Executor:
-    """``workers`` processes of this machine."""
+    """Run tasks in ``workers`` processes of this machine."""
 
     def run(job: BuildJob, tasks: Sequence[int]) -> Iterator[Counts]:
         with WorkerPool(make_worker, (job,), workers) as pool:
@@ -28,16 +28,16 @@ def local(workers: int) -> Executor:
 
 
 def ray(address: str) -> Executor:
-    """The cluster at ``address`` (empty: the one that RAY_ADDRESS names, or a new one on this machine).
+    """Run tasks on the cluster at ``address`` (empty: the one in RAY_ADDRESS, or a new one on this machine).
 
-    Every machine of it must see the same file system. A task runs in a process of its own beside Ray's, so that a
-    decoder that crashes or hangs costs its item alone here, too; a task whose machine is lost is run again on another.
+    All its machines must share one file system. A task runs in its own process beside Ray's, so a decoder that crashes
+    or hangs loses only its item. A task whose machine is lost runs again on another.
 
     Raises:
         BuildError: Ray is not installed, or there is no cluster at the address.
-        WorkError: a task failed outside an item, or its machines were lost too often.
+        WorkerError: a task failed outside any item, or lost its machine too often.
     """
-    from framestream.tools.builder.ray_executor import check_address, run_tasks  # needs the extra `ray`
+    from framestream.tools.builder.ray_executor import check_address, run_tasks  # needs the extra "ray"
 
     check_address(address or os.environ.get("RAY_ADDRESS", ""))
 

@@ -1,7 +1,7 @@
-"""The last steps of a build: shards numbered and moved, index, ledger, reader files, and at the very end build.json.
+"""The last steps of a build: number and move shards, write index, ledger and reader files, and finally build.json.
 
-Everything here is derived from the plan, the results of its tasks and, for an addition, the tables of the root as it
-was. So it can be done again from its start after a kill, and gives the same bytes.
+Everything here is derived from the plan, the results of its tasks and, for an addition, the previous tables of the
+root. So it can be repeated from the start after a kill, and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ SPLITS = ("train", "val")
 
 
 def write_outcomes(job: BuildJob) -> None:
-    """For each media item of the plan its row in the index, or why it has none, into work/outcomes.arrow."""
+    """Write work/outcomes.arrow: for each media item of the plan its row in the index, or why it has none."""
     media = map_table(job.work / "plan" / "media.arrow")
     rows, failed = media["built"].to_numpy().copy(), media["failed"].combine_chunks()
     count = len(_previous(job).media)
-    keys, reasons = [], []
+    keys: list[str] = []
+    reasons: list[str] = []
     for folder in ("video", "image"):
-        for _, name in _ordered(job, folder):
+        for _, name in _ordered_tasks(job, folder):
             built = map_table(task_folder(job.work, name) / "rows.arrow")[PLAN_ROW.name].to_numpy()
             rows[built] = np.arange(count, count + len(built))
             count += len(built)
@@ -47,28 +48,26 @@ def write_outcomes(job: BuildJob) -> None:
             ledger = ledger.filter(pc.equal(ledger["kind"], "media"))
             keys += ledger["key"].to_pylist()
             reasons += ledger["reason"].to_pylist()
-    place = pc.index_in(media["key"].combine_chunks(), pa.array(keys, pa.string()))
-    reason = pc.if_else(pc.equal(failed, ""), pa.array(reasons, pa.string()).take(place), failed)
+    matches = pc.index_in(media["key"].combine_chunks(), pa.array(keys, pa.string()))
+    reason = pc.if_else(pc.equal(failed, ""), pa.array(reasons, pa.string()).take(matches), failed)
     write_table(job.work / "outcomes.arrow", pa.table([pa.array(rows), reason], schema=OUTCOMES))
 
 
 def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the last steps; returns the contents of build.json.
+    """Do the last steps and return the contents of build.json.
 
     Raises:
-        WorkError: a dialogue of the plan is neither in a shard nor in the ledger.
+        WorkerError: a dialogue of the plan is neither in a shard nor in the ledger.
     """
     previous = _previous(job)
-    (root / "build.json").unlink(missing_ok=True)  # from here to the end the root is not one that can be read
+    (root / "build.json").unlink(missing_ok=True)  # the root is unreadable from here to the end
     shards = previous.shards.to_pylist()
-    tables = {"media": [previous.media], "dialogues": [previous.dialogues]}
-    new = {"media": [], "dialogues": []}
+    media_tables, dialogue_tables = [previous.media], [previous.dialogues]
     ledgers = [map_table(job.work / "plan" / "ledger.arrow")]
     for folder in FOLDERS:
-        kept = {shard["name"]: shard["sha256"] for shard in shards if shard["folder"] == folder}
-        infos = [replace(i, sha256=kept[i.name]) for i in read_sidecars(root / folder) if i.name in kept]
+        infos = _previous_infos(root / folder, [shard for shard in shards if shard["folder"] == folder])
         numbers = Counter(info.split for info in infos)
-        for _, name in _ordered(job, folder):
+        for _, name in _ordered_tasks(job, folder):
             results, split = task_folder(job.work, name), name.split("-")[1]
             ledgers.append(map_table(results / "ledger.arrow"))
             info = read_shard_info(results)
@@ -79,45 +78,50 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
             _move(results / "shard.tar", root / folder / info.name)
             rows = map_table(results / "rows.arrow").drop_columns(PLAN_ROW.name)
             if folder == "dialogue":
-                new["dialogues"].append(rows)
+                dialogue_tables.append(rows)
             else:
                 shard = pa.array(np.full(len(rows), len(shards), dtype=np.int32))
-                new["media"].append(rows.set_column(rows.schema.get_field_index("shard"), "shard", shard))
+                media_tables.append(rows.set_column(rows.schema.get_field_index("shard"), "shard", shard))
             shards.append(_shard_row(folder, split, info))
             infos.append(info)
         if infos:
             write_sidecars(root / folder, infos)
-    media, dialogues = (pa.concat_tables([*tables[name], *new[name]]) for name in ("media", "dialogues"))
-    fresh = pa.concat_tables(ledgers)
-    ledger = pa.concat_tables([_kept(previous, job, fresh), fresh])
+    media, dialogues, new_ledger = (pa.concat_tables(tables) for tables in (media_tables, dialogue_tables, ledgers))
+    ledger = pa.concat_tables([_previous_ledger_rows(previous, job, new_ledger), new_ledger])
     fingerprint = write_index(root, media, dialogues, build_table(SHARD_SCHEMA, shards))
     write_ledger(root / "ledger" / "ledger.parquet", ledger)
     record = {
         "index_fingerprint": fingerprint,
         "specification": wanted,
-        "entries": _count(job, previous, media, dialogues, ledger),
+        "entries": _count_entries(job, previous, media, dialogues, ledger),
         "shards": dict(Counter(shard["folder"] for shard in shards)),
     }
     write_atomic(root / "build.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     return record
 
 
+def _previous_infos(folder: Path, shards: Sequence[Mapping[str, Any]]) -> list[ShardInfo]:
+    """Return the previous shards of a folder; the sha256 of each is in the index alone."""
+    digests = {shard["name"]: shard["sha256"] for shard in shards}
+    return [replace(info, sha256=digests[info.name]) for info in read_sidecars(folder) if info.name in digests]
+
+
 def _previous(job: BuildJob) -> ExistingBuild:
     return ExistingBuild.open(job.work / "plan" / "previous", job.compat)
 
 
-def _ordered(job: BuildJob, folder: str) -> list[tuple[int, str]]:
-    """Number and name of the tasks of a folder, in the order of their shards: by split, then as planned."""
+def _ordered_tasks(job: BuildJob, folder: str) -> list[tuple[int, str]]:
+    """Return number and name of the tasks of a folder, in the order of their shards: by split, then as planned."""
     tasks = [(task, name) for task, name in enumerate(job.tasks) if name.startswith(f"{folder}-")]
     return sorted(tasks, key=lambda task: (SPLITS.index(task[1].split("-")[1]), task[0]))
 
 
-def _move(path: Path, place: Path) -> None:
-    """Move a shard to its place, unless an interrupted run did already."""
+def _move(path: Path, target: Path) -> None:
+    """Move a shard to ``target``, unless an interrupted run has already done so."""
     if path.is_file():
-        place.parent.mkdir(exist_ok=True)
-        os.replace(path, place)
-        fsync_path(place.parent)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+        fsync_path(target.parent)
 
 
 def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:
@@ -125,52 +129,69 @@ def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:
     return {"folder": folder, "split": split, "name": info.name, **facts}
 
 
-def _kept(previous: ExistingBuild, job: BuildJob, fresh: pa.Table) -> pa.Table:
-    """The rows of the ledger before that are not about something planned again."""
+def _previous_ledger_rows(previous: ExistingBuild, job: BuildJob, new_ledger: pa.Table) -> pa.Table:
+    """Return the rows of the previous ledger, without those about something that was planned again."""
     plan = job.work / "plan"
     media = map_table(plan / "media.arrow")
     keys = [
         media.filter(pc.greater_equal(media["task"], 0))["key"],
         map_table(plan / "dialogues.arrow")["key"],
-        fresh["key"],
+        new_ledger["key"],
     ]
-    again = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
-    return drop_rows(previous.ledger, again, set(_tasks(job)["samples"]))
+    replanned = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
+    return drop_rows(previous.ledger, replanned, set(_read_tasks(job)["samples"]))
 
 
-def _tasks(job: BuildJob) -> dict[str, Any]:
+def _read_tasks(job: BuildJob) -> dict[str, Any]:
     return json.loads((job.work / "plan" / "tasks.json").read_bytes())
 
 
-def _count(
+def _count_entries(
     job: BuildJob, previous: ExistingBuild, media: pa.Table, dialogues: pa.Table, ledger: pa.Table
 ) -> list[dict[str, Any]]:
-    """Per entry, in plan order: what was built and what was left out; checks that no dialogue was lost on the way."""
-    outcomes = map_table(job.work / "outcomes.arrow")["row"].to_numpy()
-    plan = map_table(job.work / "plan" / "media.arrow")
-    new = (outcomes >= 0) & (plan["task"].to_numpy() >= 0)
-    entry, row = plan["entry"].to_numpy()[new], outcomes[new]
-    lengths = pc.list_value_length(media["timestamps"]).to_numpy()[row]
-    sizes = media["size"].to_numpy()[row]
-    built = {
-        name: np.bincount(entry, weights=weights, minlength=len(job.entries)).astype(np.int64).tolist()
-        for name, weights in (("media", None), ("frames", lengths), ("bytes", sizes))
-    }
+    """Count what was built and left out for each entry, in plan order.
+
+    Raises:
+        WorkerError: a planned dialogue is neither in a shard nor in the ledger.
+    """
+    new_counts = _count_new_media(job, media)
     written = {item["values"]: item["counts"] for item in dialogues["entry"].value_counts().to_pylist()}
-    groups = ledger.group_by(["entry", "kind", "reason"]).aggregate([([], "count_all")]).to_pylist()
-    before = {entry["name"]: entry for entry in previous.record.get("entries", [])}
-    samples = _tasks(job)["samples"]
-    counts = []
+    left_out_counts = _count_left_out(ledger)
+    previous_entries = {entry["name"]: entry for entry in previous.record.get("entries", [])}
+    samples = _read_tasks(job)["samples"]
+    entries = []
     for number, name in enumerate(job.entries):
-        mine = sorted((g["kind"], g["reason"], g["count_all"]) for g in groups if g["entry"] == name)
-        left_out = {kind: {reason: n for k, reason, n in mine if k == kind} for kind in sorted({k for k, _, _ in mine})}
-        old = before.get(name, {})
+        left_out, old = left_out_counts.get(name, {}), previous_entries.get(name, {})
         planned = old.get("planned") or samples.get(name, 0)
         done = written.get(name, 0) + sum(left_out.get("dialogue", {}).values())
         if done != planned:
             raise WorkerError(f"entry {name}: {planned} dialogues were planned, {done} are in the shards or the ledger")
-        facts = {key: values[number] + old.get(key, 0) for key, values in built.items()}
-        counts.append(
-            {"name": name, "planned": planned, "dialogues": written.get(name, 0), **facts, "left_out": left_out}
+        counts = {key: values[number] + old.get(key, 0) for key, values in new_counts.items()}
+        entries.append(
+            {"name": name, "planned": planned, "dialogues": written.get(name, 0), **counts, "left_out": left_out}
         )
+    return entries
+
+
+def _count_new_media(job: BuildJob, media: pa.Table) -> dict[str, list[int]]:
+    """Count the media, frames and bytes that this build added, each as a list by entry number."""
+    rows = map_table(job.work / "outcomes.arrow")["row"].to_numpy()
+    plan = map_table(job.work / "plan" / "media.arrow")
+    is_new = (rows >= 0) & (plan["task"].to_numpy() >= 0)
+    entry, row = plan["entry"].to_numpy()[is_new], rows[is_new]
+    frames = pc.list_value_length(media["timestamps"]).to_numpy()[row]
+    sizes = media["size"].to_numpy()[row]
+    return {
+        name: np.bincount(entry, weights=weights, minlength=len(job.entries)).astype(np.int64).tolist()
+        for name, weights in (("media", None), ("frames", frames), ("bytes", sizes))
+    }
+
+
+def _count_left_out(ledger: pa.Table) -> dict[str, dict[str, dict[str, int]]]:
+    """Count the rows of a ledger by entry, kind and reason, in sorted order."""
+    groups = ledger.group_by(["entry", "kind", "reason"]).aggregate([([], "count_all")]).to_pylist()
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for group in sorted(groups, key=lambda group: (group["entry"], group["kind"], group["reason"])):
+        kinds = counts.setdefault(group["entry"], {})
+        kinds.setdefault(group["kind"], {})[group["reason"]] = group["count_all"]
     return counts

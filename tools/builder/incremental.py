@@ -1,9 +1,9 @@
-"""What a finished root holds already, when entries are added to it or failures are tried again.
+"""Contents of a finished root, for a build that adds entries to it or retries failures.
 
-An addition plans what is new alone: samples of entries that the root does not know, samples of entries that could not
-be resolved then, and, with ``retry``, what failed for a reason that may have passed. The root's own rows, shards and
-numbers stay as they are. Its files are kept as hard links in the plan, because the last steps of a build derive the
-new index from them, again after a kill.
+An addition plans only what is missing: samples of new entries, samples of entries that could not be resolved before,
+and, with ``retry``, what failed for a temporary reason. The root's own rows, shards and numbers do not change. The plan
+has hard links to the root's files, because the last steps derive the new index from them, also when repeated after a
+kill.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILES = ("build.json", "index/media.arrow", "index/dialogues.arrow", "index/shar
 
 @dataclass(frozen=True, slots=True)
 class ExistingBuild:
-    """The record and tables of a finished root; of an empty one where nothing was built."""
+    """The record and tables of a finished root. They are empty for a first build."""
 
     record: Mapping[str, Any]
     media: pa.Table
@@ -42,19 +42,22 @@ class ExistingBuild:
 
     @classmethod
     def open(cls, folder: Path, compat: str) -> ExistingBuild:
-        """From the links that :func:`keep` made; empty where it was not called."""
+        """Open the files that :func:`snapshot` linked into ``folder``; empty if there are none."""
         if not (folder / "build.json").is_file():
             schemas = (media_schema(compat), DIALOGUE_SCHEMA, SHARD_SCHEMA, LEDGER_SCHEMA)
-            return cls({}, *(schema.empty_table() for schema in schemas))
+            media, dialogues, shards, ledger = (schema.empty_table() for schema in schemas)
+            return cls({}, media, dialogues, shards, ledger)
         return cls(
-            json.loads((folder / "build.json").read_bytes()),
-            *(map_table(folder / f"{name}.arrow") for name in ("media", "dialogues", "shards")),
-            pq.read_table(folder / "ledger.parquet", schema=LEDGER_SCHEMA),
+            record=json.loads((folder / "build.json").read_bytes()),
+            media=map_table(folder / "media.arrow"),
+            dialogues=map_table(folder / "dialogues.arrow"),
+            shards=map_table(folder / "shards.arrow"),
+            ledger=pq.read_table(folder / "ledger.parquet", schema=LEDGER_SCHEMA),
         )
 
 
 def snapshot(root: Path, folder: Path) -> None:
-    """Link the files of a finished ``root`` into ``folder``, where they outlive their replacement."""
+    """Link the files of a finished ``root`` into ``folder``, so that they survive their replacement in ``root``."""
     folder.mkdir()
     for name in FILES:
         try:
@@ -65,62 +68,73 @@ def snapshot(root: Path, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MediaStatus:
-    """What a root knows of a media item."""
+    """Status of a media item in a root."""
 
     built: int = -1  #: its row in the index
-    failed: str = ""  #: why it could not be built, if that is not to be tried again
-    attempts: int = 0  #: made so far
+    failed: str = ""  #: why it could not be built; empty if it is to be retried
+    attempts: int = 0  #: failed attempts so far
 
 
 class Selection:
-    """What of the annotation files belongs to an addition to ``previous``."""
+    """Selects the samples that an addition to ``previous`` plans.
+
+    Args:
+        specification: of the new build.
+        retry: also plan what failed for a temporary reason.
+    """
 
     def __init__(self, previous: ExistingBuild, specification: Mapping[str, Any], retry: bool) -> None:
-        self._again = set(RETRYABLE) if retry else {"unresolved"}
-        there = {entry["name"]: entry for entry in previous.record.get("specification", {}).get("entries", [])}
-        self._new, self._open = set(), set()  # entries of which all, and of which only failed samples are planned
+        self._retried_reasons = set(RETRYABLE) if retry else {"unresolved"}
+        built = {entry["name"]: entry for entry in previous.record.get("specification", {}).get("entries", [])}
+        self._new: set[str] = set()  # entries with all samples planned
+        self._partial: set[str] = set()  # entries with only failed samples planned
         for entry in specification["entries"]:
-            before = there.get(entry["name"])
+            before = built.get(entry["name"])
             if before is None or before["annotation"] == LEFT_OUT != entry["annotation"]:
                 self._new.add(entry["name"])
             elif retry or before["media"] != entry["media"]:
-                self._open.add(entry["name"])
-        self._built = _Keys(previous.media["key"])
+                self._partial.add(entry["name"])
+        self._built = _SortedKeys(previous.media["key"])
         ledger = previous.ledger.to_pylist()
         self._media = {row["key"]: row for row in ledger if row["kind"] == "media"}
         self._dialogues = {
-            row["key"] for row in ledger if row["kind"] == "dialogue" and row["reason"] in self._again and row["key"]
+            row["key"]
+            for row in ledger
+            if row["kind"] == "dialogue" and row["reason"] in self._retried_reasons and row["key"]
         }
 
-    def wants_any(self) -> bool:
-        """Whether there may be anything to plan."""
-        return bool(self._new or (self._open and self._dialogues))
+    def may_add(self) -> bool:
+        """Return whether there may be anything to plan."""
+        return bool(self._new or (self._partial and self._dialogues))
 
-    def entry(self, name: str) -> bool:
-        """Whether any sample of the entry may be planned."""
-        return name in self._new or name in self._open
+    def includes_entry(self, name: str) -> bool:
+        """Return whether any sample of the entry may be planned."""
+        return name in self._new or name in self._partial
 
     def is_new(self, name: str) -> bool:
-        """Whether the root knows nothing of the entry's samples."""
+        """Return whether the root has no samples of the entry."""
         return name in self._new
 
-    def dialogue(self, entry: str, key: str) -> bool:
-        """Whether a sample of the entry is planned."""
+    def includes_dialogue(self, entry: str, key: str) -> bool:
+        """Return whether a sample of the entry is planned."""
         return entry in self._new or key in self._dialogues
 
-    def media(self, key: str) -> MediaStatus:
-        """What the root knows of a media item."""
+    def media_status(self, key: str) -> MediaStatus:
+        """Return the status of a media item in the root."""
         row = self._media.get(key)
         if row is None:
             return MediaStatus(built=self._built.row(key))
-        return MediaStatus(failed="" if row["reason"] in self._again else row["reason"], attempts=row["attempts"])
+        return MediaStatus(
+            failed="" if row["reason"] in self._retried_reasons else row["reason"], attempts=row["attempts"]
+        )
 
 
-class _Keys:
-    """Rows of keys of one length, found by bisection: 25 bytes a key and no Python objects."""
+class _SortedKeys:
+    """Find the rows of keys of equal length by bisection. Takes 33 bytes for each key and no Python objects."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         width = len(column[0].as_py()) if len(column) else 1
+        # fixed-width binary lets numpy view the keys without a copy for each of them
         fixed = [chunk.cast(pa.binary()).cast(pa.binary(width)) for chunk in column.chunks]
         parts = [
             np.frombuffer(chunk.buffers()[1], dtype=f"S{width}", count=len(chunk), offset=chunk.offset * width)
@@ -132,16 +146,16 @@ class _Keys:
         self._keys = keys[self._rows]
 
     def row(self, key: str) -> int:
-        """Row of ``key``; -1 where it is not."""
-        place = int(np.searchsorted(self._keys, key.encode()))
-        found = place < len(self._keys) and self._keys[place] == key.encode()
-        return int(self._rows[place]) if found else -1
+        """Return the row of ``key``, or -1 if it is not present."""
+        at = int(np.searchsorted(self._keys, key.encode()))
+        present = at < len(self._keys) and self._keys[at] == key.encode()
+        return int(self._rows[at]) if present else -1
 
 
 def drop_rows(ledger: pa.Table, keys: pa.ChunkedArray, entries: set[str]) -> pa.Table:
-    """Rows of a ledger less those about ``keys`` (planned again), and less those about ``entries`` as a whole."""
-    again = pc.and_(pc.is_in(ledger["key"], keys.combine_chunks()), pc.not_equal(ledger["key"], ""))
-    whole = pc.and_(
+    """Drop the ledger rows about ``keys``, and the rows of kind "entry" about ``entries``: both are planned again."""
+    about_keys = pc.and_(pc.is_in(ledger["key"], keys.combine_chunks()), pc.not_equal(ledger["key"], ""))
+    about_entries = pc.and_(
         pc.equal(ledger["kind"], "entry"), pc.is_in(ledger["entry"], pa.array(sorted(entries), pa.string()))
     )
-    return ledger.filter(pc.invert(pc.or_(again, whole)))
+    return ledger.filter(pc.invert(pc.or_(about_keys, about_entries)))

@@ -1,4 +1,7 @@
-"""Who may work on a shard root: locks of the kernel, which end with the process that holds them."""
+"""File locks that decide who may work on a shard root.
+
+They are locks of the kernel (flock), so they end with the process that has them, also after a kill.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +13,34 @@ from pathlib import Path
 
 from framestream.tools.common.errors import BuildError
 
-LOCKS = ("build.lock", "step.lock")  #: files that are locked; there while a build is at work, or after a kill
+LOCK_FILES = ("build.lock", "step.lock")  #: files that are locked; they exist while a build runs, or after a kill
 
 
 @contextlib.contextmanager
 def lock_root(root: Path, shared: bool) -> Iterator[None]:
-    """Hold ``root``, created where missing, against other builds; folders that stay empty are removed.
+    """Lock ``root`` against other builds, and create it if it is missing. Folders that stay empty are removed.
 
     Args:
-        shared: with other machines of the same build; else alone.
+        shared: allow other machines of the same build.
 
     Raises:
-        BuildError: the folder cannot be made, or another build holds it.
+        BuildError: the folder cannot be created, or another build has locked it.
     """
     missing = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BuildError(f"{root}: cannot be made ({error.strerror}); give another --out") from None
+        raise BuildError(f"{root}: cannot be created ({error.strerror}); give another --out") from None
     try:
         with _locked(root, "build.lock", (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
             try:
                 yield
             finally:
                 if not (root / "work").exists():
-                    for name in LOCKS:
+                    for name in LOCK_FILES:
                         (root / name).unlink(missing_ok=True)
     except BlockingIOError:
-        raise BuildError(f"{root}: another build is at work here; wait for it, or stop it") from None
+        raise BuildError(f"{root}: another build is running here; wait for it, or stop it") from None
     finally:
         with contextlib.suppress(OSError):  # not empty
             for folder in missing:
@@ -46,20 +49,20 @@ def lock_root(root: Path, shared: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_step(root: Path) -> Iterator[None]:
-    """Hold the steps that one machine at a time may take, planning and finishing; waits for the one that does."""
+    """Wait for, and take, the lock of the steps that only one machine at a time may run: planning and finishing."""
     with _locked(root, "step.lock", fcntl.LOCK_EX):
         yield
 
 
 @contextlib.contextmanager
-def _locked(root: Path, name: str, how: int) -> Iterator[None]:
+def _locked(root: Path, name: str, operation: int) -> Iterator[None]:
     with open(root / name, "w") as file:
         try:
-            fcntl.flock(file, how)
+            fcntl.flock(file, operation)
         except BlockingIOError:
             raise
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
-            raise BuildError(f"{root}: its file system has no file locks; mount it with them (flock)") from None
+            raise BuildError(f"{root}: its file system does not support file locks; mount it with flock") from None
         yield

@@ -1,4 +1,4 @@
-"""Media files brought to this machine ahead of the decoder, by a few threads of a worker."""
+"""Fetch media files ahead of the decoder, with a few threads of a worker."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
-AHEAD = 4  #: files that wait, or are on their way, while one is decoded
+PREFETCH_FILES = 4  #: files that are fetched, or wait, while one is decoded
 
 
 def prefetch(
-    items: Iterable[Item], fetch: Callable[[Item, Path], Path], scratch: Path, ahead: int = AHEAD
+    items: Iterable[Item], fetch: Callable[[Item, Path], Path], scratch: Path, ahead: int = PREFETCH_FILES
 ) -> Iterator[tuple[Item, Future[Path]]]:
-    """Each item with its file, in order; the file goes when the next item is asked for.
+    """Yield each item with its file, in order. The file is removed when the next item is requested.
 
     Args:
         fetch: called in a thread with the item and an empty folder of its own below ``scratch``.
-        scratch: removed at the end.
-        ahead: files under way or waiting; with 1 nothing is under way while an item is worked on.
+        scratch: folder to create; removed at the end.
+        ahead: files that are being fetched or wait; with 1, nothing is fetched while an item is processed.
     """
     waiting: deque[tuple[Item, Path, Future[Path]]] = deque()
-    left = enumerate(items)
+    remaining = enumerate(items)
     scratch.mkdir()
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="fetch")
     try:
         while True:
-            while len(waiting) < ahead and (upcoming := next(left, None)):
+            while len(waiting) < ahead and (upcoming := next(remaining, None)):
                 number, item = upcoming
                 folder = scratch / str(number)
                 folder.mkdir()

@@ -1,4 +1,4 @@
-"""The tasks of a build on a Ray cluster."""
+"""Run the tasks of a build on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ try:
 except ImportError:
     raise BuildError("--executor ray needs Ray: pip install -e '.[ray]'") from None
 
-RETRIES = 20  #: machines that may be lost under one task
-WAIT = 10.0  #: seconds for a first answer of the cluster
+MAX_LOST_MACHINES = 20  #: times that one task may lose its machine
+CONNECT_SECONDS = 10.0  #: seconds to wait for a connection to the cluster
 
 
 def check_address(address: str) -> None:
-    """Refuse an address where nothing listens: Ray itself would wait for many minutes.
+    """Check that something listens at ``address``, because Ray itself would wait for many minutes.
+
+    Only HOST:PORT, with or without ``ray://``, is checked. Ray accepts other forms too.
 
     Raises:
-        BuildError: nothing answers at ``address``, HOST:PORT or what else Ray takes.
+        BuildError: nothing listens there.
     """
-    if found := re.fullmatch(r"(?:ray://)?([^/:]+):(\d{1,5})", address):
+    if match := re.fullmatch(r"(?:ray://)?([^/:]+):(\d{1,5})", address):
         try:
-            socket.create_connection((found[1], int(found[2])), timeout=WAIT).close()
+            socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
-            raise BuildError(f"--address {address}: no Ray cluster ({error})") from None
+            raise BuildError(f"--address {address}: no Ray cluster there ({error})") from None
 
 
 def run_tasks(address: str, job: BuildJob, tasks: Sequence[int]) -> Iterator[Mapping[str, int]]:
-    """Run ``tasks`` on the cluster at ``address``; yields the counts of each as it ends. See ``executors.ray``."""
+    """Run ``tasks`` on the cluster at ``address``. Yields the counts of each as it ends. See ``executors.ray``."""
     if not ray.is_initialized():
         _connect(address)
-    job_here = ray.put(job)
-    waiting = [_run.remote(job_here, task) for task in tasks]
+    job_reference = ray.put(job)
+    waiting = [_run.remote(job_reference, task) for task in tasks]
     try:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1)
@@ -65,10 +67,10 @@ def _connect(address: str) -> None:
     try:
         ray.init(address=address or None, runtime_env=environment, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BuildError(f"--address {address}: no Ray cluster ({' '.join(str(error).split())[:200]})") from None
+        raise BuildError(f"--address {address}: no Ray cluster there ({' '.join(str(error).split())[:200]})") from None
 
 
-@ray.remote(num_cpus=1, max_retries=RETRIES)
+@ray.remote(num_cpus=1, max_retries=MAX_LOST_MACHINES)
 def _run(job: BuildJob, task: int) -> dict[str, int]:
     done: Counter[str] = Counter()
     with WorkerPool(make_worker, (job,), workers=1) as pool:

@@ -1,4 +1,4 @@
-"""Tables for the terminal: what a build made of each entry."""
+"""Terminal summary of a finished build: counts by entry, and reasons for what was left out."""
 
 from __future__ import annotations
 
@@ -11,36 +11,43 @@ import pyarrow as pa
 
 from framestream.tools.common.text_table import format_bytes, format_table
 
-#: What rows of the ledger are about, by their kind.
-NAMES = {"entry": "entries", "dialogue": "dialogues", "media": "media", "salvaged": "media kept in part"}
+COUNTS = ("planned", "dialogues", "media", "frames", "bytes")  #: of an entry, in the order of the columns
+#: Names of what ledger rows are about, by their kind.
+NAMES = {"entry": "entries", "dialogue": "dialogues", "media": "media", "salvaged": "partly recovered media"}
 
 
 def build_summary(record: Mapping[str, Any]) -> str:
-    """The table of a finished build, from its build.json: one line by entry, and a total."""
-    rows, total = [], dict.fromkeys(("planned", "dialogues", "media", "frames", "bytes"), 0)
+    """Format the table of a finished build from its build.json: one line for each entry, and a total."""
+    total: dict[str, int] = dict.fromkeys(COUNTS, 0)
     left_out: dict[str, Counter[str]] = {}
+    rows = []
     for entry in record["entries"]:
-        for name in total:
+        for name in COUNTS:
             total[name] += entry[name]
         for kind, reasons in entry["left_out"].items():
             left_out.setdefault(kind, Counter()).update(reasons)
-        numbers = [f"{entry[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-        rows.append([entry["name"], *numbers, format_bytes(entry["bytes"]), _reasons(entry["left_out"])])
-    numbers = [f"{total[name]:,}" for name in ("planned", "dialogues", "media", "frames")]
-    rows.append(["total", *numbers, format_bytes(total["bytes"]), _reasons(left_out)])
-    return format_table(["entry", "planned", "dialogues", "media", "frames", "bytes", "left out"], rows)
+        rows.append([entry["name"], *_cells(entry, entry["left_out"])])
+    rows.append(["total", *_cells(total, left_out)])
+    return format_table(["entry", *COUNTS, "left out"], rows)
 
 
-def first_of_reasons(ledger: pa.Table) -> str:
-    """One line for each reason in a ledger: how many media, dialogues or entries have it, and what was said of the
-    first. Dialogues that are left out because of their media are not told again."""
+def _cells(counts: Mapping[str, int], left_out: Mapping[str, Mapping[str, int]]) -> list[str]:
+    numbers = [f"{counts[name]:,}" for name in COUNTS if name != "bytes"]
+    return [*numbers, format_bytes(counts["bytes"]), _reasons(left_out)]
+
+
+def first_messages(ledger: pa.Table) -> str:
+    """Format one line for each reason in a ledger: how many media, dialogues or entries have it, and the first message.
+
+    Dialogues that are left out because of their media are not repeated.
+    """
     columns = [("message", "count"), ("source", "first"), ("message", "first")]
     groups = ledger.group_by(["kind", "reason"], use_threads=False).aggregate(columns).to_pylist()
-    other = {group["reason"] for group in groups if group["kind"] in ("media", "entry")}
+    media_reasons = {group["reason"] for group in groups if group["kind"] in ("media", "entry")}
     lines = []
     for group in groups:
         kind, reason, count = group["kind"], group["reason"], group["message_count"]
-        if kind == "dialogue" and reason in other:
+        if kind == "dialogue" and reason in media_reasons:
             continue
         source, message = group["source_first"], group["message_first"]
         first = message if PurePosixPath(source).name in message else f"{source}: {message}"
@@ -50,7 +57,7 @@ def first_of_reasons(ledger: pa.Table) -> str:
 
 
 def shard_counts(record: Mapping[str, Any]) -> str:
-    """How many shards a build wrote, by folder."""
+    """Format how many shards a build wrote, by folder."""
     counts = record["shards"]
     return (
         ", ".join(f"{counts[folder]} {folder}" for folder in ("video", "image", "dialogue") if folder in counts)

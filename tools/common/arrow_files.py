@@ -1,4 +1,4 @@
-"""Arrow files in a build's work folder: written row by row or whole, read through memory maps."""
+"""Arrow files in a build's work folder: written in batches of rows, read through memory maps."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import pyarrow as pa
 
 from framestream.pipeline.utils.atomic_io import atomic_file
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 4096  #: rows of a record batch
 
 
 class TableWriter:
-    """Rows gathered into record batches for an Arrow file, or only counted."""
+    """Write rows to an Arrow IPC file, in record batches of :data:`BATCH_ROWS`. :meth:`close` must be called."""
 
-    def __init__(self, schema: pa.Schema, path: Path | None) -> None:
+    def __init__(self, schema: pa.Schema, path: Path) -> None:
         self._schema = schema
-        self._file = open(path, "wb") if path else None  # noqa: SIM115 - closed by close()
-        self._writer = pa.ipc.new_file(self._file, schema) if path else None
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._writer = pa.ipc.new_file(self._file, schema)
         self._pending: list[dict[str, Any]] = []
-        self.rows = 0
+        self.rows = 0  #: rows added so far
 
     def add(self, row: dict[str, Any]) -> None:
+        """Add one row, given by column name."""
         self.rows += 1
-        if self._writer:
-            self._pending.append(row)
-            if len(self._pending) == BATCH_ROWS:
-                self._flush()
+        self._pending.append(row)
+        if len(self._pending) == BATCH_ROWS:
+            self._flush()
 
     def close(self) -> None:
-        if self._writer:
-            self._flush()
-            self._writer.close()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        """Write the remaining rows and the file's footer, and sync the file to disk."""
+        self._flush()
+        self._writer.close()
+        os.fsync(self._file.fileno())
+        self._file.close()
 
     def _flush(self) -> None:
         if self._pending:
@@ -44,13 +44,13 @@ class TableWriter:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow IPC file, whole or not at all."""
+    """Write an Arrow IPC file atomically."""
     with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
         for batch in table.to_batches(max_chunksize=BATCH_ROWS):
             writer.write_batch(batch)
 
 
 def map_table(path: Path) -> pa.Table:
-    """An Arrow IPC file as a table over a memory map."""
+    """Open an Arrow IPC file as a table over a memory map."""
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).read_all()

@@ -1,11 +1,11 @@
-"""TODO."""
+"""Errors of the shard tools: bad input, and a build that stopped."""
 
 from __future__ import annotations
 
 
 class BuildError(ValueError):
-    """Input that cannot be built, or another build in its place: one line that says why, with the fix."""
+    """The input cannot be built, or the output folder holds another build. The message names the fix in one line."""
 
 
 class WorkerError(RuntimeError):
-    """A build that stopped on its way, whatever the input: one line that says why."""
+    """A build stopped although its input is valid. The message names the cause in one line."""

@@ -1,0 +1,1 @@
+"""Synthetic data of the demo: worlds, dialogues and a tokenizer."""

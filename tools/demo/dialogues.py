@@ -1,17 +1,20 @@
-"""The conversations of the demo: questions and captions about worlds, text only, and a few about real footage.
+"""Dialogues of the demo: questions and captions about worlds, text-only dialogues, and some about real footage.
 
 Every record is a LLaVA-style annotation: ``id``, ``video`` or ``image`` (relative to the media folder),
-``conversations``, and ``family``, an extra key that names what is asked. Answers of the scored families are single
-words.
+``conversations``, and ``family``, an extra key that names the kind of question. Answers of the scored families are
+single words.
+
+The texts are part of the demo's data and of its tokenizer: a change here changes every result of the demo.
 """
 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 
-from framestream.tools.demo.worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES, World
+from framestream.tools.demo.worlds import COLORS, DIRECTIONS, NUMBERS, SHAPES, SIDES, World
 
 #: Two wordings of each question.
 QUESTIONS = {
@@ -25,16 +28,16 @@ QUESTIONS = {
     "needle": ("Which colour flashes up?", "What colour is the flash?"),
 }
 
-#: The answers to choose from.
+#: Answer options by family.
 OPTIONS = {
     "shape": list(SHAPES),
     "side": list(SIDES),
     "count": list(NUMBERS),
     "direction": list(DIRECTIONS),
-    **dict.fromkeys(("colour", "first colour", "last colour", "needle"), list(COLOURS)),
+    **dict.fromkeys(("colour", "first colour", "last colour", "needle"), list(COLORS)),
 }
 
-#: Which of a world's facts are asked for in training and, one question a dialogue, of the held-out worlds.
+#: Facts that training dialogues ask for, by kind of world. HELD_OUT: the same for held-out worlds, one question each.
 ASKED = {
     "scene": ("colour", "shape", "side"),
     "order": ("first colour", "last colour"),
@@ -53,8 +56,8 @@ HELD_OUT = {
 }
 
 DESCRIBE = "Describe the video."
-DESCRIBE_STILL = "Describe the picture."
-SAME_COLOUR = "First picture: <image>\nSecond picture: <image>\nDo both show the same colour?"
+DESCRIBE_IMAGE = "Describe the picture."
+SAME_COLOR = "First picture: <image>\nSecond picture: <image>\nDo both show the same colour?"
 
 TEXT_ONLY = (
     ("What colour do blue and yellow paint make?", "green"),
@@ -81,7 +84,7 @@ TEXT_ONLY = (
 
 BUNNY, BIKES = "real/bigbuckbunny.mp4", "real/bikes.mp4"
 
-#: (video, start, end in seconds or None for the whole, question and answer turns)
+#: (video, start and end in seconds or None for all of it, pairs of question and answer)
 REAL = (
     (BUNNY, None, None, (("Which animal is it?", "a rabbit"), ("What colour is its fur?", "grey"))),
     (BUNNY, None, None, ((DESCRIBE, "a large grey rabbit crawls out of its burrow and stretches in the sun"),)),
@@ -94,13 +97,13 @@ REAL = (
 
 
 def ask(families: tuple[str, ...], facts: dict[str, str], rng: np.random.Generator) -> list[dict]:
-    """Turns that ask for ``families``, in order, each in a random wording; the first turn carries the media mark."""
+    """Return turns that ask for ``families`` in order, in random wordings. The first has the media placeholder."""
     pairs = [(str(rng.choice(QUESTIONS[family])), facts[family]) for family in families]
     return turns(pairs)
 
 
 def turns(pairs: list[tuple[str, str]] | tuple, mark: str = "<image>\n") -> list[dict]:
-    """Question and answer pairs as LLaVA turns, ``mark`` before the first question."""
+    """Convert pairs of question and answer to LLaVA turns, with ``mark`` before the first question."""
     conversation = []
     for i, (question, answer) in enumerate(pairs):
         conversation.append({"from": "human", "value": question if i else mark + question})
@@ -109,7 +112,7 @@ def turns(pairs: list[tuple[str, str]] | tuple, mark: str = "<image>\n") -> list
 
 
 def training_dialogue(world: World, video: str, seed: int) -> dict:
-    """One dialogue with all the questions that a world is made for, in random order."""
+    """Return one dialogue with all questions about a world, in random order."""
     rng = np.random.default_rng([seed, zlib.crc32(f"{world.name}/ask".encode())])
     families = tuple(ASKED[world.kind][i] for i in rng.permutation(len(ASKED[world.kind])))
     return {
@@ -122,7 +125,7 @@ def training_dialogue(world: World, video: str, seed: int) -> dict:
 
 
 def held_out_dialogues(world: World, video: str, seed: int) -> list[dict]:
-    """One single-question dialogue for each family that a held-out world is asked about."""
+    """Return one dialogue with a single question for each family of a held-out world."""
     rng = np.random.default_rng([seed, zlib.crc32(f"{world.name}/ask".encode())])
     return [
         {
@@ -136,15 +139,15 @@ def held_out_dialogues(world: World, video: str, seed: int) -> list[dict]:
     ]
 
 
-def needle_dialogue(name: str, image: str, colour: str, rng: np.random.Generator) -> dict:
-    """The question about a picture that is hidden in a long video."""
-    asked = ask(("needle",), {"needle": colour}, rng)
+def needle_dialogue(name: str, image: str, color: str, rng: np.random.Generator) -> dict:
+    """Return the question about an image that is hidden in a long video."""
+    asked = ask(("needle",), {"needle": color}, rng)
     return {"id": name, "image": image, "family": "needle", "options": OPTIONS["needle"], "conversations": asked}
 
 
 def caption(world: World) -> str:
-    """A world in a few words, such as ``a red circle on the left`` or ``a red cross, then a blue square``."""
-    shown = [f"{'an' if a.colour == 'orange' else 'a'} {a.colour} {a.shape}" for a in world.appearances]
+    """Describe a world in a few words, such as ``a red circle on the left`` or ``a red cross, then a blue square``."""
+    shown = [f"{'an' if a.color == 'orange' else 'a'} {a.color} {a.shape}" for a in world.appearances]
     facts = world.facts
     if world.kind == "scene":
         return f"{shown[0]} on the {facts['side']}"
@@ -159,23 +162,28 @@ def caption(world: World) -> str:
 
 
 def caption_dialogue(world: World, video: str) -> dict:
-    """The caption of a world as the two turns that stage 1's plain template wants."""
+    """Return the caption of a world as two turns, as the plain template of stage 1 requires."""
     conversation = turns([(DESCRIBE, caption(world))])
     return {"id": f"{world.name}-caption", "video": video, "family": "caption", "conversations": conversation}
 
 
 def text_only_dialogues() -> list[dict]:
-    """Conversations without media; two of them have several turns."""
+    """Return dialogues without media; two of them have several turns."""
     rows = [turns([pair], mark="") for pair in TEXT_ONLY]
     rows += [turns(TEXT_ONLY[:3], mark=""), turns(TEXT_ONLY[16:], mark="")]
     return [{"id": f"text-{i:02d}", "family": "text", "conversations": row} for i, row in enumerate(rows)]
 
 
 def real_dialogues() -> list[dict]:
-    """Hand-written dialogues about the real footage; some are about a part of it (``start``, ``end``)."""
+    """Return hand-written dialogues about the real footage; some are about a part of it (``start``, ``end``)."""
     records = []
     for i, (video, start, end, pairs) in enumerate(REAL):
-        record = {"id": f"real-{i:02d}", "video": video, "family": "real", "conversations": turns(pairs)}
+        record: dict[str, Any] = {
+            "id": f"real-{i:02d}",
+            "video": video,
+            "family": "real",
+            "conversations": turns(pairs),
+        }
         if start is not None:
             record |= {"start": start, "end": end}
         records.append(record)

@@ -1,8 +1,8 @@
-"""A small byte-level BPE tokenizer laid out like Qwen2's, trained on everything that the demo can say.
+"""A small byte-level BPE tokenizer in the layout of Qwen2's, trained on all texts of the demo.
 
-Ids 0..255 are the bytes in the GPT-2 alphabet's order (so 198 is the newline), then come the merges, then
-``<|endoftext|>``, ``<|im_start|>`` and ``<|im_end|>``. Words that the demo uses become single tokens, at the start of a
-line and after a space, and the vocabulary does not depend on the seed.
+Ids 0..255 are the bytes in the order of the GPT-2 alphabet (so 198 is the newline). The merges follow, then
+``<|endoftext|>``, ``<|im_start|>`` and ``<|im_end|>``. Words of the demo become single tokens, both at the start of a
+line and after a space. The vocabulary does not depend on the seed.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from framestream.tools.demo.dialogues import DESCRIBE, DESCRIBE_STILL, QUESTIONS, REAL, SAME_COLOUR, TEXT_ONLY
-from framestream.tools.demo.worlds import COLOURS, DIRECTIONS, NUMBERS, SHAPES, SIDES
+from framestream.tools.demo.dialogues import DESCRIBE, DESCRIBE_IMAGE, QUESTIONS, REAL, SAME_COLOR, TEXT_ONLY
+from framestream.tools.demo.worlds import COLORS, DIRECTIONS, NUMBERS, SHAPES, SIDES
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-VOCABULARY = 768  #: upper bound, and the size of the demo language model's embedding
+VOCABULARY = 768  #: upper bound of the vocabulary, and rows of the demo language model's embedding
 
-#: How Qwen2 splits text before merging: contractions, words with one leading mark, single digits, other marks, spaces.
+#: How Qwen2 splits text before merging: contractions, words with one leading symbol, single digits, other symbols with
+#: the newlines after them, newlines, and spaces (the last one belongs to the next word).
 QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def corpus() -> list[str]:
-    """Every fixed sentence of the demo, and the words that answers are made of many times over."""
+    """Return every fixed sentence of the demo, and the words of its answers many times."""
     words = [
-        *COLOURS,
+        *COLORS,
         *SHAPES,
         *(f"{shape}s" for shape in SHAPES),
         "crosses",
@@ -40,7 +41,7 @@ def corpus() -> list[str]:
     words += ["system", "user", "assistant", "grey", "black", "flash"]
     lines = [f"{word}\n {word} {word}" for word in words] * 20
     lines += [question for wordings in QUESTIONS.values() for question in wordings] * 20
-    lines += [DESCRIBE, DESCRIBE_STILL, SAME_COLOUR.replace("<image>", ""), "You are a helpful assistant."] * 10
+    lines += [DESCRIBE, DESCRIBE_IMAGE, SAME_COLOR.replace("<image>", ""), "You are a helpful assistant."] * 10
     lines += ["a red circle on the left, then an orange cross that moves up", "two blue crosses on the right"] * 10
     lines += ["\nThe video lasts for 8.00 seconds, and 8 frames are uniformly sampled from it. "] * 20
     lines += [text for pair in TEXT_ONLY for text in pair] * 2
@@ -48,8 +49,8 @@ def corpus() -> list[str]:
     return lines
 
 
-def train() -> Tokenizer:
-    """The tokenizer; deterministic."""
+def train_tokenizer() -> Tokenizer:
+    """Train the tokenizer. The result is deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -72,10 +73,10 @@ def train() -> Tokenizer:
     return tokenizer
 
 
-def write(folder: Path) -> int:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``, for ``AutoTokenizer``; returns the number of ids."""
+def write_tokenizer(folder: Path) -> int:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` for ``AutoTokenizer``. Returns the number of ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train()
+    tokenizer = train_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {

@@ -1,8 +1,8 @@
-"""Small worlds for the demo: shapes with known colour, place, number and order, planned and drawn from a seed.
+"""Small worlds of the demo: shapes with known color, position, number and order, planned and drawn from a seed.
 
-A ``World`` is the whole truth about one clip: which shape of which colour is visible when and where. ``plan`` makes the
-worlds of a split with every answer equally frequent; ``draw`` turns one into frames; ``facts`` are the answers. Nothing
-here knows about files or questions (see ``framestream.tools.demo.dialogues`` and ``framestream.tools.demo_data``).
+A ``World`` describes one clip completely: which shape of which color is visible when and where, and the answers
+(``facts``). ``plan`` makes the worlds of a split, with all answers equally frequent. ``draw`` renders the frames.
+Files and questions are elsewhere (``tools/demo_data.py``, ``tools/demo/dialogues.py``).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
-SIDE = 192  #: pixels of the square source pictures
+SIDE = 192  #: width and height of frames, in pixels
 
-COLOURS = {
+COLORS = {
     "red": (222, 32, 36),
     "green": (36, 176, 64),
     "blue": (40, 72, 230),
@@ -31,7 +32,7 @@ SIDES = ("left", "right")
 NUMBERS = ("one", "two", "three", "four")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
-#: Worlds of each kind by split. Held-out counts divide by 8 colours, 4 shapes, 2 sides, and 56 pairs of colours.
+#: Worlds of each kind by split. Held-out counts are multiples of 8 colors, 4 shapes, 2 sides, or 56 pairs of colors.
 SIZES = {
     "train": {"scene": 640, "order": 448, "count": 448, "motion": 96, "needle": 96, "long": 2},
     "heldout": {"scene": 224, "order": 224, "count": 224, "motion": 48, "needle": 200, "long": 2},
@@ -39,21 +40,24 @@ SIZES = {
 }
 
 
+Path: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
+
+
 @dataclass(frozen=True, slots=True)
 class Appearance:
-    """One shape from ``start`` to ``end`` seconds that moves evenly along ``path``; lengths are in pictures."""
+    """One shape, visible from ``start`` to ``end`` seconds, moving evenly along ``path``. Unit: frame width."""
 
-    colour: str
+    color: str
     shape: str
     diameter: float
-    path: tuple[tuple[float, float], tuple[float, float]]
+    path: Path  #: center at the start and at the end
     start: float
     end: float
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One clip: its name (unique over the splits), length, frame rate, and everything that can be seen in it."""
+    """One clip: its name (unique over the splits), duration, frame rate, and everything visible in it."""
 
     name: str
     kind: str
@@ -65,17 +69,18 @@ class World:
 
     @property
     def frames(self) -> int:
+        """Number of frames."""
         return round(self.seconds * self.fps)
 
 
 def balanced(values: Sequence, count: int, rng: np.random.Generator) -> list:
-    """``count`` values in random order, each as often as any other, or one more where ``count`` does not divide."""
+    """Return ``count`` values in random order, each equally often, or once more if ``count`` is not a multiple."""
     values = [values[i] for i in rng.permutation(len(values))]
     return [values[i % len(values)] for i in rng.permutation(count)]
 
 
 def plan(split: str, seed: int, share: float = 1.0) -> list[World]:
-    """The worlds of a split of :data:`SIZES`; ``share`` < 1 makes fewer of each kind, at least one."""
+    """Return the worlds of a split of :data:`SIZES`. With ``share`` < 1 there are fewer of each kind, at least one."""
     makers = {"scene": _scene, "order": _order, "count": _count, "motion": _motion, "needle": _needle, "long": _long}
     makers |= {"empty": _empty}
     worlds = []
@@ -87,28 +92,29 @@ def plan(split: str, seed: int, share: float = 1.0) -> list[World]:
 
 
 def draw(world: World, seed: int) -> Iterator[np.ndarray]:
-    """The frames of a world, (SIDE, SIDE, 3) uint8 each, in time order; a frame may be handed out more than once."""
+    """Yield the frames of a world in time order, (SIDE, SIDE, 3) uint8 each. One array may be yielded several times."""
     rng = np.random.default_rng([seed, zlib.crc32(world.name.encode())])
     ground = background(rng)
     grain = rng.normal(0, 3, (4, SIDE, SIDE, 1)).astype(np.float32) if world.noise else np.zeros((1, 1, 1, 1))
     masks = [mask(a.shape, a.diameter * SIDE) for a in world.appearances]
-    last_state, picture = None, None
+    last_state: list | None = None
+    frame = np.empty((0, 0, 3), np.uint8)
     for number in range(world.frames):
         time = number / world.fps
-        state = [_place(a, time) for a in world.appearances]
+        state = [_center_at(a, time) for a in world.appearances]
         if world.noise or state != last_state:
             canvas = ground.copy()
-            for appearance, shape_mask, centre in zip(world.appearances, masks, state, strict=True):
-                if centre is not None:
-                    paste(canvas, shape_mask, centre, COLOURS[appearance.colour])
+            for appearance, shape_mask, center in zip(world.appearances, masks, state, strict=True):
+                if center is not None:
+                    paste(canvas, shape_mask, center, COLORS[appearance.color])
             canvas += grain[number % len(grain)]
-            picture = canvas.clip(0, 255).astype(np.uint8)
+            frame = canvas.clip(0, 255).astype(np.uint8)
         last_state = state
-        yield picture
+        yield frame
 
 
 def background(rng: np.random.Generator, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """A dull texture of a random tint, (height, width, 3) float32: soft blotches under fine grain."""
+    """Return a dull texture of a random tint, (height, width, 3) float32: soft blotches and fine grain."""
     blotches = rng.normal(0, 1, (int(rng.integers(3, 9)), int(rng.integers(3, 9))))
     rows = np.linspace(0, blotches.shape[0] - 1, height)
     columns = np.linspace(0, blotches.shape[1] - 1, width)
@@ -120,7 +126,7 @@ def background(rng: np.random.Generator, height: int = SIDE, width: int = SIDE) 
 
 
 def mask(shape: str, diameter: float) -> np.ndarray:
-    """Coverage of a shape, (D, D) float32 in 0..1, with soft edges; circle, square, triangle and cross fill alike."""
+    """Return the coverage of a shape, (D, D) float32 in 0..1, with soft edges. All shapes cover similar areas."""
     side = int(np.ceil(diameter)) + 2
     axis = (np.arange(side) - (side - 1) / 2) / (diameter / 2)
     x, y = np.meshgrid(axis, axis)
@@ -138,21 +144,22 @@ def mask(shape: str, diameter: float) -> np.ndarray:
     return (inside * (diameter / 2) + 0.5).clip(0, 1).astype(np.float32)
 
 
-def paste(canvas: np.ndarray, shape_mask: np.ndarray, centre: tuple[float, float], colour: tuple) -> None:
-    """Paint a shape into (H, W, 3) float32 ``canvas``, in place; ``centre`` is (x, y) in pictures."""
+def paste(canvas: np.ndarray, shape_mask: np.ndarray, center: tuple[float, float], color: tuple) -> None:
+    """Paint a shape into ``canvas``, (H, W, 3) float32, in place. ``center`` is (x, y) as fractions of the frame."""
     height, width = canvas.shape[:2]
     half = shape_mask.shape[0] // 2
-    left, top = round(centre[0] * width) - half, round(centre[1] * height) - half
+    left, top = round(center[0] * width) - half, round(center[1] * height) - half
     x0, y0 = max(left, 0), max(top, 0)
     x1, y1 = min(left + shape_mask.shape[1], width), min(top + shape_mask.shape[0], height)
     if x0 >= x1 or y0 >= y1:
         return
     part = shape_mask[y0 - top : y1 - top, x0 - left : x1 - left, None]
     region = canvas[y0:y1, x0:x1]
-    region += part * (np.asarray(colour, np.float32) - region)
+    region += part * (np.asarray(color, np.float32) - region)
 
 
-def _place(appearance: Appearance, time: float) -> tuple[float, float] | None:
+def _center_at(appearance: Appearance, time: float) -> tuple[float, float] | None:
+    """Return the center of a shape at ``time`` seconds; None while it is not visible."""
     if not appearance.start <= time < appearance.end:
         return None
     done = (time - appearance.start) / (appearance.end - appearance.start)
@@ -160,112 +167,112 @@ def _place(appearance: Appearance, time: float) -> tuple[float, float] | None:
     return x0 + (x1 - x0) * done, y0 + (y1 - y0) * done
 
 
-def _drift(centre: tuple[float, float], rng: np.random.Generator, reach: float = 0.05) -> tuple:
-    """A short path around ``centre``."""
+def _drift(center: tuple[float, float], rng: np.random.Generator, reach: float = 0.05) -> Path:
+    """Return a short path around ``center``."""
     (dx, dy) = rng.uniform(-reach, reach, 2)
-    return (centre[0] - dx, centre[1] - dy), (centre[0] + dx, centre[1] + dy)
+    return (center[0] - dx, center[1] - dy), (center[0] + dx, center[1] + dy)
 
 
 def _scene(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """One large shape on one side: colour, shape, side."""
+    """Make worlds with one large shape on one side. Facts: color, shape, side."""
     worlds = []
     rows = zip(
-        balanced(list(COLOURS), count, rng), balanced(SHAPES, count, rng), balanced(SIDES, count, rng), strict=True
+        balanced(list(COLORS), count, rng), balanced(SHAPES, count, rng), balanced(SIDES, count, rng), strict=True
     )
-    for i, (colour, shape, side) in enumerate(rows):
+    for i, (color, shape, side) in enumerate(rows):
         seconds = 8.0 if split == "heldout" else float(rng.choice([4, 8, 8, 8, 8, 12]))
-        centre = (0.27 if side == "left" else 0.73, rng.uniform(0.32, 0.68))
-        path = _drift(centre, rng, 0.03)
-        shown = Appearance(colour, shape, rng.uniform(0.42, 0.52), path, 0.0, seconds)
-        facts = {"colour": colour, "shape": shape, "side": side}
+        center = (0.27 if side == "left" else 0.73, rng.uniform(0.32, 0.68))
+        path = _drift(center, rng, 0.03)
+        shown = Appearance(color, shape, rng.uniform(0.42, 0.52), path, 0.0, seconds)
+        facts = {"colour": color, "shape": shape, "side": side}
         worlds.append(World(f"{split}-scene-{i:04d}", "scene", seconds, 4, (shown,), facts))
     return worlds
 
 
 def _order(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """Two colours in the first and the last quarter of 16 seconds, at least 8 sampled frames apart at 1 a second."""
-    pairs = balanced(list(itertools.permutations(COLOURS, 2)), count, rng)
+    """Make worlds of 16 seconds with two colors, in the first and last quarter: at least 8 frames apart at 1 fps."""
+    pairs = balanced(list(itertools.permutations(COLORS, 2)), count, rng)
     return [
-        _two_colours(
-            f"{split}-order-{i:04d}", "order", pair, 16.0, (rng.uniform(2.6, 4), rng.uniform(12, 13.4)), 4, rng
-        )
+        _two_colors(f"{split}-order-{i:04d}", "order", pair, 16.0, (rng.uniform(2.6, 4), rng.uniform(12, 13.4)), 4, rng)
         for i, pair in enumerate(pairs)
     ]
 
 
 def _long(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """As ``_order``, over more than ten minutes of a still scene: all of 512 frames are really sampled."""
-    colours = balanced(list(COLOURS), 2 * count, rng)
-    pairs = zip(colours[::2], colours[1::2], strict=True)
+    """Like ``_order``, over more than ten minutes of a static scene, so that all 512 frames are sampled."""
+    colors = balanced(list(COLORS), 2 * count, rng)
+    pairs = zip(colors[::2], colors[1::2], strict=True)
     return [
-        _two_colours(
+        _two_colors(
             f"{split}-long-{i:04d}", "long", pair, 640.0, (rng.uniform(160, 220), rng.uniform(420, 480)), 2, rng
         )
         for i, pair in enumerate(pairs)
     ]
 
 
-def _two_colours(
+def _two_colors(
     name: str, kind: str, pair: tuple, seconds: float, cut: tuple[float, float], fps: int, rng: np.random.Generator
 ) -> World:
-    still = kind == "long"
+    static = kind == "long"
     shown = []
-    for colour, (start, end) in zip(pair, ((0.0, cut[0]), (cut[1], seconds)), strict=True):
-        path = _drift((rng.uniform(0.38, 0.62), rng.uniform(0.38, 0.62)), rng, 0.0 if still else 0.05)
-        shown.append(Appearance(colour, str(rng.choice(SHAPES)), rng.uniform(0.48, 0.62), path, start, end))
+    for color, (start, end) in zip(pair, ((0.0, cut[0]), (cut[1], seconds)), strict=True):
+        path = _drift((rng.uniform(0.38, 0.62), rng.uniform(0.38, 0.62)), rng, 0.0 if static else 0.05)
+        shown.append(Appearance(color, str(rng.choice(SHAPES)), rng.uniform(0.48, 0.62), path, start, end))
     facts = {"first colour": pair[0], "last colour": pair[1]}
-    return World(name, kind, seconds, fps, tuple(shown), facts, noise=not still)
+    return World(name, kind, seconds, fps, tuple(shown), facts, noise=not static)
 
 
 def _count(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """One to four equal shapes, each in its own quarter of the picture."""
+    """Make worlds with one to four equal shapes, each in its own quarter of the frame."""
     worlds = []
     rows = zip(
-        balanced(NUMBERS, count, rng), balanced(list(COLOURS), count, rng), balanced(SHAPES, count, rng), strict=True
+        balanced(NUMBERS, count, rng), balanced(list(COLORS), count, rng), balanced(SHAPES, count, rng), strict=True
     )
-    for i, (number, colour, shape) in enumerate(rows):
+    for i, (number, color, shape) in enumerate(rows):
         seconds = 8.0 if split == "heldout" else float(rng.choice([4, 8, 8, 8]))
         quarters = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
         chosen = rng.permutation(4)[: NUMBERS.index(number) + 1]
         diameter = rng.uniform(0.34, 0.40)
         shown = tuple(
-            Appearance(colour, shape, diameter, _drift(quarters[q], rng, 0.04), 0.0, seconds) for q in sorted(chosen)
+            Appearance(color, shape, diameter, _drift(quarters[q], rng, 0.04), 0.0, seconds) for q in sorted(chosen)
         )
-        facts = {"count": number, "colour": colour, "shape": shape}
+        facts = {"count": number, "colour": color, "shape": shape}
         worlds.append(World(f"{split}-count-{i:04d}", "count", seconds, 4, shown, facts))
     return worlds
 
 
 def _motion(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """One shape that crosses the picture in eight seconds."""
+    """Make worlds with one shape that crosses the frame in eight seconds."""
     worlds = []
-    rows = zip(balanced(list(DIRECTIONS), count, rng), balanced(list(COLOURS), count, rng), strict=True)
-    for i, (direction, colour) in enumerate(rows):
+    rows = zip(balanced(list(DIRECTIONS), count, rng), balanced(list(COLORS), count, rng), strict=True)
+    for i, (direction, color) in enumerate(rows):
         dx, dy = DIRECTIONS[direction]
         across = rng.uniform(0.4, 0.6)
         middle = (across if dx == 0 else 0.5, across if dy == 0 else 0.5)
         path = ((middle[0] - 0.34 * dx, middle[1] - 0.34 * dy), (middle[0] + 0.34 * dx, middle[1] + 0.34 * dy))
-        shown = Appearance(colour, str(rng.choice(SHAPES)), rng.uniform(0.34, 0.42), path, 0.0, 8.0)
-        facts = {"direction": direction, "colour": colour}
+        shown = Appearance(color, str(rng.choice(SHAPES)), rng.uniform(0.34, 0.42), path, 0.0, 8.0)
+        facts = {"direction": direction, "colour": color}
         worlds.append(World(f"{split}-motion-{i:04d}", "motion", 8.0, 4, (shown,), facts))
     return worlds
 
 
 def _needle(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """An empty scene of 32 to 64 seconds, some to learn from of up to 512, with a coloured flash of one second, so that
-    one sampled frame shows it."""
+    """Make empty scenes of 32 to 64 seconds, with a colored flash of one second that one sampled frame shows.
+
+    Some training scenes last up to 512 seconds.
+    """
     worlds = []
-    for i, colour in enumerate(balanced(list(COLOURS), count, rng)):
+    for i, color in enumerate(balanced(list(COLORS), count, rng)):
         seconds = float(rng.choice([32, 40, 48, 64]))
         if split == "train" and i % 5 == 4:
             seconds = float((128, 256, 512)[i // 5 % 3])
         start = float(rng.integers(2, int(seconds) - 3))
-        flash = Appearance(colour, "circle", rng.uniform(0.8, 0.95), ((0.5, 0.5), (0.5, 0.5)), start, start + 1)
-        world = World(f"{split}-needle-{i:04d}", "needle", seconds, 4, (flash,), {"needle": colour}, noise=False)
+        flash = Appearance(color, "circle", rng.uniform(0.8, 0.95), ((0.5, 0.5), (0.5, 0.5)), start, start + 1)
+        world = World(f"{split}-needle-{i:04d}", "needle", seconds, 4, (flash,), {"needle": color}, noise=False)
         worlds.append(world)
     return worlds
 
 
 def _empty(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """More than ten minutes of a scene in which nothing is seen: where pictures are hidden."""
+    """Make empty scenes of more than ten minutes, in which images are hidden."""
     return [World(f"{split}-empty-{i:04d}", "empty", 640.0, 1, (), noise=False) for i in range(count)]

@@ -1,1 +1,1 @@
-"""Checking a shard root against docs/format.md."""
+"""Check a shard root against docs/format.md."""

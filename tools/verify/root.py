@@ -1,6 +1,7 @@
-"""A shard root against docs/format.md: the index first, then every shard read once, front to end, by processes.
+"""Check a shard root against docs/format.md: first the index, then every shard.
 
-Memory is bounded by one sample and a batch of index rows in each process, whatever the size of the root.
+Worker processes read each shard once, front to end. A process holds one sample and one batch of index rows in memory,
+whatever the size of the root.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from framestream.tools.verify.findings import Findings
-from framestream.tools.verify.index import Tables, check_index
-from framestream.tools.verify.shard import MEMBERS, ShardCheck, ShardResult, ShardToCheck
+from framestream.tools.verify.index import IndexTables, check_index
+from framestream.tools.verify.shard import MEMBERS, ShardChecker, ShardResult, ShardToCheck
 from framestream.tools.verify.sidecars import (
     check_counts,
     check_ledger,
@@ -27,12 +28,12 @@ from framestream.tools.verify.sidecars import (
 
 
 class VerifyError(ValueError):
-    """A root cannot be verified at all: one line that names the folder and the fix."""
+    """A root cannot be verified at all. The message names the folder and the fix in one line."""
 
 
 @dataclass(slots=True)
 class VerifyResult:
-    """What a verification came to."""
+    """Findings of a verification, and totals of what was read."""
 
     findings: Findings
     shards: int = 0
@@ -41,77 +42,81 @@ class VerifyResult:
     bytes: int = 0
 
 
-def verify(root: Path, deep: bool, workers: int, most: int) -> VerifyResult:
+def verify(root: Path, deep: bool, workers: int, max_listed: int) -> VerifyResult:
     """Check the finished root ``root``.
 
     Args:
-        deep: decode every frame, too.
+        deep: also decode every frame.
         workers: processes that read shards.
-        most: findings that are kept; all are counted.
+        max_listed: findings to list; all are counted.
 
     Raises:
-        VerifyError: no finished root is there, or a process died.
+        VerifyError: ``root`` is not a finished build, or a process died.
     """
     if not (root / "build.json").exists():
         raise VerifyError(f"{root}: no finished shards here (no build.json); name a folder such as shards/stage3")
-    outcome = VerifyResult(Findings(most))
-    findings = outcome.findings
+    result = VerifyResult(Findings(max_listed))
+    findings = result.findings
     record = read_object(root, "build.json", findings)
     tables = check_index(root, record, findings)
     check_counts(record, tables, check_ledger(root, findings), findings)
-    shards = _unlisted(root) if tables is None else tables.list_shards(root)
+    shards = _shards_on_disk(root) if tables is None else tables.list_shards(root)
     check_leftovers(root, shards, findings)
     md5: dict[Path, str] = {}
     total = sum(shard.path.stat().st_size for shard in shards if shard.path.is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc="shards", disable=None, dynamic_ncols=True) as bar:
-        for shard, checked in zip(shards, _check_all(root, shards, tables, deep, workers, most), strict=True):
+        for shard, checked in zip(shards, _check_all(root, shards, tables, deep, workers, max_listed), strict=True):
             findings.extend(checked.findings)
             md5[shard.path] = checked.md5
-            outcome.shards += 1
-            outcome.samples += checked.samples
-            outcome.frames += checked.frames
-            outcome.bytes += checked.bytes
+            result.shards += 1
+            result.samples += checked.samples
+            result.frames += checked.frames
+            result.bytes += checked.bytes
             seconds = bar.format_dict["elapsed"] or 1
-            rates = f"{outcome.samples / seconds:.0f} samples/s, {outcome.frames / seconds:.0f} frames/s"
+            rates = f"{result.samples / seconds:.0f} samples/s, {result.frames / seconds:.0f} frames/s"
             bar.set_postfix_str(f"{rates}, {findings.count} findings", refresh=False)
             bar.update(checked.bytes)
     for folder in MEMBERS if tables else ():
-        if there := [shard for shard in shards if shard.folder == folder]:
-            check_reader_files(root, folder, there, md5, findings)
-    return outcome
+        if folder_shards := [shard for shard in shards if shard.folder == folder]:
+            check_reader_files(root, folder, folder_shards, md5, findings)
+    return result
 
 
-def _unlisted(root: Path) -> list[ShardToCheck]:
-    """The shards that are there, where no index says which there should be."""
+def _shards_on_disk(root: Path) -> list[ShardToCheck]:
+    """List the shards on disk, for a root without a valid index."""
     paths = [path for folder in MEMBERS for path in sorted((root / folder).glob("*.tar"))]
     return [ShardToCheck(path, path.parent.name, path.name.rpartition("-")[0]) for path in paths]
 
 
 def _check_all(
-    root: Path, shards: Sequence[ShardToCheck], tables: Tables | None, deep: bool, workers: int, most: int
+    root: Path, shards: Sequence[ShardToCheck], tables: IndexTables | None, deep: bool, workers: int, max_listed: int
 ) -> Iterator[ShardResult]:
-    """The results in the order of ``shards``."""
+    """Check all shards. Yields their results in the order of ``shards``."""
     if workers == 1 or len(shards) < 2:
-        yield from map(_shard_check(tables, deep, most).check, shards)
+        yield from map(_make_checker(tables, deep, max_listed).check, shards)
         return
     context = multiprocessing.get_context("spawn")
-    arguments = (root, tables is not None, deep, most)
-    with ProcessPoolExecutor(min(workers, len(shards)), context, _start, arguments) as pool:
+    arguments = (root, tables is not None, deep, max_listed)
+    with ProcessPoolExecutor(min(workers, len(shards)), context, _init_worker, arguments) as pool:
         try:
-            yield from pool.map(_check, shards)
+            yield from pool.map(_check_shard, shards)
         except BrokenProcessPool:
             raise VerifyError(f"{root}: a process that read shards died; try again with --workers 1") from None
 
 
-def _shard_check(tables: Tables | None, deep: bool, most: int) -> ShardCheck:
-    return ShardCheck(tables and tables.media, tables and tables.dialogues, deep, most)
+def _make_checker(tables: IndexTables | None, deep: bool, max_listed: int) -> ShardChecker:
+    media, dialogues = (tables.media, tables.dialogues) if tables else (None, None)
+    return ShardChecker(media, dialogues, deep, max_listed)
 
 
-def _start(root: Path, known: bool, deep: bool, most: int) -> None:
-    """Prepare a process; its tables are memory maps of files that were checked before."""
+_checker: ShardChecker  # of this worker process
+
+
+def _init_worker(root: Path, has_index: bool, deep: bool, max_listed: int) -> None:
+    """Prepare a worker process. Its tables are memory maps of files that the parent has checked."""
     global _checker
-    _checker = _shard_check(Tables.map(root) if known else None, deep, most)
+    _checker = _make_checker(IndexTables.map(root) if has_index else None, deep, max_listed)
 
 
-def _check(shard: ShardToCheck) -> ShardResult:
+def _check_shard(shard: ShardToCheck) -> ShardResult:
     return _checker.check(shard)

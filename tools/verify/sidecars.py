@@ -1,12 +1,12 @@
-"""What stands beside the shards of a root: build.json and the ledger, files for other readers, and leftovers."""
+"""Check the files beside the shards of a root: build.json, the ledger, files for other readers, and leftovers."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,7 @@ import yaml
 from framestream.pipeline.shards.ledger import KINDS, REASONS
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from framestream.tools.verify.findings import Findings
-from framestream.tools.verify.index import SPLITS, Tables
+from framestream.tools.verify.index import SPLITS, IndexTables
 from framestream.tools.verify.shard import MEMBERS, ShardToCheck
 
 MAX_TEXT = 1 << 28  #: bytes of a JSON or YAML file that is parsed
@@ -24,51 +24,54 @@ REMOVE = "remove it"
 COUNTS = ("planned", "dialogues", "media", "frames", "bytes")  #: of an entry in build.json
 DATASET = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
+LedgerCounts: TypeAlias = Counter[tuple[str, str, str]]  # rows by entry, kind and reason
+Key = TypeVar("Key", str, tuple[str, str, str])
+
 
 def read_object(root: Path, name: str, findings: Findings) -> dict[str, Any]:
-    """The object in a JSON or YAML file of ``root``; empty, and a finding, where there is none."""
+    """Read the object in a JSON or YAML file of ``root``. Return an empty one, and add a finding, on errors."""
     kind, path = ("YAML" if name.endswith(".yaml") else "JSON"), root / name
     try:
         if path.stat().st_size > MAX_TEXT:
-            raise ValueError("far too long")
+            raise ValueError("file too large")
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
         if not isinstance(value, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
         return value
     except OSError as error:
         findings.add(name, f"cannot be read ({error.strerror})")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        findings.add(name, f"is not the {kind} of a build ({str(error) or 'nested too deeply'})")
+        findings.add(name, f"is not a valid {kind} file ({str(error) or 'nested too deeply'})")
     return {}
 
 
 def check_leftovers(root: Path, shards: Sequence[ShardToCheck], findings: Findings) -> None:
-    """Nothing is left over from a build, and no shard is there that the index does not name."""
-    named = {shard.path for shard in shards}
+    """Find files of an unfinished build, and shards that the index does not name."""
+    indexed = {shard.path for shard in shards}
     if (root / "work").exists():
-        findings.add("work", "a build of this root has not ended", "repeat the command of the build")
+        findings.add("work", "a build of this root is not finished", "run its build command again")
     for folder in (root, *(root / name for name in ("index", "ledger", *MEMBERS))):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             name = path.relative_to(root).as_posix()
             if path.suffix == ".tmp":
-                findings.add(name, "was not finished by what wrote it", "remove it, unless that still runs")
-            elif path.suffix == ".tar" and path not in named:
-                findings.add(name, "is no shard of the index", REMOVE)
-            elif path.name.endswith(".tar.idx") and path.with_suffix("") not in named:
+                findings.add(name, "is an unfinished temporary file", "remove it, unless a build is still running")
+            elif path.suffix == ".tar" and path not in indexed:
+                findings.add(name, "is not a shard of the index", REMOVE)
+            elif path.name.endswith(".tar.idx") and path.with_suffix("") not in indexed:
                 findings.add(name, "belongs to no shard of the index", REMOVE)
 
 
 def check_reader_files(
     root: Path, folder: str, shards: Sequence[ShardToCheck], md5: Mapping[Path, str], findings: Findings
 ) -> None:
-    """The files for Megatron-Energon and wids say what the index says of the ``shards`` of a folder.
+    """Compare the files for Megatron-Energon and wids with the index, for the ``shards`` of a folder.
 
-    ``md5`` has the digest of each shard's file, empty where the shard is damaged. Which release of Energon they are for
-    is not checked, because its own command writes another one.
+    ``md5`` has the digest of each shard's file, which is empty if the shard is damaged. The release of Energon is not
+    checked, because Energon's own command writes a different one.
     """
     names = {split: [shard.path.name for shard in shards if shard.split == split] for split in (*SPLITS, "test")}
-    wanted: dict[str, dict[str, Any]] = {
+    expected: dict[str, dict[str, Any]] = {
         ".nv-meta/.info.json": {
             "energon_version": "",
             "shard_counts": {shard.path.name: shard.samples for shard in shards},
@@ -77,49 +80,49 @@ def check_reader_files(
         ".nv-meta/dataset.yaml": DATASET,
     }
     for split in SPLITS:
-        if mine := [shard for shard in shards if shard.split == split]:
-            listed = [
+        if split_shards := [shard for shard in shards if shard.split == split]:
+            shard_list = [
                 {"url": shard.path.name, "nsamples": shard.samples, "filesize": shard.bytes, "md5sum": md5[shard.path]}
-                for shard in mine
+                for shard in split_shards
             ]
             head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"{folder}-{split}"}
             name = "shardindex.json" if split == "train" else f"shardindex-{split}.json"
-            wanted[name] = head | {"shardlist": listed}
-    for name, values in wanted.items():
-        there = read_object(root, f"{folder}/{name}", findings)
-        if there and not _agrees(there, values):
-            odd = [field for field in sorted(values | there) if not _agrees(there.get(field), values.get(field))]
-            findings.add(f"{folder}/{name}", f"{', '.join(odd)}: not what the index says")
+            expected[name] = head | {"shardlist": shard_list}
+    for name, values in expected.items():
+        actual = read_object(root, f"{folder}/{name}", findings)
+        if actual and not _matches(actual, values):
+            wrong = [field for field in sorted(values | actual) if not _matches(actual.get(field), values.get(field))]
+            findings.add(f"{folder}/{name}", f"{', '.join(wrong)}: not as in the index")
 
 
-def _agrees(there: Any, wanted: Any) -> bool:
-    """Whether two JSON values are equal, where an empty text is wanted any text will do."""
-    if isinstance(wanted, list) and isinstance(there, list):
-        return len(there) == len(wanted) and all(map(_agrees, there, wanted))
-    if isinstance(wanted, dict) and isinstance(there, dict):
-        return there.keys() == wanted.keys() and all(_agrees(there[name], wanted[name]) for name in wanted)
-    return type(there) is type(wanted) and (there == wanted or wanted == "")
+def _matches(actual: Any, expected: Any) -> bool:
+    """Compare two JSON values. An empty text in ``expected`` matches any text."""
+    if isinstance(expected, list) and isinstance(actual, list):
+        return len(actual) == len(expected) and all(map(_matches, actual, expected))
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        return actual.keys() == expected.keys() and all(_matches(actual[name], expected[name]) for name in expected)
+    return type(actual) is type(expected) and (actual == expected or expected == "")
 
 
-# What was built and what was not ------------------------------------------------------------------------------------
+# Build record and ledger --------------------------------------------------------------------------------------------
 
 
-def check_ledger(root: Path, findings: Findings) -> Counter[tuple[str, str, str]] | None:
-    """Rows of the ledger by (entry, kind, reason); None, and a finding, if it cannot be read."""
+def check_ledger(root: Path, findings: Findings) -> LedgerCounts | None:
+    """Count the rows of the ledger by (entry, kind, reason). Return None, and add a finding, if it cannot be read."""
     name = "ledger/ledger.parquet"
-    counts: Counter[tuple[str, str, str]] = Counter()
+    counts: LedgerCounts = Counter()
     try:
         with pq.ParquetFile(root / name, page_checksum_verification=True) as file:
             if file.schema_arrow != LEDGER_SCHEMA:
-                raise ValueError("has other columns than the format")
+                raise ValueError("does not have the columns of the format")
             for batch in file.iter_batches(batch_size=1 << 14):
                 batch.validate(full=True)
                 table = pa.Table.from_batches([batch])
                 for row in table.group_by(["entry", "kind", "reason"]).aggregate([([], "count_all")]).to_pylist():
                     counts[row["entry"], row["kind"], row["reason"]] += row["count_all"]
-        odd = [(kind, reason) for _, kind, reason in counts if kind not in KINDS or reason not in REASONS]
-        if odd:
-            raise ValueError(f"has a row of kind {odd[0][0]!r:.40} with reason {odd[0][1]!r:.40}")
+        unknown = [(kind, reason) for _, kind, reason in counts if kind not in KINDS or reason not in REASONS]
+        if unknown:
+            raise ValueError(f"has a row of kind {unknown[0][0]!r:.40} with reason {unknown[0][1]!r:.40}")
         return counts
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         findings.add(name, f"cannot be read ({error})")
@@ -127,54 +130,84 @@ def check_ledger(root: Path, findings: Findings) -> Counter[tuple[str, str, str]
 
 
 def check_counts(
-    record: Mapping[str, Any], tables: Tables | None, ledger: Counter[tuple[str, str, str]] | None, findings: Findings
+    record: Mapping[str, Any], tables: IndexTables | None, ledger: LedgerCounts | None, findings: Findings
 ) -> None:
-    """The counts of build.json are those of the index and the ledger, and every planned dialogue is in one of them."""
-    for what in _wrong_counts(record, tables, ledger) if record else ():
-        findings.add("build.json", what)
+    """Compare the counts of build.json with the index and the ledger.
 
-
-def _wrong_counts(
-    record: Mapping[str, Any], tables: Tables | None, ledger: Counter[tuple[str, str, str]] | None
-) -> Iterator[str]:
+    Every planned dialogue must be in one of the two. What cannot be read (None, or an empty ``record``) is skipped.
+    """
+    if not record:
+        return
     entries = record.get("entries")
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-        yield "entries are not those of the format"
+        findings.add("build.json", "its entries are not in the format")
         return
-    names = [entry["name"] for entry in entries]
-    if len(set(names)) < len(names):
-        yield "an entry is there twice"
-    for entry in entries:
-        lost = entry["planned"] - entry["dialogues"] - sum(entry["left_out"].get("dialogue", {}).values())
-        if lost:
-            yield f"entry {entry['name']}: {lost:,} planned dialogues are neither in the shards nor left out"
+    problems = _entry_problems(entries)
     if ledger is not None:
-        stated = {
-            (entry["name"], kind, reason): count
-            for entry in entries
-            for kind, reasons in entry["left_out"].items()
-            for reason, count in reasons.items()
-        }
-        for entry, kind, reason in sorted(k for k in stated.keys() | ledger.keys() if stated.get(k) != ledger.get(k)):
-            yield f"entry {entry}: left_out does not count the ledger's rows of {kind} {reason}"
-    if tables is None:
-        return
-    counted = tables.dialogues["entry"].value_counts().to_pylist()
-    written = {item["values"]: item["counts"] for item in counted}
+        problems += _ledger_problems(entries, ledger)
+    if tables is not None:
+        problems += _dialogue_problems(entries, tables) + _total_problems(entries, tables)
+        if record.get("shards") != dict(Counter(tables.shards["folder"].to_pylist())):
+            problems.append("shards does not count the shards of the index")
+    for problem in problems:
+        findings.add("build.json", problem)
+
+
+def _entry_problems(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Check that names are unique, and that each entry's dialogues add up."""
+    problems = ["two entries have the same name"] if len({entry["name"] for entry in entries}) < len(entries) else []
+    for entry in entries:
+        missing = entry["planned"] - entry["dialogues"] - sum(entry["left_out"].get("dialogue", {}).values())
+        if missing:
+            problems.append(f"entry {entry['name']}: {missing:,} planned dialogues are neither built nor left out")
+    return problems
+
+
+def _ledger_problems(entries: Sequence[Mapping[str, Any]], ledger: LedgerCounts) -> list[str]:
+    """Compare ``left_out`` of the entries with the rows of the ledger."""
+    stated = {
+        (entry["name"], kind, reason): count
+        for entry in entries
+        for kind, reasons in entry["left_out"].items()
+        for reason, count in reasons.items()
+    }
+    return [
+        f"entry {entry}: left_out does not count the ledger's rows of {kind} {reason}"
+        for entry, kind, reason in _differing_keys(stated, ledger)
+    ]
+
+
+def _dialogue_problems(entries: Sequence[Mapping[str, Any]], tables: IndexTables) -> list[str]:
+    """Compare the entries' dialogues with the rows of the index."""
+    counts = tables.dialogues["entry"].value_counts().to_pylist()
+    indexed = {item["values"]: item["counts"] for item in counts}
     stated = {entry["name"]: entry["dialogues"] for entry in entries if entry["dialogues"]}
-    for name in sorted(n for n in stated.keys() | written.keys() if stated.get(n) != written.get(n)):
-        yield f"entry {name}: says {stated.get(name, 0):,} dialogues, the index has {written.get(name, 0):,}"
-    frames = pc.sum(pc.list_value_length(tables.media["timestamps"])).as_py() or 0
-    totals = {"media": len(tables.media), "frames": frames, "bytes": pc.sum(tables.media["size"]).as_py() or 0}
-    for name, total in totals.items():
-        if (said := sum(entry[name] for entry in entries)) != total:
-            yield f"its entries have {said:,} {name}, the index {total:,}"
-    if record.get("shards") != dict(Counter(tables.shards["folder"].to_pylist())):
-        yield "shards does not count the shards of the index"
+    return [
+        f"entry {name}: says {stated.get(name, 0):,} dialogues, the index has {indexed.get(name, 0):,}"
+        for name in _differing_keys(stated, indexed)
+    ]
+
+
+def _total_problems(entries: Sequence[Mapping[str, Any]], tables: IndexTables) -> list[str]:
+    """Compare media, frames and bytes, summed over the entries, with the index."""
+    media = tables.media
+    frames = pc.sum(pc.list_value_length(media["timestamps"])).as_py() or 0
+    totals = {"media": len(media), "frames": frames, "bytes": pc.sum(media["size"]).as_py() or 0}
+    sums = {name: sum(entry[name] for entry in entries) for name in totals}
+    return [
+        f"its entries have {sums[name]:,} {name}, the index {totals[name]:,}"
+        for name in totals
+        if sums[name] != totals[name]
+    ]
+
+
+def _differing_keys(one: Mapping[Key, int], other: Mapping[Key, int]) -> list[Key]:
+    """Return, sorted, the keys that do not have the same value in both mappings."""
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether something has the fields of an entry in build.json."""
+    """Return whether ``entry`` has the fields of an entry in build.json."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         return False
     left_out = entry.get("left_out")

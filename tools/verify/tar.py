@@ -1,6 +1,7 @@
-"""A shard's tar read strictly, front to end: every byte of it is a member, or what docs/format.md puts around members.
+"""Strict reader for the tar of one shard.
 
-No number in the file is trusted: sizes are bounded by the file's length, and one sample is in memory at a time.
+Every byte of the file must belong to a member or to the padding that docs/format.md describes. Numbers in the file are
+not trusted: sizes are bounded by the file's length, and only one sample is in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 BLOCK, RECORD = 512, 10_240  #: bytes that members and files are rounded up to
-PIECE = 1 << 20  #: bytes read at once where they are only hashed
-#: Fields of a header, with the place of their first byte.
+CHUNK = 1 << 20  #: bytes read at once where they are only hashed
+#: Fields of a header, with the offset of their first byte.
 FIELDS = {"name": 0, "mode": 100, "uid": 108, "gid": 116, "size": 124, "mtime": 136, "checksum": 148, "type": 156}
 FIELDS |= {"link": 157, "magic": 257, "owner": 265, "device": 329, "prefix": 345}
 
@@ -23,92 +24,98 @@ class UnreadableTarError(Exception):
 
 
 class TarMember(NamedTuple):
-    """A member: its name, where its header and its data begin in the file, and the data."""
+    """One member: its name, the file offsets of its header and of its data, and the data."""
 
     name: str
-    header: int
-    place: int
+    header_offset: int
+    data_offset: int
     data: bytes
 
 
 class PlainTar:
-    """A tar that is read once; ``report(member, what)`` is told of what is wrong and does not stop the reading."""
+    """Read a tar once, front to end.
+
+    Args:
+        report: called as ``report(member, problem)`` for problems that do not stop the reading.
+    """
 
     def __init__(self, file: BinaryIO, report: Callable[[str, str], None]) -> None:
         self._file, self._report = file, report
         self._digests = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-        self.place, self.size = 0, file.seek(0, 2)
-        self.offsets: list[int] = []  #: header of each sample's first member; at the end also the last member's end
+        self.offset, self.size = 0, file.seek(0, 2)
+        #: Offset of the header of each sample's first member. At the end also the end of the last member.
+        self.sample_offsets: list[int] = []
         file.seek(0)
 
     def samples(self, extensions: Sequence[str]) -> Iterator[tuple[str, list[TarMember]]]:
-        """Key and members of each sample.
+        """Yield the key and the members of each sample.
 
         Raises:
-            Unreadable: no tar from here on, or the members of a sample are not side by side.
+            UnreadableTarError: the rest is not a tar, or the members of a sample are not adjacent.
         """
         members = self._members()
         while sample := list(itertools.islice(members, len(extensions))):
             key = sample[0].name.partition(".")[0]
-            wanted = [f"{key}.{extension}" for extension in extensions]
-            if [member.name for member in sample] != wanted:
-                there = " ".join(member.name for member in sample)
-                raise UnreadableTarError(f"the members {there} stand where {' '.join(wanted)} should")
-            self.offsets.append(sample[0].header)
+            expected = [f"{key}.{extension}" for extension in extensions]
+            if [member.name for member in sample] != expected:
+                actual = " ".join(member.name for member in sample)
+                raise UnreadableTarError(f"found the members {actual}, expected {' '.join(expected)}")
+            self.sample_offsets.append(sample[0].header_offset)
             yield key, sample
 
     def digests(self) -> tuple[str, str]:
-        """Sha256 and md5 of the whole file, in hex; the rest of it is read first.
+        """Read the rest of the file and return the sha256 and md5 of all of it, in hex.
 
         Raises:
-            Unreadable: the file became shorter.
+            UnreadableTarError: the file became shorter.
         """
-        self._rest()
+        self._read_rest()
         return self._digests[0].hexdigest(), self._digests[1].hexdigest()
 
     def _members(self) -> Iterator[TarMember]:
         while any(block := self._read(BLOCK)):
-            header = self.place - BLOCK
-            size = _octal(block[FIELDS["size"] : FIELDS["mtime"]])
-            if size is None or _octal(block[148:156]) != _checksum(block):
-                raise UnreadableTarError(f"no tar header stands at byte {header:,}")
-            name = block[:100].rstrip(b"\0")
-            shown, expected = name.decode("ascii", "backslashreplace"), plain_header(name, size)
+            header_offset = self.offset - BLOCK
+            size = _parse_octal(block[FIELDS["size"] : FIELDS["mtime"]])
+            if size is None or _parse_octal(block[148:156]) != _checksum(block):
+                raise UnreadableTarError(f"no valid tar header at byte {header_offset:,}")
+            raw_name = block[:100].rstrip(b"\0")
+            name, expected = raw_name.decode("ascii", "backslashreplace"), plain_header(raw_name, size)
             if block != expected:
                 ends = [*FIELDS.values(), BLOCK][1:]
-                places = zip(FIELDS.items(), ends, strict=True)
-                odd = [field for (field, start), end in places if block[start:end] != expected[start:end]]
-                self._report(shown, f"its tar header is not the plain one ({', '.join(odd)})")
-            place, data = self.place, self._read(size)
+                spans = zip(FIELDS.items(), ends, strict=True)
+                wrong = [field for (field, start), end in spans if block[start:end] != expected[start:end]]
+                self._report(name, f"its tar header is not as in the format ({', '.join(wrong)})")
+            data_offset, data = self.offset, self._read(size)
             if any(self._read(-size % BLOCK)):
-                self._report(shown, "its last block is not filled up with zeros")
-            yield TarMember(shown, header, place, data)
-        last = self.place - BLOCK
-        self.offsets.append(last)
-        if self._rest() or self.size != -(-(last + 2 * BLOCK) // RECORD) * RECORD:
-            self._report("", "what follows its last member is not two blocks of zeros, then zeros up to 10,240 bytes")
+                self._report(name, "the padding of its last block is not zeros")
+            yield TarMember(name, header_offset, data_offset, data)
+        end = self.offset - BLOCK
+        self.sample_offsets.append(end)
+        # two blocks of zeros end a tar, and the file is padded to a multiple of RECORD
+        if self._read_rest() or self.size != -(-(end + 2 * BLOCK) // RECORD) * RECORD:
+            self._report("", "its last member is not followed by two blocks of zeros and zeros up to 10,240 bytes")
 
     def _read(self, size: int) -> bytes:
-        if size > self.size - self.place:
-            raise UnreadableTarError(f"the file ends within the {size:,} bytes that begin at byte {self.place:,}")
+        if size > self.size - self.offset:
+            raise UnreadableTarError(f"the file ends within the {size:,} bytes that begin at byte {self.offset:,}")
         data = self._file.read(size)
         if len(data) < size:
             raise UnreadableTarError("the file became shorter while it was read")
         for digest in self._digests:
             digest.update(data)
-        self.place += size
+        self.offset += size
         return data
 
-    def _rest(self) -> bool:
-        """Read the rest; whether anything but zeros is in it."""
+    def _read_rest(self) -> bool:
+        """Read the rest of the file. Return whether it has any byte other than zero."""
         other = False
-        while self.place < self.size:
-            other |= any(self._read(min(PIECE, self.size - self.place)))
+        while self.offset < self.size:
+            other |= any(self._read(min(CHUNK, self.size - self.offset)))
         return other
 
 
 def plain_header(name: bytes, size: int) -> bytes:
-    """The one header that a member of this name and size has in a shard."""
+    """Return the only header that a member with this name and size may have in a shard."""
     texts = {"name": name, "mode": b"0000644", "uid": b"0000000", "gid": b"0000000", "size": b"%011o" % size}
     texts |= {"mtime": b"0" * 11, "checksum": b" " * 8, "type": b"0", "magic": b"ustar\x0000"}
     block = bytearray(BLOCK)
@@ -119,10 +126,10 @@ def plain_header(name: bytes, size: int) -> bytes:
 
 
 def _checksum(block: bytes) -> int:
-    """Sum of a header's bytes, with spaces in place of the checksum."""
+    """Sum the bytes of a header, with the checksum field counted as spaces."""
     return sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
-def _octal(field: bytes) -> int | None:
+def _parse_octal(field: bytes) -> int | None:
     digits = field.rstrip(b"\0 ")
     return int(digits, 8) if re.fullmatch(rb"[0-7]{1,11}", digits) else None

@@ -277,8 +277,8 @@ def test_dry_run_writes_nothing_and_counts(made, tmp_path, capsys):
     assert table["films"][1:4] == ["8", "8", "8"] and table["again"][1:3] == ["8", "6"]
     assert table["bad"][1] == str(len(BAD)) and int(table["bad"][3]) == int(table["bad"][2]) - 3
     place = made["manifest"].parent / "media"
-    assert f"1 of {table['bad'][2]} media cannot be had (missing_file); first {place}/missing.mp4: " in printed
-    assert f"2 of {table['bad'][2]} media cannot be had (outside_root); first {place}/link.mp4: " in printed
+    assert f"1 of {table['bad'][2]} media are not available (missing_file); first {place}/missing.mp4: " in printed
+    assert f"2 of {table['bad'][2]} media are not available (outside_root); first {place}/link.mp4: " in printed
     assert "outside_root: " in printed and "\n  bad (2)\n" in printed
     assert table["nothing"][6] == "yes" and "1 entry: left out, empty_annotation: " in printed
 
@@ -588,7 +588,7 @@ def test_a_root_map_says_where_things_are(unresolved, media):
         ({"films": {"archives": ["dir:*.zip"]}}, "roots.yaml: films: dir:*.zip: no file matches"),
         ({"films": {"archives": "dir:*/a.zip"}}, "data.roots: "),
         ({"films": {"archives": "url:ftp://a"}}, "films: "),
-        ({}, "map the root to a place in "),
+        ({}, "map the root to a location in "),
     ],
 )
 def test_a_root_map_that_leads_nowhere_is_refused(unresolved, capsys, places, named):

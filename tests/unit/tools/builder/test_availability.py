@@ -109,4 +109,4 @@ def test_a_place_that_is_not_known_is_not_asked():
 def test_a_map_that_cannot_be_read_is_told():
     with AvailabilityChecker() as checker:
         found = checker.check([(ResolvedLocation(None, "ftp", "", "ftp", "ftp://a.org"), "a.mp4", False)])
-    assert found[0].reason == "unresolved" and "cannot be read" in found[0].message
+    assert found[0].reason == "unresolved" and "not a known kind of location" in found[0].message

@@ -159,8 +159,8 @@ def test_a_dry_run_asks_places_and_says_what_they_lack(tmp_path, far):
     one, two, three = make_plan(wanted, found, None, strict=False).values()
     assert (one.samples, one.dialogues, one.media, one.found) == (7, 7, 6, 4)
     assert (one.bytes, one.unsized) == (130, 1), "the clip is of a file that is counted already"
-    assert dict(one.lacking) == {"denied": 1, "missing_file": 1} and "accept the terms" in one.example["denied"]
-    assert (two.media, two.found, dict(two.lacking)) == (1, 0, {"missing_file": 1}), "a.mp4 is the first entry's"
+    assert dict(one.missing) == {"denied": 1, "missing_file": 1} and "accept the terms" in one.first_messages["denied"]
+    assert (two.media, two.found, dict(two.missing)) == (1, 0, {"missing_file": 1}), "a.mp4 is the first entry's"
     assert (three.samples, three.dialogues, three.media, three.found) == (7, 0, 6, 0)
     assert dict(three.left_out) == {"unresolved": 7}
     assert far.count("hf:o/gone") == 1 and "no route" in found[2].media.missing
@@ -235,7 +235,7 @@ def test_annotation_files_below_a_mapped_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "named"), [("ftp://a.org/x", "cannot be read"), ("url:https://a.org/x", "{path}"), ("hf:x", "hf:OWNER")]
+    ("place", "named"), [("ftp://a.org/x", "not a known kind of location"), ("url:https://a.org/x", "{path}"), ("hf:x", "hf:OWNER")]
 )
 def test_a_place_that_is_none_is_one_clear_line(tmp_path, capsys, place, named):
     (tmp_path / "roots.yaml").write_text(json.dumps({"r": place}))

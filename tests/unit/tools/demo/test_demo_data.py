@@ -40,7 +40,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def nearest_colour(pixels: np.ndarray) -> collections.Counter:
+def nearest_color(pixels: np.ndarray) -> collections.Counter:
     """How many of (n, 3) pixels are close to each named colour."""
     names = list(COLORS)
     distance = np.linalg.norm(pixels[:, None].astype(float) - np.array(list(COLORS.values())), axis=2)
@@ -93,14 +93,14 @@ def test_what_is_seen_is_what_the_answers_say(made):
             facts = world.facts
             if "first colour" in facts:
                 for frame, name in ((frames[0], "first colour"), (frames[-1], "last colour")):
-                    assert nearest_colour(frame.reshape(-1, 3)).most_common(1)[0][0] == facts[name]
-                assert not nearest_colour(frames[len(frames) // 2].reshape(-1, 3))
+                    assert nearest_color(frame.reshape(-1, 3)).most_common(1)[0][0] == facts[name]
+                assert not nearest_color(frames[len(frames) // 2].reshape(-1, 3))
             elif world.kind == "needle":
-                lit = [bool(nearest_colour(frame[80:112, 80:112].reshape(-1, 3))) for frame in frames]
+                lit = [bool(nearest_color(frame[80:112, 80:112].reshape(-1, 3))) for frame in frames]
                 assert sum(lit) == world.fps
             else:
                 middle = frames[len(frames) // 2]
-                assert nearest_colour(middle.reshape(-1, 3)).most_common(1)[0][0] == facts["colour"]
+                assert nearest_color(middle.reshape(-1, 3)).most_common(1)[0][0] == facts["colour"]
             if "side" in facts:
                 seen = np.linalg.norm(frames[0].astype(float) - COLORS[facts["colour"]], axis=2) < 45
                 assert (np.nonzero(seen)[1].mean() < demo_worlds.SIDE / 2) == (facts["side"] == "left")

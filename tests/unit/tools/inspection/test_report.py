@@ -53,7 +53,7 @@ def images(page: Page) -> list[tuple[str, np.ndarray]]:
 
 def test_the_page_says_what_the_root_holds(built, tmp_path):
     text = page_of(built, tmp_path / "deep" / "page.html").cells()
-    facts = "dialogues 6 held out 2 videos 4 their duration 10.5 s stills 3 stored frames 19 shards 5 size"
+    facts = "dialogues 6 held out 2 videos 4 video duration 10.5 s images 3 stored frames 19 shards 5 size"
     assert facts in text
     for entry in json.loads((built / "build.json").read_text())["entries"]:
         planned, dialogues = entry["planned"], entry["dialogues"]
@@ -63,8 +63,8 @@ def test_the_page_says_what_the_root_holds(built, tmp_path):
     for row in read_ledger(built).to_pylist():
         assert re.search(rf"{row['kind']} {row['reason']} 1 .*{re.escape(row['message'])}", text)
     assert "video train 1 4" in text and "dialogue val 1 2" in text
-    assert "4: least 1.5, median 3" in text  # seconds of three videos and a clip
-    assert "Visual tokens alone" in text and "8: least 0, median 64, 95 % up to 106, most 128" in text
+    assert "4: min 1.5, median 3" in text  # seconds of three videos and a clip
+    assert "Visual tokens only" in text and "8: min 0, median 64, 95 % up to 106, max 128" in text
 
 
 def test_frames_are_those_stored_with_their_seconds_and_dialogues(built, tmp_path):
@@ -78,7 +78,7 @@ def test_frames_are_those_stored_with_their_seconds_and_dialogues(built, tmp_pat
             for place, (offset, size) in enumerate(zip(row["frame_offset"], row["frame_size"], strict=True)):
                 file.seek(offset)
                 stored = Image.open(io.BytesIO(file.read(size))).convert("RGB")
-                alt = f"frame at {row['timestamps'][place]:.2f} s" if row["kind"] == "video" else "still"
+                alt = f"frame at {row['timestamps'][place]:.2f} s" if row["kind"] == "video" else "image"
                 assert any(
                     name == alt
                     and picture.shape[1::-1] == stored.size
@@ -147,10 +147,10 @@ def test_token_caches_of_other_indexes_or_damaged_are_ignored(root, tmp_path):
         writer.write_table(table)
     (root / "index" / "tokens-ff.arrow").write_bytes(b"")
     text = page_of(root, tmp_path / "page.html").cells()
-    assert "8: least 1k, median 1k" in text and "from tokens-00.arrow; 1 dialogues cannot be used" in text
+    assert "8: min 1k, median 1k" in text and "from tokens-00.arrow; 1 dialogues cannot be used" in text
     with pa.ipc.new_file(str(path), TOKEN_SCHEMA) as writer:
         writer.write_table(table[:7])
-    assert "Visual tokens alone" in page_of(root, tmp_path / "page.html").cells()
+    assert "Visual tokens only" in page_of(root, tmp_path / "page.html").cells()
 
 
 def test_a_root_of_text_alone_has_a_page(tmp_path):
@@ -160,7 +160,7 @@ def test_a_root_of_text_alone_has_a_page(tmp_path):
     root = folder.write() / "stage2"
     write_ledger(root / "ledger" / "ledger.parquet", LEDGER_SCHEMA.empty_table())
     text = page_of(root, tmp_path / "page.html", "--media", "30").cells()
-    assert "Nothing: the ledger is empty" in text and all(f"Question {number}?" in text for number in range(5))
+    assert "Nothing was left out" in text and all(f"Question {number}?" in text for number in range(5))
 
 
 @settings(max_examples=300)
@@ -184,7 +184,7 @@ def test_conversations_of_another_form_are_one_line(tmp_path, capsys, said):
     write_ledger(root / "ledger" / "ledger.parquet", LEDGER_SCHEMA.empty_table())
     assert main([str(root), "--html", str(tmp_path / "page.html")]) == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "conversations of another form; run tools/verify_shards.py" in message
+    assert message.count("\n") == 1 and "conversations are not in the format; run tools/verify_shards.py" in message
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 9))
