@@ -1,7 +1,7 @@
 """Read annotation files into dialogues of one form, whichever of the accepted forms they have.
 
 A file is a ``.json`` list, ``.jsonl`` lines or ``.parquet`` rows (the first two also ``.gz`` or ``.zst``) and is read
-as a stream. A sample holds ``conversations`` (``from``/``value`` or ``role``/``content``) and, unless it is text only,
+as a stream. A sample has ``conversations`` (``from``/``value`` or ``role``/``content``) and, unless it is text only,
 ``image`` (a path or a list of paths) or ``video`` (a path, with an optional clip from ``start`` to ``end`` seconds).
 The resulting :class:`Annotation`:
 

@@ -133,7 +133,7 @@ def _segment_end(head: bytes) -> int:
 
 def _element_size(data: bytes, offset: int) -> tuple[int, int]:
     """Return the end of the size field at ``offset``, and the size; 0 if it is unknown."""
-    # the leading zeros of the first byte tell the length of the field, and 7 bits of each byte are the value
+    # the leading zeros of the first byte give the length of the field, and 7 bits of each byte are the value
     length = 9 - data[offset].bit_length() if offset < len(data) and data[offset] else 1
     value = int.from_bytes(data[offset : offset + length], "big") & (1 << 7 * length) - 1
     return offset + length, 0 if value == (1 << 7 * length) - 1 else value  # all ones: unknown

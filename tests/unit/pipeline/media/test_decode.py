@@ -65,10 +65,10 @@ def test_seeking_gives_what_straight_reading_gives(videos: Path, name: str) -> N
         for seed in range(8):
             rng = np.random.default_rng(seed)
             wanted = np.sort(rng.permutation(100)[: rng.integers(1, 20)])
-            assert [number_of(np.asarray(picture)) for picture in source.decode_frames(wanted)] == wanted.tolist()
+            assert [number_of(np.asarray(frame)) for frame in source.decode_frames(wanted)] == wanted.tolist()
     except InexactSeekError:
         assert not name.startswith("h264.")  # the plain case is read by seeking
-    assert [number_of(np.asarray(picture)) for picture in straight.decode_frames(np.arange(100))] == list(range(100))
+    assert [number_of(np.asarray(frame)) for frame in straight.decode_frames(np.arange(100))] == list(range(100))
 
 
 def test_frames_are_those_that_decord_reads_straight_through(videos: Path) -> None:
@@ -104,7 +104,7 @@ def test_pixels_agree_with_the_ffmpeg_program() -> None:
     raw = np.frombuffer(subprocess.run(command, check=True, capture_output=True).stdout, np.uint8)
     for frame, full in zip(decoded.frames, raw.reshape(4, 272, 640, 3), strict=True):
         expected = np.asarray(Image.fromarray(full).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
-        assert np.abs(frame - expected).mean() < 1.5  # converters differ in how they upsample colour
+        assert np.abs(frame - expected).mean() < 1.5  # converters differ in how they upsample color
 
 
 @pytest.mark.parametrize("reader", ["decord", "av"])
@@ -180,7 +180,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     index = whole.index(b"moov") + 4
     (folder / "damaged.mp4").write_bytes(whole[:index] + b"\xff" * (len(whole) - index))
-    (folder / "picture.mp4").write_bytes(_picture_bytes("PNG"))
+    (folder / "image.mp4").write_bytes(_image_bytes("PNG"))
     (folder / "folder.mp4").mkdir()
     (folder / "list.mp4").write_text(f"ffconcat version 1.0\nfile {BIKES}\n")
     (folder / "hls.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{BIKES}\n#EXT-X-ENDLIST\n")
@@ -202,7 +202,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("cut.mp4", "truncated"),
         ("damaged.mp4", "corrupt"),
         ("sound.mp4", "no_video_stream"),
-        ("picture.mp4", "unsupported"),
+        ("image.mp4", "unsupported"),
         ("list.mp4", "unsupported"),
         ("hls.m3u8", "unsupported"),
     ],
@@ -254,10 +254,10 @@ def test_clips_without_frames_are_refused(videos: Path, clip: tuple[float, float
     assert caught.value.reason == "bad_clip"
 
 
-# GIFs, folders and stills --------------------------------------------------------------------------------------------
+# GIFs, folders and images --------------------------------------------------------------------------------------------
 
 
-def _picture_bytes(kind: str, size: tuple[int, int] = (40, 24), **options: object) -> bytes:
+def _image_bytes(kind: str, size: tuple[int, int] = (40, 24), **options: object) -> bytes:
     import io
 
     buffer = io.BytesIO()
@@ -266,8 +266,8 @@ def _picture_bytes(kind: str, size: tuple[int, int] = (40, 24), **options: objec
     return buffer.getvalue()
 
 
-def _gif(path: Path, colours: list[str], **options: object) -> Path:
-    frames = [Image.new("RGB", (20, 10), colour) for colour in colours]
+def _gif(path: Path, colors: list[str], **options: object) -> Path:
+    frames = [Image.new("RGB", (20, 10), color) for color in colors]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0, **options)
     return path
 
@@ -339,7 +339,7 @@ def test_broken_folders_say_why(tmp_path: Path) -> None:
     with pytest.raises(MediaError) as caught:
         decode_video(tmp_path, VideoRequest("img", FRAMES))
     assert caught.value.reason == "empty_file"
-    (tmp_path / "0.jpg").write_bytes(_picture_bytes("JPEG")[:400])
+    (tmp_path / "0.jpg").write_bytes(_image_bytes("JPEG")[:400])
     with pytest.raises(MediaError) as caught:
         decode_video(tmp_path, VideoRequest("img", FRAMES))
     assert caught.value.reason == "truncated"
@@ -347,7 +347,7 @@ def test_broken_folders_say_why(tmp_path: Path) -> None:
 
 def test_plain_jpegs_are_kept_byte_for_byte(tmp_path: Path) -> None:
     for name, options in (("a.jpg", {}), ("progressive.jpg", {"progressive": True})):
-        data = _picture_bytes("JPEG", **options)
+        data = _image_bytes("JPEG", **options)
         (tmp_path / name).write_bytes(data)
         assert encode_image(tmp_path / name, ImagesConfig()) == (data, 40, 24, 40, 24)
 
@@ -355,8 +355,8 @@ def test_plain_jpegs_are_kept_byte_for_byte(tmp_path: Path) -> None:
 def test_other_stills_are_encoded_upright_and_bounded(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    (tmp_path / "turned.jpg").write_bytes(_picture_bytes("JPEG", (400, 240), exif=exif, quality=95))
-    (tmp_path / "wide.png").write_bytes(_picture_bytes("PNG", (400, 240)))
+    (tmp_path / "turned.jpg").write_bytes(_image_bytes("JPEG", (400, 240), exif=exif, quality=95))
+    (tmp_path / "wide.png").write_bytes(_image_bytes("PNG", (400, 240)))
     Image.new("CMYK", (30, 20), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
     for name, limit, sizes in (
         ("turned.jpg", 4096, (240, 400, 240, 400)),
@@ -372,9 +372,9 @@ def test_other_stills_are_encoded_upright_and_bounded(tmp_path: Path) -> None:
 
 
 def test_broken_stills_say_why(tmp_path: Path, broken: Path) -> None:
-    (tmp_path / "cut.jpg").write_bytes(_picture_bytes("JPEG")[:500])
+    (tmp_path / "cut.jpg").write_bytes(_image_bytes("JPEG")[:500])
     (tmp_path / "figure.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    bomb = bytearray(_picture_bytes("PNG"))
+    bomb = bytearray(_image_bytes("PNG"))
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2
     bomb[29:33] = __import__("zlib").crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bytes(bomb))
@@ -412,7 +412,7 @@ def decoded_frames(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_few_frames_are_reached_by_seeking_and_many_by_decoding_on(videos: Path, decoded_frames: list[int]) -> None:
+def test_few_frames_are_reached_by_seeking_many_by_decoding_on(videos: Path, decoded_frames: list[int]) -> None:
     few = FramesConfig(sampler="middle", min=4, max=4, size=32)
     for name in ("h264.mp4", "hevc.mkv", "vp9.webm", "h264_open.ts"):
         decoded_frames.clear()
@@ -449,8 +449,8 @@ def test_a_long_video_costs_a_few_bytes_a_frame(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert len(source.seconds) == 10_000 and peak < 10_000 * 80
     wanted = np.array([7, 4_999, 9_990])
-    pictures = open_video(tmp_path / "long.mp4").decode_frames(wanted)
-    assert [number_of(picture) for picture in pictures] == (wanted % 250).tolist()
+    frames = open_video(tmp_path / "long.mp4").decode_frames(wanted)
+    assert [number_of(frame) for frame in frames] == (wanted % 250).tolist()
 
 
 def test_streams_that_only_strict_decoders_refuse_are_read(tmp_path: Path) -> None:

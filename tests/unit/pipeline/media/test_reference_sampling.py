@@ -218,13 +218,13 @@ def test_what_fails_there_is_an_error_of_one_line(tmp_path, name, clip, reason):
 # From the builder to the loader ---------------------------------------------------------------------------------------
 
 
-def grey(number: int) -> tuple[int, int, int]:
+def gray(number: int) -> tuple[int, int, int]:
     return (16 * number,) * 3
 
 
 def animation(path: Path, count: int) -> Path:
-    pictures = [Image.new("RGB", (64, 64), grey(number)) for number in range(count)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+    images = [Image.new("RGB", (64, 64), gray(number)) for number in range(count)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
     return path
 
 
@@ -260,7 +260,7 @@ def root(tmp_path_factory):
     (folder / "tvqa" / "s01").mkdir(parents=True)
     for number in range(14):
         name = f"9_{number}.png" if number % 2 else f"10_{number}.png"
-        Image.new("RGB", (64, 64), grey(number)).save(folder / "tvqa" / "s01" / name)
+        Image.new("RGB", (64, 64), gray(number)).save(folder / "tvqa" / "s01" / name)
     animation(folder / "four.gif", 4)
     animation(folder / "five.gif", 5)
 
@@ -277,7 +277,7 @@ def root(tmp_path_factory):
 
 
 def number_shown(frame: np.ndarray, bikes: list[np.ndarray]) -> int:
-    """Which frame this is: of the footage the nearest one, of flat pictures the grey."""
+    """Which frame this is: of the footage the nearest one, of flat images the gray."""
     if frame.std() < 4:
         return round(float(frame.mean()) / 16)
     return int(np.argmin([np.abs(frame.astype(int) - other).mean() for other in bikes]))

@@ -72,7 +72,7 @@ samplers = st.sampled_from(["middle", "dynamic_fps1", "rand", "fps1", "fps0.5", 
 
 
 @given(samplers, st.integers(1, 3000), st.floats(0.2, 120), st.integers(1, 40), st.integers(1, 16), st.integers(0, 9))
-def test_indices_are_ordered_inside_the_video_and_make_whole_clips(sampler, vlen, fps, low, clips, seed):
+def test_indices_are_ordered_in_range_and_fill_clips(sampler, vlen, fps, low, clips, seed):
     low = -(-low // 4) * 4 if sampler == "dynamic_fps1" else low
     frames = FramesConfig(sampler=sampler, min=min(low, 4 * clips), max=4 * clips, size=32)
     got = sample_indices(frames, vlen, fps, vlen / fps, np.random.default_rng(seed))

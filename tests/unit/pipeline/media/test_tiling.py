@@ -1,4 +1,4 @@
-"""Grids and tiles against the golden tables and pictures; token order against a slow construction."""
+"""Grids and tiles against the golden tables and images; token order against a slow construction."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_golden_unsupported_tiles(row):
     assert grid == (3, 1) and got.shape == (4, row["tile"], row["tile"], 3)
 
 
-def picture(name: str) -> Image.Image:
+def load_image(name: str) -> Image.Image:
     return Image.fromarray(np.load(GOLDEN / "anyres" / "sources.npz")[name])
 
 
 def cut(name: str, how: str, size: int) -> np.ndarray:
     mode = "square" if how == "square" else "anyres_nopad"
-    return split_into_tiles(picture(name), mode, size, 6, several=how == "pad")[0]
+    return split_into_tiles(load_image(name), mode, size, 6, several=how == "pad")[0]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def cut(name: str, how: str, size: int) -> np.ndarray:
     [pytest.param(row, id=f"{row['picture']}-{row['how']}-{row['tile']}") for row in pictures.get("pictures", [])],
 )
 def test_golden_tiles(row):
-    source = picture(row["picture"])
+    source = load_image(row["picture"])
     assert (source.mode, [*source.size]) == (row["mode"], row["size_w_h"])
     compare(cut(row["picture"], row["how"], row["tile"]), row)
 
@@ -114,7 +114,7 @@ def test_golden_pixels(path):
 
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_raster_order_reads_the_picture_row_by_row(w, h):
-    # Token (tile, y, x) carries its place in the whole picture; in raster order those places must ascend.
+    # Token (tile, y, x) has its position in the full image as value; in raster order these must ascend.
     places = [-1] * 64 + [
         (ty * 8 + y) * w * 8 + tx * 8 + x for ty in range(h) for tx in range(w) for y in range(8) for x in range(8)
     ]
@@ -125,9 +125,9 @@ def test_raster_order_reads_the_picture_row_by_row(w, h):
 
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 6))
 def test_number_of_tiles_is_what_is_cut(width, height, max_grid):
-    still = Image.new("L", (width, height), 90)
+    image = Image.new("L", (width, height), 90)
     for mode, several in itertools.product(("square", "anyres_nopad"), (False, True)):
-        cut, grid = split_into_tiles(still, mode, 16, max_grid, several)
+        cut, grid = split_into_tiles(image, mode, 16, max_grid, several)
         assert cut.shape == (1 if grid is None else grid[0] * grid[1] + 1, 16, 16, 3)
         assert grid == (None if several or mode == "square" else best_grid(width, height, 16, max_grid))
         assert grid is None or grid in grids(max_grid)

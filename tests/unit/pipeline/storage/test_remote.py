@@ -46,7 +46,7 @@ EXPECTED = [DATA[offset : offset + size] for offset, size in RANGES]
 # The same as from a folder ----------------------------------------------------------------------------------------
 
 
-def test_batches_are_those_of_the_folder_and_the_index_is_copied_once(served, root, tmp_path):
+def test_batches_equal_those_of_a_folder(served, root, tmp_path):
     expected = batches(manifest(root))
     remote = manifest(root, shards=served.url, loader__cache=str(tmp_path / "cache"))
     assert batches(remote) == expected and len(expected) > 3
@@ -66,11 +66,11 @@ def test_a_node_reads_ranges_once_where_they_are_cached(served, root, tmp_path):
     assert [path for path, _ in served.asked] == ["/stage2/build.json"]
 
 
-def test_eight_of_512_frames_cost_at_most_a_twentieth_of_the_sample(server, tmp_path):
+def test_eight_of_512_frames_cost_a_twentieth_of_the_sample(server, tmp_path):
     made, rng = Root(tmp_path, size=96), np.random.default_rng(0)
-    pictures = [encode_jpeg(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8), 90, "420") for _ in range(512)]
+    jpegs = [encode_jpeg(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8), 90, "420") for _ in range(512)]
     seconds = np.arange(512) / 2.0
-    row = made._add("video", mux_mjpeg(pictures, seconds, 256.0, 96, 96), 96, 96, np.arange(512), 512, 2.0)
+    row = made._add("video", mux_mjpeg(jpegs, seconds, 256.0, 96, 96), 96, 96, np.arange(512), 512, 2.0)
     made.write()
     serve_folder(server, tmp_path)
     index = Index.open(f"{server.url}/stage2", ReadOptions(cache=str(tmp_path / "cache")))
@@ -124,7 +124,7 @@ def fails_at_first(data: bytes, asked: Counter, failed: list):
     return route
 
 
-def test_a_server_that_fails_a_fifth_of_all_requests_changes_no_batch(server, root, tmp_path, monkeypatch):
+def test_a_fifth_of_requests_failing_changes_no_batch(server, root, tmp_path, monkeypatch):
     monkeypatch.setattr("framestream.pipeline.storage.coalesce.GAP", -1)  # each frame is a request
     asked, failed = Counter(), []
     for path in (root / "stage2").rglob("*"):
@@ -136,7 +136,7 @@ def test_a_server_that_fails_a_fifth_of_all_requests_changes_no_batch(server, ro
     assert 0.1 * len(asked) <= len(failed) <= 0.3 * len(asked) and len(failed) > 10
 
 
-def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(server, tmp_path):
+def test_a_connection_closed_while_idle_costs_no_try(server, tmp_path):
     def hangs_up(request):
         request.serve(DATA)
         request.close_connection = True  # without saying so
@@ -236,7 +236,7 @@ def test_many_threads_read_at_once(server, tmp_path):
 # Logins, redirects, proxies ---------------------------------------------------------------------------------------
 
 
-def test_a_login_is_sent_to_its_server_alone_and_stands_in_no_message(server, tmp_path):
+def test_a_login_goes_to_its_server_and_into_no_message(server, tmp_path):
     with Server() as other:
         other.routes["/elsewhere"] = turns(
             *[lambda request: request.serve(DATA)] * 4, lambda request: request.answer(404)
@@ -331,7 +331,7 @@ def test_another_build_at_the_address_is_read_anew(server, tmp_path):
     assert found[0] != found[1]
 
 
-def test_a_copy_that_was_broken_off_or_is_of_two_builds_is_not_used(served, root, tmp_path):
+def test_an_unfinished_or_mixed_copy_is_not_used(served, root, tmp_path):
     reading, address = ReadOptions(cache=str(tmp_path / "cache")), f"{served.url}/stage2"
     good = served.routes["/stage2/index/media.arrow"]
     served.routes["/stage2/index/media.arrow"] = served.routes["/stage2/index/shards.arrow"]
@@ -348,7 +348,7 @@ def test_a_copy_that_was_broken_off_or_is_of_two_builds_is_not_used(served, root
     assert not left.exists()
 
 
-def test_large_files_are_copied_in_pieces_that_must_be_of_one_file(served, root, tmp_path, monkeypatch):
+def test_large_files_are_copied_in_pieces_of_one_file(served, root, tmp_path, monkeypatch):
     monkeypatch.setattr("framestream.pipeline.storage.remote.PIECE", 700)
     name, reading = "/stage2/index/media.arrow", ReadOptions(cache=str(tmp_path / "cache"))
     data, good = (root / "stage2" / "index" / "media.arrow").read_bytes(), served.routes[name]
