@@ -3,13 +3,22 @@
     from framestream.pipeline import build_loader, load_manifest
     for batch in build_loader(load_manifest("manifests/stage2.yaml")): ...
 
-Names are imported when first used, so that reading a manifest loads neither torch nor Arrow.
+Names are imported when first used, so that reading a manifest imports neither torch nor Arrow.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
+    from framestream.pipeline.evaluation.questions import Questions
+    from framestream.pipeline.loading.batch import Batch
+    from framestream.pipeline.loading.loader import Loader, LoaderError, build_loader
+    from framestream.pipeline.shards.index import Index, ShardsError
+
+#: public name -> module that defines it
 _HOMES = {
     "Manifest": "framestream.pipeline.config.manifest",
     "ManifestError": "framestream.pipeline.config.manifest",
@@ -23,10 +32,21 @@ _HOMES = {
     "Questions": "framestream.pipeline.evaluation.questions",
 }
 
-__all__ = list(_HOMES)
+__all__ = [
+    "Batch",
+    "Index",
+    "Loader",
+    "LoaderError",
+    "Manifest",
+    "ManifestError",
+    "Questions",
+    "ShardsError",
+    "build_loader",
+    "load_manifest",
+]
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

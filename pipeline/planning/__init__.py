@@ -1,0 +1,1 @@
+"""Epoch plans: which dialogues an epoch contains, their order, and their packing into rows."""

@@ -1,8 +1,8 @@
-"""The shard roots of a manifest as one: dialogues numbered through, each root with its index, views and tokens.
+"""The shard roots of a manifest as one dataset, each root with its index, media views and tokens.
 
-A dialogue's number is its row in its root's index plus the dialogues of the roots before. What is held for each is four
-lengths of 4 bytes; all else is read from memory-mapped files, whose pages are given back now and then, so that memory
-does not grow with what was read.
+The number of a dialogue is its row in the index of its root plus the number of dialogues of the roots before. Only four
+lengths of 4 bytes per dialogue are stored in memory. Everything else is read from memory-mapped files. Their pages are
+released from time to time, so that memory does not grow with what was read.
 """
 
 from __future__ import annotations
@@ -25,65 +25,65 @@ from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.pipeline.tokenization.token_cache import TokenCache
 from framestream.pipeline.utils.arrow_mmap import ResidentPageLimiter
 
-LENGTHS = ("length", "clips", "tiles", "num_label_tokens")  #: of :class:`Tokens`
+LENGTH_NAMES = ("length", "clips", "tiles", "num_label_tokens")  #: attributes of :class:`TokenCache`
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetPart:
-    """One root."""
+    """One shard root."""
 
     index: Index
     media_views: MediaViews
     tokens: TokenCache
 
     def in_split(self, split: str) -> np.ndarray:
-        """Whether each dialogue is of ``split``, bool (dialogues,)."""
+        """Return whether each dialogue is of ``split``, bool (dialogues,)."""
         chunks = self.index.maps["dialogues"].chunks("split")
         found = [pc.equal(chunk, split).to_numpy(zero_copy_only=False) for chunk in chunks]
         return np.concatenate([np.empty(0, dtype=bool), *found])
 
     def entry_names(self) -> list[str]:
-        """The entries that have dialogues, in the order of the index."""
+        """Return the names of the entries that have dialogues, in the order of the index."""
         chunks = self.index.maps["dialogues"].chunks("entry")
         return list(dict.fromkeys(name for chunk in chunks for name in pc.unique(chunk).to_pylist()))
 
     def entry_codes(self, names: Sequence[str]) -> np.ndarray:
-        """The place in ``names`` of each dialogue's entry, int32 (dialogues,); -1 for others."""
+        """Return the position in ``names`` of the entry of each dialogue, int32 (dialogues,); -1 for other entries."""
         chunks, values = self.index.maps["dialogues"].chunks("entry"), pa.array(names, pa.string())
         codes = [pc.fill_null(pc.index_in(chunk, value_set=values), -1).to_numpy() for chunk in chunks]
         return np.concatenate([np.empty(0, dtype=np.int32), *codes])
 
 
 class MediaReader:
-    """Pixels of the media of all roots, by view: what decoding needs of a corpus. Usable from many threads."""
+    """Reads the pixels of media views of all roots. It can be used from many threads."""
 
-    def __init__(self, visuals: Sequence[MediaViews]) -> None:
-        self._visuals = list(visuals)
+    def __init__(self, media_views: Sequence[MediaViews]) -> None:
+        self._media_views = list(media_views)
         self._pages = ResidentPageLimiter(self._release)
 
     def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
-        """See :meth:`Visuals.read_frames`."""
+        """See :meth:`MediaViews.read_frames`."""
         self._pages.on_lookup()
-        self._visuals[view.root].read_frames(view, start, out)
+        self._media_views[view.root].read_frames(view, start, out)
 
     def read_image(self, view: MediaView, out: np.ndarray) -> None:
-        """See :meth:`Visuals.read_still`."""
+        """See :meth:`MediaViews.read_image`."""
         self._pages.on_lookup()
-        self._visuals[view.root].read_image(view, out)
+        self._media_views[view.root].read_image(view, out)
 
     def describe(self, view: MediaView) -> str:
-        """Shard and member of a medium, for messages."""
-        return self._visuals[view.root].describe(view)
+        """Name the shard and the member of a media item, for messages."""
+        return self._media_views[view.root].describe(view)
 
     def _release(self) -> None:
-        for visuals in self._visuals:
-            visuals.index.release()
+        for media_views in self._media_views:
+            media_views.index.drop_pages()
 
 
 class ConcatDataset:
-    """Dialogues of all roots by number; usable from many threads.
+    """Dialogues of all roots by number. It can be used from many threads.
 
-    ``length``, ``clips``, ``tiles`` and ``learned`` are int32 arrays (dialogues,), as of :class:`Tokens`.
+    ``length``, ``clips``, ``tiles`` and ``num_label_tokens`` are int32 arrays (dialogues,), as of :class:`TokenCache`.
     """
 
     length: np.ndarray
@@ -95,13 +95,15 @@ class ConcatDataset:
         self.parts = list(parts)
         sizes = [len(part.tokens.length) for part in parts]
         self.starts = np.cumsum([0, *sizes]).tolist()
-        for name in LENGTHS:
+        for name in LENGTH_NAMES:
             arrays = [getattr(part.tokens, name) for part in parts]
-            setattr(self, name, arrays[0] if len(parts) == 1 else np.concatenate(arrays))
-            for part, start, size in zip(parts, self.starts, sizes, strict=False):  # the roots' own become views
-                setattr(part.tokens, name, getattr(self, name)[start : start + size])
+            joined = arrays[0] if len(parts) == 1 else np.concatenate(arrays)
+            setattr(self, name, joined)
+            # the arrays of the roots become views of the joined one, so that memory holds each length once
+            for part, start, size in zip(parts, self.starts, sizes, strict=False):
+                setattr(part.tokens, name, joined[start : start + size])
         self._columns = [[part.index.dialogues[name] for name in ("key", "media", "entry")] for part in parts]
-        self._other: tuple[list[TokenCache], ConcatDataset] | None = None
+        self._other_epoch: tuple[list[TokenCache], ConcatDataset] | None = None
         self._pages = ResidentPageLimiter(self.release)
         self.media_reader = MediaReader([part.media_views for part in parts])
 
@@ -109,78 +111,79 @@ class ConcatDataset:
         return self.starts[-1]
 
     def for_epoch(self, epoch: int) -> ConcatDataset:
-        """The corpus as it is in one epoch; texts and lengths differ with ``compat: published`` only.
+        """Return the dataset of one epoch; only with ``compat: published`` do texts and lengths differ between epochs.
 
         Raises:
             ManifestError: an epoch after the last of ``train.epochs``, with ``compat: published``.
         """
         tokens = [part.tokens.for_epoch(epoch) for part in self.parts]
-        if all(there is part.tokens for there, part in zip(tokens, self.parts, strict=True)):
+        if all(new is part.tokens for new, part in zip(tokens, self.parts, strict=True)):
             return self
-        if self._other is None or any(a is not b for a, b in zip(tokens, self._other[0], strict=True)):
-            parts = [replace(part, tokens=there) for part, there in zip(self.parts, tokens, strict=True)]
-            self._other = tokens, ConcatDataset(parts)
-        return self._other[1]
+        if self._other_epoch is None or any(a is not b for a, b in zip(tokens, self._other_epoch[0], strict=True)):
+            parts = [replace(part, tokens=new) for part, new in zip(self.parts, tokens, strict=True)]
+            self._other_epoch = tokens, ConcatDataset(parts)
+        return self._other_epoch[1]
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Number of the root, and the row in its index, of a dialogue."""
+        """Return the number of the root of a dialogue, and the row in its index."""
         root = bisect_right(self.starts, number) - 1
         return root, number - self.starts[root]
 
     def key(self, number: int) -> str:
-        """The key of a dialogue."""
+        """Return the key of a dialogue."""
         root, row = self.locate(number)
         return self._columns[root][0][row].as_py()
 
     def views(self, number: int) -> list[MediaView]:
-        """What is shown of the media of a dialogue; see :meth:`Visuals.views`."""
+        """Return the media views of a dialogue; see :meth:`MediaViews.views`."""
         self._pages.on_lookup()
         root, row = self.locate(number)
         _, media, entry = self._columns[root]
-        visuals = self.parts[root].media_views
-        return visuals.views(media[row].as_py(), entry[row].as_py() if visuals.bounds else "")
+        media_views = self.parts[root].media_views
+        return media_views.views(media[row].as_py(), entry[row].as_py() if media_views.frame_bounds else "")
 
-    def text(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels of a dialogue, see :meth:`Tokens.of`; copies, so that no page is looked at later."""
+    def ids_and_labels(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return copies of the ids and labels of a dialogue, see :meth:`TokenCache.get`; no page is read later."""
         self._pages.on_lookup()
         root, row = self.locate(number)
         ids, labels = self.parts[root].tokens.get(row)
         return ids.copy(), labels.copy()
 
     def skip_reason(self, number: int) -> str:
-        """Why a dialogue cannot be used, or what it loses, see :meth:`Tokens.why`."""
+        """Explain why a dialogue cannot be used or is truncated, see :meth:`TokenCache.skip_reason`."""
         root, row = self.locate(number)
         return self.parts[root].tokens.skip_reason(row)
 
     def release(self) -> None:
-        """Give back the memory of what was read of indexes and token caches; see :mod:`framestream.pipeline.utils.arrow_mmap`."""
+        """Release the memory of indexes and token caches, see :mod:`framestream.pipeline.utils.arrow_mmap`."""
         for part in self.parts:
-            part.index.release()
+            part.index.drop_pages()
             part.tokens.release()
 
 
 def mix_roots(manifest: Manifest) -> tuple[MixRootConfig, ...]:
-    """What is read: ``mix``, or the stage's own shards once."""
+    """Return the shard roots to read: ``mix``, or the shards of the stage."""
     return manifest.mix or (MixRootConfig(root=str(manifest.shard_address)),)
 
 
 def open_dataset(manifest: Manifest) -> ConcatDataset:
-    """All roots of ``manifest``, checked against it; each is tokenised once where needed.
+    """Open all roots of ``manifest``, check them against it, and tokenize them if they are not tokenized yet.
 
     Raises:
-        ShardsError: shards are not there, or cannot give the frames that are wanted.
+        ShardsError: shards are missing, or do not contain the frames of the manifest.
         ManifestError: the tokenizer cannot be loaded, or ``mix`` names an entry that a root does not have.
     """
     roots, opened = mix_roots(manifest), []
     for number, root in enumerate(roots):
-        index, visuals = _open(manifest, number, root)
+        index, media_views = _open(manifest, number, root)
         index.validate_manifest(manifest)
-        for place, entry in enumerate(root.entries):
-            index.check_frames(entry.frames(manifest.frames), f"mix[{number}].entries[{place}]")
-        opened.append((index, visuals))
-    conversation = build_chat_template(manifest)
+        for position, entry in enumerate(root.entries):
+            index.validate_frames(entry.bound_frames(manifest.frames), f"mix[{number}].entries[{position}]")
+        opened.append((index, media_views))
+    chat_template = build_chat_template(manifest)
     parts = [
-        DatasetPart(index, visuals, TokenCache(index, manifest, conversation, visuals)) for index, visuals in opened
+        DatasetPart(index, media_views, TokenCache(index, manifest, chat_template, media_views))
+        for index, media_views in opened
     ]
     for number, (root, part) in enumerate(zip(roots, parts, strict=True)):
         _check_entries(number, root, part)
@@ -188,7 +191,7 @@ def open_dataset(manifest: Manifest) -> ConcatDataset:
 
 
 def open_media_reader(manifest: Manifest) -> MediaReader:
-    """The pixels alone, of roots that :func:`open_corpus` has checked; ShardsError if they cannot be opened."""
+    """Open only the pixels of roots that :func:`open_dataset` has checked; ShardsError if they cannot be opened."""
     return MediaReader([_open(manifest, number, root)[1] for number, root in enumerate(mix_roots(manifest))])
 
 
@@ -198,9 +201,9 @@ def _open(manifest: Manifest, number: int, root: MixRootConfig) -> tuple[Index, 
 
 
 def _check_entries(number: int, root: MixRootConfig, part: DatasetPart) -> None:
-    there = part.entry_names() if root.entries else []
-    for place, entry in enumerate(root.entries):
-        if entry.entry not in there:
-            near = difflib.get_close_matches(entry.entry, there, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(there[:8])}"
-            raise ManifestError(f"mix[{number}].entries[{place}].entry: {root.root} has no {entry.entry}; {hint}")
+    names = part.entry_names() if root.entries else []
+    for position, entry in enumerate(root.entries):
+        if entry.entry not in names:
+            near = difflib.get_close_matches(entry.entry, names, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(names[:8])}"
+            raise ManifestError(f"mix[{number}].entries[{position}].entry: {root.root} has no {entry.entry}; {hint}")

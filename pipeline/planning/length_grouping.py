@@ -1,10 +1,12 @@
-"""Orders of an epoch that group dialogues by kind and length: the published sampler's, for global batches.
+"""Epoch orders that group dialogues by modality and length: the published sampler, for global batches.
 
-Each takes ``lengths``, int (n,), n at least 1, and gives places in it, int64; slice k of ``size`` of them is global
-batch k. Where kinds count, lengths are positive with media and negative for text. Within a global batch dialogues stand
-as ``shares`` of about equal length, one after the other: the published code gives one share to each rank, here packing
-deals them out anew. Randomness comes from the generators given alone, in the published order, so that equal seeds give
-the published orders (``tests/golden/length_grouping``). The published training used :func:`modality`.
+Each function takes ``lengths``, int (n,) with n at least 1, and returns indices into it, int64. Slice k of ``size``
+indices is global batch k. Where the modality matters, lengths are positive for dialogues with media and negative for
+text. Within a global batch, dialogues stand as ``chunks`` of similar total length, one after the other. The published
+code gives one chunk to each rank; here packing distributes them differently.
+
+Random numbers come only from the given generators, in the published order. So equal seeds give the published orders
+(``tests/golden/length_grouping``). The published training used :func:`modality_grouped`.
 """
 
 from __future__ import annotations
@@ -16,119 +18,125 @@ import numpy as np
 import torch
 
 WINDOW = 8  #: global batches that ``length_windows`` shuffles together
-CHUNK = 50  #: global batches, at most, that ``length`` sorts together
-CHUNKS = 4  #: chunks, at least, of an epoch that has as many global batches
+CHUNK = 50  #: most global batches that ``length`` sorts together
+CHUNKS = 4  #: fewest groups of an epoch that ``length`` sorts separately, if the epoch has as many global batches
 
 
-def random_batches(lengths: np.ndarray, size: int, shares: int, generator: torch.Generator) -> np.ndarray:
-    """A permutation, cut into global batches; lengths decide places within them alone."""
+def random_batches(lengths: np.ndarray, size: int, chunks: int, generator: torch.Generator) -> np.ndarray:
+    """Cut a permutation into global batches; lengths only decide the positions within them."""
     batches = _slices(_permutation(len(lengths), generator), size)
-    return _joined(_shared(batch, lengths, shares) for batch in batches)
+    return _join(_chunked(batch, lengths, chunks) for batch in batches)
 
 
-def length_grouped(lengths: np.ndarray, size: int, shares: int, generator: torch.Generator) -> np.ndarray:
-    """Global batches of like lengths: chunks of a permutation, each sorted, cut into global batches in random order.
+def length_grouped(lengths: np.ndarray, size: int, chunks: int, generator: torch.Generator) -> np.ndarray:
+    """Group global batches by length: sort parts of a permutation, cut them into batches, and shuffle the batches.
 
-    The first chunk's longest dialogue changes places with the longest of all.
+    The longest dialogue of the first part and the longest of all swap positions.
     """
-    chunk = size * max(1, min(len(lengths) // (size * CHUNKS), CHUNK))
-    chunks = [_falling(part, lengths) for part in _slices(_permutation(len(lengths), generator), chunk)]
-    longest = int(np.argmax([lengths[part[0]] for part in chunks]))
-    chunks[0][0], chunks[longest][0] = chunks[longest][0], chunks[0][0]
-    batches = [_shared(batch, lengths, shares) for batch in _slices(_joined(chunks), size)]
-    return _joined(_shuffled(batches, generator))
+    part_size = size * max(1, min(len(lengths) // (size * CHUNKS), CHUNK))
+    parts = [_sort_descending(part, lengths) for part in _slices(_permutation(len(lengths), generator), part_size)]
+    longest = int(np.argmax([lengths[part[0]] for part in parts]))
+    parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
+    batches = [_chunked(batch, lengths, chunks) for batch in _slices(_join(parts), size)]
+    return _join(_shuffle(batches, generator))
 
 
 def length_grouped_windows(lengths: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
-    """Global batches of like lengths: all sorted, shuffled within windows of 8, cut, in random order."""
+    """Group global batches by length: sort all, shuffle within windows of 8 batches, cut, and shuffle the batches."""
     rank = _permutation(len(lengths), generator)
-    windows = _slices(_falling(np.arange(len(lengths)), lengths), size * WINDOW)
-    batches = _slices(_joined(_falling(window, rank) for window in windows), size)
-    return _joined(_shuffled(batches, generator))
+    windows = _slices(_sort_descending(np.arange(len(lengths)), lengths), size * WINDOW)
+    batches = _slices(_join(_sort_descending(window, rank) for window in windows), size)
+    return _join(_shuffle(batches, generator))
 
 
 def modality_grouped(
-    lengths: np.ndarray, size: int, shares: int, generator: torch.Generator, within: torch.Generator | None = None
+    lengths: np.ndarray, size: int, chunks: int, generator: torch.Generator, within: torch.Generator | None = None
 ) -> np.ndarray:
-    """Global batches of one kind, :func:`plain` within each, in random order; what is left of both stands last.
+    """Make global batches of one modality, each as in :func:`random_batches`, in random order.
 
-    ``within`` draws the order within each kind where both are there; ``generator`` if not given. ValueError where a
-    length is 0, which is of no kind.
+    The incomplete last batches of both modalities come at the end.
+
+    Args:
+        within: draws the order within each modality if both are present; ``generator`` if not given.
+
+    Raises:
+        ValueError: a length is 0, which belongs to no modality.
     """
-    return _by_kind(random_batches, lengths, size, shares, generator, within, keep_rest=True)
+    return _group_by_modality(random_batches, lengths, size, chunks, generator, within, keep_rest=True)
 
 
 def modality_length_grouped(
-    lengths: np.ndarray, size: int, shares: int, generator: torch.Generator, within: torch.Generator | None = None
+    lengths: np.ndarray, size: int, chunks: int, generator: torch.Generator, within: torch.Generator | None = None
 ) -> np.ndarray:
-    """As :func:`modality`, with :func:`length` within each kind and without the last global batch of either.
+    """Make global batches of one modality as :func:`modality_grouped`, each as in :func:`length_grouped`.
 
-    Where there is one kind alone, nothing is dropped. The order may be empty.
+    The last global batch of each modality is dropped. If there is only one modality, nothing is dropped. The order may
+    be empty.
     """
-    return _by_kind(length_grouped, lengths, size, shares, generator, within, keep_rest=False)
+    return _group_by_modality(length_grouped, lengths, size, chunks, generator, within, keep_rest=False)
 
 
-def split_by_length(places: np.ndarray, lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
-    """``places`` dealt out in order, each to the chunk of least total length with room, the first of equals.
+def split_by_length(indices: np.ndarray, lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
+    """Distribute ``indices`` in order, each to the chunk of least total length with room; the first of equals wins.
 
-    Where ``chunks`` does not divide their number, every ``chunks``-th goes to one chunk instead.
+    If ``chunks`` does not divide their number, every ``chunks``-th index goes to the same chunk instead.
     """
-    room, rest = divmod(len(places), chunks)
+    room, rest = divmod(len(indices), chunks)
     if rest:
-        return [places[start::chunks] for start in range(chunks)]
-    dealt: list[list[int]] = [[] for _ in range(chunks)]
-    least = [(0, chunk) for chunk in range(chunks)]
-    for place, size in zip(places.tolist(), lengths[places].tolist(), strict=True):
-        total, chunk = heapq.heappop(least)
-        dealt[chunk].append(place)
-        if len(dealt[chunk]) < room:
-            heapq.heappush(least, (total + size, chunk))
-    return [np.array(chunk, dtype=np.int64) for chunk in dealt]
+        return [indices[start::chunks] for start in range(chunks)]
+    members: list[list[int]] = [[] for _ in range(chunks)]
+    heap = [(0, chunk) for chunk in range(chunks)]
+    for index, length in zip(indices.tolist(), lengths[indices].tolist(), strict=True):
+        total, chunk = heapq.heappop(heap)
+        members[chunk].append(index)
+        if len(members[chunk]) < room:
+            heapq.heappush(heap, (total + length, chunk))
+    return [np.array(chunk, dtype=np.int64) for chunk in members]
 
 
-def _by_kind(
-    inner: Callable[[np.ndarray, int, int, torch.Generator], np.ndarray],
+def _group_by_modality(
+    order: Callable[[np.ndarray, int, int, torch.Generator], np.ndarray],
     lengths: np.ndarray,
     size: int,
-    shares: int,
+    chunks: int,
     generator: torch.Generator,
     within: torch.Generator | None,
     keep_rest: bool,
 ) -> np.ndarray:
     if not lengths.all():
-        raise ValueError(f"the length at place {int(np.flatnonzero(lengths == 0)[0])} is 0, neither media nor text")
+        raise ValueError(f"the length at index {int(np.flatnonzero(lengths == 0)[0])} is 0, neither media nor text")
     media, text = np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)
     if not len(media) or not len(text):
-        return inner(lengths, size, shares, generator)
-    kinds = [
-        _slices(places[inner(np.abs(lengths[places]), size, shares, within or generator)], size)
-        for places in (media, text)
+        return order(lengths, size, chunks, generator)
+    modalities = [
+        _slices(indices[order(np.abs(lengths[indices]), size, chunks, within or generator)], size)
+        for indices in (media, text)
     ]
-    batches = _shuffled([batch for kind in kinds for batch in kind[:-1]], generator)
-    rest = [np.sort(np.concatenate([kind[-1] for kind in kinds]))] if keep_rest else []
-    return _joined([*batches, *rest])
+    batches = _shuffle([batch for modality in modalities for batch in modality[:-1]], generator)
+    rest = [np.sort(np.concatenate([modality[-1] for modality in modalities]))] if keep_rest else []
+    return _join([*batches, *rest])
 
 
-def _shared(batch: np.ndarray, lengths: np.ndarray, shares: int) -> np.ndarray:
-    return np.concatenate(split_by_length(_falling(batch, lengths), lengths, shares))
+def _chunked(batch: np.ndarray, lengths: np.ndarray, chunks: int) -> np.ndarray:
+    return np.concatenate(split_by_length(_sort_descending(batch, lengths), lengths, chunks))
 
 
-def _falling(places: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """``places`` by falling value, equals in the order they had."""
-    return places[np.argsort(-by[places], kind="stable")]
+def _sort_descending(indices: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Sort ``indices`` by descending value in ``by``; equals stay in their order."""
+    return indices[np.argsort(-by[indices], kind="stable")]
 
 
 def _permutation(count: int, generator: torch.Generator) -> np.ndarray:
     return torch.randperm(count, generator=generator).numpy()
 
 
-def _shuffled(batches: list[np.ndarray], generator: torch.Generator) -> list[np.ndarray]:
+def _shuffle(batches: list[np.ndarray], generator: torch.Generator) -> list[np.ndarray]:
     return [batches[i] for i in _permutation(len(batches), generator)]
 
 
-def _slices(places: np.ndarray, size: int) -> list[np.ndarray]:
-    return [places[start : start + size] for start in range(0, len(places), size)]
+def _slices(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+def _join(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])

@@ -126,6 +126,7 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("train.connector.lr=0", "train.connector.lr: a trained part needs a learning rate above 0"),
         ("train.dtype=bf-16", "train.dtype: 'bf-16' (str) is not one of bf16, fp32; did you mean `bf16`?"),
         ("frames=8", "frames: expected a mapping with the fields of Frames, got 8 (int)"),
+        ("batching.cost=3", "batching.cost: expected a mapping with the fields of Cost, got 3 (int)"),
         ("data.entries=clips.json", "data.entries: expected a list, got 'clips.json' (str)"),
         ("data.entries=[]", "data.entries: the list is empty"),
         ("frames.sampler=midle", "frames.sampler: 'midle' is not middle, dynamic_fps1, rand or fpsX"),

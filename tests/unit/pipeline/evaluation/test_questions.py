@@ -65,10 +65,10 @@ def test_another_questions_media_come_with_their_own_message(root):
 
 def test_only_what_precedes_the_answer_is_shown(tmp_path):
     made = Root(tmp_path)
-    first, second, still = made.video(8, 8), made.video(9, 9), made.still(150, 60)
+    first, second, image = made.video(8, 8), made.video(9, 9), made.still(150, 60)
     made.dialogue(turns("Hello", "Hi", "<image>\nWhich?", "This.", "<image>\nNo answer."), [first, second], split="val")
     made.dialogue(turns("Only a question"), split="val")
-    made.dialogue(turns("<image>\nColours?", "Four."), [still], split="val")
+    made.dialogue(turns("<image>\nColours?", "Four."), [image], split="val")
     made.dialogue(turns("Text?", "Yes."), split="val")
     questions = Questions(manifest(made.write()))
     assert [questions[i].answer for i in range(len(questions))] == ["This.", "Four.", "Yes."]

@@ -1,4 +1,4 @@
-"""Several roots as one: what epochs hold of each against a plain count, interruptions, and what is refused."""
+"""Several roots as one dataset: contents of epochs against a plain count, interruptions, and what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZES = {"one": {"a": 7, "b": 5, "c": 1}, "two": {"a": 6, "d": 11}}  #: usable d
 
 
 def make_root(folder: Path, sizes: dict[str, int]) -> Path:
-    """A root of ``sizes`` by entry, entries in turn, a val dialogue and a spoilt one; its stage folder."""
+    """A root of ``sizes`` by entry, entries in turn, a val dialogue and an unusable one; return its stage folder."""
     root = Root(folder)
     video = root.video(40, 16)
     left = dict(sizes)
@@ -59,8 +59,8 @@ def roots(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def entry_of(roots) -> dict[str, tuple[str, str]]:
     """Root and entry of every usable dialogue, by key."""
-    corpus, found = both(roots), {}
-    for name, part in zip(SIZES, corpus.parts, strict=True):
+    dataset, found = both(roots), {}
+    for name, part in zip(SIZES, dataset.parts, strict=True):
         for row, dialogue in enumerate(part.index.dialogues.to_pylist()):
             if dialogue["split"] == "train" and part.tokens.num_label_tokens[row]:
                 found[dialogue["key"]] = name, dialogue["entry"]
@@ -82,7 +82,7 @@ def both(roots: Path) -> ConcatDataset:
 
 
 def count_of(size: int, repeat: float, cap: int | None) -> int:
-    """Appearances of an entry by hand: half of one is rounded up."""
+    """Samples of an entry, computed directly: half a sample is rounded up."""
     wanted = (2 * Fraction(str(repeat)) * size + 1) // 2
     return int(wanted if cap is None else min(wanted, cap))
 
@@ -103,7 +103,7 @@ caps = st.one_of(st.none(), st.integers(1, 12))
     st.dictionaries(st.sampled_from([(r, e) for r in SIZES for e in SIZES[r]]), st.tuples(repeats, caps)),
     st.sampled_from(ORDERS[:5:4] + ("sequential",)),
 )
-def test_epochs_hold_every_dialogue_as_often_as_the_manifest_says(roots, entry_of, root_repeats, named, order):
+def test_epochs_repeat_every_dialogue_as_often_as_the_manifest_says(roots, entry_of, root_repeats, named, order):
     mix = [
         {
             "root": name,
@@ -114,21 +114,21 @@ def test_epochs_hold_every_dialogue_as_often_as_the_manifest_says(roots, entry_o
     ]
     batching = {"global_batch": 9, "row_multiple": 2, "order": order}
     plan = EpochPlan(both(roots), mixed(roots, mix, batching=batching), "train")
-    # Entries that are not named are one pool: together they have so many appearances.
+    # Entries that are not named are one pool: their samples are counted together.
     pools = {(name, e): (name, e) if (name, e) in named else (name, "") for name in SIZES for e in SIZES[name]}
-    size = Counter(pools[place] for place in entry_of.values())
+    size = Counter(pools[origin] for origin in entry_of.values())
     wanted = {pool: count_of(n, *named.get(pool, (root_repeats[pool[0]], None))) for pool, n in size.items()}
     over_epochs: Counter[str] = Counter()
     for epoch in range(4):
         times = Counter(epoch_keys(plan, epoch))
         assert Counter(pools[entry_of[key]] for key in times.elements()) == {p: n for p, n in wanted.items() if n}
-        for key, place in entry_of.items():
-            least, more = divmod(wanted[pools[place]], size[pools[place]])
+        for key, origin in entry_of.items():
+            least, more = divmod(wanted[pools[origin]], size[pools[origin]])
             assert least <= times[key] <= least + bool(more)
         over_epochs += times
         for pool in size:
-            seen = [over_epochs[key] for key, place in entry_of.items() if pools[place] == pool]
-            assert max(seen) - min(seen) <= 1, "over epochs all appear equally often"
+            seen = [over_epochs[key] for key, origin in entry_of.items() if pools[origin] == pool]
+            assert max(seen) - min(seen) <= 1, "over epochs, all dialogues appear equally often"
 
 
 @settings(max_examples=30, deadline=None)
@@ -188,15 +188,15 @@ def test_interruptions_of_random_indexes(tmp_path_factory, sizes, repeats, weigh
     interrupted(open_dataset(made), made, stops)
 
 
-def interrupted(corpus: ConcatDataset, made: Manifest, stops: list[tuple[int, int]]) -> None:
+def interrupted(dataset: ConcatDataset, made: Manifest, stops: list[tuple[int, int]]) -> None:
     """A run that stops after so many global batches on so many ranks has those of one that does not stop."""
     got, state = [], None
     for world, count in [*stops, (2, 10**6)]:
-        done, state = run(EpochPlan(corpus, made, "train"), world, count, state)
+        done, state = run(EpochPlan(dataset, made, "train"), world, count, state)
         got += done
     straight, rest = [], None
     while rest is None or rest["epoch"] < state["epoch"]:
-        done, rest = run(EpochPlan(corpus, made, "train"), 1, 10**6, rest)
+        done, rest = run(EpochPlan(dataset, made, "train"), 1, 10**6, rest)
         straight += done
     assert got == straight and rest == state
 
@@ -247,33 +247,33 @@ def test_a_root_alone_is_read_as_without_a_mix(roots):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "places"), [("first:2", [0, 1]), ("first2:3", [3, 4, 5]), ("end:50%", [4, 5, 6, 7])]
+    ("sampling", "positions"), [("first:2", [0, 1]), ("first2:3", [3, 4, 5]), ("end:50%", [4, 5, 6, 7])]
 )
-def test_sampling_counts_the_dialogues_of_the_entry_in_the_index(roots, sampling, places):
+def test_sampling_counts_the_dialogues_of_the_entry_in_the_index(roots, sampling, positions):
     """Entry a of the first root has eight; the last cannot be used, and is left out only where it is taken."""
     made = mixed(roots, [{"root": "one", "repeat": 0, "entries": [{"entry": "a", "sampling": sampling, "repeat": 1}]}])
-    corpus = open_dataset(made)
-    plan = EpochPlan(corpus, made, "train")
-    rows = corpus.parts[0].index.dialogues.to_pylist()
+    dataset = open_dataset(made)
+    plan = EpochPlan(dataset, made, "train")
+    rows = dataset.parts[0].index.dialogues.to_pylist()
     keys = [row["key"] for row in rows if row["entry"] == "a"]
-    assert sorted(epoch_keys(plan, 0)) == sorted(keys[place] for place in places if place < 7)
-    assert [corpus.key(n) for n in plan.excluded.tolist()] == [keys[7]] * (7 in places)
+    assert sorted(epoch_keys(plan, 0)) == sorted(keys[position] for position in positions if position < 7)
+    assert [dataset.key(n) for n in plan.excluded.tolist()] == [keys[7]] * (7 in positions)
 
 
 def test_entries_have_frames_of_their_own(roots):
     entries = [{"entry": "a", "min": 12, "max": 12}, {"entry": "d", "max": 8}]
     made = mixed(roots, [{"root": "two", "entries": entries}], frames__max=16, frames__min=8)
-    corpus = open_dataset(made)
+    dataset = open_dataset(made)
     frames = {"a": 12, "d": 8}
     seen = Counter()
     for row in build_loader(made):
-        numbers = [n for n in range(len(corpus)) if corpus.key(n) in row.keys]
-        entries = [corpus.parts[0].index.dialogues["entry"][n].as_py() for n in numbers if corpus.clips[n]]
+        numbers = [n for n in range(len(dataset)) if dataset.key(n) in row.keys]
+        entries = [dataset.parts[0].index.dialogues["entry"][n].as_py() for n in numbers if dataset.clips[n]]
         assert len(row.clips) * 4 == sum(frames[entry] for entry in entries)
         seen += Counter(entries)
     assert seen == {"a": 2, "d": 3}
     assert (
-        corpus.parts[0].tokens.fingerprint != open_dataset(mixed(roots, [{"root": "two"}])).parts[0].tokens.fingerprint
+        dataset.parts[0].tokens.fingerprint != open_dataset(mixed(roots, [{"root": "two"}])).parts[0].tokens.fingerprint
     )
 
 
@@ -294,11 +294,11 @@ def test_entries_have_frames_of_their_own(roots):
         (
             [{"root": "one", "weight": 9, "entries": [{"entry": "a", "cap": 1}, {"entry": "b", "cap": 1},
               {"entry": "c", "cap": 1}, {"entry": "held out", "repeat": 0}]}, {"root": "two", "weight": 1}],
-            r"mix\[0\].weight: is 18 of 20 dialogues .* \(18 are wanted and 3 can be had\)",
+            r"mix\[0\].weight: is 18 of 20 dialogues .* \(18 requested, 3 available\)",
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(roots, mix, message):
+def test_impossible_mixes_are_refused_in_one_line(roots, mix, message):
     with pytest.raises(ManifestError, match=message) as caught:
         build_loader(mixed(roots, mix))
     assert "\n" not in str(caught.value)
@@ -323,7 +323,7 @@ def test_a_state_of_another_mix_is_refused_and_a_root_may_move(roots, tmp_path):
     build_loader(mixed(tmp_path, mix)).load_state_dict(state)
 
 
-def test_contents_are_what_the_first_epoch_holds(roots, entry_of):
+def test_summary_equals_the_contents_of_the_first_epoch(roots, entry_of):
     mix = [{"root": "one", "repeat": 2.5}, {"root": "two", "entries": [{"entry": "d", "cap": 4}]}]
     made = mixed(roots, mix, batching={"global_batch": 9, "row_multiple": 2})
     loader = build_loader(made)
@@ -331,29 +331,31 @@ def test_contents_are_what_the_first_epoch_holds(roots, entry_of):
     rows = list(loader)
     keys = Counter(key for row in rows for key in row.keys)
     shares = {(Path(share.root).parent.name, share.entry): share for share in report.entries}
-    for place, share in shares.items():
-        mine = {key: count for key, count in keys.items() if entry_of[key] == place}
+    for origin, share in shares.items():
+        mine = {key: count for key, count in keys.items() if entry_of[key] == origin}
         assert (share.dialogues, share.num_samples) == (len(mine), sum(mine.values()))
     assert sum(share.num_samples for share in report.entries) == sum(keys.values()) == 33 + 6 + 4
     assert sum(share.tokens for share in report.entries) == sum(row.tokens for row in rows)
     assert sum(share.frames for share in report.entries) == sum(row.frames for row in rows)
-    assert sum(share.num_label_tokens for share in report.entries) == sum(int((row.labels != -100).sum()) for row in rows)
+    assert sum(share.num_label_tokens for share in report.entries) == sum(
+        int((row.labels != -100).sum()) for row in rows
+    )
     assert report.fill == pytest.approx(sum(row.tokens for row in rows) / (1024 * len(rows)))
     assert 0 < report.balance <= 1 and report.num_excluded == 2 and report.num_batches == len(loader)
     lines = str(report).splitlines()
-    assert lines[0].split() == ["entry", "dialogues", "appearances", "frames", "tokens", "learned", "root"]
+    assert lines[0].split() == ["entry", "dialogues", "samples", "frames", "tokens", "labels", "root"]
     assert lines[-3].split()[:3] == ["all", str(len(keys)), "43"] and "balance" in lines[-2]
 
 
 def test_numbers_say_root_and_row(roots):
-    corpus = both(roots)
-    assert len(corpus) == 15 + 19
-    assert [corpus.locate(n) for n in (0, 14, 15, 33)] == [(0, 0), (0, 14), (1, 0), (1, 18)]
-    for number in range(len(corpus)):
-        root, row = corpus.locate(number)
-        assert corpus.key(number) == corpus.parts[root].index.dialogues["key"][row].as_py()
-        assert all(view.root == root for view in corpus.views(number))
-    before = [corpus.ids_and_labels(n)[0].tolist() for n in range(len(corpus))]
-    corpus.release()
-    assert [corpus.ids_and_labels(n)[0].tolist() for n in range(len(corpus))] == before
-    assert np.array_equal(corpus.length[15:], corpus.parts[1].tokens.length)
+    dataset = both(roots)
+    assert len(dataset) == 15 + 19
+    assert [dataset.locate(n) for n in (0, 14, 15, 33)] == [(0, 0), (0, 14), (1, 0), (1, 18)]
+    for number in range(len(dataset)):
+        root, row = dataset.locate(number)
+        assert dataset.key(number) == dataset.parts[root].index.dialogues["key"][row].as_py()
+        assert all(view.root == root for view in dataset.views(number))
+    before = [dataset.ids_and_labels(n)[0].tolist() for n in range(len(dataset))]
+    dataset.release()
+    assert [dataset.ids_and_labels(n)[0].tolist() for n in range(len(dataset))] == before
+    assert np.array_equal(dataset.length[15:], dataset.parts[1].tokens.length)

@@ -1,4 +1,4 @@
-"""Orders grouped by kind and length against the published sampler's, and what each promises of its global batches."""
+"""Epoch orders grouped by modality and length: equal to the published sampler, and properties of global batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_golden_length_grouping(row):
 @pytest.mark.parametrize("row", groupings(refused=True))
 def test_golden_length_grouping_refused(row):
     for grouped in (grouping.modality_grouped, grouping.modality_length_grouped):
-        with pytest.raises(ValueError, match=f"place {row['lengths'].index(0)} is 0"):
+        with pytest.raises(ValueError, match=f"index {row['lengths'].index(0)} is 0"):
             grouped(np.array(row["lengths"]), 2, 1, torch.Generator())
 
 
@@ -68,8 +68,8 @@ def epochs(draw) -> tuple[np.ndarray, int, int, torch.Generator]:
     return np.array(lengths), draw(st.integers(1, 30)), draw(st.integers(1, 8)), generator
 
 
-def slices(places: np.ndarray, size: int) -> list[np.ndarray]:
-    return [places[start : start + size] for start in range(0, len(places), size)]
+def slices(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def kinds(lengths: np.ndarray, batch: np.ndarray) -> int:
@@ -79,36 +79,36 @@ def kinds(lengths: np.ndarray, batch: np.ndarray) -> int:
 @given(epochs())
 def test_modality_batches_hold_one_kind_and_every_dialogue_once(epoch):
     lengths, size, shares, generator = epoch
-    places = grouping.modality_grouped(lengths, size, shares, generator)
-    assert sorted(places) == list(range(len(lengths)))
+    indices = grouping.modality_grouped(lengths, size, shares, generator)
+    assert sorted(indices) == list(range(len(lengths)))
     counts = [int((lengths > 0).sum()), int((lengths < 0).sum())]
     whole = sum(-(-count // size) - 1 for count in counts) if all(counts) else -(-len(lengths) // size)
-    batches = slices(places, size)
+    batches = slices(indices, size)
     assert all(kinds(lengths, batch) == 1 for batch in batches[:whole])
     assert len(batches) - whole <= 2  # what is left of both kinds, up to a global batch of each
-    assert places[whole * size :].tolist() == sorted(places[whole * size :])
+    assert indices[whole * size :].tolist() == sorted(indices[whole * size :])
 
 
 @given(epochs())
 def test_modality_length_has_whole_batches_of_one_kind(epoch):
     lengths, size, shares, generator = epoch
-    places = grouping.modality_length_grouped(lengths, size, shares, generator)
+    indices = grouping.modality_length_grouped(lengths, size, shares, generator)
     counts = [int((lengths > 0).sum()), int((lengths < 0).sum())]
     if not all(counts):
-        assert sorted(places) == list(range(len(lengths)))
+        assert sorted(indices) == list(range(len(lengths)))
         return
-    assert len(set(places.tolist())) == len(places) == sum((-(-count // size) - 1) * size for count in counts)
-    assert all(kinds(lengths, batch) == 1 for batch in slices(places, size))
+    assert len(set(indices.tolist())) == len(indices) == sum((-(-count // size) - 1) * size for count in counts)
+    assert all(kinds(lengths, batch) == 1 for batch in slices(indices, size))
 
 
-def spread(lengths: np.ndarray, places: np.ndarray, size: int) -> float:
+def spread(lengths: np.ndarray, indices: np.ndarray, size: int) -> float:
     """Mean over global batches of the longest length over the mean."""
-    return float(np.mean([lengths[batch].max() / lengths[batch].mean() for batch in slices(places, size)]))
+    return float(np.mean([lengths[batch].max() / lengths[batch].mean() for batch in slices(indices, size)]))
 
 
 def test_batches_of_like_lengths_are_alike_and_come_in_random_order():
     lengths, size = np.random.default_rng(0).integers(1, 10_000, 8192), 32
-    places = {
+    indices = {
         name: made(lengths, size, *shares, torch.Generator().manual_seed(1))
         for name, made, shares in (
             ("plain", grouping.random_batches, [4]),
@@ -116,16 +116,16 @@ def test_batches_of_like_lengths_are_alike_and_come_in_random_order():
             ("windows", grouping.length_grouped_windows, []),
         )
     }
-    for order in places.values():
+    for order in indices.values():
         assert sorted(order) == list(range(len(lengths)))
         means = [lengths[batch].mean() for batch in slices(order, size)]
         assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25  # 256 batches: standard deviation 0.06
-    assert spread(lengths, places["plain"], size) > 1.8
-    assert max(spread(lengths, places[name], size) for name in ("length", "windows")) < 1.2
+    assert spread(lengths, indices["plain"], size) > 1.8
+    assert max(spread(lengths, indices[name], size) for name in ("length", "windows")) < 1.2
 
 
 @given(epochs())
-def test_a_batch_is_dealt_out_whole_and_evenly(epoch):
+def test_a_batch_is_split_completely_and_evenly(epoch):
     lengths, size, shares, _ = epoch
     lengths = np.abs(lengths)
     batch = np.argsort(-lengths, kind="stable")[:size]

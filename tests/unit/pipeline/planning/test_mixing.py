@@ -111,7 +111,7 @@ def test_whole_parts_add_up_and_keep_to_weights_and_limits(total, parts):
     weights, limits = ([part[i] for part in parts] for i in (0, 1))
     room = sum(total if limit is None else limit for weight, limit in parts if weight)
     if room < total:
-        with pytest.raises(ValueError, match=f"{total} are wanted and {room} can be had"):
+        with pytest.raises(ValueError, match=f"{total} requested, {room} available"):
             apportion(total, weights, limits)
         return
     got = apportion(total, weights, limits)

@@ -1,4 +1,4 @@
-"""Rows: every dialogue in one, none too long, as few as the packing allows, balanced."""
+"""Packed rows: every dialogue in one row, no row too long, few and balanced rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def exact_rows(lengths: list[int], limit: int) -> int:
     """The least possible number of rows, by trying everything."""
     best = len(lengths)
 
-    def place(i: int, rows: list[int]) -> None:
+    def assign(i: int, rows: list[int]) -> None:
         nonlocal best
         if len(rows) >= best and i < len(lengths):
             return
@@ -52,10 +52,10 @@ def exact_rows(lengths: list[int], limit: int) -> int:
             return
         for r in range(len(rows)):
             if rows[r] + lengths[i] <= limit:
-                place(i + 1, [*rows[:r], rows[r] + lengths[i], *rows[r + 1 :]])
-        place(i + 1, [*rows, lengths[i]])
+                assign(i + 1, [*rows[:r], rows[r] + lengths[i], *rows[r + 1 :]])
+        assign(i + 1, [*rows, lengths[i]])
 
-    place(0, [])
+    assign(0, [])
     return best
 
 
@@ -71,7 +71,7 @@ def test_rows_are_balanced_when_no_dialogue_dominates(seed, count):
     lengths = np.random.default_rng(seed).integers(200, 2000, 256)
     cost = costs(CostModel(patch=0, token=1, pair=1e-4), lengths, lengths)
     totals = np.array([cost[row].sum() for row in pack(lengths, cost, 10**6, count)])
-    # Greedy placing never lifts a row above the mean by more than one dialogue (Graham 1969).
+    # Greedy packing never lifts a row above the mean by more than one dialogue (Graham 1969).
     assert totals.max() <= totals.mean() + cost.max()
     assert totals.mean() / totals.max() > 0.95
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from framestream.pipeline.config.manifest import ManifestError
 from framestream.pipeline.tokenization.chat_template import (
     IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
     IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
     ChatTemplate,
     load_tokenizer,
     preprocess_multimodal,
-    split_last_answer,
     repeat_preprocessing,
+    split_last_answer,
     turn_text,
 )
 from tests.helpers.golden_data import json_file

@@ -1,4 +1,4 @@
-"""The token cache: its rows, when it is made, and what a limit on length does."""
+"""The token cache: its rows, when it is built, and the effect of a limit on length."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def root(tmp_path_factory):
 def test_rows_are_the_dialogues_one_by_one(root):
     tokens = open_tokens(root)
     made = manifest(root)
-    index, conversation = Index.open(made.shard_root), ChatTemplate(made.text)
-    visuals = MediaViews(index, made)
+    index, chat_template = Index.open(made.shard_root), ChatTemplate(made.text)
+    media_views = MediaViews(index, made)
     assert len(tokens.length) == len(index.dialogues)
     for row, dialogue in enumerate(index.dialogues.to_pylist()):
-        views = visuals.views(dialogue["media"])
-        ids, labels = conversation.encode(
+        views = media_views.views(dialogue["media"])
+        ids, labels = chat_template.encode(
             json.loads(dialogue["conversations"]), [v.kind for v in views], [v.message for v in views]
         )
         got_ids, got_labels = tokens.get(row)
@@ -55,10 +55,10 @@ def test_rows_are_the_dialogues_one_by_one(root):
     assert not refused(tokens) and not len(tokens.truncated)
 
 
-def test_made_once_and_again_for_other_settings(root, monkeypatch):
+def test_built_once_and_again_for_other_settings(root, monkeypatch):
     first = open_tokens(root)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_build", lambda *_: pytest.fail("tokenised twice"))
+        patched.setattr(module, "_build", lambda *_: pytest.fail("tokenized twice"))
         assert open_tokens(root, text__max_tokens=300, batching__global_batch=2).fingerprint == first.fingerprint
     others = {
         open_tokens(root, **over).fingerprint
@@ -73,7 +73,7 @@ def test_made_once_and_again_for_other_settings(root, monkeypatch):
     assert len(others) == 5 and first.fingerprint not in others
 
 
-def test_many_makers_at_once_leave_one_whole_file(tmp_path):
+def test_concurrent_builds_give_one_complete_file(tmp_path):
     folder = mixed_root(tmp_path)
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: open_tokens(folder), range(4)))
@@ -106,11 +106,11 @@ def test_a_damaged_cache_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def long_root(tmp_path_factory):
     made = Root(tmp_path_factory.mktemp("long"))
-    video, still = made.video(20, 20), made.still(60, 60)
+    video, image = made.video(20, 20), made.still(60, 60)
     words = "word " * 300
     made.dialogue(turns("Say it.", words))
     made.dialogue(turns("<image>\nSay it.", words), [video])
-    made.dialogue(turns("Say it.", words, "<image>\nAnd now?", "Yes."), [still])
+    made.dialogue(turns("Say it.", words, "<image>\nAnd now?", "Yes."), [image])
     made.dialogue(turns("<image>\nShort?", "Yes."), [video])
     made.dialogue(turns(words, "Yes."), [])
     made.dialogue(turns("<image> and <image>", "Yes."), [video])
