@@ -106,7 +106,7 @@ clean:
 	$(call environment,.venv-peers,11,--constraint constraints-peers.txt,dev$(comma)peers)
 
 # the API reference is read from the sources: neither torch nor the package itself is installed here
-.venv-docs/ready: pyproject.toml constraints-docs.txt
+.venv-docs/ready: requirements-docs.txt
 	@"$(python)" -m venv .venv-docs
-	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -r constraints-docs.txt
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -r requirements-docs.txt
 	@touch $@
