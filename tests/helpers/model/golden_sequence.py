@@ -68,8 +68,8 @@ def take_media(
         first = 64 * len(row.clips)
         row.clips = torch.cat([row.clips, pixels.unflatten(0, (-1, 4))])
         return [("clip", first + i) for i in range(16 * len(pixels))]
-    first = 64 * len(row.image_tiles)
-    row.image_tiles = torch.cat([row.image_tiles, pixels])
+    first = 64 * len(row.stills)
+    row.stills = torch.cat([row.stills, pixels])
     width, height = best_grid(*size_w_h, size, 6) if len(pixels) > 1 and not flat else (0, 0)
     assert len(pixels) == 1 + width * height and (len(pixels) < 3 or [width, height] == grid)
     return [("still", first + i) for i in raster(width, height)]
