@@ -1,4 +1,6 @@
-"""Hub repositories as a source: ``hf:OWNER/NAME[@REVISION]:FOLDER``, or ``hf:models/OWNER/NAME`` for a model repository.
+"""Hub repositories as a source: ``hf:OWNER/NAME[@REVISION]:FOLDER``.
+
+A model repository is ``hf:models/OWNER/NAME``.
 
 huggingface_hub supplies the URLs, the login (HF_TOKEN or a saved one) and HF_ENDPOINT. Files are downloaded by
 ``framestream.tools.fetch.http.client``: the downloads of huggingface_hub have no limits on size, time or stalls.
@@ -20,7 +22,7 @@ from framestream.tools.fetch.http.client import HttpClient
 from framestream.tools.fetch.http.retry import FetchLimits
 from framestream.tools.fetch.object_listing import ListedFile, ListedSource
 
-#: Groups: type of repository (may be missing: datasets), OWNER/NAME, revision (may be missing), folder (may be missing).
+#: Groups: type of repository (datasets if it is missing), OWNER/NAME, revision, folder. The last two may be missing.
 #: A revision has no colon, because a colon separates it from the folder.
 HUB_LOCATION = re.compile(r"hf:(?:(datasets|models|spaces)/)?([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::(.*))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -116,14 +116,15 @@ class RootMap:
             return ResolvedLocation(None, name, f"the annotation file is not on this machine: {error}; {fix}")
 
     def media(self, entry: EntryConfig) -> ResolvedLocation:
-        """Resolve the location that the entry's media paths are relative to. A local folder is resolved to its real path."""
+        """Resolve the location that the entry's media paths are relative to; a local folder to its real path."""
         for name in (entry.name, entry.root):
             if name and name in self._map:
                 return self._resolve(name)
         if not entry.root:
             return ResolvedLocation(None, "", "the entry has media but no root; set its root to their folder")
         if "://" in entry.root or entry.root.startswith("hf:"):
-            fix = f"map the root to a location{self._in_file}, see manifests/roots.example.yaml{self._similar(entry.root)}"
+            example = "manifests/roots.example.yaml"
+            fix = f"map the root to a location{self._in_file}, see {example}{self._similar(entry.root)}"
             return ResolvedLocation(None, entry.root, f"the root is not a folder on this machine; {fix}")
         if not Path(entry.root).is_dir():
             mapping = f", or map it{self._in_file}" if self._file else ""

@@ -85,8 +85,6 @@ class UrlSource:
         """Check ``path`` and return its URL for error messages."""
         check_path(self.origin, path)
         if tree:
-            message = (
-                "a web server cannot list folders of frames; map the root to a folder, the hub, a bucket or archives"
-            )
+            message = "a web server lists no folders of frames; map the root to a folder, the hub, a bucket or archives"
             raise FetchError("unsupported", f"{self.origin} {path}", message)
         return self._template.redacted_url(path)

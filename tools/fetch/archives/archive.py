@@ -1,9 +1,9 @@
-"""The files inside zip, tar and tar.gz archives, and the pictures inside parquet files, as a source, taken one by one
-without unpacking the archives.
+"""The files inside zip, tar and tar.gz archives, and the images inside parquet files, as a source.
 
-Of an archive its directory (zip), its headers (tar) or its columns of names (parquet) are read once, in the first
-process that opens it; a file then costs the bytes it has in the archive. A tar.gz is read through once, and then costs
-a few MiB for each file; a picture of a parquet file costs those of its row group, which its neighbours share.
+Archives are not unpacked. The directory (zip), the headers (tar) or the columns of names (parquet) are read once, by
+the first process that opens the archive. A file then costs only its bytes in the archive. A tar.gz is read through once
+and then costs a few MiB for each file. An image in a parquet file costs the images of its row group up to its row.
+Neighboring images share that cost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -32,44 +32,54 @@ from framestream.tools.fetch.archives.member_table import (
     make_table,
     merge_tables,
     normalize_path,
-    stable_name,
+    process_path,
 )
 from framestream.tools.fetch.archives.multipart import MultipartFile
 from framestream.tools.fetch.archives.parquet import MAGIC, ParquetImages, list_parquet
 from framestream.tools.fetch.archives.parquet_rows import MAX_SAME_NAME, find_rows
 from framestream.tools.fetch.archives.readahead import ReadAheadFile
-from framestream.tools.fetch.archives.tar import copy_member, open_gzip, is_tar, list_tar, list_tar_gz
-from framestream.tools.fetch.archives.zip import has_zip_directory, list_zip, is_zip, unpack_member, open_zip_stream
+from framestream.tools.fetch.archives.tar import copy_member, is_tar, list_tar, list_tar_gz, open_gzip
+from framestream.tools.fetch.archives.zip import has_zip_directory, is_zip, list_zip, open_zip_stream, unpack_member
 from framestream.tools.fetch.base import UNKNOWN, FetchError, RandomAccessFile, local_name
 
-#: First bytes of archives that are not read, with their names.
-OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7z", b"Rar!": "RAR"}
+#: First bytes of unsupported archives, with their names.
+UNSUPPORTED = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "RAR",
+}
 
-#: What to do about rows of parquet files that share a name.
-UNIQUE = "name them by the paths they are stored with, or write them to files and map dir:PATH"
+ChunkReader = Callable[[ArchiveMember, str], Iterator[bytes]]  #: (member, location for messages) -> its chunks
+
+#: Fix for rows of parquet files that share a name.
+UNIQUE_NAMES_FIX = "name them by the paths they are stored with, or write them to files and map dir:PATH"
 
 
 def open_archives(
     files: Sequence[RandomAccessFile], join: bool, inside: str, work: Path | None, limit: int, origin: str
 ) -> ArchiveSource:
-    """The files in one or many archives; of a path in several archives, the first archive's counts.
+    """Return the files in one or more archives as a source. If a path is in several archives, the first one counts.
 
     Args:
         files: the archives, or, with ``join``, the parts in order of one archive that was cut.
-        inside: folder within the archives that paths are relative to; empty for all of them.
-        work: folder where lists of members are kept for other processes and the next time; none are kept if None.
-        limit: bytes that a file, or all files of a folder of frames, may have.
-        origin: what the root map calls the archives.
+        inside: folder within the archives that paths are relative to; empty for their root.
+        work: folder that caches lists of members for other processes and later runs; nothing is cached if None.
+        limit: bytes of a file, or of all files of a folder of frames.
+        origin: how the root map names the archives.
 
     Raises:
-        FetchError: an archive cannot be read, or is not whole so that nothing in it can be found.
+        FetchError: an archive cannot be read, or is so incomplete that none of its members can be found.
     """
     return ArchiveSource([MultipartFile(files)] if join else files, inside, work, limit, origin)
 
 
 class ArchiveSource:
-    """A :class:`~framestream.tools.fetch.base.Source`. Threads may share it; a copy sent to another process reads the lists of
-    members from the work folder."""
+    """A :class:`~framestream.tools.fetch.base.MediaSource` for the members of archives.
+
+    Threads may share it. A copy in another process reads the lists of members from the folder ``work``.
+    """
 
     def __init__(
         self, files: Sequence[RandomAccessFile], inside: str, work: Path | None, limit: int, origin: str
@@ -79,157 +89,170 @@ class ArchiveSource:
             raise FetchError("outside_root", origin, f"{inside!r} is not a folder in an archive")
         self.origin = origin
         self._files, self._inside, self._work, self._limit = tuple(files), folder, work, limit
-        self._names = [digest(file.name, file.size, file.identity) for file in self._files]
-        self._indexes: dict[int, bytes] = {}  # of gzip files, if there is no work folder
-        self._pictures = ParquetImages(self._files, self._names, limit)
-        self._members = MemberTable(self._table())
+        self._names = [digest(file.name, file.size, file.identity) for file in self._files]  # of cached lists
+        self._indexes: dict[int, bytes] = {}  # of gzip files by number, if there is no folder ``work``
+        self._images = ParquetImages(self._files, self._names, limit)
+        self._members = MemberTable(self._load_table())
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[ArchiveSource], tuple[object, ...]]:
         return ArchiveSource, (self._files, self._inside, self._work, self._limit, self.origin)
 
     @property
     def notes(self) -> list[str]:
-        """One line for each archive that is damaged but in part readable."""
+        """One line for each problem of a damaged archive that is partly readable."""
         return self._members.notes
 
     def find(self, path: str, tree: bool = False) -> int | None:
-        """See :meth:`framestream.tools.fetch.base.Source.find`."""
-        members = [member for _, member in self._wanted(path, tree) if member.refusal != "dangling"]
+        """See :meth:`framestream.tools.fetch.base.MediaSource.find`."""
+        members = [member for _, member in self._find_members(path, tree) if member.refusal != "dangling"]
         if members and members[0].method == ROW:
             return UNKNOWN
         return sum(member.size for member in members) if members else None
 
     def identity(self, path: str, tree: bool = False) -> str:
-        """Names the contents of ``path``: another text where they come from another archive, or it has changed."""
-        return digest([[self._names[member.archive], member.offset] for _, member in self._wanted(path, tree)])
+        """Return a text that changes when ``path`` comes from another archive, or its archive has changed."""
+        return digest([[self._names[member.archive], member.offset] for _, member in self._find_members(path, tree)])
 
     def fetch(self, path: str, scratch: Path, tree: bool = False) -> Path:
-        """See :meth:`framestream.tools.fetch.base.Source.fetch`.
+        """See :meth:`framestream.tools.fetch.base.MediaSource.fetch`.
 
         Raises:
             FetchError: missing_file, outside_root, unsupported, too_large, truncated, corrupt, bad_checksum, and what
                 reading the archive raises.
         """
-        wanted = self._wanted(path, tree)
-        if not wanted:
-            what = "no files in this folder" if tree else "no such file"
-            raise FetchError("missing_file", path, f"{what} among the {len(self._members)} of {self.origin}")
-        for name, member in wanted:
+        found = self._find_members(path, tree)
+        if not found:
+            problem = "no files in this folder" if tree else "no such file"
+            raise FetchError("missing_file", path, f"{problem} among the {len(self._members)} of {self.origin}")
+        for name, member in found:
             if member.refusal:
-                reason, text = REFUSALS[member.refusal]
-                raise FetchError(reason, f"{path}/{name}" if tree else path, f"{text} ({self._place(member)})")
-        if wanted[0][1].method == ROW:
-            return self._take_row(path, [member for _, member in wanted], scratch / local_name(path))
-        size = sum(member.size for _, member in wanted)
+                reason, message = REFUSALS[member.refusal]
+                raise FetchError(reason, f"{path}/{name}" if tree else path, f"{message} ({self._in_archive(member)})")
+        if found[0][1].method == ROW:
+            return self._write_image(path, [member for _, member in found], scratch / local_name(path))
+        size = sum(member.size for _, member in found)
         if size > self._limit:
             raise FetchError("too_large", path, f"{size} bytes, where {self._limit} are allowed (data.fetch_mb)")
         if not tree:
             target = scratch / local_name(path)
-            self._take(path, [(target, wanted[0][1])])
+            self._extract(path, [(target, found[0][1])])
             return target
         target = scratch / "frames"
         target.mkdir()
-        self._take(path, [(target / _safe_name(name, rank), member) for rank, (name, member) in enumerate(wanted)])
+        targets = [(target / _safe_name(name, rank), member) for rank, (name, member) in enumerate(found)]
+        self._extract(path, targets)
         return target
 
     # Members ----------------------------------------------------------------------------------------------------------
 
-    def _wanted(self, path: str, tree: bool) -> list[tuple[str, ArchiveMember]]:
-        """The file, or the files directly in the folder, with their names; rows may be several of one name."""
+    def _find_members(self, path: str, tree: bool) -> list[tuple[str, ArchiveMember]]:
+        """Return the file, or the files directly in the folder, with their names. Several rows may have one name."""
         if normalize_path(path) != path:
             raise FetchError("outside_root", f"{self.origin} {path!r}", "is not a path below the archives' folder")
-        inner = f"{self._inside}/{path}" if self._inside else path
+        member_path = f"{self._inside}/{path}" if self._inside else path
         if tree:
-            return list(self._members.list_folder(inner))
-        member = self._members.get(inner)
-        return [(path, member) for member in (find_rows(self._members, inner) if member is None else [member])]
+            return list(self._members.list_folder(member_path))
+        member = self._members.get(member_path)
+        return [(path, row) for row in (find_rows(self._members, member_path) if member is None else [member])]
 
-    def _place(self, member: ArchiveMember) -> str:
+    def _in_archive(self, member: ArchiveMember) -> str:
+        """Name the archive of a member, for messages."""
         return f"in {self._files[member.archive].name}"
 
-    def _table(self) -> pa.Table:
+    def _load_table(self) -> pa.Table:
+        """Return the members of all archives."""
         if len(self._files) == 1:
-            return self._list(0)
-        return cached_table(
-            self._work, digest(self._names), lambda: merge_tables([self._list(n) for n in range(len(self._files))])
-        )
+            return self._load_members(0)
 
-    def _list(self, number: int) -> pa.Table:
-        """The members of one archive."""
-        return cached_table(self._work, self._names[number], lambda: self._read_list(number))
+        def merge() -> pa.Table:
+            return merge_tables([self._load_members(number) for number in range(len(self._files))])
 
-    def _read_list(self, number: int) -> pa.Table:
-        file, notes = self._files[number], []
-        kind = _detect_format(file)
-        if kind == "tar.gz":
+        return cached_table(self._work, digest(self._names), merge)
+
+    def _load_members(self, number: int) -> pa.Table:
+        """Return the members of one archive."""
+        return cached_table(self._work, self._names[number], lambda: self._list_members(number))
+
+    def _list_members(self, number: int) -> pa.Table:
+        """Read the list of members from the archive itself."""
+        file = self._files[number]
+        notes: list[str] = []
+        archive_format = _detect_format(file)
+        if archive_format == "tar.gz":
             with self._new_index(number) as index:
                 return make_table(list_tar_gz(file, index, notes), notes)
-        if kind == "parquet":
+        if archive_format == "parquet":
             return make_table(list_parquet(file, self._names[number], notes), notes)
-        return make_table(list_zip(file) if kind == "zip" else list_tar(file, notes), notes)
+        return make_table(list_zip(file) if archive_format == "zip" else list_tar(file, notes), notes)
 
     # Contents ---------------------------------------------------------------------------------------------------------
 
-    def _take(self, path: str, wanted: list[tuple[Path, ArchiveMember]]) -> None:
-        """Write members into files, in the order in which they lie in their archives."""
-        wanted.sort(key=lambda item: (item[1].archive, item[1].offset))
-        for number, group in groupby(wanted, key=lambda item: item[1].archive):
+    def _extract(self, path: str, targets: list[tuple[Path, ArchiveMember]]) -> None:
+        """Write members into files, in the order of their offsets in their archives."""
+        targets.sort(key=lambda item: (item[1].archive, item[1].offset))
+        for number, group in groupby(targets, key=lambda item: item[1].archive):
             items = list(group)
-            with self._open(number, items[-1][1]) as stream:
+            with self._open_chunks(number, items[-1][1]) as read_chunks:
                 for target, member in items:
-                    pieces = unpack_member if member.method >= 0 else copy_member
                     with open(target, "xb") as out:
-                        for piece in pieces(stream, member, f"{path} {self._place(member)}"):
-                            out.write(piece)
+                        for chunk in read_chunks(member, f"{path} {self._in_archive(member)}"):
+                            out.write(chunk)
 
-    def _take_row(self, path: str, rows: list[ArchiveMember], target: Path) -> Path:
-        """Write the picture of rows, which must be the same one in all of them, into a file."""
+    def _write_image(self, path: str, rows: list[ArchiveMember], target: Path) -> Path:
+        """Write the image of rows into a file. If there are several rows, their images must be equal."""
         if len(rows) > MAX_SAME_NAME:
-            raise FetchError("bad_media", path, f"{len(rows)} rows of {self.origin} have this name; {UNIQUE}")
-        read = (self._pictures.read(row.archive, row.offset, f"{path} {self._place(row)}") for row in rows)
-        pictures = {picture for picture in read if picture is not None}
-        if not pictures:
-            raise FetchError("missing_file", path, f"the row of this name has no picture ({self._place(rows[0])})")
-        if len(pictures) > 1:
-            text = f"{len(pictures)} different pictures of {self.origin} have this name; {UNIQUE}"
-            raise FetchError("bad_media", path, text)
+            message = f"{len(rows)} rows of {self.origin} have this name; {UNIQUE_NAMES_FIX}"
+            raise FetchError("bad_media", path, message)
+        read = (self._images.read(row.archive, row.offset, f"{path} {self._in_archive(row)}") for row in rows)
+        images = {image for image in read if image is not None}
+        if not images:
+            raise FetchError("missing_file", path, f"the row of this name has no image ({self._in_archive(rows[0])})")
+        if len(images) > 1:
+            message = f"{len(images)} different images of {self.origin} have this name; {UNIQUE_NAMES_FIX}"
+            raise FetchError("bad_media", path, message)
         with open(target, "xb") as out:
-            out.write(pictures.pop())
+            out.write(images.pop())
         return target
 
     @contextlib.contextmanager
-    def _open(self, number: int, last: ArchiveMember) -> Iterator[BinaryIO]:
-        """A stream from which members of one archive up to ``last`` are read."""
+    def _open_chunks(self, number: int, last: ArchiveMember) -> Iterator[ChunkReader]:
+        """Yield a function that reads the chunks of members of one archive, up to ``last``."""
         file, method = self._files[number], last.method
-        with contextlib.ExitStack() as stack:
-            if method == GZIPPED:
-                index = stack.enter_context(self._index(number))
-                yield stack.enter_context(open_gzip(file, index))
-            elif method == PLAIN:
-                yield ReadAheadFile(file, last.offset + last.packed)
-            else:
-                yield open_zip_stream(file, last)
+        if method == GZIPPED:
+            with self._open_index(number) as index, open_gzip(file, index) as unpacked:
+                yield lambda member, location: copy_member(unpacked, member, location)
+        elif method == PLAIN:
+            stream = ReadAheadFile(file, last.offset + last.packed)
+            yield lambda member, location: copy_member(stream, member, location)
+        else:
+            zip_stream = open_zip_stream(file, last)
+            yield lambda member, location: unpack_member(zip_stream, member, location)
 
     @contextlib.contextmanager
     def _new_index(self, number: int) -> Iterator[BinaryIO]:
+        """Yield a file for the index of a gzip file. It is stored at the end of the block, complete or not at all."""
         if self._work is None:
-            yield (memory := io.BytesIO())
+            memory = io.BytesIO()
+            yield memory
             self._indexes[number] = memory.getvalue()
         else:
-            part = stable_name(self._index_path(number))
+            path = self._index_path(self._work, number)
+            part = process_path(path)
             with atomic_file(part) as file:
                 yield file
-            os.replace(part, self._index_path(number))
+            os.replace(part, path)
 
-    def _index(self, number: int) -> BinaryIO:
-        return io.BytesIO(self._indexes[number]) if self._work is None else open(self._index_path(number), "rb")
+    def _open_index(self, number: int) -> BinaryIO:
+        if self._work is None:
+            return io.BytesIO(self._indexes[number])
+        return open(self._index_path(self._work, number), "rb")
 
-    def _index_path(self, number: int) -> Path:
-        return self._work / f"{self._names[number]}.gzip"
+    def _index_path(self, work: Path, number: int) -> Path:
+        return work / f"{self._names[number]}.gzip"
 
 
 def _detect_format(file: RandomAccessFile) -> str:
-    """zip, tar, tar.gz or parquet, judged from the contents; names lie."""
+    """Return zip, tar, tar.gz or parquet, judged by the contents. Extensions are often wrong."""
     head = file.read(0, 512)
     if not head:
         raise FetchError("empty_file", file.name, "has no bytes")
@@ -241,20 +264,25 @@ def _detect_format(file: RandomAccessFile) -> str:
         return "zip"
     if is_tar(head):
         return "tar"
-    if other := next((name for mark, name in OTHERS.items() if head.startswith(mark)), None):
-        fix = "unpack it and name the folder, or pack it anew as tar or zip"
-        raise FetchError("unsupported", file.name, f"is a {other} file, which cannot be read at any place; {fix}")
+    if name := next((name for magic, name in UNSUPPORTED.items() if head.startswith(magic)), None):
+        fix = "unpack it and name the folder, or pack it again as tar or zip"
+        raise FetchError("unsupported", file.name, f"is a {name} file, which cannot be read at any offset; {fix}")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise FetchError("not_media", file.name, "is an HTML page, not an archive; the address may need a login")
-    if has_zip_directory(file):  # behind a program that unpacks it
+    if has_zip_directory(file):  # a self-extracting archive begins with a program
         return "zip"
     hint = "; its first part may be missing or not the first one" if isinstance(file, MultipartFile) else ""
-    raise FetchError("unsupported", file.name, f"is no zip, tar or tar.gz archive and no parquet file{hint}")
+    raise FetchError("unsupported", file.name, f"is not a zip, tar, tar.gz or parquet file{hint}")
 
 
 def _safe_name(name: str, rank: int) -> str:
-    """A name for a file of a folder that is harmless on any file system. The last number in it, by which frames are
-    ordered, stays the last one; where there is none it becomes the file's rank by name."""
+    """Return a file name that is harmless on any file system.
+
+    Frames are ordered by the last number in their names. That number stays the last one. If a name has no number, the
+    file's rank by name takes its role.
+    """
+    # At most 200 harmless characters. A name that looks like one of the names made below is replaced too, so that the
+    # two kinds cannot collide.
     if re.fullmatch(r"(?!\d{7}_)[A-Za-z0-9_][A-Za-z0-9_. ()+=@,-]{0,199}", name):
         return name
     return f"{rank:07d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-100:]}"

@@ -1,4 +1,4 @@
-"""Files that were cut into parts, read as the one file they were."""
+"""Read a file that was cut into parts as one file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from framestream.tools.fetch.base import RandomAccessFile
 
 
 class MultipartFile:
-    """The :class:`~framestream.tools.fetch.base.Bytes` of parts in the order given."""
+    """A :class:`~framestream.tools.fetch.base.RandomAccessFile` of parts in the given order."""
 
     def __init__(self, parts: Sequence[RandomAccessFile]) -> None:
         if not parts:
             raise ValueError("no parts to join")
         self.parts = tuple(parts)
-        self.starts = [0, *accumulate(part.size for part in parts)]  #: of each part, and the end of the last
+        self.starts = [0, *accumulate(part.size for part in parts)]  #: offset of each part in the joined file
         self.size = self.starts.pop()
         self.name = f"{parts[0].name} to {parts[-1].name}" if len(parts) > 1 else parts[0].name
-        facts = json.dumps([[part.name, part.size, part.identity] for part in parts])
-        self.identity = hashlib.sha256(facts.encode()).hexdigest()
+        identities = json.dumps([[part.name, part.size, part.identity] for part in parts])
+        self.identity = hashlib.sha256(identities.encode()).hexdigest()
 
     def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``, across the borders of parts; fewer only at the end."""
+        """Return ``size`` bytes from ``offset``, across part boundaries; fewer only at the end of the file."""
         pieces, end = [], min(offset + size, self.size)
         while offset < end:
             number = bisect_right(self.starts, offset) - 1

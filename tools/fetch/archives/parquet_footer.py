@@ -1,6 +1,6 @@
-"""The directory at the end of a parquet file, of which little is needed, in Thrift's compact protocol.
+"""Parse the few needed fields of a parquet footer (FileMetaData), in Thrift's compact protocol.
 
-pyarrow hands out the same numbers, but ends the process where some of a damaged directory are wrong
+pyarrow returns the same numbers, but ends the process if some of them are wrong in a damaged footer
 (``parquet::ParquetException`` out of ``RowGroupMetaData.column``, pyarrow 26).
 """
 
@@ -9,115 +9,134 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+#: Type codes of the compact protocol (thrift-compact-protocol.md). 11 is a map, which parquet does not use.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _, _STRUCT = range(1, 13)
-_DEEPEST = 32  # structures in structures
+_MAX_DEPTH = 32  # of nested structures
+
+#: Field ids of parquet.thrift, by structure.
+_FILE_NUM_ROWS, _FILE_ROW_GROUPS = 3, 4
+_GROUP_COLUMNS, _GROUP_NUM_ROWS = 1, 3
+_CHUNK_META_DATA = 3
+_META_PATH_IN_SCHEMA, _META_UNCOMPRESSED_SIZE, _META_COMPRESSED_SIZE = 3, 6, 7
+_META_DATA_PAGE_OFFSET, _META_DICTIONARY_PAGE_OFFSET = 9, 11
 
 
 class ColumnChunk(NamedTuple):
-    """A column of a row group; bytes."""
+    """One column of a row group; offset and sizes in bytes."""
 
     start: int
-    packed: int
-    size: int  #: unpacked
+    packed: int  #: compressed size
+    size: int  #: uncompressed size
 
 
 class RowGroup(NamedTuple):
-    """A row group."""
+    """Rows and column chunks of a row group."""
 
     rows: int
-    chunks: dict[str, ColumnChunk]  #: by column, ``image.bytes`` for a column of a structure
+    chunks: dict[str, ColumnChunk]  #: by column; ``image.bytes`` for a column within a structure
 
 
 def read_footer(data: bytes, columns: Collection[str]) -> tuple[int, list[RowGroup]]:
-    """Rows and row groups of a file with the directory ``data`` (FileMetaData of parquet.thrift).
+    """Return rows and row groups of a file with the footer ``data`` (FileMetaData of parquet.thrift).
 
     Args:
-        columns: those whose chunks are wanted.
+        columns: the columns whose chunks are returned.
 
     Raises:
-        ValueError, LookupError: it is damaged.
+        ValueError, LookupError: the footer is damaged.
     """
-    stream, rows, groups = _Compact(data), -1, []
-    for field, kind in stream.fields():
-        if (field, kind) == (3, _I64):
-            rows = stream.integer()
-        elif (field, kind) == (4, _LIST):
-            groups = [_row_group(stream, columns) for _ in stream.items(_STRUCT)]
+    reader, rows = _CompactReader(data), -1
+    groups: list[RowGroup] = []
+    for field, kind in reader.fields():
+        if (field, kind) == (_FILE_NUM_ROWS, _I64):
+            rows = reader.integer()
+        elif (field, kind) == (_FILE_ROW_GROUPS, _LIST):
+            groups = [_read_row_group(reader, columns) for _ in reader.items(_STRUCT)]
         else:
-            stream.skip(kind)
+            reader.skip(kind)
     return rows, groups
 
 
-def _row_group(stream: _Compact, columns: Collection[str]) -> RowGroup:
-    rows, chunks = -1, {}
-    for field, kind in stream.fields():
-        if (field, kind) == (3, _I64):
-            rows = stream.integer()
-        elif (field, kind) == (1, _LIST):
-            found = [_chunk(stream) for _ in stream.items(_STRUCT)]
-            chunks = {name: chunk for name, chunk in found if name in columns}
+def _read_row_group(reader: _CompactReader, columns: Collection[str]) -> RowGroup:
+    rows = -1
+    chunks: dict[str, ColumnChunk] = {}
+    for field, kind in reader.fields():
+        if (field, kind) == (_GROUP_NUM_ROWS, _I64):
+            rows = reader.integer()
+        elif (field, kind) == (_GROUP_COLUMNS, _LIST):
+            all_chunks = [_read_chunk(reader) for _ in reader.items(_STRUCT)]
+            chunks = {name: chunk for name, chunk in all_chunks if name in columns}
         else:
-            stream.skip(kind)
+            reader.skip(kind)
     if rows < 0:
         raise ValueError(f"{rows} rows in a row group")
     return RowGroup(rows, chunks)
 
 
-def _chunk(stream: _Compact) -> tuple[str, ColumnChunk]:
-    """A ColumnChunk, whose field 3 is the ColumnMetaData."""
-    name, numbers = "", {}
-    for field, kind in stream.fields():
-        if (field, kind) != (3, _STRUCT):
-            stream.skip(kind)
+def _read_chunk(reader: _CompactReader) -> tuple[str, ColumnChunk]:
+    """Read a ColumnChunk, which contains a ColumnMetaData."""
+    name = ""
+    numbers: dict[int, int] = {}  # by field of ColumnMetaData
+    for field, kind in reader.fields():
+        if (field, kind) != (_CHUNK_META_DATA, _STRUCT):
+            reader.skip(kind)
             continue
-        for inner, inner_kind in stream.fields():
-            if (inner, inner_kind) == (3, _LIST):
-                name = ".".join(stream.text() for _ in stream.items(_BINARY))
-            elif inner_kind == _I64:
-                numbers[inner] = stream.integer()
+        for meta_field, meta_kind in reader.fields():
+            if (meta_field, meta_kind) == (_META_PATH_IN_SCHEMA, _LIST):
+                name = ".".join(reader.text() for _ in reader.items(_BINARY))
+            elif meta_kind == _I64:
+                numbers[meta_field] = reader.integer()
             else:
-                stream.skip(inner_kind)
-    start = min(numbers[9], numbers.get(11) or numbers[9])  # data pages, and before them the dictionary
-    chunk = ColumnChunk(start, numbers[7], numbers[6])
+                reader.skip(meta_kind)
+    # A chunk begins with its dictionary page if it has one. Some writers state 0 if there is none.
+    data_page = numbers[_META_DATA_PAGE_OFFSET]
+    start = min(data_page, numbers.get(_META_DICTIONARY_PAGE_OFFSET) or data_page)
+    chunk = ColumnChunk(start, numbers[_META_COMPRESSED_SIZE], numbers[_META_UNCOMPRESSED_SIZE])
     if min(chunk) < 0:
         raise ValueError(f"a column with {chunk}")
     return name, chunk
 
 
-class _Compact:
-    """Values of the compact protocol, one after the other (thrift-compact-protocol.md of Apache Thrift)."""
+class _CompactReader:
+    """Read values of the compact protocol in sequence (thrift-compact-protocol.md of Apache Thrift)."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._place = data, 0
+        self._data, self._position = data, 0
 
     def fields(self) -> Iterator[tuple[int, int]]:
-        """Number and kind of each field of a structure, whose value is read or skipped before the next."""
+        """Yield id and type of each field of a structure. The caller reads or skips each value before the next one.
+
+        The header of a field is one byte. Its high 4 bits are the difference to the previous field id, or 0 if the id
+        follows as an integer; its low 4 bits are the type. A zero byte ends the structure.
+        """
         number = 0
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self.integer()
             yield number, head & 15
 
     def items(self, kind: int) -> range:
-        """A list whose items are of ``kind`` and are read next."""
-        found, count = self._list()
-        if found != kind:
-            raise ValueError(f"a list of kind {found} where {kind} is due")
+        """Read the header of a list whose items must be of type ``kind``. The caller reads each item."""
+        item_kind, count = self._list_header()
+        if item_kind != kind:
+            raise ValueError(f"a list of type {item_kind}, expected {kind}")
         return range(count)
 
     def integer(self) -> int:
+        """Read a signed integer: a varint in zigzag encoding (0, -1, 1, -2 ... are 0, 1, 2, 3 ...)."""
         value = self._varint()
         return (value >> 1) ^ -(value & 1)
 
     def text(self) -> str:
+        """Read a binary value as UTF-8: a varint with its length, then its bytes."""
         start = self._skip_bytes(self._varint())
-        return self._data[start : self._place].decode("utf-8", "replace")
+        return self._data[start : self._position].decode("utf-8", "replace")
 
-    def skip(self, kind: int, depth: int = 0, item: bool = False) -> None:
-        """Pass over a value; a truth value takes a byte only as an item of a list."""
-        if depth > _DEEPEST:
-            raise ValueError("structures in structures without end")
+    def skip(self, kind: int, depth: int = 0, is_item: bool = False) -> None:
+        """Skip a value. A boolean takes a byte only as an item of a list; as a field, its type is its value."""
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"structures nested more than {_MAX_DEPTH} deep")
         if kind in (_TRUE, _FALSE):
-            self._skip_bytes(int(item))
+            self._skip_bytes(int(is_item))
         elif kind in (_BYTE, _DOUBLE):
             self._skip_bytes(8 if kind == _DOUBLE else 1)
         elif kind in (_I16, _I32, _I64):
@@ -125,32 +144,37 @@ class _Compact:
         elif kind == _BINARY:
             self._skip_bytes(self._varint())
         elif kind in (_LIST, _SET):
-            found, count = self._list()
+            item_kind, count = self._list_header()
             for _ in range(count):
-                self.skip(found, depth + 1, item=True)
+                self.skip(item_kind, depth + 1, is_item=True)
         elif kind == _STRUCT:
-            for _, found in self.fields():
-                self.skip(found, depth + 1)
+            for _, field_kind in self.fields():
+                self.skip(field_kind, depth + 1)
         else:
-            raise ValueError(f"a value of kind {kind}, which parquet does not have")
+            raise ValueError(f"a value of type {kind}, which parquet does not have")
 
-    def _list(self) -> tuple[int, int]:
+    def _list_header(self) -> tuple[int, int]:
+        """Read type and number of the items: the low and high 4 bits of a byte.
+
+        If the high bits are 15, the number follows as a varint.
+        """
         head = self._byte()
         return head & 15, head >> 4 if head < 0xF0 else self._varint()
 
     def _byte(self) -> int:
-        self._place += 1
-        return self._data[self._place - 1]
+        self._position += 1
+        return self._data[self._position - 1]
 
     def _skip_bytes(self, size: int) -> int:
-        """Where these bytes begin."""
-        start = self._place
-        self._place += size
-        if self._place > len(self._data):
-            raise ValueError("ends early")
+        """Skip bytes. Return the offset of the first one."""
+        start = self._position
+        self._position += size
+        if self._position > len(self._data):
+            raise ValueError("the footer ends early")
         return start
 
     def _varint(self) -> int:
+        """Read an unsigned integer: 7 bits per byte, lowest first; the high bit means that another byte follows."""
         value = shift = 0
         while True:
             byte = self._byte()
@@ -159,4 +183,4 @@ class _Compact:
                 return value
             shift += 7
             if shift > 63:
-                raise ValueError("a number of more than 64 bits")
+                raise ValueError("an integer of more than 64 bits")

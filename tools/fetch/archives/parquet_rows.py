@@ -1,9 +1,9 @@
-"""Names by which the pictures in the rows of parquet files are found.
+"""Names by which the images in rows of parquet files are found.
 
-Annotation files name a picture ``FOLDER/ID.png``; the row that holds it has the path that it was stored with, which may
-have another extension, no folder or be missing, and an ``id``. Each row is therefore listed by its names without their
-extensions, as files of folders that no path of an annotation file can lead to, so that two rows of one name stay two
-members.
+Annotation files name an image ``FOLDER/ID.png``. The row that contains it has the path that it was stored with, which
+may have another extension or no folder, or may be missing, and an ``id``. Each row is therefore listed under its names
+without their extensions. A name becomes a folder with the rows as its files, so that two rows of one name stay two
+members. Its path begins with a NUL, which no path of an annotation file contains.
 """
 
 from __future__ import annotations
@@ -14,64 +14,71 @@ from itertools import islice
 
 from framestream.tools.fetch.archives.member_table import ArchiveMember, MemberTable, normalize_path
 
-MAX_SAME_NAME = 8  #: rows of one name that are compared; where there are more, none of them is handed out
+MAX_SAME_NAME = 8  #: rows of one name that are compared; if there are more, none of them is returned
 
-_PATH, _ID, _PART = "012"  # what a name is: of a path, an id, or the last part of either; sorted in this order
-_LONGEST = 4096  # characters of a name
-_LOOKED_AT = 1000  # rows of one name
+_PATH, _ID, _LAST_PART = "012"  # kinds of names: a path, an id, or the last part of either; sorted in this order
+_MAX_NAME = 4096  # characters of a name
+_MAX_CANDIDATES = 1000  # rows of one name that are looked at
+#: All image extensions at the end of a name, such as ``.jpg`` or ``.png.jpg``. The lookbehind excludes a name that is
+#: only an extension, such as ``a/.png``.
 _EXTENSIONS = re.compile(r"(?<=[^/])(?:\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?))+$", re.I)
 
 
-def row_paths(path: str | None, name: str | None, mark: str, row: int) -> Iterator[str]:
-    """Paths under which ``row`` goes into a table of members; none where neither its path nor its ``id`` is a name.
+def row_paths(path: str | None, row_id: str | None, file_id: str, row: int) -> Iterator[str]:
+    """Yield the paths under which ``row`` is listed in a member table; none if it has neither a path nor an ``id``.
+
+    A path is ``\\0STEM/KIND FILE_ID ROW EXTENSION``.
 
     Args:
-        path: that the picture was stored with; of an absolute one, which was on another machine, the last part counts.
-        name: the row's ``id``.
-        mark: what tells the file from others, without spaces.
+        path: the path that the image was stored with. An absolute one is of another machine: its last part counts.
+        row_id: the row's ``id``.
+        file_id: distinguishes the parquet file from others; without spaces.
     """
     names: dict[str, str] = {}
-    if path and (path := _usable(path.rpartition("/")[2] if path.startswith("/") else path)):
-        stem = _stem(path)
-        names[stem] = f"{_PATH} {mark} {row} {path[len(stem) :]}"
-    if name and (name := _usable(name)):
-        names.setdefault(_stem(name), f"{_ID} {mark} {row} ")
+    if path and (path := _normalize(path.rpartition("/")[2] if path.startswith("/") else path)):
+        stem = _strip_extensions(path)
+        names[stem] = f"{_PATH} {file_id} {row} {path[len(stem) :]}"
+    if row_id and (row_id := _normalize(row_id)):
+        names.setdefault(_strip_extensions(row_id), f"{_ID} {file_id} {row} ")
     for stem in list(names):
-        names.setdefault(stem.rpartition("/")[2], f"{_PART} {mark} {row} ")
-    return (f"\0{stem}/{facts}" for stem, facts in names.items())
+        names.setdefault(stem.rpartition("/")[2], f"{_LAST_PART} {file_id} {row} ")
+    return (f"\0{stem}/{key}" for stem, key in names.items())
 
 
 def find_rows(members: MemberTable, path: str) -> list[ArchiveMember]:
-    """The rows that ``path`` names, in the order of their files.
+    """Return the rows that ``path`` names, in the order of their files.
 
-    The first of these that there are: rows stored with this path; with this path or ``id`` but for the extension; with
-    its last part alone, where either the row or ``path`` has no folder.
+    They are the first of these groups that is not empty:
+
+    1. rows stored with this path;
+    2. rows with this path or ``id``, except for the extension;
+    3. rows with the last part of this path, where either the row or ``path`` has no folder.
     """
-    whole = _stem(path)
-    found = _named(members, whole)
+    stem = _strip_extensions(path)
+    rows = _rows_of_stem(members, stem)
     for group in (
-        [member for kind, end, member in found if kind == _PATH and whole + end == path],
-        [member for kind, _, member in found if kind != _PART],
-        [member for _, _, member in found],  # the path has no folder: the last part of what has one
-        [member for kind, _, member in _named(members, whole.rpartition("/")[2]) if kind != _PART],
+        [member for kind, extension, member in rows if kind == _PATH and stem + extension == path],
+        [member for kind, _, member in rows if kind != _LAST_PART],
+        [member for _, _, member in rows],  # ``path`` has no folder: it is the last part of a name with one
+        [member for kind, _, member in _rows_of_stem(members, stem.rpartition("/")[2]) if kind != _LAST_PART],
     ):
         if group:
             return sorted(group)
     return []
 
 
-def _named(members: MemberTable, stem: str) -> list[tuple[str, str, ArchiveMember]]:
-    """Kind of name, extension and member of the rows of a name."""
-    found = []
-    for facts, member in islice(members.list_folder(f"\0{stem}"), _LOOKED_AT):
-        kind, _, _, end = facts.split(" ", 3)
-        found.append((kind, end, member))
-    return found
+def _rows_of_stem(members: MemberTable, stem: str) -> list[tuple[str, str, ArchiveMember]]:
+    """Return kind of name, extension and member of the rows of a name."""
+    rows = []
+    for key, member in islice(members.list_folder(f"\0{stem}"), _MAX_CANDIDATES):
+        kind, _, _, extension = key.split(" ", 3)
+        rows.append((kind, extension, member))
+    return rows
 
 
-def _usable(name: str) -> str | None:
-    return normalize_path(name) if len(name) <= _LONGEST else None
+def _normalize(name: str) -> str | None:
+    return normalize_path(name) if len(name) <= _MAX_NAME else None
 
 
-def _stem(name: str) -> str:
+def _strip_extensions(name: str) -> str:
     return _EXTENSIONS.sub("", name)

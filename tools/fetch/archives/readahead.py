@@ -1,7 +1,7 @@
-"""A file object over :class:`~framestream.tools.fetch.base.Bytes`, which may lie far away: few reads, and little in vain.
+"""File objects over a :class:`~framestream.tools.fetch.base.RandomAccessFile`, with read-ahead for remote files.
 
-What is read on end comes in blocks that double up to 8 MiB, small gaps included. A jump starts anew with a small block,
-so walking over large members moves their headers and not their data.
+Sequential reads fetch blocks that double up to 8 MiB, and small gaps are read over. A jump starts with a small block
+again. A walk over the headers of large members therefore transfers little of their data.
 """
 
 from __future__ import annotations
@@ -11,63 +11,68 @@ import io
 from framestream.tools.fetch.base import RandomAccessFile
 
 FIRST_BLOCK = 1 << 16  #: bytes read after a jump
-MAX_READ = 1 << 23  #: bytes read at once, unless more are asked for
-MAX_GAP = 1 << 20  #: bytes that are rather read than jumped over
+MAX_READ = 1 << 23  #: bytes read at once, at most
+MAX_GAP = 1 << 20  #: bytes that are read over instead of starting with a small block
 
 
 class RandomAccessStream(io.RawIOBase):
-    """``file`` from its start, for libraries that take files; what reads is left to others."""
+    """A file object with a position, for libraries that take file objects. Subclasses read."""
 
     def __init__(self, file: RandomAccessFile) -> None:
-        self._file, self._place = file, 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        return self._place
+        """Return the position."""
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        if place < 0:
-            raise ValueError(f"seek to {place}")
-        self._place = place
-        return place
+        """Set and return the position, which may be beyond the end of the file."""
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        if position < 0:
+            raise ValueError(f"seek to {position}")
+        self._position = position
+        return position
 
 
 class ReadAheadFile(RandomAccessStream):
-    """``file`` from its start; nothing behind ``stop`` is read unless it is asked for."""
+    """A file object that reads ahead, but not beyond ``stop`` unless a read asks for it."""
 
     def __init__(self, file: RandomAccessFile, stop: int | None = None) -> None:
         super().__init__(file)
         self._stop = file.size if stop is None else stop
-        self._size = FIRST_BLOCK  # of the next block
-        self._blocks = [(0, b"")]  # the last two, newest first, with their offsets: gzip is read back and forth
+        self._block_size = FIRST_BLOCK  # of the next block
+        # The last two blocks with their offsets, newest first. Two, because gzip is read back and forth.
+        self._blocks = [(0, b"")]
 
     def read(self, size: int = -1) -> bytes:
-        """``size`` bytes from the current place, fewer only at the end of the file.
+        """Return ``size`` bytes from the position, fewer only at the end of the file.
 
         Raises:
-            ValueError: more than 8 MiB at once, which only a forged header makes its readers ask for.
+            ValueError: more than 8 MiB at once, which readers only ask for if a header is forged.
         """
         if not 0 <= size <= MAX_READ:
-            raise ValueError(f"{size} bytes are asked for at once")
-        data = self._at(self._place, size)
-        self._place += len(data)
+            raise ValueError(f"a read of {size} bytes at once")
+        data = self._read_at(self._position, size)
+        self._position += len(data)
         return data
 
-    def _at(self, offset: int, size: int) -> bytes:
+    def _read_at(self, offset: int, size: int) -> bytes:
         for start, block in self._blocks:
             if start <= offset and offset + size <= start + len(block):
                 return block[offset - start : offset - start + size]
         start, block = self._blocks[0]
-        near = bool(block) and start <= offset <= start + len(block) + MAX_GAP
-        self._size = min(2 * max(self._size, size), MAX_READ) if near else FIRST_BLOCK
-        kept = block[offset - start :] if near else b""
-        ahead = min(self._size, self._stop - offset)
-        block = kept + self._file.read(offset + len(kept), max(size, ahead) - len(kept))
+        is_sequential = bool(block) and start <= offset <= start + len(block) + MAX_GAP
+        self._block_size = min(2 * max(self._block_size, size), MAX_READ) if is_sequential else FIRST_BLOCK
+        overlap = block[offset - start :] if is_sequential else b""  # bytes of the new block that were read before
+        ahead = min(self._block_size, self._stop - offset)
+        block = overlap + self._file.read(offset + len(overlap), max(size, ahead) - len(overlap))
         self._blocks = [(offset, block), self._blocks[0]]
         return block[:size]

@@ -1,8 +1,8 @@
-"""Tar archives: one walk over the headers says where every member is; gzip files are unpacked from the nearest place.
+"""Read members of tar and tar.gz archives at their offsets.
 
-A gzip file can only be read on end. rapidgzip notes on the first pass the state of the unpacking about every 4 MiB;
-with these notes, about 0.1 % of the archive, any member is read by unpacking a few MiB. Streaming instead would unpack
-half an archive for each member.
+One pass over the headers finds every member. A gzip file can only be unpacked in sequence: rapidgzip records the state
+of the decompressor about every 4 MiB on the first pass. With this index, about 0.1 % of the archive, any member is read
+by unpacking a few MiB. Streaming would instead unpack half of the archive for each member, on average.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import rapidgzip
 
@@ -20,79 +20,98 @@ from framestream.tools.fetch.archives.member_table import GZIPPED, PLAIN, Archiv
 from framestream.tools.fetch.archives.readahead import MAX_READ, ReadAheadFile
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
-BLOCK = tarfile.BLOCKSIZE
-CHUNK = 1 << 20  #: bytes handed on at once
-DAMAGED = "the gzip file is damaged or cut; fetch it again, or unpack by hand what can be"
-MAX_RATIO, RATIO_SLACK = 20, 1 << 30  #: a gzip file may unpack to RATIO times its size and SPARE bytes
+BLOCK = tarfile.BLOCKSIZE  #: headers and data begin at multiples of it
+CHUNK = 1 << 20  #: bytes yielded at once, at most
+MAX_SIZE = 1 << 62  #: bytes of a member; a table cannot hold more
+MAX_RATIO, RATIO_SLACK = 20, 1 << 30  #: a gzip file may unpack to MAX_RATIO times its size plus RATIO_SLACK bytes
+DAMAGED = "the gzip file is damaged or cut; fetch it again, or unpack it by hand as far as possible"
+
+
+class SeekableReader(Protocol):
+    """What is read of a file object here."""
+
+    def seek(self, offset: int, /) -> int:
+        """Set and return the position."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return ``size`` bytes from the position, fewer only at the end."""
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether a file that starts with these bytes is a tar archive; 512 are enough."""
+    """Return whether a file that starts with these bytes is a tar archive. 512 bytes are enough."""
     try:
         tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return len(head) >= BLOCK and not any(head[:BLOCK])  # an archive without members
+        return len(head) >= BLOCK and not any(head[:BLOCK])  # an archive without members begins with its end mark
     return True
 
 
 def list_tar(file: RandomAccessFile, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
-    """Path and member of every file and link, in the archive's order; what is wrong with the archive into ``notes``."""
-    return _walk(ReadAheadFile(file), file.name, PLAIN, notes, bound=None)
+    """Yield path and member of every file and link, in the order of the archive.
+
+    Args:
+        notes: problems of the archive are appended to it.
+    """
+    return _walk(ReadAheadFile(file), file.name, PLAIN, notes, max_unpacked=None)
 
 
 def list_tar_gz(file: RandomAccessFile, index: BinaryIO, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
-    """The same for a gzip file; what :func:`gunzip` needs is written into ``index``.
+    """Yield path and member of every file and link of a gzip file, in the order of the archive.
+
+    Args:
+        index: what :func:`open_gzip` needs is written into it.
+        notes: problems of the archive are appended to it.
 
     Raises:
-        FetchError: unsupported, where no tar archive is in it; too_large; corrupt or bad_checksum, of the whole file.
+        FetchError: unsupported, if it contains no tar archive; too_large; corrupt or bad_checksum, of the whole file.
     """
-    bound = MAX_RATIO * file.size + RATIO_SLACK
-    with _Unpacked(file) as stream:
+    max_unpacked = MAX_RATIO * file.size + RATIO_SLACK
+    with GzipStream(file) as stream:
         head = stream.read(BLOCK)
         if len(head) < BLOCK and _is_cut(file):
             raise FetchError("corrupt", file.name, DAMAGED)
         if not is_tar(head):
-            raise FetchError("unsupported", file.name, "is a gzip file, but no tar archive is in it")
-        for path, member in _walk(stream, file.name, GZIPPED, notes, bound):
+            raise FetchError("unsupported", file.name, "is a gzip file, but contains no tar archive")
+        for path, member in _walk(stream, file.name, GZIPPED, notes, max_unpacked):
             if member.refusal == "cut":
                 raise FetchError("corrupt", file.name, DAMAGED)
             yield path, member
-        while stream.read(CHUNK):  # to the end, where the checksum of the whole is
-            _check_bound(file.name, stream.tell(), bound)
+        while stream.read(CHUNK):  # to the end, where the checksum of the whole file is
+            _check_unpacked(file.name, stream.tell(), max_unpacked)
         stream.write_index(index)
 
 
 def _is_cut(file: RandomAccessFile) -> bool:
-    """Whether a gzip file breaks off in its first block, of which rapidgzip makes nothing and no error."""
-    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    """Return whether a gzip file ends in its first block. rapidgzip reports no error then and returns nothing."""
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with a gzip header
     with contextlib.suppress(zlib.error):
         unpacker.decompress(file.read(0, MAX_READ), BLOCK)
     return not unpacker.eof
 
 
-def open_gzip(file: RandomAccessFile, index: BinaryIO) -> BinaryIO:
-    """What a gzip file unpacks to, readable at any place with the index of :func:`list_tar_gz`."""
-    return _Unpacked(file, index)
+def open_gzip(file: RandomAccessFile, index: BinaryIO) -> GzipStream:
+    """Return the unpacked contents of a gzip file, readable at any offset with the index of :func:`list_tar_gz`."""
+    return GzipStream(file, index)
 
 
-def copy_member(stream: BinaryIO, member: ArchiveMember, place: str) -> Iterator[bytes]:
-    """The bytes of a member, piece by piece.
+def copy_member(stream: SeekableReader, member: ArchiveMember, location: str) -> Iterator[bytes]:
+    """Yield the bytes of a member in chunks.
 
     Raises:
         FetchError: truncated.
     """
     stream.seek(member.offset)
-    left = member.size
-    while left:
-        piece = stream.read(min(left, CHUNK))
-        if not piece:
-            raise FetchError("truncated", place, f"the archive ends {left} bytes before the member does")
-        left -= len(piece)
-        yield piece
+    remaining = member.size
+    while remaining:
+        chunk = stream.read(min(remaining, CHUNK))
+        if not chunk:
+            raise FetchError("truncated", location, f"the archive ends {remaining} bytes before the member does")
+        remaining -= len(chunk)
+        yield chunk
 
 
-class _Unpacked(io.RawIOBase):
-    """A gzip file unpacked."""
+class GzipStream(io.RawIOBase):
+    """The unpacked contents of a gzip file, as a file object."""
 
     def __init__(self, file: RandomAccessFile, index: BinaryIO | None = None) -> None:
         self._name = file.name
@@ -101,28 +120,38 @@ class _Unpacked(io.RawIOBase):
             self._stream.import_index(index)
 
     def tell(self) -> int:
+        """Return the position in the unpacked contents."""
         return self._stream.tell()
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with self._errors():
+        """Set and return the position in the unpacked contents."""
+        with self._convert_errors():
             return self._stream.seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
+        """Return ``size`` unpacked bytes from the position, fewer only at the end.
+
+        Raises:
+            ValueError: more than 8 MiB at once, which readers only ask for if a header is forged.
+        """
         if size > MAX_READ:
-            raise ValueError(f"{size} bytes are asked for at once")
-        with self._errors():
+            raise ValueError(f"a read of {size} bytes at once")
+        with self._convert_errors():
             return self._stream.read(size)
 
     def write_index(self, file: BinaryIO) -> None:
-        with self._errors():
+        """Write the states of the decompressor that the passes so far have recorded."""
+        with self._convert_errors():
             self._stream.export_index(file)
 
     def close(self) -> None:
+        """Close the stream."""
         self._stream.close()
         super().close()
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
+        """Turn rapidgzip's errors into FetchErrors."""
         try:
             yield
         except (ValueError, RuntimeError) as error:
@@ -132,38 +161,47 @@ class _Unpacked(io.RawIOBase):
 
 # Headers --------------------------------------------------------------------------------------------------------------
 
-#: What tarfile raises on headers that are none.
-_BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError, EOFError)
+#: What tarfile raises on bytes that are not a header.
+_HEADER_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError, EOFError)
 
 
 def _walk(
-    stream: BinaryIO, name: str, method: int, notes: list[str], bound: int | None
+    stream: ReadAheadFile | GzipStream, name: str, method: int, notes: list[str], max_unpacked: int | None
 ) -> Iterator[tuple[str, ArchiveMember]]:
-    held: tuple[str, ArchiveMember] | None = None  # a member is handed on when what comes behind it is in order
-    place = 0
+    """Yield path and member of every file and link. A break in the archive ends the walk with a note.
+
+    A member is yielded only when the next header is valid, because a break may be within its data.
+    """
+    previous: tuple[str, ArchiveMember] | None = None
+    position = 0
     stream.seek(0)
     try:
-        for info in _infos(stream):
-            if held:
-                yield held
-            held, place = _member(info, method), info.offset_data
-            if bound:
-                _check_bound(name, place + info.size, bound)
-    except _BROKEN as error:
-        notes.append(f"{name}: breaks behind byte {place} ({error}); members from there on are lost; fetch it again")
-        if held and not _ends_behind(stream, held[1]):
-            held = held[0], held[1]._replace(refusal="cut")
-    if held:
-        yield held
+        for info in _read_headers(stream):
+            if previous:
+                yield previous
+            previous, position = _to_member(info, method), info.offset_data
+            if max_unpacked:
+                _check_unpacked(name, position + info.size, max_unpacked)
+    except _HEADER_ERRORS as error:
+        notes.append(f"{name}: breaks after byte {position} ({error}); members from there on are lost; fetch it again")
+        if previous and not _is_complete(stream, previous[1]):
+            previous = previous[0], previous[1]._replace(refusal="cut")
+    if previous:
+        yield previous
 
 
-def _infos(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The headers of an archive; raises one of _BROKEN where they stop before the mark at the archive's end."""
+def _read_headers(stream: ReadAheadFile | GzipStream) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of an archive.
+
+    Raises:
+        one of _HEADER_ERRORS: the headers stop before the end mark, a block of zeros.
+    """
     with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         last = -1
         while info := tar.next():
-            tar.members.clear()  # tarfile would keep them all
-            if info.offset <= last or not 0 <= info.size < 1 << 62:
+            # tarfile keeps an object of every member, which nothing here needs.
+            tar.members.clear()  # type: ignore[attr-defined]  # typeshed declares TarFile without ``members``
+            if info.offset <= last or not 0 <= info.size < MAX_SIZE:
                 raise tarfile.ReadError("a header that leads nowhere")
             last = info.offset
             yield info
@@ -173,28 +211,33 @@ def _infos(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError("bad header" if len(block) == BLOCK else "the end is missing")
 
 
-def _ends_behind(stream: BinaryIO, member: ArchiveMember) -> bool:
-    """Whether an archive that breaks after this member holds all of it: where it just ends, behind the member."""
+def _is_complete(stream: SeekableReader, member: ArchiveMember) -> bool:
+    """Return whether an archive that breaks after this member contains all of it.
+
+    It does if the archive simply ends after the member's data. Bytes after it that are not a header mean that the
+    member may be damaged too.
+    """
     end = member.offset + member.size
-    stream.seek(-(-end // BLOCK) * BLOCK)
-    if len(stream.read(BLOCK)) == BLOCK:  # there is something, but no header: the member may be wrong as well
+    stream.seek(-(-end // BLOCK) * BLOCK)  # rounded up: where the next header would be
+    if len(stream.read(BLOCK)) == BLOCK:
         return False
     stream.seek(max(end - 1, 0))
     return bool(stream.read(1))
 
 
-def _member(info: tarfile.TarInfo, method: int) -> tuple[str, ArchiveMember] | None:
-    """Path and member, or None for folders and for names that lead out of the archive."""
+def _to_member(info: tarfile.TarInfo, method: int) -> tuple[str, ArchiveMember] | None:
+    """Return path and member; None for folders and for names that lead out of the archive."""
     path = normalize_path(info.name)
     if path is None or info.isdir():
         return None
     if info.issym() or info.islnk():
+        # The target of a hard link is relative to the archive, that of a symbolic link to the link's folder.
         link = resolve_link("", info.linkname.lstrip("/")) if info.islnk() else resolve_link(path, info.linkname)
         return path, ArchiveMember(0, info.offset_data, 0, 0, 0, method, "" if link else "outside", link)
     refusal = "sparse" if info.issparse() else "" if info.isreg() else "special"
     return path, ArchiveMember(0, info.offset_data, info.size, info.size, 0, method, refusal)
 
 
-def _check_bound(name: str, place: int, bound: int) -> None:
-    if place > bound:
-        raise FetchError("too_large", name, f"unpacks to over {bound >> 20} MiB, {MAX_RATIO} times its size")
+def _check_unpacked(name: str, size: int, max_unpacked: int) -> None:
+    if size > max_unpacked:
+        raise FetchError("too_large", name, f"unpacks to over {max_unpacked >> 20} MiB, {MAX_RATIO} times its size")

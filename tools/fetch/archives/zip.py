@@ -1,8 +1,11 @@
-"""Zip archives (APPNOTE.TXT 6.3.10 of PKWARE), read at the places where their members are.
+"""Read members of zip archives at their offsets (PKWARE's APPNOTE.TXT 6.3.10).
 
 zipfile keeps an object for every member: 1.1 GB for 2 million, in every process that opens the archive. Here the
-directory is read once, into a table, and afterwards a member is found without it. Unlike zipfile this also reads
-archives that were written in several parts (``zip -s``), and unpacks bzip2 and LZMA in bounded memory.
+central directory is read once, into a table, and a member is then found without it. Unlike zipfile, this module also
+reads archives that were written in several parts (``zip -s``), and unpacks bzip2 and LZMA in bounded memory.
+
+An archive is a sequence of members, each a local header and its data. The central directory follows, with an entry for
+each member, then the end record. Archives over 4 GiB or 65,535 members also have a Zip64 end record and its locator.
 """
 
 from __future__ import annotations
@@ -22,232 +25,271 @@ from framestream.tools.fetch.archives.multipart import MultipartFile
 from framestream.tools.fetch.archives.readahead import ReadAheadFile
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
-CHUNK = 1 << 20  #: bytes handed on at once
+CHUNK = 1 << 20  #: bytes yielded at once, at most
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
-MAX_LINKS = 4096  #: symbolic links of an archive that are followed; the place of each has to be read from its data
+MAX_LINKS = 4096  #: symbolic links of an archive; the target of each has to be read from its data
 
-_LONGEST_LINK = 4096  # bytes
-_LONGEST_COMMENT = (1 << 16) - 1  # bytes, behind the directory
-_LARGEST = 1 << 62  # bytes; what is larger cannot be kept in a table
-_SLACK = 1024  # bytes that the names and fields of a local header mostly fit into
-_FULL = (1 << 32) - 1  # the number is in the Zip64 field
+_MAX_LINK_TARGET = 4096  # bytes
+_MAX_COMMENT = (1 << 16) - 1  # bytes, after the end record
+_MAX_SIZE = 1 << 62  # bytes of a member; a table cannot hold more
+_LOCAL_SLACK = 1024  # bytes that are enough for the name and extra field of most local headers
+_IN_ZIP64 = (1 << 32) - 1  # this value means that the number is in the Zip64 extra field
 
+# Records, little-endian and without padding (APPNOTE section). Each begins with a signature of 4 bytes.
+# Local header (4.3.7): version, flags, method, time, date; CRC, packed size, size; lengths of name and extra field.
 _LOCAL = struct.Struct("<4s5H3L2H")
+# Directory entry (4.3.12): made by, version, flags, method, time, date; CRC, packed size, size; lengths of name, extra
+# field and comment, part number, internal attributes; external attributes, offset of the local header.
 _ENTRY = struct.Struct("<4s6H3L5H2L")
+# End record (4.3.16): this part, part of the directory, entries in this part, entries; size and offset of the
+# directory; length of the comment.
 _END = struct.Struct("<4s4H2LH")
+# Zip64 end record (4.3.14): size of the record; made by, version; this part, part of the directory; entries in this
+# part, entries, size and offset of the directory.
 _END64 = struct.Struct("<4sQ2H2L4Q")
+# Zip64 locator (4.3.15), directly before the end record: part and offset of the Zip64 end record, number of parts.
 _LOCATOR64 = struct.Struct("<4sLQL")
-_END_MARK = b"PK\5\6"
-_ENDS = re.compile(rb"PK\x05\x06(?=.{16}(..))", re.S)  # with the length of the comment that follows
-_UTF8, _ENCRYPTED = 1 << 11, 1 << 0
-_FAT, _UNIX = 0, 3  # systems that an archive was made on
+_END_SIGNATURE = b"PK\5\6"
+# An end record: its signature, 16 bytes, and the length of the comment that follows. The lookahead finds overlapping
+# matches too, because the signature may also occur by chance within the record or in a comment.
+_END_PATTERN = re.compile(rb"PK\x05\x06(?=.{16}(..))", re.S)
+_UTF8, _ENCRYPTED = 1 << 11, 1 << 0  # flags
+_FAT, _UNIX = 0, 3  # systems that an archive was created on
 
 
 def list_zip(file: RandomAccessFile) -> Iterator[tuple[str, ArchiveMember]]:
-    """Path and member of every file and link, in the order of the directory.
+    """Yield path and member of every file and link, in the order of the directory.
 
     Raises:
-        FetchError: truncated, where the directory or parts of the archive are missing; corrupt.
+        FetchError: truncated, if the directory or parts of the archive are missing; corrupt.
     """
     directory = _find_directory(file)
-    borders = file.starts if isinstance(file, MultipartFile) else [0]
-    links, first = 0, {}  # first: the first member that begins in each part
+    part_starts = file.starts if isinstance(file, MultipartFile) else [0]
+    link_count = 0
+    first: dict[int, tuple[str, ArchiveMember]] = {}  # the first member of each part, with its path
     for path, member, is_link in _entries(file, directory):
-        part = bisect_right(borders, member.offset)
+        part = bisect_right(part_starts, member.offset)
         if not member.refusal and (part not in first or member.offset < first[part][1].offset):
             first[part] = path, member
         if is_link and not member.refusal:
-            links += 1
-            if links > MAX_LINKS:
-                raise FetchError(
-                    "unsupported", file.name, f"has over {MAX_LINKS} symbolic links; pack the files instead"
-                )
-            member = _follow(file, path, member)
+            link_count += 1
+            if link_count > MAX_LINKS:
+                message = f"has over {MAX_LINKS} symbolic links; pack the files instead"
+                raise FetchError("unsupported", file.name, message)
+            member = _resolve_symlink(file, path, member)
         yield path, member
-    if len(first) > 1:  # parts in another order are seen before a member is asked for
+    if len(first) > 1:  # parts in a wrong order are detected here, before a member is requested
         for path, member in first.values():
             _seek_data(ReadAheadFile(file, member.offset), member, f"{file.name}: {path}")
 
 
 def is_zip(head: bytes) -> bool:
-    """Whether a file that starts with these bytes is a zip archive."""
-    return head.startswith((b"PK\3\4", _END_MARK, b"PK\7\x08", b"PK00PK\3\4"))
+    """Return whether a file that starts with these bytes is a zip archive.
+
+    The signatures are those of a local header, an empty archive, and the first part of an archive in several parts.
+    """
+    return head.startswith((b"PK\3\4", _END_SIGNATURE, b"PK\7\x08", b"PK00PK\3\4"))
 
 
 def has_zip_directory(file: RandomAccessFile) -> bool:
-    """Whether a file ends like a zip archive, whatever stands before it."""
-    return _END_MARK in _tail(file)
+    """Return whether a file ends like a zip archive, whatever it begins with."""
+    return _END_SIGNATURE in _read_tail(file)
 
 
 def open_zip_stream(file: RandomAccessFile, last: ArchiveMember) -> ReadAheadFile:
-    """A stream for reading members up to ``last``, and little that lies behind it."""
-    return ReadAheadFile(file, last.offset + _LOCAL.size + _SLACK + last.packed)
+    """Return a stream for reading members up to ``last``, which reads little beyond it."""
+    return ReadAheadFile(file, last.offset + _LOCAL.size + _LOCAL_SLACK + last.packed)
 
 
-def unpack_member(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
-    """The bytes of a member, piece by piece; never more than its directory states.
+def unpack_member(stream: ReadAheadFile, member: ArchiveMember, location: str) -> Iterator[bytes]:
+    """Yield the bytes of a member in chunks; never more than its directory entry states.
 
     Raises:
-        FetchError: corrupt, truncated, or bad_checksum, which is told when the last piece was handed out.
+        FetchError: corrupt, truncated, or bad_checksum, which is raised after the last chunk.
     """
-    _seek_data(stream, member, place)
-    count = crc = 0
+    _seek_data(stream, member, location)
+    size = crc = 0
     try:
-        for piece in _inflated(member, _packed(stream, member, place)):
-            count += len(piece)
-            if count > member.size:
+        for chunk in _decompress(member, _packed_chunks(stream, member, location)):
+            size += len(chunk)
+            if size > member.size:
                 break
-            crc = zlib.crc32(piece, crc)
-            yield piece
+            crc = zlib.crc32(chunk, crc)
+            yield chunk
     except (zlib.error, lzma.LZMAError, OSError, ValueError, struct.error) as error:
-        raise FetchError("corrupt", place, f"cannot be unpacked ({error}); fetch the archive again") from None
-    if count != member.size:
-        much = "more" if count > member.size else f"{count}"
-        raise FetchError("corrupt", place, f"unpacks to {much} bytes where the archive states {member.size}")
+        raise FetchError("corrupt", location, f"cannot be unpacked ({error}); fetch the archive again") from None
+    if size != member.size:
+        unpacked = "more" if size > member.size else f"{size}"
+        raise FetchError("corrupt", location, f"unpacks to {unpacked} bytes where the archive states {member.size}")
     if crc != member.crc:
-        text = f"CRC-32 {crc:08x} where the archive states {member.crc:08x}; fetch the archive again"
-        raise FetchError("bad_checksum", place, text)
+        message = f"CRC-32 {crc:08x} where the archive states {member.crc:08x}; fetch the archive again"
+        raise FetchError("bad_checksum", location, message)
 
 
-def _seek_data(stream: ReadAheadFile, member: ArchiveMember, place: str) -> None:
-    """Set the stream to the data of a member, behind its local header."""
+def _seek_data(stream: ReadAheadFile, member: ArchiveMember, location: str) -> None:
+    """Set the stream to the data of a member.
+
+    They follow the local header, whose name and extra field may be longer than those of the directory.
+    """
     stream.seek(member.offset)
-    head = stream.read(_LOCAL.size)
-    if len(head) < _LOCAL.size or not head.startswith(b"PK\3\4"):
-        text = "its header is not where the directory says; the archive is damaged, or its parts are in another order"
-        raise FetchError("corrupt", place, text)
-    *_, name, extra = _LOCAL.unpack(head)
-    stream.seek(member.offset + _LOCAL.size + name + extra)
+    header = stream.read(_LOCAL.size)
+    if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
+        message = (
+            "its header is not where the directory says; the archive is damaged, or its parts are in a wrong order"
+        )
+        raise FetchError("corrupt", location, message)
+    *_, name_length, extra_length = _LOCAL.unpack(header)
+    stream.seek(member.offset + _LOCAL.size + name_length + extra_length)
 
 
-def _packed(stream: ReadAheadFile, member: ArchiveMember, place: str) -> Iterator[bytes]:
-    left = member.packed
-    while left:
-        chunk = stream.read(min(left, CHUNK))
+def _packed_chunks(stream: ReadAheadFile, member: ArchiveMember, location: str) -> Iterator[bytes]:
+    remaining = member.packed
+    while remaining:
+        chunk = stream.read(min(remaining, CHUNK))
         if not chunk:
-            raise FetchError("truncated", place, f"the archive ends {left} bytes before the member does")
-        left -= len(chunk)
+            raise FetchError("truncated", location, f"the archive ends {remaining} bytes before the member does")
+        remaining -= len(chunk)
         yield chunk
 
 
-def _inflated(member: ArchiveMember, chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _decompress(member: ArchiveMember, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Decompress chunks into chunks of at most CHUNK bytes, however much one of them unpacks to."""
     if member.method == 0:
         yield from chunks
     elif member.method == 8:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)  # negative: raw deflate without a zlib header
         for chunk in chunks:
-            while not inflater.eof and ((piece := inflater.decompress(chunk, CHUNK)) or inflater.unconsumed_tail):
+            while not inflater.eof and ((data := inflater.decompress(chunk, CHUNK)) or inflater.unconsumed_tail):
                 chunk = inflater.unconsumed_tail
-                yield piece
+                yield data
     else:
-        inflater = bz2.BZ2Decompressor() if member.method == 12 else None
+        decompressor: bz2.BZ2Decompressor | lzma.LZMADecompressor | None = None
         for chunk in chunks:
-            if inflater is None:
-                inflater, chunk = _lzma(chunk, member.size)
-            while not inflater.eof:
-                yield inflater.decompress(chunk, CHUNK)
-                if inflater.needs_input:
+            if decompressor is None:
+                if member.method == 12:
+                    decompressor = bz2.BZ2Decompressor()
+                else:
+                    decompressor, chunk = _open_lzma(chunk, member.size)
+            while not decompressor.eof:
+                yield decompressor.decompress(chunk, CHUNK)
+                if decompressor.needs_input:
                     break
                 chunk = b""
 
 
-def _lzma(head: bytes, size: int) -> tuple[lzma.LZMADecompressor, bytes]:
-    """A decompressor, and the first data behind the properties (APPNOTE 5.8.8) that it was made from."""
-    _, length, packed, dictionary = struct.unpack_from("<HHBL", head)
-    rest, lc = divmod(packed, 9)
-    pb, lp = divmod(rest, 5)
-    dictionary = min(dictionary, max(size, 4096))  # no more is ever needed
-    filters = [{"id": lzma.FILTER_LZMA1, "dict_size": dictionary, "lc": lc, "lp": lp, "pb": pb}]
+def _open_lzma(head: bytes, size: int) -> tuple[lzma.LZMADecompressor, bytes]:
+    """Return a decompressor for the properties at the start of LZMA data, and the data after them (APPNOTE 5.8.8).
+
+    The header is a version, the length of the properties, one byte ``(pb * 5 + lp) * 9 + lc``, and the dictionary size.
+    """
+    _, length, packed_properties, dictionary_size = struct.unpack_from("<HHBL", head)
+    remainder, lc = divmod(packed_properties, 9)
+    pb, lp = divmod(remainder, 5)
+    # A dictionary larger than the member is never needed, and a forged size must not allocate memory.
+    dictionary_size = min(dictionary_size, max(size, 4096))
+    filters = [{"id": lzma.FILTER_LZMA1, "dict_size": dictionary_size, "lc": lc, "lp": lp, "pb": pb}]
     return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters), head[4 + length :]
 
 
-# The directory --------------------------------------------------------------------------------------------------------
+# The central directory ------------------------------------------------------------------------------------------------
 
 
 class _Directory(NamedTuple):
-    start: int
-    size: int
-    shift: int  # bytes before the archive proper, such as a program that unpacks it
-    starts: list[int]  # offsets of the parts that it was written in
+    start: int  # offset in the file
+    size: int  # bytes
+    shift: int  # bytes before the archive, such as a program that unpacks it
+    part_starts: list[int]  # offsets of the parts that the archive was written in
 
 
-def _tail(file: RandomAccessFile) -> bytes:
-    """The end of a file, in which the end of a directory is; the directory itself lies before that."""
-    size = min(_END64.size + _LOCATOR64.size + _END.size + _LONGEST_COMMENT, file.size)
+def _read_tail(file: RandomAccessFile) -> bytes:
+    """Return the end of a file, which contains all end records; the directory itself is before them."""
+    size = min(_END64.size + _LOCATOR64.size + _END.size + _MAX_COMMENT, file.size)
     return file.read(file.size - size, size)
 
 
 def _find_directory(file: RandomAccessFile) -> _Directory:
     fix = "it was cut, or its last part is missing or not the last one; fetch it again, and name all parts in order"
-    tail = _tail(file)
-    ends = {  # of comments
-        match.start(): match.start() + _END.size + int.from_bytes(match[1], "little") for match in _ENDS.finditer(tail)
+    tail = _read_tail(file)
+    comment_ends = {  # where the comment of each possible end record ends, by the position of the record
+        match.start(): match.start() + _END.size + int.from_bytes(match[1], "little")
+        for match in _END_PATTERN.finditer(tail)
     }
-    whole = [place for place, end in ends.items() if end == len(tail)]  # others may stand in a comment
-    fitting = [place for place, end in ends.items() if end < len(tail)]  # something was added behind the archive
-    if not whole + fitting:
+    # The record whose comment ends with the file is the right one; others may be in its comment. If there is none,
+    # bytes were added after the archive, and the last record whose comment fits counts.
+    exact = [position for position, end in comment_ends.items() if end == len(tail)]
+    fitting = [position for position, end in comment_ends.items() if end < len(tail)]
+    if not exact + fitting:
         raise FetchError("truncated", file.name, f"the zip archive has no directory at its end: {fix}")
-    place = whole[0] if whole else fitting[-1]
-    _, disk, first_disk, _, _, size, offset, _ = _END.unpack_from(tail, place)
-    if tail[max(place - _LOCATOR64.size, 0) : place].startswith(b"PK\6\7"):
-        place -= _LOCATOR64.size + _END64.size
-        if place < 0 or tail[place : place + 4] != b"PK\6\6":
+    position = exact[0] if exact else fitting[-1]
+    _, last_part, first_part, _, _, size, offset, _ = _END.unpack_from(tail, position)
+    if tail[max(position - _LOCATOR64.size, 0) : position].startswith(b"PK\6\7"):
+        # The Zip64 end record is directly before its locator. The offset in the locator does not count bytes before
+        # the archive, so it is not used.
+        position -= _LOCATOR64.size + _END64.size
+        if position < 0 or tail[position : position + 4] != b"PK\6\6":
             raise FetchError("corrupt", file.name, f"the end of the zip archive's directory is damaged: {fix}")
-        *_, disk, first_disk, _, _, size, offset = _END64.unpack_from(tail, place)
-    starts = file.starts if disk and isinstance(file, MultipartFile) else [0]
-    if disk + 1 != len(starts):
-        raise FetchError("truncated", file.name, f"the zip archive has {disk + 1} parts, here are {len(starts)}: {fix}")
-    start = file.size - len(tail) + place - size
-    shift = start - offset - starts[min(first_disk, disk)]
+        *_, last_part, first_part, _, _, size, offset = _END64.unpack_from(tail, position)
+    part_starts = file.starts if last_part and isinstance(file, MultipartFile) else [0]
+    if last_part + 1 != len(part_starts):
+        message = f"the zip archive has {last_part + 1} parts, here are {len(part_starts)}: {fix}"
+        raise FetchError("truncated", file.name, message)
+    # The directory ends where the end record begins. Its stated offset counts from its part; the difference to where it
+    # really begins is what was put before the archive.
+    start = file.size - len(tail) + position - size
+    shift = start - offset - part_starts[min(first_part, last_part)]
     if shift < 0:
         raise FetchError("truncated", file.name, f"{-shift} bytes of the zip archive are missing: {fix}")
-    return _Directory(start, size, shift, starts)
+    return _Directory(start, size, shift, part_starts)
 
 
 def _entries(file: RandomAccessFile, directory: _Directory) -> Iterator[tuple[str, ArchiveMember, bool]]:
-    """Path, member and whether it is a symbolic link, of all but folders."""
+    """Yield path, member and whether it is a symbolic link, of all entries but folders."""
     end = directory.start + directory.size
     stream = ReadAheadFile(file, end)
     stream.seek(directory.start)
-    while (place := stream.tell()) < end:
+    while (position := stream.tell()) < end:
         entry = stream.read(_ENTRY.size)
         if len(entry) < _ENTRY.size or not entry.startswith(b"PK\1\2"):
-            raise FetchError("corrupt", file.name, f"the zip archive's directory is damaged at byte {place}")
+            raise FetchError("corrupt", file.name, f"the zip archive's directory is damaged at byte {position}")
         fields = _ENTRY.unpack(entry)
-        _, made, _, flags, method, _, _, crc, packed, size, *lengths, disk, _, attributes, offset = fields
-        raw, extra, _ = (stream.read(length) for length in lengths)
-        system = made >> 8
-        name = _name(raw, flags, system)
+        _, made_by, _, flags, method, _, _, crc, packed, size, *lengths, part, _, attributes, offset = fields
+        raw_name, extra, _ = (stream.read(length) for length in lengths)
+        system = made_by >> 8
+        name = _decode_name(raw_name, flags, system)
         path = normalize_path(name)
         if path is None or name.endswith("/"):
             continue
-        size, packed, offset, disk = _zip64(extra, size, packed, offset, disk)
-        if disk >= len(directory.starts):
-            raise FetchError("corrupt", file.name, f"the zip archive's directory names part {disk + 1} for {path}")
-        offset += directory.starts[disk] + directory.shift
+        size, packed, offset, part = _apply_zip64(extra, size, packed, offset, part)
+        if part >= len(directory.part_starts):
+            raise FetchError("corrupt", file.name, f"the zip archive's directory names part {part + 1} for {path}")
+        offset += directory.part_starts[part] + directory.shift
         refusal = "encrypted" if flags & _ENCRYPTED else "" if method in METHODS else "method"
-        if offset + packed > directory.start or size > _LARGEST:
+        if offset + packed > directory.start or size > _MAX_SIZE:
             refusal, offset, size, packed = "cut", 0, 0, 0
-        is_link = system == _UNIX and stat.S_ISLNK(attributes >> 16)
+        is_link = system == _UNIX and stat.S_ISLNK(attributes >> 16)  # the high 16 bits are the Unix mode
         yield path, ArchiveMember(0, offset, size, packed, crc, method, refusal), is_link
 
 
-def _zip64(extra: bytes, size: int, packed: int, offset: int, disk: int) -> list[int]:
-    """The four numbers, each that did not fit taken from the Zip64 field (APPNOTE 4.5.3)."""
-    values, place = [size, packed, offset, disk], 0
-    while place + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, place)
+def _apply_zip64(extra: bytes, size: int, packed: int, offset: int, part: int) -> list[int]:
+    """Return the four numbers; those that did not fit are taken from the Zip64 field (APPNOTE 4.5.3).
+
+    An extra field is a sequence of (kind, length, data). The Zip64 field contains only the numbers that did not fit, in
+    this order: 8 bytes each for size, packed size and offset, 4 bytes for the part.
+    """
+    values, position = [size, packed, offset, part], 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
         if kind == 1:
-            field = extra[place + 4 : place + 4 + length]
-            for number, (full, width) in enumerate(((_FULL, 8), (_FULL, 8), (_FULL, 8), (0xFFFF, 4))):
-                if values[number] == full and len(field) >= width:
-                    values[number], field = int.from_bytes(field[:width], "little"), field[width:]
-        place += 4 + length
+            data = extra[position + 4 : position + 4 + length]
+            for number, (marker, width) in enumerate(((_IN_ZIP64, 8), (_IN_ZIP64, 8), (_IN_ZIP64, 8), (0xFFFF, 4))):
+                if values[number] == marker and len(data) >= width:
+                    values[number], data = int.from_bytes(data[:width], "little"), data[width:]
+        position += 4 + length
     return values
 
 
-def _name(raw: bytes, flags: int, system: int) -> str:
-    """A member's name: UTF-8 where it says so or can be, otherwise the code page that the format names."""
+def _decode_name(raw: bytes, flags: int, system: int) -> str:
+    """Decode a member's name: UTF-8 if it is flagged or valid, otherwise code page 437, the format's default."""
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -255,15 +297,15 @@ def _name(raw: bytes, flags: int, system: int) -> str:
     return name.replace("\\", "/") if system == _FAT and "/" not in name else name
 
 
-def _follow(file: RandomAccessFile, path: str, member: ArchiveMember) -> ArchiveMember:
-    """A symbolic link, whose data are the path that it leads to, with that path."""
-    if member.size > _LONGEST_LINK:
+def _resolve_symlink(file: RandomAccessFile, path: str, member: ArchiveMember) -> ArchiveMember:
+    """Return a symbolic link with the key of its target, which its data name."""
+    if member.size > _MAX_LINK_TARGET:
         return member._replace(refusal="outside")
     try:
-        text = b"".join(unpack_member(open_zip_stream(file, member), member, f"{file.name}: {path}"))
+        target = b"".join(unpack_member(open_zip_stream(file, member), member, f"{file.name}: {path}"))
     except FetchError as error:
         if error.reason not in ("corrupt", "truncated", "bad_checksum"):
             raise
         return member._replace(refusal="cut")
-    target = resolve_link(path, text.decode("utf-8", "surrogateescape"))
-    return member._replace(link=target, refusal="" if target else "outside")
+    link = resolve_link(path, target.decode("utf-8", "surrogateescape"))
+    return member._replace(link=link, refusal="" if link else "outside")

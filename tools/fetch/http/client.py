@@ -1,10 +1,10 @@
 """HTTP client for media files: whole files or byte ranges, with limits on time and size.
 
-A request ends when nothing arrives for ``FetchLimits.stall`` seconds, and a file after ``FetchLimits.seconds``. Requests
-to busy servers (403, 408, 429, 5xx) and refused, broken or stalled connections are retried with backoff. A broken
-download continues where it broke if the server can confirm that the file is unchanged (RFC 9110, Range and If-Range).
-Bodies are requested and written as they are stored and are never decompressed. Redirects stay within http and https,
-and never lead from https to http. A login is not sent to another server.
+A request ends when nothing arrives for ``FetchLimits.stall`` seconds, and a file after ``FetchLimits.seconds``.
+Requests to busy servers (403, 408, 429, 5xx) and refused, broken or stalled connections are retried with backoff. A
+broken download continues where it broke if the server can confirm that the file is unchanged (RFC 9110, Range and
+If-Range). Bodies are requested and written as they are stored, never decompressed. Redirects stay within http and
+https, and never lead from https to http. A login is not sent to another server.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class HttpClient:
     def probe(self, url: str, location: object) -> RemoteFileInfo | None:
         """Return what the server states about a file, or None if it has no such file.
 
-        The first byte is requested instead of HEAD: signed URLs refuse HEAD, and HEAD does not tell whether ranges work.
+        The first byte is requested instead of HEAD: signed URLs refuse HEAD, and HEAD does not show whether ranges
+        work.
 
         Raises:
             FetchError: unreachable, denied, timeout.

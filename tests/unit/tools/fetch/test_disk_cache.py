@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.tools.fetch.base import FetchError
-from framestream.tools.fetch.disk_cache import ABANDONED, DiskCache, CachedSource, DiskFullError
+from framestream.tools.fetch.disk_cache import ABANDONED_AFTER, CachedSource, DiskCache, DiskFullError
 from tests.helpers.media.cached_files import Made, contents, read, wanted
 
 
@@ -142,7 +142,7 @@ PROCESS = """
 import random, sys
 from pathlib import Path
 from tests.helpers.media.cached_files import Made, read, wanted
-from framestream.tools.fetch.disk_cache import DiskCache, CachedSource
+from framestream.tools.fetch.disk_cache import CachedSource, DiskCache
 
 folder, seed, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 cache, draw = DiskCache(folder, 60_000), random.Random(seed)
@@ -182,7 +182,10 @@ def test_killed_processes_leave_what_is_swept(tmp_path):
         DiskCache(tmp_path, 60_000)
         assert not left(tmp_path)
     assert swept, "no process was killed on its way"
-    made, cache = Made({str(number): number * 1000 for number in range(20)}), DiskCache(tmp_path, 1_000_000)  # room for all
+    made, cache = (
+        Made({str(number): number * 1000 for number in range(20)}),
+        DiskCache(tmp_path, 1_000_000),
+    )  # room for all
     for number in range(20):
         for tree in (False, True):
             assert read(CachedSource(made, cache), cache, str(number), tree) == wanted(str(number), number * 1000, tree)
@@ -191,7 +194,7 @@ def test_killed_processes_leave_what_is_swept(tmp_path):
 
 def test_scratch_folders_of_others_are_swept_when_they_are_old(tmp_path):
     cache = DiskCache(tmp_path, 1000)
-    for name, age in (("elsewhere-1-a", 0), ("elsewhere-1-b", ABANDONED + 60)):
+    for name, age in (("elsewhere-1-a", 0), ("elsewhere-1-b", ABANDONED_AFTER + 60)):
         (tmp_path / "scratch" / name).mkdir()
         os.utime(tmp_path / "scratch" / name, (time.time() - age,) * 2)
     with cache.scratch() as mine:

@@ -20,7 +20,7 @@ from PIL import Image
 from framestream.pipeline.media.frame_sequences import open_folder
 from framestream.tools.fetch.archives import archive as archives_module
 from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
-from framestream.tools.fetch.archives.member_table import stable_name
+from framestream.tools.fetch.archives.member_table import process_path
 from framestream.tools.fetch.archives.zip import list_zip
 from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import (
@@ -212,7 +212,7 @@ def test_what_a_killed_process_has_left_of_its_list_goes(tmp_path, kind):
     assert content(opened(data, work=tmp_path), "a", tmp_path)
     (table,) = tmp_path.glob("*.arrow")
     table.unlink()
-    left = [stable_name(table), stable_name(table.with_suffix(".gzip"))]
+    left = [process_path(table), process_path(table.with_suffix(".gzip"))]
     left = [path.with_name(path.name.rpartition(".")[0] + end) for path in left for end in (".999", ".999.tmp")]
     other = table.with_name(f"{table.name}.elsewhere.999")  # may still be at work
     for path in (*left, other):
@@ -305,7 +305,7 @@ def test_parts_of_a_tar_in_another_order_do_not_give_other_bytes(tmp_path):
     data = pack(files, "ustar")
     parts = [data[place : place + 17_000] for place in range(0, len(data), 17_000)]
     source = opened(parts[0], parts[2], parts[1], *parts[3:], join=True)
-    assert "part0 to part6: breaks behind byte" in source.notes[0]
+    assert "part0 to part6: breaks after byte" in source.notes[0]
     found = {}
     for path in files:
         try:
@@ -347,10 +347,10 @@ def test_a_flipped_bit_is_seen(tmp_path, kind):
         (b"\xfd7zXZ\0" + bytes(600), "unsupported", "xz file"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "unsupported", "Zstandard file"),
         (b"BZh9" + bytes(600), "unsupported", "bzip2 file"),
-        (gzip.compress(b"no tar" * 200, mtime=0), "unsupported", "no tar archive is in it"),
-        (gzip.compress(b"", mtime=0), "unsupported", "no tar archive is in it"),
+        (gzip.compress(b"no tar" * 200, mtime=0), "unsupported", "contains no tar archive"),
+        (gzip.compress(b"", mtime=0), "unsupported", "contains no tar archive"),
         (b"\x1f\x8b" + b"junk" * 300, "corrupt", "damaged or cut"),
-        (b"ftypmp42" * 200, "unsupported", "no zip, tar or tar.gz"),
+        (b"ftypmp42" * 200, "unsupported", "not a zip, tar, tar.gz or parquet"),
         (b"PK\3\4" + bytes(5000), "truncated", "no directory"),
     ],
 )

@@ -114,7 +114,7 @@ def test_rows_of_one_name_are_one_picture_or_none(tmp_path):
     rows = [("same", "same.jpg", b"1"), ("same", "same.jpg", b"1"), ("other", "same.png", b"2")]
     source = opened(data_set(rows, group=2), data_set([("same", None, b"1"), ("other", None, b"3")]))
     assert content(source, "same.jpg", tmp_path) == b"1"
-    with pytest.raises(FetchError, match=r"same.gif: 2 different pictures of here have this name; name") as error:
+    with pytest.raises(FetchError, match=r"same.gif: 2 different images of here have this name; name") as error:
         source.fetch("same.gif", tmp_path)
     assert error.value.reason == "bad_media" and list(tmp_path.iterdir()) == []
     assert failure(source, "other.jpg", tmp_path) == "bad_media", "across files, too"
@@ -205,14 +205,14 @@ def test_listing_costs_the_names_and_a_picture_its_row_group(tmp_path):
 
 
 def test_pictures_in_any_order_while_few_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquets, "_RECENT", 10_000)
+    monkeypatch.setattr(parquets, "_CACHED_IMAGES", 10_000)
     rows = [(f"{n}", None, noise(n)) for n in range(60)]
     source = opened(data_set(rows, group=25), data_set([(f"b{n}", None, noise(100 + n)) for n in range(9)], group=4))
     for n in np.random.default_rng(0).permutation(60).tolist():
         assert content(source, f"{n}.jpg", tmp_path) == rows[n][2]
         assert content(source, f"b{n % 9}.jpg", tmp_path) == noise(100 + n % 9)
-    assert len(parquets._open_groups._groups) <= 2
-    assert all(group._size <= 10_000 for group in parquets._open_groups._groups.values())
+    assert len(parquets._open_groups._readers) <= 2
+    assert all(group._cached_bytes <= 10_000 for group in parquets._open_groups._readers.values())
 
 
 @pytest.mark.parametrize("options", [{"compression": kind} for kind in ("none", "zstd", "gzip")] + [
@@ -285,10 +285,10 @@ GOOD = data_set([(f"{n}", f"{n}.jpg", noise(n)) for n in range(20)], group=10, u
 @pytest.mark.parametrize(
     "data, reason, words",
     [
-        (b"PAR1", "truncated", "no directory at its end"),
-        (GOOD[:-1], "truncated", "no directory at its end"),
+        (b"PAR1", "truncated", "no footer at its end"),
+        (GOOD[:-1], "truncated", "no footer at its end"),
         (GOOD[: len(GOOD) // 2], "truncated", "fetch it again"),
-        (GOOD[:-4] + b"PARE", "truncated", "no directory"),
+        (GOOD[:-4] + b"PARE", "truncated", "no footer"),
         (GOOD[:-8] + struct.pack("<L", 1 << 31) + b"PAR1", "corrupt", "longer than the file"),
         (GOOD[:-8] + struct.pack("<L", 9) + b"PAR1", "corrupt", "is damaged"),
         (b"PAR1" + bytes(600) + struct.pack("<L", 500) + b"PAR1", "corrupt", "is damaged"),
@@ -372,7 +372,7 @@ def test_damaged_pictures_are_corrupt(tmp_path):
 def test_rows_without_pictures_or_names(tmp_path):
     source = opened(data_set([("a", "a.jpg", None), (None, "..", b"x"), ("a\0b", None, b"y"), ("b", "b.jpg", b"B")]))
     assert failure(source, "a.jpg", tmp_path) == "missing_file" and content(source, "b.jpg", tmp_path) == b"B"
-    assert "2 pictures have neither a path nor an id" in source.notes[0]
+    assert "2 images have neither a path nor an id" in source.notes[0]
 
 
 @settings(max_examples=100, deadline=None)

@@ -377,7 +377,9 @@ def test_a_login_goes_to_no_other_server(server, tmp_path):
 
 
 def test_addresses_are_shown_without_credentials():
-    assert redact_url("https://me:pw@host:8/a/{path}?token=x&f={stem}#y") == "https://host:8/a/{path}?token=...&f={stem}"
+    assert (
+        redact_url("https://me:pw@host:8/a/{path}?token=x&f={stem}#y") == "https://host:8/a/{path}?token=...&f={stem}"
+    )
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
