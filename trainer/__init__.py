@@ -1,0 +1,1 @@
+"""framestream's trainer: train, score, chat with and export video language models."""

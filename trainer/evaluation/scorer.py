@@ -92,7 +92,7 @@ class Evaluator:
             except (OSError, ValueError, MediaError) as error:
                 fault = " ".join(str(error).split())
         if condition == "blind":
-            fault = f"none of {len(others)} others can be shown in its place: {fault}"
+            fault = f"the media of {len(others)} other questions cannot be shown; the last: {fault}"
         self.unreadable.setdefault(i, f"{self._questions[i].key}: {fault}")
         return None
 
@@ -161,12 +161,12 @@ def evaluate(
 
 
 def _split_usable(questions: QuestionSource) -> tuple[list[int], list[str]]:
-    """Return the questions that can be scored, and a line for each whose answer is none of its options."""
+    """Return the questions that can be scored, and a line for each whose answer is not one of its options."""
     usable, misfits = [], []
     for i in range(len(questions)):
         options, answer = questions[i].options, questions[i].answer
         if options and not any(is_correct(option, answer) for option in options):
-            misfits.append(f"{questions[i].key}: the answer {answer!r} is none of its options, {', '.join(options)}")
+            misfits.append(f"{questions[i].key}: the answer {answer!r} is not one of its options, {', '.join(options)}")
         else:
             usable.append(i)
     return usable, misfits

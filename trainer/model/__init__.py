@@ -1,0 +1,1 @@
+"""The model: vision towers, connector and language model, and what they cost."""

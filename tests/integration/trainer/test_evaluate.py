@@ -14,6 +14,7 @@ import yaml
 from framestream.pipeline import Questions, load_manifest
 from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.trainer import evaluate
+from framestream.trainer.evaluation import scorer
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from tests.helpers.corpora import training_corpus as corpus
@@ -146,7 +147,7 @@ def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
     assert len(result["answers"]) == len(samples) - 4 and len(result["unreadable"]) == 4
     told = "\n".join(result["unreadable"])
     assert told.count("must be a list of at least two answers") == 3 and "options.json: sample 0: " in told
-    assert "is none of its options, one, two" in told
+    assert "is not one of its options, one, two" in told
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_ctrl_c_has_its_status_and_writes_nothing(made, tmp_path, capsys, monkey
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    monkeypatch.setattr(scorer, "evaluate", interrupted)
     out = tmp_path / "evaluation.json"
     assert evaluate.main(["--manifest", str(made), "--out", str(out)]) == 130
     assert capsys.readouterr().err == "stopped; nothing was written\n" and not out.exists()

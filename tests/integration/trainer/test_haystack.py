@@ -75,7 +75,7 @@ def test_what_the_model_does_not_take_is_left_out_by_name(weights, folder, capsy
     assert haystack.main(words(folder, *TAKES_300)) == 0
     result = json.loads((folder / "haystack.json").read_text())
     assert {row["frames"] for row in result["families"]} == {4}
-    left_out = [line for line in result["unreadable"] if "the model takes 300" in line]
+    left_out = [line for line in result["unreadable"] if "the limit of the model is 300" in line]
     assert len(left_out) == 2 * len(DEPTHS) and all(", 16 frames, " in line for line in left_out)
     assert "questions left out; the first:" in capsys.readouterr().out
 
@@ -86,7 +86,7 @@ def test_what_the_model_does_not_take_is_left_out_by_name(weights, folder, capsy
         (("--frames", "6"), 2, "--frames 6"),
         (("--depths", "101"), 2, "--depths 101"),
         (("--frames", "20000"), 1, "has 32 frames"),
-        ((*TAKES_300, "--frames", "16"), 2, "the model takes 300"),
+        ((*TAKES_300, "--frames", "16"), 2, "the limit of the model is 300"),
         (("--checkpoint", "gone"), 1, "no weights there"),
         (("--needles", "gone.json"), 2, "gone.json"),
     ],

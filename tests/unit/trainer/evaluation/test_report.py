@@ -86,11 +86,11 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
         "12.5 %",
     ):
         assert figure in text, figure
-    assert "4 dialogues not learned, or not whole: 3 × unreadable, 1 × x<y" in text
+    assert "4 dialogues left out of training, or cut: 3 × unreadable, 1 × x<y" in text
     assert "every dialogue could be read" not in text and "d0 /media/0.mp4: <gone>; d2 /media" in text
     assert REASONS["unreadable"] in text
     assert "1.50 GiB" in text and "25.0 %" in text and summary(read_run(runs[0]))["mfu"] is None
-    assert "1 step not learned, because loss or gradient was not finite" in text and "MFU, %" in text
+    assert "1 step skipped, because loss or gradient was not finite" in text and "MFU, %" in text
     assert "runs/stage1" in text and "20.0 s" in text and "640" in text
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert links and all(link.startswith("data:image/jpeg;base64,") for link in links)
