@@ -76,7 +76,7 @@ KINDS = ("stored", "deflate", "bzip2", "lzma", "ustar", "gnu", "pax", "tar.gz")
 
 
 class Memory:
-    """A :class:`framestream.tools.fetch.base.Bytes` of bytes."""
+    """A :class:`framestream.tools.fetch.base.RandomAccessFile` of bytes."""
 
     def __init__(self, data: bytes, name: str = "archive") -> None:
         self.name, self.size, self.data = name, len(data), data

@@ -1,4 +1,4 @@
-"""A hub repository on the loopback interface, answering as the real hub does."""
+"""Hub repository on the loopback interface, with the responses of the real hub."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from tests.helpers.servers.web_server import Server
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = 1000  #: bytes from which on a file is in LFS, behind a redirect to /cdn/PATH
+LARGE = 1000  #: bytes above which a file is in LFS, behind a redirect to /cdn/PATH
 
 
 def blob(data: bytes) -> str:
-    """Name of a git blob."""
+    """Return the id of a git blob."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def serve_hub(server: Server, files: MutableMapping[str, bytes], name: str = "me/data", page: int = 2) -> None:
-    """Serve ``files`` as ``datasets/NAME``, ``page`` of them in one answer of a listing. What is added to a file later
-    counts; new files do not."""
+    """Serve ``files`` as ``datasets/NAME``, with ``page`` of them in one response of a listing.
+
+    Later changes of a file are served; files added later are not.
+    """
     api, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/{COMMIT}"
 
     def revision(request):

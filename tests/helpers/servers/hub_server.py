@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of its interface as fetching files takes, served from memory by a thread."""
+"""Hub server for tests: the part of the API that fetching files needs, served from memory by a thread."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Repository:
-    """Files by path, of one commit that is the head of ``main`` and of ``v1``."""
+    """Files by path, of one commit, which ``main`` and ``v1`` point to."""
 
     files: dict[str, bytes]
-    token: str = ""  #: gated: only requests with this token are answered
+    token: str = ""  #: if set, the repository is gated: only requests with this token are answered
 
     @property
     def commit(self) -> str:
@@ -29,7 +29,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by name, the address to give as ``HF_ENDPOINT``, and the paths that were asked for."""
+    """Repositories by name, the URL for ``HF_ENDPOINT``, and the requests made."""
 
     repositories: dict[str, Repository]
     endpoint: str = ""
@@ -38,7 +38,7 @@ class Hub:
 
 @contextlib.contextmanager
 def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
-    """A hub with these repositories, until the end of the block."""
+    """Serve a hub with these repositories until the end of the block."""
     hub = Hub(repositories)
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,7 +56,7 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
             name = re.fullmatch(r"/(?:api/models/)?([\w.-]+/[\w.-]+)/(?:revision|tree|resolve)/([^/]+)(?:/(.*))?", path)
             repository = hub.repositories.get(name[1]) if name else None
             if repository is None:
-                return self.refuse(401, "RepoNotFound")  # as the hub tells those who show no token
+                return self.refuse(401, "RepoNotFound")  # the answer of the hub to requests without a token
             if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
                 return self.refuse(403, "GatedRepo")
             if not repository.has(name[2]):

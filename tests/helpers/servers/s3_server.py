@@ -1,4 +1,4 @@
-"""moto's S3 server on the loopback interface, and an environment that leads there."""
+"""moto's S3 server on the loopback interface, and environment variables that point to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moto.server import ThreadedMotoServer
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """The address of an empty S3 until the end of the block."""
+    """Serve an empty S3 until the end of the block, and yield its URL."""
     running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
@@ -22,7 +22,7 @@ def s3_server() -> Iterator[str]:
 
 
 def s3_environment(endpoint: str, folder: Path) -> dict[str, str]:
-    """Variables that name ``endpoint`` and a login, and keep botocore from looking elsewhere for them."""
+    """Return variables with ``endpoint`` and a login, which also keep botocore from reading other settings."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "me",

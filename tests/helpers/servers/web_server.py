@@ -1,4 +1,4 @@
-"""A web server on the loopback interface that does what a test tells it to, well or badly."""
+"""Web server on the loopback interface whose routes, good or bad, are functions of a test."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from framestream.tools.fetch.http.retry import FetchLimits
 
-#: Limits under which a test is done in seconds.
+#: Limits with which a test takes seconds.
 QUICK = FetchLimits(seconds=30, bytes=1 << 20, retries=3, stall=0.5, backoff=0.01)
 
 
 class Server:
-    """Answers GET by ``routes[path without query](request)``; 404 where there is none. ``asked`` holds the path and the
-    headers of every request, with small names."""
+    """Answer GET by ``routes[path without query](request)``, or by 404 if there is no route.
+
+    ``asked`` is the path and the headers of every request; header names are in lower case.
+    """
 
     def __init__(self):
         self.routes, self.asked = {}, []
-        self.closing = threading.Event()  # ends what waits for ever
+        self.closing = threading.Event()  # ends stalled requests
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,7 +42,7 @@ class Server:
                 pass
 
             def answer(self, status=200, body=b"", length=None, **headers):
-                """A head, with Content-Length ``length`` (of the body if not given), and a body."""
+                """Send headers, with Content-Length ``length`` (of the body if None), and a body."""
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body) if length is None else length))
                 for name, text in headers.items():
@@ -58,12 +60,12 @@ class Server:
                 self.close_connection = True
 
             def stall(self):
-                """Say nothing more until the test is over."""
+                """Send nothing more until the test is over."""
                 self.wfile.flush()
                 server.closing.wait(60)
 
             def wanted(self, data):
-                """First and last+1 byte that the request asks for; None if it asks for the whole."""
+                """Return start and end of the requested range; None if the complete file is requested."""
                 found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if not found or self.headers.get("If-Range", self.etag) != self.etag:
                     return None
@@ -72,7 +74,7 @@ class Server:
             etag = '"one"'
 
             def serve(self, data, **headers):
-                """A file as a good server sends it, by ranges too."""
+                """Send a file as a good server does, also by ranges."""
                 headers = {"ETag": self.etag, **headers}
                 part = self.wanted(data)
                 if part is None:
@@ -85,11 +87,11 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # clients hang up on what they need no more
+        self._server.handle_error = lambda *_: None  # clients close connections early
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def ranges(self, path):
-        """The Range header of every request for ``path``."""
+        """Return the Range header of every request for ``path``."""
         return [headers.get("range") for asked, headers in self.asked if asked.partition("?")[0] == path]
 
     def __enter__(self):
@@ -103,11 +105,11 @@ class Server:
 
 
 def missing(request):
-    """404."""
+    """Answer 404."""
     request.answer(404, b"no such file")
 
 
 def turns(*routes):
-    """A route that behaves like each of ``routes`` in turn, and then like the last."""
+    """Return a route that behaves like each of ``routes`` in turn, and then like the last."""
     left = list(routes)
     return lambda request: (left.pop(0) if len(left) > 1 else left[0])(request)

@@ -2,7 +2,7 @@
 
 A file has a column ``image`` of {bytes: binary, path: string} and usually a column ``id``. The small columns of names
 of each row group are read once. An image then costs the image column of its row group, up to its row. Most writers put
-that whole column into one page. Pages are therefore unpacked as a whole, and the next images are taken from them.
+that entire column into one page. A page is therefore unpacked completely, and the next images are taken from it.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _is_text(column_type: pa.DataType) -> bool:
 
 
 def _to_texts(column: pa.Array) -> list[str | None]:
-    """Return texts or integers as texts. Bytes that are not UTF-8 become surrogates, as in file names of Python."""
+    """Return texts or integers as texts. Bytes that are not UTF-8 become surrogates, as in Python's file names."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_integer(column.type):

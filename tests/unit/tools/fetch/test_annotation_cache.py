@@ -1,4 +1,4 @@
-"""Annotation files of other places: how they are named, and that they are fetched once and checked."""
+"""Remote annotation files: how they are named, and that they are fetched once and checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HUB = "https://huggingface.co/datasets"
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "path"),
+    ("name", "location", "path"),
     [
         ("hf:a/b:annotations/x.json", "hf:a/b", "annotations/x.json"),
         ("hf:a/b@v1:x.json", "hf:a/b@v1", "x.json"),
@@ -35,8 +35,8 @@ HUB = "https://huggingface.co/datasets"
         ),
     ],
 )
-def test_remote_names(name, place, path):
-    assert remote_file(name) == (place, path)
+def test_remote_names(name, location, path):
+    assert remote_file(name) == (location, path)
 
 
 @pytest.mark.parametrize("name", ["data/x.json", "/data/x.json", "hf/x.json", "c:x.json"])

@@ -1,4 +1,4 @@
-"""The disk cache: right contents, never above its bound, and nothing left by processes that were killed."""
+"""The disk cache has the right contents, holds its limit, and removes what killed processes leave."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def left(folder):
 
 
 @given(
-    bound=st.integers(0, 4000),
+    max_bytes=st.integers(0, 4000),
     steps=st.lists(st.tuples(st.integers(0, 8), st.booleans(), st.integers(0, 1)), max_size=25),
 )
-def test_contents_are_right_and_the_bound_holds(tmp_path_factory, bound, steps):
+def test_contents_are_right_and_the_limit_holds(tmp_path_factory, max_bytes, steps):
     folder = tmp_path_factory.mktemp("cache")
     sizes = {str(number): number * 300 for number in range(9)}
-    caches = [DiskCache(folder, bound), DiskCache(folder, bound)]
+    caches = [DiskCache(folder, max_bytes), DiskCache(folder, max_bytes)]
     for number, tree, which in steps:
         source = CachedSource(Made(sizes), caches[which])
         assert read(source, caches[which], str(number), tree) == wanted(str(number), sizes[str(number)], tree)
-        assert used(folder) <= bound + max(sizes.values()), "one process is ahead by one file at most"
-        assert caches[which].trim() == used(folder) <= bound
+        assert used(folder) <= max_bytes + max(sizes.values()), "one process is ahead by one file at most"
+        assert caches[which].trim() == used(folder) <= max_bytes
     assert not left(folder)
 
 
-def test_what_is_kept_is_not_fetched_again_and_what_changed_is(tmp_path):
+def test_cached_files_are_not_fetched_again_unless_they_changed(tmp_path):
     made, cache = Made({"a": 10, "b": 30}), DiskCache(tmp_path, 1000)
     source = CachedSource(made, cache)
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_a_full_disk_costs_the_cache_and_then_ends_in_one_line(tmp_path):
     assert "\n" not in str(error.value) and not left(tmp_path)
 
 
-def test_keeping_on_a_full_disk_is_given_up(tmp_path, monkeypatch):
+def test_a_full_disk_caches_nothing(tmp_path, monkeypatch):
     cache = DiskCache(tmp_path, 1000)
 
     def full(*_, **__):
@@ -160,7 +160,7 @@ def start(folder, seed, count):
 
 
 def test_processes_share_a_cache(tmp_path):
-    """Three at once, each checking every file it reads, in a cache that holds a third of what they want."""
+    """Three processes check every file they read, in a cache that holds a third of their files."""
     processes = [start(tmp_path, seed, 70) for seed in range(3)]
     assert [process.wait() for process in processes] == [0] * 3
     for process in processes:
@@ -189,7 +189,7 @@ def test_killed_processes_leave_what_is_swept(tmp_path):
     for number in range(20):
         for tree in (False, True):
             assert read(CachedSource(made, cache), cache, str(number), tree) == wanted(str(number), number * 1000, tree)
-    assert len(made.fetched) < 40, "nothing was kept"
+    assert len(made.fetched) < 40, "nothing was cached"
 
 
 def test_scratch_folders_of_others_are_swept_when_they_are_old(tmp_path):
@@ -203,7 +203,7 @@ def test_scratch_folders_of_others_are_swept_when_they_are_old(tmp_path):
 
 
 class Together(Made):
-    """Lets nobody pass before ``count`` have asked for the identity, and one fetch at a time."""
+    """Block until ``count`` threads have asked for the identity; allow one fetch at a time."""
 
     def __init__(self, sizes, count):
         super().__init__(sizes)

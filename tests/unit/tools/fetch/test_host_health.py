@@ -1,4 +1,4 @@
-"""Places on other machines: which host they need, and that a silent one is not asked for ever."""
+"""Remote locations: which host they need, and that a host that fails is given up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_host(origin, host):
 
 
 class Asked:
-    """Counts calls, which fail for the given reason."""
+    """Count calls, which fail for the given reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason, self.count = reason, 0
@@ -38,19 +38,19 @@ class Asked:
 
 
 def ask(hosts, origin, function, times=1, **options):
-    said = []
+    messages = []
     for _ in range(times):
         with pytest.raises(FetchError) as caught:
             hosts.call(origin, function, **options)
-        said.append(str(caught.value))
-    return said
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.mark.parametrize("reason", ["unreachable", "timeout"])
-def test_a_silent_host_is_given_up_for_all_its_places(reason):
+def test_a_silent_host_is_given_up_for_all_its_locations(reason):
     hosts, asked, other = HostCircuitBreaker(), Asked(reason), Asked("")
-    said = ask(hosts, "url:https://a.org/x/{path}", asked, times=50)
-    assert asked.count == MAX_FAILURES and set(said) == {"file 1: failed"}
+    messages = ask(hosts, "url:https://a.org/x/{path}", asked, times=50)
+    assert asked.count == MAX_FAILURES and set(messages) == {"file 1: failed"}
     assert ask(hosts, "url:https://a.org/y/{path}", asked) == ["file 1: failed"]
     assert asked.count == MAX_FAILURES and hosts.call("url:https://b.org/{path}", other) == 1
 

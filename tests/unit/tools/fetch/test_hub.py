@@ -32,14 +32,14 @@ FILES = {
 
 @pytest.fixture
 def hub(server):
-    """Serves FILES as datasets/me/data; two files a page; `large` is in LFS behind a redirect."""
+    """Serve FILES as datasets/me/data, two files on a page. `large` is in LFS behind a redirect."""
     server.files = dict(FILES)
     serve_hub(server, server.files)
     return server
 
 
-def opened(hub, place="hf:me/data:video"):
-    return open_hub(place, QUICK, hub.url)
+def opened(hub, location="hf:me/data:video"):
+    return open_hub(location, QUICK, hub.url)
 
 
 def test_files_are_found_by_one_listing_a_folder_and_fetched(hub, tmp_path):
@@ -163,7 +163,7 @@ def test_names_that_a_hub_makes_up_write_nothing_outside(hub, tmp_path, name):
 
 
 def test_the_next_page_is_asked_of_the_same_endpoint(hub):
-    """Mirrors hand on links to the hub they mirror."""
+    """Mirrors return links to the hub that they mirror."""
     api = f"/api/datasets/me/data/tree/{COMMIT}/none"
     pages = [[], [{"type": "file", "path": "none/x", "oid": blob(b"x"), "size": 1}]]
     hub.routes[api] = lambda request: request.answer(

@@ -1,4 +1,4 @@
-"""Folders of this machine; links lead nowhere else."""
+"""Local folders: links never lead out of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from framestream.tools.fetch.local import FolderSource, LocalFile
 
 @pytest.fixture
 def root(tmp_path):
-    """root/ with a file, frames, a link within, links out of it; root is itself reached by a link."""
+    """Create root/ with a file, frames, a link within it and links out of it; root is itself reached by a link."""
     root = tmp_path / "real"
     (root / "frames").mkdir(parents=True)
     (root / "mixed").mkdir()

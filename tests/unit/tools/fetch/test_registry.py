@@ -1,4 +1,4 @@
-"""Places as a root map words them."""
+"""Locations in the syntax of a root map."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def test_sources(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     ["", "/data", "dir:", "dir:/no/such/folder", "url:https://h/x", "page:x", "hf:a", "s3:/x", "https://h/{path}", "ftp://h"],
 )  # fmt: skip
-def test_places_that_are_none(place):
+def test_invalid_locations(location):
     with pytest.raises(ValueError) as error:
-        open_source(place, QUICK)
+        open_source(location, QUICK)
     assert "\n" not in str(error.value)
 
 
-def test_files_come_in_name_order_place_by_place(tmp_path, server):
+def test_files_come_in_name_order_location_by_location(tmp_path, server):
     for name in ("p_10.zip", "p_2.zip", "p_1.txt", "[x].zip"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "p_3.zip").mkdir()
@@ -39,15 +39,15 @@ def test_files_come_in_name_order_place_by_place(tmp_path, server):
 
 
 @pytest.mark.parametrize(
-    "place", ["dir:/*/x.zip", "dir:/tmp/", "page:https://h/{stem}", "hf:a/b:c*/x.zip", "s3://x", "x.zip"]
+    "location", ["dir:/*/x.zip", "dir:/tmp/", "page:https://h/{stem}", "hf:a/b:c*/x.zip", "s3://x", "x.zip"]
 )
-def test_files_of_places_that_hold_none(place):
+def test_locations_that_cannot_contain_archives(location):
     with pytest.raises(ValueError):
-        open_files(place, QUICK)
+        open_files(location, QUICK)
 
 
 def test_names_sort_with_their_numbers():
-    """As split(1) writes them, padded or not, with letters or digits."""
+    """Names as split(1) writes them, padded or not, with letters or digits."""
     for names in (
         ["x.z01", "x.z02", "x.z10"],
         ["p1.zip", "p2.zip", "p10.zip"],

@@ -35,7 +35,7 @@ def endpoint():
 
 @pytest.fixture
 def bucket(endpoint, monkeypatch, tmp_path):
-    """FILES in s3://videos, and credentials in the environment."""
+    """Put FILES into s3://videos, and credentials into the environment."""
     for name, text in s3_environment(endpoint, tmp_path).items():
         monkeypatch.setenv(name, text)
     system = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
@@ -84,11 +84,11 @@ def test_identity_follows_the_contents(bucket):
 def test_parts_of_archives(bucket):
     small, large = open_files("s3://videos/zip/*.zip", QUICK)
     assert [small.read(0, 9), large.read(0, 9)] == [b"2", b"10"]
-    (whole,) = open_files("s3://videos/v/a b+c.mp4", QUICK)
-    assert whole.size == len(DATA) and whole.read(150_000, 20) == DATA[150_000:150_020]
+    (file,) = open_files("s3://videos/v/a b+c.mp4", QUICK)
+    assert file.size == len(DATA) and file.read(150_000, 20) == DATA[150_000:150_020]
     bucket.pipe_file("videos/v/a b+c.mp4", DATA[::-1])
     with pytest.raises(FetchError, match="changed"):
-        whole.read(0, 20)
+        file.read(0, 20)
 
 
 def test_a_large_folder_is_asked_for_one_by_one(bucket, monkeypatch):

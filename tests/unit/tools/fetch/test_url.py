@@ -1,4 +1,4 @@
-"""Address templates: nothing in a media path changes the form of an address."""
+"""URL templates: nothing in a media path changes the structure of a URL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video pages through yt-dlp itself, from pages on the loopback interface."""
+"""Video pages on the loopback interface, fetched by yt-dlp itself."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_video_that_says_it_is_too_large(source, server, tmp_path):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A function that makes yt-dlp a program of the test's, and its scratch folder."""
+    """Return a function that replaces yt-dlp by a program and returns its scratch folder."""
 
     def make(program):
         (tmp_path / "fake").mkdir(exist_ok=True)
@@ -101,14 +101,14 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_what_yt_dlp_says(fake, tmp_path, line):
+def test_error_lines_of_yt_dlp(fake, tmp_path, line):
     scratch = fake(f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); print({line!r}); sys.exit(1)")
     reason, runs = LINES[line]
     assert failure(PageSource("https://h/{stem}", QUICK), scratch) == reason
     assert len((tmp_path / "runs").read_text()) == runs
 
 
-def test_more_than_was_said_ends_at_the_size_limit(fake):
+def test_more_than_was_stated_ends_at_the_size_limit(fake):
     endless = "file = open(options[options.index('--paths') + 1] + '/media.mp4.part', 'wb')\n    while True: "
     scratch = fake(endless + "file.write(bytes(4096)); file.flush(); time.sleep(0.001)")
     assert failure(PageSource("https://h/{stem}", QUICK), scratch) == "too_large"
@@ -144,12 +144,12 @@ PageSource("https://h/{stem}", QUICK).fetch("x", pathlib.Path(sys.argv[1]))
     parent.wait()
     end = time.monotonic() + 20
     while is_yt_dlp(number[:-1]):
-        assert time.monotonic() < end, "yt-dlp goes on alone"
+        assert time.monotonic() < end, "yt-dlp runs on without its parent"
         time.sleep(0.02)
 
 
 def is_yt_dlp(number):
-    """Whether a process is there and is the one that runs yt-dlp."""
+    """Return whether a process exists and is the one that runs yt-dlp."""
     try:
         return b"ytdlp_process" in Path(f"/proc/{number}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Archives as a source: whatever packed them, each file has its bytes, and damage costs no more than it must."""
+"""Archives as a source: every packer's files have the right bytes, and damage loses no more files than it must."""
 
 from __future__ import annotations
 
@@ -122,14 +122,14 @@ def test_paths_begin_inside_a_folder_of_the_archives(tmp_path):
 
 
 def test_frames_keep_their_order_under_safe_names(tmp_path):
-    pictures = {}
+    images = {}
     for number, name in enumerate(["f 1.png", "f_02.png", "\\3.png", "-4.png", "\udcff 5.png", f"{'x' * 240}10.png"]):
         out = io.BytesIO()
         Image.new("RGB", (4, 4), (number * 40, 0, 0)).save(out, "png")
-        pictures[name] = out.getvalue()
-    shuffled = {f"frames/{name}": pictures[name] for name in sorted(pictures, reverse=True)}
+        images[name] = out.getvalue()
+    shuffled = {f"frames/{name}": images[name] for name in sorted(images, reverse=True)}
     source = opened(pack_tar([(tar_info(name), data) for name, data in shuffled.items()]))
-    frames = open_folder(source.fetch("frames", tmp_path, tree=True)).decode_frames(np.arange(len(pictures)))
+    frames = open_folder(source.fetch("frames", tmp_path, tree=True)).decode_frames(np.arange(len(images)))
     assert [frame[0, 0, 0] for frame in frames] == [0, 40, 80, 120, 160, 200]
 
 
@@ -222,7 +222,7 @@ def test_what_a_killed_process_has_left_of_its_list_goes(tmp_path, kind):
 
 
 def sums(source: ArchiveSource, paths: list[str], scratch: str) -> list[int]:
-    """In another process: the sum of the bytes of each file."""
+    """Return the sum of the bytes of each file, in another process."""
     return [sum(content(source, path, Path(scratch))) for path in paths]
 
 
@@ -285,7 +285,7 @@ def test_a_tar_gz_that_was_cut_is_refused(share):
 def test_a_zip_that_is_not_whole_is_told_when_it_is_opened(kind):
     data = pack({f"{n}.mp4": np.random.default_rng(n).bytes(4000) for n in range(20)}, kind)
     size = len(data) // 5 + 1
-    parts = [data[place : place + size] for place in range(0, len(data), size)]
+    parts = [data[start : start + size] for start in range(0, len(data), size)]
     opened(*parts, join=True)
     for missing in range(5):
         reason, line = refused(*parts[:missing], *parts[missing + 1 :], join=True)
@@ -303,7 +303,7 @@ def test_a_zip_that_is_not_whole_is_told_when_it_is_opened(kind):
 def test_parts_of_a_tar_in_another_order_do_not_give_other_bytes(tmp_path):
     files = {f"{n}.mp4": np.random.default_rng(n).bytes(4000) for n in range(20)}
     data = pack(files, "ustar")
-    parts = [data[place : place + 17_000] for place in range(0, len(data), 17_000)]
+    parts = [data[start : start + 17_000] for start in range(0, len(data), 17_000)]
     source = opened(parts[0], parts[2], parts[1], *parts[3:], join=True)
     assert "part0 to part6: breaks after byte" in source.notes[0]
     found = {}
@@ -319,7 +319,7 @@ def test_parts_of_a_tar_in_another_order_do_not_give_other_bytes(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit_is_seen(tmp_path, kind):
-    """Zip members have checksums, gzip files one for the whole; tar archives have none."""
+    """Zip members have checksums, a gzip file has one of all its contents, tar archives have none."""
     files = {"a": b"a" * 5000, "b": bytes(range(256)) * 40, "c": b"c" * 5000}
     data = bytearray(pack(files, kind))
     if kind in ("ustar", "gnu", "pax"):
@@ -354,7 +354,7 @@ def test_a_flipped_bit_is_seen(tmp_path, kind):
         (b"PK\3\4" + bytes(5000), "truncated", "no directory"),
     ],
 )
-def test_what_is_no_archive(data, reason, words):
+def test_files_that_are_not_archives(data, reason, words):
     found, line = refused(data)
     assert found == reason and words in line
 
@@ -420,7 +420,7 @@ def test_the_extension_is_taken_over_only_if_it_is_one(tmp_path):
         assert source.fetch(path, scratch).name == name
 
 
-def test_kinds_are_told_by_contents(monkeypatch):
+def test_formats_are_detected_by_contents(monkeypatch):
     inner = pack({"inner": b"x"}, "stored")
     assert archives_module._detect_format(Memory(pack({"a.zip": inner}, "ustar"), "x.zip")) == "tar"
     assert archives_module._detect_format(Memory(pack({"a.tar": pack({"a": b"a"}, "gnu")}, "stored"), "x.tar")) == "zip"

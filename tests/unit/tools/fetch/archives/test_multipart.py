@@ -1,4 +1,4 @@
-"""Parts read as one file."""
+"""Parts are read as one file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.helpers.media.memory_files import Memory
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=6), st.integers(0, 130), st.integers(0, 130))
 def test_any_range_is_that_of_the_whole(parts, offset, size):
-    whole = b"".join(parts)
+    data = b"".join(parts)
     joined = MultipartFile([Memory(part) for part in parts])
-    assert joined.size == len(whole)
-    assert joined.read(offset, size) == whole[offset : offset + size]
+    assert joined.size == len(data)
+    assert joined.read(offset, size) == data[offset : offset + size]
 
 
 def test_only_the_parts_that_are_needed_are_read():

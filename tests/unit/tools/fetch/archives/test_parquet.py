@@ -1,5 +1,6 @@
-"""Pictures in parquet files, laid out as the data sets of the hub are: found by path and by id, read row group by row
-group, and nothing guessed."""
+"""Images in parquet files with the layout of datasets on the hub.
+
+They are found by path and by id, and read row group by row group. Ambiguous names are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ from tests.helpers.servers.web_server import QUICK
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TALK = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
-Row = tuple[Any, "str | None", "bytes | None"]  # id, path, picture; a row of text alone has no path and no picture
+Row = tuple[Any, "str | None", "bytes | None"]  # id, path, image; a row of text alone has no path and no image
 
 
 def data_set(rows: Sequence[Row], group: int = 100, **options: Any) -> bytes:
@@ -63,7 +64,7 @@ def noise(seed: int, size: int = 3000) -> bytes:
 
 
 def found(source: ArchiveSource, path: str, scratch: Path) -> bytes | str:
-    """The bytes of a file, or the reason why there are none."""
+    """Return the bytes of a file, or the reason of its failure."""
     try:
         return content(source, path, scratch)
     except FetchError as error:
@@ -104,7 +105,7 @@ def test_the_nearest_name_counts(tmp_path):
     asked |= {"x/2.png": b"id 2", "2.png": b"id 2", "4.png": b"id 3", "v1.5_0.png": b"dotted", "v1.png": "missing_file"}
     asked |= {"e.png": b"both", "e.jpg": b"both", "e.jpg.png": b"both", "f.tar.jpeg": b"both", "f.png": "missing_file"}
     asked |= {"7.jpg": b"seven", "of/7.png": b"seven", "machine/7.jpg": b"seven"}
-    asked |= {"x/1.gif": "bad_media", "1.png": "bad_media", "3.png": "bad_media"}  # more than one picture
+    asked |= {"x/1.gif": "bad_media", "1.png": "bad_media", "3.png": "bad_media"}  # more than one image
     asked |= {"3.jpg": b"id 2"}  # stored with this very path
     asked |= {"z/1.jpg": "missing_file", "x/4.png": b"id 3", "x/a.png": b"png of x"}
     assert {path: found(source, path, tmp_path) for path in asked} == asked
@@ -133,7 +134,7 @@ def test_parquet_files_beside_other_archives(tmp_path):
 
 
 def by_the_rules(rows: Sequence[Row], asked: str) -> bytes | str:
-    """What docs/building.md says of a path, by looking through all rows."""
+    """Return the image of a path by the rules of docs/building.md, from a search of all rows."""
 
     def stem(name: str) -> str:
         while name.lower().endswith((".jpg", ".png")) and name.rpartition("/")[2] not in (".jpg", ".png"):
@@ -148,18 +149,20 @@ def by_the_rules(rows: Sequence[Row], asked: str) -> bytes | str:
         path = last(path) if path and path.startswith("/") else path
         usable = [text if text and ".." not in text.split("/") else None for text in (path, name)]
         members.append((usable[0], [stem(text) for text in usable if text], data))
-    whole = stem(asked)
+    asked_stem = stem(asked)
     rules = (
         lambda path, stems: path == asked,
-        lambda path, stems: whole in stems,
-        lambda path, stems: any(last(name) == last(whole) and not ("/" in name and "/" in whole) for name in stems),
+        lambda path, stems: asked_stem in stems,
+        lambda path, stems: any(
+            last(name) == last(asked_stem) and not ("/" in name and "/" in asked_stem) for name in stems
+        ),
     )
     for rule in rules:
         if alike := [data for path, stems, data in members if rule(path, stems)]:
-            pictures = set(alike) - {None}
-            if len(alike) > MAX_SAME_NAME or len(pictures) > 1:
+            images = set(alike) - {None}
+            if len(alike) > MAX_SAME_NAME or len(images) > 1:
                 return "bad_media"
-            return pictures.pop() if pictures else "missing_file"
+            return images.pop() if images else "missing_file"
     return "missing_file"
 
 
@@ -180,7 +183,7 @@ def test_what_is_found_is_what_the_rules_say(tmp_path_factory, rows):
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_ids_of_other_types(tmp_path, kind):
-    """Dictionaries come back as they were written, where the file says so."""
+    """Dictionary columns are read as dictionaries if the file says so."""
     image = pa.array([{"bytes": b"7"}], pa.struct([("bytes", pa.large_binary())]))
     data = table(image=image, id=pa.array([17] if kind == pa.int64() else ["17"], kind))
     assert content(opened(data), "17.png", tmp_path) == b"7"
@@ -204,7 +207,7 @@ def test_listing_costs_the_names_and_a_picture_its_row_group(tmp_path):
     assert content(source, "0.png", tmp_path) == rows[0][2] and file.moved < 1_100_000
 
 
-def test_pictures_in_any_order_while_few_are_kept(tmp_path, monkeypatch):
+def test_images_in_any_order_with_a_small_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(parquets, "_CACHED_IMAGES", 10_000)
     rows = [(f"{n}", None, noise(n)) for n in range(60)]
     source = opened(data_set(rows, group=25), data_set([(f"b{n}", None, noise(100 + n)) for n in range(9)], group=4))
@@ -242,8 +245,8 @@ def test_over_a_server_by_ranges(server, tmp_path):
     rows = [(f"{n}", f"{n}.jpg", noise(n, 50_000)) for n in range(120)]
     data = data_set(rows, group=30)
     server.routes["/one.parquet"] = lambda request: request.serve(data)
-    place = {"archives": f"url:{server.url}/one.parquet"}
-    source = open_source(place, QUICK, tmp_path / "work")
+    location = {"archives": f"url:{server.url}/one.parquet"}
+    source = open_source(location, QUICK, tmp_path / "work")
     assert content(source, "70.png", tmp_path) == rows[70][2] and content(source, "71.png", tmp_path) == rows[71][2]
     ranges = [asked.removeprefix("bytes=").split("-") for asked in server.ranges("/one.parquet")]
     assert sum(int(end) + 1 - int(start) for start, end in ranges) < len(data) / 2 and len(ranges) < 20
@@ -273,7 +276,7 @@ def test_a_server_that_breaks_off_costs_one_picture_and_no_other(tmp_path):
 
 
 def chunk(data: bytes, column: str, number: int = 0) -> tuple[int, int]:
-    """Start and end of a column of a row group."""
+    """Return start and end of a column of a row group."""
     group = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(number)
     chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column)
     return chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
@@ -298,7 +301,7 @@ GOOD = data_set([(f"{n}", f"{n}.jpg", noise(n)) for n in range(20)], group=10, u
         (table(image=[{"bytes": b"x"}], id=[[1]]), "unsupported", "neither image.path nor id"),
     ],
 )
-def test_what_is_no_such_file(data, reason, words):
+def test_invalid_files(data, reason, words):
     found, line = refused(data)
     assert found == reason and words in line
 
@@ -320,7 +323,7 @@ def test_the_directory_is_that_of_pyarrow(options):
 
 
 def test_a_directory_that_pyarrow_dies_of():
-    """The column id repeats in a way that there is not: a process that asks pyarrow for its chunk is aborted."""
+    """The column id has an invalid repetition type: pyarrow aborts the process when it is asked for the chunk."""
     data = data_set([("a", "a.jpg", b"x")], store_schema=False)
     damaged = data.replace(b"\x25\x02\x18\x02id", b"\x25\x03\x18\x02id")
     assert damaged != data
@@ -351,25 +354,25 @@ def test_limits(tmp_path, monkeypatch):
     assert found(opened(page), "page.jpg", tmp_path) == "too_large"
 
 
-def test_a_row_group_whose_names_are_damaged_costs_its_pictures(tmp_path):
+def test_a_row_group_with_damaged_names_loses_its_images(tmp_path):
     start, end = chunk(GOOD, "image.path", 1)
     source = opened(GOOD[:start] + b"\xff" * (end - start) + GOOD[end:])
     assert "the names of row group 1 cannot be read" in source.notes[0] and "fetch it again" in source.notes[0]
     assert content(source, "9.jpg", tmp_path) == noise(9) and failure(source, "10.jpg", tmp_path) == "missing_file"
 
 
-def test_damaged_pictures_are_corrupt(tmp_path):
+def test_damaged_images_are_corrupt(tmp_path):
     start, end = chunk(GOOD, "image.bytes", 1)
     source = opened(GOOD[:start] + b"\xff" * (end - start) + GOOD[end:])
     assert failure(source, "15.jpg", tmp_path) == "corrupt" and content(source, "5.jpg", tmp_path) == noise(5)
-    picture = noise(1, 9000)  # larger than what is repeated as a minimum
-    checked = data_set([("a", None, picture)], write_page_checksum=True, compression="none", use_dictionary=False)
-    place = checked.index(picture)
-    changed = checked[: place + 50] + bytes([checked[place + 50] ^ 1]) + checked[place + 51 :]
+    image = noise(1, 9000)  # larger than what is repeated as a minimum
+    checked = data_set([("a", None, image)], write_page_checksum=True, compression="none", use_dictionary=False)
+    offset = checked.index(image)
+    changed = checked[: offset + 50] + bytes([checked[offset + 50] ^ 1]) + checked[offset + 51 :]
     assert failure(opened(changed), "a.jpg", tmp_path) == "corrupt", "where the writer left checksums"
 
 
-def test_rows_without_pictures_or_names(tmp_path):
+def test_rows_without_images_or_names(tmp_path):
     source = opened(data_set([("a", "a.jpg", None), (None, "..", b"x"), ("a\0b", None, b"y"), ("b", "b.jpg", b"B")]))
     assert failure(source, "a.jpg", tmp_path) == "missing_file" and content(source, "b.jpg", tmp_path) == b"B"
     assert "2 images have neither a path nor an id" in source.notes[0]
@@ -378,12 +381,12 @@ def test_rows_without_pictures_or_names(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
 def test_damage_ends_in_a_reason_of_the_ledger(tmp_path_factory, changes):
-    """Anything may be wrong, at the end of the file, where its directory is, above all."""
+    """Any byte may be wrong, most of all in the footer."""
     tmp_path = tmp_path_factory.mktemp("damage")
     data = bytearray(GOOD)
     footer = int.from_bytes(GOOD[-8:-4], "little") + 8
-    for place, value in changes:
-        data[len(data) - 1 - int(footer * place)] = value
+    for position, value in changes:
+        data[len(data) - 1 - int(footer * position)] = value
     try:
         source = opened(bytes(data))
     except FetchError as error:
@@ -397,7 +400,7 @@ def test_damage_ends_in_a_reason_of_the_ledger(tmp_path_factory, changes):
 
 
 def test_a_build_takes_its_stills_from_parquet_files_of_the_hub(tmp_path, server, monkeypatch):
-    """The same shards as from a folder; what is ambiguous, missing or no picture is in the ledger."""
+    """The shards equal those of a folder. Ambiguous, missing and invalid images are in the ledger."""
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setenv("HF_ENDPOINT", server.url)  # of the workers
     stills, rows = {}, []
@@ -413,12 +416,12 @@ def test_a_build_takes_its_stills_from_parquet_files_of_the_hub(tmp_path, server
     corpus.annotations(tmp_path / "textcaps.json", samples)
     entry = {"annotation": str(tmp_path / "textcaps.json"), "root": "https://example.org/textcaps"}
     roots = {}
-    for name, place in (
+    for name, location in (
         ("folder", f"dir:{tmp_path}/folder"),
         ("hub", {"archives": "hf:me/data:textocr(gpt4v)/*.parquet"}),
     ):
         (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({entry["root"]: place}))
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({entry["root"]: location}))
         data = {"entries": [entry], "roots": str(tmp_path / f"{name}.yaml"), "cache": str(tmp_path / "cache")}
         manifest = corpus.manifest(tmp_path / name / "stage2.yaml", [entry], data=data)
         assert build_shards.main(["--stage", "2", "--manifest", str(manifest), "--workers", "1"]) == 0

@@ -1,4 +1,4 @@
-"""Few reads, little in vain."""
+"""Read-ahead makes few reads and transfers little that is not needed."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_it_reads_like_a_file(steps, stop):
 def test_reading_on_end_takes_few_reads_and_jumping_moves_little():
     file = Memory(bytes(40 << 20))
     stream = ReadAheadFile(file)
-    for place in range(0, file.size, 100_000):
-        stream.seek(place)
+    for offset in range(0, file.size, 100_000):
+        stream.seek(offset)
         stream.read(512)
     assert len(file.reads) < 20 and max(size for _, size in file.reads) <= MAX_READ
     file.reads.clear()
-    for place in range(0, file.size, 4 << 20):
-        stream.seek(place)
+    for offset in range(0, file.size, 4 << 20):
+        stream.seek(offset)
         stream.read(512)
     assert file.moved == 10 * FIRST_BLOCK
 

@@ -1,4 +1,4 @@
-"""Tar archives: members by walking over headers, in files that may be hostile or broken."""
+"""Tar archives, also hostile or broken ones: members are found by a pass over the headers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from framestream.tools.fetch.archives.tar import BLOCK, is_tar, list_tar
 from tests.helpers.media.memory_files import Memory, content, failure, opened, pack, pack_tar, refused, tar_info
 
 
-def with_field(data: bytes, place: int, offset: int, value: bytes) -> bytes:
-    """An archive with a field of the header at ``place`` replaced and the checksum put right."""
-    header = bytearray(data[place : place + BLOCK])
+def with_field(data: bytes, header_start: int, offset: int, value: bytes) -> bytes:
+    """Replace a field of the header at ``header_start`` and correct the checksum."""
+    header = bytearray(data[header_start : header_start + BLOCK])
     header[offset : offset + len(value)] = value
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    return data[:place] + bytes(header) + data[place + BLOCK :]
+    return data[:header_start] + bytes(header) + data[header_start + BLOCK :]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -109,7 +109,7 @@ def test_a_gzip_bomb_is_refused(monkeypatch):
 
 def test_gzip_files_in_several_streams(tmp_path):
     data = pack({str(number): bytes([number]) * 5000 for number in range(30)}, "pax")
-    streams = b"".join(gzip.compress(data[place : place + 7000]) for place in range(0, len(data), 7000))
+    streams = b"".join(gzip.compress(data[start : start + 7000]) for start in range(0, len(data), 7000))
     source = opened(streams, work=tmp_path)
     assert [content(source, str(number), tmp_path) for number in range(30)] == [bytes([n]) * 5000 for n in range(30)]
 

@@ -1,4 +1,4 @@
-"""Zip archives: all of the format that occurs, and none of its traps."""
+"""Zip archives: every feature of the format that occurs in practice, and hostile files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from framestream.tools.fetch.archives import zip as zips
 from framestream.tools.fetch.archives.archive import open_archives
-from framestream.tools.fetch.archives.zip import CHUNK, list_zip, unpack_member, open_zip_stream
+from framestream.tools.fetch.archives.zip import CHUNK, list_zip, open_zip_stream, unpack_member
 from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import (
     Memory,
@@ -108,8 +108,8 @@ def test_an_archive_behind_a_program(tmp_path):
 
 def test_names_in_utf_8_and_in_the_code_page(tmp_path):
     latin = pack_zip([("a\u00e9.mp4", b"flagged")])
-    place = latin.index(b"PK\1\2")
-    for offset in (6, place + 8):  # drop the flag that says UTF-8
+    position = latin.index(b"PK\1\2")
+    for offset in (6, position + 8):  # drop the flag that says UTF-8
         assert latin[offset + 1] & 8
         latin = latin[: offset + 1] + bytes([latin[offset + 1] & ~8]) + latin[offset + 2 :]
     assert content(opened(latin), "a\u00e9.mp4", tmp_path) == b"flagged"
@@ -181,15 +181,15 @@ def test_a_bomb_is_handed_on_in_small_pieces(kind):
 
 
 @pytest.mark.parametrize("kind", ["stored", "deflate", "bzip2", "lzma"])
-def test_sizes_checksums_and_places_that_are_wrong(tmp_path, kind):
-    whole = pack({"a": b"abc" * 1000, "b": b"b" * 50}, kind)
-    assert failure(opened(patched(whole, "a", "<L", 16, 0)), "a", tmp_path) == "bad_checksum"
-    assert failure(opened(patched(whole, "a", "<L", 24, 3001)), "a", tmp_path) == "corrupt"
-    assert failure(opened(patched(whole, "a", "<L", 42, 7)), "a", tmp_path) == "corrupt"
-    assert failure(opened(patched(whole, "a", "<L", 20, 4)), "a", tmp_path) == "corrupt"
+def test_wrong_sizes_checksums_and_offsets(tmp_path, kind):
+    good = pack({"a": b"abc" * 1000, "b": b"b" * 50}, kind)
+    assert failure(opened(patched(good, "a", "<L", 16, 0)), "a", tmp_path) == "bad_checksum"
+    assert failure(opened(patched(good, "a", "<L", 24, 3001)), "a", tmp_path) == "corrupt"
+    assert failure(opened(patched(good, "a", "<L", 42, 7)), "a", tmp_path) == "corrupt"
+    assert failure(opened(patched(good, "a", "<L", 20, 4)), "a", tmp_path) == "corrupt"
     for offset, value in ((20, 1 << 30), (42, 1 << 31)):  # beyond the archive
-        assert failure(opened(patched(whole, "a", "<L", offset, value)), "a", tmp_path) == "truncated"
-    assert content(opened(patched(whole, "a", "<L", 42, 7)), "b", tmp_path) == b"b" * 50
+        assert failure(opened(patched(good, "a", "<L", offset, value)), "a", tmp_path) == "truncated"
+    assert content(opened(patched(good, "a", "<L", 42, 7)), "b", tmp_path) == b"b" * 50
 
 
 def test_a_damaged_directory():

@@ -1,4 +1,4 @@
-"""Downloads from servers that stall, break, lie, ask to wait and redirect; each ends in the file or in its reason."""
+"""Downloads from servers that stall, break, lie, ask to wait or redirect end with the file or the right reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def failure(server, tmp_path, *arguments, **named):
 
 
 def breaks(at, how="reset", etag=True):
-    """A server that sends the file from where it is asked to and breaks after byte ``at``."""
+    """Return a route that sends the requested rest of the file and breaks after byte ``at``."""
 
     def route(request):
         start = (request.wanted(DATA) or (0, 0))[0]
@@ -63,8 +63,8 @@ def test_files_end_by_length_by_chunks_or_with_the_connection(server, tmp_path):
         request.send_response(200)
         request.send_header("Transfer-Encoding", "chunked")
         request.end_headers()
-        for place in range(0, len(DATA), 50_000):
-            part = DATA[place : place + 50_000]
+        for start in range(0, len(DATA), 50_000):
+            part = DATA[start : start + 50_000]
             request.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
         request.wfile.write(b"0\r\n\r\n")
 
@@ -295,7 +295,7 @@ def test_etags_that_are_no_checksums_are_none(server, tmp_path):
 
 
 def test_a_git_blob_is_checked_by_its_name(server, tmp_path):
-    """The name is what `git hash-object` prints."""
+    """The id is what `git hash-object` prints."""
     server.routes["/file"] = lambda request: request.serve(b"hello\n")
     name = "ce013625030ba8dba906f756967f9e9ca394464a"
     assert fetch(server, tmp_path, ExpectedFile(6, {"git": name})) == b"hello\n"
@@ -340,7 +340,7 @@ def test_redirects_stay_within_http(server, tmp_path, target):
 
 @pytest.mark.parametrize(("first", "then"), [("https", "http"), ("http", "https")])
 def test_redirects_may_become_safer_only(tmp_path, first, then):
-    """Of a client whose network is a function."""
+    """A response of a client whose network is a function."""
     asked = []
 
     def network(request):
@@ -426,8 +426,8 @@ def test_parts_go_straight_to_where_they_were_found_until_that_fails(server):
         "/store": good,
     }
     http = HttpClient(QUICK)
-    for place in range(3):
-        assert http.read(server.url + "/file", "x", place, 5, None)[0] == DATA[place : place + 5]
+    for start in range(3):
+        assert http.read(server.url + "/file", "x", start, 5, None)[0] == DATA[start : start + 5]
     assert len(server.ranges("/file")) == 1
     server.routes["/store"] = lambda request: good(request) if "sign=1" in request.path else request.answer(403)
     assert http.read(server.url + "/file", "x", 7, 5, None)[0] == DATA[7:12]
@@ -435,11 +435,11 @@ def test_parts_go_straight_to_where_they_were_found_until_that_fails(server):
 
 
 def test_connections_are_kept(server):
-    """Ranged reads of an archive would otherwise connect anew for every member."""
+    """Ranged reads of an archive would otherwise open a connection for every member."""
     ports = set()
     server.routes["/file"] = lambda request: (ports.add(request.client_address), request.serve(DATA))
     http = HttpClient(QUICK)
     assert http.probe(server.url + "/file", "x").size != UNKNOWN
-    for place in range(5):
-        http.read(server.url + "/file", "x", place, 1000, None)
+    for start in range(5):
+        http.read(server.url + "/file", "x", start, 1000, None)
     assert len(ports) == 1

@@ -1,4 +1,4 @@
-"""A remote file read at any place: right bytes, few requests, bounded memory."""
+"""A remote file is read at any offset with the right bytes, few requests and bounded memory."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def remote(server):
 
 
 class Memory:
-    """Stands for the client; counts the requests."""
+    """Replace the client and count its requests."""
 
     def __init__(self, data):
         self.data, self.asked = data, []
 
-    def read(self, url, place, offset, size, known):
+    def read(self, url, location, offset, size, expected):
         assert offset >= 0 and offset + size <= len(self.data) and size > 0
         self.asked.append((offset, size))
         return self.data[offset : offset + size], RemoteFileInfo(len(self.data), '"1"', "", True)
@@ -56,14 +56,14 @@ def test_reads_are_slices_and_nothing_is_asked_for_twice(size, reads):
 
 
 def test_threads_share_a_file():
-    """Eight read at random places, more than the blocks that are kept, and one from front to end."""
+    """Eight threads read more than the cache holds at random offsets; one reads from start to end."""
     remote = HttpFile(Memory(DATA), lambda: "", "x", len(DATA), "")
 
     def read(seed):
-        places = random.Random(seed)
+        offsets = random.Random(seed)
         for step in range(400):
-            offset = step * 50_000 if seed == 0 else places.randrange(len(DATA))
-            size = places.randrange(BLOCK)
+            offset = step * 50_000 if seed == 0 else offsets.randrange(len(DATA))
+            size = offsets.randrange(BLOCK)
             assert remote.read(offset, size) == DATA[offset : offset + size]
 
     switching = sys.getswitchinterval()
@@ -79,7 +79,7 @@ def test_threads_share_a_file():
 def test_reading_forwards_asks_for_more_and_more():
     memory = Memory(DATA)
     remote = HttpFile(memory, lambda: "", "x", len(DATA), "")
-    got = b"".join(remote.read(place, 10_000) for place in range(0, len(DATA), 10_000))
+    got = b"".join(remote.read(offset, 10_000) for offset in range(0, len(DATA), 10_000))
     assert got == DATA
     sizes = [size for _, size in memory.asked]
     assert len(sizes) < 40 and READ_AHEAD <= max(sizes) <= READ_AHEAD + 2 * BLOCK
@@ -89,9 +89,9 @@ def test_reading_forwards_asks_for_more_and_more():
 def test_reading_here_and_there_asks_for_little():
     memory = Memory(DATA)
     remote = HttpFile(memory, lambda: "", "x", len(DATA), "")
-    places = random.Random(1).sample(range(0, len(DATA) - 1000, 5 * BLOCK), 40)
-    for place in places:
-        assert remote.read(place, 1000) == DATA[place : place + 1000]
+    offsets = random.Random(1).sample(range(0, len(DATA) - 1000, 5 * BLOCK), 40)
+    for offset in offsets:
+        assert remote.read(offset, 1000) == DATA[offset : offset + 1000]
     assert all(size <= 2 * BLOCK for _, size in memory.asked)
 
 
@@ -99,8 +99,8 @@ def test_what_is_kept_is_bounded_and_large_reads_go_past_it():
     memory = Memory(DATA)
     remote = HttpFile(memory, lambda: "", "x", len(DATA), "")
     assert remote.read(5, len(DATA)) == DATA[5:] and memory.asked == [(5, len(DATA) - 5)]
-    for place in range(0, len(DATA), BLOCK):
-        remote.read(place, 1)
+    for offset in range(0, len(DATA), BLOCK):
+        remote.read(offset, 1)
         assert sum(map(len, remote._blocks.values())) <= CACHED
     assert remote.read(0, CACHED // 2) == DATA[: CACHED // 2]
 
@@ -115,20 +115,20 @@ def test_a_zip_on_a_server_is_read_by_a_few_requests(server):
     remote = HttpFile.open(HttpClient(QUICK), server.url + "/file", "file")
 
     class File(io.RawIOBase):
-        place = 0
+        position = 0
         seekable = readable = lambda self: True
 
         def seek(self, offset, whence=0):
-            self.place = offset + (0, self.place, remote.size)[whence]
-            return self.place
+            self.position = offset + (0, self.position, remote.size)[whence]
+            return self.position
 
         def tell(self):
-            return self.place
+            return self.position
 
         def readinto(self, buffer):
-            data = remote.read(self.place, len(buffer))
+            data = remote.read(self.position, len(buffer))
             buffer[: len(data)] = data
-            self.place += len(data)
+            self.position += len(data)
             return len(data)
 
     with zipfile.ZipFile(File()) as opened:
