@@ -88,7 +88,7 @@ lint: .venv/ready
 	mypy --package framestream
 
 docs: .venv-docs/ready
-	.venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
 
 soak: .venv/ready
 	python -m benchmarks.soak.build --seed $(SEED) --kills $(KILLS)
