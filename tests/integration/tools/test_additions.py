@@ -146,7 +146,10 @@ def test_what_a_root_was_built_from_stays_in_its_manifest(data, first, tmp_path)
         lost = subprocess.run(data.command(tmp_path, "films", "both"), capture_output=True, text=True)
     finally:
         (data.folder / "hidden").rename(data.folder / "media")
-    assert lost.returncode == 2 and "the media of entry films were found for the build and are missing now (" in lost.stderr
+    assert (
+        lost.returncode == 2
+        and "the media of entry films were found for the build and are missing now (" in lost.stderr
+    )
     assert f"{data.folder}/media: no such folder" in lost.stderr
     assert snapshot(tmp_path) == before
 

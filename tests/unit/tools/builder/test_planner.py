@@ -235,7 +235,8 @@ def test_annotation_files_below_a_mapped_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "named"), [("ftp://a.org/x", "not a known kind of location"), ("url:https://a.org/x", "{path}"), ("hf:x", "hf:OWNER")]
+    ("place", "named"),
+    [("ftp://a.org/x", "not a known kind of location"), ("url:https://a.org/x", "{path}"), ("hf:x", "hf:OWNER")],
 )
 def test_a_place_that_is_none_is_one_clear_line(tmp_path, capsys, place, named):
     (tmp_path / "roots.yaml").write_text(json.dumps({"r": place}))
