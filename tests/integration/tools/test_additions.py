@@ -1,4 +1,4 @@
-"""Adding to a finished root, trying failures again, and several machines: same bytes, nothing rewritten or lost."""
+"""Additions to a finished root, retries, and several machines: same bytes, nothing rewritten or lost."""
 
 from __future__ import annotations
 

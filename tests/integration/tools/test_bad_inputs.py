@@ -1,4 +1,4 @@
-"""Bad and odd inputs, all in one build: each ends in its reason or in the right frames, and nothing else happens."""
+"""Bad and unusual inputs in one build: each gives its ledger reason or the right frames, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers and archives that misbehave in every way, in one build: each costs its own items, with the right reason."""
+"""Servers and archives that misbehave, in one build: each loses only its own items, with the right reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that builds shards: what comes out of good and bad input, and that other readers can read it."""
+"""The build command: its results for good and bad input, and that other readers can read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command when a decoder hangs or crashes, the disk is full, or somebody stops it: nothing else is lost."""
+"""The build command with hanging or crashing decoders, a full disk, or stopped by a user: nothing else is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL of a build at any moment, then the same command: the bytes of an uninterrupted build."""
+"""A build killed at any moment and repeated has the bytes of an uninterrupted build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are asked about become the rows that the same files have in shards."""
+"""An in-memory index of files has the rows that the same files have in shards."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_rows_are_those_of_the_shards(built):
         prompts = PromptBuilder(built, MediaViews(build_memory_index(shown, built), built), conversation)
         turn = {**ASKED, "value": "<image><image>\nWhich?"} if len(shown) > 1 else ASKED
         ours = prompts.build([turn], range(len(shown)))
-        for field in ("input_ids", "visual_index", "clips", "stills", "position_ids"):
+        for field in ("input_ids", "visual_index", "clips", "image_tiles", "position_ids"):
             assert np.array_equal(getattr(ours, field), getattr(theirs, field)), (name, field)
         assert len(ours.clips) + len(ours.image_tiles) and ours.groups == theirs.groups
 

@@ -1,4 +1,4 @@
-"""A build on a Ray cluster of two machines, one of which is lost on the way: the bytes of a build on one."""
+"""A build on a Ray cluster that loses one of its two machines has the bytes of a build on one machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards whose frames keep their aspect, and what the trainer is shown of them."""
+"""Shards whose frames keep their aspect ratio, and what the trainer reads from them."""
 
 from __future__ import annotations
 

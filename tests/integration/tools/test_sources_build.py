@@ -1,4 +1,4 @@
-"""One corpus built from every kind of place by the command: the same bytes from each."""
+"""One corpus built from every kind of source has the same bytes from each."""
 
 from __future__ import annotations
 

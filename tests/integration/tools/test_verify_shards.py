@@ -1,4 +1,4 @@
-"""verify_shards on a root built by the command: nothing is found in a sound one, and any damage is."""
+"""verify_shards finds nothing in an intact root, and finds all damage."""
 
 from __future__ import annotations
 

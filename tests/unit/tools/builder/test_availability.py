@@ -1,4 +1,4 @@
-"""Looking for media: each file is asked for once, on the right thread, and what cannot be asked is told."""
+"""Availability checks: each file is checked once, in the right thread, and failures are reported."""
 
 from __future__ import annotations
 

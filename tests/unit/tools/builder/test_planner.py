@@ -1,4 +1,4 @@
-"""The plan against a plain formulation of it, and how entries find their places."""
+"""The plan against a simple reference implementation, and how entries find their files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def manifest(folder: Path, entries, **data):
 
 
 def samples(seed: int, count: int) -> list[dict]:
-    """Samples about a few videos, clips and pairs of stills, some of them without media, some of them bad."""
+    """Samples about a few videos, clips and pairs of images. Some have no media, and some are invalid."""
     draw, found = random.Random(seed), []
     for number in range(count):
         sample = {"id": f"{seed}-{number}", "conversations": TURNS}

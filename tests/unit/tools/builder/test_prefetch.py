@@ -1,4 +1,4 @@
-"""Files fetched ahead: in order, so many at once and no more, each in a folder that goes."""
+"""Prefetched files come in order, a limited number at once, each in a folder that is removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of distinct texts, against a dictionary."""
+"""Ids of unique texts, compared with a dictionary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes that crash, hang or fail: what it costs, and that nobody is left behind."""
+"""Worker processes that crash, hang or fail: what is lost, and that no process remains."""
 
 from __future__ import annotations
 

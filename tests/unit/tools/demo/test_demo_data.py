@@ -1,4 +1,4 @@
-"""The demo's data, read back by the libraries that its users have: PyAV, Pillow, transformers, json."""
+"""The data of the demo, read back by the libraries of its users: PyAV, Pillow, transformers, json."""
 
 from __future__ import annotations
 

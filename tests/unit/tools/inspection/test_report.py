@@ -1,4 +1,4 @@
-"""inspect_shards: the page says what the root holds, shows its frames, and no text of the data gets out of hand."""
+"""inspect_shards: the page shows the counts and frames of the root, and escapes all text of the data."""
 
 from __future__ import annotations
 
