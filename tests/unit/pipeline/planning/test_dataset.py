@@ -281,7 +281,7 @@ def test_entries_have_frames_of_their_own(roots):
     ("mix", "message"),
     [
         ([{"root": "one", "repeat": -1}], r"mix\[0\].repeat: must be at least 0"),
-        ([{"root": "one", "repeat": 0}], r"mix\[0\].repeat: is 0, and no entry has its own"),
+        ([{"root": "one", "repeat": 0}], r"mix\[0\].repeat: is 0 and no entry has its own"),
         ([{"root": "one"}, {"root": "one"}], r"mix\[1\].root: .* is listed twice"),
         ([{"root": "one", "weight": 1}, {"root": "two"}], r"mix\[1\].weight: all roots have one, or none"),
         ([{"root": "one", "weight": -0.5}], r"mix\[0\].weight: must be at least 0"),

@@ -1,4 +1,4 @@
-"""Epoch orders: every row once, decided by seed and epoch alone."""
+"""Epoch orders: every row once, decided only by seed and epoch."""
 
 from __future__ import annotations
 
