@@ -12,7 +12,7 @@ that rank is
                 unless one of them is in a phase without a deadline
 
 Both limits are shorter than the time-out of collective calls, which names no rank. Time is counted in this rank's own
-intervals and not by the clock. So a job that is suspended as a whole and then resumed is not aborted.
+intervals and not by the clock. So a job whose processes are all suspended and later resumed is not aborted.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Drop the lines after ``step``, and an incomplete last line, from a log. Replaces the file atomically."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -93,7 +93,7 @@ def _drop_after(path: Path, step: int) -> None:
             break
         if record["step"] > step:
             break
-        kept.append(line + "\n")
+        lines.append(line + "\n")
     part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
+    part.write_text("".join(lines), encoding="utf-8")
     os.replace(part, path)
