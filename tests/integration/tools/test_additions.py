@@ -157,7 +157,7 @@ def test_what_a_root_was_built_from_stays_in_its_manifest(data, first, tmp_path)
 def test_an_unfinished_build_takes_no_more_entries(data, tmp_path):
     data.build(tmp_path, "films", options=("--rank", "1", "--of", "2"))
     more = subprocess.run(data.command(tmp_path, "films", "stills"), capture_output=True, text=True)
-    assert more.returncode == 2 and "not finished: entry stills is in the manifest and not there; " in more.stderr
+    assert more.returncode == 2 and "not finished: entry stills is new in the manifest; " in more.stderr
 
 
 def test_nothing_to_try_again(data, tmp_path):
@@ -195,5 +195,5 @@ def test_three_machines_give_the_bytes_of_one(data, tmp_path, together):
         assert [process.wait() for process in running] == [0, 0, 0], [p.stderr.read() for p in running]
     else:
         said = [subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in reversed(commands)]
-        assert ["left to the others" in text for text in said] == [True, True, False]
+        assert ["other machines still build" in text for text in said] == [True, True, False]
     assert snapshot(tmp_path / "three") == snapshot(tmp_path / "one")

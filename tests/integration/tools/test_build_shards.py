@@ -499,7 +499,7 @@ def test_trying_again_touches_only_the_rows_of_what_failed(plain_text, capsys):
         (("--rank", "-1", "--of", "2"), "--rank -1: must be from 0 to 1, because --of is 2"),
         (("--address", "host:1"), "--address needs --executor ray"),
         (("--report", "plan"), "--report needs --dry-run"),
-        (("--retry-failed", "--rank", "0", "--of", "2"), "--retry-failed is for one machine"),
+        (("--retry-failed", "--rank", "0", "--of", "2"), "--retry-failed works on one machine"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(plain_text, capsys, options, named):
