@@ -24,6 +24,8 @@ from tests.helpers.corpora.snapshot import snapshot
 from tests.helpers.documents import commands
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "building.md").read_text(encoding="utf-8")
 
 

@@ -27,6 +27,8 @@ from tests.helpers.documents import commands
 from tests.helpers.html_page import Page
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TESTS = {"building.md", "reuse.md"}
 BENCHMARK = re.compile(r"(?:\w+=\S+ )*python -m benchmarks\.(\w+)\.(\w+)")

@@ -13,6 +13,8 @@ import pytest
 from tests.helpers.golden_data import COMMITTED
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 UNIT = "tests/unit/pipeline"
 SAMPLING, IMAGES = f"{UNIT}/media/test_sampling.py", f"{UNIT}/media/test_tiling.py"
 GROUPING = f"{UNIT}/planning/test_length_grouping.py"

@@ -16,6 +16,8 @@ from tests.helpers.corpora.real_root import build
 from tests.helpers.model.torchvision_import import import_torchvision
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 import_torchvision()  # before anything imports transformers
 
 PAGE = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")

@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 HEAVY = {"torch", "transformers", "deepspeed"}
 MAX_SECONDS = 0.5  #: of processor time, for an answer to --help
 COMMANDS = ["train", "chat", "evaluate", "haystack", "export", "report"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from framestream.pipeline import adapters
 from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 OTHERS = {"transformers", "torchvision", "megatron", "webdataset", "wids", "datasets", "deepspeed"}
 

@@ -144,6 +144,7 @@ def same(one, other) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_what_this_process_reads(root, context):
     dataset = ShardDataset(root, frames=8)

@@ -14,6 +14,8 @@ from framestream.pipeline.adapters.hf_processor import video_metadata
 from framestream.pipeline.adapters.types import Dialogue, Media, Sample
 from tests.helpers.corpora.small_root import turns
 
+pytestmark = pytest.mark.slow
+
 
 def video(seconds: list[float], start: float = 0.0, duration: float = 10.0) -> Media:
     frames = torch.zeros(len(seconds), 32, 48, 3, dtype=torch.uint8)

@@ -13,6 +13,8 @@ from framestream.pipeline.adapters import SampleError, ShardDataset, read_member
 from framestream.pipeline.config.preprocessing import FramesConfig
 from tests.helpers.corpora.real_root import build
 
+pytestmark = pytest.mark.slow
+
 SMALL = FramesConfig(sampler="dynamic_fps1", min=4, max=8, size=64)
 
 

@@ -16,6 +16,8 @@ from framestream.pipeline.adapters.types import Dialogue, Sample, SampleError
 from framestream.pipeline.loading.loader import StateError, UnreadableError
 from tests.helpers.corpora.small_root import Root, turns
 
+pytestmark = pytest.mark.slow
+
 
 class Numbers:
     """Stands for a data set: sample k says k."""

@@ -22,6 +22,8 @@ from tests.helpers.corpora.damage import same, spoil
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:

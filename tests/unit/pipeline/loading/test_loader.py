@@ -305,6 +305,7 @@ def test_modality_length_says_what_it_drops(root):
         parts(root, 18, 4, 1024, False, "modality_length")
 
 
+@pytest.mark.slow
 def test_threads_and_prefetch_change_nothing(root):
     one = list(build_loader(manifest(root, loader__threads=1, loader__prefetch_mb=1)))
     many = list(build_loader(manifest(root, loader__threads=4, loader__prefetch_mb=64)))

@@ -116,6 +116,7 @@ def test_golden_gif(found):
     check(found, lambda row: gif_frames(wanted({**any_row, **row}), {**any_row, **row}["frames_in_file"], row["clip"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", rows("lazy"))
 def test_golden_lazy(found):
     """All rows but one, which says that the reader fails without its storage client: this one needs no client."""
@@ -307,6 +308,7 @@ def dialogues(manifest: Manifest) -> dict[int, dict[str, tuple[str, np.ndarray]]
     return epochs
 
 
+@pytest.mark.slow
 def test_the_loader_shows_what_the_published_readers_read(root):
     footage, epochs = bikes(), dialogues(made(root))
     for epoch, shown in epochs.items():
@@ -345,6 +347,7 @@ def test_held_out_clips_are_read_as_outside_of_training(root):
     assert len(re.findall("lasts for 5.00 seconds, and 8 frames are uniformly sampled at 4.3, ", text)) == 1
 
 
+@pytest.mark.slow
 def test_members_of_the_shards_have_the_fields_of_any_build(root, tmp_path):
     entries = [{"annotation": str(root / "train.json"), "root": str(root)}]
     build(made(tmp_path, compat="none", data__entries=entries), local(1), BuildOptions())

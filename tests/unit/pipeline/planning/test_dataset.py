@@ -148,6 +148,7 @@ def test_weights_share_out_the_epoch_exactly(roots, entry_of, one, two):
         assert all(abs(found[name] - share) <= Fraction(1, 2) for name, share in zip(SIZES, exact, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     repeat=repeats,
@@ -167,6 +168,7 @@ def test_interruptions_and_world_sizes_change_no_global_batch(roots, repeat, wei
 sizes = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 12), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.tuples(sizes, sizes),

@@ -79,6 +79,7 @@ def test_a_crash_that_does_not_come_again_costs_nothing(tmp_path):
     assert results(tmp_path) == [GOOD] * 3
 
 
+@pytest.mark.slow
 def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
     run(tmp_path, {(1, -1): "crash once"})
     assert results(tmp_path) == [GOOD] * 3
@@ -86,6 +87,7 @@ def test_a_crash_outside_any_item_is_tried_once_more(tmp_path):
         run(tmp_path, {(1, -1): "crash"})
 
 
+@pytest.mark.slow
 def test_a_hang_outside_any_item_does_not_last(tmp_path, monkeypatch):
     monkeypatch.setattr(framestream.tools.builder.worker_pool, "OUTSIDE_SECONDS", 4.0)
     with pytest.raises(WorkerError, match="ended after 4 s outside any item"):

@@ -20,6 +20,8 @@ from framestream.tools.demo import worlds as demo_worlds
 from framestream.tools.demo.worlds import COLORS
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHARE = 0.02
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from framestream.trainer.distributed.call_order import ModuleCallTracer
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus.make(tmp_path_factory.mktemp("corpus"), videos=2)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_the_run_ends(manifest: Path, tmp_path: Path) -> None:
     """Also rank 0, which hosts the store if there is no launcher. Both runs at the same time."""
     runs = {stopped: ranks_of_a_run(manifest, tmp_path / str(stopped)) for stopped in (0, 1)}

@@ -26,6 +26,8 @@ from tests.helpers.model.rows import SIZE, SMALL, small_model
 from tests.helpers.paths import ROOT
 from tests.helpers.servers.hub_server import Hub, Repository, serve
 
+pytestmark = pytest.mark.slow
+
 #: prints where each place is, or why it is not anywhere
 LOCATE = """
 import sys

@@ -399,6 +399,7 @@ def test_damage_ends_in_a_reason_of_the_ledger(tmp_path_factory, changes):
 # A build --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_build_takes_its_stills_from_parquet_files_of_the_hub(tmp_path, server, monkeypatch):
     """The shards equal those of a folder. Ambiguous, missing and invalid images are in the ledger."""
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
