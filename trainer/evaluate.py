@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
-    return run_command(parser, arguments, _score, _page, table, _result_name)
+    return run_command(parser, arguments, _score, _page, _table, _result_name)
 
 
 def _result_name(options: argparse.Namespace) -> str:
@@ -65,7 +65,7 @@ def _page(result: dict) -> str:
     return render_scores_page(result)
 
 
-def table(result: dict) -> list[str]:
+def _table(result: dict) -> list[str]:
     """Format the result as lines of text."""
     width = max([20, *(len(row["family"]) for row in result["families"])]) + 2
     titles = "".join(name.rjust(size) for name, size in COLUMNS.items())

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     )
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
     parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
-    return run_command(parser, arguments, _score, _page, table, lambda _: "haystack.json")
+    return run_command(parser, arguments, _score, _page, _table, lambda _: "haystack.json")
 
 
 def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
@@ -65,7 +65,7 @@ def _page(result: dict) -> str:
     return render_haystack_page(result)
 
 
-def table(result: dict) -> list[str]:
+def _table(result: dict) -> list[str]:
     """Format the accuracies of generation as lines of text: one line for each depth, one column for each length."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
