@@ -247,7 +247,7 @@ def _contact_sheet(index: Index, usage: UsageStats, row: int, frames: int) -> di
     dialogues = np.unique(usage.dialogue[usage.media == row])
     return {
         "item": item,
-        "shard": index.shard_path(item["shard"]).relative_to(Path(index.root)),
+        "shard": Path(index.shard_path(item["shard"])).relative_to(index.root),
         "frames": [(item["timestamps"][frame], _thumbnail(index, item, frame)) for frame in shown],
         "dialogues": [_dialogue(index, int(number)) for number in dialogues[:DIALOGUES]],
         "count": len(dialogues),
