@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from framestream.tools.fetch.base import UNKNOWN, FetchError
 from framestream.tools.fetch.http.client import HttpClient
-from framestream.tools.fetch.http.response import RemoteFileInfo
+from framestream.tools.fetch.http.response import NO_RANGES, RemoteFileInfo
 
 BLOCK = 64 << 10  #: bytes; requests begin and end at multiples of it
 READ_AHEAD = 4 << 20  #: bytes, at most, that a sequential read requests beyond its end
@@ -48,8 +48,7 @@ class HttpFile:
         if info is None:
             raise FetchError("missing_file", name, "the server has no such file")
         if info.size == UNKNOWN or (info.size and not info.ranges):
-            message = "the server cannot send parts of a file; download it and map dir:PATH"
-            raise FetchError("unsupported", name, message)
+            raise FetchError("unsupported", name, NO_RANGES)
         return cls(http, lambda: url, name, info.size, info.identity)
 
     def read(self, offset: int, size: int) -> bytes:

@@ -18,6 +18,7 @@ from framestream.tools.fetch.http.retry import TransientFetchError
 
 DENIED_RETRIES = 2  #: of status 403, which some servers also send when they are busy
 ALGORITHMS = {"md5": "md5", "sha": "sha1", "sha-256": "sha256", "sha-512": "sha512"}  #: hashlib names by header names
+NO_RANGES = "the server cannot send parts of a file; download it and map dir:PATH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,7 @@ def raise_for_status(response: httpx2.Response, location: object, login_hint: st
             if not urlsplit(str(response.url)).path.endswith((".gz", ".tgz")) or "gzip" not in encoding:
                 raise FetchError("unsupported", location, f"the server sends the file only compressed ({encoding})")
         if expect and status != expect:
-            message = "the server cannot send parts of a file; download it and map dir:PATH"
-            raise FetchError("unsupported", location, message)
+            raise FetchError("unsupported", location, NO_RANGES)
         return
     if status in (404, 410):
         raise FetchError("missing_file", location, message)
