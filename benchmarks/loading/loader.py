@@ -1,23 +1,28 @@
-"""This project's readers beside others, in one run: speed, bytes from a cold disk, media a second over a slow line.
+"""Compare this project's readers with others: speed, bytes from a cold disk, media a second over a slow line.
 
     make bench
 
-which is, in the environment of the extras peers and mosaic, python -m benchmarks.loading.loader [--rounds 5] [--folder FOLDER].
+That target runs ``python -m benchmarks.loading.loader [--rounds 5] [--folder FOLDER]`` in an environment with the
+extras peers and mosaic.
 
-Media: 24 loops of real footage, 512 frames of 224 pixels each (18.8 kB a frame, 231 MB), from which 4, 8, 64 and 512
-frames are taken evenly. All readers get the same frames of the same media:
+The media are 24 loops of real footage, 512 frames of 224 pixels each (18.8 kB a frame, 231 MB). From each, 4, 8, 64
+and 512 frames are sampled evenly. All readers return the same frames of the same media:
 
-    libjpeg-turbo       JPEGs that lie in memory decoded into one array again and again: the limit
-    frames alone        this project by byte offset, into arrays that are used again
+    libjpeg-turbo       JPEGs in memory decoded into one reused array: the upper limit
+    frames alone        this project by byte offset, into reused arrays
     rows                this project's loader: tokens, labels and packed rows of 32,768 tokens, one decoding thread
-    PEER                another loader with the decoder it brings; decord where it brings none
-    PEER, lent          the same, lent the offsets from the MP4's own table, libjpeg-turbo, and arrays used again
-    reference           the published way: decord on the 720p source, then its processor; one video, one round
+    PEER                another loader with its own decoder; decord where it has none
+    PEER, lent          the same with the offsets from the MP4's own table, libjpeg-turbo, and reused arrays
+    reference           the published method: decord on the 720p source, then its processor; one video, one round
 
-The first table is of 4 frames of every medium from a cold disk, each reader in a new process; it comes first because
-pages that a process has mapped stay in memory. The second is with a warm page cache on one core, where readers take
-turns and a share is of the limit in the same turn; the first round is not counted. The last is of 4 frames again, over
-a slow line that answers 20 ms late and carries 1 Gbit/s; webdataset reads it by curl, the other peers as S3.
+The first table is for 4 frames of every medium from a cold disk, each reader in a new process. It comes first because
+pages that a process has mapped stay in memory.
+
+The second table is for a warm page cache on one core. Readers take turns, and a share is relative to the limit of the
+same round. The first round is not counted.
+
+The last table is for 4 frames over a slow line with 20 ms latency and 1 Gbit/s. webdataset reads it by curl, the other
+peers as S3.
 """
 
 from __future__ import annotations

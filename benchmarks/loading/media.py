@@ -1,4 +1,4 @@
-"""Media for benchmarks/loading/loader.py: real footage as a shard root of this project, which other readers open too."""
+"""Media of the reader benchmark: real footage as a shard root of this project, which other readers open too."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""Training steps of stages 2, 3 and 4 in full size on one GPU, beside the same steps in plain transformers.
+"""Compare full-size training steps of stages 2, 3 and 4 on one GPU with the same steps in plain transformers.
 
     python -m benchmarks.model.gpu_step [--models 2b 7b] [--stages 2 3 4] [--steps 6] [--offload] [--folder DIR]
 
-Random weights, UMT-L and Qwen2.5-1.5B (``2b``) or Qwen2-7B (``7b``), videos of real footage stored as shards of the
-stage's size, read by the stage's own loader with two worker processes. This project's side is the command line
-itself, ``python -m trainer``, of which the log is read and which is killed after ``--steps``; the other is
-``benchmarks.model.plain_step``: the same dialogues and weights one by one, without packing. Both losses of the first step
-are shown: they are the same but for rounding, which in bf16 may also choose other tokens to merge. Seconds are
-medians of the steps after the first two.
+The model is UMT-L with Qwen2.5-1.5B (``2b``) or Qwen2-7B (``7b``), with random weights. Videos are real footage,
+stored as shards of the stage's size and read by the stage's own loader with two worker processes.
 
-A model whose weights, gradients and moments do not fit beside its activations in either way of training has fewer
-layers, as the table states; with ``--offload`` this project's side keeps all, with the optimiser in the machine's
-memory, and nothing stands beside it. MFU is that of docs/training.md, for both sides of the same FLOPs, which are those
-that the model needs: padding-free, causal attention halved, recomputation not counted.
+This project's side is the command ``python -m trainer``. Its log is read, and it is killed after ``--steps``. The other
+side is ``benchmarks.model.plain_step``: the same dialogues and weights, one dialogue at a time, without packing. The
+table shows both losses of the first step. They differ only by rounding, which in bf16 may also change which tokens are
+merged. Seconds are medians of the steps after the first two.
 
-Where there is no GPU, or with ``--cpu``, sizes are small: that shows that the benchmark runs and says nothing of GPUs.
+The number of layers is reduced where weights, gradients and moments would not leave enough memory for activations. The
+table states it. With ``--offload``, this project's side has all layers and its optimizer in host memory, and the plain
+side does not run. MFU is defined in docs/training.md. Both sides are divided by the same FLOPs, those that the model
+needs: without padding, causal attention halved, recomputation not counted.
+
+Without a GPU, or with ``--cpu``, sizes are small. That shows that the benchmark runs and says nothing about GPUs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Peak memory of a training step by stage and frames: measured with the demo's model, estimated for the published ones.
+"""Peak memory of a training step by stage and frames: measured for the demo's model, estimated for the published ones.
 
     python -m benchmarks.model.memory
 
-Measured on the CPU in one process for each case: what the resident set grows by at most, from before the engine is
-made to the end of the second step, on a row of one video and 256 tokens of text. Beside it stands what
-``framestream.trainer.model.cost.memory``, and so ``python -m trainer --dry-run``, says of the same row on one rank. For the
-published manifests that estimate alone is printed, for 32 ranks.
+Each case is measured on the CPU in its own process, on a row of one video and 256 tokens of text. The measurement is
+the largest growth of the resident set, from before the engine is built to the end of the second step. Beside it stands
+the estimate of ``framestream.trainer.model.cost.estimate_memory`` for the same row on one rank. ``python -m trainer
+--dry-run`` prints the same estimate. For the published manifests only the estimate is printed, for 32 ranks.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Connector and vision tower beside a straightforward implementation of the same arithmetic, in one run on the CPU.
+"""Compare connector and vision tower with a straightforward implementation of the same arithmetic, on the CPU.
 
     python -m benchmarks.model.parts [--clips 128] [--tower-clips 2] [--repeats 3] [--threads CORES]
 
 Sizes are those of manifests/stage3.yaml (UMT-L at 224 pixels, connector to Qwen2-7B), in float32, with random weights
-and inputs of a fixed seed. The straightforward one is ``benchmarks.model.plain_parts``: the connector once clip by clip, once
-all clips as a batch; the tower first with the clips, then with half as many stills. Forward and backward of the
-connector take a quarter of the clips.
+and inputs of a fixed seed. The straightforward implementation is ``benchmarks.model.plain_parts``. Its connector runs
+once clip by clip and once on all clips as a batch. Its tower runs on the clips, then on half as many images. Forward
+and backward of the connector use a quarter of the clips.
 
-Results are compared before anything is timed. Then the implementations take turns. A ratio is one turn's time of the
-straightforward implementation over this project's in the same turn; medians are printed with the smallest and the
-largest, and the ratio of the fastest turns of both. Other work on the machine shows in the load average and in the
-spread, and least in the fastest turns.
+Results are compared before anything is timed. Then the implementations take turns. A ratio is the time of the
+straightforward implementation over this project's time in the same turn. The table has medians with the smallest and
+the largest value, and the ratio of the fastest turns of both. Other work on the machine shows in the load average and
+in the spread, and least in the fastest turns.
 """
 
 from __future__ import annotations

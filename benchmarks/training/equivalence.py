@@ -1,10 +1,10 @@
-"""The same training run in many ways, and how far each ends from the first: losses, gradient norms, weights.
+"""Run the same training in many ways and compare losses, gradient norms and weights with the first.
 
     python -m benchmarks.training.equivalence [--steps 10] [--share 0.03]
 
-Stage 2 of the demo in float32 on ``--share`` of its data, through ``python -m trainer``: other packing, micro-steps,
-ranks, ZeRO stages, offload, recomputation (``tests/helpers/model/training_ways.py``). Every run must have the global batches of the
-first. Exits with 1 where one is further away than the tolerances that are printed.
+The training is stage 2 of the demo in float32 on ``--share`` of its data, through ``python -m trainer``. Runs differ in
+packing, micro-steps, ranks, ZeRO stages, offload and recomputation (``tests/helpers/model/training_ways.py``). Every
+run must have the same global batches as the first. Exits with 1 if a difference exceeds the printed tolerances.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tests.helpers.corpora import training_corpus as corpus
-from tests.helpers.model import training_ways as ways
+from tests.helpers.model import training_ways
 
 
 def main() -> int:
@@ -23,19 +23,19 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--share", type=float, default=0.03, help="of the demo's data")
     options = parser.parse_args()
-    tolerances, far = ways.TOLERANCES, False
+    tolerances, far = training_ways.TOLERANCES, False
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        ways.prepare(folder, options.share)
+        training_ways.prepare(folder, options.share)
         print("| | losses | gradient norms | what training added to the weights |\n| --- | --- | --- | --- |")
-        for number, (name, way) in enumerate(ways.WAYS.items()):
-            corpus.run(*ways.command(f"way{number}", way, f"train.max_steps={options.steps}"), cwd=folder)
+        for number, (name, way) in enumerate(training_ways.WAYS.items()):
+            corpus.run(*training_ways.command(f"way{number}", way, f"train.max_steps={options.steps}"), cwd=folder)
             if number:
-                away = ways.apart(folder / f"way{number}", folder / "way0")
+                away = training_ways.apart(folder / f"way{number}", folder / "way0")
                 far |= any(away[field] > tolerance for field, tolerance in tolerances.items())
                 print(f"| {name} | {' | '.join(f'{away[field]:.1e}' for field in tolerances)} |", flush=True)
     print(f"| tolerance | {' | '.join(f'{tolerance:.0e}' for tolerance in tolerances.values())} |")
-    print(f"compared with: {next(iter(ways.WAYS))}; {options.steps} steps")
+    print(f"compared with: {next(iter(training_ways.WAYS))}; {options.steps} steps")
     return 1 if far else 0
 
 

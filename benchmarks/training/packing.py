@@ -1,11 +1,10 @@
-"""Three measurements of training: packed beside padded rows, waiting for data, and the memory of the loss.
+"""Three measurements of training: packed against padded rows, waiting for data, and the memory of the loss.
 
     OMP_NUM_THREADS=2 python -m benchmarks.training.packing
 
-*Packed*: dialogues of a stage-3 epoch (``benchmarks/loading/lengths.py``), each an eighth as long, as this project runs them
-and as batches padded to their longest dialogue. Only the language model differs: padding stands on the
-right, so that causal attention needs no mask, and no frame is padded. Both ways give the same losses, or nothing is
-timed.
+*Packed*: dialogues of a stage-3 epoch (``benchmarks/loading/lengths.py``), each an eighth as long. They run as packed
+rows and as batches padded to their longest dialogue. Only the language model differs. Padding stands on the right, so
+that causal attention needs no mask, and no frame is padded. Nothing is timed unless both give the same losses.
 
 *Waiting*: the trainer's own command on two ranks with two loader workers each, the demo's model, 64 frames a video.
 

@@ -1,4 +1,4 @@
-"""Benchmarks run: what model.py and loader.py compare is the same, and index.py says how memory grows."""
+"""Short forms of the benchmarks: what they compare gives equal results, and they measure what they claim."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from tests.helpers.model.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
-from benchmarks.building import decord_widths, plan
-from benchmarks.loading import index, loader, remote
-from benchmarks.loading import isolated as loader_apart
-from benchmarks.loading import readers as loader_readers
+from benchmarks.building import decord_widths, plan  # noqa: E402
+from benchmarks.loading import index, isolated, loader, readers, remote  # noqa: E402
 from benchmarks.loading.media import BenchmarkMedia, write_media  # noqa: E402
 from benchmarks.loading.slow_server import SlowServer  # noqa: E402
-from benchmarks.model import gpu_step
-from benchmarks.model import lmms_eval as lmms
-from benchmarks.model import parts as model
-from benchmarks.training import packing as train
+from benchmarks.model import gpu_step, lmms_eval, parts  # noqa: E402
+from benchmarks.training import packing  # noqa: E402
 from framestream.pipeline.config.manifest import load_manifest  # noqa: E402
 from framestream.pipeline.config.model import VisionTowerConfig  # noqa: E402
 from framestream.pipeline.evaluation.questions import Question  # noqa: E402
@@ -29,10 +25,10 @@ from framestream.pipeline.shards.memory_index import MediaFile  # noqa: E402
 from framestream.trainer.model.tome import ToMeConnector  # noqa: E402
 
 
-@pytest.mark.parametrize("ways", [model.merging, model.connecting, model.learning], ids=lambda ways: ways.__name__)
+@pytest.mark.parametrize("ways", [parts.merging, parts.connecting, parts.learning], ids=lambda ways: ways.__name__)
 def test_connectors_agree(ways):
     torch.manual_seed(0)
-    model.compare(ways(ToMeConnector(48, 24, heads=4), torch.randn(3, 196, 48)))
+    parts.compare(ways(ToMeConnector(48, 24, heads=4), torch.randn(3, 196, 48)))
 
 
 @pytest.mark.parametrize(("clips", "stills"), [(2, 1), (1, 0)])
@@ -41,18 +37,18 @@ def test_towers_agree(clips, stills):
     cfg = VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8)
     pixels = torch.randn(clips, 3, 4, 128, 128), torch.randn(stills, 3, 1, 128, 128)
     with torch.no_grad():
-        model.compare(model.encoding(cfg, 128, *pixels))
+        parts.compare(parts.encoding(cfg, 128, *pixels))
 
 
 def test_results_that_differ_are_refused():
     ways = {"framestream": lambda: torch.zeros(4, 2), "other": lambda: torch.eye(4)[:, :2]}
-    model.compare(ways, flips=0.5)
+    parts.compare(ways, flips=0.5)
     with pytest.raises(SystemExit, match="other and framestream differ in 2 of 4"):
-        model.compare(ways, flips=0.4)
+        parts.compare(ways, flips=0.4)
 
 
 def test_rows_name_every_implementation(capsys):
-    model.measure_part("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
+    parts.measure_part("part", {"framestream": lambda: torch.zeros(1), "other": lambda: torch.zeros(1)}, repeats=2)
     first, second = capsys.readouterr().out.splitlines()
     assert "framestream" in first and "other" in second
 
@@ -102,7 +98,7 @@ def media(tmp_path_factory) -> BenchmarkMedia:
     return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=64)
 
 
-def frames_of(reader: loader_readers.Reader, count: int) -> list[bytes]:
+def frames_of(reader: readers.Reader, count: int) -> list[bytes]:
     """The frames of each medium, in some order, once each."""
     arrays = [array.copy() for array in reader(count)]
     return sorted({part.tobytes() for array in arrays for part in array.reshape(-1, count, *array.shape[1:])})
@@ -110,11 +106,11 @@ def frames_of(reader: loader_readers.Reader, count: int) -> list[bytes]:
 
 @pytest.mark.parametrize("count", [4, 16])
 def test_readers_hand_out_the_same_frames(media, count):
-    wanted = frames_of(loader_readers.limit(media), count)
+    wanted = frames_of(readers.limit(media), count)
     assert len(wanted) == 3
-    assert frames_of(loader_readers.pixels(media), count) == wanted
-    assert frames_of(loader_readers.pixels(media, threads=2), count) == wanted
-    assert frames_of(loader_readers.rows(media, threads=2), count) == wanted
+    assert frames_of(readers.pixels(media), count) == wanted
+    assert frames_of(readers.pixels(media, threads=2), count) == wanted
+    assert frames_of(readers.rows(media, threads=2), count) == wanted
 
 
 @pytest.mark.parametrize(
@@ -128,19 +124,19 @@ def test_readers_hand_out_the_same_frames(media, count):
 )
 def test_peers_hand_out_the_same_frames(media, name, module):
     pytest.importorskip(module)
-    lent = loader_readers.peer(name, media, loader_readers.by_offset)
-    assert frames_of(lent, 4) == frames_of(loader_readers.limit(media), 4)
-    for own, wanted in zip(loader_readers.peer(name, media)(4), loader_readers.limit(media)(4), strict=True):
+    lent = readers.peer(name, media, readers.by_offset)
+    assert frames_of(lent, 4) == frames_of(readers.limit(media), 4)
+    for own, wanted in zip(readers.peer(name, media)(4), readers.limit(media)(4), strict=True):
         assert own.shape == wanted.shape
         assert np.abs(own.astype(int) - wanted).mean() < 8  # other JPEG decoders; another frame differs by 40
 
 
 def test_a_slow_line_is_read_in_a_process_of_its_own(media):
     with SlowServer(media.folder, 0.001, 1e8) as server:
-        over_it = loader_readers.pixels(media, threads=2, address=server.address)
-        assert frames_of(over_it, 4) == frames_of(loader_readers.limit(media), 4)
+        over_it = readers.pixels(media, threads=2, address=server.address)
+        assert frames_of(over_it, 4) == frames_of(readers.limit(media), 4)
         server.sent()
-        rate = loader_apart.media_rate(loader_apart.OURS, media, 4, server.address)
+        rate = isolated.media_rate(isolated.OURS, media, 4, server.address)
         requests, sent = server.sent()
         assert requests >= rate / 3 and sent > rate * 4 * 100  # at least 100 bytes a frame
 
@@ -173,19 +169,19 @@ def test_models_that_do_not_fit_have_fewer_layers():
 
 
 def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
-    together = train.rows_of_epoch(16, 4, seed=0)
+    together = packing.rows_of_epoch(16, 4, seed=0)
     assert [sorted(np.concatenate(rows).tolist()) for rows in together.values()] == [list(range(16))] * 2
-    lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * train.PATCHES
-    batch, small = train.result_row(lengths, patches, seed=0), train.build_small()
+    lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * packing.PATCHES
+    batch, small = packing.result_row(lengths, patches, seed=0), packing.build_small()
     assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
     with torch.no_grad():
-        packed, padded = small(batch), train.padded(small, batch)
+        packed, padded = small(batch), packing.padded(small, batch)
     torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
     assert packed > 1  # something is learned
 
 
 def test_the_loss_in_chunks_is_that_of_all_logits():
-    chunked, full = (train.loss_memory(50, way, vocabulary=3000) for way in (True, False))
+    chunked, full = (packing.loss_memory(50, way, vocabulary=3000) for way in (True, False))
     assert chunked[0] == pytest.approx(full[0], rel=1e-6)
 
 
@@ -197,7 +193,7 @@ def question(key: str, answer: str, file: MediaFile, context: tuple[dict, ...] =
 def test_questions_become_documents_with_options():
     whole, clip = MediaFile("/a.mp4"), MediaFile("/a.mp4", 1, 2)
     named = question("c", "white", whole, options=["grey", "white"])
-    last, first = lmms.docs_of([question("a", "red", whole), question("b", "blue", whole), named], ["c", "a"])
+    last, first = lmms_eval.docs_of([question("a", "red", whole), question("b", "blue", whole), named], ["c", "a"])
     asked = {"key": "a", "question": "Which?", "media": ["/a.mp4"]}
     assert first == {**asked, "options": ["red", "blue", "white"], "target": 0}
     assert (last["options"], last["target"]) == (["grey", "white"], 1)
@@ -208,11 +204,12 @@ def test_questions_become_documents_with_options():
         (question("a", "red", whole, options=["blue", "green"]), "'red' is none of its options"),
     ):
         with pytest.raises(SystemExit, match=why):
-            lmms.docs_of([bad], ["a"])
+            lmms_eval.docs_of([bad], ["a"])
 
 
 def test_answers_that_differ_or_count_otherwise_are_named():
-    ours = {key: lmms.Answer("red", True) for key in "abcd"}
-    theirs = {**ours, "b": lmms.Answer("blue", False), "c": lmms.Answer("red", False), "e": lmms.Answer("red", True)}
+    ours = {key: lmms_eval.Answer("red", True) for key in "abcd"}
+    theirs = {**ours, "b": lmms_eval.Answer("blue", False), "c": lmms_eval.Answer("red", False)}
+    theirs["e"] = lmms_eval.Answer("red", True)
     del theirs["d"]
-    assert lmms.differing(ours, theirs) == ["b", "c", "d", "e"] and not lmms.differing(ours, dict(ours))
+    assert lmms_eval.differing(ours, theirs) == ["b", "c", "d", "e"] and not lmms_eval.differing(ours, dict(ours))

@@ -27,8 +27,8 @@ ROWS = json_lines("tokens_labels/cases.jsonl") if HERE else []
 
 
 def encode(row: dict, turns: list[dict], fetch: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels without the check that marks and media agree, which the published code does not make."""
+    """Return ids and labels. Skip the check that placeholders and media agree, as the published code does."""
     coder = conversation(row["version"], FOLDER)
-    kinds = [] if row["media"] == "text" else [row["media"]] * sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in turns)
-    kinds = kinds or ([] if row["media"] == "text" else [row["media"]])
+    placeholders = sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in turns)
+    kinds = [] if row["media"] == "text" else [row["media"]] * max(placeholders, 1)
     return coder.tokenize([coder.segments(turns, kinds, [row["time_message"]] * len(kinds), fetch)])[0]

@@ -41,7 +41,8 @@ def small_model(recompute: bool = False, cfg: ModelConfig = SMALL, scale: float 
     model = VideoLLM(cfg, size, 4, recompute)
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
     values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
-    copy_tensors(model, {name: LazyTensor(tuple(value.shape), lambda value=value: value) for name, value in values.items()})
+    tensors = {name: LazyTensor(tuple(value.shape), lambda value=value: value) for name, value in values.items()}
+    copy_tensors(model, tensors)
     return model
 
 

@@ -1,7 +1,7 @@
-"""Ways to run the same training through the real command line, and how far apart two of them end.
+"""Different ways to run the same training through the real command line, and the differences of their results.
 
-Used by test_equivalence.py and by ``python -m benchmarks.training.equivalence``. Stage 2 of the demo: videos of 4 to 8 frames,
-tiled stills, pairs of pictures and text; all three parts learn, in float32, from random weights.
+Used by test_equivalence.py and by ``python -m benchmarks.training.equivalence``. The training is stage 2 of the demo:
+videos of 4 to 8 frames, tiled images, pairs of images, and text. All three parts learn in float32 from random weights.
 """
 
 from __future__ import annotations
