@@ -1,19 +1,20 @@
-"""How much of the decoder's speed a build keeps, in one run.
+"""Compare the speed of a build with that of its decoder, in one run.
 
     python -m benchmarks.building.build [--minutes 10] [--repeats 3]
 
-Media: real 720p footage looped at 30 frames a second, sampled at 1 frame a second, and the 5-second clip itself at 64
-frames; both are stored at 224 pixels. One decoder thread everywhere, and one processor for everything but the build
-with two workers, which has two: ffmpeg's command line decodes, filters and encodes in threads of its own, so that its
-rate would otherwise be that of more than one worker. A build is timed from giving a worker a task (it is up, and has
-done one) to the finished shard on the disk. Beside it, each on the same video:
+The media are real 720p footage looped at 30 frames a second and sampled at 1 frame a second, and the 5-second clip
+itself at 64 frames. Both are stored at 224 pixels. All decoders have one thread. Everything runs on one processor, but
+the build with two workers has two. ffmpeg's command line decodes, filters and encodes in its own threads, so on more
+processors its rate would be that of more than one worker. A build is timed from the submission of a task to the
+finished shard on disk. Its workers are running and have each finished one task before. The others, each on the same
+video:
 
-    decode      the build's own reader handing out the same frames as RGB
+    decode      the build's own reader, which decodes the same frames to RGB
     bare        the same frames decoded, resized by Pillow and encoded, nothing written
-    ffmpeg      ffmpeg's command line writing the same number of frames, of the same size, to JPEG files
-    re-encode   ffmpeg making an MP4 of the same size from all frames, which is video2dataset's way
+    ffmpeg      ffmpeg's command line, which writes as many frames of the same size to JPEG files
+    re-encode   ffmpeg, which writes an MP4 of the same size from all frames, as video2dataset does
 
-Rounds of all of these are interleaved; the table has medians, and shares of the rate of `build`.
+Rounds of all of these are interleaved. The table has medians, and shares of the rate of `build`.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.media.footage import FOOTAGE
 
 SIZE, RATE = 224, 30
-SAMPLERS = {  #: of each kind of media: sampler, least and most frames
+SAMPLERS = {  #: kind of media -> sampler, smallest and largest number of frames
     "long": ("fps1", 4, 4096),
     "short": ("dynamic_fps1", 64, 512),
 }
 
 
 def loop(source: Path, target: Path, seconds: float) -> Path:
-    """``source`` again and again at ``RATE`` frames a second: encoded once, its packets repeated."""
+    """Write a loop of ``source`` at ``RATE`` frames a second: encode it once and repeat its packets."""
     once = target.with_suffix(".once.mp4")
     with av.open(str(source)) as reader, av.open(str(once), "w") as writer:
         stream = writer.add_stream("libx264", rate=RATE, options={"crf": "23", "preset": "medium"})
@@ -79,7 +80,7 @@ def loop(source: Path, target: Path, seconds: float) -> Path:
 
 
 class Builds:
-    """Builds of copies of one video by pools of one and of two workers that stay up."""
+    """Builds of copies of one video, by worker pools of one and of two processes that keep running."""
 
     def __init__(self, folder: Path, kind: str, path: Path, copies: int, repeats: int) -> None:
         (folder / "media").mkdir(parents=True)
@@ -107,7 +108,7 @@ class Builds:
             self._pools[workers] = pool, iter(tasks[workers:])
 
     def run(self, workers: int) -> Callable[[], None]:
-        """Builds ``workers`` times as many copies as are measured elsewhere."""
+        """Return a function that builds ``copies`` videos for each worker."""
         pool, tasks = self._pools[workers]
 
         def build() -> None:
@@ -116,15 +117,15 @@ class Builds:
         return build
 
     def frames(self, path: Path) -> np.ndarray:
-        """Distinct source frames that a build takes of the video."""
+        """Return the distinct source frames that a build stores of the video."""
         source, frames = open_video(path), self.manifest.frames
-        taken = sample_indices(frames, len(source.seconds), source.fps, len(source.seconds) / source.fps)
-        return np.unique(pad_to_clips(taken, len(source.seconds), frames.clip_frames))
+        indices = sample_indices(frames, len(source.seconds), source.fps, len(source.seconds) / source.fps)
+        return np.unique(pad_to_clips(indices, len(source.seconds), frames.clip_frames))
 
 
 @contextlib.contextmanager
 def processors(count: int) -> Iterator[None]:
-    """This process, and those that it starts, run on ``count`` processors only."""
+    """Restrict this process, and those that it starts, to ``count`` processors."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:count])
     try:
@@ -134,19 +135,19 @@ def processors(count: int) -> Iterator[None]:
 
 
 def decode_all(path: Path, numbers: np.ndarray) -> None:
-    """The frames as RGB pictures."""
+    """Decode the frames to RGB."""
     for _ in open_video(path).decode_frames(numbers):
         pass
 
 
 def bare(path: Path, numbers: np.ndarray) -> None:
-    """The frames decoded, resized and encoded."""
-    for picture in open_video(path).decode_frames(numbers):
-        encode_jpeg(np.asarray(Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC)), 90, "420")
+    """Decode, resize and encode the frames."""
+    for frame in open_video(path).decode_frames(numbers):
+        encode_jpeg(np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC)), 90, "420")
 
 
 def ffmpeg(path: Path, numbers: np.ndarray) -> None:
-    """As many frames to JPEG files by ffmpeg."""
+    """Write as many frames to JPEG files with ffmpeg."""
     with av.open(str(path)) as container:
         seconds = container.duration / av.time_base
     _run_ffmpeg(path, f"fps={len(numbers) / seconds:.4f},scale={SIZE}:{SIZE}:flags=bicubic", ["-q:v", "3"], "%06d.jpg")

@@ -1,9 +1,9 @@
-"""Which frames a decoder really returns: decord's random access beside this project's, on frames that carry a number.
+"""Compare the frames that decord's random access and this project's return, on frames that carry a number.
 
     python -m benchmarks.building.decoders [--requests 60] [--seed 0]
 
-Every file has 250 frames that show their own number in their pixels. A request asks for 8 random frames in order, as a
-sampler does. `wrong` counts frames that show another number than the one asked for; no decoder raised an error.
+Every file has 250 frames whose pixels show their own number. A request is for 8 random frames in order, as a sampler
+sends it. `wrong` counts frames that show another number than the requested one. No decoder raised an error for them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ FILES = {
 
 
 def with_decord(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Frames by ``VideoReader.get_batch``, one thread."""
+    """Return a function that reads frames by ``VideoReader.get_batch`` with one thread."""
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(str(path), num_threads=1)
     return lambda numbers: list(reader.get_batch(numbers.tolist()).asnumpy())
 
 
 def with_framestream(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Frames by ``framestream.pipeline.media.video``: by seeking, or straight through where that is not exact."""
+    """Return a function that reads frames by ``framestream.pipeline.media.video``.
+
+    It seeks, or decodes from the beginning where seeking is not exact.
+    """
     try:
         source = open_video(path)
         list(source.decode_frames(np.arange(0, FRAMES, 7)))
@@ -61,10 +64,10 @@ def main() -> None:
             for decoder, opener in (("decord", with_decord), ("framestream", with_framestream)):
                 read = opener(path)
                 start = time.perf_counter()
-                got = [number_of(frame) for numbers in requests for frame in read(numbers)]
+                shown = [number_of(frame) for numbers in requests for frame in read(numbers)]
                 seconds = time.perf_counter() - start
-                wrong = sum(a != b for a, b in zip(got, np.concatenate(requests).tolist(), strict=True))
-                print(f"{title:<26}{decoder:<13}{f'{wrong} of {len(got)}':>14}{len(got) / seconds:>10.0f}")
+                wrong = sum(a != b for a, b in zip(shown, np.concatenate(requests).tolist(), strict=True))
+                print(f"{title:<26}{decoder:<13}{f'{wrong} of {len(shown)}':>14}{len(shown) / seconds:>10.0f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Which widths of the MJPEG in shards decord cannot read on this processor.
+"""List the widths of the MJPEG in shards that decord cannot read on this processor.
 
     python -m benchmarks.building.decord_widths [--up-to 518]
 
-Every even width is encoded as two JPEG frames of 16 lines in MP4, as a shard has them, and read by decord and by this
-project. A width that decord refuses is printed with the row length that decord's error states.
+Every even width is encoded as two JPEG frames of 16 lines in an MP4, as in a shard. decord and this project read it. A
+width that decord rejects is printed with the row length from decord's error.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg
 from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
 
 HEIGHT = 16
-SIZES = re.compile(r"\((\d+) vs\. \d+\)")  #: bytes that decord has and bytes that it wants
+SIZES = re.compile(r"\((\d+) vs\. \d+\)")  #: the bytes that decord has; it expects the other number
 
 
 def refused_widths(up_to: int) -> dict[int, int]:
-    """Return the even widths from 4 to ``up_to`` that decord cannot read, with the bytes of a row that it has."""
+    """Return the even widths from 4 to ``up_to`` that decord cannot read, each with decord's bytes of a row."""
     refused = {}
     for width in range(4, up_to + 1, 2):
         pixels = np.random.default_rng(width).integers(0, 255, (2, HEIGHT, width, 3), dtype=np.uint8)
@@ -39,7 +39,7 @@ def refused_widths(up_to: int) -> dict[int, int]:
 
 
 def main() -> None:
-    """Command line."""
+    """Print the widths that decord rejects."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.building.decord_widths", description=__doc__.split("\n\n")[0]
     )

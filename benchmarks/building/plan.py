@@ -1,9 +1,9 @@
-"""Planning: dialogues a second, and the largest memory, for annotation files that are generated first.
+"""Measure planning on generated annotation files: dialogues a second and peak memory.
 
     python -m benchmarks.building.plan [--files 40] [--dialogues 100000] [--folder DIR]
 
-Each file is JSON lines of so many dialogues of two questions about one video, drawn at random from as many videos as
-there are dialogues, so that by default 4 million dialogues name 2.5 million distinct ones. Nothing is decoded.
+Each file has JSON lines, each a dialogue with two questions about one video. The video is drawn at random from as many
+videos as there are dialogues. By default, 4 million dialogues name 2.5 million distinct videos. Nothing is decoded.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
 
 
 def generate_annotations(path: Path, dialogues: int, videos: int, seed: int) -> None:
-    """Write one annotation file."""
-    draw = random.Random(seed)
+    """Write an annotation file of ``dialogues`` dialogues about random ones of ``videos`` videos."""
+    rng = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(dialogues):
             texts = ["<image>\nWhat is the person in the red jacket doing, and how does the scene change later on?"]
-            texts.append("The person in the red jacket is walking along a path. " * draw.randint(1, 6))
-            texts += ["Why?", "Because the video shows it. " * draw.randint(1, 4)]
+            texts.append("The person in the red jacket is walking along a path. " * rng.randint(1, 6))
+            texts += ["Why?", "Because the video shows it. " * rng.randint(1, 4)]
             turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
             sample = {
                 "id": f"{seed}_{number}",
-                "video": f"videos/youtube_video_2024/ytb_{draw.randrange(videos):07d}.mp4",
-                "duration": round(draw.uniform(5, 180), 2),
+                "video": f"videos/youtube_video_2024/ytb_{rng.randrange(videos):07d}.mp4",
+                "duration": round(rng.uniform(5, 180), 2),
                 "conversations": turns,
                 "data_source": "30_60_s_youtube_v0_1",
             }
@@ -47,19 +47,19 @@ def generate_annotations(path: Path, dialogues: int, videos: int, seed: int) -> 
 
 
 def measure_planning(folder: Path) -> None:
-    """Plan what was generated in ``folder``; runs in a process of its own, so that its memory is planning's alone."""
+    """Plan the generated files in ``folder``; run in a new process, so that peak memory is that of planning alone."""
     root = folder / "media"
     root.mkdir(exist_ok=True)
     files = sorted(folder.glob("*.jsonl"))
     entries = tuple(EntryConfig(annotation=str(path), root=str(root)) for path in files)
     manifest = replace(load_manifest(MANIFEST), data=DataConfig(entries=entries))
-    found = resolve_entries(manifest)
+    resolved = resolve_entries(manifest)
     before = resource.getrusage(resource.RUSAGE_SELF)
     work = folder / "plan"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     started = time.perf_counter()
-    counts = make_plan(manifest, found, work).values()
+    counts = make_plan(manifest, resolved, work).values()
     seconds = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_SELF)
     dialogues, media = (sum(getattr(count, name) for count in counts) for name in ("dialogues", "media"))
@@ -71,7 +71,7 @@ def measure_planning(folder: Path) -> None:
 
 
 def main() -> None:
-    """Generate, plan, print three lines."""
+    """Generate files, plan, and print three lines."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--files", type=int, default=40)
     parser.add_argument("--dialogues", type=int, default=100_000, help="in each file")

@@ -1,12 +1,13 @@
-"""Opening and reading a large index: seconds to the first batch, and memory, with dialogues that are generated first.
+"""Measure how a large generated index is opened and read: seconds to the first batch, and memory.
 
     python -m benchmarks.loading.index [--dialogues 4000000] [--samples 20000] [--folder DIR]
 
-Each dialogue is a question about one of 20,000 videos of 512 frames, of which 8 are shown; all videos have their JPEGs
-in one small shard. The token cache is written with the index, as an earlier run leaves it. A process of its own then
-opens the shards, takes the first row, reads on, and resumes in the middle of the epoch. Its memory is told beside that
-of the same process before it opened anything, everything imported; peaks are of all that was resident, pages of files
-included.
+Each dialogue is a question about one of 20,000 videos of 512 frames. 8 of the frames are used. The JPEGs of all videos
+are in one small shard. The token cache is written with the index, as an earlier run would leave it. A new process then
+opens the shards, reads the first row and more, and resumes in the middle of the epoch.
+
+Memory is compared with that of the same process after all imports, before it opened anything. Peaks are of all
+resident memory, file pages included.
 """
 
 from __future__ import annotations
@@ -39,31 +40,31 @@ from framestream.pipeline.tokenization.token_cache import token_fingerprint
 
 TOKENIZER = Path(__file__).parents[2] / "tests" / "golden" / "tokens_labels" / "tokenizer"
 MEDIA, STORED, SHOWN, SIDE = 20_000, 512, 8, 64
-BATCH = 4096  #: rows that are written at once
+BATCH = 4096  #: rows written at a time
 MIB = 1 << 20
 
 
 class Memory(NamedTuple):
     """Resident memory of this process, in bytes."""
 
-    now: int  #: pages of files included
-    anonymous: int  #: without them
-    peak: int  #: the largest ``now`` since :func:`forget_peak`
+    now: int  #: resident, file pages included
+    anonymous: int  #: resident, without file pages
+    peak: int  #: the largest ``now`` since :func:`reset_peak`
 
 
-class Measured(NamedTuple):
-    """What one process did with a root."""
+class IndexMeasurement(NamedTuple):
+    """Times and memory of one process that opened and read a root."""
 
     idle: Memory
     first_seconds: float  #: from opening to the first row
-    first_cpu: float  #: the same of all cores, which other work on the machine leaves as it is
+    first_cpu: float  #: CPU seconds of all cores for the same, independent of other work on the machine
     first: Memory
     reading: list[Memory]  #: after each tenth of the samples
-    resume_seconds: float  #: from opening to the first row after a state of the middle of the second epoch
+    resume_seconds: float  #: from opening to the first row, resumed in the middle of the second epoch
 
 
 def manifest(folder: Path) -> Manifest:
-    """A manifest for the root in ``folder``; little is read ahead, so that memory is the index's."""
+    """Return a manifest for the root in ``folder``; prefetch little, so that the index dominates memory."""
     parts = ("vision_tower", "connector", "language_model")
     value = {
         "stage": 3,
@@ -82,7 +83,7 @@ def manifest(folder: Path) -> Manifest:
 
 
 def generate_index(folder: Path, dialogues: int, media: int = MEDIA) -> None:
-    """Write ``folder``/stage3: a shard, the index and the token cache of ``manifest(folder)``."""
+    """Write ``folder``/stage3: a shard, the index and the token cache for ``manifest(folder)``."""
     root = folder / "stage3"
     (root / "video").mkdir(parents=True)
     (root / "index").mkdir()
@@ -91,9 +92,9 @@ def generate_index(folder: Path, dialogues: int, media: int = MEDIA) -> None:
     _write(root / "index" / "media.arrow", MEDIA_SCHEMA, _media(media, offsets, sizes))
     _write(root / "index" / "dialogues.arrow", DIALOGUE_SCHEMA, _dialogues(dialogues, media))
     (root / "build.json").write_text(json.dumps({"index_fingerprint": f"{dialogues} of {media}"}))
-    made = manifest(folder)
+    config = manifest(folder)
     index = Index.open(root)
-    name = token_fingerprint(index, made, build_chat_template(made), MediaViews(index, made))[:32]
+    name = token_fingerprint(index, config, build_chat_template(config), MediaViews(index, config))[:32]
     _write(root / "index" / f"tokens-{name}.arrow", TOKEN_SCHEMA, _tokens(dialogues))
 
 
@@ -104,9 +105,9 @@ def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch] | li
 
 
 def _shard(path: Path) -> tuple[list[int], list[int], dict]:
-    """Write one video of different frames; where its JPEGs are in the shard, and its row of the shard table."""
-    pictures = [np.full((SIDE, SIDE, 3), 30 * number, dtype=np.uint8) for number in range(SHOWN)]
-    jpegs = [encode_jpeg(picture, 90, "420") for picture in pictures]
+    """Write one video of different frames; return offsets and sizes of its JPEGs and its row of the shard table."""
+    frames = [np.full((SIDE, SIDE, 3), 30 * number, dtype=np.uint8) for number in range(SHOWN)]
+    jpegs = [encode_jpeg(frame, 90, "420") for frame in frames]
     data = mux_mjpeg(jpegs, np.arange(float(SHOWN)), float(SHOWN), SIDE, SIDE)
     with ShardWriter(path) as writer:
         start, _ = writer.add("v0", {"mp4": data})["mp4"]
@@ -122,9 +123,9 @@ def _media(count: int, offsets: list[int], sizes: list[int]) -> Iterator[pa.Reco
     facts |= {"start": 0.0, "sample": frames, "frame_index": frames, "timestamps": [float(frame) for frame in frames]}
     facts |= {"frame_offset": [offsets[frame % SHOWN] for frame in frames], "sha256": "", "source": ""}
     facts |= {"frame_size": [sizes[frame % SHOWN] for frame in frames]}
-    many = pa.RecordBatch.from_pylist([{"key": "", **facts}] * min(count, BATCH), schema=MEDIA_SCHEMA)
+    repeated = pa.RecordBatch.from_pylist([{"key": "", **facts}] * min(count, BATCH), schema=MEDIA_SCHEMA)
     for start in range(0, count, BATCH):
-        batch = many.slice(0, min(BATCH, count - start))
+        batch = repeated.slice(0, min(BATCH, count - start))
         keys = pa.array([f"v{start + row:024d}" for row in range(len(batch))])
         yield pa.RecordBatch.from_arrays([keys, *batch.columns[1:]], schema=MEDIA_SCHEMA)
 
@@ -146,41 +147,41 @@ def _dialogues(count: int, media: int) -> Iterator[pa.RecordBatch]:
 
 
 def _tokens(count: int) -> Iterator[pa.RecordBatch]:
-    draw, rows = np.random.default_rng(0), []
-    for length in draw.integers(40, 200, min(count, BATCH)).tolist():
-        ids = [IMAGE_TOKEN_INDEX, *draw.integers(0, 1000, length - 1).tolist()]
+    rng, rows = np.random.default_rng(0), []
+    for length in rng.integers(40, 200, min(count, BATCH)).tolist():
+        ids = [IMAGE_TOKEN_INDEX, *rng.integers(0, 1000, length - 1).tolist()]
         labels = [IGNORE_INDEX] * (length // 2) + ids[length // 2 :]
         clips = SHOWN // 4
         lengths = {"length": length - 1 + 64 * clips, "clips": clips, "tiles": 0, "learned": length - length // 2}
         rows.append({"ids": ids, "labels": labels, **lengths, "error": ""})
-    many = pa.RecordBatch.from_pylist(rows, schema=TOKEN_SCHEMA)
+    repeated = pa.RecordBatch.from_pylist(rows, schema=TOKEN_SCHEMA)
     for start in range(0, count, BATCH):
-        yield many.slice(0, min(BATCH, count - start))
+        yield repeated.slice(0, min(BATCH, count - start))
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def process_memory() -> Memory:
-    """What the kernel says of this process."""
+    """Return the memory of this process as the kernel reports it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)
               if name in ("VmRSS", "RssAnon", "VmHWM")}  # fmt: skip
     return Memory(fields["VmRSS"], fields["RssAnon"], fields["VmHWM"])
 
 
-def forget_peak() -> None:
-    """Let the peak begin anew."""
+def reset_peak() -> None:
+    """Reset the peak of this process's resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure_index(folder: Path, samples: int) -> Measured:
-    """Open the root in ``folder``, take ``samples`` dialogues, then resume elsewhere; of a process that did nothing."""
-    made = manifest(folder)
-    build_chat_template(made)  # imports what tokenizers need
-    forget_peak()
+def measure_index(folder: Path, samples: int) -> IndexMeasurement:
+    """Open the root in ``folder``, read ``samples`` dialogues, then resume elsewhere; call it in a new process."""
+    config = manifest(folder)
+    build_chat_template(config)  # imports what the tokenizer needs
+    reset_peak()
     idle, started, cpu = process_memory(), time.perf_counter(), time.process_time()
-    loader = build_loader(made)
+    loader = build_loader(config)
     stream = iter(loader)
     done = len(next(stream).keys)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -193,20 +194,20 @@ def measure_index(folder: Path, samples: int) -> Measured:
     state = loader.state_dict() | {"epoch": 1, "step": len(loader) // 2}
     del stream, loader
     started = time.perf_counter()
-    loader = build_loader(made)
+    loader = build_loader(config)
     loader.load_state_dict(state)
     next(iter(loader))
-    return Measured(idle, seconds, cpu, first, reading, time.perf_counter() - started)
+    return IndexMeasurement(idle, seconds, cpu, first, reading, time.perf_counter() - started)
 
 
-def in_process(folder: Path, samples: int) -> Measured:
-    """:func:`measure` in a new process."""
+def in_process(folder: Path, samples: int) -> IndexMeasurement:
+    """Run :func:`measure_index` in a new process."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(measure_index, (folder, samples))
 
 
 def main() -> None:
-    """Generate, measure, print."""
+    """Generate an index, measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dialogues", type=int, default=4_000_000)
     parser.add_argument("--samples", type=int, default=20_000)
@@ -216,17 +217,17 @@ def main() -> None:
     try:
         generate_index(name, options.dialogues)
         size = sum(path.stat().st_size for path in (name / "stage3" / "index").iterdir())
-        got = in_process(name, options.samples)
+        result = in_process(name, options.samples)
     finally:
         shutil.rmtree(name)
     print(f"{options.dialogues:,} dialogues, {size / 1e9:.2f} GB of index and tokens")
-    print(f"first row {got.first_seconds:.2f} s after opening ({got.first_cpu:.2f} s of CPU)")
-    print(f"and {got.resume_seconds:.2f} s after opening in the middle of an epoch")
+    print(f"first row {result.first_seconds:.2f} s after opening ({result.first_cpu:.2f} s of CPU)")
+    print(f"and {result.resume_seconds:.2f} s after opening in the middle of an epoch")
     print(f"{'MiB':<24}{'resident':>10}{'anonymous':>11}{'peak':>8}")
-    lines = {"idle, all imported": got.idle, "after the first row": got.first}
-    lines |= {f"after {(n + 1) * options.samples // 10:,}": there for n, there in enumerate(got.reading)}
-    for label, there in lines.items():
-        print(f"{label:<24}{there.now / MIB:>10.1f}{there.anonymous / MIB:>11.1f}{there.peak / MIB:>8.1f}")
+    lines = {"idle, all imported": result.idle, "after the first row": result.first}
+    lines |= {f"after {(n + 1) * options.samples // 10:,}": memory for n, memory in enumerate(result.reading)}
+    for label, memory in lines.items():
+        print(f"{label:<24}{memory.now / MIB:>10.1f}{memory.anonymous / MIB:>11.1f}{memory.peak / MIB:>8.1f}")
 
 
 if __name__ == "__main__":

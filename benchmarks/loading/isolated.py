@@ -1,4 +1,4 @@
-"""Readers each in a new process: the bytes they read from a cold disk, and media a second over a slow line."""
+"""Run each reader in a new process: count the bytes it reads from a cold disk, and media a second over a slow line."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from benchmarks.loading.media import BenchmarkMedia
 from benchmarks.loading.readers import Reader, by_offset, peer, peer_module, pixels
 
 OURS = "framestream"
-SECONDS = 1.0  #: that a reader is timed for over a slow line, at least
-THREADS = 16  #: requests that this project has under way over a slow line
+SECONDS = 1.0  #: minimum time that a reader is timed for over a slow line
+THREADS = 16  #: concurrent requests of this project over a slow line
 
 
 def bytes_read(name: str, media: BenchmarkMedia, count: int) -> int:
-    """Bytes that the process read from the disk for ``count`` frames of every medium, its index included.
+    """Return the bytes that the process read from disk for ``count`` frames of every medium, its index included.
 
-    The page cache holds none of the media before.
+    The media are dropped from the page cache before.
     """
-    return _apart(_cold, name, media, count)
+    return _run_isolated(_cold, name, media, count)
 
 
 def media_rate(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
-    """Media a second, with ``count`` frames each, over whole passes of ``SECONDS`` in all at least.
+    """Return media a second with ``count`` frames each, over complete passes of at least ``SECONDS`` together.
 
-    Before each pass the data set is opened anew, with empty caches, which is not timed; nor is the first pass, after
-    which libraries are loaded and connections stand.
+    Each pass opens the data set again with empty caches, which is not timed. The first pass, which loads libraries and
+    opens connections, is not timed either.
     """
-    return _apart(_remote, name, media, count, address)
+    return _run_isolated(_remote, name, media, count, address)
 
 
 def _cold(name: str, media: BenchmarkMedia, count: int) -> int:
     for path in media.folder.rglob("*"):
         if path.is_file():
-            _forget(path)
+            _drop_from_page_cache(path)
     before = _disk_bytes()
     _read(_open(name, media), count, media.count)
     return _disk_bytes() - before
@@ -73,7 +73,7 @@ def _read(reader: Reader, count: int, media: int) -> None:
         raise RuntimeError(f"{frames} frames were read, not {count * media}")
 
 
-def _forget(path: Path) -> None:
+def _drop_from_page_cache(path: Path) -> None:
     """Drop a file from the page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -85,8 +85,8 @@ def _disk_bytes() -> int:
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
-def _apart(work: Callable[..., Any], name: str, *arguments: Any) -> Any:
-    """The result of ``work`` in a new process that has imported what it needs."""
+def _run_isolated(work: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    """Return the result of ``work``, run in a new process after its imports."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(theirs, work, name, *arguments))
@@ -96,7 +96,7 @@ def _apart(work: Callable[..., Any], name: str, *arguments: Any) -> Any:
         result = ours.recv()
     except EOFError:
         raise RuntimeError(f"{name}: its process ended with exit code {process.join() or process.exitcode}") from None
-    process.kill()  # some peers leave threads that do not end
+    process.kill()  # some peers start threads that never end
     process.join()
     return result
 
@@ -111,5 +111,5 @@ def _call(pipe: Connection, work: Callable[..., Any], name: str, *arguments: Any
 
 
 def quiet() -> None:
-    """No warnings of peers about accelerators that are not there."""
+    """Suppress warnings of peers about missing accelerators."""
     warnings.filterwarnings("ignore", message="'pin_memory' argument")

@@ -1,11 +1,11 @@
 """A synthetic stage-3 epoch: lengths and costs of dialogues, for measuring rows where there is no index.
 
-The shares follow the published list of stage 3, short and long videos beside stills and text; lengths of text are
-log-normal, as counted tokens of instruction data are. ``docs/streaming.md`` has the table of
+The shares follow the published list of stage 3: short and long videos, images and text. Text lengths are log-normal, as
+token counts of instruction data are. ``docs/streaming.md`` has the table that this command prints:
 
     python -m benchmarks.loading.lengths [--batches 400]
 
-which packs global batches of 256 such dialogues into rows of 32,768 tokens.
+It packs global batches of 256 such dialogues into rows of 32,768 tokens.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ COST = CostModel(patch=1.9725e9, token=4.2424e10, pair=6.02112e5)
 
 
 class Kind(NamedTuple):
-    """One kind of dialogues: its share, and how many pictures and tokens of text it has."""
+    """One kind of dialogue: its share, and its numbers of frames or tiles and of text tokens."""
 
     share: float
-    low: int  #: frames of a video, tiles of a still; uniform in the logarithm from low to high
+    low: int  #: frames of a video or tiles of an image, log-uniform from low to high
     high: int
     text: int  #: median tokens of text
     spread: float  #: standard deviation of the logarithm of the tokens of text
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 KINDS = {
     "long video": Kind(0.20, 128, 512, 250, 0.8),
     "video": Kind(0.50, 64, 128, 200, 0.9),
-    "still": Kind(0.20, 2, 37, 250, 0.9),
+    "image": Kind(0.20, 2, 37, 250, 0.9),
     "text": Kind(0.10, 0, 0, 500, 0.9),
 }
 
@@ -49,28 +49,28 @@ KINDS = {
 class Lengths(NamedTuple):
     """Dialogues of a synthetic epoch."""
 
-    tokens: np.ndarray  #: int64 (n,), visual ones included
-    patches: np.ndarray  #: int64 (n,), of the vision tower
+    tokens: np.ndarray  #: int64 (n,), visual tokens included
+    patches: np.ndarray  #: int64 (n,), patches of the vision tower
 
 
 def stage3(count: int, seed: int = 0) -> Lengths:
-    """``count`` dialogues, drawn by ``seed``; frames are whole clips of 4, at most 32,768 tokens a dialogue."""
-    draw = np.random.default_rng(seed)
-    kinds = draw.choice(len(KINDS), size=count, p=[kind.share for kind in KINDS.values()])
+    """Return ``count`` random dialogues of complete clips of 4 frames, each at most 32,768 tokens."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(len(KINDS), size=count, p=[kind.share for kind in KINDS.values()])
     tokens, patches = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
     for number, (name, kind) in enumerate(KINDS.items()):
-        here = np.flatnonzero(kinds == number)
-        text = np.exp(draw.normal(np.log(kind.text), kind.spread, len(here))).astype(np.int64) + 30
-        pictures = np.zeros(len(here), dtype=np.int64)
+        members = np.flatnonzero(kinds == number)
+        text = np.exp(rng.normal(np.log(kind.text), kind.spread, len(members))).astype(np.int64) + 30
+        frames = np.zeros(len(members), dtype=np.int64)  # tiles where the kind is an image
         if kind.high:
-            pictures = np.exp(draw.uniform(np.log(kind.low), np.log(kind.high + 1), len(here))).astype(np.int64)
-        if name == "still":
-            visual = pictures * TOKENS_PER_TILE
+            frames = np.exp(rng.uniform(np.log(kind.low), np.log(kind.high + 1), len(members))).astype(np.int64)
+        if name == "image":
+            visual = frames * TOKENS_PER_TILE
         else:
-            pictures = pictures // 4 * 4
-            visual = pictures * TOKENS_PER_FRAME
-        tokens[here] = np.minimum(text + visual, ROW)
-        patches[here] = pictures * PATCHES
+            frames = frames // 4 * 4
+            visual = frames * TOKENS_PER_FRAME
+        tokens[members] = np.minimum(text + visual, ROW)
+        patches[members] = frames * PATCHES
     return Lengths(tokens, patches)
 
 
@@ -98,7 +98,7 @@ def lengths_table(batches: int) -> None:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of rows, fill and balance."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batches", type=int, default=400)
     lengths_table(parser.parse_args().batches)
