@@ -39,7 +39,8 @@ class EntryConfig:
     reader: str = field(default="decord", metadata=spec(choices=READERS))
     media_type: str = field(default="auto", metadata=spec(choices=("auto", "image", "video", "text", "mix")))
     split: str = field(
-        default="train", metadata=spec(choices=("train", "val"), doc="val is excluded from training and used for scoring")
+        default="train",
+        metadata=spec(choices=("train", "val"), doc="val is excluded from training and used for scoring"),
     )
     name: str = field(
         default="", metadata=spec(doc="name in ledgers and reports; the stem of the annotation file if empty")
