@@ -46,13 +46,13 @@ from benchmarks.loading.slow_server import SlowServer
 from tests.helpers.media.footage import FOOTAGE
 
 COUNTS = (4, 8, 64, 512)
-SECONDS = 0.5  #: that a reader is timed for at least
+SECONDS = 0.5  #: minimum time that a reader is timed for
 DELAY, RATE = 0.020, 125e6  #: seconds, bytes a second
-Rates = dict[str, dict[int, list[float]]]  #: frames a second by reader and number of frames, a value for each round
+Rates = dict[str, dict[int, list[float]]]  #: reader -> number of frames -> frames a second of each round
 
 
 def speeds(readers: dict[str, Reader], counts: Sequence[int], rounds: int) -> Rates:
-    """Frames a second of readers that take turns; a round before the others is not counted."""
+    """Return frames a second of readers that take turns; the first of ``rounds + 1`` rounds is not counted."""
     found: Rates = {name: {count: [] for count in counts} for name in readers}
     turns = [(number, count, name) for number in range(rounds + 1) for count in counts for name in readers]
     for number, count, name in tqdm(turns, desc="readers", leave=False, disable=None):
@@ -63,7 +63,7 @@ def speeds(readers: dict[str, Reader], counts: Sequence[int], rounds: int) -> Ra
 
 
 def frame_rate(reader: Reader, count: int, seconds: float = SECONDS) -> float:
-    """Frames a second over whole passes that take ``seconds`` at least."""
+    """Return frames a second over complete passes that take at least ``seconds``."""
     frames, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds:
         frames += sum(len(array) for array in reader(count))
@@ -71,7 +71,7 @@ def frame_rate(reader: Reader, count: int, seconds: float = SECONDS) -> float:
 
 
 def shares(rates: Rates, base: str) -> Iterator[str]:
-    """A line of a table for each reader: medians and ranges of its shares of ``base``."""
+    """Yield the lines of a table, one for each reader: medians and ranges of its shares of ``base``."""
     counts = list(rates[base])
     yield "| of 512 frames | " + " | ".join(map(str, counts)) + " |"
     yield "| --- |" + " --- |" * len(counts)
@@ -81,18 +81,18 @@ def shares(rates: Rates, base: str) -> Iterator[str]:
             if name == base:
                 cells.append(f"{statistics.median(values):,.0f} frames/s")
                 continue
-            of = [value / whole for value, whole in zip(values, rates[base][count], strict=False)]
-            spread = f" ({min(of):.3f} to {max(of):.3f})" if len(of) > 1 else ""
-            cells.append(f"{statistics.median(of):.3f}{spread}" if max(of) < 0.1 else _short(of))
+            ratios = [value / limit_rate for value, limit_rate in zip(values, rates[base][count], strict=False)]
+            spread = f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
+            cells.append(f"{statistics.median(ratios):.3f}{spread}" if max(ratios) < 0.1 else _short(ratios))
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _short(of: list[float]) -> str:
-    return f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+def _short(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def warm(media: BenchmarkMedia, source: Path, rounds: int) -> None:
-    """Print the table of speeds on one core, and what a second thread on a second core brings."""
+    """Print the table of speeds on one core, and the speedup by a second thread on a second core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     readers = {"libjpeg-turbo": limit(media), "frames alone": pixels(media), "rows": rows(media)}
@@ -110,7 +110,7 @@ def warm(media: BenchmarkMedia, source: Path, rounds: int) -> None:
 
 
 def threads(media: BenchmarkMedia, rounds: int) -> Iterator[str]:
-    """A table of how many times the speed of one decoding thread two have, on two cores."""
+    """Yield the lines of a table: speed of two decoding threads over that of one, on two cores."""
     pairs = {
         "frames alone": [pixels(media, n, least=EPOCH_FRAMES) for n in (1, 2)],
         "rows": [rows(media, n) for n in (1, 2)],

@@ -32,8 +32,8 @@ from framestream.pipeline.shards.writer import ShardWriter
 from tests.helpers.golden_data import TOKENIZER
 from tests.helpers.media.footage import FOOTAGE
 
-SHARD_MEDIA = 6  #: media of a shard: 57 MB with 512 frames of 224 pixels
-EPOCH_FRAMES = 6144  #: frames of an epoch of ``build_loader`` at least, so that its beginning and end weigh little
+SHARD_MEDIA = 6  #: media in a shard: 57 MB with 512 frames of 224 pixels
+EPOCH_FRAMES = 6144  #: minimum frames of an epoch of ``build_loader``, so that its start and end have little weight
 TURNS = [
     {"from": "human", "value": "<image>\nDescribe what happens, from the beginning to the end."},
     {"from": "gpt", "value": "A rabbit comes out of its burrow, stretches, and looks at the butterfly on a flower."},
@@ -51,15 +51,15 @@ class BenchmarkMedia:
 
     @property
     def root(self) -> Path:
-        """The shard root; it has a dialogue about each medium."""
+        """The shard root, with one dialogue about each medium."""
         return self.folder / "shards1" / "stage3"
 
-    def places(self, count: int) -> list[int]:
-        """The stored frames that every reader is asked for: the middles of ``count`` equal parts."""
+    def frame_numbers(self, count: int) -> list[int]:
+        """Return the stored frames that every reader reads: the middles of ``count`` equal parts."""
         return frame_indices("middle", self.frames, 1.0, self.frames, count, count, 4).tolist()
 
     def samples(self) -> Iterator[tuple[str, bytes]]:
-        """Key and MP4 of every medium."""
+        """Yield key and MP4 of every medium."""
         index = Index.open(self.root)
         for row in index.media.select(["key", "shard", "offset", "size"]).to_pylist():
             with open(index.shard_path(row["shard"]), "rb") as file:
@@ -67,9 +67,9 @@ class BenchmarkMedia:
                 yield row["key"], file.read(row["size"])
 
     def manifest(self, count: int, threads: int) -> Manifest:
-        """A manifest that shows ``count`` frames of each medium; rows hold 32,768 tokens, as in stage 3.
+        """Return a manifest that samples ``count`` frames of each medium into rows of 32,768 tokens, as stage 3 does.
 
-        Its root has more dialogues about each medium, if an epoch would otherwise be shorter than ``EPOCH_FRAMES``.
+        Its root has several dialogues about each medium if an epoch would otherwise be shorter than ``EPOCH_FRAMES``.
         """
         dialogues = -(-EPOCH_FRAMES // (self.count * count))
         shards = self.folder / f"shards{dialogues}"
@@ -92,10 +92,10 @@ class BenchmarkMedia:
 
 
 def write_media(folder: Path, count: int, frames: int, size: int) -> BenchmarkMedia:
-    """Loops of real footage as a shard root in ``folder``; no two frames of all are the same bytes.
+    """Write loops of real footage as a shard root in ``folder``; no two frames have the same bytes.
 
-    Each frame of the root is a frame of the footage, moved sideways by a number of pixels that differs from loop to
-    loop and from video to video.
+    Each frame of the root is a frame of the footage, shifted sideways. The shift in pixels differs between loops and
+    between videos.
     """
     media = BenchmarkMedia(folder, count, frames, size)
     footage = _footage(size)
@@ -119,7 +119,7 @@ def write_media(folder: Path, count: int, frames: int, size: int) -> BenchmarkMe
         }
         for s in shards
     ]
-    _finish(media.root, rows, facts, 1)
+    _write_tables(media.root, rows, facts, 1)
     return media
 
 
@@ -130,12 +130,12 @@ def _footage(size: int) -> list[np.ndarray]:
 
 
 def _add(writer: ShardWriter, media: BenchmarkMedia, footage: list[np.ndarray], number: int) -> dict:
-    """Add video ``number`` to a shard; returns its row of the index, but for the shard."""
+    """Add video ``number`` to a shard; return its row of the index without the shard number."""
     jpegs = []
-    for place in range(media.frames):
-        loop, frame = divmod(place, len(footage))
-        moved = np.roll(footage[frame], loop * media.count + number, axis=1)
-        jpegs.append(encode_jpeg(moved, 90, "420"))
+    for position in range(media.frames):
+        loop, frame = divmod(position, len(footage))
+        shifted = np.roll(footage[frame], loop * media.count + number, axis=1)
+        jpegs.append(encode_jpeg(shifted, 90, "420"))
     seconds = np.arange(media.frames, dtype=np.float64)
     mp4 = mux_mjpeg(jpegs, seconds, media.frames, media.size, media.size)
     key = media_key("video", f"footage {number}")
@@ -156,15 +156,15 @@ def _add(writer: ShardWriter, media: BenchmarkMedia, footage: list[np.ndarray], 
         "timestamps": seconds.tolist(),
         "sha256": "",
     }
-    at, length = writer.add(key, {"mp4": mp4, "json": media_metadata(**facts, salvaged=False)})["mp4"]
+    start, length = writer.add(key, {"mp4": mp4, "json": media_metadata(**facts, salvaged=False)})["mp4"]
     offsets, sizes, _ = mjpeg_frames(mp4)
-    places = {"offset": at, "size": length, "frame_offset": offsets + at, "frame_size": sizes}
-    return {**facts, **places, "split": "train"}
+    ranges = {"offset": start, "size": length, "frame_offset": offsets + start, "frame_size": sizes}
+    return {**facts, **ranges, "split": "train"}
 
 
-def _finish(root: Path, media: list[dict], shards: list[dict], dialogues: int) -> None:
-    """The index, with so many dialogues about each medium, and build.json."""
-    talks = [
+def _write_tables(root: Path, media: list[dict], shards: list[dict], dialogues: int) -> None:
+    """Write build.json and the index with ``dialogues`` dialogues about each medium."""
+    rows = [
         {
             "key": dialogue_key(f"dialogue {number}"),
             "split": "train",
@@ -176,14 +176,14 @@ def _finish(root: Path, media: list[dict], shards: list[dict], dialogues: int) -
         }
         for number in range(dialogues * len(media))
     ]
-    tables = build_table(MEDIA_SCHEMA, media), build_table(DIALOGUE_SCHEMA, talks), build_table(SHARD_SCHEMA, shards)
+    tables = build_table(MEDIA_SCHEMA, media), build_table(DIALOGUE_SCHEMA, rows), build_table(SHARD_SCHEMA, shards)
     (root / "build.json").write_text(json.dumps({"index_fingerprint": write_index(root, *tables)}))
 
 
 def _write_index(media: BenchmarkMedia, root: Path, dialogues: int) -> None:
-    """Another root with the same shards."""
+    """Write another root with the same shards and its own index."""
     index = Index.open(media.root)
     (root / "video").mkdir(parents=True)
     for path in (media.root / "video").glob("*.tar"):
         os.link(path, root / "video" / path.name)
-    _finish(root, index.media.to_pylist(), index.shards.to_pylist(), dialogues)
+    _write_tables(root, index.media.to_pylist(), index.shards.to_pylist(), dialogues)

@@ -1,4 +1,4 @@
-"""Ranged reads over HTTP: which client, how many threads, and how near two ranges must be to share a request.
+"""Measure ranged reads over HTTP: clients, numbers of threads, and the gap at which two ranges share a request.
 
     python -m benchmarks.loading.remote
 
@@ -24,8 +24,8 @@ import urllib3
 from benchmarks.loading.slow_server import SlowServer
 from framestream.pipeline.storage import ShardRef, open_storage
 
-FRAME = 18_000  #: bytes, of a JPEG of 224 pixels
-SIZE = 64 << 20  #: bytes of the file that is read
+FRAME = 18_000  #: bytes of a JPEG of 224 pixels
+SIZE = 64 << 20  #: bytes of the file
 DELAY, RATE = 0.02, 1e9 / 8  #: seconds, bytes a second
 CLIENT_THREADS = 64
 
@@ -33,7 +33,7 @@ Read = Callable[[int, int], object]  #: offset, size
 
 
 def with_http_client(url: str) -> Read:
-    """One connection."""
+    """Return a function that reads a range over one connection."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port)
 
@@ -45,17 +45,17 @@ def with_http_client(url: str) -> Read:
 
 
 def with_urllib3(url: str, pool: urllib3.PoolManager) -> Read:
-    """The pool of all threads."""
+    """Return a function that reads a range through the pool, which all threads share."""
     return lambda offset, size: pool.request("GET", url, headers={"Range": f"bytes={offset}-{offset + size - 1}"}).data
 
 
 def with_httpx2(url: str, client: httpx2.Client) -> Read:
-    """The client of all threads."""
+    """Return a function that reads a range through the client, which all threads share."""
     return lambda offset, size: client.get(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"}).content
 
 
 def run(calls: int, threads: int, make: Callable[[], Callable[[int], object]]) -> tuple[float, float]:
-    """Seconds of ``calls`` numbered calls by some threads, and seconds of this process's processor time."""
+    """Return elapsed and processor seconds of this process for ``calls`` numbered calls by ``threads`` threads."""
     left: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(calls):
         left.put(number)
@@ -79,18 +79,18 @@ def run(calls: int, threads: int, make: Callable[[], Callable[[int], object]]) -
 
 
 def processor_time() -> float:
-    """Seconds, of all threads of this process."""
+    """Return seconds of processor time of all threads of this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
-def place(number: int) -> int:
-    """An offset for call ``number``, spread over the file."""
+def offset_of(number: int) -> int:
+    """Return the offset for call ``number``; offsets are spread over the file."""
     return number * 7_919_000 % (SIZE - (8 << 20))
 
 
 def clients(url: str, requests: int) -> Iterator[str]:
-    """Rows: requests of one frame by each client."""
+    """Yield a table row for each client: requests of one frame."""
     pool = urllib3.PoolManager(maxsize=CLIENT_THREADS)
     limits = httpx2.Limits(max_connections=CLIENT_THREADS, max_keepalive_connections=CLIENT_THREADS)
     with httpx2.Client(limits=limits) as client:
@@ -102,37 +102,38 @@ def clients(url: str, requests: int) -> Iterator[str]:
 
             def calls(make: Callable[[], Read] = make) -> Callable[[int], object]:
                 read = make()
-                return lambda number: read(place(number), FRAME)
+                return lambda number: read(offset_of(number), FRAME)
 
             seconds, used = run(requests, CLIENT_THREADS, calls)
             yield f"| {name} | {requests / seconds:,.0f} | {1000 * used / requests:.2f} |"
 
 
 def reads(url: str, media: int) -> Iterator[str]:
-    """Rows: reads of four far frames of a medium through the storage, by some threads."""
+    """Yield a table row for each number of threads: reads of four distant frames of a medium through the storage."""
     base, _, name = url.rpartition("/")
     storage, shard = open_storage(base), ShardRef(name, SIZE, "")
     for threads in (1, 2, 4, 8, 16, 32):
         seconds, used = run(
             media,
             threads,
-            lambda: lambda number: storage.read(shard, [(place(number) + k * (2 << 20), FRAME) for k in range(4)]),
+            lambda: lambda number: storage.read(shard, [(offset_of(number) + k * (2 << 20), FRAME) for k in range(4)]),
         )
         yield f"| {threads} | {media / seconds:,.0f} | {4 * media / seconds:,.0f} | {1000 * used / media:.2f} |"
 
 
 def gap(url: str, calls: int) -> str:
-    """What a request costs beyond its bytes, as bytes of a long one, at full load."""
+    """Return the fixed cost of a request at full load, as the equal number of bytes of a long request."""
     base, _, name = url.rpartition("/")
     storage, shard, long = open_storage(base), ShardRef(name, SIZE, ""), 1 << 20
-    frame, _ = run(calls, CLIENT_THREADS, lambda: lambda number: storage.read(shard, [(place(number), FRAME)]))
-    large, _ = run(calls // 8, CLIENT_THREADS, lambda: lambda number: storage.read(shard, [(place(number), long)]))
+    frame, _ = run(calls, CLIENT_THREADS, lambda: lambda number: storage.read(shard, [(offset_of(number), FRAME)]))
+    large, _ = run(calls // 8, CLIENT_THREADS, lambda: lambda number: storage.read(shard, [(offset_of(number), long)]))
     each, byte = frame / calls, large / (calls // 8) / long
     saved = f"{1e-3 * (each / byte - FRAME):,.0f} kB of a request of 1 MiB"
     return f"a request of {FRAME // 1000} kB takes {1e3 * each:.2f} ms; beyond its bytes it costs as much as {saved}"
 
 
 def main() -> None:
+    """Print the three measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=4000, help="requests of each row")
     requests = parser.parse_args().requests

@@ -1,7 +1,7 @@
-"""A folder over HTTP behind a slow line: every answer is late, and all of them share one bandwidth.
+"""An HTTP server of a folder behind a slow line: every response is delayed, and all share one bandwidth.
 
-``with SlowServer(folder, delay, rate) as server`` runs it in a process of its own at ``server.address``. It answers GET
-and HEAD, whole or by range, so that S3 clients take it for a bucket (the folder's name) of public objects.
+``with SlowServer(folder, delay, rate) as server`` runs it in its own process at ``server.address``. It answers GET and
+HEAD with complete files or ranges. S3 clients see a bucket of public objects with the folder's name.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
-CHUNK = 1 << 16  #: bytes that one connection sends before others have their turn
-AHEAD = 0.001  #: seconds by which the line may be ahead of its bandwidth
+CHUNK = 1 << 16  #: bytes that a connection sends before others can send
+AHEAD = 0.001  #: seconds by which sent data may exceed the bandwidth
 
 
 class SlowServer:
-    """The server's process, and what it has sent.
+    """The server's process, and counters of what it sent.
 
     Args:
-        folder: what is served.
-        delay: seconds from a request to the first byte of its answer; a new connection costs them once more.
+        folder: folder to serve.
+        delay: seconds from a request to the first byte of its response. A new connection adds the same delay once.
         rate: bytes a second of all connections together.
     """
 
@@ -47,27 +47,27 @@ class SlowServer:
         self._process.join()
 
     def sent(self) -> tuple[int, int]:
-        """Requests answered and bytes of files sent since the last call."""
+        """Return the requests answered and the bytes of files sent since the last call."""
         self._pipe.send(None)
         return self._pipe.recv()
 
 
 class _Line:
-    """Bandwidth that all connections share."""
+    """The bandwidth that all connections share."""
 
     def __init__(self, folder: Path, delay: float, rate: float) -> None:
         self.folder, self.delay, self.rate = folder, delay, rate
         self.requests = self.bytes = 0
-        self._free = 0.0  #: when all that was sent so far is through
+        self._free = 0.0  #: time at which everything sent so far has passed the line
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, to its end."""
-        now, late = asyncio.get_running_loop().time, 2 * self.delay
+        """Serve one connection until it closes."""
+        now, wait = asyncio.get_running_loop().time, 2 * self.delay
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                await asyncio.sleep(late)
-                late = self.delay
+                await asyncio.sleep(wait)
+                wait = self.delay
                 method, target, _ = head.split(b" ", 2)
                 await self._file(method.decode(), target.decode(), head.decode("latin-1"), writer, now)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -82,11 +82,11 @@ class _Line:
         if ".." in path.parts or not path.is_file():
             writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
             return
-        facts = path.stat()
-        first, last, status = 0, facts.st_size - 1, "200 OK"
+        info = path.stat()
+        first, last, status = 0, info.st_size - 1, "200 OK"
         if found := re.search(r"^range: *bytes=(\d*)-(\d*)", head, re.I | re.M):
             low, high = found.groups()
-            first = int(low) if low else facts.st_size - int(high)
+            first = int(low) if low else info.st_size - int(high)
             last = min(int(high), last) if low and high else last
             status = "206 Partial Content"
         lines = [
@@ -94,9 +94,9 @@ class _Line:
             f"Content-Length: {last - first + 1}",
             "Content-Type: application/octet-stream",
             "Accept-Ranges: bytes",
-            f'ETag: "{facts.st_mtime_ns:x}{facts.st_size:x}"',
-            f"Last-Modified: {formatdate(facts.st_mtime, usegmt=True)}",
-            *([f"Content-Range: bytes {first}-{last}/{facts.st_size}"] if found else []),
+            f'ETag: "{info.st_mtime_ns:x}{info.st_size:x}"',
+            f"Last-Modified: {formatdate(info.st_mtime, usegmt=True)}",
+            *([f"Content-Range: bytes {first}-{last}/{info.st_size}"] if found else []),
         ]
         writer.write("\r\n".join([*lines, "", ""]).encode())
         if method == "HEAD":
@@ -119,14 +119,14 @@ def _serve(folder: Path, delay: float, rate: float, pipe: Connection) -> None:
 async def _run(line: _Line, pipe: Connection) -> None:
     server = await asyncio.start_server(line.answer, "127.0.0.1", 0, limit=CHUNK)
 
-    def tell() -> None:
+    def report() -> None:
         try:
             pipe.recv()
-        except EOFError:  # whoever started the server is gone
+        except EOFError:  # the process that started the server has ended
             os._exit(0)
         pipe.send((line.requests, line.bytes))
         line.requests = line.bytes = 0
 
-    asyncio.get_running_loop().add_reader(pipe.fileno(), tell)
+    asyncio.get_running_loop().add_reader(pipe.fileno(), report)
     pipe.send(server.sockets[0].getsockname()[1])
     await server.serve_forever()

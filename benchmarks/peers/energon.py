@@ -1,4 +1,4 @@
-"""Megatron-Energon: the shards as they are, a sample at a time; its multi-storage client reads remote ones."""
+"""Megatron-Energon: reads the shards unchanged, one sample at a time, and remote ones by its multi-storage client."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from benchmarks.loading.media import BenchmarkMedia
 
 
 @energon.stateless
-def _keep(sample: dict[str, Any]) -> energon.CrudeSample:
+def _to_crude_sample(sample: dict[str, Any]) -> energon.CrudeSample:
     return energon.CrudeSample(sample)
 
 
 class _Task(energon.DefaultTaskEncoder):
-    """Members as bytes."""
+    """Return members as bytes, not decoded."""
 
     decoder = None
-    cookers = [energon.Cooker(_keep)]
+    cookers = [energon.Cooker(_to_crude_sample)]
 
 
 def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
-    """What hands out the MP4 of every medium, in order, at each call."""
-    where: Path | str = media.root / "video"
+    """Return a function that yields the MP4 of every medium, in order, at each call."""
+    path: Path | str = media.root / "video"
     if address is not None:
-        where = f"msc://far/{media.root.relative_to(media.folder)}/video"
+        path = f"msc://far/{media.root.relative_to(media.folder)}/video"
         _configure(address, folder)
-    alone = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
+    worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
     settings = {"split_part": "train", "batch_size": None, "task_encoder": _Task()}
-    loader = energon.get_loader(energon.get_val_dataset(where, worker_config=alone, **settings))
+    loader = energon.get_loader(energon.get_val_dataset(path, worker_config=worker, **settings))
     return lambda: (sample["mp4"] for sample in loader)
 
 
-def decode_frames(mp4: bytes, places: list[int], out: np.ndarray) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 by its AVDecoder: one clip where they follow each other, else a clip each."""
-    first, last = places[0], places[-1]
-    ranges = [(first, last)] if last - first + 1 == len(places) else [(place, place) for place in places]
+def decode_frames(mp4: bytes, numbers: list[int], out: np.ndarray) -> np.ndarray:
+    """Decode uint8 frames (T, H, W, 3) by its AVDecoder: consecutive frames as one clip, others as a clip each."""
+    first, last = numbers[0], numbers[-1]
+    ranges = [(first, last)] if last - first + 1 == len(numbers) else [(number, number) for number in numbers]
     clips, _ = AVDecoder(io.BytesIO(mp4), suppress_warnings=True).get_video_clips(ranges, video_unit="frames")
     return np.concatenate([clip.permute(0, 2, 3, 1).numpy() for clip in clips])
 
 
 def _configure(address: str, folder: Path) -> None:
-    """A profile of its storage client: the bucket at ``address``."""
+    """Write a profile of its storage client for the bucket at ``address``."""
     endpoint, _, bucket = address.rpartition("/")
     options = {"endpoint_url": endpoint, "base_path": bucket, "region_name": "us-east-1"}
     key = {"type": "S3Credentials", "options": {"access_key": "any", "secret_key": "any"}}

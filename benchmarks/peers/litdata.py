@@ -1,4 +1,4 @@
-"""LitData: the media in its chunks; its S3 client reads remote ones."""
+"""LitData: the media in its own chunks, remote ones read by its S3 client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.loading.media import BenchmarkMedia
 
 
 def write_samples(media: BenchmarkMedia, folder: Path) -> None:
-    """The media in its format, in chunks of at most 64 MB."""
+    """Write the media in its format, in chunks of at most 64 MB."""
     writer = BinaryWriter(str(folder / "chunks"), chunk_bytes=1 << 26)
     for number, (key, mp4) in enumerate(media.samples()):
         writer[number] = {"key": key, "mp4": mp4}
@@ -24,7 +24,7 @@ def write_samples(media: BenchmarkMedia, folder: Path) -> None:
 
 
 def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
-    """What hands out the MP4 of every medium, in order, at each call."""
+    """Return a function that yields the MP4 of every medium, in order, at each call."""
     settings = {"input_dir": str(folder / "chunks")}
     if address is not None:
         endpoint, _, bucket = address.rpartition("/")

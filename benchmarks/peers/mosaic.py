@@ -1,4 +1,4 @@
-"""MosaicML Streaming: the media in MDS shards; its S3 client reads remote ones."""
+"""MosaicML Streaming: the media in MDS shards, remote ones read by its S3 client."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ COLUMNS = {"key": "str", "mp4": "bytes"}
 
 
 def write_samples(media: BenchmarkMedia, folder: Path) -> None:
-    """The media in its format, in shards of at most 64 MB."""
+    """Write the media in its format, in shards of at most 64 MB."""
     with streaming.MDSWriter(out=str(folder / "mds"), columns=COLUMNS, size_limit=1 << 26) as writer:
         for key, mp4 in media.samples():
             writer.write({"key": key, "mp4": mp4})
 
 
 def open_samples(media: BenchmarkMedia, folder: Path, address: str | None) -> Callable[[], Iterator[bytes]]:
-    """What hands out the MP4 of every medium, in order, at each call."""
+    """Return a function that yields the MP4 of every medium, in order, at each call."""
     settings = {"local": str(folder / "mds")}
     if address is not None:
         endpoint, _, bucket = address.rpartition("/")
