@@ -45,11 +45,11 @@ from framestream.trainer.monitoring.device import peak_flops
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 MODELS = {"2b": MANIFESTS / "2b" / "stage1.yaml", "7b": MANIFESTS / "stage1.yaml"}  #: their language models
 FRAMES = {2: {4: 8, 8: 8}, 3: {64: 6, 128: 4, 512: 2}, 4: {64: 6, 128: 4, 512: 2}}  #: stage -> frames -> videos
-SMALL_FRAMES = {2: {4: 4, 8: 4}, 3: {8: 3, 32: 1}, 4: {8: 3, 32: 1}}  #: of the CPU preset
-WARMUP = 2  #: steps that are not counted
-COPIES = 100  #: of the dialogues, a global batch each: no step is the last, which saves, or the first of an epoch
-SHARE = 0.6  #: of the GPU's memory for weights, gradients and moments; the rest is for activations
-STATE_BYTES = 16  #: of a trained weight in the plain way: weight, gradient and two moments in float32
+SMALL_FRAMES = {2: {4: 4, 8: 4}, 3: {8: 3, 32: 1}, 4: {8: 3, 32: 1}}  #: stage -> frames -> videos of the CPU preset
+WARMUP = 2  #: first steps that are not counted
+COPIES = 100  #: of the dialogues, one global batch each, so that no step is the last (it saves) or starts an epoch
+SHARE = 0.6  #: of GPU memory for weights, gradients and moments; the rest is for activations
+STATE_BYTES = 16  #: of a trained weight on the plain side: weight, gradient and two moments in float32
 GIB = 1024**3
 
 
@@ -59,11 +59,11 @@ class Case:
 
     name: str
     manifest: Manifest
-    plain: bool  #: whether the plain way runs too
+    plain: bool  #: whether the plain side runs too
 
 
-def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Case:
-    """The stage with random weights and media in ``folder``, which are written unless they are there."""
+def make_case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Case:
+    """Return the stage with random weights, and write its media below ``folder`` unless they exist."""
     base = load_manifest(MANIFESTS / ("demo" if small else "") / f"stage{stage}.yaml")
     language = base.model.language_model if small else load_manifest(MODELS[model]).model.language_model
     counts = (SMALL_FRAMES if small else FRAMES)[stage]
@@ -71,7 +71,7 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
         "stage": stage,
         "output": str(folder / "run"),
         "data": {"entries": [{"annotation": "footage.json"}]},
-        "mix": [{"root": root, "repeat": COPIES} for root in roots(folder, counts, base.frames.size)],
+        "mix": [{"root": root, "repeat": COPIES} for root in media_roots(folder, counts, base.frames.size)],
         "frames": {**to_dict(base.frames), "min": min(counts), "max": max(counts)},
         "text": {**to_dict(base.text), "tokenizer": str(MANIFESTS.parent / "tests/golden/tokens_labels/tokenizer")},
         "batching": {"global_batch": sum(counts.values()), "row_multiple": 1, "order": "sequential"},
@@ -88,7 +88,7 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
     manifest = load_manifest(path)
     if offload:
         train = dataclasses.replace(manifest.train, offload="optimizer")
-        manifest, name = dataclasses.replace(manifest, train=train), "optimiser offloaded"
+        manifest, name = dataclasses.replace(manifest, train=train), "optimizer offloaded"
     else:
         manifest = manifest if small else fewer_layers(manifest, torch.cuda.get_device_properties(0).total_memory)
         name = f"{manifest.model.language_model.num_hidden_layers} of {language.num_hidden_layers} layers"
@@ -96,19 +96,19 @@ def case(model: str, stage: int, folder: Path, small: bool, offload: bool) -> Ca
     return Case(f"{'small' if small else model}, {name}", manifest, not offload)
 
 
-def roots(folder: Path, counts: dict[int, int], size: int) -> list[str]:
-    """Shard roots in which ``counts`` videos (frames -> how many) of ``size`` pixels are, each shown whole."""
-    made = []
+def media_roots(folder: Path, counts: dict[int, int], size: int) -> list[str]:
+    """Write shard roots with ``counts`` (frames -> videos) of ``size`` pixels and return them; all frames are used."""
+    roots = []
     for frames, videos in counts.items():
         media = folder.parent / f"media-{size}-{frames}-{videos}"
-        made.append(str(media / "shards1" / "stage3"))
+        roots.append(str(media / "shards1" / "stage3"))
         if not media.exists():
             write_media(media, videos, frames, size)
-    return made
+    return roots
 
 
 def fewer_layers(manifest: Manifest, memory: int) -> Manifest:
-    """The model with half of the language model's layers, and again, until the plain way's states fit."""
+    """Halve the number of the language model's layers until the plain side's states fit."""
     while state_bytes(manifest) > SHARE * memory:
         language = manifest.model.language_model
         language = dataclasses.replace(language, num_hidden_layers=language.num_hidden_layers // 2)
@@ -117,19 +117,19 @@ def fewer_layers(manifest: Manifest, memory: int) -> Manifest:
 
 
 def state_bytes(manifest: Manifest) -> int:
-    """Bytes of weights, gradients and moments in the plain way; frozen weights are float32 too."""
+    """Return the bytes of weights, gradients and moments on the plain side; frozen weights are float32 too."""
     counts = cost.count_parameters(manifest)
     return sum(n * (STATE_BYTES if getattr(manifest.train, part).train else 4) for part, n in counts.items())
 
 
-def ours(path: Path, steps: int) -> list[dict]:
-    """The log's records of the first ``steps`` steps of ``python -m trainer``."""
+def run_trainer(path: Path, steps: int) -> list[dict]:
+    """Run ``python -m trainer`` and return the log records of the first ``steps`` steps."""
     log = path.parent / "run" / "log.jsonl"
     with open(path.parent / "trainer.err", "w+", encoding="utf-8") as errors:
         command = [sys.executable, "-m", "trainer", "--manifest", str(path)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         try:
-            while len(records := _whole_lines(log)) < steps:
+            while len(records := _complete_lines(log)) < steps:
                 if process.poll() is not None:
                     errors.seek(0)
                     raise SystemExit(f"the trainer ended with status {process.returncode}:\n{errors.read()[-2000:]}")
@@ -141,36 +141,36 @@ def ours(path: Path, steps: int) -> list[dict]:
     return records[:steps]
 
 
-def _whole_lines(path: Path) -> list[dict]:
+def _complete_lines(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def beside(path: Path, steps: int) -> list[dict]:
-    """The same steps in the plain way; an empty list where they do not fit."""
+def run_plain(path: Path, steps: int) -> list[dict]:
+    """Run the same steps on the plain side and return their records; return an empty list if memory is too small."""
     command = [sys.executable, "-m", "benchmarks.model.plain_step", str(path), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "OutOfMemoryError" not in done.stderr:
-        raise SystemExit(f"the plain way ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"the plain side ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return [] if done.returncode else [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def table_row(stage: int, one: Case, records: list[dict], others: list[dict], peak: float | None) -> str:
-    """A line of the table."""
+def table_row(stage: int, case: Case, records: list[dict], others: list[dict], peak: float | None) -> str:
+    """Return a line of the table."""
     counted, last = records[WARMUP:], records[-1]
     seconds = statistics.median(r["seconds"] for r in counted)
     tokens, work = last["tokens_per_s"] * last["seconds"], last["tflops"] * last["seconds"] * 1e12
     wait = statistics.median(r["data_wait"] for r in counted)
     memory = max(r["peak_memory"] for r in records) / GIB
-    cells = [str(stage), one.name, f"{tokens:,.0f}", f"{seconds:.2f}", f"{tokens / seconds:,.0f}"]
+    cells = [str(stage), case.name, f"{tokens:,.0f}", f"{seconds:.2f}", f"{tokens / seconds:,.0f}"]
     cells += [_mfu(work, seconds, peak), f"{wait:.1%}", f"{memory:.1f}", f"{records[0]['loss']:.4f}"]
     if others:
-        theirs = statistics.median(r["seconds"] for r in others[WARMUP:])
+        plain_seconds = statistics.median(r["seconds"] for r in others[WARMUP:])
         memory = max(r["peak_memory"] for r in others) / GIB
-        cells += [f"{theirs:.2f}", _mfu(work, theirs, peak), f"{memory:.1f}", f"{others[0]['loss']:.4f}"]
-        cells.append(f"{theirs / seconds:.2f}")
+        cells += [f"{plain_seconds:.2f}", _mfu(work, plain_seconds, peak), f"{memory:.1f}", f"{others[0]['loss']:.4f}"]
+        cells.append(f"{plain_seconds / seconds:.2f}")
     else:
-        cells += ["out of memory" if one.plain else "not run", "", "", "", ""]
+        cells += ["out of memory" if case.plain else "not run", "", "", "", ""]
     return f"| {' | '.join(cells)} |"
 
 
@@ -185,14 +185,14 @@ COLUMNS = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """One row for each model and stage."""
+    """Print one row for each model and stage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--stages", nargs="+", type=int, choices=list(FRAMES), default=list(FRAMES))
-    parser.add_argument("--steps", type=int, default=6, help=f"of which {WARMUP} are not counted")
-    parser.add_argument("--offload", action="store_true", help="whole models with the optimiser in host memory")
-    parser.add_argument("--cpu", action="store_true", help="the small preset, also where there is a GPU")
-    parser.add_argument("--folder", type=Path, help="keep media and logs there")
+    parser.add_argument("--steps", type=int, default=6, help=f"the first {WARMUP} are not counted")
+    parser.add_argument("--offload", action="store_true", help="all layers, with the optimizer in host memory")
+    parser.add_argument("--cpu", action="store_true", help="the small preset, even with a GPU")
+    parser.add_argument("--folder", type=Path, help="folder to keep media and logs in")
     options = parser.parse_args(arguments)
     if not WARMUP < options.steps < COPIES:
         parser.error(f"--steps: {WARMUP + 1} to {COPIES - 1}")
@@ -210,11 +210,11 @@ def main(arguments: list[str] | None = None) -> None:
                 folder = (options.folder or Path(scratch)) / f"{model}-stage{stage}{'-offload' * options.offload}"
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "run" / "log.jsonl").unlink(missing_ok=True)
-                one = case(model, stage, folder, small, options.offload)
-                records = ours(folder / "case.yaml", options.steps)
-                others = beside(folder / "case.yaml", options.steps) if one.plain else []
-                peak = peak_flops(one.manifest.train, torch.device("cpu" if small else "cuda"))
-                print(table_row(stage, one, records, others, peak), flush=True)
+                case = make_case(model, stage, folder, small, options.offload)
+                records = run_trainer(folder / "case.yaml", options.steps)
+                others = run_plain(folder / "case.yaml", options.steps) if case.plain else []
+                peak = peak_flops(case.manifest.train, torch.device("cpu" if small else "cuda"))
+                print(table_row(stage, case, records, others, peak), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""lmms-eval itself beside ``python -m trainer.evaluate``: the same questions to the same model, answer by answer.
+"""Compare lmms-eval with ``python -m trainer.evaluate``, answer by answer on the same questions and model.
 
     python -m benchmarks.model.lmms_eval --checkpoint demo/runs/stage4 \\
         --annotations demo/data/annotations/heldout-first-colour.jsonl --root demo/data/media
 
 Needs lmms-eval and this project in one environment (docs/evaluation.md). Writes an offline multiple-choice task with
-the questions worded as in the annotation file; lmms-eval runs it as a task of the simple and of the chat kind, and
-counts with its own ``exact_match``. A question without ``options`` has the answers of its family in the file as such.
-Exits with 1 if an answer differs, or whether it is right.
+the questions as worded in the annotation file. lmms-eval runs it as a task of the simple and of the chat kind, and
+scores it with its own ``exact_match``. The options of a question without ``options`` are the answers of its family in
+the file. Exits with 1 if an answer or its score differs.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def text(doc, lmms_eval_specific_kwargs=None):
 
 
 class Answer(NamedTuple):
-    """What was answered, and whether it counts as right."""
+    """An answer, and whether it is scored as correct."""
 
-    given: str
-    right: bool
+    text: str
+    is_correct: bool
 
 
 def docs_of(questions: QuestionSource | Sequence[Question], keys: Sequence[str]) -> list[dict]:
-    """The questions with ``keys`` as lmms-eval's documents, in that order.
+    """Return the questions with ``keys`` as lmms-eval's documents, in that order.
 
     Raises:
-        SystemExit: a question goes on from earlier turns, is about a part of a video, or its answer is no option.
+        SystemExit: a question follows earlier turns, is about a part of a video, or its answer is not an option.
     """
     asked = {question.key: question for question in (questions[i] for i in range(len(questions)))}
     families: dict[str, dict[str, None]] = {}
@@ -85,7 +85,7 @@ def docs_of(questions: QuestionSource | Sequence[Question], keys: Sequence[str])
 
 
 def write_task(folder: Path, docs: Sequence[dict], tokens: int) -> None:
-    """Write the task :data:`TASK` about ``docs`` into ``folder``; answers have at most ``tokens`` tokens."""
+    """Write the task :data:`TASK` with ``docs`` into ``folder``; answers have at most ``tokens`` tokens."""
     folder.mkdir()
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
     (folder / "utils.py").write_text(UTILS, encoding="utf-8")
@@ -94,12 +94,12 @@ def write_task(folder: Path, docs: Sequence[dict], tokens: int) -> None:
 
 
 def run_task(model: dict[str, Path], folder: Path, task: str, simple: bool, out: Path) -> tuple[dict, list[dict]]:
-    """lmms-eval's results and samples, in the order of the documents, of a ``task`` in ``folder``; without network.
+    """Run a ``task`` in ``folder`` offline with lmms-eval; return results, and samples in document order.
 
     Args:
         model: arguments of the model, such as ``checkpoint``.
-        simple: run it as a task of the simple kind, else of the chat kind.
-        out: a new folder for what lmms-eval writes.
+        simple: run it as a task of the simple kind; otherwise of the chat kind.
+        out: new folder for the output of lmms-eval.
 
     Raises:
         SystemExit: lmms-eval ended with an error, which is shown.
@@ -120,21 +120,22 @@ def run_task(model: dict[str, Path], folder: Path, task: str, simple: bool, out:
 
 
 def differing(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> list[str]:
-    """Keys of the questions that have not the same answer, or none in one of the two."""
+    """Return keys of the questions whose answers or scores differ, or that only one side answered."""
     return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
 
 
 def accuracy(answers: Mapping[str, Answer]) -> float:
-    """Share of right answers."""
-    return sum(answer.right for answer in answers.values()) / len(answers)
+    """Return the share of correct answers."""
+    return sum(answer.is_correct for answer in answers.values()) / len(answers)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Ask both sides and print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a finished run, or a folder of weights")
-    parser.add_argument("--manifest", type=Path, help="the stage's YAML; the run's own if not given")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="finished run, or folder of weights")
+    parser.add_argument("--manifest", type=Path, help="YAML of the stage; default: the run's own")
     parser.add_argument("--annotations", type=Path, required=True, help="questions about whole files")
-    parser.add_argument("--root", type=Path, required=True, help="folder that their media paths are relative to")
+    parser.add_argument("--root", type=Path, required=True, help="folder that media paths are relative to")
     parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
     options = parser.parse_args(arguments)
     weights, manifest = resolve_run(options.checkpoint, options.manifest)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.model import plain_parts as plain_model
+from benchmarks.model import plain_parts
 from framestream.pipeline.config.manifest import load_manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, VisionTowerConfig
 from framestream.trainer.model.tome import ToMeConnector
@@ -33,34 +33,37 @@ from framestream.trainer.model.umt import UMT
 
 MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
 TOLERANCE = 1e-4  #: absolute and relative, float32
-FLIPS = 0.01  #: share of clips in which a near tie may be decided differently
-Ways = dict[str, Callable[[], torch.Tensor]]  #: implementations of one thing by name, this project's first
+FLIPS = 0.01  #: share of clips in which a near tie may be resolved differently
+Ways = dict[str, Callable[[], torch.Tensor]]  #: name -> implementation of the same function, this project's first
 
 
 def merging(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
-    """Merging alone, clips (N, P, C) -> (N, 64, C)."""
+    """Return implementations of merging alone, clips (N, P, C) -> (N, 64, C)."""
     heads = connector.heads
     return {
         "framestream": lambda: connector.merge(clips, clips[:0])[0],
-        "clip by clip": lambda: torch.cat([plain_model.plain_merge(c, TOKENS_PER_CLIP, heads) for c in clips.split(1)]),
-        "batch": lambda: plain_model.plain_merge(clips, TOKENS_PER_CLIP, heads),
+        "clip by clip": lambda: torch.cat([plain_parts.plain_merge(c, TOKENS_PER_CLIP, heads) for c in clips.split(1)]),
+        "batch": lambda: plain_parts.plain_merge(clips, TOKENS_PER_CLIP, heads),
     }
 
 
 def connecting(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
-    """The whole connector, clips (N, P, C) -> (N, 64, hidden)."""
+    """Return implementations of the complete connector, clips (N, P, C) -> (N, 64, hidden)."""
     heads, mlp, shape = connector.heads, connector.mlp, (len(clips), TOKENS_PER_CLIP, -1)
     return {
         "framestream": lambda: connector(clips, clips[:0]).view(shape),
         "clip by clip": lambda: torch.cat(
-            [mlp(plain_model.plain_merge(c, TOKENS_PER_CLIP, heads)) for c in clips.split(1)]
+            [mlp(plain_parts.plain_merge(c, TOKENS_PER_CLIP, heads)) for c in clips.split(1)]
         ),
-        "batch": lambda: mlp(plain_model.plain_merge(clips, TOKENS_PER_CLIP, heads)),
+        "batch": lambda: mlp(plain_parts.plain_merge(clips, TOKENS_PER_CLIP, heads)),
     }
 
 
 def learning(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
-    """The connector forward and backward: the patches' gradient (N, P, C) of the sum over weighted outputs."""
+    """Return implementations of the connector's forward and backward pass.
+
+    Their result is the gradient (N, P, C) of the weighted sum of outputs with respect to the patches.
+    """
     weight = torch.linspace(-1, 1, connector.mlp[-1].out_features)
 
     def step(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -72,29 +75,32 @@ def learning(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
     return {name: lambda way=way: step(way) for name, way in connecting(connector, clips.requires_grad_()).items()}
 
 
-def encoding(cfg: VisionTowerConfig, size: int, clips: torch.Tensor, stills: torch.Tensor) -> Ways:
-    """The tower, clips (N, 3, T, S, S) and stills (M, 3, 1, S, S) -> patches of both, (tokens, C)."""
+def encoding(cfg: VisionTowerConfig, size: int, clips: torch.Tensor, images: torch.Tensor) -> Ways:
+    """Return implementations of the tower.
+
+    Clips (N, 3, T, S, S) and images (M, 3, 1, S, S) -> patches of both, (tokens, C).
+    """
     tower = UMT(cfg, size, clips.shape[2])
     for block in tower.blocks:
         nn.init.normal_(block.attn.q_bias)
         nn.init.normal_(block.attn.v_bias)
-    plain = plain_model.PlainTower(cfg, tower)
+    plain = plain_parts.PlainTower(cfg, tower)
     return {
-        "framestream": lambda: torch.cat([patches.flatten(0, 1) for patches in tower(clips, stills)]),
-        "clips, then stills": lambda: torch.cat([patches.flatten(0, 1) for patches in plain(clips, stills)]),
+        "framestream": lambda: torch.cat([patches.flatten(0, 1) for patches in tower(clips, images)]),
+        "clips, then stills": lambda: torch.cat([patches.flatten(0, 1) for patches in plain(clips, images)]),
     }
 
 
 def compare(ways: Ways, flips: float = 0.0) -> None:
-    """Print how far results are from this project's.
+    """Compare the results with this project's and print how many agree.
 
     Args:
         ways: implementations; the first axis of their results is clips or tokens.
-        flips: share of the first axis that may differ by more than rounding, because float32 sums in another order can
-            decide between two equally good matches the other way.
+        flips: share of the first axis that may differ by more than rounding. Float32 sums in another order can choose
+            the other one of two equally good matches.
 
     Raises:
-        SystemExit: they differ.
+        SystemExit: more results differ.
     """
     (name, way), *others = ways.items()
     ours = way()
@@ -107,7 +113,7 @@ def compare(ways: Ways, flips: float = 0.0) -> None:
 
 
 def measure_part(title: str, ways: Ways, repeats: int) -> None:
-    """Print one row for each implementation; who begins changes with every turn."""
+    """Print one row for each implementation; each turn begins with another one."""
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
@@ -125,17 +131,17 @@ def measure_part(title: str, ways: Ways, repeats: int) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Median, smallest and largest."""
+    """Format median, smallest and largest value."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
-    """Compare, then print a row for each part and implementation."""
+    """Compare results, then print a row for each part and implementation."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clips", type=int, default=128, help="of the connector")
-    parser.add_argument("--tower-clips", type=int, default=2, help="of the tower, with half as many stills")
+    parser.add_argument("--clips", type=int, default=128, help="clips of the connector")
+    parser.add_argument("--tower-clips", type=int, default=2, help="clips of the tower, with half as many images")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -145,22 +151,22 @@ def main() -> None:
     connector = ToMeConnector(cfg.width, manifest.model.language_model.hidden_size, cfg.heads)
     clips = torch.randn(options.clips, patches, cfg.width)
     video = torch.randn(options.tower_clips, 3, frames.clip_frames, frames.size, frames.size)
-    stills = torch.randn(options.tower_clips // 2, 3, 1, frames.size, frames.size)
+    images = torch.randn(options.tower_clips // 2, 3, 1, frames.size, frames.size)
 
     print(f"torch {torch.__version__}, {options.threads} threads, load average {os.getloadavg()[0]:.1f} before")
     quarter = clips[: max(len(clips) // 4, 1)].clone()
-    learn = learning(connector, quarter)
-    encode = encoding(cfg, frames.size, video, stills)
+    backward = learning(connector, quarter)
+    tower = encoding(cfg, frames.size, video, images)
     with torch.no_grad():
         compare(connecting(connector, clips), FLIPS)
-        compare(encode)
-    compare(learn, FLIPS)
+        compare(tower)
+    compare(backward, FLIPS)
     print(f"{'':<55}{'seconds':>24}{'times framestream':>24}{'fastest':>10}")
     with torch.no_grad():
         measure_part(f"merging, {options.clips} clips", merging(connector, clips), options.repeats)
         measure_part(f"connector, {options.clips} clips", connecting(connector, clips), options.repeats)
-        measure_part(f"tower, {len(video)} clips, {len(stills)} stills", encode, options.repeats)
-    measure_part(f"connector, {len(quarter)} clips, and backward", learn, options.repeats)
+        measure_part(f"tower, {len(video)} clips, {len(images)} stills", tower, options.repeats)
+    measure_part(f"connector, {len(quarter)} clips, and backward", backward, options.repeats)
     print(f"load average {os.getloadavg()[0]:.1f} after")
 
 

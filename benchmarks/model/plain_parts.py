@@ -1,10 +1,10 @@
-"""Connector and vision tower written straight from their published description, to compare times and results with.
+"""Connector and vision tower written directly from their published description, as a reference for speed and results.
 
-The arithmetic is the published one, step by step, with the calls that torch has for each step: every round of merging
-moves whole tokens, the tower takes clips and stills one after the other as batches. Nothing here is made slow on
-purpose, and nothing is made fast beyond that.
+The arithmetic follows the publication step by step, with torch's own call for each step. Every round of merging moves
+complete tokens. The tower runs clips and images one after the other as batches. Nothing is slow on purpose, and nothing
+is optimized further.
 
-Shapes: N clips, M stills, T frames of a clip, S pixels along a side, L patches of a frame, t tokens, C channels.
+Shapes: N clips, M images, T frames of a clip, S pixels along a side, L patches of a frame, t tokens, C channels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def plain_merge(tokens: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
 def merge_round(
     tokens: torch.Tensor, sizes: torch.Tensor, wanted: int, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One round on tokens (N, t, C) of ``sizes`` (N, t, 1) patches: what is left of both."""
+    """Run one round on tokens (N, t, C) of ``sizes`` (N, t, 1) patches; return the remaining tokens and sizes."""
     n, t, c = tokens.shape
     removed = min(t // 2, t - wanted)
     with torch.no_grad():
@@ -40,14 +40,14 @@ def merge_round(
         moving, staying = order[:, :removed], order[:, removed:]
         target = choice.unsqueeze(-1).gather(1, moving)
 
-    def joined(x: torch.Tensor) -> torch.Tensor:
+    def merge(x: torch.Tensor) -> torch.Tensor:
         even, odd = x[:, ::2], x[:, 1::2]
         stay = even.gather(1, staying.expand(-1, -1, x.shape[-1]))
         move = even.gather(1, moving.expand(-1, -1, x.shape[-1]))
         return torch.cat([stay, odd.scatter_reduce(1, target.expand_as(move), move, reduce="sum")], dim=1)
 
-    total = joined(sizes)
-    return joined(tokens * sizes) / total, total
+    total = merge(sizes)
+    return merge(tokens * sizes) / total, total
 
 
 class PlainTower(nn.Module):
@@ -55,7 +55,7 @@ class PlainTower(nn.Module):
 
     Args:
         cfg: architecture.
-        tower: whose parameters and positions are used, not copied.
+        tower: tower whose parameters and positions are shared, not copied.
     """
 
     def __init__(self, cfg: VisionTowerConfig, tower: UMT):
@@ -65,14 +65,14 @@ class PlainTower(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(cfg) for _ in range(cfg.depth - 1))
         self.vision_layernorm = nn.LayerNorm(cfg.width, eps=FINAL_EPS)
         self.load_state_dict(tower.state_dict(keep_vars=True), assign=True)
-        self.clip_positions, self.still_positions = tower.clip_positions, tower.tile_positions
+        self.clip_positions, self.image_positions = tower.clip_positions, tower.tile_positions
 
-    def forward(self, clips: torch.Tensor, stills: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 3, T, S, S) and (M, 3, 1, S, S) -> (N, T L, C) and (M, L, C)"""
-        return self.encode(clips, self.clip_positions), self.encode(stills, self.still_positions)
+    def forward(self, clips: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode clips (N, 3, T, S, S) and images (M, 3, 1, S, S) to (N, T L, C) and (M, L, C)."""
+        return self.encode(clips, self.clip_positions), self.encode(images, self.image_positions)
 
     def encode(self, pixels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(N, 3, T, S, S) -> (N, T L, C)"""
+        """Encode pixels (N, 3, T, S, S) to patches (N, T L, C)."""
         x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + positions
         for block in self.blocks:
             x = block(x)
@@ -96,7 +96,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Self-attention over a batch (N, t, C), a bias on queries and values."""
+    """Self-attention over a batch (N, t, C), with a bias on queries and values."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

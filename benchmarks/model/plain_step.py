@@ -1,12 +1,12 @@
-"""The training step of ``benchmarks.model.gpu_step`` in plain PyTorch and transformers: one dialogue after the other.
+"""The training step of ``benchmarks.model.gpu_step`` in plain PyTorch and transformers, one dialogue at a time.
 
     python -m benchmarks.model.plain_step MANIFEST --steps 6
 
-The same dialogues, weights and loss as the trainer's, without packing, DeepSpeed or chunks: each dialogue goes alone
-through the tower (a batch of its clips), the connector and transformers' own Qwen2 with all its logits; AdamW steps
-where the global batch ends. Weights, gradients and moments are float32 under bf16 autocast, as transformers' Trainer
-keeps them with ``bf16``; tower blocks and layers are recomputed where the manifest says so. Its rows are read before
-anything is timed. Prints one JSON object for each step.
+Dialogues, weights and loss are the trainer's, without packing, DeepSpeed or chunks. Each dialogue runs alone through
+the tower (a batch of its clips), the connector and transformers' own Qwen2 with all its logits. AdamW steps at the end
+of the global batch. Weights, gradients and moments are float32 under bf16 autocast, as in transformers' Trainer with
+``bf16``. Tower blocks and layers are recomputed if the manifest says so. Rows are read before anything is timed. Prints
+one JSON object for each step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PlainDialogue:
 
 
 def dialogues(rows: list[Batch]) -> Iterator[PlainDialogue]:
-    """The dialogues of a global batch; each counts the same, by the mean over its learned tokens."""
+    """Yield the dialogues of a global batch; each has the same weight, the mean over its label tokens."""
     total = sum(len(row.keys) for row in rows)
     for row in rows:
         clip, ends = 0, row.cu_seqlens.tolist()
@@ -60,7 +60,7 @@ def dialogues(rows: list[Batch]) -> Iterator[PlainDialogue]:
 
 
 class PlainModel(nn.Module):
-    """The three parts, made of the weights of ``model``."""
+    """The three parts with the weights of ``model``."""
 
     def __init__(self, manifest: Manifest, model: VideoLLM, flash: bool):
         super().__init__()
@@ -82,7 +82,7 @@ class PlainModel(nn.Module):
             getattr(self, name).requires_grad_(getattr(manifest.train, name).train)
 
     def forward(self, dialogue: PlainDialogue) -> torch.Tensor:
-        """Mean cross entropy of a dialogue's learned tokens."""
+        """Return the mean cross entropy of a dialogue's label tokens."""
         visual = self.connector(plain_merge(self.encode(dialogue.clips), TOKENS_PER_CLIP, self.cfg.heads)).flatten(0, 1)
         image = dialogue.ids == IMAGE_TOKEN_INDEX
         text = self.language_model.get_input_embeddings()(dialogue.ids.masked_fill(image, 0))
@@ -91,29 +91,29 @@ class PlainModel(nn.Module):
         return self.language_model(inputs_embeds=merged[None], labels=labels, use_cache=False).loss
 
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
-        """Patches (N, t, C) of a dialogue's clips, all in one batch."""
+        """Encode a dialogue's clips in one batch to patches (N, t, C)."""
         pixels = (clips.movedim(-1, 1).float() / 255 - self.mean) / self.std
         tower = self.vision_tower
         x = tower.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.positions
         for block in tower.blocks:
-            again = self.recompute and self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            recompute = self.recompute and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return tower.vision_layernorm(x)
 
 
-def to(dialogue: PlainDialogue, device: torch.device) -> PlainDialogue:
-    """A copy on ``device``."""
+def move_to(dialogue: PlainDialogue, device: torch.device) -> PlainDialogue:
+    """Copy a dialogue to ``device``."""
     return PlainDialogue(
         *(part.to(device) for part in (dialogue.ids, dialogue.labels, dialogue.clips)), dialogue.weight
     )
 
 
 def step(model: PlainModel, optimizer: torch.optim.Optimizer, rows: list[Batch], manifest: Manifest) -> dict:
-    """One optimiser step: its loss, and seconds."""
+    """Run one optimizer step; return its loss, seconds and peak memory."""
     device, started, losses = next(model.parameters()).device, time.perf_counter(), []
     for dialogue in dialogues(rows):
         with torch.autocast(device.type, torch.bfloat16, enabled=manifest.train.dtype == "bf16"):
-            loss = model(to(dialogue, device)) * dialogue.weight
+            loss = model(move_to(dialogue, device)) * dialogue.weight
         loss.backward()
         losses.append(loss.detach())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -125,7 +125,7 @@ def step(model: PlainModel, optimizer: torch.optim.Optimizer, rows: list[Batch],
 
 
 def main() -> None:
-    """Every step's figures, one JSON line each; only the loss where a step runs out of memory."""
+    """Print loss, seconds and peak memory of every step, one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("manifest")
     parser.add_argument("--steps", type=int, default=6)
@@ -136,10 +136,10 @@ def main() -> None:
         from flash_attn import flash_attn_func
     except ImportError:
         flash_attn_func = None
-    ours = build_model(manifest)
-    initialize(ours, manifest)
-    model = PlainModel(manifest, ours, flash=flash_attn_func is not None and device.type == "cuda").to(device).train()
-    del ours
+    source = build_model(manifest)
+    initialize(source, manifest)
+    model = PlainModel(manifest, source, flash=flash_attn_func is not None and device.type == "cuda").to(device).train()
+    del source
     groups = [
         {"params": list(getattr(model, name).parameters())} for name in PARTS if getattr(manifest.train, name).train
     ]
