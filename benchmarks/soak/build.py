@@ -1,15 +1,17 @@
-"""Builds that are killed again and again, and what they leave in the end.
+"""Kill builds repeatedly and check the finished shards against a build without interruption.
 
     python -m benchmarks.soak.build [--kills 50] [--seed 0] [--workers 2] [--media 24]
 
-A corpus lies in folders, in a zip cut into parts, in a tar.gz and on a web server, as files and in an archive; the
-server breaks off every 50th answer. It is built once without interruption. Then it is built by a command that gets
-SIGKILL at random moments, each time with its workers, or one worker first and the rest later, and is started again.
-A build that comes to its end is compared with the first and another one begun, until all kills are spent; the last
-build is left to finish. Exits with 1 if a finished root differs in a byte, a dialogue is in no shard and not in the
-ledger, tools/verify_shards.py finds something, or what is left behind by kills grows.
+The sources are a folder, a zip cut into parts, a tar.gz, files on a web server and an archive there. The server aborts
+every 50th response. The corpus is built once without interruption. Then the build command receives SIGKILL at random
+moments and is started again. A kill ends the command with its workers, or first one worker and the rest later. A
+finished build is compared with the first one, and the next build begins, until all kills are done. The last build runs
+to its end.
 
-Moments are drawn from the seed, as numbers of files that come to be, which is progress on any machine.
+Exits with 1 if a finished root differs in a byte, a dialogue is in no shard and not in the ledger,
+tools/verify_shards.py reports a finding, or files left behind by kills accumulate.
+
+The moments of kills come from the seed, as numbers of new files, which measure progress on any machine.
 """
 
 from __future__ import annotations
@@ -43,27 +45,27 @@ from tests.helpers.media.memory_files import pack
 from tests.helpers.servers.web_server import Server
 
 TOOLS = Path(__file__).parents[2] / "tools"
-BREAKS = 50  #: every so many answers one is broken off
-PROGRESS = 60  #: files that come to be before a kill, at most
-PLACES = ("folder", "parts", "tar", "web", "archive")
+BREAKS = 50  #: the server aborts every BREAKS-th response
+PROGRESS = 60  #: maximum number of new files before a kill
+LOCATIONS = ("folder", "parts", "tar", "web", "archive")
 
 
 class BuildCampaign:
-    """The corpus in all its places, and its builds below ``folder``."""
+    """The corpus in all its locations, and its builds below ``folder``."""
 
     def __init__(self, folder: Path, server: Server, media: int, workers: int) -> None:
         self._folder, self._server, self._workers = folder, server, workers
         self._answers = itertools.count(1)
-        self.planned: Counter[tuple[str, str]] = Counter()  #: entry and id of every sample
+        self.planned: Counter[tuple[str, str]] = Counter()  #: (entry, id) of every sample
         self.kills: Counter[str] = Counter()
-        self.most_left = 0  #: temporary files and folders after a kill
+        self.most_left = 0  #: largest number of temporary files and folders after a kill
         (folder / "notes").mkdir()
-        files = {name: self._media(name, number, media) for number, name in enumerate(PLACES)}
+        files = {name: self._media(name, number, media) for number, name in enumerate(LOCATIONS)}
         packed = {"frames.zip": pack(files["archive"], "deflate")}
         write(folder / "parts", parts(pack(files["parts"], "stored"), "part_{}.zip"))
         write(folder / "tar", {"all.tar.gz": pack(files["tar"], "tar.gz")})
         write(folder / "folder", files["folder"])
-        places = {
+        locations = {
             "folder": f"dir:{folder}/folder",
             "parts": {"archives": f"dir:{folder}/parts/part_*.zip", "join": True},
             "tar": {"archives": f"dir:{folder}/tar/*"},
@@ -73,29 +75,29 @@ class BuildCampaign:
         }
         for path, route in list(server.routes.items()):
             server.routes[path] = self._unsteady(route)
-        (folder / "roots.yaml").write_text(yaml.safe_dump(places))
+        (folder / "roots.yaml").write_text(yaml.safe_dump(locations))
 
     def _media(self, name: str, number: int, count: int) -> dict[str, bytes]:
-        """Media of one place by path; writes their annotation file."""
-        made, samples = self._folder / "made" / name, [{"id": "text", "conversations": TEXT}, {"id": "bad"}]
-        for place in range(count):
-            seed = 1000 * number + place
-            corpus.video(made / f"{place}.mp4", seconds=1 + place % 3, seed=seed)
-            samples.append({"id": f"v{place}", "video": f"{place}.mp4", "conversations": TURNS})
-            if place % 3 == 0:
-                corpus.still(made / f"{place}.png", seed=seed)
-                samples.append({"id": f"i{place}", "image": f"{place}.png", "conversations": TURNS})
-                samples.append({"id": f"c{place}", "video": f"{place}.mp4", "start": 0.25, "conversations": TURNS})
+        """Write media of one location and their annotation file; return the media by path."""
+        folder, samples = self._folder / "made" / name, [{"id": "text", "conversations": TEXT}, {"id": "bad"}]
+        for item in range(count):
+            seed = 1000 * number + item
+            corpus.video(folder / f"{item}.mp4", seconds=1 + item % 3, seed=seed)
+            samples.append({"id": f"v{item}", "video": f"{item}.mp4", "conversations": TURNS})
+            if item % 3 == 0:
+                corpus.still(folder / f"{item}.png", seed=seed)
+                samples.append({"id": f"i{item}", "image": f"{item}.png", "conversations": TURNS})
+                samples.append({"id": f"c{item}", "video": f"{item}.mp4", "start": 0.25, "conversations": TURNS})
         for frame in range(6):
-            corpus.still(made / "frames" / f"{frame}.jpg", seed=frame)
-        (made / "page.mp4").write_text("<html>")
+            corpus.still(folder / "frames" / f"{frame}.jpg", seed=frame)
+        (folder / "page.mp4").write_text("<html>")
         for bad in ("page.mp4", "missing.mp4"):
             samples.append({"id": bad, "video": bad, "conversations": TURNS})
-        if name != "web":  # which lists no folders
+        if name != "web":  # the web source cannot list folders
             samples.append({"id": "f", "video": "frames", "video_read_type": "img", "conversations": TURNS})
         corpus.annotations(self._folder / "notes" / f"{name}.jsonl", samples)
         self.planned += Counter((name, sample["id"]) for sample in samples)
-        return read(made)
+        return read(folder)
 
     def _unsteady(self, route: Callable[[Any], None]) -> Callable[[Any], None]:
         def unsteady(request: Any) -> None:
@@ -104,39 +106,39 @@ class BuildCampaign:
         return unsteady
 
     def command(self, name: str) -> list[str]:
-        """What builds to FOLDER/NAME/out/stage2."""
+        """Return the command that builds to FOLDER/NAME/out/stage2."""
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
-        entries = [{"annotation": f"hf:me/notes:{place}.jsonl", "root": place, "name": place} for place in PLACES]
+        entries = [{"annotation": f"hf:me/notes:{name}.jsonl", "root": name, "name": name} for name in LOCATIONS]
         entries[2]["split"] = "val"
         data = {"entries": entries, "shard_mb": 1, "roots": str(self._folder / "roots.yaml")}
         manifest = corpus.manifest(folder / "m.yaml", [], data={**data, "cache": str(folder / "cache")})
         command = [sys.executable, str(TOOLS / "build_shards.py"), "--stage", "2", "--manifest", str(manifest)]
         return [*command, "--workers", str(self._workers), "--out", str(folder / "out")]
 
-    def whole(self) -> dict[str, bytes]:
-        """Digests of what a build leaves that nobody disturbs."""
+    def build_undisturbed(self) -> dict[str, bytes]:
+        """Build without interruption and return the digests of the files."""
         self._finish("whole")
         return root_digests(self._folder / "whole" / "out")
 
     def run(self, seed: int, kills: int) -> int:
-        """Builds until ``kills`` are spent; returns how many builds that were."""
-        wanted, moments, builds = self.whole(), random.Random(seed), 0
+        """Build until ``kills`` processes have been killed; return the number of builds."""
+        expected, rng, builds = self.build_undisturbed(), random.Random(seed), 0
         self._check("whole")
         while self.kills.total() < kills:
             name = f"build{builds}"
             builds += 1
-            while self.kills.total() < kills and not self._disturbed(name, moments, kills):
+            while self.kills.total() < kills and not self._build_with_kill(name, rng, kills):
                 pass
             self._finish(name)
-            if (found := root_digests(self._folder / name / "out")) != wanted:
-                differ = sorted(path for path in found.keys() | wanted if found.get(path) != wanted.get(path))
+            if (found := root_digests(self._folder / name / "out")) != expected:
+                differ = sorted(path for path in found.keys() | expected if found.get(path) != expected.get(path))
                 raise SoakError(f"{name}: {len(differ)} files differ from the build without kills: {differ[:5]}")
             self._check(name)
         return builds
 
-    def _disturbed(self, name: str, moments: random.Random, kills: int) -> bool:
-        """Start a build and kill it; whether it came to its end all the same."""
+    def _build_with_kill(self, name: str, rng: random.Random, kills: int) -> bool:
+        """Start a build and kill it; return whether it finished anyway."""
         process = subprocess.Popen(
             self.command(name),
             stdout=subprocess.DEVNULL,
@@ -144,24 +146,24 @@ class BuildCampaign:
             env=environment(),
             start_new_session=True,
         )
-        one_first = moments.random() < 0.4 and self.kills.total() + 1 < kills
+        one_first = rng.random() < 0.4 and self.kills.total() + 1 < kills
         try:
             for alone in (True, False) if one_first else (False,):
-                self._wait(name, process, moments.randint(1, PROGRESS), moments.uniform(0, 0.05))
+                self._wait(name, process, rng.randint(1, PROGRESS), rng.uniform(0, 0.05))
                 if process.poll() is not None:
                     break
                 if not alone:
                     os.killpg(process.pid, signal.SIGKILL)
                     self.kills["all"] += 1
                 elif victims := build_workers(process.pid):
-                    os.kill(moments.choice(victims), signal.SIGKILL)
+                    os.kill(rng.choice(victims), signal.SIGKILL)
                     self.kills["one worker"] += 1
-            said = process.communicate()[1].decode(errors="replace")
+            stderr = process.communicate()[1].decode(errors="replace")
         finally:
             process.kill()
         self._count_left(name)
         if process.returncode not in (0, -signal.SIGKILL):
-            raise SoakError(f"{name}: exit code {process.returncode}: {said[-2000:]}")
+            raise SoakError(f"{name}: exit code {process.returncode}: {stderr[-2000:]}")
         return process.returncode == 0
 
     def _wait(self, name: str, process: subprocess.Popen, files: int, seconds: float) -> None:
@@ -172,13 +174,13 @@ class BuildCampaign:
         time.sleep(seconds)
 
     def _finish(self, name: str) -> None:
-        """Build to the end."""
-        ran = subprocess.run(self.command(name), capture_output=True, text=True, env=environment())
-        if ran.returncode:
-            raise SoakError(f"{name}: exit code {ran.returncode}: {ran.stderr[-2000:]}")
+        """Build to the end without kills."""
+        result = subprocess.run(self.command(name), capture_output=True, text=True, env=environment())
+        if result.returncode:
+            raise SoakError(f"{name}: exit code {result.returncode}: {result.stderr[-2000:]}")
 
     def _count_left(self, name: str) -> None:
-        """What kills leave must not add up: the next start, or the next use, removes it."""
+        """Check that leftovers of kills do not accumulate: the next start, or the next use, removes them."""
         folder = self._folder / name
         left = [
             path for path in walk(folder / "cache") if path.endswith(".tmp") or ".arrow." in path or ".gzip." in path
@@ -186,7 +188,7 @@ class BuildCampaign:
         left += [str(path) for path in (folder / "out").glob("stage2/work/tasks/*.tmp")]
         left += [str(path) for path in (folder / "out").glob("stage2/work/cache/scratch/*")]
         self.most_left = max(self.most_left, len(left))
-        bound = 10 * self._workers + len(PLACES)
+        bound = 10 * self._workers + len(LOCATIONS)
         if len(left) > bound:
             raise SoakError(f"{name}: kills have left {len(left)} files and folders, more than {bound}: {left[:5]}")
 
@@ -201,12 +203,12 @@ class BuildCampaign:
                 f"{name}: dialogues differ from the plan: {(found - self.planned) + (self.planned - found)}"
             )
         if verify([str(root), "--deep", "--workers", str(self._workers)]):
-            raise SoakError(f"{name}: tools/verify_shards.py found something")
+            raise SoakError(f"{name}: tools/verify_shards.py reports findings")
         if odd := [path for path in walk(self._folder / name / "cache") if path.endswith(".tmp")]:
             raise SoakError(f"{name}: left in the cache: {odd}")
 
     def figures(self) -> str:
-        """Of the build without kills."""
+        """Describe the build without kills."""
         root = self._folder / "whole" / "out" / "stage2"
         index, rows = Index.open(root), read_ledger(root).to_pylist()
         lost = sum(row["kind"] == "dialogue" for row in rows)
@@ -219,23 +221,23 @@ class BuildCampaign:
 
 
 def environment() -> dict[str, str]:
-    """Of a build: no proxy between it and the server."""
+    """Return the environment of a build, without proxies between it and the server."""
     return {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Every file and folder below a folder that may change meanwhile."""
+    """Yield every file and folder below a folder that may change meanwhile."""
     for above, folders, files in os.walk(folder):
         yield from (os.path.join(above, name) for name in (*folders, *files))
 
 
 def root_digests(folder: Path) -> dict[str, bytes]:
-    """Digest of every file below a folder."""
+    """Return the digest of every file below a folder."""
     return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def build_workers(process: int) -> list[int]:
-    """Process numbers of a build's workers."""
+    """Return the process ids of a build's workers."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     named = {int(child): Path(f"/proc/{child}/cmdline") for child in children}
     return [child for child, line in named.items() if line.exists() and b"spawn_main" in line.read_bytes()]
@@ -247,8 +249,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--media", type=int, default=24, help="videos in each of the five places")
-    parser.add_argument("--folder", type=Path, help="for the files, 100 MB; a temporary one")
+    parser.add_argument("--media", type=int, default=24, help="videos in each of the five locations")
+    parser.add_argument("--folder", type=Path, help="folder for the files, 100 MB; default: a temporary one")
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as name, Server() as server:

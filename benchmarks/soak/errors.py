@@ -1,7 +1,7 @@
-"""The error of a campaign."""
+"""The error of soak tests."""
 
 from __future__ import annotations
 
 
 class SoakError(Exception):
-    """A build, row or stage that did not come out as it must."""
+    """A build, row or stage differs from what it must be."""

@@ -1,15 +1,17 @@
-"""Four stages of training that are killed again and again, and what they come to in the end.
+"""Kill four stages of training repeatedly and compare the results with a run without kills.
 
     python -m benchmarks.soak.train [--kills 25] [--seed 0] [--steps 12]
 
-A small model goes through four stages like the demo's, each from the one before: once without interruption on two
-ranks, then with SIGKILL at random moments to one random rank, whose launcher ends the others, or to all processes at
-once. The same command is started again, on two ranks for the first half of the kills, and on one, two or four for the
-rest. After every kill ``latest`` must name a whole checkpoint, or not be there. Exits with 1 if it does not, if a
-global batch of a stage has other dialogues than without kills, or if losses and final weights differ: in one bit on
-two ranks, by more than ``TOLERANCE`` on other numbers, where sums are added up in another order.
+A small model is trained in four stages like the demo's, each initialized from the one before. The first run is on two
+ranks without interruption. Later runs receive SIGKILL at random moments. It ends one random rank, whose launcher ends
+the others, or all processes at once. The same command is then started again. The first half of the kills is on two
+ranks, the rest on one, two or four. After every kill, ``latest`` must name a complete checkpoint or not exist.
 
-Moments are drawn from the seed, as optimiser steps that are logged and a part of a second.
+Exits with 1 if ``latest`` names an incomplete checkpoint, if a global batch of a stage has other dialogues than without
+kills, or if losses or final weights differ. On two ranks they must be equal bit for bit. On other numbers of ranks,
+where sums have another order, losses must agree within ``TOLERANCE``.
+
+The moments of kills come from the seed, as a number of logged optimizer steps and a fraction of a second.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ from tests.helpers.corpora import training_corpus as corpus
 
 STAGES = (1, 2, 3, 4)
 SAVE_EVERY = 3
-PROGRESS = 5  #: steps that are logged before a kill, at most
-TOLERANCE = 5e-4  #: relative, between losses on different numbers of ranks
+PROGRESS = 5  #: maximum number of steps logged before a kill
+TOLERANCE = 5e-4  #: relative difference of losses on different numbers of ranks
 
 
 def overrides(stage: int, steps: int) -> dict:
-    """Fields of the small corpus's manifest that make it stage ``stage`` of the recipe."""
+    """Return the fields that make the small corpus's manifest stage ``stage`` of the recipe."""
     tower, connector, language = stage > 1, True, stage in (2, 3)
     parts = (("vision_tower", tower, 1e-3), ("connector", connector, 3e-3), ("language_model", language, 2e-3))
     train = {name: {"train": on, "lr": lr if on else 0, "weight_decay": 0.01 * stage} for name, on, lr in parts}
@@ -54,60 +56,60 @@ def overrides(stage: int, steps: int) -> dict:
 
 
 class TrainingCampaign:
-    """Shards and manifests of ``stages`` that start from each other, and runs over them, below ``folder``."""
+    """Shards and manifests of consecutive ``stages``, and runs of them, below ``folder``."""
 
-    def __init__(self, folder: Path, steps: int, draw: random.Random, stages: tuple[int, ...] = STAGES) -> None:
-        self._folder, self._draw, self._stages = folder, draw, stages
+    def __init__(self, folder: Path, steps: int, rng: random.Random, stages: tuple[int, ...] = STAGES) -> None:
+        self._folder, self._rng, self._stages = folder, rng, stages
         self._manifests = {n: corpus.make(folder / f"data{n}", stage=n, **overrides(n, steps)) for n in stages}
         self.kills: Counter[str] = Counter()
         self.worlds: Counter[int] = Counter()
-        self.resumed = 0  #: starts that went on from a checkpoint
-        self.difference = 0.0  #: largest relative one of a loss, on other numbers of ranks
+        self.resumed = 0  #: starts that resumed from a checkpoint
+        self.difference = 0.0  #: largest relative difference of a loss on other numbers of ranks
         for stage in stages:
             self._start("straight", stage, 2).wait()
             self._check_finished("straight", stage)
 
     def run(self, kills: int) -> int:
-        """All stages until ``kills`` are spent, the first half of them on two ranks; returns how often they ran."""
+        """Run all stages until there were ``kills`` kills, half of them on two ranks; return the number of passes."""
         passes = 0
         for worlds, until in (((2,), (kills + 1) // 2), ((1, 2, 4), kills)):
             while self.kills.total() < until:
                 for number, stage in enumerate(self._stages):
                     share = (until - self.kills.total()) // (len(self._stages) - number)
-                    self._through(f"pass{passes}", stage, worlds, self.kills.total() + share)
+                    self._run_stage(f"pass{passes}", stage, worlds, self.kills.total() + share)
                 passes += 1
         return passes
 
-    def _through(self, name: str, stage: int, worlds: tuple[int, ...], until: int) -> None:
-        """One stage from its beginning to its end, killed until ``until`` kills are spent in all."""
+    def _run_stage(self, name: str, stage: int, worlds: tuple[int, ...], until: int) -> None:
+        """Run one stage from its beginning to its end, and kill it until the total of kills is ``until``."""
         run, only_two = self._run(name, stage), worlds == (2,)
         while not (run / "final").exists():
-            self.resumed += self._whole_checkpoint(run)
-            process = self._start(name, stage, self._draw.choice(worlds))
+            self.resumed += self._has_checkpoint(run)
+            process = self._start(name, stage, self._rng.choice(worlds))
             if self.kills.total() < until:
-                self._disturb(run, process)
-            said = process.communicate()[0]
+                self._kill_some(run, process)
+            output = process.communicate()[0]
             if process.returncode == 0 and not (run / "final").exists():
-                raise SoakError(f"{run}: ended without final weights: {said[-2000:]}")
+                raise SoakError(f"{run}: ended without final weights: {output[-2000:]}")
             if process.returncode not in (0, 1, -signal.SIGKILL):
-                raise SoakError(f"{run}: exit status {process.returncode}: {said[-2000:]}")
-            if errors := [line for line in said.splitlines() if line.startswith("error: ")]:
+                raise SoakError(f"{run}: exit status {process.returncode}: {output[-2000:]}")
+            if errors := [line for line in output.splitlines() if line.startswith("error: ")]:
                 raise SoakError(f"{run}: {errors[0]}")
         self._check_finished(name, stage)
         self._compare(name, stage, exact=only_two)
 
-    def _whole_checkpoint(self, run: Path) -> bool:
-        """Whether ``latest`` names a checkpoint; it must then be whole."""
+    def _has_checkpoint(self, run: Path) -> bool:
+        """Return whether ``latest`` names a checkpoint; raise SoakError if that is incomplete."""
         try:
             folder = latest_checkpoint(run)
             return folder is not None and bool(read_state(folder))
         except CheckpointError as error:
-            raise SoakError(f"a checkpoint that is not whole: {error}") from error
+            raise SoakError(f"an incomplete checkpoint: {error}") from error
 
-    def _disturb(self, run: Path, process: subprocess.Popen) -> None:
-        """Kill one rank or all processes, some steps from now; nothing if the run ends before."""
-        target, wait = logged(run) + self._draw.randint(0, PROGRESS), self._draw.uniform(0, 1)
-        kind = self._draw.choice(("one rank", "one rank", "all"))
+    def _kill_some(self, run: Path, process: subprocess.Popen) -> None:
+        """Kill one rank or all processes some steps from now, unless the run ends before."""
+        target, wait = logged(run) + self._rng.randint(0, PROGRESS), self._rng.uniform(0, 1)
+        kind = self._rng.choice(("one rank", "one rank", "all"))
         while process.poll() is None and not (logged(run) >= target and ranks(process.pid)):
             time.sleep(0.02)
         time.sleep(wait)
@@ -116,10 +118,10 @@ class TrainingCampaign:
             return
         if kind == "all":
             os.killpg(process.pid, signal.SIGKILL)
-            for victim in victims:  # torchrun puts ranks into sessions of their own
+            for victim in victims:  # torchrun starts each rank in its own session
                 _kill(victim)
         else:
-            _kill(self._draw.choice(victims))
+            _kill(self._rng.choice(victims))
         self.kills[kind] += 1
 
     def _run(self, name: str, stage: int) -> Path:
@@ -170,19 +172,19 @@ class TrainingCampaign:
 
 
 def logged(run: Path) -> int:
-    """Optimiser steps in a run's log."""
+    """Return the number of optimizer steps in a run's log."""
     path = run / "log.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def ranks(launcher: int) -> list[int]:
-    """Process numbers of the ranks that torchrun ``launcher`` started."""
+    """Return the process ids of the ranks that torchrun ``launcher`` started."""
     found = []
     try:
         for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
             if b"\0RANK=" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
                 found.append(int(child))
-    except OSError:  # one ended meanwhile
+    except OSError:  # a process ended meanwhile
         return []
     return found
 
@@ -199,8 +201,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12, help="optimiser steps of a stage")
-    parser.add_argument("--folder", type=Path, help="for the files, 100 MB; a temporary one")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a stage")
+    parser.add_argument("--folder", type=Path, help="folder for the files, 100 MB; default: a temporary one")
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
