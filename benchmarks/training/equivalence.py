@@ -19,24 +19,25 @@ from tests.helpers.model import training_ways
 
 
 def main() -> int:
+    """Run every variant and print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--share", type=float, default=0.03, help="of the demo's data")
     options = parser.parse_args()
-    tolerances, far = training_ways.TOLERANCES, False
+    tolerances, failed = training_ways.TOLERANCES, False
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         training_ways.prepare(folder, options.share)
         print("| | losses | gradient norms | what training added to the weights |\n| --- | --- | --- | --- |")
-        for number, (name, way) in enumerate(training_ways.WAYS.items()):
-            corpus.run(*training_ways.command(f"way{number}", way, f"train.max_steps={options.steps}"), cwd=folder)
+        for number, (name, variant) in enumerate(training_ways.WAYS.items()):
+            corpus.run(*training_ways.command(f"way{number}", variant, f"train.max_steps={options.steps}"), cwd=folder)
             if number:
-                away = training_ways.apart(folder / f"way{number}", folder / "way0")
-                far |= any(away[field] > tolerance for field, tolerance in tolerances.items())
-                print(f"| {name} | {' | '.join(f'{away[field]:.1e}' for field in tolerances)} |", flush=True)
+                difference = training_ways.apart(folder / f"way{number}", folder / "way0")
+                failed |= any(difference[field] > tolerance for field, tolerance in tolerances.items())
+                print(f"| {name} | {' | '.join(f'{difference[field]:.1e}' for field in tolerances)} |", flush=True)
     print(f"| tolerance | {' | '.join(f'{tolerance:.0e}' for tolerance in tolerances.values())} |")
     print(f"compared with: {next(iter(training_ways.WAYS))}; {options.steps} steps")
-    return 1 if far else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

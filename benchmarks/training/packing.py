@@ -50,9 +50,9 @@ from framestream.trainer.weights.load import random_tensor
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"
 SIZE = 128  #: pixels of a frame
-SHORTER = 8  #: dialogues have this part of their frames and tokens, because attention weighs more in narrow models
-WORDS = 512  #: ids of the text
-LEARNED = 16  #: places of a dialogue that are learned, at its end
+SHORTER = 8  #: divisor of frames and tokens of dialogues, because attention costs relatively more in narrow models
+WORDS = 512  #: number of token ids of the text
+LEARNED = 16  #: label tokens, at the end of a dialogue
 #: the tower has 22 % of the FLOPs of 64 frames; UMT-L beside Qwen2-7B 31 % of those of 512
 SMALL = ModelConfig(
     vision_tower=VisionTowerConfig(width=160, depth=3, heads=4, table_side=8),
@@ -65,7 +65,7 @@ SMALL = ModelConfig(
         vocab_size=4096,
     ),
 )
-VOCABULARY = 152_064  #: of the measurement of the loss
+VOCABULARY = 152_064  #: of the loss measurement
 GIB = 2**30
 
 
@@ -73,18 +73,18 @@ GIB = 2**30
 
 
 def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = SIZE) -> Batch:
-    """Dialogues of these lengths as one row: random text, noise for frames of ``size``, the last places learned.
+    """Build one row of dialogues of these lengths: random text, noise frames of ``size``, labels at the end of each.
 
     ``patches`` are counted at 224 pixels, as in ``benchmarks/loading/lengths.py``.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     frames = (patches // PATCHES).tolist()
-    clips = [count // 4 for count in frames]  # tiles of stills too: four of them are as many patches as a clip
+    clips = [count // 4 for count in frames]  # also tiles of images: four have as many patches as a clip
     visual = [64 * count for count in clips]
     ids, labels = [], []
-    for length, here in zip(lengths.tolist(), visual, strict=True):
-        text = torch.randint(0, WORDS, (max(length - here, LEARNED + 2),), generator=draw)
-        ids.append(torch.cat([text[:1], torch.full((here,), IMAGE_TOKEN_INDEX), text[1:]]))
+    for length, num_visual in zip(lengths.tolist(), visual, strict=True):
+        text = torch.randint(0, WORDS, (max(length - num_visual, LEARNED + 2),), generator=generator)
+        ids.append(torch.cat([text[:1], torch.full((num_visual,), IMAGE_TOKEN_INDEX), text[1:]]))
         labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE_INDEX), text[-LEARNED:]]))
     ends = np.cumsum([0, *map(len, ids)])
     return Batch(
@@ -100,7 +100,7 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
         total_weight=float(len(ids)),
-        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=draw, dtype=torch.uint8),
+        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=generator, dtype=torch.uint8),
         image_tiles=torch.zeros(0, size, size, 3, dtype=torch.uint8),
         visual_index=torch.arange(sum(visual)),
         groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
@@ -108,16 +108,16 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
 
 
 def padded(model: VideoLLM, batch: Batch) -> torch.Tensor:
-    """Loss of the row's dialogues as a batch padded to the longest of them."""
+    """Return the loss of the row's dialogues as a batch padded to the longest of them."""
     lengths = batch.cu_seqlens.diff().tolist()
     inputs = pad_sequence(model.embed(batch).split(lengths), batch_first=True)  # (D, longest, H)
     hidden = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    kept = torch.cat([states[:length] for states, length in zip(hidden, lengths, strict=True)])
-    return model.language_model.lm_head(kept, batch.labels, batch.token_weight)
+    valid = torch.cat([states[:length] for states, length in zip(hidden, lengths, strict=True)])
+    return model.language_model.lm_head(valid, batch.labels, batch.token_weight)
 
 
 def build_small() -> VideoLLM:
-    """The model of this measurement, with random weights."""
+    """Build the model of this measurement with random weights."""
     model = VideoLLM(SMALL, SIZE, 4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,20 +125,20 @@ def build_small() -> VideoLLM:
     return model
 
 
-def shortened(count: int, seed: int) -> Lengths:
-    """Dialogues of a stage-3 epoch, an eighth of each, clips whole."""
-    drawn = stage3(count, seed)
-    clips = drawn.patches // (4 * PATCHES * SHORTER)
-    text = (drawn.tokens - 64 * (drawn.patches // (4 * PATCHES))) // SHORTER
+def short_dialogues(count: int, seed: int) -> Lengths:
+    """Return lengths of dialogues of a stage-3 epoch, an eighth of each, in complete clips."""
+    lengths = stage3(count, seed)
+    clips = lengths.patches // (4 * PATCHES * SHORTER)
+    text = (lengths.tokens - 64 * (lengths.patches // (4 * PATCHES))) // SHORTER
     return Lengths(64 * clips + np.maximum(text, LEARNED + 2), 4 * PATCHES * clips)
 
 
 def rows_of_epoch(count: int, share: int, seed: int) -> dict[str, list[np.ndarray]]:
-    """Which of ``count`` dialogues stand together: packed by length and cost, or ``share`` after the other."""
-    drawn = shortened(count, seed)
+    """Group ``count`` dialogues into rows: packed by length and cost, or each ``share`` consecutive ones."""
+    lengths = short_dialogues(count, seed)
     cost = _small_manifest().batching.cost
-    flops = cost.patch * (drawn.patches / PATCHES * (SIZE // 16) ** 2) + cost.token * drawn.tokens
-    packed = pack(drawn.tokens, flops + cost.pair * drawn.tokens**2.0, 32_768 // SHORTER, count // share)
+    flops = cost.patch * (lengths.patches / PATCHES * (SIZE // 16) ** 2) + cost.token * lengths.tokens
+    packed = pack(lengths.tokens, flops + cost.pair * lengths.tokens**2.0, 32_768 // SHORTER, count // share)
     return {"packed": packed, "padded": [np.arange(first, first + share) for first in range(0, count, share)]}
 
 
@@ -148,41 +148,42 @@ def _small_manifest() -> Manifest:
 
 
 def compare_packing(count: int, share: int, rounds: int) -> None:
-    """Print tokens a second of both ways."""
-    drawn, together = shortened(count, 0), rows_of_epoch(count, share, 0)
+    """Print tokens a second of packed and padded rows."""
+    lengths, rows = short_dialogues(count, 0), rows_of_epoch(count, share, 0)
     model = build_small()
     ways: dict[str, Callable[[Batch], torch.Tensor]] = {"packed": model, "padded": lambda batch: padded(model, batch)}
     parts = flops_by_part(_small_manifest(), frames=512 // SHORTER, text_tokens=256 // SHORTER)
-    sample = result_row(drawn.tokens[:2], drawn.patches[:2], 0)
+    sample = result_row(lengths.tokens[:2], lengths.patches[:2], 0)
     with torch.no_grad():
         torch.testing.assert_close(model(sample), padded(model, sample), rtol=1e-4, atol=1e-4)
     print(
-        f"{count} dialogues, {drawn.tokens.sum():,} tokens, {len(together['packed'])} packed rows, batches of {share}"
+        f"{count} dialogues, {lengths.tokens.sum():,} tokens, {len(rows['packed'])} packed rows, batches of {share}"
     )
     tower = parts["vision_tower"] / sum(parts.values())
     print(f"the vision tower is {tower:.0%} of the FLOPs of {512 // SHORTER} frames")
-    seconds: dict[str, list[np.ndarray]] = {"packed": [], "padded": []}  # by the clock, of the processor
+    seconds: dict[str, list[np.ndarray]] = {"packed": [], "padded": []}  # elapsed and processor seconds
     for _ in range(rounds):
         for name, way in ways.items():
-            took, tokens, places = np.zeros(2), 0, 0
-            for members in filter(len, together[name]):
-                batch = result_row(drawn.tokens[members], drawn.patches[members], int(members.sum()))
+            elapsed, tokens, positions = np.zeros(2), 0, 0
+            for members in filter(len, rows[name]):
+                batch = result_row(lengths.tokens[members], lengths.patches[members], int(members.sum()))
                 start = _clocks()
                 way(batch).backward()
-                took += _clocks() - start
+                elapsed += _clocks() - start
                 tokens += batch.tokens
                 longest = int(batch.cu_seqlens.diff().max())
-                places += batch.tokens if name == "packed" else longest * len(members)
+                positions += batch.tokens if name == "packed" else longest * len(members)
                 model.zero_grad()
-            seconds[name].append(took)
-            print(f"  {name:<8}{tokens / took[0]:>10,.0f} tokens/s, {tokens / places:.0%} of the places are tokens")
+            seconds[name].append(elapsed)
+            fill = tokens / positions
+            print(f"  {name:<8}{tokens / elapsed[0]:>10,.0f} tokens/s, {fill:.0%} of the positions are tokens")
     ratios = [slow / fast for fast, slow in zip(seconds["packed"], seconds["padded"], strict=True)]
-    for name, of in zip(("by the clock", "of processor time"), np.transpose(ratios), strict=True):
-        print(f"packed / padded tokens/s {name}: {np.median(of):.2f} ({min(of):.2f} to {max(of):.2f})")
+    for name, values in zip(("by the clock", "of processor time"), np.transpose(ratios), strict=True):
+        print(f"packed / padded tokens/s {name}: {np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
 
 
 def _clocks() -> np.ndarray:
-    """Seconds by the clock and of the processor, float64 (2,); other work on the machine weighs on the first."""
+    """Return elapsed and processor seconds, float64 (2,); other work on the machine affects the first."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -190,14 +191,14 @@ def _clocks() -> np.ndarray:
 
 
 def write_manifest(folder: Path, videos: int, frames: int, steps: int) -> Path:
-    """A root of ``videos`` videos of real footage, and a manifest for the demo's model on ``frames`` of each."""
+    """Write a root of ``videos`` videos of footage, and a manifest for the demo's model on ``frames`` of each."""
     media = write_media(folder, videos, max(frames, 64), SIZE)
     demo, own = to_dict(load_manifest(DEMO)), to_dict(media.manifest(frames, threads=1))
     demo["model"]["language_model"]["vocab_size"] = 1024  # the tokenizer of the tests has more ids than the demo's
     value = {
         **{name: own[name] for name in ("output", "shards", "data", "frames", "init_from")},
         **{name: demo[name] for name in ("stage", "model")},
-        "batching": demo["batching"] | {"global_batch": 8},  # so that all steps are of one epoch
+        "batching": demo["batching"] | {"global_batch": 8},  # so that all steps belong to one epoch
         "text": {"tokenizer": own["text"]["tokenizer"], "max_tokens": 16384},
         "loader": {"threads": 1, "workers": 2},
         "train": demo["train"] | {"max_steps": steps, "epochs": steps, "save_every": steps},
@@ -231,13 +232,13 @@ def measure_waiting(steps: int, ranks: int = 2) -> None:
 # The loss's memory ----------------------------------------------------------------------------------------------------
 
 
-def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -> tuple[float, int]:
-    """Loss of random states (float32) and bytes that forward and backward need at most; in a process of its own."""
+def loss_memory(num_tokens: int, chunked: bool, vocabulary: int, width: int = 256) -> tuple[float, int]:
+    """Return loss and peak bytes of forward and backward on random float32 states; call it in a new process."""
     torch.manual_seed(0)
     head = ChunkedLMHead(nn.Linear(width, vocabulary, bias=False))
-    hidden = torch.randn(places + 1, width, requires_grad=True)
-    labels, weight = torch.randint(0, vocabulary, (places + 1,)), torch.rand(places + 1)
-    head.weight.grad = torch.zeros_like(head.weight)  # it is kept anyway
+    hidden = torch.randn(num_tokens + 1, width, requires_grad=True)
+    labels, weight = torch.randint(0, vocabulary, (num_tokens + 1,)), torch.rand(num_tokens + 1)
+    head.weight.grad = torch.zeros_like(head.weight)  # it exists in training anyway
     before = process_peak()
     if chunked:
         loss = head(hidden, labels, weight)
@@ -247,25 +248,26 @@ def loss_memory(places: int, chunked: bool, vocabulary: int, width: int = 256) -
     return loss.item(), process_peak() - before
 
 
-def compare_loss(places: int, vocabulary: int) -> None:
-    """Print the memory of both ways."""
-    apart = multiprocessing.get_context("spawn")
-    with apart.Pool(1, maxtasksperchild=1) as pool:
-        chunked, full = (pool.apply(loss_memory, (places, way, vocabulary)) for way in (True, False))
+def compare_loss(num_tokens: int, vocabulary: int) -> None:
+    """Print the memory of the loss in chunks and with all logits."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:
+        chunked, full = (pool.apply(loss_memory, (num_tokens, way, vocabulary)) for way in (True, False))
     if abs(chunked[0] - full[0]) > 1e-5 * abs(full[0]):
         raise SystemExit(f"losses differ: {chunked[0]} in chunks, {full[0]} at once")
-    print(f"loss of {places:,} places and {vocabulary:,} words, float32, forward and backward:")
+    print(f"loss of {num_tokens:,} label tokens and a vocabulary of {vocabulary:,}, float32, forward and backward:")
     print(f"  in chunks {chunked[1] / GIB:.2f} GiB, all logits at once {full[1] / GIB:.2f} GiB")
 
 
 def main() -> None:
+    """Print the three measurements."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.packing", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dialogues", type=int, default=64, help="packed and padded")
+    parser.add_argument("--dialogues", type=int, default=64, help="dialogues, packed and padded")
     parser.add_argument("--share", type=int, default=4, help="dialogues of a padded batch, of a packed row on average")
-    parser.add_argument("--rounds", type=int, default=3, help="of packed and padded, in turn")
-    parser.add_argument("--steps", type=int, default=8, help="of the trainer's command")
-    parser.add_argument("--places", type=int, default=2048, help="learned places of the loss")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the loss")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of packed and padded rows, in turn")
+    parser.add_argument("--steps", type=int, default=8, help="steps of the trainer's command")
+    parser.add_argument("--places", type=int, default=2048, help="label tokens of the loss")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="vocabulary size of the loss")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} before")
     compare_packing(options.dialogues, options.share, options.rounds)
