@@ -59,7 +59,7 @@ demo: .venv/ready
 	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml --limit 100
 	OMP_NUM_THREADS=2 python -m trainer.haystack --manifest manifests/demo/stage4.yaml --root demo/data/media \
 	  --needles demo/data/annotations/needles.jsonl $(patsubst %,--video demo/data/media/haystack/haystack-empty-%.mp4,0000 0001)
-	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html
+	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html --images demo/images
 
 test: lint
 	pytest -q -n 2 --dist loadfile

@@ -86,7 +86,7 @@ def _open_conversation(options: argparse.Namespace) -> Conversation:
     """Load the model and start a conversation about the files."""
     from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile
     from framestream.trainer.inference.conversation import Conversation
-    from framestream.trainer.inference.generate import Sampling
+    from framestream.trainer.inference.generation import Sampling
     from framestream.trainer.inference.predictor import Predictor, resolve_run
 
     weights, manifest = resolve_run(options.checkpoint, options.manifest, options.set)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile
 from framestream.pipeline.tokenization.chat_template import IMAGE_PLACEHOLDER
-from framestream.trainer.inference.generate import Sampling
+from framestream.trainer.inference.generation import Sampling
 from framestream.trainer.inference.predictor import Predictor, resolve_run
 
 MANIFEST = ModelManifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,3 +129,11 @@ def test_tests_stand_alone_and_have_short_names():
             elif isinstance(node, ast.ImportFrom) and "test_" in (node.module or ""):
                 linked.append(f"{path.relative_to(ROOT)} imports {node.module}")
     assert not long and not linked
+
+
+def test_no_public_name_is_a_module_beside_it():
+    """Importing such a module would put it in place of the function that a lazy package exports."""
+    for path in sorted((ROOT / name for name in PACKAGES), key=str):
+        for package in path.rglob("__init__.py"):
+            homes = re.findall(r'^    "(\w+)": "framestream\.', package.read_text(encoding="utf-8"), re.M)
+            assert not [name for name in homes if (package.parent / f"{name}.py").exists()], package

@@ -18,8 +18,8 @@ from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.shards.index import ShardsError
 from framestream.trainer.evaluation.metrics import CONTROLS, blind_partners, is_correct, summarize
-from framestream.trainer.inference.generate import generate_from_prefill, prefill
-from framestream.trainer.inference.loglikelihood import loglikelihood
+from framestream.trainer.inference.generation import generate_from_prefill, prefill
+from framestream.trainer.inference.likelihood import loglikelihood
 from framestream.trainer.inference.vision_cache import VisionFeatureCache
 from framestream.trainer.weights.load import load_pretrained
 

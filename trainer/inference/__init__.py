@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from framestream.trainer.inference.chat_session import ChatSession, stream_text
     from framestream.trainer.inference.contact_sheet import write_contact_sheet
     from framestream.trainer.inference.conversation import Conversation
-    from framestream.trainer.inference.generate import Sampling, generate, prefill
-    from framestream.trainer.inference.loglikelihood import LogLikelihood, loglikelihood
+    from framestream.trainer.inference.generation import Sampling, generate, prefill
+    from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
     from framestream.trainer.inference.predictor import Predictor, resolve_run
     from framestream.trainer.inference.vision_cache import VisionFeatureCache
 
@@ -46,14 +46,14 @@ __all__ = [
 _HOMES = {
     "ChatSession": "framestream.trainer.inference.chat_session",
     "Conversation": "framestream.trainer.inference.conversation",
-    "LogLikelihood": "framestream.trainer.inference.loglikelihood",
+    "LogLikelihood": "framestream.trainer.inference.likelihood",
     "MediaFile": "framestream.pipeline.shards.memory_index",
     "Predictor": "framestream.trainer.inference.predictor",
-    "Sampling": "framestream.trainer.inference.generate",
+    "Sampling": "framestream.trainer.inference.generation",
     "VisionFeatureCache": "framestream.trainer.inference.vision_cache",
-    "generate": "framestream.trainer.inference.generate",
-    "loglikelihood": "framestream.trainer.inference.loglikelihood",
-    "prefill": "framestream.trainer.inference.generate",
+    "generate": "framestream.trainer.inference.generation",
+    "loglikelihood": "framestream.trainer.inference.likelihood",
+    "prefill": "framestream.trainer.inference.generation",
     "resolve_run": "framestream.trainer.inference.predictor",
     "stream_text": "framestream.trainer.inference.chat_session",
     "write_contact_sheet": "framestream.trainer.inference.contact_sheet",

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
-from framestream.trainer.inference.generate import GREEDY, Sampling, decode_steps, prefill
+from framestream.trainer.inference.generation import GREEDY, Sampling, decode_steps, prefill
 from framestream.trainer.model.video_llm import VideoLLM
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from framestream.pipeline.shards.memory_index import MediaFile
 from framestream.pipeline.tokenization.chat_template import IMAGE_PLACEHOLDER
 from framestream.trainer.inference.chat_session import ChatSession, stream_text
-from framestream.trainer.inference.generate import GREEDY, Sampling
+from framestream.trainer.inference.generation import GREEDY, Sampling
 from framestream.trainer.inference.predictor import Predictor
 
 

@@ -13,8 +13,8 @@ from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.media_view import MediaView
 from framestream.pipeline.shards.memory_index import MediaFile, MediaFileCache
 from framestream.pipeline.tokenization.chat_template import build_chat_template
-from framestream.trainer.inference.generate import GREEDY, Sampling, generate, prefill
-from framestream.trainer.inference.loglikelihood import LogLikelihood, loglikelihood
+from framestream.trainer.inference.generation import GREEDY, Sampling, generate, prefill
+from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
 from framestream.trainer.weights.load import load_pretrained
 from framestream.trainer.weights.runs import resolve_weights
 from framestream.trainer.weights.tensor_files import WeightsError

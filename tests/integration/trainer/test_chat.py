@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from framestream.pipeline import Questions, load_manifest
 from framestream.pipeline.config.schema import to_dict
 from framestream.trainer import chat
-from framestream.trainer.inference.generate import generate
+from framestream.trainer.inference.generation import generate
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from tests.helpers.corpora import training_corpus as corpus

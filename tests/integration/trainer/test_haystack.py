@@ -11,7 +11,7 @@ import torch
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.evaluation.haystack import Haystack
 from framestream.trainer import haystack
-from framestream.trainer.inference.generate import generate
+from framestream.trainer.inference.generation import generate
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from tests.helpers.corpora.needles import DEPTHS, FRAMES, make

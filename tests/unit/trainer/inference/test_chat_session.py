@@ -8,7 +8,7 @@ import torch
 
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
 from framestream.trainer.inference.chat_session import ChatSession, stream_text
-from framestream.trainer.inference.generate import generate
+from framestream.trainer.inference.generation import generate
 from tests.helpers.model.rows import SMALL, dialogue, pack, small_model
 
 NEW = 8

@@ -9,7 +9,7 @@ import torch
 
 from framestream.pipeline.config.model import ModelConfig
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from framestream.trainer.inference.generate import Sampling, generate
+from framestream.trainer.inference.generation import Sampling, generate
 from tests.helpers.model.rows import SMALL, Dialogue, dialogue, no_clips, no_stills, pack, small_model
 
 NEW = 12

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
-from framestream.trainer.inference.generate import generate, prefill
-from framestream.trainer.inference.loglikelihood import loglikelihood
+from framestream.trainer.inference.generation import generate, prefill
+from framestream.trainer.inference.likelihood import loglikelihood
 from tests.helpers.model.rows import SMALL, dialogue, pack, small_model
 
 ANSWERS = [[5], [9, 3, 7, 11], [9, 3], [1, 2, 3]]

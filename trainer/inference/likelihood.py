@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from framestream.trainer.inference.generate import PrefillState
+from framestream.trainer.inference.generation import PrefillState
 from framestream.trainer.model.video_llm import VideoLLM
 
 
@@ -24,7 +24,7 @@ def loglikelihood(model: VideoLLM, state: PrefillState, answers: Sequence[Sequen
 
     Args:
         model: in eval mode, on the dialogue's device.
-        state: one dialogue that :func:`~framestream.trainer.inference.generate.prefill` has run. Its cache grows, so it
+        state: one dialogue that :func:`~framestream.trainer.inference.generation.prefill` has run. Its cache grows, so it
             cannot be used again.
         answers: token ids, at least one in each.
 
