@@ -132,7 +132,9 @@ def report(ours: list[float], theirs: list[float], flip: tuple[int, int, str] | 
     if flip is not None:
         epoch, step, key = flip
         same = epoch * batches + step
-        print(f"first choice that differs: step {same + 1}, dialogue {key}; relative difference there {diffs[same]:.1e}")
+        print(
+            f"first choice that differs: step {same + 1}, dialogue {key}; relative difference there {diffs[same]:.1e}"
+        )
     else:
         print("no patch was merged into another token")
     before = max(diffs[:same], default=0.0)

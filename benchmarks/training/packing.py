@@ -156,9 +156,7 @@ def compare_packing(count: int, share: int, rounds: int) -> None:
     sample = result_row(lengths.tokens[:2], lengths.patches[:2], 0)
     with torch.no_grad():
         torch.testing.assert_close(model(sample), padded(model, sample), rtol=1e-4, atol=1e-4)
-    print(
-        f"{count} dialogues, {lengths.tokens.sum():,} tokens, {len(rows['packed'])} packed rows, batches of {share}"
-    )
+    print(f"{count} dialogues, {lengths.tokens.sum():,} tokens, {len(rows['packed'])} packed rows, batches of {share}")
     tower = parts["vision_tower"] / sum(parts.values())
     print(f"the vision tower is {tower:.0%} of the FLOPs of {512 // SHORTER} frames")
     seconds: dict[str, list[np.ndarray]] = {"packed": [], "padded": []}  # elapsed and processor seconds
