@@ -24,7 +24,7 @@ def loglikelihood(model: VideoLLM, state: PrefillState, answers: Sequence[Sequen
 
     Args:
         model: in eval mode, on the dialogue's device.
-        state: one dialogue that :func:`~framestream.trainer.inference.generation.prefill` has run. Its cache grows, so it
+        state: one dialogue, as :func:`.generation.prefill` returns it. Its cache grows, so it
             cannot be used again.
         answers: token ids, at least one in each.
 

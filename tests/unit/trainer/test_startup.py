@@ -13,20 +13,17 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.slow
 
 HEAVY = {"torch", "transformers", "deepspeed"}
-MAX_SECONDS = 0.5  #: of processor time, for an answer to --help
 COMMANDS = ["train", "chat", "evaluate", "haystack", "export", "report"]
 
-#: runs argv[1:] of the console command, then reports imported packages and processor time on stderr
+#: runs argv[1:] of the console command, then reports imported packages on stderr
 HELP = """
-import json, resource, sys
+import json, sys
 from framestream.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:
     assert end.code == 0
-usage = resource.getrusage(resource.RUSAGE_SELF)
-modules = sorted({name.split(".")[0] for name in sys.modules})
-print(json.dumps([modules, usage.ru_utime + usage.ru_stime]), file=sys.stderr)
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})), file=sys.stderr)
 """
 
 #: imports argv[1:], and reports imported packages
@@ -62,10 +59,9 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_heavy(command):
     done = run(HELP, command, "--help")
-    modules, seconds = json.loads(done.stderr.splitlines()[-1])
+    modules = json.loads(done.stderr.splitlines()[-1])
     assert done.stdout.startswith(f"usage: framestream {command} ")
     assert not HEAVY & set(modules)
-    assert seconds < MAX_SECONDS
 
 
 def test_scoring_never_imports_deepspeed():
