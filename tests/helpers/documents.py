@@ -1,6 +1,6 @@
-"""Commands of documents.
+"""Commands and sentences of documents.
 
-A block of commands that no test can run stands below a comment, ``<!-- not run by the tests: WHY -->``.
+A block of commands that no test can run follows a comment, ``<!-- not run by the tests: WHY -->``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{PROGRAMS}) .*")
 
 
 def commands(page: str) -> list[tuple[str, str, str]]:
-    """Heading, command and reason not to run it (empty: it is run) of every indented command of a page."""
+    """Return heading, command and reason not to run it (empty: it is run) of every indented command of a page."""
     found, heading, why = [], "", ""
     for line in page.splitlines():
         if line.startswith("#"):
@@ -27,9 +27,9 @@ def commands(page: str) -> list[tuple[str, str, str]]:
 
 
 def prose(page: str) -> list[str]:
-    """Paragraphs and list items of a page, without comments, code blocks, tables, images and headings.
+    """Return paragraphs and list items of a page, without comments, code blocks, tables, images and headings.
 
-    Links keep their text alone, and a piece of inline code counts as one word.
+    Links are replaced by their text, and inline code counts as one word.
     """
     page = re.sub(r"<!--.*?-->", "", page, flags=re.S)
     page = re.sub(r"^```.*?^```$", "", page, flags=re.S | re.M)
@@ -43,9 +43,9 @@ def prose(page: str) -> list[str]:
 
 
 def sentences(page: str) -> list[str]:
-    """Sentences of a page: what ends in ``.``, ``!`` or ``?`` before a space and a new word, or with its paragraph.
+    """Return the sentences of a page: they end in ``.``, ``!`` or ``?`` before a new word, or with their paragraph.
 
-    A colon or a semicolon ends none. Fragments of one or two words are left out.
+    A colon or a semicolon does not end a sentence. Fragments of one or two words are omitted.
     """
     parts = (part for block in prose(page) for part in re.split(r"(?<=[.!?])[\")*]* (?=[\"(*]*[A-Z0-9c])", block))
     return [part for part in parts if len(part.split()) > 2]

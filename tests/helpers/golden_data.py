@@ -1,4 +1,4 @@
-"""Where the golden reference data lie and how tests discover them: an absent file makes no test, never a skip."""
+"""Paths of the golden reference data. A missing file gives no test rather than a skipped one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ TOKENIZER = COMMITTED / "tokens_labels" / "tokenizer"  #: for tests that compare
 
 
 def files(pattern: str) -> list[Path]:
-    """Golden files that match a glob relative to the folder, in order of name."""
+    """Return the golden files that match a glob relative to the folder, sorted by name."""
     return sorted(GOLDEN.glob(pattern))
 
 
 def present(*names: str) -> bool:
-    """Whether all these files are there, for tests that need several."""
+    """Return whether all these files exist, for tests that need several."""
     return all((GOLDEN / name).is_file() for name in names)
 
 
 def json_lines(pattern: str) -> list[dict]:
-    """All rows of the JSON-lines files that match, in order."""
+    """Return all rows of the matching JSON Lines files, in order."""
     return [json.loads(line) for path in files(pattern) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def json_file(name: str) -> Any:
-    """One JSON file, or None where it is absent."""
+    """Return the contents of one JSON file, or None if it is missing."""
     path = GOLDEN / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""HTML pages read back with the parser of the standard library."""
+"""HTML pages parsed with the parser of the standard library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "img", "link"}
 
 
 class Page(html.parser.HTMLParser):
-    """Text, attributes and nesting of a page; unbalanced tags fail."""
+    """Text, attributes and nesting of a page; unbalanced tags raise an error."""
 
     def __init__(self, text: str):
         super().__init__()

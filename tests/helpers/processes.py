@@ -7,7 +7,7 @@ import time
 
 
 def kill_when(command, ready):
-    """Start the command and kill it as soon as ``ready()``; returns whether it was killed before its end."""
+    """Start the command and kill it as soon as ``ready()``; return whether it was killed before its end."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         if ready():

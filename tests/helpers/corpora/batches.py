@@ -1,4 +1,4 @@
-"""All batches of a loader, as plain values."""
+"""All batches of a loader as comparable values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from framestream.pipeline.loading.batch import Batch
 
 
 def contents(batch: Batch) -> dict:
-    """All that a row holds, comparable."""
+    """Return all contents of a row as comparable values."""
     values = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
     return {name: value.numpy().tobytes() if hasattr(value, "numpy") else value for name, value in values.items()}
 

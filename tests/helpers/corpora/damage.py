@@ -22,7 +22,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def spoil(folder: Path, media: dict) -> None:
-    """Overwrite the head of the medium's last frame."""
+    """Overwrite the header of the medium's last frame."""
     index = Index.open(folder / "stage2")
     row = index.media["key"].to_pylist().index(media["key"])
     with open(index.shard_path(index.media["shard"][row].as_py()), "r+b") as file:

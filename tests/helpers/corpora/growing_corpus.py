@@ -12,7 +12,7 @@ from tests.helpers.paths import BUILD_SHARDS
 
 
 class Corpus:
-    """Three annotation files over common media, and the commands that build some of them."""
+    """Three annotation files that share media, and the commands that build some of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

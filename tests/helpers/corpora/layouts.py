@@ -1,4 +1,4 @@
-"""One corpus, and the many places where it may lie: folders, archives, web servers, the hub, buckets."""
+"""One corpus in many locations: folders, archives, web servers, the hub and buckets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUCKET = "corpus"
 
 
 class Corpus:
-    """Media and annotation files as ``{path: bytes}``, and a manifest that names them by what no machine has."""
+    """Media and annotation files as ``{path: bytes}``, and a manifest with roots that exist on no machine."""
 
     def __init__(self, folder: Path) -> None:
         films, frames, notes = folder / "films", folder / "frames", folder / "notes"
@@ -82,7 +82,7 @@ class Corpus:
         ]
 
     def command(self, folder: Path, roots: Mapping[str, Any], *options: str, **data: Any) -> list[str]:
-        """What builds the corpus from the places ``roots`` to FOLDER/out/stage2; ``data`` goes into the manifest."""
+        """Return the command that builds ``roots`` to FOLDER/out/stage2; ``data`` is added to the manifest."""
         folder.mkdir(exist_ok=True)
         (folder / "roots.yaml").write_text(yaml.safe_dump(dict(roots)))
         given = {"entries": self.entries, "shard_mb": 1, "fetch_timeout": 60, **data}
@@ -95,12 +95,12 @@ class Corpus:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """All files below a folder."""
+    """Return all files below a folder as ``{path: bytes}``."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:
-    """Files into a folder."""
+    """Write files into a folder."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -108,31 +108,31 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def serve(server: Server, folder: str, files: Mapping[str, bytes]) -> str:
-    """Files on a web server; the address of their folder."""
+    """Serve files on a web server; return the address of their folder."""
     for name, data in files.items():
         server.routes[f"/{folder}/{quote(name)}"] = lambda request, data=data: request.serve(data)
     return f"{server.url}/{folder}"
 
 
 def below(folder: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Files with a folder before their paths."""
+    """Return files with a folder prepended to their paths."""
     return {f"{folder}/{name}": data for name, data in files.items()}
 
 
 def parts(data: bytes, name: str, count: int = 12) -> dict[str, bytes]:
-    """A file cut into ``name.format(1)`` to ``name.format(count)``."""
+    """Cut a file into ``name.format(1)`` to ``name.format(count)``."""
     size = -(-len(data) // count)
     return {name.format(n + 1): data[n * size : (n + 1) * size] for n in range(count)}
 
 
 class Places:
-    """Servers of all kinds, and the layouts: each puts the corpus somewhere and returns a root map."""
+    """Servers of all kinds, and the layouts. Each layout writes the corpus to a location and returns a root map."""
 
     def __init__(self, corpus: Corpus, server: Server, endpoint: str) -> None:
         self.corpus, self.server, self.endpoint = corpus, server, endpoint
 
     def environment(self) -> dict[str, str]:
-        """Of a process that finds the hub and the buckets here, and no way to anything else."""
+        """Return the environment of a process that can reach only the local hub and buckets."""
         kept = {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
         kept.pop("HF_HUB_OFFLINE", None)
         return kept | {
@@ -147,7 +147,7 @@ class Places:
         }
 
     def folders(self, folder: Path) -> dict[str, Any]:
-        """The frames lie in a folder whose name does not say what they are."""
+        """Write the frames to a folder with an unrelated name."""
         files = self.corpus.films, self.corpus.frames, self.corpus.notes
         films, frames, notes = (write(folder / name, data) for name, data in zip("xyz", files, strict=True))
         return {FILMS: f"dir:{films}", FRAMES: f"dir:{frames}", NOTES: f"dir:{notes}"}
@@ -171,7 +171,7 @@ class Places:
         return self._archives(folder, films, frames, join=True)
 
     def tars(self, folder: Path) -> dict[str, Any]:
-        """The films in two archives, one of them with a file that both have: the first one's counts."""
+        """Write the films to two archives that share one file; the copy in the first archive is used."""
         halves = [{}, {"a.mp4": b"another"}]
         for number, (name, data) in enumerate(self.corpus.films.items()):
             halves[number % 2].setdefault(name, data)
@@ -183,7 +183,7 @@ class Places:
         return self._archives(folder, {"films.tgz": films}, pack(below("all/shots", self.corpus.frames), "tar.gz"))
 
     def web(self, folder: Path) -> dict[str, Any]:
-        """A web server lists no folders of frames, so these are in an archive on it."""
+        """Serve the corpus from a web server, with folders of frames in an archive because it cannot list folders."""
         films, notes = serve(self.server, "films", self.corpus.films), serve(self.server, "notes", self.corpus.notes)
         packed = pack(below("all/shots", self.corpus.frames), "deflate")
         archive = f"url:{serve(self.server, 'packed', {'frames.zip': packed})}/frames.zip"
@@ -201,7 +201,7 @@ class Places:
         return {FILMS: archives["films.tar.gz"], FRAMES: archives["frames.tar"], NOTES: f"url:{notes}/{{path}}"}
 
     def hub(self, folder: Path) -> dict[str, Any]:
-        """The annotation files come from the hub itself, without a word in the root map."""
+        """Serve the annotation files from the hub itself, without an entry in the root map."""
         files = {**below("video", self.corpus.films), **below("shots", self.corpus.frames)}
         serve_hub(self.server, files, "me/media", page=5)
         serve_hub(self.server, self.corpus.notes, "me/notes")

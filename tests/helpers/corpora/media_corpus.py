@@ -1,4 +1,4 @@
-"""A small corpus with good and bad media, written from scratch with PyAV and Pillow."""
+"""A small corpus with good and bad media, written with PyAV and Pillow."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TEXT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day.
 
 
 def picture(seed: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """A smooth random picture, uint8 (H, W, 3)."""
+    """Return a smooth random image, uint8 (H, W, 3)."""
     small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def video(path: Path, seconds: float = 3, fps: int = 8, seed: int = 0, faststart: bool = False) -> Path:
-    """An H.264 video of moving smooth pictures."""
+    """Write an H.264 video of moving smooth images."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"movflags": "+faststart"} if faststart else {}
     with av.open(str(path), "w", options=options) as container:
@@ -37,7 +37,7 @@ def video(path: Path, seconds: float = 3, fps: int = 8, seed: int = 0, faststart
 
 
 def sound(path: Path) -> Path:
-    """An MP4 with nothing but a second of silence."""
+    """Write an MP4 with only one second of silence."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         for number in range(8):
@@ -49,21 +49,21 @@ def sound(path: Path) -> Path:
 
 
 def still(path: Path, seed: int = 0, width: int = 40, height: int = 30) -> Path:
-    """A picture in the format that the name says."""
+    """Write an image in the format of its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(seed, width, height)).save(path)
     return path
 
 
 def gif(path: Path, frames: int = 5) -> Path:
-    """An animation of so many frames."""
+    """Write an animation of ``frames`` frames."""
     pictures = [Image.fromarray(picture(seed)) for seed in range(frames)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
     return path
 
 
 def annotations(path: Path, samples: Sequence[object]) -> Path:
-    """A list of samples as .json or .jsonl."""
+    """Write a list of samples as .json or .jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     path.write_text(lines if path.suffix == ".jsonl" else json.dumps(list(samples)))
@@ -71,7 +71,7 @@ def annotations(path: Path, samples: Sequence[object]) -> Path:
 
 
 def manifest(path: Path, entries: Sequence[dict], **fields: object) -> Path:
-    """A manifest of stage 2 with these entries; ``fields`` replace whole sections."""
+    """Write a manifest of stage 2 with these entries; ``fields`` replace complete sections."""
     value = {
         "stage": 2,
         "output": "runs/stage2",

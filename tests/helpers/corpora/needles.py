@@ -1,4 +1,4 @@
-"""Videos, pictures with a question each, and a manifest, for tests that hide the pictures in the videos."""
+"""Videos, images with one question each, and a manifest, for tests that insert the images into the videos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def question(picture: str, answer: str, **more) -> dict:
 
 
 def make(folder: Path) -> Manifest:
-    """Two needles that can be asked and two that cannot, two videos of 32 frames, and manifest.yaml, loaded."""
+    """Write two valid and two invalid needles, two videos of 32 frames and manifest.yaml; load the manifest."""
     for number, name in enumerate(("red", "blue")):
         write_video(folder / f"{number}.mp4", COLOURS[name], 8, seed=number)
         Image.new("RGB", (300, 140), COLOURS[name]).save(folder / f"{name}.png")

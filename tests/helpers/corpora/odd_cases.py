@@ -1,4 +1,4 @@
-"""Over a hundred bad and odd inputs in a local folder, each with what a build must make of it."""
+"""Over a hundred broken and unusual inputs in a local folder, each with the expected result of a build."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LONG_NAME = "n" * 251 + ".mp4"
 
 @dataclass(frozen=True)
 class Shown:
-    """What a build made of a case."""
+    """The result of a build for one case."""
 
     source: Path
     frames: list[np.ndarray]  #: stored pictures, uint8 (H, W, 3), read by Pillow at the places that the index names
@@ -63,7 +63,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Case:
-    """An input, and what must come of it: a reason or a look at what is shown."""
+    """An input and its expected result: a reason, or a check of the stored media."""
 
     make: Maker | None
     name: str  #: below the place
@@ -75,7 +75,7 @@ class Case:
 def numbers(
     vlen: int | range, first: int = 0, seconds: Sequence[float] | None = None, shift: float = 0, salvaged: bool = False
 ) -> Callable[[Shown], None]:
-    """Checks a numbered video: frames ``first`` and after it, each at its own second, give or take half a frame."""
+    """Return a check of a numbered video: frames ``first`` and later, each at its own time within half a frame."""
 
     def look(shown: Shown) -> None:
         found = [number_of(frame) for frame in shown.frames]
@@ -90,12 +90,12 @@ def numbers(
 
 
 def every_second(count: int, first: int = 0) -> Callable[[Shown], None]:
-    """Checks a folder of numbered pictures."""
+    """Return a check of a folder of numbered images."""
     return numbers(count, first=first, seconds=range(100))
 
 
 def picture(shown: Shown) -> None:
-    """Checks a still against Pillow."""
+    """Check an image against Pillow."""
     with Image.open(shown.source) as source:
         upright = ImageOps.exif_transpose(source).convert("RGB")
     assert shown.frames[0].shape[:2] == upright.size[::-1]
@@ -103,23 +103,23 @@ def picture(shown: Shown) -> None:
 
 
 def kept(shown: Shown) -> None:
-    """Checks a still that is stored as it is."""
+    """Check an image that is stored unchanged."""
     assert shown.data == shown.source.read_bytes()
 
 
 def deep(shown: Shown) -> None:
-    """Checks a 16-bit picture."""
+    """Check a 16-bit image."""
     expected = np.asarray(Image.fromarray(corpus.picture(1, 40, 30)).convert("L")).astype(int)[..., None]
     assert np.abs(shown.frames[0] - expected).mean() < 2
 
 
 def first_of_webp(shown: Shown) -> None:
-    """Checks an animation that is named as a still."""
+    """Check an animation that is named as an image."""
     assert np.abs(shown.frames[0] - corpus.picture(1, 40, 30).astype(int)).mean() < 3
 
 
 def flat(*colours: tuple[int, int, int]) -> Callable[[Shown], None]:
-    """Checks frames of one colour each."""
+    """Return a check of frames of one color each."""
 
     def look(shown: Shown) -> None:
         means = [frame.mean(axis=(0, 1)) for frame in shown.frames]
@@ -129,7 +129,7 @@ def flat(*colours: tuple[int, int, int]) -> Callable[[Shown], None]:
 
 
 def square_on_red(shown: Shown) -> None:
-    """Checks ``odd_gif``: a blue square stays on the red canvas under what is transparent."""
+    """Check ``odd_gif``: a blue square stays on the red canvas under transparent pixels."""
     assert shown.row["vlen"] == 4 and shown.row["source_width"] == 40 and shown.row["source_height"] == 20
     for number, frame in enumerate(shown.frames):
         assert np.abs(frame[100:, 100:].mean(axis=(0, 1)) - (255, 0, 0)).max() < 4
@@ -138,7 +138,7 @@ def square_on_red(shown: Shown) -> None:
 
 
 def footage(salvaged: bool, vlen: range) -> Callable[[Shown], None]:
-    """Checks real footage against ffmpeg's frames of the whole file."""
+    """Return a check of real footage against ffmpeg's frames of the complete file."""
 
     def look(shown: Shown) -> None:
         pixels, seconds = all_frames(BIKES)

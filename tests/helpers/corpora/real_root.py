@@ -1,4 +1,4 @@
-"""A root of real footage as the command builds it: two videos, a clip, stills and text, and held-out samples."""
+"""A root of real footage built by the command: two videos, a clip, images, text, and validation samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 112
 
 
 def turns(*texts: str) -> list[dict]:
-    """A conversation that alternates human and gpt."""
+    """Return a conversation that alternates human and gpt."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
@@ -33,7 +33,7 @@ VAL = [{"id": "phone", "video": PHONE.name, "conversations": turns("<image>\nWha
 
 
 def build(folder: Path, most: int = 16, **fields: object) -> Path:
-    """Build the root below ``folder`` with ``most`` frames of each video; ``fields`` are more of its manifest."""
+    """Build the root below ``folder`` with ``most`` frames of each video; ``fields`` are added to its manifest."""
     media = folder / "media"
     for number in range(3):
         corpus.still(media / f"{number}.png", seed=number, width=150, height=100)

@@ -1,4 +1,4 @@
-"""A small root as the command builds it: videos, a clip, stills, text, held-out samples, and a ledger."""
+"""A small root built by the command: videos, a clip, images, text, validation samples, and a ledger."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOSTILE = "<image>\n</span><script>alert(1)</script><img src=x onerror=alert(1)>
 
 
 def build_root(folder: Path, **fields: object) -> Path:
-    """Build the root below ``folder``; five shards, 15 samples, 19 frames. ``fields`` are more of its manifest."""
+    """Build the root below ``folder``: five shards, 15 samples, 19 frames. ``fields`` are added to its manifest."""
     media = folder / "media"
     for number in range(3):
         corpus.video(media / f"{number}.mp4", seed=number)

@@ -1,6 +1,6 @@
-"""Small shard roots for tests of reading: real shards and index, written without the builder.
+"""Small shard roots for tests of reading: complete shards and index, written without the builder.
 
-Frame f of video v is one flat colour that says (v, f), so that a test can tell which frame it was given.
+Frame f of video v has one flat color that encodes (v, f), so that a test can identify each frame.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ SIZE = 64
 
 
 def colour(video: int, frame: int) -> tuple[int, int, int]:
-    """The colour of a frame; channels differ by at least 8 between neighbours, JPEG moves them by 2 at most."""
+    """Return the color of a frame; channels of neighbors differ by at least 8, and JPEG changes them by at most 2."""
     return 8 + 8 * (frame % 30), 8 + 8 * (frame // 30), 8 + 20 * (video % 12)
 
 
 def turns(*texts: str) -> list[dict]:
-    """A conversation that alternates human and gpt."""
+    """Return a conversation that alternates human and gpt."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def manifest(root: Path, **over) -> Manifest:
-    """A manifest for ``root``/stage2; dotted names in ``over`` (with __ for the dot) replace fields."""
+    """Return a manifest for ``root``/stage2; dotted names in ``over`` (with __ for the dot) replace fields."""
     value = {
         "stage": 2,
         "output": str(root / "run"),
@@ -67,7 +67,7 @@ class Root:
         self.dialogues: list[dict] = []
 
     def video(self, vlen: int, stored: int, fps: float = 2.0) -> int:
-        """Add a clip of ``vlen`` source frames, ``stored`` of them kept, evenly; returns its row."""
+        """Add a clip of ``vlen`` source frames with ``stored`` evenly spaced ones; return its row."""
         number = len(self.media)
         index = np.unique(np.linspace(0, vlen - 1, stored).round().astype(int))
         pictures = [np.full((self.size, self.size, 3), colour(number, f), dtype=np.uint8) for f in index]
@@ -77,7 +77,7 @@ class Root:
         return self._add("video", data, self.size, self.size, index, vlen, fps)
 
     def still(self, width: int, height: int) -> int:
-        """Add a picture with a different colour in each quarter; returns its row."""
+        """Add an image with a different color in each quarter; return its row."""
         picture = np.empty((height, width, 3), dtype=np.uint8)
         picture[: height // 2, : width // 2] = (200, 20, 20)
         picture[: height // 2, width // 2 :] = (20, 200, 20)
@@ -117,7 +117,7 @@ class Root:
         return number
 
     def dialogue(self, conversation: list[dict], media: list[int] = (), split="train", entry="a", meta=None) -> int:
-        """Add a dialogue; returns its row."""
+        """Add a dialogue; return its row."""
         number = len(self.dialogues)
         self.dialogues.append(
             {
@@ -133,7 +133,7 @@ class Root:
         return number
 
     def write(self) -> Path:
-        """Write shards, index and build.json; returns the folder for ``manifest``."""
+        """Write shards, index and build.json; return the folder for ``manifest``."""
         stage = self.folder / "stage2"
         shards = []
         for kind, extension in (("video", "mp4"), ("image", "jpg")):
@@ -170,7 +170,7 @@ class Root:
 
 
 def mixed_root(folder: Path, copies: int = 3) -> Path:
-    """Videos, stills, several stills, a video after text, and text only; ``copies`` dialogues of each kind."""
+    """Write ``copies`` dialogues of each kind: a video, an image, several images, a video after text, and only text."""
     root = Root(folder)
     for i in range(copies):
         short, long = root.video(5 + i, 5 + i), root.video(60 + i, 16)

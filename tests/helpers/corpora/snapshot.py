@@ -8,7 +8,7 @@ import webdataset
 
 
 def members(root, folder):
-    """Every sample of a folder as {extension: bytes}, by key, read with webdataset."""
+    """Return every sample of a folder as {extension: bytes}, by key, read with webdataset."""
     shards = sorted(str(path) for path in (root / folder).glob("*.tar"))
     found = {}
     for sample in webdataset.WebDataset(shards, shardshuffle=False):
@@ -18,7 +18,7 @@ def members(root, folder):
 
 
 def snapshot(folder):
-    """Digest of every file below a folder."""
+    """Return the digest of every file below a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

@@ -20,13 +20,13 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), 
 
 
 def environment() -> dict[str, str]:
-    """Environment of a command under test: this interpreter's programs first, one thread a process, no GPU."""
+    """Return the environment of a tested command: this interpreter's programs first, one thread a process, no GPU."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def run(*command: str, check: bool = True, cwd: Path = PROJECT) -> subprocess.CompletedProcess:
-    """Run a command to its end in ``cwd``; shows its output where it fails."""
+    """Run a command to its end in ``cwd``; show its output if it fails."""
     done = subprocess.run(command, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=280)
     if check and done.returncode:
         raise AssertionError(
@@ -36,19 +36,19 @@ def run(*command: str, check: bool = True, cwd: Path = PROJECT) -> subprocess.Co
 
 
 def train_command(manifest: Path, ranks: int, *assignments: str) -> list[str]:
-    """The command that trains ``manifest`` on ``ranks`` processes of this machine."""
+    """Return the command that trains ``manifest`` on ``ranks`` processes of this machine."""
     sets = [word for assignment in assignments for word in ("--set", assignment)]
     launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return [*launcher, "-m", "trainer", "--manifest", str(manifest), *sets]
 
 
 def log(folder: Path) -> list[dict]:
-    """The records of RUN/log.jsonl."""
+    """Return the records of RUN/log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def write_video(path: Path, colour: tuple[int, int, int], seconds: int, rate: int = 4, seed: int = 0) -> None:
-    """An H.264 clip of a coloured square that moves over noise."""
+    """Write an H.264 clip of a colored square that moves over noise."""
     rng = np.random.default_rng(seed)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
@@ -63,7 +63,7 @@ def write_video(path: Path, colour: tuple[int, int, int], seconds: int, rate: in
 
 
 def make(folder: Path, videos: int = 8, stage: int = 2, **over: object) -> Path:
-    """Write clips, stills, texts, annotations and a manifest into ``folder``, build the shards; the manifest's path."""
+    """Write media, annotations and a manifest to ``folder`` and build the shards; return the manifest's path."""
     media = folder / "media"
     media.mkdir(parents=True)
     names = list(COLOURS)

@@ -8,7 +8,7 @@ from framestream.tools.fetch.base import FetchError
 
 
 class Made:
-    """A source whose files are made of their names; ``fetched`` counts."""
+    """A source whose files are generated from their names; ``fetched`` counts fetches."""
 
     origin = "made:"
 

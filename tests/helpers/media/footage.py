@@ -17,7 +17,7 @@ BITS, SIDE = 8, 16
 
 
 def numbered(number: int) -> np.ndarray:
-    """A frame (32, 64, 3) uint8 that shows ``number`` as eight black and white squares."""
+    """Return a uint8 frame (32, 64, 3) that shows ``number`` as eight black and white squares."""
     bits = [(number >> bit) & 1 for bit in range(BITS)]
     return np.kron(np.array(bits, dtype=np.uint8).reshape(2, 4) * 255, np.ones((SIDE, SIDE), np.uint8))[
         ..., None
@@ -25,7 +25,7 @@ def numbered(number: int) -> np.ndarray:
 
 
 def number_of(frame: np.ndarray) -> int:
-    """The number that a frame shows, of any size and after any lossy codec."""
+    """Return the number that a frame shows, at any size and after any lossy codec."""
     height, width = frame.shape[:2]
     grey = frame.mean(axis=-1).reshape(2, height // 2, 4, width // 4).mean(axis=(1, 3)).ravel()
     return sum(int(value > 127) << bit for bit, value in enumerate(grey))
@@ -39,7 +39,7 @@ def write_video(
     seconds: Sequence[float] | None = None,
     fps: int = 25,
 ) -> Path:
-    """A video of ``count`` numbered frames, at ``seconds`` or evenly at ``fps``."""
+    """Write a video of ``count`` numbered frames, at ``seconds`` or evenly at ``fps``."""
     base = Fraction(1, 12_800) if seconds is not None else Fraction(1, fps)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
@@ -55,7 +55,7 @@ def write_video(
 
 
 def all_frames(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Every frame of a video, read straight through with PyAV, and its second."""
+    """Return every frame of a video, read sequentially with PyAV, and its time in seconds."""
     with av.open(str(path)) as container:
         frames = [(frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)]
     return [frame for frame, _ in frames], np.array([second for _, second in frames])

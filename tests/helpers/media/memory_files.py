@@ -1,4 +1,4 @@
-"""Bytes in memory that count what is read, and archives made in memory."""
+"""Files in memory that count the bytes read, and archives created in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from framestream.tools.fetch.base import FetchError
 
 
 def content(source: ArchiveSource, path: str, scratch: Path) -> bytes:
-    """The bytes of a fetched file, which is in the scratch folder and alone there."""
+    """Return the bytes of a fetched file, and check that it is the only one in the scratch folder."""
     scratch = scratch / "scratch"
     scratch.mkdir()
     try:
@@ -40,7 +40,7 @@ def folder(source: ArchiveSource, path: str, scratch: Path) -> dict[str, bytes]:
 
 
 def failure(source: ArchiveSource, path: str, scratch: Path, tree: bool = False) -> str:
-    """The reason why a file cannot be had; the message is one line."""
+    """Return the reason why a file cannot be fetched, and check that the message is one line."""
     with pytest.raises(FetchError) as error:
         folder(source, path, scratch) if tree else content(source, path, scratch)
     assert "\n" not in str(error.value) and path in str(error.value)
@@ -48,7 +48,7 @@ def failure(source: ArchiveSource, path: str, scratch: Path, tree: bool = False)
 
 
 def refused(*data: bytes, join: bool = False) -> tuple[str, str]:
-    """Reason and message with which archives cannot be opened."""
+    """Return the reason and message of the error when archives cannot be opened."""
     with pytest.raises(FetchError) as error:
         opened(*data, join=join)
     assert "\n" not in str(error.value) and "part" in str(error.value)
@@ -56,7 +56,7 @@ def refused(*data: bytes, join: bool = False) -> tuple[str, str]:
 
 
 def entry(data: bytes, name: str) -> int:
-    """Where the directory's entry of a member begins."""
+    """Return the offset of a member's entry in the central directory."""
     place = data.index(b"PK\1\2")
     while data[place + 46 : place + 46 + len(name)] != name.encode():
         place = data.index(b"PK\1\2", place + 4)
@@ -76,7 +76,7 @@ KINDS = ("stored", "deflate", "bzip2", "lzma", "ustar", "gnu", "pax", "tar.gz")
 
 
 class Memory:
-    """A :class:`framestream.tools.fetch.base.RandomAccessFile` of bytes."""
+    """A :class:`framestream.tools.fetch.base.RandomAccessFile` in memory."""
 
     def __init__(self, data: bytes, name: str = "archive") -> None:
         self.name, self.size, self.data = name, len(data), data
@@ -91,12 +91,12 @@ class Memory:
 
     @property
     def moved(self) -> int:
-        """Bytes read so far."""
+        """Return the number of bytes read so far."""
         return sum(size for _, size in self.reads)
 
 
 def pack(files: Mapping[str, bytes], kind: str) -> bytes:
-    """An archive made by the standard library."""
+    """Return the bytes of an archive created by the standard library."""
     if kind in ("stored", "deflate", "bzip2", "lzma"):
         return pack_zip(files.items(), ("stored", "deflate", "bzip2", "lzma").index(kind))
     formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT}
@@ -129,7 +129,7 @@ def tar_info(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfil
 
 
 def zip_link(name: str, target: str) -> tuple[zipfile.ZipInfo, bytes]:
-    """A symbolic link as Info-ZIP stores it."""
+    """Return a symbolic link as Info-ZIP stores it."""
     info = zipfile.ZipInfo(name)
     info.create_system, info.external_attr = 3, 0o120777 << 16
     return info, target.encode()
@@ -138,6 +138,6 @@ def zip_link(name: str, target: str) -> tuple[zipfile.ZipInfo, bytes]:
 def opened(
     *data: bytes, join: bool = False, inside: str = "", work: Path | None = None, limit: int = LIMIT
 ) -> ArchiveSource:
-    """Archives, or the parts of one, as a source."""
+    """Open archives, or the parts of one, as a source."""
     files = [Memory(piece, f"part{number}") for number, piece in enumerate(data)]
     return open_archives(files, join, inside, work, limit, "here")

@@ -1,4 +1,4 @@
-"""Files that are bad, odd or both: what real collections hold. Every maker writes one file (or folder) at a path.
+"""Broken and unusual files, as found in real collections. Every function writes one file (or folder) at a path.
 
 Videos show their frame numbers (:mod:`tests.helpers.media.footage`), so that a test can tell which frames it was given.
 """
@@ -37,7 +37,7 @@ def numbered_video(
     container: str | None = None,
     tags: dict[str, int] | None = None,
 ) -> Maker:
-    """A video at 25 frames a second, or with frames at ``seconds``.
+    """Return a maker of a numbered video at 25 frames a second, or with frames at ``seconds``.
 
     Args:
         size: width, height.
@@ -70,7 +70,7 @@ def numbered_video(
 
 
 def stored(upright: np.ndarray, size: tuple[int, int], matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """The pixels that a display matrix shows as ``upright``: (x, y) is shown at (a x + c y, b x + d y)."""
+    """Return the pixels that a display matrix shows as ``upright``: (x, y) is shown at (a x + c y, b x + d y)."""
     picture = np.asarray(Image.fromarray(upright).resize(size, Image.Resampling.NEAREST))
     if matrix is None:
         return picture
@@ -83,12 +83,12 @@ def stored(upright: np.ndarray, size: tuple[int, int], matrix: tuple[int, int, i
 
 
 def ffmpeg(*arguments: str) -> None:
-    """Run ffmpeg's program."""
+    """Run ffmpeg's command line."""
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *arguments], check=True)
 
 
 def remuxed(make: Maker, *arguments: str, before: Sequence[str] = (), suffix: str = ".mp4", to: str = "mp4") -> Maker:
-    """What ffmpeg makes of ``make`` without decoding it."""
+    """Return a maker that writes ffmpeg's remux of the file of ``make``, without decoding."""
 
     def write(path: Path) -> None:
         source = path.parent / f"source-of-{path.stem}{suffix}"
@@ -100,12 +100,12 @@ def remuxed(make: Maker, *arguments: str, before: Sequence[str] = (), suffix: st
 
 
 def faststart(make: Maker) -> Maker:
-    """An MP4 with its index in front."""
+    """Return a maker that writes an MP4 with its index at the front."""
     return remuxed(make, "-movflags", "+faststart")
 
 
 def cut(make: Maker, share: float, after: bytes = b"") -> Maker:
-    """The first ``share`` of a file's bytes, or of those after a mark."""
+    """Return a maker that writes the first ``share`` of a file's bytes, or of those after a marker."""
 
     def write(path: Path) -> None:
         make(path)
@@ -117,7 +117,7 @@ def cut(make: Maker, share: float, after: bytes = b"") -> Maker:
 
 
 def damaged(make: Maker, share: float, count: int = 40, after: bytes = b"") -> Maker:
-    """``count`` random bytes at ``share`` of a file, or of what comes after a mark."""
+    """Return a maker that puts ``count`` random bytes at ``share`` of a file, or of the part after a marker."""
 
     def write(path: Path) -> None:
         make(path)
@@ -131,7 +131,7 @@ def damaged(make: Maker, share: float, count: int = 40, after: bytes = b"") -> M
 
 
 def damaged_packet(make: Maker, number: int) -> Maker:
-    """A file whose packet ``number`` is random bytes in its second half."""
+    """Return a maker that writes a file with random bytes in the second half of packet ``number``."""
 
     def write(path: Path) -> None:
         make(path)
@@ -145,7 +145,7 @@ def damaged_packet(make: Maker, number: int) -> Maker:
 
 
 def patched(make: Maker, mark: bytes, offset: int, value: bytes) -> Maker:
-    """A file with ``value`` written ``offset`` bytes after the end of a mark."""
+    """Return a maker that writes a file with ``value`` at ``offset`` bytes after the end of a marker."""
 
     def write(path: Path) -> None:
         make(path)
@@ -158,12 +158,12 @@ def patched(make: Maker, mark: bytes, offset: int, value: bytes) -> Maker:
 
 
 def holding(data: bytes | str) -> Maker:
-    """A file with these bytes."""
+    """Return a maker that writes a file with these bytes."""
     return lambda path: path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def in_format(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> Maker:
-    """A still in a format of Pillow's, whatever its name says."""
+    """Return a maker that writes an image in one of Pillow's formats, independent of its extension."""
 
     def make(path: Path) -> None:
         Image.fromarray(corpus.picture(1, *size)).convert(mode).save(path, kind, **options)
@@ -172,33 +172,33 @@ def in_format(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **
 
 
 def picture_bytes(kind: str, **options: object) -> bytes:
-    """A still as bytes."""
+    """Return an encoded image."""
     buffer = io.BytesIO()
     Image.fromarray(corpus.picture(1, 40, 30)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def turned_jpeg(path: Path) -> None:
-    """A JPEG that its EXIF data turn by a quarter."""
+    """Write a JPEG that its EXIF data rotate by a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path.write_bytes(picture_bytes("JPEG", exif=exif))
 
 
 def deep_png(path: Path) -> None:
-    """A PNG in grey with 16 bits."""
+    """Write a gray PNG with 16 bits."""
     grey = np.asarray(Image.fromarray(corpus.picture(1, 40, 30)).convert("L")).astype(np.uint16) * 257
     Image.fromarray(grey).save(path, "PNG")
 
 
 def animated_webp(path: Path) -> None:
-    """A WebP of three pictures."""
+    """Write a WebP of three images."""
     pictures = [Image.fromarray(corpus.picture(seed, 40, 30)) for seed in (1, 2, 3)]
     pictures[0].save(path, "WEBP", save_all=True, append_images=pictures[1:], lossless=True)
 
 
 def png_bomb(path: Path) -> None:
-    """A PNG whose header promises 3.6 billion pixels."""
+    """Write a PNG whose header declares 3.6 billion pixels."""
     import zlib
 
     data = bytearray(picture_bytes("PNG"))
@@ -208,14 +208,16 @@ def png_bomb(path: Path) -> None:
 
 
 def gif(path: Path, colours: Sequence[str] = ("red", "lime", "blue", "white")) -> None:
-    """A GIF of flat frames."""
+    """Write a GIF of flat frames."""
     frames = [Image.new("RGB", (40, 20), colour) for colour in colours]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=40)
 
 
 def odd_gif(path: Path) -> None:
-    """A GIF of a red canvas and three smaller frames over it: a blue square at (10, 5), and two that show nothing of
-    their own but places that are transparent. Written byte by byte, as no library writes differing sizes."""
+    """Write a GIF of a red canvas and three smaller frames: a blue square at (10, 5), and two transparent ones.
+
+    It is written byte by byte, because no library writes frames of different sizes.
+    """
     palette = bytes((255, 0, 0, 0, 0, 255, 0, 0, 0, 0, 0, 0))  # red, blue, and twice black
     out = b"GIF89a" + struct.pack("<HHBBB", 40, 20, 0x81, 0, 0) + palette
     for place, size, index in (((0, 0), (40, 20), 0), ((10, 5), (8, 8), 1), ((0, 0), (2, 2), 3), ((30, 0), (4, 20), 3)):
@@ -226,7 +228,7 @@ def odd_gif(path: Path) -> None:
 
 
 def _gif_codes(indices: list[int]) -> bytes:
-    """LZW of 2-bit indices without compression: the table is cleared before codes grow."""
+    """Encode 2-bit indices as LZW without compression: the table is cleared before codes get longer."""
     bits, count = 0, 0
     for place, index in enumerate(indices):
         for code in [4, index] if place % 2 == 0 else [index]:
@@ -239,7 +241,7 @@ def _gif_codes(indices: list[int]) -> bytes:
 
 
 def sound_with_cover(path: Path) -> None:
-    """Sound with a cover picture, which is no video."""
+    """Write a sound file with a cover image, which is not a video."""
     sound, cover = path.with_suffix(".part.m4a"), path.with_suffix(".part.jpg")
     corpus.sound(sound)
     cover.write_bytes(picture_bytes("JPEG"))
@@ -250,7 +252,7 @@ def sound_with_cover(path: Path) -> None:
 
 
 def cover_before_video(path: Path) -> None:
-    """A numbered video behind a cover picture of many more pixels."""
+    """Write a numbered video after a cover image with many more pixels."""
     video, cover = path.with_suffix(".part.mp4"), path.with_suffix(".part.jpg")
     write_video(video, 50)
     Image.fromarray(corpus.picture(1, 1600, 1200)).save(cover)
@@ -261,7 +263,7 @@ def cover_before_video(path: Path) -> None:
 
 
 def two_videos(path: Path) -> None:
-    """A numbered video beside a grey one that is not the default."""
+    """Write a numbered video and a gray one that is not the default stream."""
     video, grey = path.with_suffix(".part.mp4"), path.with_suffix(".part2.mp4")
     write_video(video, 100)
     ffmpeg("-f", "lavfi", "-i", "color=gray:s=64x32:r=25:d=4", str(grey))
@@ -272,12 +274,12 @@ def two_videos(path: Path) -> None:
 
 
 def wave(path: Path) -> None:
-    """A WAV file."""
+    """Write a WAV file."""
     ffmpeg("-f", "lavfi", "-i", "sine=d=1", "-f", "wav", str(path))
 
 
 def grows(path: Path) -> None:
-    """A bare H.264 stream, without times, whose pictures double in size after 50 frames."""
+    """Write a raw H.264 stream, without timestamps, whose frames double in size after 50 frames."""
     data = b""
     for half in (0, 1):
         encoder = av.CodecContext.create("libx264", "w")
@@ -293,7 +295,7 @@ def grows(path: Path) -> None:
 
 
 def frame_folder(names: Sequence[str], sizes: Sequence[tuple[int, int]] = ((64, 32),)) -> Maker:
-    """A folder whose k-th file shows the number k, at ``sizes`` in turn."""
+    """Return a maker that writes a folder whose k-th file shows the number k, with ``sizes`` in rotation."""
 
     def make(path: Path) -> None:
         path.mkdir()
@@ -305,12 +307,12 @@ def frame_folder(names: Sequence[str], sizes: Sequence[tuple[int, int]] = ((64, 
 
 
 def folder(path: Path) -> None:
-    """An empty folder."""
+    """Create an empty folder."""
     path.mkdir()
 
 
 def folder_with(name: str, make: Maker) -> Maker:
-    """A folder of four numbered pictures, with another thing in it or in the place of one."""
+    """Return a maker that writes a folder of four numbered images, with another file added or replacing one of them."""
 
     def write(path: Path) -> None:
         frame_folder(["1.jpg", "2.jpg", "3.jpg", "4.jpg"])(path)
@@ -321,15 +323,15 @@ def folder_with(name: str, make: Maker) -> Maker:
 
 
 def copy_of(path: Path) -> Maker:
-    """The same bytes."""
+    """Return a maker that copies a file."""
     return lambda target: target.write_bytes(path.read_bytes())
 
 
 def same_as(other: str) -> Maker:
-    """A link."""
+    """Return a maker that creates a link."""
     return lambda path: path.symlink_to(other)
 
 
 def pipe(path: Path) -> None:
-    """A named pipe, which no one writes to: opening it waits for ever."""
+    """Create a named pipe without a writer: opening it blocks forever."""
     os.mkfifo(path)

@@ -24,13 +24,13 @@ CONFIG = json_file("multimodal_sequence/config.json") or {}
 
 
 def raster(width: int, height: int) -> list[int]:
-    """Tokens of an overview and width x height tiles of 8 x 8 in reading order over the whole picture."""
+    """Return tokens of an overview and of width x height tiles of 8 x 8, in raster order of the complete image."""
     tiles = 64 + np.arange(width * height * 64).reshape(height, width, 8, 8)
     return [*range(64), *tiles.transpose(0, 2, 1, 3).reshape(-1).tolist()]
 
 
 def dialogues(case: dict) -> list[Dialogue]:
-    """The rows of a case without padding, cut to the case's limit; media in order of use."""
+    """Return the rows of a case without padding, truncated to the case's limit, with media in order of use."""
     size, limit = CONFIG["vision_tower"]["size"], case["setting_changes"].get("tokenizer_model_max_length", 10**9)
     flat = case["setting_changes"].get("mm_patch_merge_type") == "flat"
     media = iter(zip(case["images"], case["modalities"], case["image_sizes"], strict=True))
@@ -59,7 +59,7 @@ def dialogues(case: dict) -> list[Dialogue]:
 def take_media(
     row: Dialogue, image: dict, kind: str, size_w_h: list[int], size: int, grid: list[int] | None, flat: bool
 ) -> list[tuple[str, int]]:
-    """Add one picture or video to the row; returns where its tokens stand, in order."""
+    """Add one image or video to the row; return the indices of its tokens, in order."""
     pixels = normals(image["seed"], image["shape"], image["sha256"])
     if pixels.ndim == 3:
         pixels = pixels.unsqueeze(0)

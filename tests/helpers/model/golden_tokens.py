@@ -1,4 +1,4 @@
-"""The golden token ids and labels, and the chat templates that must give them."""
+"""The golden token ids and labels, and the chat templates that must produce them."""
 
 from __future__ import annotations
 

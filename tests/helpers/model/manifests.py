@@ -1,4 +1,4 @@
-"""Manifests of small models, by parts that learn."""
+"""Manifests of small models, by trained parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAINED, FROZEN = PartConfig(train=True, lr=1e-5), PartConfig(train=False)
 
 
 def manifest(size: int = 224, model: ModelConfig | None = None, **train: PartConfig) -> Manifest:
-    """Stage 3's settings around a model; parts not named are trained."""
+    """Return a manifest of stage 3 for a model; parts without settings are trained."""
     parts = {name: train.get(name, TRAINED) for name in ("vision_tower", "connector", "language_model")}
     return Manifest(
         stage=3,

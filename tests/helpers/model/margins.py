@@ -1,4 +1,4 @@
-"""How safe the choices of token merging are: rounding must not change them where results are compared."""
+"""Margins of token merging: rounding must not change its choices where tests compare results."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def margin(patches: np.ndarray, wanted: int, heads: int) -> float:
-    """The least difference of cosine similarities that a choice of merging (P, C) patches hangs on, in float64.
+    """Return the smallest float64 difference of cosine similarities that decides a choice of merging (P, C) patches.
 
-    In each round these are: which odd token a merged token goes to, which tokens are merged, and the order of those
-    that are not.
+    The choices of a round are the odd token that each merged token is added to, the merged tokens, and the order of the
+    other tokens.
     """
     keys = patches.astype(np.float64).reshape(len(patches), heads, -1).mean(1)
     least = np.inf

@@ -1,4 +1,4 @@
-"""Rows of four kinds in every order over the ranks, and what one process makes of them: used by test and worker."""
+"""Rows of four kinds in every order over the ranks, and the results of one process, for test and worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = {  #: name -> fields of ``train``, orders
 
 
 def row(kind: str, groups: int = 1) -> Batch:
-    """One dialogue of noise as a row; the seeds are those whose merging choices have a margin, as the test checks."""
+    """Return a row of one dialogue of noise; its seed has a margin for all merging choices, which the test checks."""
     made = {
         "text": lambda: dialogue(0, text=30, size=SIDE),
         "still": lambda: dialogue(SEEDS[0], stills=2, text=14, size=SIDE),
@@ -40,7 +40,7 @@ def row(kind: str, groups: int = 1) -> Batch:
 
 
 def side_by_side(order: tuple[str, ...], world: int) -> list[list[Batch]]:
-    """The rows of each micro-step, one for each rank, with as many tower groups as the fullest needs."""
+    """Return the rows of each micro-step, one for each rank, all with the largest number of tower groups."""
     steps = []
     for start in range(0, len(order), world):
         kinds = order[start : start + world]
@@ -50,14 +50,14 @@ def side_by_side(order: tuple[str, ...], world: int) -> list[list[Batch]]:
 
 
 def settings(**train) -> Manifest:
-    """A small model in float32 that nothing but its gradient is wanted of."""
+    """Return the manifest of a small float32 model of which the tests use only the gradient."""
     base = manifest(SIDE, SMALL)
     plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, persistence_threshold=0, **train)
     return dataclasses.replace(base, train=plain, init_from=InitFromConfig(run="start"))
 
 
 def one_process() -> tuple[float, dict[str, torch.Tensor], VideoLLM]:
-    """Loss and gradients of the four rows as one global batch without DeepSpeed, and the model."""
+    """Return loss and gradients of the four rows as one global batch without DeepSpeed, and the model."""
     made = settings()
     model = build_model(made)
     initialize(model, made)

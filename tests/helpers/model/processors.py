@@ -1,4 +1,4 @@
-"""Hugging Face video processors made from nothing: a byte tokenizer, small image sizes, and their chat templates."""
+"""Hugging Face video processors without downloads: a byte tokenizer, small images, and their chat templates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAVA = (
 
 
 def tokenizer() -> Any:
-    """A token for each byte, and the marks."""
+    """Return a tokenizer with a token for each byte and each placeholder."""
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -42,7 +42,10 @@ def tokenizer() -> Any:
 
 
 def processor(name: str) -> Any:
-    """``qwen2_5_vl``, ``qwen3_vl``, ``llava_next_video`` or ``llava_onevision``; small pictures, nothing loaded."""
+    """Return a processor for small images, created without files.
+
+    ``name`` is ``qwen2_5_vl``, ``qwen3_vl``, ``llava_next_video`` or ``llava_onevision``.
+    """
     import_torchvision()
     import transformers as hf
 

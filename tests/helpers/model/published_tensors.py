@@ -1,4 +1,4 @@
-"""The published tensors, name -> shape, written out from their description and independent of the code under test."""
+"""The published tensors, name -> shape, listed from their description, independent of the code under test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
 
 
 def umt(width: int, blocks: int, patch: int = 16) -> Shapes:
-    """UMT: 13 tensors a block and 4 beside them; q and v have a bias, positions are not saved."""
+    """List the tensors of UMT: 13 for each block and 4 others; q and v have a bias, positions are not saved."""
     encoder = TOWER + "encoder."
     shapes: Shapes = {
         f"{encoder}patch_embed.proj.weight": (width, 3, 1, patch, patch),
@@ -33,7 +33,7 @@ def umt(width: int, blocks: int, patch: int = 16) -> Shapes:
 
 
 def internvideo2(width: int, blocks: int, side: int, patch: int = 14) -> Shapes:
-    """InternVideo2 with ``side`` x ``side`` patches a frame: 13 tensors a block and 5 beside them, no final norm."""
+    """List the tensors of InternVideo2, ``side`` x ``side`` patches a frame: 13 a block, 5 others, no final norm."""
     shapes: Shapes = {
         f"{TOWER}cls_token": (1, 1, width),
         f"{TOWER}pos_embed": (1, 1 + 4 * side**2, width),
@@ -52,13 +52,13 @@ def internvideo2(width: int, blocks: int, side: int, patch: int = 14) -> Shapes:
 
 
 def connector(width: int, hidden: int) -> Shapes:
-    """Linear, GELU, Linear."""
+    """List the tensors of the connector: Linear, GELU, Linear."""
     name = "model.mm_projector.mlp."
     return _linear(f"{name}0", width, hidden) | _linear(f"{name}2", hidden, hidden)
 
 
 def language_model(config: dict) -> Shapes:
-    """What transformers' own Qwen2 of a config.json saves; a head that shares the embedding's weights is not saved."""
+    """List what transformers' own Qwen2 saves for a config.json; a head tied to the embedding is not saved."""
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**config))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

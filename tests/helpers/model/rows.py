@@ -37,7 +37,7 @@ INTERNVIDEO2 = dataclasses.replace(
 
 
 def small_model(recompute: bool = False, cfg: ModelConfig = SMALL, scale: float = 8.0, size: int = SIZE) -> VideoLLM:
-    """A model whose start values are ``scale`` times those of training, so that outputs differ visibly."""
+    """Return a model with initial values ``scale`` times those of training, so that outputs differ clearly."""
     model = VideoLLM(cfg, size, 4, recompute)
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
     values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
@@ -52,7 +52,7 @@ def parameters(model: VideoLLM) -> list[tuple[str, torch.nn.Parameter]]:
 
 @dataclass
 class Dialogue:
-    """Ids with IMAGE repeated for every visual token, labels as written, and its own media in order of use."""
+    """Ids with one IMAGE_TOKEN_INDEX for every visual token, labels, and media in order of use."""
 
     ids: list[int]
     labels: list[int]
@@ -71,7 +71,7 @@ def no_stills(size: int = SIZE) -> torch.Tensor:
 
 
 def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12, size: int = SIZE) -> Dialogue:
-    """Text with all clips, then all stills, at its third place; two places in three are labelled."""
+    """Return text with all clips, then all images, at its third position; two of three text tokens have labels."""
     make = torch.Generator().manual_seed(seed)
     words = torch.randint(3, 96, (text,), generator=make).tolist()
     visual = [("clip", i) for i in range(64 * clips)] + [("still", i) for i in range(64 * stills)]
@@ -85,7 +85,7 @@ def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12, size: i
 
 
 def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
-    """One row of these dialogues; an empty list makes the empty row."""
+    """Pack these dialogues into one row; an empty list gives the empty row."""
     clips = torch.cat([d.clips for d in dialogues] or [no_clips(size)])
     stills = torch.cat([d.stills for d in dialogues] or [no_stills(size)])
     index, clips_before, stills_before = [], 0, 0

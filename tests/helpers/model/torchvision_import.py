@@ -1,4 +1,4 @@
-"""torchvision beside a torch of another build: transformers imports it wherever it is installed."""
+"""Import of a torchvision that was built for another torch: transformers imports it whenever it is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _schemas: list[torch.library.Library] = []
 
 
 def import_torchvision() -> None:
-    """Import torchvision if it is installed, its operators declared by hand where torch cannot load them."""
+    """Import torchvision if it is installed; declare its operators here if torch cannot load them."""
     if not importlib.util.find_spec("torchvision"):
         return
     try:

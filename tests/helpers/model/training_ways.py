@@ -45,21 +45,21 @@ WAYS: dict[str, Way] = {  #: the first is what the others are compared with
 
 
 def prepare(folder: Path, share: float) -> None:
-    """The demo's data (``share`` of it) and the shards of stage 2; commands run in ``folder``."""
+    """Write the demo's data (``share`` of it) and the shards of stage 2 below ``folder``."""
     demo_data.generate_demo(folder / "demo" / "data", workers=1, share=share)
     build = (sys.executable, str(corpus.PROJECT / "tools" / "build_shards.py"), "--stage", "2", "--workers", "1")
     corpus.run(*build, "--manifest", str(MANIFEST), cwd=folder)
 
 
 def command(output: str, way: Way, *more: str) -> list[str]:
-    """The command of one way; a single rank is started without a launcher."""
+    """Return the command of one variant; a single rank is started without a launcher."""
     ranks, assignments = way
     words = corpus.train_command(MANIFEST, ranks, f"output={output}", *SETTINGS, *assignments, *more)
     return words if ranks > 1 else [sys.executable, *words[words.index("-m") :]]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Final weights of a run, by their published names."""
+    """Return the final weights of a run, by their published names."""
     found = {}
     for path in sorted((run / "final").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -68,7 +68,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def first_weights() -> dict[str, torch.Tensor]:
-    """The weights that every way begins with, by their published names."""
+    """Return the initial weights of every variant, by their published names."""
     manifest = load_manifest(MANIFEST, list(SETTINGS))
     model = build_model(manifest)
     initialize(model, manifest)
@@ -76,10 +76,10 @@ def first_weights() -> dict[str, torch.Tensor]:
 
 
 def apart(ours: Path, theirs: Path) -> dict[str, float]:
-    """How far the run ``ours`` is from ``theirs``, by the names of ``TOLERANCES``.
+    """Return the differences of the run ``ours`` from ``theirs``, by the names of ``TOLERANCES``.
 
     Raises:
-        AssertionError: they had other global batches, or have other weights.
+        AssertionError: they have different global batches, or weights of different names.
     """
     mine, other = corpus.log(ours), corpus.log(theirs)
     assert [record["batch"] for record in mine] == [record["batch"] for record in other]

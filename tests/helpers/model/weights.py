@@ -1,4 +1,4 @@
-"""Small models with first weights on the disk."""
+"""Small models with initial weights on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.model.rows import SIZE, SMALL
 
 
 def start(cfg: ModelConfig = SMALL, **sources: str) -> Manifest:
-    """A small model's manifest whose parts start from these places, at random where none is given."""
+    """Return a small model's manifest whose parts start from these paths; parts without a path start at random."""
     given = {"vision_tower": "random", "language_model": "random", **{k: str(v) for k, v in sources.items()}}
     return dataclasses.replace(manifest(SIZE, cfg), init_from=InitFromConfig(**given), seed=3)
 

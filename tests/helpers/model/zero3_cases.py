@@ -1,4 +1,4 @@
-"""Training runs that ZeRO-3 and one process must do alike: manifests and the rows of each rank."""
+"""Training runs with equal results under ZeRO-3 and in one process: manifests and the rows of each rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RATE = 1e-2
 
 
 def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
-    """Name -> manifest and, for every step, the row of each rank."""
+    """Return name -> manifest and, for every step, the row of each rank."""
     text, video = dialogue(0, text=20), dialogue(1, clips=2, text=11)
     stills, both, long = dialogue(2, stills=3), dialogue(3, clips=1, stills=1, text=9), dialogue(4, clips=9, text=60)
     steps = [

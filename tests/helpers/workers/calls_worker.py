@@ -1,4 +1,4 @@
-"""One rank of test_call_order.py: calls a small model, on rank 1 sometimes differently, and compares.
+"""One rank of test_call_order.py: call a small model, on rank 1 sometimes in another order, and compare calls.
 
 torchrun --nproc_per_node 2 calls_worker.py FOLDER
 """

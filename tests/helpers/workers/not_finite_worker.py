@@ -1,7 +1,7 @@
-"""Started by torchrun: global batches of which one is not finite, and the same without it. Argument: a folder.
+"""Worker for torchrun: train on global batches with and without one that is not finite. Argument: a folder.
 
-``FOLDER/result-STAGE-OFFLOAD.json``: for each fault, whether the weights of both ways are equal bit by bit, and what
-the first way's records and ledger say.
+Writes ``FOLDER/result-STAGE-OFFLOAD.json``: for each fault, whether the weights of both runs are equal bit for bit, and
+the records and ledger of the first run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
 
 
 def train(stage: int, offload: str, fault: str, steps, folder: Path, context) -> tuple[list[torch.Tensor], list[dict]]:
-    """Weights after these global batches, of which number 1 has ``fault`` on rank 1, and the records."""
+    """Train on these global batches, where number 1 has ``fault`` on rank 1; return weights and records."""
     settings = manifest(SIZE, SMALL)
     options = dataclasses.replace(
         settings.train, zero_stage=stage, offload=offload, dtype="fp32", persistence_threshold=0, vision_tower=TRAINED
@@ -82,7 +82,7 @@ def row(step: int, micro: int, rank: int, faulty: bool):
 
 
 def hurt(embeddings: torch.Tensor) -> torch.Tensor:
-    """The same values, whose gradient overflows."""
+    """Return the same values with a gradient that overflows."""
     embeddings.register_hook(lambda gradient: gradient * float("inf"))
     return embeddings
 

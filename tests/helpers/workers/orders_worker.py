@@ -1,8 +1,8 @@
-"""One rank of test_orders.py: every order of rows under every setting, with calls compared; rank 0 writes gradients.
+"""One rank of test_orders.py: run every order of rows under every setting and compare calls; rank 0 writes gradients.
 
     torchrun --nproc_per_node 2 orders_worker.py FOLDER
 
-Works in FOLDER, where ``start/`` holds the first weights. Writes WORLD.json, SETTING -> ORDER -> loss, and
+Works in FOLDER, where ``start/`` has the initial weights. Writes WORLD.json, SETTING -> ORDER -> loss, and
 WORLD-SETTING-ORDER.safetensors.
 """
 
@@ -23,7 +23,7 @@ from tests.helpers.model.orders import SETTINGS, settings, side_by_side
 
 
 def gradients(engine, calls: ModuleCallTracer, order: tuple[str, ...], context) -> tuple[float, dict]:
-    """Loss and gradients of one global batch, the loop's way; the weights stay what they are."""
+    """Return loss and gradients of one global batch, computed as in the training loop, without a weight update."""
     loss, steps = 0.0, side_by_side(order, context.world)
     for number, rows in enumerate(steps):
         part = engine(rows[context.rank]) / len(order)

@@ -1,9 +1,9 @@
-"""One rank of test_zero3.py: trains on given rows under ZeRO-3, checks what only a sharded run can show, saves.
+"""One rank of test_zero3.py: train on given rows under ZeRO-3, check what needs a sharded run, and save.
 
     torchrun --nproc_per_node 2 zero3_worker.py FOLDER
 
-The cases are those of ``test_zero3.cases``, whose first weights lie in FOLDER; results go to FOLDER/NAME/. Rank 0 works
-in FOLDER and the others in an empty folder, so that only rank 0 finds what the manifests name.
+The cases are those of ``zero3_cases.cases``. Their initial weights are in FOLDER, and results go to FOLDER/NAME/. Rank
+0 works in FOLDER and the others in an empty folder, so that only rank 0 finds the files that manifests name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.helpers.model.zero3_cases import RATE, cases
 
 
 def run_case(name: str, settings, steps, folder: Path, context) -> None:
-    """Train on this rank's rows, write every loss and the final weights."""
+    """Train on this rank's rows; write every loss and the final weights."""
     engine, model = build_engine(settings, context)
     assert engine.zero_optimization_stage() == 3
     for group in engine.optimizer.param_groups:
@@ -43,7 +43,7 @@ def run_case(name: str, settings, steps, folder: Path, context) -> None:
 
 
 def check_constants(settings) -> None:
-    """Positions and RoPE frequencies made inside zero.Init in 16 bit equal those made outside."""
+    """Check that positions and RoPE frequencies created inside zero.Init in 16 bit equal those created outside."""
     outside = dict(build_model(settings).named_buffers())
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "bf16": {"enabled": True}}):
         model = build_model(settings)
@@ -51,7 +51,7 @@ def check_constants(settings) -> None:
 
 
 def check_errors(settings) -> None:
-    """Every rank raises what rank 0 found, instead of waiting for it."""
+    """Check that every rank raises the error of rank 0 instead of waiting for it."""
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}):
         model = build_model(settings)
     nowhere = InitFromConfig(vision_tower="nowhere/at/all", language_model="random")
