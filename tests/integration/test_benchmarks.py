@@ -31,11 +31,11 @@ def test_connectors_agree(ways):
     parts.compare(ways(ToMeConnector(48, 24, heads=4), torch.randn(3, 196, 48)))
 
 
-@pytest.mark.parametrize(("clips", "stills"), [(2, 1), (1, 0)])
-def test_towers_agree(clips, stills):
+@pytest.mark.parametrize(("clips", "images"), [(2, 1), (1, 0)])
+def test_towers_agree(clips, images):
     torch.manual_seed(0)
     cfg = VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8)
-    pixels = torch.randn(clips, 3, 4, 128, 128), torch.randn(stills, 3, 1, 128, 128)
+    pixels = torch.randn(clips, 3, 4, 128, 128), torch.randn(images, 3, 1, 128, 128)
     with torch.no_grad():
         parts.compare(parts.encoding(cfg, 128, *pixels))
 
@@ -62,7 +62,7 @@ def test_remote_reads_are_measured_over_every_client(capsys, monkeypatch):
 
 
 def test_widths_that_decord_refuses_are_padded_rows(capsys, monkeypatch):
-    """Where it refuses any: rows are padded to 64 pixels, and a padded row's bytes are a multiple of the width."""
+    """Rejected widths: decord pads rows to 64 pixels, and a padded row's bytes are a multiple of the width."""
     monkeypatch.setattr("sys.argv", ["decord_widths", "--up-to", "66"])
     decord_widths.main()
     assert "of 32 even widths" in capsys.readouterr().out
@@ -72,25 +72,25 @@ def test_widths_that_decord_refuses_are_padded_rows(capsys, monkeypatch):
 
 def test_planning_counts_what_was_generated(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["plan", "--files", "2", "--dialogues", "50", "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         plan.main()
-    assert left.value.code == 0 and "100 dialogues in 2 files" in capfd.readouterr().out
+    assert exit_info.value.code == 0 and "100 dialogues in 2 files" in capfd.readouterr().out
 
 
 def test_memory_does_not_grow_with_reads_or_the_index(tmp_path):
-    """Four lengths, two orders and what sorting needs: 48 bytes a dialogue are far below any Python object for each."""
-    made = {}
+    """Four lengths, two orders and temporary memory of sorting take 48 bytes a dialogue, less than a Python object."""
+    results = {}
     for dialogues in (20_000, 220_000):
         folder = tmp_path / str(dialogues)
         folder.mkdir()
         index.generate_index(folder, dialogues, media=500)
-        made[dialogues] = index.in_process(folder, 2000)
-    small, large = made.values()
-    held = [one.reading[-1].anonymous - one.idle.anonymous for one in (small, large)]
-    assert held[1] - held[0] < 48 * 200_000
-    for one in (small, large):
-        assert one.reading[-1].anonymous - one.reading[2].anonymous < 2 * index.MIB
-        assert one.reading[-1].peak - one.idle.now < 200 * index.MIB
+        results[dialogues] = index.in_process(folder, 2000)
+    small, large = results.values()
+    growth = [result.reading[-1].anonymous - result.idle.anonymous for result in (small, large)]
+    assert growth[1] - growth[0] < 48 * 200_000
+    for result in (small, large):
+        assert result.reading[-1].anonymous - result.reading[2].anonymous < 2 * index.MIB
+        assert result.reading[-1].peak - result.idle.now < 200 * index.MIB
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def media(tmp_path_factory) -> BenchmarkMedia:
 
 
 def frames_of(reader: readers.Reader, count: int) -> list[bytes]:
-    """The frames of each medium, in some order, once each."""
+    """Return the frames of each medium once, sorted by their bytes."""
     arrays = [array.copy() for array in reader(count)]
     return sorted({part.tobytes() for array in arrays for part in array.reshape(-1, count, *array.shape[1:])})
 
@@ -124,17 +124,17 @@ def test_readers_hand_out_the_same_frames(media, count):
 )
 def test_peers_hand_out_the_same_frames(media, name, module):
     pytest.importorskip(module)
-    lent = readers.peer(name, media, readers.by_offset)
-    assert frames_of(lent, 4) == frames_of(readers.limit(media), 4)
+    fast = readers.peer(name, media, readers.by_offset)
+    assert frames_of(fast, 4) == frames_of(readers.limit(media), 4)
     for own, wanted in zip(readers.peer(name, media)(4), readers.limit(media)(4), strict=True):
         assert own.shape == wanted.shape
-        assert np.abs(own.astype(int) - wanted).mean() < 8  # other JPEG decoders; another frame differs by 40
+        assert np.abs(own.astype(int) - wanted).mean() < 8  # JPEG decoders differ slightly, other frames by 40
 
 
 def test_a_slow_line_is_read_in_a_process_of_its_own(media):
     with SlowServer(media.folder, 0.001, 1e8) as server:
-        over_it = readers.pixels(media, threads=2, address=server.address)
-        assert frames_of(over_it, 4) == frames_of(readers.limit(media), 4)
+        remote_reader = readers.pixels(media, threads=2, address=server.address)
+        assert frames_of(remote_reader, 4) == frames_of(readers.limit(media), 4)
         server.sent()
         rate = isolated.media_rate(isolated.OURS, media, 4, server.address)
         requests, sent = server.sent()
@@ -150,7 +150,7 @@ def test_shares_are_of_the_same_round():
 
 
 def test_a_step_is_that_of_plain_transformers(capsys, tmp_path):
-    """Stage 3 of the CPU preset: packed under ZeRO-3 beside one dialogue after the other, from the same weights."""
+    """Stage 3 of the CPU preset: packed under ZeRO-3 and one dialogue at a time, from the same weights."""
     gpu_step.main(["--cpu", "--stages", "3", "--steps", "3", "--folder", str(tmp_path)])
     line = capsys.readouterr().out.splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -162,22 +162,22 @@ def test_models_that_do_not_fit_have_fewer_layers():
     """16 bytes for each of the 1.8 or 7.9 billion weights that stage 3 trains; 60 % of the memory."""
     for name, layers in (("2b", 28), ("7b", 14)):
         language = load_manifest(gpu_step.MODELS[name]).model.language_model
-        whole = load_manifest(gpu_step.MANIFESTS / "stage3.yaml")
-        whole = dataclasses.replace(whole, model=dataclasses.replace(whole.model, language_model=language))
-        fitted = gpu_step.fewer_layers(whole, 140 * gpu_step.GIB)
+        manifest = load_manifest(gpu_step.MANIFESTS / "stage3.yaml")
+        manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, language_model=language))
+        fitted = gpu_step.fewer_layers(manifest, 140 * gpu_step.GIB)
         assert fitted.model.language_model.num_hidden_layers == layers
 
 
 def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
-    together = packing.rows_of_epoch(16, 4, seed=0)
-    assert [sorted(np.concatenate(rows).tolist()) for rows in together.values()] == [list(range(16))] * 2
+    groups = packing.rows_of_epoch(16, 4, seed=0)
+    assert [sorted(np.concatenate(rows).tolist()) for rows in groups.values()] == [list(range(16))] * 2
     lengths, patches = np.array([200, 40, 90]), np.array([2, 0, 1]) * 4 * packing.PATCHES
     batch, small = packing.result_row(lengths, patches, seed=0), packing.build_small()
     assert batch.cu_seqlens.diff().tolist() == lengths.tolist() and len(batch.clips) == 3
     with torch.no_grad():
         packed, padded = small(batch), packing.padded(small, batch)
     torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
-    assert packed > 1  # something is learned
+    assert packed > 1  # the row has labels
 
 
 def test_the_loss_in_chunks_is_that_of_all_logits():
