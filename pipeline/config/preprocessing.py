@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from framestream.pipeline.config.schema import ManifestError, spec
 
+SAMPLERS = ("middle", "dynamic_fps1", "rand")  #: values of ``frames.sampler`` besides ``fpsX``
+
 
 @dataclass(frozen=True, kw_only=True)
 class FramesConfig:
@@ -30,7 +32,7 @@ class FramesConfig:
     subsampling: str = field(default="420", metadata=spec(choices=("420", "422", "444")))
 
     def __post_init__(self) -> None:
-        is_named = self.sampler in ("middle", "dynamic_fps1", "rand")
+        is_named = self.sampler in SAMPLERS
         rate = self.sampler[3:] if self.sampler.startswith("fps") else ""
         if not is_named and not (rate.replace(".", "", 1).isdigit() and float(rate) > 0):
             raise ManifestError(f"sampler: {self.sampler!r} is not middle, dynamic_fps1, rand or fpsX such as fps2")

@@ -17,7 +17,7 @@ from framestream.pipeline.config.yaml_files import read_yaml
 from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.ledger import RETRYABLE, read_ledger
 from framestream.tools.builder.build_spec import LIBRARIES
-from framestream.tools.fetch.registry import check_archives
+from framestream.tools.fetch.registry import SOURCE_FORMS, check_archives
 from framestream.tools.fetch.url import UrlTemplate
 from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.corpora.snapshot import snapshot
@@ -139,8 +139,11 @@ def test_the_root_map_of_the_page_has_places_of_every_kind(tmp_path):
         elif place.startswith(("url:", "page:")):
             kind, _, address = place.partition(":")
             assert "pass@" not in UrlTemplate(kind, address).redacted
+    # the page has every kind of location
     kinds = {place.partition(":")[0] for place in places.values() if isinstance(place, str)}
-    assert kinds == {"dir", "hf", "s3", "url", "page"}
+    assert kinds == set(re.findall(r"\b([a-z][a-z0-9]*):(?!//HOST)", SOURCE_FORMS)), (
+        "the page's root map has every kind of location"
+    )
     named = set().union(*(place for place in places.values() if isinstance(place, dict)))
     assert named == {"archives", "join", "inside"}
     example = yaml.safe_load((ROOT / "manifests" / "roots.example.yaml").read_text(encoding="utf-8"))

@@ -16,9 +16,11 @@ from framestream.pipeline.annotations.normalize import AnnotationError, normaliz
 from framestream.pipeline.annotations.reader import read_annotations
 from framestream.pipeline.config.data import EntryConfig
 from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.preprocessing import SAMPLERS
 from framestream.pipeline.shards.index import FILES
 from framestream.pipeline.shards.ledger import REASONS, SCHEMA
 from framestream.pipeline.shards.samples import dialogue_metadata, media_metadata
+from framestream.tools.fetch.registry import SOURCE_FORMS
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("pipeline", "trainer", "tools")
@@ -143,6 +145,28 @@ def test_manifest_fields_are_documented_with_values_and_default():
     assert not missing, "add to docs/manifest.md:\n" + "\n".join(missing)
     assert len(rows) == len(wanted), "docs/manifest.md describes a field that does not exist"
     assert all(len(row.split(" | ")) == 4 and len(row.split(" | ")[3]) > 5 for row in rows), "say what it means"
+
+
+def test_every_sampler_is_documented():
+    page = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| `frames.sampler` |"))
+    assert [name for name in SAMPLERS if f"`{name}`" not in row] == [], "add it to frames.sampler in docs/manifest.md"
+
+
+def test_every_kind_of_location_is_in_the_example_root_map():
+    example = (ROOT / "manifests" / "roots.example.yaml").read_text(encoding="utf-8")
+    kinds = re.findall(r"\b([a-z][a-z0-9]*):(?!//HOST)", SOURCE_FORMS)
+    assert {"dir", "hf"} <= set(kinds) and not [kind for kind in kinds if f"{kind}:" not in example]
+
+
+def test_every_column_of_the_step_log_is_documented():
+    """Keys of the dictionaries that StepStats and the training loop put into log.jsonl."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    tree = ast.parse((ROOT / "trainer" / "monitoring" / "step_stats.py").read_text(encoding="utf-8"))
+    stats = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "StepStats")
+    to_dict = next(node for node in stats.body if isinstance(node, ast.FunctionDef) and node.name == "to_dict")
+    keys = [key.value for node in ast.walk(to_dict) if isinstance(node, ast.Dict) for key in node.keys]
+    assert len(keys) > 10 and not [key for key in keys if f"`{key}`" not in page], "add them to docs/training.md"
 
 
 def test_every_manifest_field_is_read_somewhere():

@@ -12,7 +12,7 @@ from framestream.pipeline.annotations.normalize import AnnotationError, normaliz
 from framestream.pipeline.config.data import EntryConfig
 from framestream.pipeline.config.manifest import ManifestError
 from framestream.pipeline.config.model import TOKENS_PER_TILE
-from framestream.pipeline.config.preprocessing import TextConfig
+from framestream.pipeline.config.preprocessing import SAMPLERS, TextConfig
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.media.sampling import check_count
 from framestream.pipeline.shards.index import ShardsError
@@ -103,7 +103,7 @@ def test_golden_odd_inputs_no_whole_clips(tmp_path, odd):
     made = Root(tmp_path)
     made.dialogue(turns("<image>\nWhat?", "This."), [made.video(count, count)])
     folder = made.write()
-    for sampler in ("middle", "dynamic_fps1", "rand", "fps1", "fps2", "fps30"):
+    for sampler in (*SAMPLERS, "fps1", "fps2", "fps30"):
         (row,) = (row for row in build_loader(manifest(folder, frames__sampler=sampler, frames__min=4)) if row.keys)
         assert row.clips.shape[0] >= 1 and row.clips.shape[1] == 4
         assert int((row.input_ids == IMAGE_TOKEN_INDEX).sum()) == 64 * len(row.clips)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from framestream.pipeline.config.preprocessing import FramesConfig
+from framestream.pipeline.config.preprocessing import SAMPLERS, FramesConfig
 from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
 from framestream.pipeline.media.tiling import split_into_tiles
 from framestream.pipeline.shards.index import MEDIA_SCHEMA, Index, build_table
@@ -29,7 +29,7 @@ def test_nearest_is_nearest(stored, wanted):
 
 
 @given(
-    st.sampled_from(["middle", "dynamic_fps1", "rand", "fps1", "fps0.5"]),
+    st.sampled_from([*SAMPLERS, "fps1", "fps0.5"]),
     st.integers(1, 2000),
     st.floats(1, 60),
     st.integers(1, 16),
