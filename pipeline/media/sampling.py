@@ -54,6 +54,8 @@ def frame_indices(
         count = max(min(low, vlen), high)
     elif sampler == "dynamic_fps1":
         count = fps1_count(duration, vlen, low, high, clip)
+    elif not sampler.startswith("fps"):
+        raise ValueError(f"frames.sampler {sampler!r} has no rule; add it to frame_indices")
     else:
         return _at_rate(float(sampler[3:]), vlen, fps, duration, high)
     edges = np.linspace(0, vlen, min(count, vlen) + 1).astype(np.int64)

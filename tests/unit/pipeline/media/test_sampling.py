@@ -108,3 +108,8 @@ def test_errors_name_the_reason():
 def test_media_seed_depends_on_seed_and_key():
     assert media_seed(0, "v1") == media_seed(0, "v1")
     assert len({media_seed(s, k) for s in range(4) for k in ("v1", "v2")}) == 8
+
+
+def test_a_sampler_without_a_rule_is_named():
+    with pytest.raises(ValueError, match="'newest' has no rule"):
+        frame_indices("newest", 10, 1.0, 10.0, 4, 8, 4)
