@@ -59,7 +59,7 @@ READ_BY = {
     "multimodal_sequence/config.json": (EXPORT, "settings_are_in_config"),
     "multimodal_sequence/odd_inputs.json": (
         ROWS,
-        *(f"odd_inputs_{name}" for name in ("no_whole_clips", "no_row_is_dropped", "no_medium_is_repeated")),
+        *(f"odd_inputs_{name}" for name in ("no_whole_clips", "no_row_is_dropped", "no_media_item_is_repeated")),
     ),
 }
 #: Files that others name: NAME.npz and NAME.safetensors stand in cases.json.
