@@ -77,7 +77,7 @@ def docs_of(questions: QuestionSource | Sequence[Question], keys: Sequence[str])
             raise SystemExit(f"{key}: not one turn about whole files; choose another annotation file")
         options = question.options or list(families[question.family])
         if question.answer not in options:
-            raise SystemExit(f"{key}: {question.answer!r} is none of its options; correct the annotation file")
+            raise SystemExit(f"{key}: {question.answer!r} is not one of its options; correct the annotation file")
         media = [str(file.path) for file in question.media]
         doc = {"key": key, "question": question.text, "media": media}
         docs.append({**doc, "options": options, "target": options.index(question.answer)})

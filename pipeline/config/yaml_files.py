@@ -15,18 +15,24 @@ from framestream.pipeline.config.schema import ManifestError, show_value
 def locate_manifest(name: str | Path) -> Path:
     """Return the file called ``name``, or else the manifest of that name that comes with framestream.
 
-    ``stage3``, ``stage3.yaml`` and ``manifests/stage3.yaml`` are one name. A name that is neither is returned as it is,
-    so that reading it says what is missing.
+    A name that is neither is returned as it is, so that reading it says what is missing.
     """
     path = Path(name)
-    if path.is_file() or path.is_absolute():
-        return path
+    return path if path.is_file() else shipped_manifest(name) or path
+
+
+def shipped_manifest(name: str | Path) -> Path | None:
+    """Return the manifest of that name that comes with framestream, if any.
+
+    ``stage3``, ``stage3.yaml`` and ``manifests/stage3.yaml`` are one name.
+    """
+    path = Path(name)
     parts = path.parts[1:] if path.parts[:1] == ("manifests",) else path.parts
-    if ".." in parts:
-        return path
+    if path.is_absolute() or ".." in parts:
+        return None
     shipped = Path(framestream.__file__).parent / "manifests" / Path(*parts)
     candidates = (shipped, shipped.with_name(f"{shipped.name}.yaml"))
-    return next((candidate for candidate in candidates if candidate.is_file()), path)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def load_yaml(path: str | Path) -> Any:
@@ -78,8 +84,8 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     merged: dict = {}
     for base in bases:
         beside = path.parent / base
-        extended = beside if beside.is_file() else locate_manifest(base)
-        merged = merge_mappings(merged, read_yaml(extended if extended.is_file() else beside, (*seen, path.resolve())))
+        extended = beside if beside.is_file() else shipped_manifest(base) or beside
+        merged = merge_mappings(merged, read_yaml(extended, (*seen, path.resolve())))
     return merge_mappings(merged, value)
 
 

@@ -63,7 +63,7 @@ def _gif_error(path: Path, error: Exception) -> MediaError:
 
 
 def trailing_number(name: str) -> int:
-    """Return the last number in a file's name, by which a folder is sorted; -1 if there is none."""
+    """Return the last number in a file's name, by which a folder is sorted; -1 without a number."""
     numbers = re.findall(r"\d+", Path(name).stem)
     return int(numbers[-1]) if numbers else -1
 

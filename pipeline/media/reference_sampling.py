@@ -146,7 +146,7 @@ def folder_frames(request: SamplingRequest, files: int, fps: float, clip: Clip |
 
 
 def file_number(name: str) -> int:
-    """Return the number after the last underscore of a name, by which a folder is sorted; -1 if there is none."""
+    """Return the number after the last underscore of a name, by which a folder is sorted; -1 without one."""
     match = _NUMBERED.search(name)
     return int(match[1]) if match else -1
 

@@ -107,7 +107,7 @@ def repeat_preprocessing(turns: Turns, messages: Sequence[str], template: str, f
 
 
 def split_last_answer(turns: Turns) -> tuple[list[dict], str]:
-    """Return the turns up to the last human turn with an answer, and the answer; ValueError if there is none."""
+    """Return the turns up to the last human turn with an answer, and the answer; ValueError if no turn is answered."""
     for i in range(len(turns) - 2, -1, -1):
         if turn_role(turns[i]) == "user" and turn_role(turns[i + 1]) == "assistant":
             return list(turns[: i + 1]), turn_text(turns[i + 1])

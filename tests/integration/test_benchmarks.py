@@ -201,7 +201,7 @@ def test_questions_become_documents_with_options():
     for bad, why in (
         (question("a", "red", clip), "whole files"),
         (question("a", "red", whole, earlier), "one turn"),
-        (question("a", "red", whole, options=["blue", "green"]), "'red' is none of its options"),
+        (question("a", "red", whole, options=["blue", "green"]), "'red' is not one of its options"),
     ):
         with pytest.raises(SystemExit, match=why):
             lmms_eval.docs_of([bad], ["a"])

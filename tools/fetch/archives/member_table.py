@@ -171,7 +171,7 @@ class MemberTable:
             yield key[len(prefix) :].decode("utf-8", "surrogateescape"), self._follow(self._member(row))
 
     def _follow(self, first: ArchiveMember) -> ArchiveMember:
-        """Return the target of a chain of links. If there is none, return the link with a refusal."""
+        """Return the target of a chain of links. Without a target, return the link with a refusal."""
         member: ArchiveMember | None = first
         for _ in range(MAX_LINK_CHAIN):
             if member is None or member.link is None:

@@ -7,12 +7,40 @@ again. A walk over the headers of large members therefore transfers little of th
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from typing import Protocol
 
-from framestream.tools.fetch.base import RandomAccessFile
+from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
+CHUNK = 1 << 20  #: bytes yielded at once, at most
 FIRST_BLOCK = 1 << 16  #: bytes read after a jump
 MAX_READ = 1 << 23  #: bytes read at once, at most
 MAX_GAP = 1 << 20  #: bytes that are read over instead of starting with a small block
+
+
+class SeekableReader(Protocol):
+    """What is read of a file object here."""
+
+    def seek(self, offset: int, /) -> int:
+        """Set and return the position."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return ``size`` bytes from the position, fewer only at the end."""
+
+
+def read_chunks(stream: SeekableReader, size: int, location: str) -> Iterator[bytes]:
+    """Yield the next ``size`` bytes of a stream in chunks.
+
+    Raises:
+        FetchError: truncated.
+    """
+    remaining = size
+    while remaining:
+        chunk = stream.read(min(remaining, CHUNK))
+        if not chunk:
+            raise FetchError("truncated", location, f"the archive ends {remaining} bytes before the member does")
+        remaining -= len(chunk)
+        yield chunk
 
 
 class RandomAccessStream(io.RawIOBase):

@@ -12,29 +12,18 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import rapidgzip
 
 from framestream.tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, normalize_path, resolve_link
-from framestream.tools.fetch.archives.readahead import MAX_READ, ReadAheadFile
+from framestream.tools.fetch.archives.readahead import CHUNK, MAX_READ, ReadAheadFile, SeekableReader, read_chunks
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
 BLOCK = tarfile.BLOCKSIZE  #: headers and data begin at multiples of it
-CHUNK = 1 << 20  #: bytes yielded at once, at most
 MAX_SIZE = 1 << 62  #: bytes of a member; a table cannot hold more
 MAX_RATIO, RATIO_SLACK = 20, 1 << 30  #: a gzip file may unpack to MAX_RATIO times its size plus RATIO_SLACK bytes
 DAMAGED = "the gzip file is damaged or cut; fetch it again, or unpack it by hand as far as possible"
-
-
-class SeekableReader(Protocol):
-    """What is read of a file object here."""
-
-    def seek(self, offset: int, /) -> int:
-        """Set and return the position."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return ``size`` bytes from the position, fewer only at the end."""
 
 
 def is_tar(head: bytes) -> bool:
@@ -101,13 +90,7 @@ def copy_member(stream: SeekableReader, member: ArchiveMember, location: str) ->
         FetchError: truncated.
     """
     stream.seek(member.offset)
-    remaining = member.size
-    while remaining:
-        chunk = stream.read(min(remaining, CHUNK))
-        if not chunk:
-            raise FetchError("truncated", location, f"the archive ends {remaining} bytes before the member does")
-        remaining -= len(chunk)
-        yield chunk
+    yield from read_chunks(stream, member.size, location)
 
 
 class GzipStream(io.RawIOBase):

@@ -22,10 +22,9 @@ from typing import NamedTuple
 
 from framestream.tools.fetch.archives.member_table import ArchiveMember, normalize_path, resolve_link
 from framestream.tools.fetch.archives.multipart import MultipartFile
-from framestream.tools.fetch.archives.readahead import ReadAheadFile
+from framestream.tools.fetch.archives.readahead import CHUNK, ReadAheadFile, read_chunks
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 
-CHUNK = 1 << 20  #: bytes yielded at once, at most
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
 MAX_LINKS = 4096  #: symbolic links of an archive; the target of each has to be read from its data
 
@@ -110,7 +109,7 @@ def unpack_member(stream: ReadAheadFile, member: ArchiveMember, location: str) -
     _seek_data(stream, member, location)
     size = crc = 0
     try:
-        for chunk in _decompress(member, _packed_chunks(stream, member, location)):
+        for chunk in _decompress(member, read_chunks(stream, member.packed, location)):
             size += len(chunk)
             if size > member.size:
                 break
@@ -140,16 +139,6 @@ def _seek_data(stream: ReadAheadFile, member: ArchiveMember, location: str) -> N
         raise FetchError("corrupt", location, message)
     *_, name_length, extra_length = _LOCAL.unpack(header)
     stream.seek(member.offset + _LOCAL.size + name_length + extra_length)
-
-
-def _packed_chunks(stream: ReadAheadFile, member: ArchiveMember, location: str) -> Iterator[bytes]:
-    remaining = member.packed
-    while remaining:
-        chunk = stream.read(min(remaining, CHUNK))
-        if not chunk:
-            raise FetchError("truncated", location, f"the archive ends {remaining} bytes before the member does")
-        remaining -= len(chunk)
-        yield chunk
 
 
 def _decompress(member: ArchiveMember, chunks: Iterable[bytes]) -> Iterator[bytes]:

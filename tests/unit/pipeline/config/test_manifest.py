@@ -309,3 +309,12 @@ def test_own_manifests_win_over_shipped_ones(tmp_path, monkeypatch):
         load_manifest("stage9")
     with pytest.raises(ManifestError, match="cannot be read"):
         load_manifest("manifests/../../../../etc/hostname")
+
+
+def test_extends_is_beside_the_manifest_or_shipped_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "basis.yaml").write_text("stage: 1\n", encoding="utf-8")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "own.yaml").write_text("extends: basis.yaml\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match=r"^below/basis\.yaml: cannot be read"):
+        load_manifest("below/own.yaml")
