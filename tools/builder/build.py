@@ -8,15 +8,17 @@ A finished root is extended if the manifest has new entries, or to retry failure
 unchanged and readable.
 
 Machines that share a file system can share the tasks. Machine i of n takes every n-th task, and the last machine to
-finish does the last steps. Locks (``tools/builder/locks.py``) belong to the kernel, so they end with their process.
+finish does the last steps. Locks (:mod:`framestream.pipeline.utils.locks`) belong to the kernel, so they end with their
+process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,18 @@ from framestream.pipeline.annotations.reader import AnnotationFileError
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
 from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.pipeline.utils.locks import LockError, lock_file, lock_folder
 from framestream.tools.builder.build_spec import difference, specification, without_additions
 from framestream.tools.builder.executors import Executor
 from framestream.tools.builder.finalize import finish, write_outcomes
 from framestream.tools.builder.incremental import ExistingBuild, Selection, snapshot
-from framestream.tools.builder.locks import LOCK_FILES, lock_root, lock_step
 from framestream.tools.builder.planner import make_plan
 from framestream.tools.builder.task import BuildJob, is_dialogue, task_folder
 from framestream.tools.common.arrow_files import map_table
 from framestream.tools.common.errors import BuildError
 from framestream.tools.fetch.root_map import ResolvedEntry, resolve_entries
+
+LOCK_FILES = ("build.lock", "step.lock")  #: files that are locked; they exist while a build runs, or after a kill
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +76,13 @@ def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> Buil
     root = manifest.shard_root
     entries = resolve_entries(manifest)
     wanted = specification(manifest, entries, options.limit)
-    with lock_root(root, shared=options.ranks > 1):
-        with lock_step(root):
+    with _lock_root(root, shared=options.ranks > 1):
+        with _lock_step(root):
             if not _plan(manifest, entries, wanted, root, options):
                 return BuildResult(_read_record(root), built=False)
         job = make_job(manifest, entries, root / "work", options.cache_bytes)
         _run_media(job, executor, options)
-        with lock_step(root):
+        with _lock_step(root):
             if not (job.work / "plan").is_dir():  # another machine did the last steps
                 return BuildResult(_read_record(root))
             if unfinished := _unfinished_tasks(job):
@@ -89,6 +93,28 @@ def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> Buil
             os.rename(job.work, done)
             shutil.rmtree(done)
         return BuildResult(record)
+
+
+@contextlib.contextmanager
+def _lock_root(root: Path, shared: bool) -> Iterator[None]:
+    """Lock ``root`` against other builds, or only against builds that are not ``shared``."""
+    try:
+        with lock_folder(root, "build.lock", "build", shared):
+            try:
+                yield
+            finally:
+                if not (root / "work").exists():
+                    for name in LOCK_FILES:
+                        (root / name).unlink(missing_ok=True)
+    except LockError as error:
+        raise BuildError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _lock_step(root: Path) -> Iterator[None]:
+    """Wait for, and take, the lock of the steps that only one machine at a time may run: planning and finishing."""
+    with lock_file(root / "step.lock", "build", wait=True):
+        yield
 
 
 def _read_record(root: Path) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""Locks that decide who may work in a folder: a build in its shard root, a run in its output.
+
+They are locks of the kernel (flock) on a file in the folder, so they end with the process that has them, also after a
+kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+#: errors of flock on a file system without locks, such as Lustre without its mount option ``flock``
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class LockError(RuntimeError):
+    """A folder cannot be locked. The message is one line with the folder, the reason and the fix."""
+
+
+class LocksUnsupportedError(LockError):
+    """The file system of the folder has no locks."""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, name: str, kind: str, shared: bool = False) -> Iterator[None]:
+    """Create ``folder`` if it is missing, and lock its file ``name``. Folders that stay empty are removed.
+
+    Args:
+        kind: what works in the folder, such as ``build``, for the error.
+        shared: allow others who lock it as shared.
+
+    Raises:
+        LockError: the folder cannot be created or written, or another process has locked it.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fault = "is a file" if isinstance(error, FileExistsError) else f"cannot be created ({error.strerror})"
+        raise LockError(f"{folder}: {fault}; choose another folder") from None
+    try:
+        with lock_file(folder / name, kind, shared):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in missing:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Lock the file ``path``, which is created. Remove it inside the block if it shall not stay.
+
+    Args:
+        kind: what works in the file's folder, for the error.
+        shared: allow others who lock it as shared.
+        wait: wait until the lock is free. A signal whose handler raises ends the wait.
+
+    Raises:
+        LockError: the file cannot be written, or another process has locked it.
+    """
+    operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(open(path, "a"))
+            except OSError as error:
+                raise LockError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
+            try:
+                fcntl.flock(file, operation)
+            except BlockingIOError:
+                raise LockError(f"{path.parent}: another {kind} is running here; wait for it, or stop it") from None
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise LockError(f"{path}: cannot be locked ({error.strerror}); choose another folder") from None
+                message = f"{path.parent}: its file system does not support file locks; mount it with flock"
+                raise LocksUnsupportedError(message) from None
+            if _is_at(file.fileno(), path):  # else it was removed by the process that had the lock
+                break
+            file.close()
+        yield
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Return whether the open file ``handle`` is the one that ``path`` names."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
