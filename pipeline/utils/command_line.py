@@ -1,0 +1,171 @@
+"""What all command lines share: options that are checked, and an end without a traceback.
+
+@run_safely(stopped="Stopped. Nothing was written.")
+def main(arguments: Sequence[str] | None = None, prog: str = "verify_shards") -> int:
+    parser = CommandParser(prog=prog, description="Check a shard root.")
+    parser.add_argument("--workers", type=integer_option(1, 1024), default=4)
+    ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import math
+import os
+import select
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+EXIT_STOPPED = 130  #: stopped by Ctrl-C: 128 + SIGINT
+EXIT_CLOSED = 141  #: nothing reads the output any more: 128 + SIGPIPE
+MAX_COUNT = 2**31 - 1  #: largest value of an option that counts something
+
+Main = Callable[..., int]
+
+
+def run_safely(stopped: str = "stopped") -> Callable[[Main], Main]:
+    """Make a decorator of a command's ``main``, after which no ordinary failure ends in a traceback.
+
+    Characters that the terminal's encoding lacks are written as escapes. Ctrl-C prints ``stopped`` and returns 130. If
+    nothing reads the output any more (``| head``), the command ends quietly with 141. An error of the file system or of
+    memory that the command did not handle is one line, and the status is 1.
+    """
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def run(*args: Any, **kwargs: Any) -> int:
+            for stream in (sys.stdout, sys.stderr):
+                if hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="backslashreplace")
+            try:
+                try:
+                    status = main(*args, **kwargs)
+                except SystemExit:
+                    _flush()
+                    raise
+                _flush()
+                return status
+            except KeyboardInterrupt:
+                return _report(stopped, EXIT_STOPPED)
+            except BrokenPipeError as error:
+                if _discard_closed_streams():
+                    return EXIT_CLOSED
+                return _report(f"error: {describe_os_error(error)}", 1)
+            except OSError as error:
+                _discard_closed_streams()  # standard output may be on a full disk
+                return _report(f"error: {describe_os_error(error)}", 1)
+            except MemoryError as error:
+                reason = str(error) or "out of memory"
+                return _report(f"error: not enough memory ({reason}); use a machine with more", 1)
+
+        return run
+
+    return decorate
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return an error of the file system as one line, with the name of the file if it is known."""
+    reason = " ".join(str(error.strerror or error).split()) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def _report(line: str, status: int) -> int:
+    """Print ``line`` to standard error, which may be closed, and return ``status``."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    _discard_closed_streams()
+    return status
+
+
+def _discard_closed_streams() -> bool:
+    """Point each standard stream that cannot be written to os.devnull; returns whether nothing reads one of them.
+
+    Otherwise the interpreter would fail to write the rest when it exits.
+    """
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:
+            continue
+        broken = False
+        try:
+            stream.flush()
+        except OSError:
+            broken = True
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+            ends = select.poll()
+            ends.register(stream.fileno(), 0)
+            unread |= (closed := bool(ends.poll(0)))  # POLLERR: the reader of a pipe is gone
+            if closed or broken:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+    return unread
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations, and names the nearest option for one that does not exist."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse a command line. An unknown option is an error before missing ones are."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        for argument in arguments[: arguments.index("--")] if "--" in arguments else arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and " " not in argument and name not in self._option_string_actions:
+                self.error(f"unknown option {name}{nearest_name(name, self._option_string_actions)}")
+        return super().parse_args(arguments, namespace)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean NAME?`` with the nearest of ``known``, or ``; known: ...`` if none is near."""
+    names = [item for item in known if item != "--help"]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(item for item in names if len(item) > 2)}"
+
+
+def integer_option(low: int, high: int = MAX_COUNT) -> Callable[[str], int]:
+    """Make the ``type`` of an option that is a whole number from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-")
+        value = int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, not {text!r:.40}")
+        return value
+
+    return parse
+
+
+def number_option(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """Make the ``type`` of an option that is a number from ``low`` to ``high``, without ``low`` if ``above``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            lowest = f"above {low:g}, at most" if above else f"from {low:g} to"
+            raise argparse.ArgumentTypeError(f"must be a number {lowest} {high:,g}, not {text!r:.40}")
+        return value
+
+    return parse
+
+
+def text_option(text: str) -> str:
+    """Check the value of an option that is a path or a name: not empty, and no byte that no file name has."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text

@@ -1,0 +1,115 @@
+"""Commands that end with one line, whatever happens to their output, and options that are checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from framestream.pipeline.utils.command_line import CommandParser, integer_option, number_option, run_safely
+
+SCRIPT = """
+import sys
+from framestream.pipeline.utils.command_line import run_safely
+
+@run_safely("stopped here")
+def main(kind):
+    if kind == "lines":
+        for number in range(100_000):
+            print(number)
+    elif kind == "characters":
+        print("\\u4f60 \\u00e9", file=sys.stderr)
+    elif kind == "interrupt":
+        raise KeyboardInterrupt
+    elif kind == "file":
+        open("/no/such/file")
+    elif kind == "memory":
+        bytearray(1 << 62)
+    return 0
+
+sys.exit(main(sys.argv[1]))
+"""
+
+
+def run(kind, **options):
+    defaults = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, kind], **defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "line"),
+    [
+        ("interrupt", 130, "stopped here\n"),
+        ("file", 1, "error: /no/such/file: No such file or directory\n"),
+        ("memory", 1, "error: not enough memory (out of memory); use a machine with more\n"),
+    ],
+)
+def test_failures_are_one_line(kind, status, line):
+    process = run(kind)
+    assert (process.communicate()[1], process.returncode) == (line, status)
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    process = run("lines", stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_output_to_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        process = run("lines", stdout=full)
+        assert process.communicate()[1] == "error: No space left on device\n"
+    assert process.returncode == 1
+
+
+def test_characters_that_an_encoding_lacks_are_escaped():
+    environment = {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": ":".join(sys.path)}
+    process = run("characters", env=environment, encoding="latin-1")
+    assert process.communicate()[1] == "\\u4f60 é\n"
+    assert process.returncode == 0
+
+
+def test_an_exit_of_the_parser_stays():
+    @run_safely()
+    def main():
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+
+
+def parser():
+    made = CommandParser(prog="p", description="d")
+    made.add_argument("--frames", type=integer_option(1, 8))
+    made.add_argument("--heat", type=number_option(0, 2))
+    made.add_argument("--share", type=number_option(0, 1, above=True))
+    made.add_argument("--text", required=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--frame", "4"], "unknown option --frame; did you mean --frames?"),
+        (["--tex=4"], "unknown option --tex; did you mean --text?"),
+        (["--zzzz"], "unknown option --zzzz; known: --frames, --heat, --share, --text"),
+        *(
+            (["--text=a", f"--frames={n}"], "a whole number from 1 to 8")
+            for n in ("0", "-1", "9", "x", "1.5", "1" * 5000)
+        ),
+        *((["--text=a", f"--heat={n}"], "a number from 0 to 2") for n in ("nan", "inf", "-1", "2.1", "", "x")),
+        *((["--text=a", f"--share={n}"], "a number above 0, at most 1") for n in ("0", "1.01", "-inf")),
+    ],
+)
+def test_wrong_options_are_named(arguments, expected, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(arguments)
+    assert expected in capsys.readouterr().err
+
+
+def test_right_options_are_read():
+    options = parser().parse_args(["--text", "-- what is --this", "--frames", "8", "--heat", "0", "--share", "1"])
+    assert vars(options) == {"text": "-- what is --this", "frames": 8, "heat": 0.0, "share": 1.0}
