@@ -12,6 +12,10 @@ segments, which are tokenized separately:
 
 Each mark becomes one ``IMAGE_TOKEN_INDEX``. The loader repeats it for every visual token.
 
+Control tokens come from the template alone. In a text, ``<|im_end|>`` and other special tokens of the tokenizer are
+ordinary characters: a text cannot end a turn or begin another one. The published code makes control tokens of them;
+``compat: published`` does the same in training, and never in prompts.
+
 ``fetch`` reproduces two faults of the published code (``compat: published``). That code edits a dialogue in place, so
 that the preprocessing runs for the k-th time when the dialogue is fetched for the k-th time. A ``qwen_2`` dialogue
 fails unless its first turn is ``from`` human or gpt. ``fetch`` is k to reproduce this, and 0 for the intended behavior.
@@ -20,49 +24,24 @@ fails unless its first turn is ``from`` human or gpt. ``fetch`` is k to reproduc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.preprocessing import TextConfig
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.tokenization.tokenizer_files import Tokenizer, load_tokenizer, tokenizer_errors
 
 IMAGE_PLACEHOLDER = "<image>"  #: mark of a media item in a text, also of a video
+_LITERAL_PLACEHOLDER = "<image\ufdd0>"  # the characters of a mark, as text; U+FDD0 is a noncharacter
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  #: control tokens of ``qwen_2``
 NOISE = "QA_GT_caption_based_noisy"  #: string that the published code removes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 Turns = Sequence[dict]
 
-#: a Hugging Face fast tokenizer; it is not imported here because that takes seconds
-Tokenizer = Any
-
-#: of each segment: its texts, with one media item between each two, and whether all its tokens get labels
-TokenSegments = list[tuple[list[str], bool]]
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """Load a Hugging Face fast tokenizer from a folder or by hub name; code that comes with it is never run.
-
-    Raises:
-        ManifestError: it cannot be loaded, or is not a fast tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    path = Path(name)
-    local = name.startswith((".", "/")) or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
-    if local and not path.is_dir():  # it looks like a folder, so the hub is not asked
-        raise ManifestError(f"text.tokenizer: {name} is not a folder here")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        found = "" if Path(name).is_dir() else " (no such folder here)"
-        reason = " ".join(str(error).split())[:200]
-        raise ManifestError(f"text.tokenizer: cannot load a tokenizer from {name!r}{found}: {reason}") from None
-    if not tokenizer.is_fast:
-        raise ManifestError(f"text.tokenizer: {name!r} has no tokenizer.json; convert it to a fast tokenizer first")
-    return tokenizer
+#: of each segment: its parts, which are texts and ids of control tokens and media, and whether all tokens get labels
+TokenSegments = list[tuple[list[str | int], bool]]
 
 
 def turn_role(turn: dict) -> str:
@@ -115,17 +94,55 @@ def split_last_answer(turns: Turns) -> tuple[list[dict], str]:
 
 
 class ChatTemplate:
-    """Encodes dialogues under the text settings of one manifest."""
+    """Encodes dialogues under the text settings of one manifest.
 
-    def __init__(self, text: TextConfig, tokenizer: Tokenizer | None = None) -> None:
-        self.text = text
+    Args:
+        text: the manifest's section.
+        tokenizer: the one that ``text`` names if None.
+        literal: whether special tokens that are written in the texts of dialogues are ordinary characters. Otherwise
+            they are control tokens, as published. In prompts and answers they are always ordinary characters.
+
+    Raises:
+        ManifestError: the tokenizer cannot be loaded, or does not fit the template.
+    """
+
+    def __init__(self, text: TextConfig, tokenizer: Tokenizer | None = None, literal: bool = False) -> None:
+        self.text, self._literal = text, literal
         self.tokenizer = load_tokenizer(text.tokenizer) if tokenizer is None else tokenizer
-        newline = self.tokenizer.encode("\n", add_special_tokens=False)
-        markers = self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        if text.template == "qwen_2" and (len(newline) != 1 or None in markers or markers[0] == markers[1]):
-            raise ManifestError(f"text.tokenizer: {text.tokenizer!r} lacks <|im_start|>, <|im_end|> or a newline token")
+        with tokenizer_errors(text.tokenizer):
+            newline = self._ids(["\n"])[0]
+            known = self.tokenizer.get_vocab()
+            self._markers = {token: known[token] for token in (TURN_START, TURN_END) if token in known}
+            if text.template == "qwen_2" and (len(newline) != 1 or len(self._markers) < 2):
+                raise ManifestError(
+                    f"text.tokenizer: {text.tokenizer!r} lacks {TURN_START}, {TURN_END} or a newline token"
+                )
+            self._check_control_tokens()
+        markers = list(self._markers.values())
         labeled = [] if text.template == "plain" or text.mask_prompt_markers else [*newline, *markers]
         self._labeled_ids = np.array(labeled, dtype=np.int32)  # they get labels wherever they are
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids of which each ends an answer: the template's end of a turn, and the tokenizer's eos and padding.
+
+        Qwen2's own generation_config.json has the same two, ``<|im_end|>`` and ``<|endoftext|>``. Only one of them is
+        the eos of a tokenizer. It is the padding of chat models' tokenizers, and the eos of base models'.
+        """
+        turn_end = self._markers[TURN_END] if self.text.template == "qwen_2" else None
+        ends = (turn_end, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return tuple(dict.fromkeys(number for number in ends if number is not None))
+
+    def _check_control_tokens(self) -> None:
+        """Raise ManifestError if a text can contain a token that ends an answer or begins a turn."""
+        ids = {*self._markers.values(), *(self.end_ids if self.text.template == "qwen_2" else ())}
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(ids))
+        for token, found in zip(tokens, self._ids(tokens), strict=True):
+            if ids & set(found):
+                raise ManifestError(
+                    f"text.tokenizer: {self.text.tokenizer!r}: {token} is an ordinary token, so that texts could end a "
+                    "turn; make it a special token in tokenizer.json"
+                )
 
     def encode(
         self, turns: Turns, kinds: Sequence[str], messages: Sequence[str], fetch: int = 0
@@ -151,8 +168,9 @@ class ChatTemplate:
             turns = [*turns, {"from": "gpt", "value": ""}]
             segments = self.segments(turns, kinds, messages)[:1]
         else:
-            segments = [*self.segments(turns, kinds, messages), (["<|im_start|>assistant\n"], True)]
-        ids, _ = self.tokenize([segments])[0]
+            header: list[str | int] = [self._markers[TURN_START], "assistant\n"]
+            segments = [*self.segments(turns, kinds, messages), (header, True)]
+        ids, _ = self._encode_segments([segments], True)[0]
         self.check_placeholders(ids, len(kinds))
         return ids
 
@@ -160,8 +178,8 @@ class ChatTemplate:
         """Encode an answer as in training: all that follows a prompt, with the end token."""
         if self.text.template == "plain":
             return self._ids([f"{text}\n"])[0]
-        header, complete = self._ids(["<|im_start|>assistant\n", f"<|im_start|>assistant\n{text}<|im_end|>"])
-        return complete[len(header) :]
+        header, complete = self._ids(["assistant\n", f"assistant\n{text}"])
+        return [*complete[len(header) :], self._markers[TURN_END]]
 
     def check_placeholders(self, ids: np.ndarray, count: int) -> None:
         """Raise ValueError unless there is one mark for each of ``count`` media."""
@@ -181,13 +199,12 @@ class ChatTemplate:
         turns = turns if plain else self._normalize_roles(turns)
         if kinds:
             turns = repeat_preprocessing(turns, messages, self.text.template, max(fetch, 1))
-        segments = self._plain(turns) if plain else self._qwen_2(turns)
-        return [(text.split(IMAGE_PLACEHOLDER) if kinds else [text], labeled) for text, labeled in segments]
+        return self._plain(turns) if plain else self._qwen_2(turns, bool(kinds))
 
-    def _plain(self, turns: Turns) -> list[tuple[str, bool]]:
+    def _plain(self, turns: Turns) -> TokenSegments:
         if len(turns) != 2 or IMAGE_PLACEHOLDER not in turn_text(turns[0]):
             raise ValueError(f"template plain needs two turns, the first with an {IMAGE_PLACEHOLDER} mark")
-        return [(IMAGE_PLACEHOLDER, False), (f"{turn_text(turns[1])}\n", True)]
+        return [([IMAGE_TOKEN_INDEX], False), (_split_at_marks(f"{turn_text(turns[1])}\n"), True)]
 
     def _normalize_roles(self, turns: Turns) -> Turns:
         """Return the used turns: a system turn first, and no assistant turn right after it."""
@@ -196,42 +213,81 @@ class ChatTemplate:
         rest = turns[1:] if has_system else turns
         return [system, *(rest[1:] if rest and turn_role(rest[0]) == "assistant" else rest)]
 
-    def _qwen_2(self, turns: Turns) -> list[tuple[str, bool]]:
-        pairs = [(turn_role(turn), turn_text(turn)) for turn in turns]
-        return [(f"<|im_start|>{role}\n{text}<|im_end|>\n", role not in ("system", "user")) for role, text in pairs]
+    def _qwen_2(self, turns: Turns, has_media: bool) -> TokenSegments:
+        start, end = self._markers[TURN_START], self._markers[TURN_END]
+        segments: TokenSegments = []
+        for turn in turns:
+            role, text = turn_role(turn), f"{turn_role(turn)}\n{turn_text(turn)}"
+            parts = _split_at_marks(text) if has_media else [text]
+            segments.append(([start, *parts, end, "\n"], role not in ("system", "user")))
+        return segments
 
     def tokenize(self, dialogues: Iterable[TokenSegments]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Encode many dialogues as ids and labels, int32 (n,), in one call of the tokenizer."""
-        dialogues = list(dialogues)
-        pieces = [piece for segments in dialogues for texts, _ in segments for piece in texts]
-        encoded = iter(self._ids(pieces))
+        return self._encode_segments(list(dialogues), self._literal)
+
+    def _encode_segments(self, dialogues: list[TokenSegments], literal: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        texts = [part for segments in dialogues for parts, _ in segments for part in parts if isinstance(part, str)]
+        encoded = iter(self._ids(texts, literal))
         return [self._join(segments, encoded) for segments in dialogues]
 
-    def _ids(self, pieces: list[str]) -> list[list[int]]:
-        if not pieces:
+    def _ids(self, texts: list[str], literal: bool = True) -> list[list[int]]:
+        """Encode texts; if ``literal``, special tokens that are written in them are ordinary characters.
+
+        Raises:
+            ValueError: a text contains half of a UTF-16 surrogate pair.
+            ManifestError: the tokenizer fails.
+        """
+        if not texts:
             return []
-        return self.tokenizer(
-            pieces,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        texts = [text.replace(_LITERAL_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in texts]
+        for text in texts:
+            if not text.isascii() and _has_lone_surrogate(text):
+                raise ValueError("the text contains half of a UTF-16 surrogate pair")
+        with tokenizer_errors(self.text.tokenizer):
+            return self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=literal,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
 
     def _join(self, segments: TokenSegments, encoded: Iterator[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Join the ids of one dialogue, which are the next of ``encoded``, and make its labels."""
+        """Join the ids of one dialogue, whose texts are the next of ``encoded``, and make its labels."""
         joined: list[int] = []
         labeled: list[bool] = []
-        for texts, all_labeled in segments:
+        for parts, all_labeled in segments:
             start = len(joined)
-            joined += next(encoded)
-            for _ in texts[1:]:
-                joined.append(IMAGE_TOKEN_INDEX)
-                joined += next(encoded)
+            for part in parts:
+                joined += next(encoded) if isinstance(part, str) else [part]
             labeled += [all_labeled] * (len(joined) - start)
         ids = np.array(joined, dtype=np.int32)
         has_label = (np.array(labeled, dtype=bool) | np.isin(ids, self._labeled_ids)) & (ids != IMAGE_TOKEN_INDEX)
         return ids, np.where(has_label, ids, np.int32(IGNORE_INDEX))
+
+
+def escape_placeholders(text: str) -> str:
+    """Return ``text`` with every ``<image>`` as ordinary characters, for texts of people and models in a dialogue."""
+    return text.replace(IMAGE_PLACEHOLDER, _LITERAL_PLACEHOLDER)
+
+
+def _split_at_marks(text: str) -> list[str | int]:
+    """Split a text at its marks; the parts between two texts are ``IMAGE_TOKEN_INDEX``."""
+    head, *tails = text.split(IMAGE_PLACEHOLDER)
+    parts: list[str | int] = [head]
+    for tail in tails:
+        parts += [IMAGE_TOKEN_INDEX, tail]
+    return parts
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def build_chat_template(manifest: Manifest) -> ChatTemplate:
@@ -240,8 +296,11 @@ def build_chat_template(manifest: Manifest) -> ChatTemplate:
     Raises:
         ManifestError: the tokenizer cannot be loaded, or has more ids than the language model.
     """
-    template, size = ChatTemplate(manifest.text), manifest.model.language_model.vocab_size
-    if len(template.tokenizer) > size:
+    template, size = (
+        ChatTemplate(manifest.text, literal=manifest.compat == "none"),
+        manifest.model.language_model.vocab_size,
+    )
+    if max(template.tokenizer.get_vocab().values(), default=-1) >= size:
         raise ManifestError(
             f"model.language_model.vocab_size: {size} is fewer than the {len(template.tokenizer)} ids of "
             f"{manifest.text.tokenizer}; raise it, or name another tokenizer"
