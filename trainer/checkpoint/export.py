@@ -22,7 +22,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from framestream.pipeline.config.manifest import load_manifest
-from framestream.pipeline.tokenization.chat_template import load_tokenizer
+from framestream.pipeline.config.preprocessing import TextConfig
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
+from framestream.pipeline.tokenization.tokenizer_files import TOKENIZER_FILES
 from framestream.pipeline.utils.atomic_io import fsync_path
 from framestream.trainer.model.parts import PARTS
 from framestream.trainer.model.video_llm import build_model
@@ -51,16 +53,6 @@ from framestream.trainer.weights.tensor_files import (
     to_hf_name,
     write_shard,
     write_weight_index,
-)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
 )
 
 
@@ -95,11 +87,11 @@ def export(
     part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
-        tokens = _write_tokenizer(part, settings.text.tokenizer)
+        tokens, ends = _write_tokenizer(part, settings.text)
         _write_weights(part, tensors, settings, shard_bytes)
         for path in code:
             shutil.copyfile(path, part / path.name)
-        _write_json(part / "generation_config.json", build_generation_config(tokens))
+        _write_json(part / "generation_config.json", build_generation_config(tokens, ends))
         _write_json(part / "config.json", build_hf_config(settings, tokens))
         for path in (*part.iterdir(), part):
             fsync_path(path)
@@ -211,22 +203,29 @@ def _write_weights(folder: Path, tensors: dict[str, LazyTensor], settings: Relea
     write_weight_index(folder, sizes, limit)
 
 
-def _write_tokenizer(folder: Path, name: str) -> dict[str, int]:
-    """Copy the tokenizer's files unchanged; returns its bos, eos and pad ids (Qwen2's bos is its padding)."""
-    tokenizer = load_tokenizer(name)
+def _write_tokenizer(folder: Path, text: TextConfig) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Copy the tokenizer's files unchanged.
+
+    Returns:
+        its bos, eos and pad ids (Qwen2's bos is its padding), and the ids that end an answer. Where it has no eos, the
+        first of these is taken.
+    """
+    template, name = ChatTemplate(text), text.tokenizer
+    tokenizer = template.tokenizer
     source = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     for file in TOKENIZER_FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
     if not (folder / "tokenizer.json").exists():  # transformers has built it from vocab.json and merges.txt
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = template.end_ids
     ids = {
         "bos_token_id": pad if bos is None else bos,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends[0] if eos is None and ends else eos,
         "pad_token_id": pad,
     }
-    return {name: number for name, number in ids.items() if number is not None}
+    return {name: number for name, number in ids.items() if number is not None}, ends
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -60,7 +60,6 @@ class Evaluator:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_pretrained(checkpoint, manifest.frames.size).to(self._device)
         self._model.vision_cache = VisionFeatureCache(self._model.encode)  # several questions are about one video
-        self._tokenizer = questions.chat_template.tokenizer
         self.answers = {condition: Answers() for condition in ("own", *controls)}
         self.unreadable: dict[int, str] = {}
 
@@ -109,10 +108,10 @@ class Evaluator:
                 logprobs = [found.logprob for found in loglikelihood(self._model, state.select(n), ids)]
                 self.answers[condition].most_likely[i] = options[int(np.argmax(logprobs))]
         keys = [key for _, _, row in prompts for key in row.keys]
-        longest, end = self._manifest.evaluate.max_new_tokens, self._tokenizer.eos_token_id
-        outputs = generate_from_prefill(self._model, state, keys, longest, end)
+        template, longest = self._questions.chat_template, self._manifest.evaluate.max_new_tokens
+        outputs = generate_from_prefill(self._model, state, keys, longest, template.end_ids)
         for (condition, i, _), tokens in zip(prompts, outputs, strict=True):
-            self.answers[condition].generated[i] = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            self.answers[condition].generated[i] = template.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def evaluate(

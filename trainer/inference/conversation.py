@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from framestream.pipeline.shards.memory_index import MediaFile
-from framestream.pipeline.tokenization.chat_template import IMAGE_PLACEHOLDER
+from framestream.pipeline.tokenization.chat_template import IMAGE_PLACEHOLDER, escape_placeholders
 from framestream.trainer.inference.chat_session import ChatSession, stream_text
 from framestream.trainer.inference.generation import GREEDY, Sampling
 from framestream.trainer.inference.predictor import Predictor
@@ -32,24 +32,26 @@ class Conversation:
         sampling: Sampling = GREEDY,
     ) -> None:
         self._predictor, self._files = predictor, list(files)
-        self._session = ChatSession(predictor.model, max_new_tokens, predictor.tokenizer.eos_token_id, sampling)
+        self._session = ChatSession(predictor.model, max_new_tokens, predictor.chat_template.end_ids, sampling)
         self._turns: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer piece by piece; the turn is remembered once the iterator is exhausted.
+
+        ``<image>`` and control tokens in the question are ordinary characters.
 
         Raises:
             MediaError: a file cannot be used; one line that names it.
             ValueError: the conversation has more tokens than the model takes.
         """
         marks = "" if self._turns else f"{IMAGE_PLACEHOLDER}\n" * len(self._files)
-        turns = [*self._turns, {"from": "human", "value": marks + question.replace(IMAGE_PLACEHOLDER, "")}]
+        turns = [*self._turns, {"from": "human", "value": marks + escape_placeholders(question)}]
         prompt = self._predictor.build_prompt(turns, self._files)
         answer = ""
         for piece in stream_text(self._session.answer(prompt), self._predictor.decode):
             answer += piece
             yield piece
-        self._turns = [*turns, {"from": "gpt", "value": answer}]
+        self._turns = [*turns, {"from": "gpt", "value": escape_placeholders(answer)}]
 
     def input_images(self) -> tuple[list[np.ndarray], list[str]]:
         """Return the images that the model sees, and a caption for each.

@@ -7,6 +7,7 @@ keys and values are padded on the left to one length, and all answers grow toget
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +31,13 @@ class Sampling:
     temperature: float = 0.0  #: logits are divided by it
     top_p: float = 1.0  #: sample from the most likely tokens only: the fewest whose probabilities reach this sum
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no distribution has."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be a finite number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
     def sample(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Choose token ids, int64 (B,), from ``logits`` (B, V)."""

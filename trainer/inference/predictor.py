@@ -105,7 +105,7 @@ class Predictor:
             max_new_tokens: longest answer.
             sampling: how tokens are chosen.
         """
-        tokens = generate(self.model, prompts, max_new_tokens, self.tokenizer.eos_token_id, sampling)
+        tokens = generate(self.model, prompts, max_new_tokens, self.chat_template.end_ids, sampling)
         return [self.decode(ids) for ids in tokens]
 
     def loglikelihoods(self, prompt: Batch, answers: Sequence[str]) -> list[LogLikelihood]:

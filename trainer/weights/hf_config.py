@@ -7,6 +7,7 @@ config.json without that section is parsed by the tower's published name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,7 @@ def build_hf_config(settings: ReleaseConfig, tokens: dict[str, int]) -> dict[str
 
     Args:
         settings: of the weights.
-        tokens: the tokenizer's ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as far as it has them.
+        tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, as far as there are any.
     """
     model, size, images = settings.model, settings.frames.size, settings.images
     grids = [[size * i, size * j] for i in range(1, images.max_grid + 1) for j in range(1, images.max_grid + 1)]
@@ -144,10 +145,9 @@ def _qwen2(language: LanguageModelConfig) -> dict[str, Any]:
     }
 
 
-def build_generation_config(tokens: dict[str, int]) -> dict[str, Any]:
-    """Build generation_config.json: greedy, as the published evaluation; an answer ends with the turn or the text."""
-    ends = list(dict.fromkeys(tokens[name] for name in ("eos_token_id", "pad_token_id") if name in tokens))
-    return {**tokens, "do_sample": False, "eos_token_id": ends}
+def build_generation_config(tokens: dict[str, int], ends: Sequence[int]) -> dict[str, Any]:
+    """Build generation_config.json: greedy, as the published evaluation; each of ``ends`` ends an answer."""
+    return {**tokens, "do_sample": False, **({"eos_token_id": list(ends)} if ends else {})}
 
 
 # -------------------------------------------------------------------------------------------------------- reading

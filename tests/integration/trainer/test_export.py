@@ -46,6 +46,11 @@ def settings(tied: bool = False, size: int = SIZE, **fields) -> Manifest:
     return dataclasses.replace(made, text=text, init_from=random, seed=5, **fields)
 
 
+def with_tokenizer(folder: Path) -> Manifest:
+    made = settings()
+    return dataclasses.replace(made, text=dataclasses.replace(made.text, tokenizer=str(folder)))
+
+
 def finished(folder: Path, made: Manifest, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, VideoLLM]:
     """A run with final weights, and the model that they are of."""
     model = build_model(made)
@@ -127,6 +132,17 @@ def test_transformers_reads_tokenizer_and_generation_settings(tmp_path):
     assert generation.eos_token_id == [1002, 1000]
 
 
+@pytest.mark.parametrize("eos", ["<|endoftext|>", None])
+def test_an_exported_base_tokenizer_ends_answers_with_the_turn(tmp_path, eos):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": eos}))
+    export(finished(tmp_path, with_tokenizer(folder))[0], tmp_path / "out")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [1002, 1000]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == (1000 if eos else 1002)
+
+
 PUBLISHED = {
     "frame_aspect_ratio": "square",
     "frame_grid_pinpoints": None,
@@ -169,7 +185,10 @@ def test_config_has_the_published_keys(tmp_path, size, mode, tower, aspect, merg
 @pytest.mark.parametrize("path", files("multimodal_sequence/config.json"), ids=lambda path: path.parent.name)
 def test_golden_settings_are_in_config(tmp_path, path):
     wanted = json.loads(path.read_text())["settings"]
-    run, _ = finished(tmp_path, settings(size=224))
+    size = min(min(pair) for pair in wanted["image_grid_pinpoints"])
+    grid = max(max(pair) for pair in wanted["image_grid_pinpoints"]) // size
+    images = ImagesConfig(mode=wanted["image_aspect_ratio"], max_grid=grid)
+    run, _ = finished(tmp_path, settings(size=size, images=images))
     export(run, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     own = {"mm_hidden_size", "tokenizer_model_max_length", "mm_vision_tower"}  # of the model, not of the layout

@@ -97,3 +97,12 @@ def test_tokens_are_drawn_by_their_probability_from_the_likeliest(top_p, kept):
     whole = sum((0.5, 0.3, 0.15, 0.05)[rank] for rank in kept)
     for rank, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
         assert shares[rank] == pytest.approx(probability / whole if rank in kept else 0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", v) for v in (-1.0, float("nan"), float("inf"))] + [("top_p", v) for v in (0.0, 2.0, float("nan"))],
+)
+def test_values_that_no_distribution_has_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} is .*; it must be"):
+        Sampling(**{field: value})
