@@ -192,11 +192,11 @@ def open_dataset(manifest: Manifest) -> ConcatDataset:
 
 def open_media_reader(manifest: Manifest) -> MediaReader:
     """Open only the pixels of roots that :func:`open_dataset` has checked; ShardsError if they cannot be opened."""
-    return MediaReader([_open(manifest, number, root)[1] for number, root in enumerate(mix_roots(manifest))])
+    return MediaReader([_open(manifest, number, root, True)[1] for number, root in enumerate(mix_roots(manifest))])
 
 
-def _open(manifest: Manifest, number: int, root: MixRootConfig) -> tuple[Index, MediaViews]:
-    index = Index.open(root.root, ReadOptions.from_manifest(manifest.loader))
+def _open(manifest: Manifest, number: int, root: MixRootConfig, checked: bool = False) -> tuple[Index, MediaViews]:
+    index = Index.open(root.root, ReadOptions.from_manifest(manifest.loader), checked)
     return index, MediaViews(index, manifest, root.entries, number)
 
 

@@ -15,7 +15,8 @@ from framestream.pipeline.config.preprocessing import ImagesConfig
 from framestream.pipeline.media.decode import VideoRequest, decode_video, encode_image
 from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from framestream.pipeline.shards.index import NOMINAL
+from framestream.pipeline.shards.index import FRAME_DIGEST, NOMINAL
+from framestream.pipeline.utils.digests import frame_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ def encode_video(path: Path, request: VideoRequest) -> EncodedMedia:
         "timestamps": decoded.timestamps.tolist(),
         "frame_offset": offsets.tolist(),
         "frame_size": sizes.tolist(),
+        FRAME_DIGEST: [frame_digest(jpeg) for jpeg in jpegs],
         NOMINAL.name: decoded.nominal.tolist(),
     }
     return EncodedMedia(data, columns, decoded.salvaged)
@@ -78,6 +80,7 @@ def encode_image_file(path: Path, images: ImagesConfig) -> EncodedMedia:
         "timestamps": [0.0],
         "frame_offset": [0],
         "frame_size": [len(data)],
+        FRAME_DIGEST: [frame_digest(data)],
         NOMINAL.name: [],
     }
     return EncodedMedia(data, columns, False)

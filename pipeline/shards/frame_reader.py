@@ -12,8 +12,9 @@ import numpy as np
 
 from framestream.pipeline.media.jpeg import decode_jpeg
 from framestream.pipeline.media.resize import resize
-from framestream.pipeline.shards.index import Index, row_values
+from framestream.pipeline.shards.index import FRAME_DIGEST, Index, row_values
 from framestream.pipeline.storage import ShardRef
+from framestream.pipeline.utils.digests import frame_digest
 
 
 class FrameReader:
@@ -39,14 +40,17 @@ class FrameReader:
             out: uint8 (T, H, W, 3).
 
         Raises:
-            OSError, ValueError: the shard cannot be read, or its bytes are not a JPEG of the stated size.
+            OSError, ValueError: the shard cannot be read, a frame is damaged, or is not a JPEG of the stated size.
         """
         offsets, sizes = (row_values(self._columns[name], row) for name in ("frame_offset", "frame_size"))
         shard, width, height = (self.column_value(name, row) for name in ("shard", "width", "height"))
+        digests = self._digests(row)
         # a repeated index is read and decoded once, then copied
         first = [k for k, index in enumerate(indices) if not k or index != indices[k - 1]]
         ranges = [(int(offsets[indices[k]]), int(sizes[indices[k]])) for k in first]
         for k, jpeg in zip(first, self.index.storage.read(self._shard(shard), ranges), strict=True):
+            if digests is not None:
+                check_frame(jpeg, int(digests[indices[k]]), f"stored frame {indices[k]}")
             decode_into(jpeg, (height, width), out[k])
         for k, index in enumerate(indices):
             if k and index == indices[k - 1]:
@@ -56,10 +60,13 @@ class FrameReader:
         """Return the pixels of image ``row`` as stored, uint8 (H, W, 3).
 
         Raises:
-            OSError, ValueError: the shard cannot be read, or its bytes are not a JPEG of the stated size.
+            OSError, ValueError: the shard cannot be read, or the image is damaged or of another size.
         """
         offset, size, shard = (self.column_value(name, row) for name in ("offset", "size", "shard"))
         [jpeg] = self.index.storage.read(self._shard(shard), [(offset, size)])
+        digests = self._digests(row)
+        if digests is not None:
+            check_frame(jpeg, int(digests[0]), "the stored image")
         pixels = decode_jpeg(jpeg)
         stated = self.column_value("height", row), self.column_value("width", row)
         if pixels.shape[:2] != stated:
@@ -75,11 +82,28 @@ class FrameReader:
         """Return the value of column ``name`` of the media table in ``row``."""
         return self._columns[name][row].as_py()
 
+    def _digests(self, row: int) -> np.ndarray | None:
+        """Return the digests of the frames of a media item, uint32 (frames,); None if they were never recorded."""
+        column = self._columns.get(FRAME_DIGEST)
+        if column is None or column[row].values is None:
+            return None
+        return row_values(column, row)
+
     def _shard(self, row: int) -> ShardRef:
         shard = self._shards.get(row)
         if shard is None:
             shard = self._shards[row] = self.index.shard(row)
         return shard
+
+
+def check_frame(jpeg: bytes | memoryview, digest: int, name: str) -> None:
+    """Compare the bytes of a stored frame with its digest in the index; ``name`` is the frame for messages.
+
+    Raises:
+        ValueError: the bytes are not those that were written.
+    """
+    if frame_digest(jpeg) != digest:
+        raise ValueError(f"{name} is damaged (its digest is not the one in the index); restore the shard")
 
 
 def decode_into(jpeg: bytes | memoryview, size: tuple[int, int], out: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +25,10 @@ from framestream.pipeline.config.preprocessing import FramesConfig
 from framestream.pipeline.storage import ReadOptions, ShardRef, Storage, is_remote, open_storage
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
+from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.records import parse_record
+
+logger = logging.getLogger(__name__)
 
 #: Rows in a record batch. Even with 512 frames per video, list offsets stay far below the limit of int32 (2**31).
 BATCH_ROWS = 4096
@@ -50,6 +54,7 @@ MEDIA_SCHEMA = pa.schema(
         ("timestamps", pa.list_(pa.float64())),  # of each stored frame, seconds of the source
         ("frame_offset", pa.list_(pa.int64())),  # of each stored frame's JPEG inside the tar
         ("frame_size", pa.list_(pa.int32())),
+        ("frame_digest", pa.list_(pa.uint32())),  # of each stored frame's JPEG; null if it was added without digests
         ("sha256", pa.string()),  # of the mp4 or jpg
         ("source", pa.string()),
     ]
@@ -77,12 +82,33 @@ SHARD_SCHEMA = pa.schema(
 )
 #: Last column of the media table of a root built with ``compat: published``. Other roots do not have it.
 NOMINAL = pa.field("nominal", pa.list_(pa.int64()))  # the frame numbers that the time message counts
+FRAME_DIGEST = "frame_digest"  #: column that roots lack which were built before frames had digests
 FILES = {"media": MEDIA_SCHEMA, "dialogues": DIALOGUE_SCHEMA, "shards": SHARD_SCHEMA}
 
 
 def media_schema(compat: str) -> pa.Schema:
     """Return the schema of the media table of a root built with ``compat``."""
     return MEDIA_SCHEMA.append(NOMINAL) if compat == "published" else MEDIA_SCHEMA
+
+
+def without_digests(schema: pa.Schema) -> pa.Schema:
+    """Return a schema of the media table as it was written before frames had digests."""
+    return schema.remove(schema.get_field_index(FRAME_DIGEST))
+
+
+def add_digest_column(media: pa.Table) -> pa.Table:
+    """Return a media table with the column ``frame_digest``; it is null if the table did not have it."""
+    if FRAME_DIGEST in media.column_names:
+        return media
+    position = MEDIA_SCHEMA.get_field_index(FRAME_DIGEST)
+    field = MEDIA_SCHEMA.field(FRAME_DIGEST)
+    return media.add_column(position, field, pa.nulls(len(media), field.type))
+
+
+def index_digests(root: str | Path) -> dict[str, str]:
+    """Return the digest of each file of the index, as build.json records them: name in the root -> digest."""
+    names = [f"index/{name}.arrow" for name in FILES]
+    return {name: file_digest(Path(root) / name) for name in names}
 
 
 class ShardsError(ValueError):
@@ -133,13 +159,16 @@ class Index:
     maps: Mapping[str, MappedTable]  #: the tables' files, by the name of the table
 
     @classmethod
-    def open(cls, root: str | os.PathLike, reading: ReadOptions | None = None) -> Index:
+    def open(cls, root: str | os.PathLike, reading: ReadOptions | None = None, checked: bool = False) -> Index:
         """Open the index of a shard root.
+
+        The files are compared with the digests in build.json and validated, which reads them once.
 
         Args:
             root: a folder, or an address (:func:`framestream.pipeline.storage.open_storage`). The index of an address
                 is copied into the cache folder once.
             reading: how an address is read; defaults apply if None.
+            checked: another process of this run has checked the files, so that they are only opened.
 
         Raises:
             ShardsError: nothing was built there, the build is not finished, a file is damaged, or the address cannot
@@ -147,12 +176,21 @@ class Index:
         """
         try:
             storage = open_storage(root, reading)
-            build = json.loads(storage.read_all("build.json"))
-            fingerprint, specification = build["index_fingerprint"], build.get("specification", {})
+            build = parse_record(
+                storage.read_all("build.json"), storage.describe("build.json"), "build record", "build the shards again"
+            )
+            fingerprint, specification, digests = _read_build(build)
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
             names = [f"index/{name}.arrow" for name in schemas]
             paths = storage.local_copy(names, fingerprint, lambda copies: _check_copies(copies, fingerprint))
-            maps = {name: _map(path, schemas[name]) for name, path in zip(schemas, paths, strict=True)}
+            if not digests and not checked:
+                _check_copies(paths, fingerprint)
+            maps = {
+                name: _map(path, schemas[name], digests.get(f"index/{name}.arrow"), checked)
+                for name, path in zip(schemas, paths, strict=True)
+            }
+            if FRAME_DIGEST not in maps["media"].table.column_names and not checked:
+                logger.warning("%s: built before frames had digests; damaged frames cannot be found", storage.root)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(_unreadable(root, error)) from None
         media, dialogues, shards = (maps[name].table for name in FILES)
@@ -250,11 +288,29 @@ def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:
     return values.to_numpy(zero_copy_only=True)
 
 
-def _map(path: Path, schema: pa.Schema) -> MappedTable:
-    mapped = MappedTable(path)
-    if mapped.table.schema != schema:
-        raise ValueError(f"{path.name} has other columns than this version of framestream")
-    return mapped
+def _read_build(build: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Return fingerprint, specification and digests of the index files of a build record.
+
+    Raises:
+        ValueError: a field is missing or has another type.
+    """
+    fingerprint, specification = build.get("index_fingerprint"), build.get("specification", {})
+    digests = build.get("digests", {})
+    if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
+        raise ValueError("build.json: index_fingerprint is not a sha256")
+    if not isinstance(specification, dict) or not isinstance(digests, dict):
+        raise ValueError("build.json: specification and digests must be JSON objects")
+    return fingerprint, specification, digests
+
+
+def _map(path: Path, schema: pa.Schema, digest: str | None, checked: bool) -> MappedTable:
+    """Open one file of the index; the media table may lack the digests of frames."""
+    if FRAME_DIGEST not in schema.names:
+        return MappedTable(path, schema, digest, checked)
+    try:
+        return MappedTable(path, schema, digest, checked)
+    except ValueError:
+        return MappedTable(path, without_digests(schema), digest, checked)
 
 
 def _check_copies(copies: Sequence[Path], fingerprint: str) -> None:

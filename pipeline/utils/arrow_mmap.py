@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 DROP_EVERY = 64  #: chunks of a column after which the pages that were read are dropped
+DIGEST_BYTES = 64 << 20  #: bytes whose digest is computed before their pages are dropped
 LIMIT = 16 << 20  #: bytes of pages that random reads may keep resident
 CHECK_EVERY = 4  #: lookups after which they are counted
 
@@ -25,17 +27,57 @@ CHECK_EVERY = 4  #: lookups after which they are counted
 class MappedTable:
     """The table of an Arrow IPC file; its columns are views into the file.
 
+    The file is checked before anything is read of it: Arrow follows lengths and offsets of a damaged file into memory
+    that is not its own.
+
+    Args:
+        path: of the file.
+        schema: columns that the file must have; None for any.
+        digest: as of :func:`framestream.pipeline.utils.digests.file_digest`; None if it is not known.
+        checked: another process has checked the file, so that it is only opened.
+
     Raises:
-        OSError, ValueError: the file cannot be read, or is not an Arrow file.
+        OSError: the file cannot be read.
+        ValueError: it is damaged, has other columns, or is not an Arrow file; one line that names it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, schema: pa.Schema | None = None, digest: str | None = None, checked: bool = False
+    ) -> None:
         with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{path}: empty, not an Arrow file")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with contextlib.suppress(OSError):  # the kernel has no huge pages
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
-        self.table: pa.Table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
+        if digest is not None and not checked and self._digest() != digest:
+            raise ValueError(f"{path}: damaged (its digest differs from the one that was recorded)")
+        try:
+            self.table: pa.Table = self._open(schema, checked)
+        except (pa.ArrowException, MemoryError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: damaged, or not an Arrow file ({reason[:200]})") from None
+        if schema is not None and self.table.schema != schema:
+            raise ValueError(f"{path}: has other columns than this version of framestream")
         self.drop_pages()  # those of the headers of all batches
+
+    def _open(self, schema: pa.Schema | None, checked: bool) -> pa.Table:
+        """Open the table. Its batches are validated one by one, unless its columns are wrong anyway."""
+        reader = pa.ipc.open_file(pa.py_buffer(self._map))
+        if not checked and (schema is None or reader.schema == schema):
+            for number in range(reader.num_record_batches):
+                reader.get_batch(number).validate(full=True)
+                if number % DROP_EVERY == 0:
+                    self.drop_pages()
+        return reader.read_all()
+
+    def _digest(self) -> str:
+        digest, view = xxhash.xxh3_64(), memoryview(self._map)
+        for start in range(0, len(view), DIGEST_BYTES):
+            digest.update(view[start : start + DIGEST_BYTES])
+            self.drop_pages()
+        view.release()
+        return digest.hexdigest()
 
     def chunks(self, name: str) -> Iterator[pa.Array]:
         """Yield the chunks of a column. Do not keep views of them: their pages are dropped on the way."""
@@ -47,7 +89,8 @@ class MappedTable:
 
     def array(self, name: str) -> np.ndarray:
         """Copy a column of numbers without nulls into one array."""
-        out, filled = np.empty(len(self.table), dtype=self.table.schema.field(name).type.to_pandas_dtype()), 0
+        dtype = pa.array([], self.table.schema.field(name).type).to_numpy(zero_copy_only=False).dtype
+        out, filled = np.empty(len(self.table), dtype=dtype), 0
         for chunk in self.chunks(name):
             out[filled : filled + len(chunk)] = chunk.to_numpy()
             filled += len(chunk)

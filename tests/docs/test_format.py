@@ -87,7 +87,13 @@ def test_the_index_is_read_as_the_project_reads_it(reader, root):
     ],
 )
 def test_columns_are_of_the_types_on_the_page(heading, schema):
-    words = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64"}
+    words = {
+        pa.string(): "string",
+        pa.int32(): "int32",
+        pa.uint32(): "uint32",
+        pa.int64(): "int64",
+        pa.float64(): "float64",
+    }
     there = {
         field.name: f"list of {words[field.type.value_type]}" if pa.types.is_list(field.type) else words[field.type]
         for field in schema

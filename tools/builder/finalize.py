@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from framestream.pipeline.shards.index import SHARD_SCHEMA, build_table, write_index
+from framestream.pipeline.shards.index import SHARD_SCHEMA, build_table, index_digests, write_index
 from framestream.pipeline.shards.ledger import write_ledger
 from framestream.pipeline.shards.sidecars import read_sidecars, write_sidecars
 from framestream.pipeline.shards.writer import ShardInfo
-from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.pipeline.utils.records import write_record
 from framestream.tools.builder.incremental import ExistingBuild, drop_rows
 from framestream.tools.builder.task import OUTCOMES, PLAN_ROW, BuildJob, read_shard_info, task_folder
 from framestream.tools.common.arrow_files import map_table, write_table
@@ -92,11 +93,12 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
     write_ledger(root / "ledger" / "ledger.parquet", ledger)
     record = {
         "index_fingerprint": fingerprint,
+        "digests": index_digests(root),
         "specification": wanted,
         "entries": _count_entries(job, previous, media, dialogues, ledger),
         "shards": dict(Counter(shard["folder"] for shard in shards)),
     }
-    write_atomic(root / "build.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    write_record(root / "build.json", record)
     return record
 
 

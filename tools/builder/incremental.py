@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, media_schema
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, add_digest_column, media_schema
 from framestream.pipeline.shards.ledger import RETRYABLE
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from framestream.tools.builder.build_spec import LEFT_OUT
@@ -49,7 +49,7 @@ class ExistingBuild:
             return cls({}, media, dialogues, shards, ledger)
         return cls(
             record=json.loads((folder / "build.json").read_bytes()),
-            media=map_table(folder / "media.arrow"),
+            media=add_digest_column(map_table(folder / "media.arrow")),
             dialogues=map_table(folder / "dialogues.arrow"),
             shards=map_table(folder / "shards.arrow"),
             ledger=pq.read_table(folder / "ledger.parquet", schema=LEDGER_SCHEMA),

@@ -32,7 +32,7 @@ from framestream.pipeline.media.decode import VideoRequest
 from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
-from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, NOMINAL, build_table, media_schema
+from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, FRAME_DIGEST, NOMINAL, build_table, media_schema
 from framestream.pipeline.shards.ledger import LedgerRow, ledger_table
 from framestream.pipeline.shards.samples import dialogue_metadata, media_metadata
 from framestream.pipeline.shards.writer import ShardInfo, ShardWriter
@@ -349,7 +349,7 @@ def _build_sample(
         raise _MediaBuildError("crashed", _describe(item, error)) from error
     columns = {**encoded.columns, "key": item["key"], "kind": item["kind"], "source": item["source"]}
     columns["sha256"] = hashlib.sha256(encoded.data).hexdigest()
-    index_only = ("frame_offset", "frame_size", NOMINAL.name)
+    index_only = ("frame_offset", "frame_size", FRAME_DIGEST, NOMINAL.name)
     fields = {name: value for name, value in columns.items() if name not in index_only}
     extension = "mp4" if item["kind"] == "video" else "jpg"
     json_member = media_metadata(**fields, salvaged=encoded.salvaged, dialogues=dialogues)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from framestream.pipeline.shards.index import FILES, media_schema
+from framestream.pipeline.shards.index import FILES, FRAME_DIGEST, media_schema, without_digests
 from framestream.pipeline.utils.atomic_io import file_sha256
 from framestream.tools.verify.findings import Findings
 from framestream.tools.verify.shard import MEMBERS, ShardToCheck
@@ -72,10 +72,10 @@ def check_index(root: Path, record: Mapping[str, Any], findings: Findings) -> In
         tables = IndexTables.map(root)
         schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
         for (name, schema), table in zip(schemas.items(), tables, strict=True):
-            if table.schema != schema:
+            if table.schema not in ([schema, without_digests(schema)] if name == "media" else [schema]):
                 raise ValueError(f"{name}.arrow does not have the columns of the format")
             table.validate(full=True)
-            if any(column.null_count for column in table.columns):
+            if any(table[column].null_count for column in table.column_names if column != FRAME_DIGEST):
                 raise ValueError(f"{name}.arrow has missing values")
         _check_shards(tables)
         _check_order(tables)

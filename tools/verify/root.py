@@ -6,13 +6,16 @@ whatever the size of the root.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from tqdm import tqdm
 
 from framestream.tools.verify.findings import Findings
@@ -58,6 +61,8 @@ def verify(root: Path, deep: bool, workers: int, max_listed: int) -> VerifyResul
     result = VerifyResult(Findings(max_listed))
     findings = result.findings
     record = read_object(root, "build.json", findings)
+    if "digests" in record and record.get("digest") != _record_digest(record):
+        findings.add("build.json", "its digest is not that of its other fields")
     tables = check_index(root, record, findings)
     check_counts(record, tables, check_ledger(root, findings), findings)
     shards = _shards_on_disk(root) if tables is None else tables.list_shards(root)
@@ -80,6 +85,12 @@ def verify(root: Path, deep: bool, workers: int, max_listed: int) -> VerifyResul
         if folder_shards := [shard for shard in shards if shard.folder == folder]:
             check_reader_files(root, folder, folder_shards, md5, findings)
     return result
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    """Return the digest that the other fields of build.json must have, as docs/format.md defines it."""
+    fields = {name: value for name, value in record.items() if name != "digest"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _shards_on_disk(root: Path) -> list[ShardToCheck]:

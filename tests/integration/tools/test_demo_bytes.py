@@ -1,7 +1,8 @@
 """The shards of a small demo are, byte for byte, those of earlier releases.
 
 The digests were made at commit fd47dc5, with the versions below, on an Intel Xeon with AVX-512. The same came out there
-with the code paths of older processors forced in OpenBLAS, numpy and libjpeg-turbo (docs/performance.md).
+with the code paths of older processors forced in OpenBLAS, numpy and libjpeg-turbo (docs/performance.md). Those of
+media.arrow are newer: the table has got a column with the digest of each frame.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SHA256 = {
         "image/train-000000.tar": "35546df37637a8d302d42ecd7d6425aa2a1e20c47d39ee827ffeba623cc57cb1",
         "video/train-000000.tar": "69afb3eef9219b60fbf57bfaf935ea9589297acfdf3a25ff68aad907756f8c20",
         "index/dialogues.arrow": "420933506c3d3710a6ddadd227da34e21738b66b858bfae19c571e53d4cddb6d",
-        "index/media.arrow": "55eb529cf1341027859d435366809a6d562903d63c40a1df3b1af0b40673f236",
+        "index/media.arrow": "2349847d5cbe14b0fc6990eccd803ee21d25e65158e7f105a6684b2b632b91d0",
         "index/shards.arrow": "7c6e63b05b650273cf757b8d95d48107a86822d9c48724d9b3da1a6276990dfc",
     },
     4: {
@@ -33,7 +34,7 @@ SHA256 = {
         "video/train-000000.tar": "ec19540056290131a011e427725e6bc46e5c22bfbd13daa15047fc9e652b4b15",
         "video/val-000000.tar": "e59e9f3435b0d9f796993e112380fb50cfeb46aa9f09933372ef9b44a65077f0",
         "index/dialogues.arrow": "fdb2d4885de3c4255b679f4d40776e5995dd8922f1127060ddaa3c5c30bc6ba2",
-        "index/media.arrow": "5c3a2d8c8fdbb4786270fdf26f7c621ec472b53f9c148ba40301f90c6611ad5b",
+        "index/media.arrow": "697d73f719440beb9316173181435ffbc84d0bb8d72f4e218e4dabb2ea25d4f0",
         "index/shards.arrow": "6b1bdd4587780ea3b787fe9c21fc520f9fd9b28c55a453a33919b251e74249e1",
     },
 }

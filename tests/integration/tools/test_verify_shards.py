@@ -244,6 +244,7 @@ def reseal(root: Path, **columns: tuple[str, Callable[[dict], None]]) -> None:
             row |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     made = [pa.Table.from_pylist(tables[name], schema) for name, schema in FILES.items()]
     record = json.loads((root / "build.json").read_text())
+    del record["digests"]  # as in a root from before there were any
     record["index_fingerprint"] = write_index(root, *made)
     (root / "build.json").write_text(json.dumps(record))
 

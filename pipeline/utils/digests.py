@@ -1,0 +1,36 @@
+"""Digests that tell damaged bytes from those that were written.
+
+They are XXH3 sums (https://xxhash.com): much faster than decoding, and made to find damage. They do not protect against
+somebody who changes a file and its digest on purpose.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xxhash
+
+BLOCK = 1 << 22  #: bytes that are read at a time
+
+
+def bytes_digest(data: bytes | memoryview) -> str:
+    """Return the XXH3 sum of ``data``, 64 bits as 16 hex digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the XXH3 sum of a file, 64 bits as 16 hex digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def frame_digest(data: bytes | memoryview) -> int:
+    """Return the lower 32 bits of the XXH3 sum of a stored frame, as the index keeps it."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
