@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from framestream.trainer.evaluation.answer_rules import normalize_answer, parse_option, reply_letter
 
 RESAMPLES = 2000  #: bootstrap resamples
 MAX_PARTNERS = 4  #: partners of a question
 CONTROLS = ("blind", "shuffled")  #: other frames, and the same frames in another order
 
 
-def normalize_answer(text: str) -> str:
-    """Normalize an answer: lower case, without outer spaces, outer parentheses and trailing periods."""
-    plain = text.strip().lower().rstrip(".").strip()
-    return plain[1:-1].strip() if re.fullmatch(r"\([^()]*\)", plain) else plain
-
-
 def is_correct(reply: str, answer: str) -> bool:
     """Return whether ``reply`` is the expected answer.
 
-    If the answer is a single letter, the reply may continue after it, as in ``(B) a square``.
+    A reply is correct if it equals the answer after normalization. If the answer is an option (``B``, ``(B) red``), the
+    letter of a reply counts, and so does the text of the option. docs/evaluation.md has the rules as a table.
     """
-    expected = normalize_answer(answer)
-    if re.fullmatch(r"[a-z]", expected):
-        # the letter, perhaps after a parenthesis, must not begin a word or a contraction: "a" in "apple", "i" in "I'm"
-        first = re.match(r"\(?([a-z])(?![a-z'’])", reply.strip().lower())
-        return first is not None and first[1] == expected
-    return normalize_answer(reply) == expected
+    said = normalize_answer(reply)
+    if said == normalize_answer(answer):
+        return True
+    option = parse_option(answer)
+    if option is None:
+        return False
+    letter, text = option
+    return reply_letter(reply) == letter or (bool(text) and said == normalize_answer(text))
+
+
+def answer_key(answer: str) -> str:
+    """Return what identifies an expected answer: its letter if it is an option, else its normalized text."""
+    option = parse_option(answer)
+    return f"({option[0]})" if option else normalize_answer(answer)
 
 
 def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Sequence[int], seed: int) -> list[list[int]]:
@@ -47,11 +51,10 @@ def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Seque
     for i, family in enumerate(families):
         by_family.setdefault(family, []).append(i)
     partners: list[list[int]] = []
-    for family, answer, count in zip(families, answers, shown, strict=True):
+    keys = [answer_key(answer) for answer in answers]
+    for family, key, count in zip(families, keys, shown, strict=True):
         family_others = by_family[family] if count else []
-        others = [
-            j for j in family_others if normalize_answer(answers[j]) != normalize_answer(answer) and shown[j] >= count
-        ]
+        others = [j for j in family_others if keys[j] != key and shown[j] >= count]
         partners.append(rng.permutation(others)[:MAX_PARTNERS].tolist() if others else [])
     return partners
 
