@@ -12,6 +12,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from framestream.pipeline.utils.command_line import nearest_name, run_safely
+
 #: command -> (module with ``main(arguments, prog)``, what it does)
 COMMANDS = {
     "build": ("framestream.tools.build_shards", "build the shards of a stage"),
@@ -38,6 +40,7 @@ def usage() -> str:
 HINT = "framestream COMMAND --help lists the options of a command."
 
 
+@run_safely()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, or 2 for a command that does not exist."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if name else 2
     if name not in COMMANDS:
-        print(f"error: {name!r} is not a command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {name!r} is not a command{nearest_name(name, COMMANDS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[name][0])
     return module.main(arguments[1:], prog=f"framestream {name}")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from framestream.pipeline.utils.command_line import CommandParser, run_safely
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, process_rank
 
 if TYPE_CHECKING:
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 RESUME_HINT = "run the same command to resume from the last checkpoint"
 
 
+@run_safely(f"stopped; {RESUME_HINT}")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
     """Run the command line; return its exit status.
 
     The status is 0 for success, 1 for a run that cannot continue, 2 for bad input, 75 for a run stopped by SIGTERM or
     SIGUSR1, and 130 for one stopped by Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
+    parser = CommandParser(prog=prog, description="Train one stage, or describe its run with --dry-run.")
     parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved manifest and its costs, then stop")
@@ -49,9 +51,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
         return _train(manifest)
     except (ManifestError, ShardsError) as error:
         return _failed(error, 2)
-    except KeyboardInterrupt:
-        print(f"stopped; {RESUME_HINT}", file=sys.stderr)
-        return 130
 
 
 def _train(manifest: Manifest) -> int:

@@ -13,14 +13,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from framestream.pipeline.utils.command_line import (
+    CommandParser,
+    describe_os_error,
+    integer_option,
+    number_option,
+    run_safely,
+)
+
 if TYPE_CHECKING:
     from framestream.trainer.inference.conversation import Conversation
+
+
+MAX_NEW_TOKENS = 1 << 17  #: largest value of --max-new-tokens
+MAX_SECONDS = 1e7  #: largest second of a clip
 
 
 class ChatError(Exception):
     """Options that do not fit; one line with the fix."""
 
 
+@run_safely("stopped")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.chat") -> int:
     """Run the command line; returns the exit status.
 
@@ -37,33 +50,45 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
         if options.sheet:
             _write_sheet(options.sheet, conversation)
         _converse(conversation, options.question)
-    except KeyboardInterrupt:
-        print()
-        return 130
     except (ChatError, ManifestError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except (MediaError, WeightsError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        reason = describe_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
+        print(f"error: {reason}", file=sys.stderr)
         return 1
     return 0
 
 
 def _build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Ask a trained model about videos and images.")
+    parser = CommandParser(prog=prog, description="Ask a trained model about videos and images.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a finished run, or a folder of weights")
     parser.add_argument("--manifest", help="the stage's YAML (default: the run's own)")
     parser.add_argument("--video", action="append", default=[], help="a video, GIF or folder of frames; repeatable")
-    parser.add_argument("--start", type=float, help="second at which a clip of the video begins")
-    parser.add_argument("--end", type=float, help="second at which it ends")
+    parser.add_argument(
+        "--start", type=number_option(0, MAX_SECONDS), help="second at which a clip of the video begins"
+    )
+    parser.add_argument("--end", type=number_option(0, MAX_SECONDS), help="second at which it ends")
     parser.add_argument("--image", action="append", default=[], help="an image, shown after the videos; repeatable")
     parser.add_argument("--question", help="ask this and stop (default: read questions from the terminal)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the most likely tokens whose probabilities reach this sum"
+        "--max-new-tokens",
+        type=integer_option(1, MAX_NEW_TOKENS),
+        default=512,
+        help="longest answer (default %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--temperature", type=number_option(0, 100), default=0.0, help="sampling temperature; 0 is greedy"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number_option(0, 1, above=True),
+        default=1.0,
+        help="sample from the most likely tokens whose probabilities reach this sum",
+    )
+    parser.add_argument("--seed", type=integer_option(0), default=0, help="of sampling")
     parser.add_argument("--sheet", type=Path, help="write the images that the model sees to this JPEG or PNG")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     return parser
@@ -78,8 +103,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ChatError(f"--sheet {options.sheet}: name a .jpg or a .png file")
     if options.question is not None and not options.question.strip():
         raise ChatError("--question is empty; leave it out to type questions in the terminal")
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.max_new_tokens < 1:
-        raise ChatError("--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1")
+    if None not in (options.start, options.end) and options.end <= options.start:
+        raise ChatError(f"--end {options.end:g} is not after --start {options.start:g}; give a later second")
 
 
 def _open_conversation(options: argparse.Namespace) -> Conversation:
@@ -102,6 +127,7 @@ def _write_sheet(path: Path, conversation: Conversation) -> None:
 
     images, captions = conversation.input_images()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_contact_sheet(path, images, captions)
     except OSError as error:
         raise ChatError(f"--sheet {path}: cannot be written ({error.strerror})") from None
@@ -114,7 +140,7 @@ def _converse(conversation: Conversation, question: str | None) -> None:
         return
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = _read_line().strip()
         except EOFError:
             print()
             return
@@ -124,6 +150,16 @@ def _converse(conversation: Conversation, question: str | None) -> None:
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
                 print()
+
+
+def _read_line() -> str:
+    """Read a question from the terminal; raises EOFError at the end."""
+    if sys.stdin is None:
+        raise EOFError
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except UnicodeDecodeError as error:
+        raise ChatError(f"standard input is not text in {error.encoding}; type or pipe UTF-8") from None
 
 
 def _print_answer(conversation: Conversation, question: str) -> None:

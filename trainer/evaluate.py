@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from framestream.pipeline.utils.command_line import integer_option, run_safely
 from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 8}  #: of the table, with their widths
 
 
+@run_safely("stopped; nothing was written")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.evaluate") -> int:
     """Run the command line; returns the exit status: 0 done, 1 weights that cannot be read, 2 bad input, 130 Ctrl-C."""
     description = "Score held-out dialogues, with and without the frames they are about."
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser = build_parser(prog, description, held_out, "evaluation.json, or evaluation-STEM.json")
     parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
     parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
-    parser.add_argument("--limit", type=int, help="ask only the first LIMIT questions of each family")
+    parser.add_argument("--limit", type=integer_option(1), help="ask only the first LIMIT questions of each family")
     return run_command(parser, arguments, _score, _page, _table, _result_name)
 
 

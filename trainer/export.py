@@ -6,16 +6,18 @@ ranks). :mod:`framestream.trainer.checkpoint.export` lists the files that are wr
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from framestream.pipeline.utils.command_line import CommandParser, run_safely
 
+
+@run_safely("stopped; nothing was written")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.export") -> int:
     """Run the command line; returns the exit status: 0 done, 1 weights that cannot be read, 2 bad input."""
     description = "Export the weights of a run in the layout of the published checkpoints."
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = CommandParser(prog=prog, description=description)
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN, RUN/final or RUN/checkpoints/step-N")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--release-files", type=Path, metavar="DIR", help="copy the release's python files from here")

@@ -14,15 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from framestream.pipeline.utils.command_line import integer_option, number_option, run_safely
 from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
 
 FRAMES = (8, 32, 128, 512)
+MAX_FRAMES = 65536  #: largest value of --frames; a frame of 448 pixels takes 0.6 MB of memory
 DEPTHS = (0, 25, 50, 75, 100)
 
 
+@run_safely("stopped; nothing was written")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.haystack") -> int:
     """Run the command line; returns the exit status: 0 done, 1 files that cannot be read, 2 bad input, 130 Ctrl-C."""
     description = "Find images that replace one frame of a long video."
@@ -32,8 +35,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument(
         "--video", action="append", required=True, help="insert the images in this video; repeat it for several videos"
     )
-    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="numbers of frames (%(default)s)")
-    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS, help="percent (%(default)s)")
+    parser.add_argument(
+        "--frames",
+        type=integer_option(1, MAX_FRAMES),
+        nargs="+",
+        default=FRAMES,
+        help="numbers of frames (%(default)s)",
+    )
+    parser.add_argument("--depths", type=number_option(0, 100), nargs="+", default=DEPTHS, help="percent (%(default)s)")
     return run_command(parser, arguments, _score, _page, _table, lambda _: "haystack.json")
 
 
@@ -54,9 +63,6 @@ def _check_options(options: argparse.Namespace, manifest: Manifest) -> None:
     for count in options.frames:
         if count < clip or count % clip:
             raise ManifestError(f"--frames {count}: must be a multiple of {clip}, the frames of a clip")
-    for depth in options.depths:
-        if not 0 <= depth <= 100:
-            raise ManifestError(f"--depths {depth:g}: must be a percentage from 0 to 100")
 
 
 def _page(result: dict) -> str:

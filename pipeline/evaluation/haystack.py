@@ -69,7 +69,8 @@ class Haystack(QuestionList):
 
     Raises:
         AnnotationFileError, ShardsError: the needles cannot be read, or none of them can be used.
-        MediaError: a video cannot be used, or is too short; one line that names it.
+        MediaError: none of the videos can be used; one line that names the first. If others can, the ``rejected`` lines
+            name it.
     """
 
     def __init__(
@@ -93,14 +94,14 @@ class Haystack(QuestionList):
         if not questions:
             raise ShardsError(f"{needles}: no question about one image found; give an image and a question per needle")
         self._manifests = {count: _with_frames(manifest, count) for count in frames}
-        self._videos = [_open_video(video, self._manifests[max(frames)], max(frames)) for video in videos]
+        self._videos = self._open_videos(videos, max(frames))
         self.cells = {cell.name: cell for cell in (HaystackCell(count, depth) for count in frames for depth in depths)}
         self._questions = [
             dataclasses.replace(
                 question,
                 key=f"{question.key}, {name}",
                 meta={**question.meta, "family": name},
-                media=[HaystackSample(cell, number % len(videos), question.media[0].path)],
+                media=[HaystackSample(cell, number % len(self._videos), question.media[0].path)],
             )
             for name, cell in self.cells.items()
             for number, question in enumerate(questions)
@@ -115,6 +116,20 @@ class Haystack(QuestionList):
         """See :meth:`framestream.pipeline.evaluation.questions.QuestionSource.prompt`."""
         (sample,) = self._media(i, media_of)
         return self._prompts(sample).build(self._questions[i].turns, [0], self._questions[i].key, shuffle)
+
+    def _open_videos(self, videos: Sequence[str | Path], count: int) -> list[Index]:
+        """Decode the videos. Those that cannot be used are ``rejected``, unless there are no others."""
+        found, errors = [], []
+        for video in videos:
+            try:
+                found.append(_open_video(video, self._manifests[count], count))
+            except (MediaError, OSError, ValueError) as error:
+                errors.append(error)
+                reason = " ".join(str(error).split())
+                self.rejected.append(f"{video}: left out, other videos take its needles: {reason}")
+        if not found:
+            raise errors[0]
+        return found
 
     def _prompts(self, sample: HaystackSample) -> PromptBuilder:
         manifest = self._manifests[sample.cell.frames]

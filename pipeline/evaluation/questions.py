@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,10 +22,15 @@ from framestream.pipeline.tokenization.chat_template import (
     split_last_answer,
     turn_text,
 )
+from framestream.pipeline.utils.records import load_json
+
+MAX_OPTIONS = 64  #: answers to choose from; each costs a row of the model's cache
+MAX_OPTION_CHARACTERS = 2000
+MAX_FAMILY_CHARACTERS = 200
 
 
-class OptionsError(ValueError):
-    """Invalid ``options`` of a question: one line."""
+class QuestionError(ValueError):
+    """Invalid ``options`` or ``family`` of a question: one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,13 @@ class Question:
         """Make the question of a dialogue.
 
         Raises:
-            OptionsError: its ``options`` are invalid.
+            QuestionError: its ``options`` or its ``family`` is invalid.
             ValueError: no human turn has an answer.
         """
         asked, answer = split_last_answer(turns)
-        if "options" in meta and not _are_valid_options(meta["options"]):
-            raise OptionsError(f"options: {str(meta['options'])[:60]!r} must be a list of at least two answers")
+        if "options" in meta:
+            _check_options(meta["options"])
+        _check_family(meta.get("family"))
         count = sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in asked)
         return cls(key, asked, answer, entry, meta, list(media)[:count])
 
@@ -62,7 +67,8 @@ class Question:
     @property
     def family(self) -> str:
         """The annotation's ``family``, or the name of the entry if it has none."""
-        return str(self.meta.get("family") or self.entry)
+        family = self.meta.get("family")
+        return " ".join(str("" if family is None else family).split()) or self.entry
 
     @property
     def options(self) -> list[str]:
@@ -70,8 +76,28 @@ class Question:
         return [str(option) for option in self.meta.get("options", ())]
 
 
-def _are_valid_options(options: Any) -> bool:
-    return isinstance(options, list) and len(options) > 1 and not any(isinstance(o, (dict, list)) for o in options)
+def _check_options(options: Any) -> None:
+    """Raise QuestionError unless ``options`` are different answers to choose from."""
+    shown = f"options: {str(options)[:60]!r}"
+    if not isinstance(options, list) or len(options) < 2:
+        raise QuestionError(f"{shown} must be a list of at least two answers")
+    if len(options) > MAX_OPTIONS:
+        raise QuestionError(f"{shown} are {len(options):,} answers; at most {MAX_OPTIONS} can be compared")
+    for option in options:
+        if not isinstance(option, (str, int, float)) or isinstance(option, bool):
+            raise QuestionError(f"{shown} must be a list of at least two answers, each a text or a number")
+        if not str(option).strip() or len(str(option)) > MAX_OPTION_CHARACTERS:
+            raise QuestionError(f"{shown}: an answer is empty, or has over {MAX_OPTION_CHARACTERS:,} characters")
+    if len({str(option) for option in options}) < len(options):
+        raise QuestionError(f"{shown}: an answer is there twice")
+
+
+def _check_family(family: Any) -> None:
+    """Raise QuestionError unless ``family`` is None or can name a group of questions."""
+    if family is not None and (not isinstance(family, (str, int, float)) or isinstance(family, bool)):
+        raise QuestionError(f"family: {str(family)[:60]!r} must be a text or a number, not {type(family).__name__}")
+    if len(str(family)) > MAX_FAMILY_CHARACTERS:
+        raise QuestionError(f"family: {str(family)[:60]!r} has over {MAX_FAMILY_CHARACTERS} characters")
 
 
 class QuestionSource(Protocol):
@@ -155,10 +181,10 @@ class Questions(QuestionList):
         self._prompts = PromptBuilder(manifest, MediaViews(self.index, manifest), self.chat_template)
         for row in np.flatnonzero(pc.equal(self.index.dialogues["split"], split).to_numpy()).tolist():
             found = self.index.dialogues.slice(row, 1).to_pylist()[0]
-            turns, meta = json.loads(found["conversations"]), json.loads(found["meta"] or "{}")
             try:
+                turns, meta = load_json(found["conversations"]), load_json(found["meta"] or "{}")
                 question = Question.from_turns(found["key"], turns, found["entry"], meta, found["media"])
-            except OptionsError as error:
+            except QuestionError as error:
                 self.rejected.append(f"{found['key']}: {error}")
             except ValueError:
                 continue

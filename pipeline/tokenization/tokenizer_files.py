@@ -122,8 +122,9 @@ def tokenizer_errors(name: str) -> Iterator[None]:
 
 
 def _tokenizer_error(name: str, error: BaseException) -> ManifestError:
-    found = "" if Path(name).is_dir() else " (no such folder here)"
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return ManifestError(
-        f"text.tokenizer: cannot load a tokenizer from {name!r}{found}: {reason}; copy its files again"
+    is_folder = Path(name).is_dir()
+    found, fix = (
+        ("", "copy its files again") if is_folder else (" (no such folder here)", "fetch it, or name its folder")
     )
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ManifestError(f"text.tokenizer: cannot load a tokenizer from {name!r}{found}: {reason}; {fix}")

@@ -18,7 +18,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_STOPPED = 130  #: stopped by Ctrl-C: 128 + SIGINT
 EXIT_CLOSED = 141  #: nothing reads the output any more: 128 + SIGPIPE
@@ -113,7 +113,10 @@ def _discard_closed_streams() -> bool:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations, and names the nearest option for one that does not exist."""
+    """An ArgumentParser whose errors are one line and status 2, and which takes no abbreviations.
+
+    For an option that does not exist it names the nearest one.
+    """
 
     def __init__(self, *, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -126,6 +129,10 @@ class CommandParser(argparse.ArgumentParser):
             if name.startswith("--") and " " not in argument and name not in self._option_string_actions:
                 self.error(f"unknown option {name}{nearest_name(name, self._option_string_actions)}")
         return super().parse_args(arguments, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error of the command line as one line, and exit."""
+        self.exit(2, f"error: {' '.join(message.split())}; {self.prog} --help lists the options\n")
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ Qwen2: config.json says ``tie_word_embeddings``, and a second copy could differ 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from framestream.trainer.weights.load import (
     read_config,
     resolve_init_tensors,
 )
+from framestream.trainer.weights.runs import locate_path, locate_paths
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
@@ -146,6 +148,8 @@ def _open_final(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     if config.get("model_type") != NATIVE_MODEL_TYPE:
         raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; name the `final` folder of a run")
     settings = ReleaseConfig.from_config(config, _dtype_name(parse_dtype(config, where)), where)
+    tokenizer = locate_path(settings.text.tokenizer, folder / "config.json")
+    settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, tokenizer=tokenizer))
     model = build_meta_model(settings.model, settings.frames.size, settings.frames.clip_frames)
     tensors = open_model_tensors(model, folder, settings.model)
     return settings, {name: tensors[name] for name, _ in model.named_parameters()}
@@ -157,7 +161,7 @@ def _open_unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dic
     from framestream.trainer.checkpoint.load import trained_weights
     from framestream.trainer.checkpoint.save import CheckpointError, check_settings, latest_checkpoint
 
-    manifest = load_manifest(run / "manifest.yaml")
+    manifest = locate_paths(load_manifest(run / "manifest.yaml"), run / "manifest.yaml")
     model = build_model(manifest, device="meta")
     shapes = {name: full_shape(p) for name, p in model.named_parameters()}
     state_file = run / "checkpoints" / "latest"  # named in errors until the checkpoint is known

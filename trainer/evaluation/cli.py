@@ -6,11 +6,13 @@ A command parses its options with :func:`build_parser` before it imports anythin
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from framestream.pipeline.utils.command_line import CommandParser, describe_os_error
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
@@ -25,7 +27,7 @@ def build_parser(prog: str, description: str, manifest: str, results: str) -> ar
         manifest: help of the option ``--manifest``.
         results: names of the files of results below RUN, for the help.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = CommandParser(prog=prog, description=description)
     parser.add_argument("--manifest", required=True, help=manifest)
     parser.add_argument(
         "--checkpoint", type=Path, help="a finished run, or a folder of weights (default: the manifest's run)"
@@ -55,21 +57,24 @@ def run_command(
         name: of the file of results below RUN.
 
     Returns:
-        the exit status: 0 done, 1 media or weights that cannot be read, 2 bad input, 130 Ctrl-C.
+        the exit status: 0 done, 1 media or weights that cannot be read, 2 bad input.
     """
     options = parser.parse_args(arguments)
     from framestream.pipeline.annotations.reader import AnnotationFileError
     from framestream.pipeline.config.manifest import ManifestError, load_manifest
     from framestream.pipeline.media.errors import MediaError
     from framestream.pipeline.shards.index import ShardsError
+    from framestream.pipeline.utils.atomic_io import write_atomic
+    from framestream.pipeline.utils.records import write_record
+    from framestream.trainer.weights.runs import locate_paths
     from framestream.trainer.weights.tensor_files import WeightsError
 
     try:
-        manifest = load_manifest(options.manifest, options.set)
+        manifest = locate_paths(load_manifest(options.manifest, options.set), Path(options.manifest))
+        out = options.out or Path(manifest.output) / name(options)
+        for path in filter(None, (out, options.html)):
+            _check_writable(path)
         result = score(options, manifest, _resolve_weights(options, manifest))
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
     except (AnnotationFileError, ManifestError, ShardsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -77,27 +82,31 @@ def run_command(
         print(f"error: {error}", file=sys.stderr)
         return 1
     result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
-    for line in (*table(result), *_notes(result)):
+    written = [out]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_record(out, result)
+        if options.html:
+            options.html.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(options.html, page(result).encode())
+            written.append(options.html)
+    except OSError as error:
+        print(f"error: {describe_os_error(error)}; the results cannot be written, name another file", file=sys.stderr)
+        return 1
+    for line in (*table(result), *_notes(result), *written):
         print(line)
-    files = {options.out or Path(manifest.output) / name(options): json.dumps(result, indent=1)}
-    if options.html:
-        files[options.html] = page(result)
-    return _write(files)
-
-
-def _write(files: dict[Path, str]) -> int:
-    """Write the files of results and print their names; returns the exit status."""
-    from framestream.pipeline.utils.atomic_io import write_atomic
-
-    for path, text in files.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, text.encode())
-        except OSError as error:
-            print(f"error: {path}: cannot be written ({error.strerror}); name another file", file=sys.stderr)
-            return 1
-        print(path)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ManifestError if a file of results cannot be written, before any question is asked."""
+    from framestream.pipeline.config.manifest import ManifestError
+
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ManifestError(f"{path}: is a folder; name a file of results")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ManifestError(f"{path}: cannot be written, because of {above}; name another file of results with --out")
 
 
 def _resolve_weights(options: argparse.Namespace, manifest: Manifest) -> Path:

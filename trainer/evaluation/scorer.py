@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from framestream.trainer.weights.load import load_pretrained
 
 EXAMPLES_PER_FAMILY = 3  #: questions that are shown with their frames
 EXAMPLE_FRAMES = 16  #: most frames of an example
+UNREADABLE = (OSError, ValueError, MediaError)  #: errors of one question's media or text; the question is left out
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Evaluator:
         for media_of in others if condition == "blind" else (None,):
             try:
                 return self._questions.prompt(i, media_of, shuffle)
-            except (OSError, ValueError, MediaError) as error:
+            except UNREADABLE as error:
                 fault = " ".join(str(error).split())
         if condition == "blind":
             fault = f"the media of {len(others)} other questions cannot be shown; the last: {fault}"
@@ -240,7 +242,11 @@ def _examples(
     questions: QuestionSource, scored: Sequence[int], answers: Mapping[str, Answers], limit: int
 ) -> list[dict]:
     """Return the first ``limit`` questions of each family with their frames, as in evaluation.json."""
-    return [_example(questions, i, answers) for i in _first_of_each_family(questions, scored, limit)]
+    shown = []
+    for i in _first_of_each_family(questions, scored, limit):
+        with contextlib.suppress(*UNREADABLE):  # a file that changed since it was asked about
+            shown.append(_example(questions, i, answers))
+    return shown
 
 
 def _example(questions: QuestionSource, i: int, answers: Mapping[str, Answers]) -> dict:

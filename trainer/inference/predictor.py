@@ -16,7 +16,7 @@ from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.trainer.inference.generation import GREEDY, Sampling, generate, prefill
 from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
 from framestream.trainer.weights.load import load_pretrained
-from framestream.trainer.weights.runs import resolve_weights
+from framestream.trainer.weights.runs import locate_paths, resolve_weights
 from framestream.trainer.weights.tensor_files import WeightsError
 
 
@@ -27,7 +27,8 @@ def resolve_run(
 
     Args:
         checkpoint: a run, its ``final`` folder, or an exported checkpoint.
-        manifest: the stage's YAML; the ``manifest.yaml`` beside or in the folder of weights if None.
+        manifest: the stage's YAML; the ``manifest.yaml`` beside or in the folder of weights if None. Its relative
+            paths may be relative to any folder above it.
         overrides: ``field=value`` each, such as ``frames.max=64``.
 
     Raises:
@@ -39,7 +40,7 @@ def resolve_run(
     found = manifest or next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise WeightsError(f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too")
-    return weights, load_manifest(found, tuple(overrides))
+    return weights, locate_paths(load_manifest(found, tuple(overrides)), Path(found))
 
 
 class Predictor:

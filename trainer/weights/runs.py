@@ -1,9 +1,11 @@
-"""Find the folder of weights of a run."""
+"""Find the folder of weights of a run, and the files that its manifest names, from any current folder."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.weights.tensor_files import WeightsError
 
 
@@ -18,3 +20,28 @@ def resolve_weights(checkpoint: str | Path) -> Path:
     if not (weights / "config.json").is_file():
         raise WeightsError(f"{checkpoint}: no weights there; name a finished run, or a folder of weights")
     return weights
+
+
+def locate_paths(manifest: Manifest, file: Path) -> Manifest:
+    """Resolve the relative paths of a manifest: tokenizer, shards, output, first weights; see :func:`locate_path`."""
+    init = {field.name: getattr(manifest.init_from, field.name) for field in dataclasses.fields(manifest.init_from)}
+    located = {name: locate_path(value, file) if isinstance(value, str) else value for name, value in init.items()}
+    return dataclasses.replace(
+        manifest,
+        text=dataclasses.replace(manifest.text, tokenizer=locate_path(manifest.text.tokenizer, file)),
+        shards=locate_path(manifest.shards, file),
+        output=locate_path(manifest.output, file),
+        init_from=dataclasses.replace(manifest.init_from, **located),
+    )
+
+
+def locate_path(path: str, file: Path) -> str:
+    """Find a relative path in a file that may have been written for another current folder.
+
+    The path is looked up below the folder of ``file``, and then below each folder above that. The first one where it
+    exists is taken. A path that exists in none of them stays as it is, and so does one that is absolute or remote.
+    """
+    if not path or Path(path).is_absolute() or ":" in path:
+        return path
+    base = next((base for base in file.absolute().parents if (base / path).exists()), None)
+    return path if base is None or base == Path.cwd() else str(base / path)

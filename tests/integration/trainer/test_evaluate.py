@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,46 @@ def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
     assert "is not one of its options, one, two" in told
 
 
+def test_families_and_options_of_any_form_are_right_or_left_out(made):
+    samples = json.loads((made.parent / "val.json").read_text())
+    changes = [
+        *({"family": name} for name in (["list"], {"a": 1}, True, "f" * 201)),
+        *({"options": found} for found in ("AB", {"A": "x"}, ["red", "red", "blue"], ["", "red"], [None, "red"])),
+        *({"options": found} for found in (["red", "blue"] * 40, ["red", "w " * 2000])),
+        *({"family": 0} for _ in range(2)),
+        *({"options": [1, 2.5, "red", "green", "blue", "yellow"], "family": "num"} for _ in range(2)),
+    ]
+    other = next(s for s in samples if s["conversations"][1] != samples[0]["conversations"][1])
+    asks = [{**(samples[0], other)[n % 2], **change, "id": n} for n, change in enumerate(changes)]
+    (made.parent / "odd.json").write_text(json.dumps(asks))
+    result = asked(made, *files(made, "odd.json"))
+    assert [line.split(": ")[2] for line in result["unreadable"]] == ["family"] * 4 + ["options"] * 7
+    assert {row["family"] for row in result["families"]} == {"0", "num"} and len(result["answers"]) == 4
+
+
+def test_results_are_written_where_nobody_reads_the_output(made, tmp_path):
+    out = tmp_path / "evaluation.json"
+    command = [sys.executable, "-m", "trainer.evaluate", "--manifest", str(made), "--limit", "1", "--out", str(out)]
+    environment = corpus.environment() | {"PYTHONIOENCODING": "latin-1"}
+    process = subprocess.Popen(
+        command, env=environment, cwd=corpus.PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 141 and "Traceback" not in said and "Broken" not in said
+    process.stderr.close()
+    assert json.loads(out.read_text())["answers"]
+
+
+def test_unwritable_results_are_said_before_anything_is_asked(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scorer, "evaluate", None)
+    (tmp_path / "file").write_text("")
+    for out, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "cannot be written, because of")):
+        assert evaluate.main(["--manifest", str(made), "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {out}: {why}") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
@@ -165,6 +207,13 @@ def test_bad_input_is_one_clear_line(made, tmp_path, capsys, words, status, mess
     assert evaluate.main(["--manifest", str(made), "--out", str(out), *words]) == status
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said and not out.exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1.5"])
+def test_a_limit_that_asks_nothing_is_refused(made, capsys, limit):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--manifest", str(made), f"--limit={limit}"])
+    assert "--limit: must be a whole number from 1" in capsys.readouterr().err
 
 
 def test_ctrl_c_has_its_status_and_writes_nothing(made, tmp_path, capsys, monkeypatch):

@@ -84,7 +84,6 @@ def test_what_the_model_does_not_take_is_left_out_by_name(weights, folder, capsy
     ("more", "status", "message"),
     [
         (("--frames", "6"), 2, "--frames 6"),
-        (("--depths", "101"), 2, "--depths 101"),
         (("--frames", "20000"), 1, "has 32 frames"),
         ((*TAKES_300, "--frames", "16"), 2, "the limit of the model is 300"),
         (("--checkpoint", "gone"), 1, "no weights there"),
@@ -96,6 +95,27 @@ def test_bad_input_is_one_clear_line(weights, folder, tmp_path, capsys, more, st
     assert haystack.main(words(folder, "--out", str(out), *more)) == status
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said and not out.exists()
+
+
+@pytest.mark.parametrize("more", [("--depths", "101"), ("--depths", "nan"), ("--frames", "0"), ("--frames", "-4")])
+def test_frames_and_depths_have_bounds(folder, capsys, more):
+    with pytest.raises(SystemExit, match="2"):
+        haystack.main(words(folder, *more))
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: argument {more[0]}: ") and said.count("\n") == 1
+
+
+def test_a_bad_video_leaves_its_needles_to_the_others(weights, folder, tmp_path, capsys):
+    (tmp_path / "cut.mp4").write_bytes((folder / "0.mp4").read_bytes()[:900])
+    bad = ("--video", str(tmp_path / "cut.mp4"), "--video", str(tmp_path / "gone.mp4"))
+    out = tmp_path / "haystack.json"
+    assert haystack.main(words(folder, *bad, "--out", str(out))) == 0
+    assert haystack.main(words(folder, "--out", str(tmp_path / "good.json"))) == 0
+    result, good = (json.loads(path.read_text()) for path in (out, tmp_path / "good.json"))
+    assert result["answers"] == good["answers"]
+    more = result["unreadable"][len(good["unreadable"]) :]
+    assert ["left out, other videos take its needles" in line for line in more] == [True, True]
+    assert "cut.mp4" in more[0] and "gone.mp4" in more[1] and "4 questions left out" in capsys.readouterr().out
 
 
 def test_more_frames_than_were_trained_are_not_called_trained(weights, folder):

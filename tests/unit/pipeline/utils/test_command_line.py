@@ -107,7 +107,8 @@ def parser():
 def test_wrong_options_are_named(arguments, expected, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(arguments)
-    assert expected in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and expected in said
 
 
 def test_right_options_are_read():
