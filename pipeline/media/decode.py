@@ -3,9 +3,10 @@
     decoded = decode_video("clip.mp4", VideoRequest("decord", manifest.frames, start=12.4, end=27.9))
     decoded.frames[decoded.sample]      # (n, H, W, 3), what the model sees
 
-A clip is the frames shown within [start, end] seconds. It is sampled as if it were a video of its own, with its own
-count of frames and its own duration (end - start). With ``compat="published"`` the frames are those that the published
-readers select (:mod:`framestream.pipeline.media.reference_sampling`).
+A clip is the frames shown within [start, end] seconds. The frame that is on the screen at ``start`` belongs to it, even
+if it has been there for long. Its time stays that of the source. A clip is sampled as if it were a video of its own,
+with its own count of frames and its own duration (end - start). With ``compat="published"`` the frames are those that
+the published readers select (:mod:`framestream.pipeline.media.reference_sampling`).
 
 Files that cannot be used raise :class:`MediaError` with a reason. A damaged video is read up to the damage and marked
 as salvaged, if it has ``frames.min`` frames (at least ``frames.clip_frames``) before it. A clip that ends before the
@@ -230,8 +231,9 @@ def _clip_bounds(
     if start is None and end is None:
         return 0, len(source.seconds), len(source.seconds) / source.fps
     low = 0.0 if start is None else max(start, 0.0)
-    high = source.end if end is None else min(end, source.end)
-    first = int(np.searchsorted(source.seconds, low - _TOLERANCE, "left"))
+    last = source.end if end is None else max(source.end, source.held_until)
+    high = last if end is None else min(end, last)
+    first = max(int(np.searchsorted(source.seconds, low + _TOLERANCE, "right")) - 1, 0)  # the frame shown at ``low``
     stop = int(np.searchsorted(source.seconds, high + _TOLERANCE, "right"))
     if low < high and first < stop:  # false also for times that are not numbers
         return first, stop, round(high - low, 6)

@@ -1,4 +1,4 @@
-"""Errors of media files, and checks of a file's first bytes and structure without a decoder."""
+"""Errors of media files, and checks of a file's structure without a decoder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ REASONS = (
 #: Larger images are refused: a few bytes can promise gigabytes of pixels. The limit is that of Pillow's warning.
 MAX_PIXELS = 89_478_485
 
-#: First bytes of containers; a file that starts with them is a damaged video rather than something else.
-_CONTAINERS = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV\x01", b"OggS", b"GIF8", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75")
-_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
 
 class MediaError(Exception):
@@ -69,27 +67,13 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
-def diagnose_open_error(path: Path) -> MediaError:
-    """Judge from its bytes why no decoder could open a file: not_media, truncated or corrupt."""
-    with open(path, "rb") as file:
-        head = file.read(16)
-        if head[4:8] in _BOXES:
-            if not _has_index(file):
-                return MediaError("truncated", path, "the MP4 ends before its index (moov); fetch the file again")
-            return MediaError("corrupt", path, "the MP4's index (moov) cannot be read; fetch the file again")
-    if head.startswith(_CONTAINERS):
-        return MediaError("corrupt", path, "starts like a video but cannot be opened; fetch the file again")
-    kind = "an HTML page" if head.lstrip().lower().startswith((b"<!doctype", b"<html")) else "no known video format"
-    return MediaError("not_media", path, f"is {kind}, whatever its name says")
-
-
 def is_truncated(path: Path) -> bool:
     """Return whether an MP4, Matroska or AVI file is shorter than its structure states; False if it states nothing."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         head = file.read(64)
-        if head[4:8] in _BOXES:
+        if head[4:8] in MP4_BOXES:
             return any(end > size and kind in (b"mdat", b"moov", b"moof") for kind, end in _boxes(file))
         if head.startswith(b"RIFF"):  # large files have several; this is the first
             return 8 + int.from_bytes(head[4:8], "little") > size
@@ -98,7 +82,7 @@ def is_truncated(path: Path) -> bool:
     return False
 
 
-def _has_index(file: BinaryIO) -> bool:
+def has_mp4_index(file: BinaryIO) -> bool:
     """Return whether the top-level boxes of an MP4 include a complete moov box."""
     size = file.seek(0, 2)
     return any(kind == b"moov" and end <= size for kind, end in _boxes(file))

@@ -11,13 +11,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from framestream.pipeline.config.preprocessing import ImagesConfig
 from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file
+from framestream.pipeline.media.file_kinds import name_of_other_file
 from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg
+from framestream.pipeline.media.pixels import image_to_rgb
 
 Image.init()  # registers every plugin; Image.OPEN has only the registered formats
 #: Formats that are opened; not EPS, PSD and the like, which run programs or embed other data.
 _ACCEPTED: tuple[str, ...] = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 FORMATS = [name for name in _ACCEPTED if name in Image.OPEN]
 MAX_BYTES = 1 << 29  #: of an image file; a larger one is not read into memory
+#: Pixels of a JPEG, which is reduced while it is decoded, and of any other image.
+MAX_JPEG_PIXELS, MAX_IMAGE_PIXELS = 1 << 28, 1 << 27
+MAX_SCANS = 1 << 32  #: pixels times scans of a JPEG: a progressive one may have thousands
+Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS // 2  # Pillow refuses twice as many
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -43,13 +49,12 @@ def encode_image(path: str | Path, images: ImagesConfig) -> tuple[bytes, int, in
     """
     path = check_file(path)
     data = _read(path)
-    image, is_plain = _load(path, data)
-    width, height = image.size
+    image, is_plain, (width, height) = _load(path, data)
     if is_plain and max(width, height) <= images.max_side and _is_turbo_readable(data):
         return data, width, height, width, height
     scale = images.max_side / max(width, height)
-    if scale < 1:
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = (max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else (width, height)
+    if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     return encode_jpeg(np.asarray(image), images.quality, "444"), *image.size, width, height
 
@@ -62,33 +67,61 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _load(path: Path, data: bytes) -> tuple[Image.Image, bool]:
-    """Decode to RGB; the flag says whether the bytes are an upright RGB or gray JPEG."""
+def _load(path: Path, data: bytes) -> tuple[Image.Image, bool, tuple[int, int]]:
+    """Decode to RGB; return the image, whether the bytes are an upright RGB or gray JPEG, and the size of the source.
+
+    An image of over ``MAX_PIXELS`` pixels is returned with half or fewer of them on each side.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about odd EXIF data and sizes; sizes are checked here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise MediaError("unsupported", path, f"{image.width} x {image.height} pixels are too many")
+                size = image.size
+                _check_size(path, data, image)
+                is_large = size[0] * size[1] > MAX_PIXELS
+                if is_large:
+                    image.draft(image.mode, (size[0] // 2, size[1] // 2))  # has an effect on JPEGs
                 image.load()
-                is_upright = image.getexif().get(_ORIENTATION, 1) in (0, 1)
-                is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and is_upright
-                return _to_rgb(image if is_upright else ImageOps.exif_transpose(image)), is_plain
+                is_upright = _orientation(image) in (0, 1)
+                is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and is_upright and image.size == size
+                rgb = image_to_rgb(image)
+                if is_large and rgb.size == size:
+                    rgb = rgb.reduce(2)
+                if not is_upright:
+                    rgb.getexif()[_ORIENTATION] = _orientation(image)
+                    rgb = ImageOps.exif_transpose(rgb)
+                    size = size[::-1] if _orientation(image) >= 5 else size
+                return rgb, is_plain, size
     except MediaError:
         raise
     except UnidentifiedImageError:
-        raise MediaError("not_media", path, "is not an image in a known format, whatever its name says") from None
+        raise MediaError("not_media", path, name_of_other_file(data)) from None
     except Image.DecompressionBombError as error:
         raise MediaError("unsupported", path, str(error)) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise MediaError(reason, path, f"cannot be decoded ({error}); fetch the file again") from None
+        if "truncated" in str(error).lower():
+            raise MediaError("truncated", path, f"cannot be decoded ({error}); fetch the file again") from None
+        raise MediaError("corrupt", path, f"cannot be decoded ({error})") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16-bit gray, which Pillow would clip instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def _check_size(path: Path, data: bytes, image: Image.Image) -> None:
+    """Raise MediaError if an image has too many pixels, or too many scans for its pixels."""
+    pixels = image.width * image.height
+    limit = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_IMAGE_PIXELS
+    if pixels > limit:
+        text = f"{image.width} x {image.height} pixels are too many; an image of this kind may have {limit:,}"
+        raise MediaError("unsupported", path, text)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") * pixels > MAX_SCANS:
+        raise MediaError("unsupported", path, "is a progressive JPEG with too many scans; save it as a baseline JPEG")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image; 1 if its EXIF data cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ...
+        return 1
+    return value if isinstance(value, int) and 0 <= value <= 8 else 1
 
 
 def _is_turbo_readable(data: bytes) -> bool:

@@ -30,11 +30,19 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from framestream.pipeline.media.errors import MediaError, check_file, is_truncated
-from framestream.pipeline.media.video_stream import DamagedStreamError, decode_stream, frame_pixels, open_stream
+from framestream.pipeline.media.video_stream import (
+    SEEKABLE,
+    DamagedStreamError,
+    decode_stream,
+    frame_pixels,
+    open_stream,
+)
 
 #: A seek costs about as much as decoding this many frames, because the frames buffered for reordering are lost.
 SEEK_FRAMES, SEEK_FRAMES_IN_ORDER = 6, 1
 BY_DECODING_TIME = ("mpegts", "mpeg")  #: formats in which a seek leads to the packet with that decoding time
+#: The last frame is held while sound goes on for more than this many seconds after it.
+HELD_SECONDS = 1.0
 _NO_TIME = -(2**63)
 
 ResizeFn = Callable[[np.ndarray], np.ndarray]  #: applied to each frame, uint8 (H, W, 3), as soon as it is decoded
@@ -69,6 +77,7 @@ class VideoSource:
     #: decodes the frames with the given ascending, distinct numbers: RGB pixels after resizing
     decode_frames: Callable[[np.ndarray], Iterator[np.ndarray]]
     frame_times: FrameTimes | None = None  #: None for a GIF, a folder, or a file without times or a rate
+    held_until: float = 0.0  #: second up to which players hold the last frame, if that is after ``end``
 
 
 def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
@@ -82,8 +91,8 @@ def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
     path = check_file(path)
     scan = _scan(path)
     ticks, key_ticks = scan.ticks, scan.keys
-    if not len(key_ticks) or not scan.timed:
-        raise InexactSeekError("frames or their times are missing")
+    if not len(key_ticks) or not scan.timed or not scan.seekable:
+        raise InexactSeekError("frames or their times are missing, or the decoder keeps state")
     key_numbers = np.searchsorted(ticks, key_ticks)
 
     def decode_frames(numbers: np.ndarray) -> Iterator[np.ndarray]:
@@ -97,7 +106,7 @@ def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
                 is_near = key_numbers[max(key - back, 0)] - current <= limit
                 frame = _frame_at(frames, tick) if is_near else None
                 while frame is None and back < 2:  # in open groups of pictures, frames after a key frame refer back
-                    container.seek(int(scan.seeks[max(key - back, 0)]), stream=stream)
+                    _seek(container, stream, int(scan.seeks[max(key - back, 0)]))
                     frames = decode_stream(container, stream, needed, int(key_ticks[key]))
                     frame = _frame_at(frames, tick)
                     back += frame is None
@@ -107,6 +116,13 @@ def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
                 yield resize(frame_pixels(frame))
 
     return _make_source(scan, ticks, decode_frames, scan.damaged)
+
+
+def _seek(container: InputContainer, stream: VideoStream, time: int) -> None:
+    try:
+        container.seek(time, stream=stream)
+    except (av.FFmpegError, OverflowError) as error:
+        raise InexactSeekError(f"the container cannot seek to {time} ({error})") from None
 
 
 def _frame_at(frames: Iterator[av.VideoFrame], tick: int) -> av.VideoFrame | None:
@@ -177,8 +193,11 @@ class _Scan:
     keys: np.ndarray  #: int64 (K,), ascending: presentation times of the key frames
     seeks: np.ndarray  #: int64 (K,): times to which a seek leads to the key frames
     timed: bool  #: every packet has a time of its own
+    decoding: np.ndarray  #: int64 (N,), ascending: decoding times of the packets; (0,) if one has none
+    seekable: bool  #: a seek leaves the decoder without anything that it needs from before
     damaged: bool  #: a packet is damaged, or there are fewer than the container or its length promises
-    origin: float  #: second that players show as 0
+    origin: float  #: second that players show as 0, unless a frame is shown before it
+    end: float  #: second at which the last of the streams, sound included, ends; 0 if unknown
     base: Fraction  #: seconds per tick
     rate: Fraction | None  #: frames per second as the container states them
     nominal: float  #: the same, or the decoder's guess; 0 if unknown
@@ -196,13 +215,17 @@ def _scan(path: Path) -> _Scan:
             ticks, order = ticks[ticks <= packets.last_dts], order[keys[order] <= packets.last_dts]
         if stream.time_base is None:
             raise MediaError("corrupt", path, "its video stream has no time base; fetch the file again")
+        codec = stream.codec_context
         return _Scan(
             ticks=ticks,
             keys=keys[order],
             seeks=np.array(packets.seeks, dtype=np.int64)[order],
             timed=timed,
+            decoding=np.sort(np.array([] if _NO_TIME in packets.decoding else packets.decoding, dtype=np.int64)),
+            seekable=codec.name in SEEKABLE and codec.pix_fmt != "pal8",
             damaged=damaged,
             origin=max(container.start_time or 0, 0) / av.time_base,  # transport streams begin at any time
+            end=max(container.duration or 0, 0) / av.time_base,
             base=stream.time_base,
             rate=stream.average_rate,
             nominal=float(stream.average_rate or stream.guessed_rate or 0),
@@ -214,6 +237,7 @@ class _Packets:
     """Times of the packets of a stream in file order, in arrays of 8 bytes a frame: a 10-hour video has a million."""
 
     times: array[int] = field(default_factory=lambda: array("q"))  #: presentation times, _NO_TIME if unknown
+    decoding: array[int] = field(default_factory=lambda: array("q"))  #: decoding times, _NO_TIME if unknown
     keys: array[int] = field(default_factory=lambda: array("q"))  #: presentation times of the key frames
     seeks: array[int] = field(default_factory=lambda: array("q"))  #: times to which a seek leads to them
     last_dts: int | None = None  #: decoding time of the last packet that has one
@@ -234,6 +258,7 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
                 continue
             time = _NO_TIME if packet.pts is None else packet.pts
             packets.times.append(time)
+            packets.decoding.append(_NO_TIME if packet.dts is None else packet.dts)
             if packet.is_keyframe:
                 packets.keys.append(time)
                 packets.seeks.append(packet.dts if seeks_by_dts and packet.dts is not None else time)
@@ -258,16 +283,24 @@ def _make_source(
 ) -> VideoSource:
     """Make a source of frames at ``ticks``, or of evenly spaced frames if these are not valid times."""
     frame_times = FrameTimes(ticks, scan.base, scan.rate) if scan.rate else None
-    seconds = ticks * float(scan.base) - scan.origin
     if ticks[0] == _NO_TIME or not (np.diff(ticks) > 0).all():
-        frame_times, seconds = None, np.arange(len(ticks)) / (scan.nominal or 1.0)
+        frame_times = None
+        if len(scan.decoding) == len(ticks):  # frames without times of their own, as of H.264 in AVI
+            ticks = scan.decoding
+    if ticks[0] == _NO_TIME or not (np.diff(ticks) > 0).all():
+        seconds = np.arange(len(ticks)) / (scan.nominal or 1.0)
+    else:
+        seconds = ticks * float(scan.base)
+        seconds = seconds - min(scan.origin, float(seconds[0]))
     last = 1 / (scan.nominal or 1.0)  # how long the last frame is shown: as long as the others
     if len(seconds) > 1:
         last = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
     measured = len(seconds) / (seconds[-1] - seconds[0] + last)
     stated = scan.nominal or measured
     fps = stated if abs(stated - measured) <= 0.1 * measured else measured  # some containers state a wrong rate
-    return VideoSource(seconds, float(fps), float(seconds[-1] + last), damaged, decode_frames, frame_times)
+    end = float(seconds[-1] + last)
+    held = scan.end if not damaged and scan.end > end + HELD_SECONDS else end
+    return VideoSource(seconds, float(fps), end, damaged, decode_frames, frame_times, held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,9 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, diagnose_open_error
+from framestream.pipeline.media.errors import MAX_PIXELS, MediaError
+from framestream.pipeline.media.file_kinds import diagnose_open_error
+from framestream.pipeline.media.pixels import on_black
 
 #: Containers that are opened. Playlists and scripts (HLS, concat, SDP ...) are not: they make ffmpeg open other files.
 FORMATS = (
@@ -22,6 +24,12 @@ FORMATS = (
 )
 #: Decoders that can skip frames to which no other frame refers, whatever the stream contains.
 SKIPPING = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+#: Decoders whose key frames need nothing from before them. Others, such as those with palettes, keep state.
+SEEKABLE = (
+    *SKIPPING,
+    *("hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "mjpeg", "theora", "prores"),
+    *("dnxhd", "ffv1", "flv", "h263", "wmv1", "wmv2", "wmv3", "vc1", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "rawvideo"),
+)
 
 
 class DamagedStreamError(Exception):
@@ -30,6 +38,22 @@ class DamagedStreamError(Exception):
 
 class _DamagedPacketError(Exception):
     """A packet is damaged; frames that the decoder has buffered may still be good."""
+
+
+@contextlib.contextmanager
+def media_errors(path: str | Path) -> Iterator[None]:
+    """Raise every error of PyAV as a MediaError.
+
+    Raises:
+        MediaError: corrupt, or unsupported if memory does not suffice.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise MediaError("unsupported", path, "needs more memory than there is") from None
+    except (av.FFmpegError, ArithmeticError, LookupError, ValueError) as error:
+        text = getattr(error, "strerror", None) or error
+        raise MediaError("corrupt", path, f"is damaged: its video cannot be read ({text})") from None
 
 
 @contextlib.contextmanager
@@ -43,12 +67,13 @@ def open_stream(path: Path, strict: bool = False) -> Iterator[tuple[InputContain
         MediaError: the file cannot be opened, or has no video stream that can be decoded.
     """
     try:
-        container = av.open(f"file:{path}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.ArgumentError:
-        raise MediaError("unsupported", path, "is in a container format that is not read") from None
-    except (av.FFmpegError, ValueError):
+        raise diagnose_open_error(path, "unsupported") from None
+    except (av.FFmpegError, ValueError, MemoryError):
         raise diagnose_open_error(path) from None
-    with container:
+    with media_errors(path), container:
         if not len(container.streams):
             raise diagnose_open_error(path)
         stream = _main_video(container)
@@ -164,8 +189,11 @@ def _before(time: int | None, other: int | None) -> bool:
 
 
 def frame_pixels(frame: av.VideoFrame) -> np.ndarray:
-    """Convert a frame to upright RGB pixels, uint8 (H, W, 3)."""
-    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    """Convert a frame to upright RGB pixels, uint8 (H, W, 3); transparent pixels become black."""
+    if any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8":
+        pixels = on_black(frame.to_ndarray(format="rgba", threads=1))
+    else:
+        pixels = frame.to_ndarray(format="rgb24", threads=1)
     try:
         # PyAV's stub declares a TypedDict without this key
         display = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]

@@ -278,7 +278,7 @@ LOCAL = {
     # clips
     "clip": video(None, "plain.mp4", numbers(51, first=25), start=1.0, end=3.0),
     "clip-of-text": video(None, "plain.mp4", numbers(26, first=50), start="2", end="3.0"),
-    "clip-of-one-frame": video(None, "plain.mp4", numbers(1, first=50), start=1.99, end=2.01),
+    "clip-of-two-frames": video(None, "plain.mp4", numbers(2, first=49), start=1.99, end=2.01),
     "clip-from-before": video(None, "plain.mp4", "bad_clip", start=-3, end=1.0),
     "clip-beyond-the-end": video(None, "plain.mp4", numbers(25, first=75), start=3.0, end=99),
     "clip-without-end": video(None, "plain.mp4", numbers(50, first=50), start=2.0),
@@ -286,15 +286,15 @@ LOCAL = {
         None,
         "vfr.mp4",
         numbers(
-            sum(2 <= second <= 6 for second in IRREGULAR),
-            first=sum(second < 2 for second in IRREGULAR),
+            sum(2 <= second <= 6 for second in IRREGULAR) + 1,  # and the one on the screen at 2 s
+            first=sum(second < 2 for second in IRREGULAR) - 1,
             seconds=IRREGULAR,
         ),
         start=2.0,
         end=6.0,
     ),
     "clip-of-open-groups": video(None, "open.mkv", numbers(51, first=20), start=0.8, end=2.8),
-    "clip-between-frames": video(None, "plain.mp4", "bad_clip", start=1.005, end=1.015),
+    "clip-between-frames": video(None, "plain.mp4", numbers(1, first=25), start=1.005, end=1.015),
     "clip-after-the-end": video(None, "plain.mp4", "bad_clip", start=50, end=60),
     "clip-backwards": video(None, "plain.mp4", "bad_clip", start=3, end=2),
     "clip-empty": video(None, "plain.mp4", "bad_clip", start=2, end=2),
