@@ -21,7 +21,7 @@ _ACCEPTED: tuple[str, ...] = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF"
 FORMATS = [name for name in _ACCEPTED if name in Image.OPEN]
 MAX_BYTES = 1 << 29  #: of an image file; a larger one is not read into memory
 #: Pixels of a JPEG, which is reduced while it is decoded, and of any other image.
-MAX_JPEG_PIXELS, MAX_IMAGE_PIXELS = 1 << 28, 1 << 27
+MAX_JPEG_PIXELS, MAX_IMAGE_PIXELS = 210_000_000, 1 << 27
 MAX_SCANS = 1 << 32  #: pixels times scans of a JPEG: a progressive one may have thousands
 Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS // 2  # Pillow refuses twice as many
 _ORIENTATION = 0x0112  # EXIF tag
@@ -84,9 +84,7 @@ def _load(path: Path, data: bytes) -> tuple[Image.Image, bool, tuple[int, int]]:
                 image.load()
                 is_upright = _orientation(image) in (0, 1)
                 is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and is_upright and image.size == size
-                rgb = image_to_rgb(image)
-                if is_large and rgb.size == size:
-                    rgb = rgb.reduce(2)
+                rgb = image_to_rgb(_halved(image) if is_large and image.size == size else image)
                 if not is_upright:
                     rgb.getexif()[_ORIENTATION] = _orientation(image)
                     rgb = ImageOps.exif_transpose(rgb)
@@ -102,6 +100,17 @@ def _load(path: Path, data: bytes) -> tuple[Image.Image, bool, tuple[int, int]]:
         if "truncated" in str(error).lower():
             raise MediaError("truncated", path, f"cannot be decoded ({error}); fetch the file again") from None
         raise MediaError("corrupt", path, f"cannot be decoded ({error})") from None
+
+
+def _halved(image: Image.Image) -> Image.Image:
+    """Return an image with half the pixels on each side, before conversions need several times its memory."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.ascontiguousarray(np.asarray(image)[::2, ::2]))
+    if image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+    elif image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return image.reduce(2)
 
 
 def _check_size(path: Path, data: bytes, image: Image.Image) -> None:

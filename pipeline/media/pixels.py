@@ -29,7 +29,7 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         image = Image.fromarray(_from_16_bits(values))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(_from_32_bits(np.asarray(image, dtype=np.float64)))
+        image = Image.fromarray(_from_32_bits(np.asarray(image)))
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or image.info.get("transparency") is not None:
         rgba = image.convert("RGBA")
         if np.asarray(rgba.getchannel("A")).min() < 255:
@@ -49,10 +49,15 @@ def _from_32_bits(values: np.ndarray) -> np.ndarray:
     known = np.isfinite(values)
     if not known.any():
         raise ValueError("none of its values is a finite number")
-    low, high = float(values[known].min()), float(values[known].max())
+    low = float(values.min(initial=np.inf, where=known)) if values.dtype.kind == "f" else float(values.min())
+    high = float(values.max(initial=-np.inf, where=known)) if values.dtype.kind == "f" else float(values.max())
     if low == high:
         return np.full(values.shape, min(max(low, 0), 255), dtype=np.uint8)
-    scaled = np.where(known, (values - low) / (high - low) * 255, 0).round().astype(np.uint8)
-    if np.bincount(scaled[known], minlength=256).max() > 0.999 * known.sum() and known.sum() > 1000:
+    scaled = np.zeros(values.shape, dtype=np.uint8)
+    counts = np.zeros(256, dtype=np.int64)
+    for row, (line, seen) in enumerate(zip(values, known, strict=True)):  # line by line: little memory
+        scaled[row, seen] = np.rint((line[seen].astype(np.float64) - low) / (high - low) * 255)
+        counts += np.bincount(scaled[row, seen], minlength=256)
+    if counts.max() > 0.999 * counts.sum() and counts.sum() > 1000:
         raise ValueError(f"its 32-bit values from {low:g} to {high:g} lie almost all at one end; convert it to 8 bits")
     return scaled
