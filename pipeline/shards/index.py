@@ -26,7 +26,7 @@ from framestream.pipeline.storage import ReadOptions, ShardRef, Storage, is_remo
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
 from framestream.pipeline.utils.digests import file_digest
-from framestream.pipeline.utils.records import parse_record
+from framestream.pipeline.utils.records import RecordError, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +176,9 @@ class Index:
         """
         try:
             storage = open_storage(root, reading)
+            fix = "copy the finished root there again" if storage.remote else "build the shards again"
             build = parse_record(
-                storage.read_all("build.json"), storage.describe("build.json"), "build record", "build the shards again"
+                storage.read_all("build.json"), str(storage.describe("build.json")), "build record", fix
             )
             fingerprint, specification, digests = _read_build(build)
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
@@ -191,6 +192,8 @@ class Index:
             }
             if FRAME_DIGEST not in maps["media"].table.column_names and not checked:
                 logger.warning("%s: built before frames had digests; damaged frames cannot be found", storage.root)
+        except RecordError as error:
+            raise ShardsError(str(error)) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(_unreadable(root, error)) from None
         media, dialogues, shards = (maps[name].table for name in FILES)

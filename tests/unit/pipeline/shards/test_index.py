@@ -109,7 +109,7 @@ def test_unfinished_and_damaged_roots_are_refused_in_one_line(tmp_path: Path) ->
         Index.open(tmp_path)
     for text in ("{}", "not json", "[]"):
         (tmp_path / "build.json").write_text(text)
-        with pytest.raises(ShardsError, match="cannot be read"):
+        with pytest.raises(ShardsError, match="build.json: (not a build record|index_fingerprint)|cannot be read"):
             Index.open(tmp_path)
     (tmp_path / "build.json").write_text(good)
     path = tmp_path / "index" / "media.arrow"
