@@ -92,7 +92,7 @@ def choose_example(examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def write_answer(path: Path, example: Mapping[str, Any]) -> None:
     """Write the frames of a question as a contact sheet, with the question above and the answers below."""
     jpegs = [io.BytesIO(base64.b64decode(text)) for text in example["frames_jpeg"]]
-    frames = [np.asarray(Image.open(jpeg).convert("RGB")) for jpeg in jpegs]
+    frames = [np.asarray(Image.open(jpeg, formats=["JPEG"]).convert("RGB")) for jpeg in jpegs]
     write_contact_sheet(path, frames, [f"frame {number}" for number in range(1, len(frames) + 1)])
     with Image.open(path) as file:
         sheet = file.convert("RGB")

@@ -8,32 +8,35 @@ manifest), ``ledger/`` (dialogues that were left out or cut), ``evaluation.json`
 from __future__ import annotations
 
 import collections
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from markupsafe import Markup
 
+from framestream.pipeline.config.schema import ManifestError
+from framestream.pipeline.config.yaml_files import load_yaml
 from framestream.pipeline.html.page import render_page
 from framestream.pipeline.html.svg import COLORS, Line, format_duration, format_number, line_chart
 from framestream.pipeline.shards.ledger import REASONS
 from framestream.trainer.evaluation.haystack_html import haystack_values
+from framestream.trainer.evaluation.run_files import (
+    LARGEST,
+    ReportError,
+    read_log,
+    read_run_rows,
+    read_scores,
+    score_fields,
+)
 from framestream.trainer.evaluation.scores_html import BAR_COLORS, SCORE_FILTERS, scores_values
-from framestream.trainer.monitoring.run_ledger import read_run_ledger
 
 PART_COLORS = {"vision_tower": COLORS[0], "connector": COLORS[1], "language_model": COLORS[2]}
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
 EDGE_STEPS = 10  #: steps averaged for a first and a last loss, at most half of them
 EXAMPLES_PER_REASON = 5  #: dialogues of the ledger that are shown
 GIB = 2**30
-
-
-class ReportError(ValueError):
-    """A file that a report needs is missing or broken; one line that names the file and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Run:
     ledger: list[dict]
     evaluation: dict | None
     haystack: dict | None
+    faults: list[str]  #: what is damaged, one line each
 
     @property
     def name(self) -> str:
@@ -54,40 +58,58 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder.
+    """Read a run's folder. What is damaged beside the log is left out, with a line in ``faults``.
 
     Raises:
-        ReportError: there is no log, or a file has another format.
+        ReportError: there is no log, or it is damaged.
+        OSError: it cannot be read.
     """
     log = folder / "log.jsonl"
     if not log.is_file():
         raise ReportError(f"{folder}: no log.jsonl here; train it first: python -m trainer --manifest M")
-    steps = _json_lines(log)
-    if not steps:
-        raise ReportError(f"{log}: no optimizer step is logged yet; wait for the first one")
-    for record in steps:
-        missing = [name for name in ("step", "loss", "seconds") if name not in record]
-        if missing:
-            raise ReportError(f"{log}: a line lacks {', '.join(missing)}; the file was not written by the trainer")
-    manifest: dict = {}
-    if (folder / "manifest.yaml").is_file():
-        manifest = yaml.safe_load((folder / "manifest.yaml").read_text(encoding="utf-8"))
-    evaluation, haystack = _scores(folder, "evaluate", "evaluation"), _scores(folder, "haystack", "haystack")
-    return Run(folder, steps, manifest, list(read_run_ledger(folder)), evaluation, haystack)
+    steps, faults = read_log(log, list(PART_COLORS))
+    ledger, damaged = read_run_rows(folder)
+    faults += damaged
+    found: dict[str, dict | None] = {}
+    for name, read in (("manifest.yaml", _manifest), ("evaluation.json", _scores), ("haystack.json", _needles)):
+        try:
+            found[name] = read(folder / name) if (folder / name).is_file() else None
+        except (ReportError, ManifestError, OSError) as error:
+            found[name] = None
+            faults.append(f"{' '.join(str(error).split())}; it is left out")
+    return Run(
+        folder, steps, found["manifest.yaml"] or {}, ledger, found["evaluation.json"], found["haystack.json"], faults
+    )
 
 
-def _scores(folder: Path, program: str, name: str) -> dict | None:
-    """Read the results of ``python -m trainer.PROGRAM``; None if it was not run."""
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        return None
+def _manifest(path: Path) -> dict:
+    """Read what the page shows of a resolved manifest."""
+    fault = f"{path}: not a resolved manifest; copy it again from the run's checkpoint"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ReportError(f"{path}: not JSON; run python -m trainer.{program} again") from None
-    if not all("method" in row for row in result["families"]):
-        raise ReportError(f"{path}: written by another version; run python -m trainer.{program} again")
-    return result
+        manifest = load_yaml(path)
+    except ManifestError:
+        raise
+    except (ValueError, TypeError, RecursionError):
+        raise ReportError(fault) from None
+    sections = ("train", "frames", "init_from")
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name, {}), dict) for name in sections):
+        raise ReportError(fault)
+    parts = [manifest.get("train", {}).get(part, {}) for part in PART_COLORS]
+    frames = manifest.get("frames", {})
+    if not all(isinstance(part, dict) for part in parts) or (
+        frames and not {"min", "max", "size", "sampler"} <= {*frames}
+    ):
+        raise ReportError(fault)
+    return manifest
+
+
+def _scores(path: Path) -> dict:
+    return read_scores(path, "evaluate", score_fields("blind", "shuffled"), ())
+
+
+def _needles(path: Path) -> dict:
+    fields = score_fields("blind") | {"frames": (1, LARGEST), "depth": (0, 100)}
+    return {"trained_frames": "", **read_scores(path, "haystack", fields, ("trained", "deepest"))}
 
 
 def render(runs: list[Run]) -> str:
@@ -209,19 +231,6 @@ def _moving_average(values: list[float]) -> list[float]:
         weight += SMOOTHING * (1 - weight)
         smooth.append(total / weight)
     return smooth
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """Read a file of JSON lines; an incomplete last line (of a run that is being written) is left out."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ReportError(f"{path}: line {number} is not JSON; remove it") from None
-    return rows
 
 
 def write_images(folder: Path, runs: Sequence[Run]) -> None:
