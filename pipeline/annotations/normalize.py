@@ -7,7 +7,6 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-from framestream.pipeline.annotations.surrogates import REPLACEMENT
 from framestream.pipeline.config.data import READERS, EntryConfig
 
 IMAGE_PLACEHOLDER = "<image>"  #: marks the position of a media item in the text, an image or a video
@@ -16,6 +15,9 @@ VIDEO_PLACEHOLDER = "<video>"
 
 #: role names that are accepted, and the name under which each is stored
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+
+MAX_MEDIA = 4096  #: media items of a sample
+MAX_PATH = 4096  #: characters of a path
 
 _EMPTY: tuple[Any, ...] = (None, "", [])  #: values of a media field that name no media
 
@@ -89,7 +91,8 @@ def normalize(
         name = _check_unicode(sample_id(sample, position))
         return Annotation(entry.name, position, name, media, tuple(turns), _to_json(meta))
     except UnicodeEncodeError:
-        raise AnnotationError("bad_sample", "the text contains half of a UTF-16 surrogate pair") from None
+        message = "the text contains half of a UTF-16 surrogate pair, or bytes that are not UTF-8"
+        raise AnnotationError("bad_sample", message) from None
 
 
 def _parse_turns(value: Any) -> list[dict[str, str]]:
@@ -126,6 +129,8 @@ def _pop_media(meta: dict[str, Any], entry: EntryConfig) -> tuple[MediaRef, ...]
     if image not in _EMPTY:
         _check_kind("image", entry)
         paths = image if isinstance(image, list) else [image]
+        if len(paths) > MAX_MEDIA:
+            raise AnnotationError("bad_media", f"image: names {len(paths)} images, over {MAX_MEDIA}; split the sample")
         return tuple(MediaRef("image", entry.root, _relative_path("image", path)) for path in paths)
     if video in _EMPTY:
         return ()
@@ -160,6 +165,10 @@ def _pop_clip(meta: dict[str, Any]) -> tuple[float | None, float | None]:
 def _relative_path(name: str, path: Any) -> str:
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise AnnotationError("bad_media", f"{name}: expected a path, found {_describe(path)}")
+    if len(path) > MAX_PATH:
+        raise AnnotationError(
+            "bad_media", f"{name}: a path of {len(path)} characters, over {MAX_PATH}: {path[:60]!r}..."
+        )
     clean = posixpath.normpath(path)
     if clean.startswith("/") or clean == ".." or clean.startswith("../"):
         raise AnnotationError("outside_root", f"{name}: {path!r:.200} leaves its root; paths are relative to the root")
@@ -199,15 +208,18 @@ def _place_placeholders(turns: list[dict[str, str]], media: tuple[MediaRef, ...]
 def _to_json(value: Any) -> Any:
     """Convert a value to what JSON can represent.
 
-    NaN and infinities (missing numbers in tables) become null. Values of unknown types become text.
+    NaN and infinities (missing numbers in tables) become null. Integers beyond 64 bits and values of unknown types
+    become text.
 
     Raises:
         UnicodeEncodeError: as :func:`_check_unicode`.
     """
     if isinstance(value, str):
         return _check_unicode(value)
-    if value is None or isinstance(value, int):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        return value if -(1 << 63) <= value < 1 << 63 else str(value)
     if isinstance(value, dict):
         return {_check_unicode(str(name)): _to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -220,8 +232,7 @@ def _to_json(value: Any) -> Any:
 def _check_unicode(text: str) -> str:
     """Return ``text``; raise UnicodeEncodeError if it contains half of a UTF-16 surrogate pair."""
     if not text.isascii():
-        # SurrogateFilter has replaced such halves by REPLACEMENT; encoding a real one raises the error
-        text.replace(REPLACEMENT, "\ud800").encode()
+        text.encode()
     return text
 
 
@@ -232,4 +243,5 @@ def sample_id(sample: Any, position: int) -> str:
 
 
 def _describe(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r:.60} ({type(value).__name__})"
+    shown = value[:60] if isinstance(value, (str, list)) else value
+    return "nothing" if value is None else f"{shown!r:.60} ({type(value).__name__})"

@@ -1,9 +1,9 @@
 """Read annotation files into dialogues of one form, whichever of the accepted forms they have.
 
-A file is a ``.json`` list, ``.jsonl`` lines or ``.parquet`` rows (the first two also ``.gz`` or ``.zst``) and is read
-as a stream. A sample has ``conversations`` (``from``/``value`` or ``role``/``content``) and, unless it is text only,
-``image`` (a path or a list of paths) or ``video`` (a path, with an optional clip from ``start`` to ``end`` seconds).
-The resulting :class:`Annotation`:
+A file is a ``.json`` list, ``.jsonl`` lines or ``.parquet`` rows (the first two also compressed), and is read as a
+stream. Which of them it is, and how it is compressed, is judged by its contents. A sample has ``conversations``
+(``from``/``value`` or ``role``/``content``) and, unless it is text only, ``image`` (a path or a list of paths) or
+``video`` (a path, with an optional clip from ``start`` to ``end`` seconds). The resulting :class:`Annotation`:
 
 * roles are ``human``, ``gpt`` and ``system``
 * every media item has one ``<image>`` placeholder, also a video; ``<video>`` is converted or refused
@@ -16,28 +16,28 @@ A sample that cannot be used is yielded as an :class:`AnnotationError` with its 
 
 from __future__ import annotations
 
-import io
-import json
+import errno
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ijson
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from framestream.pipeline.annotations.json_samples import read_json_samples
 from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, normalize, sample_id
-from framestream.pipeline.annotations.surrogates import SurrogateFilter
+from framestream.pipeline.annotations.parquet_samples import count_parquet_samples, read_parquet_samples
+from framestream.pipeline.annotations.text_files import AnnotationFileError, foreign_kind
 from framestream.pipeline.config.data import EntryConfig
 from framestream.pipeline.config.subset import select_subset
+from framestream.pipeline.utils.parquet_footer import MAGIC
 
 COMPRESSED = (".gz", ".zst")
 
-
-class AnnotationFileError(ValueError):
-    """An annotation file that cannot be read, or not to its end: one line with the file and the fix."""
+_NOT_READABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+#: What readers raise on damaged files.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError)
 
 
 def read_annotations(
@@ -85,59 +85,35 @@ def count_samples(path: str | Path) -> int:
     """
     path = Path(path)
     with _ReadErrors(path):
-        if _content_suffix(path) == ".parquet":
-            return pq.read_metadata(path).num_rows
-        if _content_suffix(path) == ".jsonl":
-            with _open(path) as file:
-                return sum(1 for line in file if line.strip())
-    return sum(1 for _ in _read_samples(path))
+        if _file_format(path) == "parquet":
+            return count_parquet_samples(path)
+        return sum(1 for _ in read_json_samples(path))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _content_suffix(path: Path) -> str:
-    """Return the suffix that states a file's format, without that of its compression."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def _open(path: Path) -> io.BufferedReader:
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), 1 << 20)
+def _file_format(path: Path) -> str:
+    """Return parquet or json, by the name of a file or, where they are of another kind, by its first bytes."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    if not name.endswith((".json", ".jsonl", ".parquet")):
+        raise AnnotationFileError(f"{path}: unknown annotation format; use .json, .jsonl or .parquet")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(MAGIC):
+        return "parquet"
+    if name.endswith(".parquet"):
+        what = foreign_kind(head) or ("is empty" if not head else "is not a parquet file, whatever its name says")
+        raise AnnotationFileError(f"{path}: {what}; {'fetch it again' if not head else 'name the file by its format'}")
+    return "json"
 
 
 def _read_samples(path: Path) -> Iterator[Any]:
-    """Yield every sample as a plain value, and an AnnotationError for a line of JSON lines that is not valid JSON."""
-    kind = _content_suffix(path)
+    """Yield every sample as a plain value, and an AnnotationError for one that cannot be read."""
     with _ReadErrors(path):
-        if kind == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-        elif kind in (".json", ".jsonl"):
-            with _open(path) as file:
-                yield from _json_list(path, file) if kind == ".json" else _json_lines(file)
-        else:
-            raise AnnotationFileError(f"{path}: unknown annotation format; use .json, .jsonl or .parquet")
-
-
-def _json_list(path: Path, file: io.BufferedReader) -> Iterator[Any]:
-    head = b""
-    while not head and (line := file.readline(1 << 16)):
-        head = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head:
-        return
-    if not head.startswith(b"["):
-        raise AnnotationFileError(f"{path}: expected a JSON list of samples; name a file of JSON lines .jsonl")
-    yield from ijson.items(SurrogateFilter(head, file), "item", use_float=True)
-
-
-def _json_lines(file: io.BufferedReader) -> Iterator[Any]:
-    for line in file:
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield AnnotationError("bad_sample", f"the line is not JSON ({_one_line(error)})")
+        yield from read_parquet_samples(path) if _file_format(path) == "parquet" else read_json_samples(path)
 
 
 class _ReadErrors:
@@ -152,7 +128,9 @@ class _ReadErrors:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):
             raise AnnotationFileError(f"{self._path}: no such annotation file; correct its path or fetch it")
-        if isinstance(error, (ijson.JSONError, pa.ArrowException, OSError, UnicodeDecodeError, RecursionError)):
+        if isinstance(error, OSError) and error.errno in _NOT_READABLE:
+            raise AnnotationFileError(f"{self._path}: cannot be opened ({error.strerror}); correct its path or rights")
+        if isinstance(error, _DAMAGE) and not isinstance(error, AnnotationFileError):
             raise AnnotationFileError(f"{self._path}: cannot be read to its end ({_one_line(error)}); fetch it again")
 
 
@@ -165,9 +143,6 @@ def _pick(samples: Iterator[tuple[int, Any]], positions: range | np.ndarray) -> 
         if position == target:
             yield position, sample
             target = next(wanted, None)
-
-
-# Samples --------------------------------------------------------------------------------------------------------------
 
 
 def _one_line(error: BaseException) -> str:

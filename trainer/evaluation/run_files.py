@@ -40,7 +40,8 @@ def read_log(path: Path, parts: Sequence[str]) -> tuple[list[dict], list[str]]:
         ReportError: a line is damaged, or there is none; the message has its number.
         OSError: the file cannot be read.
     """
-    steps, gaps = [], []
+    steps: list[dict] = []
+    gaps: list[str] = []
     before = 0
     for number, line in read_lines(path):
         fault = _log_fault(line, parts)
@@ -103,7 +104,8 @@ def _is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool
 
 def read_run_rows(run: Path) -> tuple[list[dict], list[str]]:
     """Read the ledger of a run: its rows, and a message for each line that is damaged and left out."""
-    rows, faults = [], []
+    rows: list[dict] = []
+    faults: list[str] = []
     for path in sorted((run / "ledger").glob("rank*.jsonl")):
         for number, row in read_lines(path):
             if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("key", "reason", "message")):

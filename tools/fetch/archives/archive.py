@@ -20,6 +20,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from framestream.pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.parquet_footer import MAGIC
 from framestream.tools.fetch.archives.member_table import (
     GZIPPED,
     PLAIN,
@@ -35,7 +36,7 @@ from framestream.tools.fetch.archives.member_table import (
     process_path,
 )
 from framestream.tools.fetch.archives.multipart import MultipartFile
-from framestream.tools.fetch.archives.parquet import MAGIC, ParquetImages, list_parquet
+from framestream.tools.fetch.archives.parquet import ParquetImages, list_parquet
 from framestream.tools.fetch.archives.parquet_rows import MAX_SAME_NAME, find_rows
 from framestream.tools.fetch.archives.readahead import ReadAheadFile
 from framestream.tools.fetch.archives.tar import copy_member, is_tar, list_tar, list_tar_gz, open_gzip

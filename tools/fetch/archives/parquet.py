@@ -17,21 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.pipeline.utils.parquet_footer import MAGIC, TRAILER, read_footer
 from framestream.tools.fetch.archives.member_table import ROW, ArchiveMember
-from framestream.tools.fetch.archives.parquet_footer import read_footer
 from framestream.tools.fetch.archives.parquet_rows import row_paths
 from framestream.tools.fetch.archives.readahead import RandomAccessStream
 from framestream.tools.fetch.base import UNKNOWN, FetchError, RandomAccessFile
 
-MAGIC = b"PAR1"  #: first and last bytes of a file
 MAX_FOOTER = 32 << 20  #: bytes
 MAX_ROWS = 1 << 26  #: of a file
 MAX_PAGE = 1 << 30  #: bytes read at once, which is a packed page; by the format it unpacks to less than 2 GiB
 #: A column of a row group, and all names, may unpack to MAX_RATIO times their size plus RATIO_SLACK bytes.
 MAX_RATIO, RATIO_SLACK = 20, 1 << 28
 
-_TRAILER = 8  # bytes at the end of a file: the size of the footer (4 bytes, little-endian) and MAGIC
-_MIN_FILE = len(MAGIC) + _TRAILER  # bytes of a file without rows and footer
+_MIN_FILE = len(MAGIC) + TRAILER  # bytes of a file without rows and footer
 _TAIL = 1 << 16  # bytes; what pyarrow reads first
 _BUFFER = 1 << 18  # bytes; larger pages are read at once
 _NAME_BATCH = 4096  # rows of names taken from a page at once
@@ -146,19 +144,19 @@ class _ParquetFile:
         tail = file.read(max(file.size - _TAIL, 0), _TAIL)
         if file.size < _MIN_FILE or not tail.endswith(MAGIC):
             raise FetchError("truncated", file.name, "the parquet file has no footer at its end; fetch it again")
-        footer = int.from_bytes(tail[-_TRAILER : -len(MAGIC)], "little")
+        footer = int.from_bytes(tail[-TRAILER : -len(MAGIC)], "little")
         if footer > file.size - _MIN_FILE:
             raise FetchError("corrupt", file.name, f"{_DAMAGED}: its footer is longer than the file")
         if footer > MAX_FOOTER:
             message = f"its footer has {footer} bytes, over {MAX_FOOTER}; split the file"
             raise FetchError("too_large", file.name, message)
-        if footer + _TRAILER > len(tail):
-            tail = file.read(file.size - footer - _TRAILER, footer + _TRAILER)
+        if footer + TRAILER > len(tail):
+            tail = file.read(file.size - footer - TRAILER, footer + TRAILER)
         try:
             opened = self._open({file.size - len(tail): tail})
             self._metadata, self._name_columns = opened.metadata, _find_name_columns(file, opened.schema_arrow)
             needed = {*self._name_columns, "image.bytes"}
-            rows, self._groups = read_footer(tail[-_TRAILER - footer : -_TRAILER], needed)
+            rows, self._groups = read_footer(tail[-TRAILER - footer : -TRAILER], needed)
             if any(group.chunks.keys() != needed for group in self._groups):
                 raise ValueError("a row group lacks a column")
         except _PARQUET_ERRORS as error:

@@ -254,9 +254,11 @@ def test_empty_files_have_no_samples(tmp_path, name, data):
     ("name", "data"),
     [
         ("a.json", b'[{"id": 1}, {"id": 2'),
-        ("a.json", b'{"id": 1}\n{"id": 2}'),
         ("a.json", b"<!doctype html>"),
-        ("a.json", b'[{"id": "\xff\xfe"}]'),
+        ("a.json", b'{"data": [{"id": 1}]}'),
+        ("a.json", b'{"id": 1'),
+        ("a.json", b"\x1f\x8bno gzip"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"),
         ("a.parquet", b"no parquet"),
         ("a.json.gz", b"no gzip"),
         ("a.csv", b"id,video"),

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.ledger import read_ledger
+from framestream.pipeline.utils.parquet_footer import read_footer
 from framestream.tools import build_shards
 from framestream.tools.fetch.archives import parquet as parquets
 from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
-from framestream.tools.fetch.archives.parquet_footer import read_footer
 from framestream.tools.fetch.archives.parquet_rows import MAX_SAME_NAME
 from framestream.tools.fetch.base import UNKNOWN, FetchError
 from framestream.tools.fetch.registry import open_source
@@ -316,9 +316,10 @@ def test_the_directory_is_that_of_pyarrow(options):
         group = expected.row_group(number)
         columns = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
         assert found.rows == group.num_rows and found.chunks.keys() == {"id", "image.bytes"}
-        for name, (start, packed, size) in found.chunks.items():
+        for name, (start, packed, size, values, *_) in found.chunks.items():
             column = columns[name]
-            assert (packed, size) == (column.total_compressed_size, column.total_uncompressed_size)
+            expected_sizes = (column.total_compressed_size, column.total_uncompressed_size, column.num_values)
+            assert (packed, size, values) == expected_sizes
             assert start == (column.dictionary_page_offset or column.data_page_offset)
 
 
