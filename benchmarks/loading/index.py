@@ -13,6 +13,7 @@ resident memory, file pages included.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import tempfile
@@ -30,13 +31,23 @@ from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.schema import from_dict
 from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames, mux_mjpeg
-from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, MEDIA_SCHEMA, SHARD_SCHEMA, Index, build_table
+from framestream.pipeline.shards.index import (
+    DIALOGUE_SCHEMA,
+    FILES,
+    MEDIA_SCHEMA,
+    SHARD_SCHEMA,
+    Index,
+    build_table,
+    index_digests,
+)
 from framestream.pipeline.shards.media_view import MediaViews
 from framestream.pipeline.shards.writer import ShardWriter
 from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
 from framestream.pipeline.tokenization.token_cache import token_fingerprint
+from framestream.pipeline.utils.atomic_io import file_sha256
+from framestream.pipeline.utils.records import write_record
 
 TOKENIZER = Path(__file__).parents[2] / "tests" / "golden" / "tokens_labels" / "tokenizer"
 MEDIA, STORED, SHOWN, SIDE = 20_000, 512, 8, 64
@@ -91,7 +102,10 @@ def generate_index(folder: Path, dialogues: int, media: int = MEDIA) -> None:
     _write(root / "index" / "shards.arrow", SHARD_SCHEMA, build_table(SHARD_SCHEMA, [shard]).to_batches())
     _write(root / "index" / "media.arrow", MEDIA_SCHEMA, _media(media, offsets, sizes))
     _write(root / "index" / "dialogues.arrow", DIALOGUE_SCHEMA, _dialogues(dialogues, media))
-    (root / "build.json").write_text(json.dumps({"index_fingerprint": f"{dialogues} of {media}"}))
+    fingerprint = hashlib.sha256()
+    for name in FILES:
+        fingerprint.update(file_sha256(root / "index" / f"{name}.arrow"))
+    write_record(root / "build.json", {"index_fingerprint": fingerprint.hexdigest(), "digests": index_digests(root)})
     config = manifest(folder)
     index = Index.open(root)
     name = token_fingerprint(index, config, build_chat_template(config), MediaViews(index, config))[:32]
