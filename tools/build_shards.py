@@ -17,7 +17,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the packages are beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the path above
+    CommandParser,
+    integer_option,
+    number_option,
+    run_safely,
+)
 
+MAX_CACHE_GB = 100_000.0  #: largest value of --cache-gb
+
+
+@run_safely("Stopped. Run the same command to continue.")
 def main(arguments: Sequence[str] | None = None, prog: str = "build_shards") -> int:
     """Run the command. Returns the exit status: 0 done, 1 the build failed, 2 bad input, 130 stopped."""
     parser = _parser(prog)
@@ -33,15 +43,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "build_shards") -> 
     options.rank, options.of = options.rank or 0, options.of or 1
     if not 0 <= options.rank < options.of:
         parser.error(f"--rank {options.rank}: must be from 0 to {options.of - 1}, because --of is {options.of}")
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command to continue.", file=sys.stderr)
-        return 130
+    return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Imported here so that --help is fast, and Ctrl-C during the imports is handled by main().
+    # Imported here so that --help is fast, and Ctrl-C during the imports ends in a line.
     from framestream.pipeline.annotations.reader import AnnotationFileError
     from framestream.pipeline.config.manifest import ManifestError, load_manifest
     from framestream.pipeline.shards.ledger import read_ledger
@@ -104,19 +110,21 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
+def _parser(prog: str) -> CommandParser:
+    parser = CommandParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("--stage", type=int, required=True, choices=(1, 2, 3, 4))
     parser.add_argument("--manifest", metavar="PATH", help="manifest file (default: manifests/stageN.yaml)")
     parser.add_argument("--out", metavar="OUT", help="write OUT/stageN instead of the manifest's shards folder")
     parser.add_argument(
         "--workers",
         metavar="K",
-        type=whole_number,
+        type=integer_option(1),
         default=len(os.sched_getaffinity(0)),
         help="worker processes (default: the available cores)",
     )
-    parser.add_argument("--limit", metavar="N", type=whole_number, help="use only the first N dialogues of each entry")
+    parser.add_argument(
+        "--limit", metavar="N", type=integer_option(1), help="use only the first N dialogues of each entry"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only report what would be built and what is missing")
     parser.add_argument(
         "--report", metavar="DIR", help="write the report of --dry-run to plan.html and plan.parquet in DIR"
@@ -132,12 +140,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache-gb",
         metavar="GB",
-        type=size,
+        type=number_option(0, MAX_CACHE_GB),
         default=20.0,
         help="disk space for fetched files, in gigabytes; clips of one file share it (default: 20)",
     )
     parser.add_argument("--rank", metavar="I", type=int, help="number of this machine, from 0; needs --of")
-    parser.add_argument("--of", metavar="N", type=whole_number, help="number of machines that share this build")
+    parser.add_argument("--of", metavar="N", type=integer_option(1), help="number of machines that share this build")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="ray: run on a Ray cluster")
     parser.add_argument("--address", metavar="HOST:PORT", default="", help="address of the Ray cluster")
     parser.add_argument(
@@ -148,24 +156,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="override a field of the manifest, such as frames.size=224",
     )
     return parser
-
-
-def whole_number(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def size(text: str) -> float:
-    """Parse a number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of gigabytes of at least 0, not {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -14,23 +14,30 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the packages are beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the path above
+    CommandParser,
+    integer_option,
+    run_safely,
+)
 
+
+@run_safely("Stopped. No page was written.")
 def main(arguments: Sequence[str] | None = None, prog: str = "inspect_shards") -> int:
     """Run the command. Returns the exit status: 0 done, 2 bad input, 130 stopped."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
+    parser = CommandParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="HTML page to write")
-    parser.add_argument("--media", metavar="N", type=int, default=24, help="media on the contact sheets (default: 24)")
-    parser.add_argument("--frames", metavar="N", type=int, default=8, help="most frames to show of each (default: 8)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument(
+        "--media", metavar="N", type=integer_option(0), default=24, help="media on the contact sheets (default: 24)"
+    )
+    parser.add_argument(
+        "--frames", metavar="N", type=integer_option(1), default=8, help="most frames to show of each (default: 8)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=integer_option(0), default=0, help="seed of the sample (default: 0)"
+    )
     options = parser.parse_args(arguments)
-    if options.media < 0 or options.frames < 1 or options.seed < 0:
-        parser.error("--media and --seed must be at least 0, --frames at least 1")
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("Stopped. No page was written.", file=sys.stderr)
-        return 130
+    return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -15,25 +15,28 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the packages are beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the path above
+    CommandParser,
+    integer_option,
+    run_safely,
+)
 
+
+@run_safely("Stopped. Not everything was checked.")
 def main(arguments: Sequence[str] | None = None, prog: str = "verify_shards") -> int:
     """Run the command. Returns the exit status: 0 no findings, 1 findings, 2 bad input, 130 stopped."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n\n")[2])
+    parser = CommandParser(prog=prog, description=__doc__.partition("\n\n")[2])
     parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--deep", action="store_true", help="also decode every frame")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--workers", metavar="K", type=int, default=cores, help="processes (default: the available cores)"
+        "--workers", metavar="K", type=integer_option(1), default=cores, help="processes (default: the available cores)"
     )
-    parser.add_argument("--show", metavar="N", type=int, default=100, help="findings to print (default: 100)")
+    parser.add_argument(
+        "--show", metavar="N", type=integer_option(1), default=100, help="findings to print (default: 100)"
+    )
     options = parser.parse_args(arguments)
-    if options.workers < 1 or options.show < 1:
-        parser.error("--workers and --show must be at least 1")
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print("Stopped. Not everything was checked.", file=sys.stderr)
-        return 130
+    return _run(options)
 
 
 def _run(options: argparse.Namespace) -> int:

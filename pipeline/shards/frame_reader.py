@@ -85,9 +85,8 @@ class FrameReader:
     def _digests(self, row: int) -> np.ndarray | None:
         """Return the digests of the frames of a media item, uint32 (frames,); None if they were never recorded."""
         column = self._columns.get(FRAME_DIGEST)
-        if column is None or column[row].values is None:
-            return None
-        return row_values(column, row)
+        values = None if column is None else column[row].values
+        return None if values is None else values.to_numpy(zero_copy_only=True)
 
     def _shard(self, row: int) -> ShardRef:
         shard = self._shards.get(row)

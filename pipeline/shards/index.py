@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +26,6 @@ from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
 from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.records import RecordError, parse_record
-
-logger = logging.getLogger(__name__)
 
 #: Rows in a record batch. Even with 512 frames per video, list offsets stay far below the limit of int32 (2**31).
 BATCH_ROWS = 4096
@@ -177,9 +174,8 @@ class Index:
         try:
             storage = open_storage(root, reading)
             fix = "copy the finished root there again" if storage.remote else "build the shards again"
-            build = parse_record(
-                storage.read_all("build.json"), str(storage.describe("build.json")), "build record", fix
-            )
+            name = str(storage.describe("build.json"))
+            build = parse_record(storage.read_all("build.json"), name, "build record", fix, warn=not checked)
             fingerprint, specification, digests = _read_build(build)
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
             names = [f"index/{name}.arrow" for name in schemas]
@@ -190,8 +186,6 @@ class Index:
                 name: _map(path, schemas[name], digests.get(f"index/{name}.arrow"), checked)
                 for name, path in zip(schemas, paths, strict=True)
             }
-            if FRAME_DIGEST not in maps["media"].table.column_names and not checked:
-                logger.warning("%s: built before frames had digests; damaged frames cannot be found", storage.root)
         except RecordError as error:
             raise ShardsError(str(error)) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -307,13 +301,12 @@ def _read_build(build: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, s
 
 
 def _map(path: Path, schema: pa.Schema, digest: str | None, checked: bool) -> MappedTable:
-    """Open one file of the index; the media table may lack the digests of frames."""
-    if FRAME_DIGEST not in schema.names:
-        return MappedTable(path, schema, digest, checked)
-    try:
-        return MappedTable(path, schema, digest, checked)
-    except ValueError:
-        return MappedTable(path, without_digests(schema), digest, checked)
+    """Open one file of the index. The media table of an older root lacks the digests of frames."""
+    mapped = MappedTable(path, digest, checked)
+    found = mapped.table.schema
+    if found != schema and not (FRAME_DIGEST in schema.names and found == without_digests(schema)):
+        raise ValueError(f"{path.name} has other columns than this version of framestream")
+    return mapped
 
 
 def _check_copies(copies: Sequence[Path], fingerprint: str) -> None:

@@ -124,10 +124,10 @@ class ChatTemplate:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids of which each ends an answer: the template's end of a turn, and the tokenizer's eos and padding.
+        """The ids that end an answer: the template's end of a turn, the tokenizer's eos and its padding.
 
-        Qwen2's own generation_config.json has the same two, ``<|im_end|>`` and ``<|endoftext|>``. Only one of them is
-        the eos of a tokenizer. It is the padding of chat models' tokenizers, and the eos of base models'.
+        Qwen2's own generation_config.json has two of them, ``<|im_end|>`` and ``<|endoftext|>``. The tokenizers of chat
+        models use ``<|endoftext|>`` as padding, and those of base models use it as eos.
         """
         turn_end = self._markers[TURN_END] if self.text.template == "qwen_2" else None
         ends = (turn_end, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
@@ -296,10 +296,8 @@ def build_chat_template(manifest: Manifest) -> ChatTemplate:
     Raises:
         ManifestError: the tokenizer cannot be loaded, or has more ids than the language model.
     """
-    template, size = (
-        ChatTemplate(manifest.text, literal=manifest.compat == "none"),
-        manifest.model.language_model.vocab_size,
-    )
+    template = ChatTemplate(manifest.text, literal=manifest.compat == "none")
+    size = manifest.model.language_model.vocab_size
     if max(template.tokenizer.get_vocab().values(), default=-1) >= size:
         raise ManifestError(
             f"model.language_model.vocab_size: {size} is fewer than the {len(template.tokenizer)} ids of "

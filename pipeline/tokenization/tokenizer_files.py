@@ -52,7 +52,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     """Check the files of a tokenizer's folder before the tokenizer library reads them.
 
     Raises:
-        ManifestError: they are too large, or a JSON file is none.
+        ManifestError: they are too large, or one of them is not valid JSON.
     """
     files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
     try:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import xxhash
+
+from framestream.pipeline.utils.digests import file_digest
 
 DROP_EVERY = 64  #: chunks of a column after which the pages that were read are dropped
-DIGEST_BYTES = 64 << 20  #: bytes whose digest is computed before their pages are dropped
 LIMIT = 16 << 20  #: bytes of pages that random reads may keep resident
 CHECK_EVERY = 4  #: lookups after which they are counted
 
@@ -32,52 +32,39 @@ class MappedTable:
 
     Args:
         path: of the file.
-        schema: columns that the file must have; None for any.
         digest: as of :func:`framestream.pipeline.utils.digests.file_digest`; None if it is not known.
         checked: another process has checked the file, so that it is only opened.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, has other columns, or is not an Arrow file; one line that names it.
+        ValueError: it is damaged, or is not an Arrow file; one line that names it.
     """
 
-    def __init__(
-        self, path: str | Path, schema: pa.Schema | None = None, digest: str | None = None, checked: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, digest: str | None = None, checked: bool = False) -> None:
+        if digest is not None and not checked and file_digest(path) != digest:
+            raise ValueError(f"{path}: damaged (its digest differs from the one that was recorded)")
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise ValueError(f"{path}: empty, not an Arrow file")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with contextlib.suppress(OSError):  # the kernel has no huge pages
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
-        if digest is not None and not checked and self._digest() != digest:
-            raise ValueError(f"{path}: damaged (its digest differs from the one that was recorded)")
         try:
-            self.table: pa.Table = self._open(schema, checked)
+            self.table: pa.Table = self._open(checked)
         except (pa.ArrowException, MemoryError, OSError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: damaged, or not an Arrow file ({reason[:200]})") from None
-        if schema is not None and self.table.schema != schema:
-            raise ValueError(f"{path}: has other columns than this version of framestream")
         self.drop_pages()  # those of the headers of all batches
 
-    def _open(self, schema: pa.Schema | None, checked: bool) -> pa.Table:
-        """Open the table. Its batches are validated one by one, unless its columns are wrong anyway."""
+    def _open(self, checked: bool) -> pa.Table:
+        """Open the table. Its batches are validated one by one, so that few of their pages are in memory at a time."""
         reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        if not checked and (schema is None or reader.schema == schema):
+        if not checked:
             for number in range(reader.num_record_batches):
                 reader.get_batch(number).validate(full=True)
                 if number % DROP_EVERY == 0:
                     self.drop_pages()
         return reader.read_all()
-
-    def _digest(self) -> str:
-        digest, view = xxhash.xxh3_64(), memoryview(self._map)
-        for start in range(0, len(view), DIGEST_BYTES):
-            digest.update(view[start : start + DIGEST_BYTES])
-            self.drop_pages()
-        view.release()
-        return digest.hexdigest()
 
     def chunks(self, name: str) -> Iterator[pa.Array]:
         """Yield the chunks of a column. Do not keep views of them: their pages are dropped on the way."""

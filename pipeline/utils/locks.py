@@ -21,10 +21,6 @@ class LockError(RuntimeError):
     """A folder cannot be locked. The message is one line with the folder, the reason and the fix."""
 
 
-class LocksUnsupportedError(LockError):
-    """The file system of the folder has no locks."""
-
-
 @contextlib.contextmanager
 def lock_folder(folder: Path, name: str, kind: str, shared: bool = False) -> Iterator[None]:
     """Create ``folder`` if it is missing, and lock its file ``name``. Folders that stay empty are removed.
@@ -78,7 +74,7 @@ def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -
                 if error.errno not in _UNSUPPORTED:
                     raise LockError(f"{path}: cannot be locked ({error.strerror}); choose another folder") from None
                 message = f"{path.parent}: its file system does not support file locks; mount it with flock"
-                raise LocksUnsupportedError(message) from None
+                raise LockError(message) from None
             if _is_at(file.fileno(), path):  # else it was removed by the process that had the lock
                 break
             file.close()

@@ -73,10 +73,10 @@ def read_record(path: str | Path, kind: str, fix: str) -> dict[str, Any]:
         return parse_record(file.read(MAX_BYTES + 1), str(path), kind, fix)
 
 
-def parse_record(data: bytes, name: str, kind: str, fix: str) -> dict[str, Any]:
+def parse_record(data: bytes, name: str, kind: str, fix: str, warn: bool = True) -> dict[str, Any]:
     """Return the fields of a record that was read as bytes; ``name`` is its file for messages, see :func:`read_record`.
 
-    Records that were written before there were digests have none. The log says so once for each file.
+    Records that were written before there were digests have none. With ``warn``, the log says so once for each file.
 
     Raises:
         RecordError: the record is damaged, or no such record.
@@ -92,9 +92,9 @@ def parse_record(data: bytes, name: str, kind: str, fix: str) -> dict[str, Any]:
         raise RecordError(f"{name}: not a {kind} (no JSON object); {fix}")
     stated = record.pop(DIGEST, None)
     if stated is None:
-        if name not in _without_digest:
+        if warn and name not in _without_digest:
             _without_digest.add(name)
-            logger.warning("%s: has no digest; damage of this %s cannot be found", name, kind)
+            logger.warning("%s: has no digest, as in older versions; damage here may go unnoticed", name)
     elif stated != _digest(record):
         raise RecordError(f"{name}: damaged {kind} (its digest differs); {fix}")
     return record

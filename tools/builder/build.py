@@ -34,7 +34,7 @@ from framestream.pipeline.utils.locks import LockError, lock_file, lock_folder
 from framestream.tools.builder.build_spec import difference, specification, without_additions
 from framestream.tools.builder.executors import Executor
 from framestream.tools.builder.finalize import finish, write_outcomes
-from framestream.tools.builder.incremental import ExistingBuild, Selection, snapshot
+from framestream.tools.builder.incremental import ExistingBuild, Selection, read_build_record, snapshot
 from framestream.tools.builder.planner import make_plan
 from framestream.tools.builder.task import BuildJob, is_dialogue, task_folder
 from framestream.tools.common.arrow_files import map_table
@@ -118,7 +118,7 @@ def _lock_step(root: Path) -> Iterator[None]:
 
 
 def _read_record(root: Path) -> dict[str, Any]:
-    return json.loads((root / "build.json").read_bytes())
+    return read_build_record(root / "build.json")
 
 
 def _require_same_specification(

@@ -8,7 +8,6 @@ kill.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,8 +23,10 @@ import pyarrow.parquet as pq
 from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, add_digest_column, media_schema
 from framestream.pipeline.shards.ledger import RETRYABLE
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.pipeline.utils.records import RecordError, read_record
 from framestream.tools.builder.build_spec import LEFT_OUT
 from framestream.tools.common.arrow_files import map_table
+from framestream.tools.common.errors import BuildError
 
 FILES = ("build.json", "index/media.arrow", "index/dialogues.arrow", "index/shards.arrow", "ledger/ledger.parquet")
 
@@ -48,12 +49,24 @@ class ExistingBuild:
             media, dialogues, shards, ledger = (schema.empty_table() for schema in schemas)
             return cls({}, media, dialogues, shards, ledger)
         return cls(
-            record=json.loads((folder / "build.json").read_bytes()),
+            record=read_build_record(folder / "build.json"),
             media=add_digest_column(map_table(folder / "media.arrow")),
             dialogues=map_table(folder / "dialogues.arrow"),
             shards=map_table(folder / "shards.arrow"),
             ledger=pq.read_table(folder / "ledger.parquet", schema=LEDGER_SCHEMA),
         )
+
+
+def read_build_record(path: Path) -> dict[str, Any]:
+    """Read a build.json.
+
+    Raises:
+        BuildError: it is damaged.
+    """
+    try:
+        return read_record(path, "build record", f"restore the file, or remove {path.parent} and build it again")
+    except RecordError as error:
+        raise BuildError(str(error)) from None
 
 
 def snapshot(root: Path, folder: Path) -> None:

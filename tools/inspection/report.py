@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 from PIL import Image
@@ -28,6 +27,7 @@ from framestream.pipeline.media.errors import MAX_PIXELS
 from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg, jpeg_size
 from framestream.pipeline.shards.index import Index, ShardsError
 from framestream.pipeline.shards.ledger import REASONS, read_ledger
+from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.tools.common.text_table import format_bytes
 
 THUMBNAIL = 176  #: longer side of a frame on the page, in pixels
@@ -177,13 +177,12 @@ def _tokens(index: Index, usage: UsageStats, video: np.ndarray) -> tuple[np.ndar
     """Return the tokens of each dialogue, and a note on their source: the newest token cache, or visual tokens only."""
     for path in sorted((Path(index.root) / "index").glob("tokens-*.arrow"), key=os.path.getmtime, reverse=True):
         try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
+            table = MappedTable(path).table
             if len(table) == len(index.dialogues):
                 unusable = int(pc.sum(pc.not_equal(table["error"], "")).as_py() or 0)
                 note = f"Text and visual tokens, from {path.name}; {unusable:,} dialogues cannot be used."
                 return table["length"].to_numpy(), note
-        except (OSError, KeyError, pa.ArrowException):
+        except (OSError, KeyError, ValueError):
             continue  # the loader replaces it
     sampled = pc.list_value_length(index.media["sample"]).to_numpy()
     clips = sampled // index.specification.get("frames", {}).get("clip_frames", 4)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from framestream.pipeline.media.errors import MAX_PIXELS
 from framestream.pipeline.media.jpeg import decode_jpeg, jpeg_size
@@ -188,8 +189,12 @@ class ShardChecker:
             lengths,
         ):
             raise FormatError(data.name, f"frame_offset and frame_size of the index do not match its {count} frames")
-        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            self._check_frame(data, number, data.data[start : start + length], size, exact=shard.folder == "video")
+        frames = [data.data[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        stated = row.get("frame_digest") if row else None  # None in roots from before there were digests
+        if stated is not None and stated != [xxhash.xxh3_64_intdigest(jpeg) & 0xFFFFFFFF for jpeg in frames]:
+            raise FormatError(data.name, f"frame_digest of the index does not match its {count} frames")
+        for number, jpeg in enumerate(frames):
+            self._check_frame(data, number, jpeg, size, exact=shard.folder == "video")
         return count
 
     def _check_frame(self, member: TarMember, number: int, jpeg: bytes, size: tuple[int, int], exact: bool) -> None:

@@ -37,7 +37,7 @@ def read_log(path: Path, parts: Sequence[str]) -> tuple[list[dict], list[str]]:
         its lines, and a message for each gap between their steps.
 
     Raises:
-        ReportError: a line is damaged, or there is none; the message has its number.
+        ReportError: the log is empty, or a line is damaged; the message has the number of the line.
         OSError: the file cannot be read.
     """
     steps: list[dict] = []

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.schema import from_dict
@@ -110,6 +111,10 @@ class Root:
                 "timestamps": [f / fps if fps else 0.0 for f in index.tolist()],
                 "frame_offset": list(map(int, offsets)),
                 "frame_size": list(map(int, sizes)),
+                "frame_digest": [
+                    xxhash.xxh3_64_intdigest(data[start : start + size]) % 2**32
+                    for start, size in zip(offsets, sizes, strict=True)
+                ],
                 "sha256": "",
                 "source": f"source-{number}",
             }

@@ -488,11 +488,11 @@ def test_trying_again_touches_only_the_rows_of_what_failed(plain_text, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--cache-gb", "lots"), "--cache-gb: must be a number of gigabytes of at least 0, not 'lots'"),
-        (("--cache-gb", "-1"), "--cache-gb: must be a number of gigabytes of at least 0, not '-1'"),
-        (("--cache-gb", "nan"), "--cache-gb: must be a number of gigabytes of at least 0, not 'nan'"),
-        (("--workers", "0"), "--workers: must be a whole number of at least 1, not '0'"),
-        (("--limit", "1.5"), "--limit: must be a whole number of at least 1, not '1.5'"),
+        (("--cache-gb", "lots"), "--cache-gb: must be a number from 0 to 100,000, not 'lots'"),
+        (("--cache-gb", "-1"), "--cache-gb: must be a number from 0 to 100,000, not '-1'"),
+        (("--cache-gb", "nan"), "--cache-gb: must be a number from 0 to 100,000, not 'nan'"),
+        (("--workers", "0"), "--workers: must be a whole number from 1 to 2,147,483,647, not '0'"),
+        (("--limit", "1.5"), "--limit: must be a whole number from 1 to 2,147,483,647, not '1.5'"),
         (("--rank", "1"), "--rank and --of must be given together"),
         (("--of", "4"), "--rank and --of must be given together"),
         (("--rank", "5", "--of", "2"), "--rank 5: must be from 0 to 1, because --of is 2"),

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -269,6 +270,8 @@ def set_value(row: int, column: str, value: Any) -> Callable[[list], None]:
         ("media", set_value(0, "timestamps", lambda x: [*x[:-1], x[-1] + 0.5]), "json: timestamps is"),
         ("media", set_value(0, "frame_offset", lambda x: [x[0] + 1, *x[1:]]), "frame_offset and frame_size"),
         ("media", set_value(0, "frame_size", lambda x: x[:-1]), "frame_offset and frame_size"),
+        ("media", set_value(0, "frame_digest", lambda x: [x[0] ^ 1, *x[1:]]), "frame_digest of the index"),
+        ("media", set_value(4, "frame_digest", []), "frame_digest of the index"),
         ("media", set_value(4, "frame_size", lambda x: [x[0] - 1]), "frame_offset and frame_size"),
         ("media", set_value(2, "shard", 3), "are not in the order of shards.arrow"),
         ("media", lambda rows: rows.append(rows[-1]), "8 rows, its shards 7 samples"),
@@ -340,7 +343,11 @@ def test_frames_that_cannot_be_decoded_are_found_with_right_digests(root):
     md5 = hashlib.md5((root / VIDEOS).read_bytes()).hexdigest()
     listed = root / "video" / "shardindex.json"
     listed.write_text(re.sub(r'"md5sum": "\w+"', f'"md5sum": "{md5}"', listed.read_text()))
-    reseal(root, media=set_value(0, "sha256", digests[1].decode()))
+    spans = [
+        (start - first["offset"], size) for start, size in zip(first["frame_offset"], first["frame_size"], strict=True)
+    ]
+    frames = [xxhash.xxh3_64_intdigest(bad[start : start + size]) % 2**32 for start, size in spans]
+    reseal(root, media=lambda rows: rows[0].update(sha256=digests[1].decode(), frame_digest=frames))
     assert found(root) == []
     (line,) = found(root, deep=True)
     assert f"{first['key']}.mp4: frame 1" in line
