@@ -29,6 +29,7 @@ from framestream.pipeline.shards.index import (
 from framestream.pipeline.shards.samples import dialogue_key, media_key, media_metadata
 from framestream.pipeline.shards.sidecars import write_sidecars
 from framestream.pipeline.shards.writer import ShardWriter
+from framestream.pipeline.utils.digests import frame_digest
 from tests.helpers.golden_data import TOKENIZER
 from tests.helpers.media.footage import FOOTAGE
 
@@ -159,7 +160,7 @@ def _add(writer: ShardWriter, media: BenchmarkMedia, footage: list[np.ndarray], 
     start, length = writer.add(key, {"mp4": mp4, "json": media_metadata(**facts, salvaged=False)})["mp4"]
     offsets, sizes, _ = mjpeg_frames(mp4)
     ranges = {"offset": start, "size": length, "frame_offset": offsets + start, "frame_size": sizes}
-    return {**facts, **ranges, "split": "train"}
+    return {**facts, **ranges, "frame_digest": list(map(frame_digest, jpegs)), "split": "train"}
 
 
 def _write_tables(root: Path, media: list[dict], shards: list[dict], dialogues: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-BLOCK = 1 << 22  #: bytes that are read at a time
+BLOCK = 1 << 18  #: bytes that are read at a time
 
 
 def bytes_digest(data: bytes | memoryview) -> str:
@@ -24,10 +24,10 @@ def file_digest(path: str | Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    digest = xxhash.xxh3_64()
+    digest, block = xxhash.xxh3_64(), memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
 
 

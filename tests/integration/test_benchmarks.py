@@ -13,7 +13,7 @@ from tests.helpers.model.torchvision_import import import_torchvision
 import_torchvision()  # before anything imports transformers
 
 from benchmarks.building import decord_widths, plan  # noqa: E402
-from benchmarks.loading import index, isolated, loader, readers, remote  # noqa: E402
+from benchmarks.loading import checks, index, isolated, loader, readers, remote  # noqa: E402
 from benchmarks.loading.media import BenchmarkMedia, write_media  # noqa: E402
 from benchmarks.loading.slow_server import SlowServer  # noqa: E402
 from benchmarks.model import gpu_step, lmms_eval, parts  # noqa: E402
@@ -96,6 +96,16 @@ def test_memory_does_not_grow_with_reads_or_the_index(tmp_path):
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> BenchmarkMedia:
     return write_media(tmp_path_factory.mktemp("media"), count=3, frames=16, size=64)
+
+
+def test_checked_and_unchecked_readers_give_the_same_frames(media):
+    ways = checks.readers(media)
+    found = {name: np.empty((4, media.size, media.size, 3), dtype=np.uint8) for name in ways}
+    for name, reader in ways.items():
+        reader.read_frames(1, media.frame_numbers(4), found[name])
+    np.testing.assert_array_equal(found["checked"], found["unchecked"])
+    rates, ratios = checks.compare_ways(media, 4, 1)
+    assert len(ratios) == 1 and all(rate > 0 for way in rates.values() for rate in way)
 
 
 def frames_of(reader: readers.Reader, count: int) -> list[bytes]:
