@@ -96,26 +96,27 @@ def test_golden_first_turns_fail_when_published(row):
 
 @pytest.mark.parametrize("row", cases(row for row in ROWS if "error" in row and accepted(row)))
 def test_golden_first_turns_accepted_as_what_they_say(row):
-    ids, labels = encode(row, row["conversation"])
-    tokenizer = load_tokenizer(str(FOLDER))
-    spoken = [(NAMES[turn.get("from", turn.get("role"))], turn_text(turn)) for turn in row["conversation"]]
-    if spoken[0][0] == "assistant":  # it answers nothing, so it is dropped
-        spoken = spoken[1:]
+    turns = row["conversation"]
+    role = [NAMES[turn.get("from", turn.get("role"))] for turn in turns]
+    # An assistant turn before any user turn answers nothing: it is dropped with its marks.
+    asked = role.index("user") if "user" in role else len(role)
+    kept = [i for i, who in enumerate(role) if who != "assistant" or i > asked]
+    said = [turns[i] for i in kept]
+    if row["media"] != "text":
+        marks = sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in said)
+        said = preprocess_multimodal(said, [row["time_message"]] * marks)
+    spoken = [(role[i], turn_text(turn)) for i, turn in zip(kept, said, strict=True)]
     if not spoken or spoken[0][0] != "system":
         spoken.insert(0, ("system", "You are a helpful assistant."))
-    said = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
-    if row["media"] == "text":
-        assert decode_with_marks(tokenizer, ids) == said
-    else:  # the published preprocessing moves marks and adds the time message: the words of all turns remain
-        got = decode_with_marks(tokenizer, ids)
-        assert got.count("<|im_start|>") == len(spoken) and got.count(IMAGE_PLACEHOLDER) == said.count(
-            IMAGE_PLACEHOLDER
-        )
-        for role, text in spoken:
-            words = text.replace(IMAGE_PLACEHOLDER, "").strip()
-            assert f"<|im_start|>{role}\n" in got and words in got
+    ids, labels = encode(row, turns)
+    tokenizer = load_tokenizer(str(FOLDER))
+    assert decode_with_marks(tokenizer, ids) == "".join(
+        f"<|im_start|>{who}\n{text}<|im_end|>\n" for who, text in spoken
+    )
     learned = tokenizer.decode(labels[labels >= 0])
-    assert (spoken[-1][0] != "assistant") or learned.endswith(f"assistant\n{spoken[-1][1]}<|im_end|>\n")
+    for who, text in spoken:
+        learnable = text if row["media"] == "text" else text.replace(IMAGE_PLACEHOLDER, "")
+        assert who != "assistant" or f"assistant\n{learnable}<|im_end|>\n" in learned
 
 
 def decode_with_marks(tokenizer, ids: np.ndarray) -> str:
