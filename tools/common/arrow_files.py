@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from framestream.pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.atomic_io import atomic_file, fsync
 
 BATCH_ROWS = 4096  #: rows of a record batch
 
@@ -34,7 +33,7 @@ class TableWriter:
         """Write the remaining rows and the file's footer, and sync the file to disk."""
         self._flush()
         self._writer.close()
-        os.fsync(self._file.fileno())
+        fsync(self._file.fileno(), self._file.name)
         self._file.close()
 
     def _flush(self) -> None:
