@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -30,6 +30,8 @@ SEEKABLE = (
     *("hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "mjpeg", "theora", "prores"),
     *("dnxhd", "ffv1", "flv", "h263", "wmv1", "wmv2", "wmv3", "vc1", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "rawvideo"),
 )
+#: Tags that are not UTF-8 never matter. PyAV 17 and 18 raise for them unless told otherwise; later ones never do.
+TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class DamagedStreamError(Exception):
@@ -68,7 +70,7 @@ def open_stream(path: Path, strict: bool = False) -> Iterator[tuple[InputContain
     """
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+        container = av.open(f"file:{path}", options=options, **TAG_OPTIONS)
     except av.ArgumentError:
         raise diagnose_open_error(path, "unsupported") from None
     except (av.FFmpegError, ValueError, MemoryError):
