@@ -15,12 +15,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from framestream.pipeline.utils.command_line import CommandParser, run_safely
-from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, process_rank
+from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, RESUME_HINT, process_rank
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
-
-RESUME_HINT = "run the same command to resume from the last checkpoint"
 
 
 @run_safely(f"stopped; {RESUME_HINT}")
@@ -67,7 +65,7 @@ def _train(manifest: Manifest) -> int:
     try:
         final = train(manifest)
     except Preempted as preempted:
-        if _is_main():
+        if _is_main() or not preempted.everywhere:
             print(f"stopped by {preempted}; {RESUME_HINT}", file=sys.stderr)
         return EXIT_PREEMPTED
     except WriteError as error:

@@ -10,8 +10,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+MAX_OWNER_BYTES = 300  #: of a lock file that are read
 
 #: errors of flock on a file system without locks, such as Lustre without its mount option ``flock``
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -19,6 +23,10 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 class LockError(RuntimeError):
     """A folder cannot be locked. The message is one line with the folder, the reason and the fix."""
+
+
+class LocksUnsupportedError(LockError):
+    """The folder's file system has no locks."""
 
 
 @contextlib.contextmanager
@@ -57,7 +65,7 @@ def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -
         wait: wait until the lock is free. A signal whose handler raises ends the wait.
 
     Raises:
-        LockError: the file cannot be written, or another process has locked it.
+        LockError: the file cannot be written, or another process has locked it. The file says which process.
     """
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     with contextlib.ExitStack() as stack:
@@ -69,16 +77,32 @@ def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -
             try:
                 fcntl.flock(file, operation)
             except BlockingIOError:
-                raise LockError(f"{path.parent}: another {kind} is running here; wait for it, or stop it") from None
+                raise LockError(
+                    f"{path.parent}: another {kind} is running here{_owner(path)}; wait for it, or stop it"
+                ) from None
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise LockError(f"{path}: cannot be locked ({error.strerror}); choose another folder") from None
                 message = f"{path.parent}: its file system does not support file locks; mount it with flock"
-                raise LockError(message) from None
+                raise LocksUnsupportedError(message) from None
             if _is_at(file.fileno(), path):  # else it was removed by the process that had the lock
                 break
             file.close()
+        if not shared:
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield
+
+
+def _owner(path: Path) -> str:
+    """Return process and host of who has the lock, in parentheses; empty if the file does not say."""
+    try:
+        text = path.read_bytes()[:MAX_OWNER_BYTES].decode()
+    except (OSError, ValueError):
+        return ""
+    found = re.fullmatch(r"process \d+ on \S+", text.strip())
+    return f" ({found[0]})" if found else ""
 
 
 def _is_at(handle: int, path: Path) -> bool:

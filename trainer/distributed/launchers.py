@@ -16,6 +16,7 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: variables of unsupported launchers, with the launcher's name: each of their processes would train alone
 UNSUPPORTED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
 EXIT_PREEMPTED = 75  #: exit status of a preempted run: EX_TEMPFAIL of sysexits.h, "try again"
+RESUME_HINT = "run the same command to resume from the last checkpoint"
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: signals that ask a run to save and exit
 PORTS = (20_000, 10_000)  #: first port for srun's jobs, and number of ports; the job id selects one
 

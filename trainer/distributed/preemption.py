@@ -3,36 +3,67 @@
 Schedulers send these signals before they take a machine away, to all ranks or to one. The ranks agree by a collective
 call, so all of them stop at the same micro-step. Parameters change only at the end of a global batch. So the checkpoint
 is that of the last complete global batch, and the micro-steps after it are repeated in the next run.
+
+Python runs the handler of a signal between its own instructions. A rank that waits for another one is inside native
+code, where no handler runs. So a thread learns of each signal, too, and ends a process that does not react to it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
-from framestream.trainer.distributed.launchers import PREEMPTION_SIGNALS
+from framestream.pipeline.utils.command_line import EXIT_STOPPED
+from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, RESUME_HINT
 from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_max_int
+
+REACTION_SECONDS = 3.0  #: until a process that has nothing to save, and does not react to a signal, is ended
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop. The message is the name of the signal."""
+    """A signal asked the run to stop. The message is the name of the signal. ``everywhere``: all ranks raise this."""
+
+    def __init__(self, name: str, everywhere: bool = False) -> None:
+        super().__init__(name)
+        self.everywhere = everywhere
 
 
 class PreemptionHandler:
-    """Handles both signals for the rest of the process. Further signals have no effect."""
+    """Handles both signals, and Ctrl-C, for the rest of the process. Further signals of preemption have no effect."""
 
     def __init__(self) -> None:
         self._signal = 0
         self._deferred = False
         for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._arrivals, arrive = os.pipe()
+        os.set_blocking(arrive, False)
+        signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self._signal = not self._signal, self._signal or number
         if is_first and not self._deferred:
             raise Preempted(signal.Signals(number).name)
+
+    def _watch(self) -> None:
+        """End the process at a signal that it does not react to. Runs in a thread, which the interpreter wakes."""
+        preempted = False
+        while True:
+            number = os.read(self._arrivals, 1)[0]
+            if number in PREEMPTION_SIGNALS and not preempted:
+                preempted = True
+                if not self._deferred:
+                    _end_process(f"stopped by {signal.Signals(number).name}", EXIT_PREEMPTED)
+            elif number == signal.SIGINT:
+                _end_process("stopped", EXIT_STOPPED)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -48,4 +79,12 @@ class PreemptionHandler:
         number = all_reduce_max_int(self._signal, context)
         if number:
             self._signal = number
-            raise Preempted(signal.Signals(number).name)
+            raise Preempted(signal.Signals(number).name, everywhere=True)
+
+
+def _end_process(line: str, status: int) -> None:
+    """Give the process time to end by itself, then print ``line`` and end it. Checkpoints stay complete."""
+    time.sleep(REACTION_SECONDS)
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{line}; {RESUME_HINT}", file=sys.stderr, flush=True)
+    os._exit(status)

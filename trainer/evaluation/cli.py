@@ -6,6 +6,7 @@ A command parses its options with :func:`build_parser` before it imports anythin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,8 +65,6 @@ def run_command(
     from framestream.pipeline.config.manifest import ManifestError, load_manifest
     from framestream.pipeline.media.errors import MediaError
     from framestream.pipeline.shards.index import ShardsError
-    from framestream.pipeline.utils.atomic_io import write_atomic
-    from framestream.pipeline.utils.records import write_record
     from framestream.trainer.weights.runs import locate_paths
     from framestream.trainer.weights.tensor_files import WeightsError
 
@@ -74,28 +73,64 @@ def run_command(
         out = options.out or Path(manifest.output) / name(options)
         for path in filter(None, (out, options.html)):
             _check_writable(path)
-        result = score(options, manifest, _resolve_weights(options, manifest))
+        with _lock_results(out):
+            result = score(options, manifest, _resolve_weights(options, manifest))
+            result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+            return _write(result, out, options.html, page, table)
     except (AnnotationFileError, ManifestError, ShardsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MediaError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _write(
+    result: dict,
+    out: Path,
+    html: Path | None,
+    page: Callable[[dict], str],
+    table: Callable[[dict], Iterable[str]],
+) -> int:
+    """Write the result to its files and to the terminal; returns the exit status."""
+    from framestream.pipeline.utils.atomic_io import write_atomic
+    from framestream.pipeline.utils.records import write_record
+
     written = [out]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_record(out, result)
-        if options.html:
-            options.html.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.html, page(result).encode())
-            written.append(options.html)
+        if html:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(html, page(result).encode())
+            written.append(html)
     except OSError as error:
         print(f"error: {describe_os_error(error)}; the results cannot be written, name another file", file=sys.stderr)
         return 1
     for line in (*table(result), *_notes(result), *written):
         print(line)
     return 0
+
+
+@contextlib.contextmanager
+def _lock_results(out: Path) -> Iterator[None]:
+    """Create the folder of the file of results ``out``, and lock the file against other evaluations.
+
+    Raises:
+        ManifestError: another evaluation has the lock, or the folder cannot be written.
+    """
+    from framestream.pipeline.config.manifest import ManifestError
+    from framestream.pipeline.utils.locks import LockError, LocksUnsupportedError, lock_folder
+
+    lock = out.with_name(f"{out.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(out.parent, lock.name, f"evaluation to {out.name}"))
+            stack.callback(lock.unlink, missing_ok=True)
+        except LocksUnsupportedError:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except LockError as error:
+            raise ManifestError(f"{error}, or name another file of results with --out") from None
+        yield
 
 
 def _check_writable(path: Path) -> None:

@@ -37,6 +37,7 @@ from framestream.trainer.distributed.launchers import LaunchError
 from framestream.trainer.distributed.preemption import Preempted, PreemptionHandler
 from framestream.trainer.distributed.process_group import (
     DistributedContext,
+    all_reduce_max_int,
     barrier,
     destroy_process_group,
     init_process_group,
@@ -52,6 +53,7 @@ from framestream.trainer.training.drop_path_rng import drop_path_random
 from framestream.trainer.training.engine import TrainingEngine, build_engine
 from framestream.trainer.training.optim import set_learning_rates
 from framestream.trainer.training.preflight import run_preflight
+from framestream.trainer.training.run_lock import lock_run
 from framestream.trainer.weights.load import save_weights
 
 logger = logging.getLogger(__name__)
@@ -101,31 +103,38 @@ def train(manifest: Manifest) -> Path:
     watchdog = Watchdog(manifest.train.timeout_minutes, context)
     try:
         _check_world(manifest, context)
-        if (folder / "final").exists():
-            _check_finished(manifest, folder)
-            logger.info("%s: already trained", manifest.name)
+        if _is_finished(manifest, folder, context):
             return folder / "final"
-        watchdog.set_phase("checking what the run needs")
-        run_preflight(manifest, context, folder)
-        logger.info("%s: %s", manifest.name, describe_disk(manifest))
-        watchdog.set_phase("opening the shards")
-        loader = _open_loader(manifest, context)
-        watchdog.set_phase("creating the model and its initial weights")
-        engine, model = build_engine(manifest, context)
-        watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
-        ledger = RunLedger(folder, context.rank, context.world)
-        run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
-        done = _resume(run, loader)
-        if context.is_main:
-            write_atomic(folder / "settings.json", json.dumps(checkpoint_settings(manifest), indent=1).encode())
-            write_atomic(folder / "manifest.yaml", yaml.safe_dump(to_dict(manifest), sort_keys=False).encode())
-        _run_steps(run, loader, done)
-        watchdog.set_phase("writing the final weights")
-        _write_final(model, run)
+        with lock_run(folder, context):
+            if not _is_finished(manifest, folder, context):  # by the run that had the lock
+                _train(manifest, folder, context, preemption, watchdog)
         return folder / "final"
     finally:
         watchdog.close()
         destroy_process_group()
+
+
+def _train(
+    manifest: Manifest, folder: Path, context: DistributedContext, preemption: PreemptionHandler, watchdog: Watchdog
+) -> None:
+    """Train from the last checkpoint, or from the first step, to the final weights."""
+    watchdog.set_phase("checking what the run needs")
+    run_preflight(manifest, context, folder)
+    logger.info("%s: %s", manifest.name, describe_disk(manifest))
+    watchdog.set_phase("opening the shards")
+    loader = _open_loader(manifest, context)
+    watchdog.set_phase("creating the model and its initial weights")
+    engine, model = build_engine(manifest, context)
+    watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
+    ledger = RunLedger(folder, context.rank, context.world)
+    run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
+    done = _resume(run, loader)
+    if context.is_main:
+        write_atomic(folder / "settings.json", json.dumps(checkpoint_settings(manifest), indent=1).encode())
+        write_atomic(folder / "manifest.yaml", yaml.safe_dump(to_dict(manifest), sort_keys=False).encode())
+    _run_steps(run, loader, done)
+    watchdog.set_phase("writing the final weights")
+    _write_final(model, run)
 
 
 def _check_world(manifest: Manifest, context: DistributedContext) -> None:
@@ -137,11 +146,15 @@ def _check_world(manifest: Manifest, context: DistributedContext) -> None:
         )
 
 
-def _check_finished(manifest: Manifest, folder: Path) -> None:
-    """Check that a finished run has the settings of ``manifest``."""
+def _is_finished(manifest: Manifest, folder: Path, context: DistributedContext) -> bool:
+    """Return whether rank 0 sees the final weights of the run, after checking that its settings are the manifest's."""
+    if not all_reduce_max_int(int(context.is_main and (folder / "final").exists()), context):
+        return False
     path = folder / "settings.json"
     if path.exists():  # absent if final/ was copied there by hand
         check_settings(json.loads(path.read_text(encoding="utf-8")), manifest, folder / "final")
+    logger.info("%s: already trained", manifest.name)
+    return True
 
 
 def _open_loader(manifest: Manifest, context: DistributedContext) -> Loader:

@@ -15,6 +15,7 @@ import yaml
 
 from framestream.pipeline import Questions, load_manifest
 from framestream.pipeline.evaluation.file_questions import FileQuestions
+from framestream.pipeline.utils.locks import lock_folder
 from framestream.trainer import evaluate
 from framestream.trainer.evaluation import scorer
 from framestream.trainer.model.video_llm import build_model
@@ -136,6 +137,7 @@ def test_what_cannot_be_right_or_compared_is_said(made, tmp_path, capsys):
     assert evaluate.main([*words, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "(no blind control): alone" in said and "1 expected answers have more tokens than" in said
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert said.splitlines()[-1] == str(out) and json.loads(out.read_text())["without_partner"] == ["alone"]
 
 
@@ -190,6 +192,16 @@ def test_unwritable_results_are_said_before_anything_is_asked(made, tmp_path, ca
         assert evaluate.main(["--manifest", str(made), "--out", str(out)]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: {out}: {why}") and said.count("\n") == 1
+
+
+def test_a_second_evaluation_to_the_same_file_is_refused(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scorer, "evaluate", None)
+    out = tmp_path / "results" / "evaluation.json"
+    with lock_folder(out.parent, "evaluation.json.lock", "evaluation to evaluation.json"):
+        assert evaluate.main(["--manifest", str(made), "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {out.parent}: another evaluation to evaluation.json is running here")
+        assert said.count("\n") == 1 and "--out" in said
 
 
 @pytest.mark.parametrize(

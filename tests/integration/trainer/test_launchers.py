@@ -7,11 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from framestream.trainer.distributed.launchers import LaunchError, first_host, process_rank, setup_environment
+from framestream.pipeline.utils.locks import lock_folder
+from framestream.trainer.distributed.launchers import (
+    RESUME_HINT,
+    LaunchError,
+    first_host,
+    process_rank,
+    setup_environment,
+)
+from framestream.trainer.training.run_lock import RUN_LOCK
 from tests.helpers.corpora import training_corpus as corpus
 
 SBATCH = corpus.PROJECT / "manifests" / "slurm" / "train.sbatch"
@@ -191,3 +200,41 @@ def test_preemption_during_start_has_the_same_status(tmp_path, number):
     errors = process.stderr.read()
     assert process.wait(timeout=60) == 75
     assert f"stopped by {number.name}" in errors
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_wait_for_another_one_can_be_stopped(tmp_path: Path, rank: str) -> None:
+    """The other rank never starts. The waits are in native code, which no signal handler of Python interrupts."""
+    manifest = corpus.PROJECT / "manifests" / "demo" / "stage1.yaml"
+    announce = (
+        "import sys; from framestream.trainer.training import loop; from framestream.trainer.__main__ import main\n"
+        "join = loop.init_process_group\n"
+        "loop.init_process_group = lambda minutes: (print('waits', flush=True), join(minutes))[1]\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", announce, "--manifest", str(manifest), "--set", f"output={tmp_path / 'run'}"]
+    launcher = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {**corpus.environment(), **launcher}
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT] if rank == "1" else [signal.SIGTERM]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, env=environment, cwd=corpus.PROJECT, text=True, **pipes) for _ in numbers]
+    for process in processes:
+        assert process.stdout.readline() == "waits\n"
+    time.sleep(1.5)  # from the line to the wait
+    for process, number in zip(processes, numbers, strict=True):
+        process.send_signal(number)
+    for process, number in zip(processes, numbers, strict=True):
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == (130 if number == signal.SIGINT else 75), errors
+        line = "stopped" if number == signal.SIGINT else f"stopped by {number.name}"
+        assert errors.splitlines()[-1] == f"{line}; {RESUME_HINT}" and "Traceback" not in errors
+
+
+def test_a_second_run_in_the_same_folder_is_refused(manifest: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with lock_folder(run, RUN_LOCK, "run"):
+        done = corpus.run(sys.executable, *trainer(manifest, run), check=False)
+        assert [path.name for path in run.iterdir()] == [RUN_LOCK]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: output: {run}: another run is running here (process {os.getpid()} on ")
+    assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 
@@ -23,6 +24,10 @@ def test_a_second_process_is_refused_in_one_line(tmp_path):
     )
     command = [sys.executable, "-c", code, str(folder)]
     with lock_folder(folder, "run.lock", "run"):
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        assert answer == f"{folder}: another run is running here ({owner}); wait for it, or stop it\n"
+        (folder / "run.lock").write_bytes(b"\xff\n" * 1000)  # not what this module writes
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert answer == f"{folder}: another run is running here; wait for it, or stop it\n"
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "free\n"
