@@ -2,6 +2,8 @@
 # make test       lint, types and the whole test suite
 # make test-fast  the tests that tell most mistakes within three minutes
 # make test-slow  the other tests
+# make test-bounds  the unit tests with the oldest packages that pyproject.toml admits on Python 3.10, then with the
+#                 newest ones on Python 3.13: make test-lowest, in .venv-lowest, and make test-newest, in .venv-newest
 # make lint       ruff, its formatter and mypy
 # make docs       the docs site in build/site
 # make peers      the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision, lmms-eval), in
@@ -12,24 +14,36 @@
 # make clean      removes environments, caches and the demo's folder
 #
 # Each target prepares its environment first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
-# chooses the interpreter, PIP_FLAGS='--extra-index-url URL' another source of wheels.
+# chooses the interpreter (PYTHON_LOWEST and PYTHON_NEWEST those of test-bounds), PIP_FLAGS='--extra-index-url URL'
+# another source of wheels.
 
-SHELL     := /bin/bash
-PYTHON    ?= python3
-PIP_FLAGS ?=
-STAGES    := 1 2 3 4
-SEED      ?= 0
-KILLS     ?= 50
+SHELL         := /bin/bash
+PYTHON        ?= python3
+PYTHON_LOWEST ?= python3.10
+PYTHON_NEWEST ?= python3.13
+PIP_FLAGS     ?=
+STAGES        := 1 2 3 4
+SEED          ?= 0
+KILLS         ?= 50
+
+choice := PYTHON
+.venv-lowest/ready: choice := PYTHON_LOWEST
+.venv-newest/ready: choice := PYTHON_NEWEST
 
 python := $(shell command -v $(PYTHON))
-pip    := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
+.venv-lowest/ready: python := $(shell command -v $(PYTHON_LOWEST))
+.venv-newest/ready: python := $(shell command -v $(PYTHON_NEWEST))
+
+pip    := -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+pinned := --constraint constraints.txt
+peers  := $(pinned) --constraint constraints-peers.txt
 comma  := ,
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-slow lint docs peers bench soak clean
+.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -41,13 +55,13 @@ define train
 
 endef
 
-# folder, least version of Python 3, more constraints, extras
+# folder, least version of Python 3, constraints, extras
 define environment
-@test -n "$(python)" || { echo "$(PYTHON): not found; name a Python 3.$(2) or newer: make PYTHON=python3.12"; exit 1; }
-@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, $(2)) and "needs Python 3.$(2) or newer: make PYTHON=python3.12")'
+@test -n "$(python)" || { echo "$($(choice)): not found; name a Python 3.$(2) or newer: make $(choice)=PATH"; exit 1; }
+@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, $(2)) and "needs Python 3.$(2): make $(choice)=PATH")'
 @echo "preparing $(1) (once, a few minutes)"
 @"$(python)" -m venv $(1)
-@$(1)/bin/python $(pip) torch
+@$(1)/bin/python $(pip) $(3) torch
 @$(1)/bin/python $(pip) $(3) --editable '.[$(4)]'
 @touch $@
 endef
@@ -71,15 +85,20 @@ test-slow: .venv/ready
 	pytest -q -n 2 --dist loadfile -m slow tests/unit tests/docs
 	pytest -q -n 2 --dist loadfile tests/integration
 
+test-bounds: test-lowest test-newest
+
+test-lowest test-newest: test-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
+
 # lmms-eval states av<16 and much that its tasks here do not use
 peers: .venv-peers/ready
-	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps lmms-eval
+	.venv-peers/bin/python $(pip) $(peers) --no-deps lmms-eval
 	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/integration/trainer/test_lmms_plugin.py \
 	  tests/integration/test_benchmarks.py tests/docs/test_reuse.py tests/docs/test_project.py
 
 # the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with
 bench: .venv-peers/ready
-	.venv-peers/bin/python $(pip) --constraint constraints-peers.txt --no-deps mosaicml-streaming
+	.venv-peers/bin/python $(pip) $(peers) --no-deps mosaicml-streaming
 	.venv-peers/bin/python -m benchmarks.loading.loader
 
 lint: .venv/ready
@@ -96,14 +115,25 @@ soak: .venv/ready
 	python -m benchmarks.soak.train --seed $(SEED)
 
 clean:
-	rm -rf .venv .venv-docs .venv-peers demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-{docs,lowest,newest,peers} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
-	$(call environment,.venv,10,,dev)
+	$(call environment,.venv,10,$(pinned),dev)
 
 .venv-peers/ready: setup.cfg pyproject.toml constraints.txt constraints-peers.txt
-	$(call environment,.venv-peers,11,--constraint constraints-peers.txt,dev$(comma)peers)
+	$(call environment,.venv-peers,11,$(peers),dev$(comma)peers)
+
+.venv-lowest/ready: setup.cfg build/constraints-lowest.txt
+	$(call environment,.venv-lowest,10,--constraint build/constraints-lowest.txt,dev)
+
+.venv-newest/ready: setup.cfg pyproject.toml
+	$(call environment,.venv-newest,13,--upgrade,dev)
+
+# every dependency at its lower bound: av>=17 becomes av==17
+build/constraints-lowest.txt: pyproject.toml
+	@mkdir -p $(@D)
+	@sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' $< > $@
 
 # the API reference is read from the sources: neither torch nor the package itself is installed here
 .venv-docs/ready: requirements-docs.txt

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import itertools
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -56,7 +60,42 @@ def test_licence_is_the_whole_apache_licence():
 APACHE_2 = "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_the_lowest_environment_has_every_lower_bound(tmp_path):
+    """`make test-lowest` installs exactly the versions that pyproject.toml states."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    command = ["make", "--silent", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "build/constraints-lowest.txt"]
+    subprocess.run(command, check=True)
+    lowest = requirements((tmp_path / "build" / "constraints-lowest.txt").read_text(encoding="utf-8"))
+    assert [(pin.name, str(pin.specifier).replace("==", ">=")) for pin in lowest] == [
+        (requirement.name, str(requirement.specifier)) for requirement in dependencies()
+    ]
+
+
+def ci_matrix(job: str) -> list[dict[str, str]]:
+    """Variables of every run of a job of the workflow."""
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"][job]["strategy"]
+    given = dict(matrix["matrix"])
+    included = given.pop("include", [])
+    return included + [dict(zip(given, values, strict=True)) for values in itertools.product(*given.values()) if given]
+
+
+def test_ci_runs_the_lowest_and_the_newest_python():
+    """The stated versions of Python begin with requires-python; CI runs the first and the last of them."""
+    stated = re.findall(r":: (3\.\d+)$", "\n".join(project()["classifiers"]), re.M)
+    first = int(project()["requires-python"].removeprefix(">=3."))
+    assert stated == [f"3.{minor}" for minor in range(first, first + len(stated))]
+    assert {run["python"] for run in ci_matrix("test")} == {stated[0], stated[-1]}
+    assert {run["part"]: run["python"] for run in ci_matrix("bounds")} == {"lowest": stated[0], "newest": stated[-1]}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    chosen = re.findall(r"^PYTHON_(?:LOWEST|NEWEST) \?= python(3\.\d+)$", makefile, re.M)
+    assert chosen == [stated[0], stated[-1]]
+    for run in ci_matrix("test") + ci_matrix("bounds"):
+        assert re.search(rf"^(?:.* )?test-{run['part']}(?: .*)?:", makefile, re.M), (
+            f"make test-{run['part']}: no target"
+        )
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
 def test_constraints_pin_every_dependency_within_its_bounds(python):
     pins = {}
     for pin in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8")):
