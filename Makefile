@@ -11,6 +11,8 @@
 # make bench      this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make soak       builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
 #                 campaign (docs/reliability.md)
+# make fuzz       10,000 damaged files of every kind, read by the commands; SEED=7 MUTANTS=1000 for another campaign
+#                 (docs/reliability.md)
 # make clean      removes environments, caches and the demo's folder
 #
 # Each target prepares its environment first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
@@ -43,7 +45,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak clean
+.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak fuzz clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -113,6 +115,9 @@ soak: .venv/ready
 	python -m benchmarks.soak.build --seed $(SEED) --kills $(KILLS)
 	python -m benchmarks.soak.loader --seed $(SEED)
 	python -m benchmarks.soak.train --seed $(SEED)
+
+fuzz: .venv/ready
+	python -m benchmarks.fuzz --seed $(SEED) --mutants $(MUTANTS)
 
 clean:
 	rm -rf .venv .venv-{docs,lowest,newest,peers} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
