@@ -44,9 +44,10 @@ from framestream.pipeline.shards.media_view import MediaViews
 from framestream.pipeline.shards.writer import ShardWriter
 from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from framestream.pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
 from framestream.pipeline.tokenization.token_cache import token_fingerprint
+from framestream.pipeline.tokenization.token_files import SCHEMA as TOKEN_SCHEMA
 from framestream.pipeline.utils.atomic_io import file_sha256
+from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.records import write_record
 
 TOKENIZER = Path(__file__).parents[2] / "tests" / "golden" / "tokens_labels" / "tokenizer"
@@ -109,7 +110,9 @@ def generate_index(folder: Path, dialogues: int, media: int = MEDIA) -> None:
     config = manifest(folder)
     index = Index.open(root)
     name = token_fingerprint(index, config, build_chat_template(config), MediaViews(index, config))[:32]
-    _write(root / "index" / f"tokens-{name}.arrow", TOKEN_SCHEMA, _tokens(dialogues))
+    path = root / "index" / f"tokens-{name}.arrow"
+    _write(path, TOKEN_SCHEMA, _tokens(dialogues))
+    path.rename(path.with_name(f"tokens-{name}-{file_digest(path)}.arrow"))
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch] | list[pa.RecordBatch]) -> None:

@@ -53,7 +53,7 @@ class LoaderConfig:
     )
     cache: str = field(
         default="~/.cache/framestream",
-        metadata=spec(doc="folder for copies of remote indexes and ranges of remote shards"),
+        metadata=spec(doc="folder for copies of remote roots, and for token caches of roots that cannot be written"),
     )
     cache_gb: float = field(
         default=0.0, metadata=spec(low=0, doc="most gigabytes of ranges of remote shards in that folder; 0 stores none")

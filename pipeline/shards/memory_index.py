@@ -134,7 +134,7 @@ class _MemoryStorage:
 
     root: Path | str = Path()
     remote = False
-    folder = Path()
+    derived_folders: list[Path] = []  # nothing is derived from it
 
     def __init__(self, data: dict[str, bytes], paths: dict[str, str]) -> None:
         self._data, self._paths = data, paths  # paths: the file that messages name, by shard name

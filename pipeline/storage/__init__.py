@@ -27,4 +27,4 @@ def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = Non
         OSError: the hub does not have the repository, or cannot be reached.
     """
     options = options or ReadOptions()
-    return RemoteStorage(open_resolver(str(root), options), options) if is_remote(root) else LocalStorage(root)
+    return RemoteStorage(open_resolver(str(root), options), options) if is_remote(root) else LocalStorage(root, options)

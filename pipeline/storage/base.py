@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,12 @@ class ReadOptions:
     def from_manifest(cls, loader: manifest.LoaderConfig) -> ReadOptions:
         """Return the options that a manifest states."""
         return cls(loader.cache, loader.cache_gb, loader.read_timeout, loader.retries)
+
+    def root_folder(self, root: str) -> Path:
+        """Return the folder in ``cache`` for one root: an address, or the absolute path of a folder."""
+        name = re.sub(r"[^\w.-]+", "-", root.rpartition("://")[2])[-60:].strip("-.")
+        digest = hashlib.sha256(root.encode(errors="surrogateescape")).hexdigest()[:16]
+        return Path(self.cache).expanduser() / "roots" / f"{name}-{digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +58,11 @@ class Storage(Protocol):
         """Whether reading needs another machine."""
 
     @property
-    def folder(self) -> Path:
-        """Local folder for what is derived from the root, such as token caches; created when first read."""
+    def derived_folders(self) -> list[Path]:
+        """Local folders for what is derived from the root, such as token caches.
+
+        The first that can be written is used. The last one is in ``ReadOptions.cache``; it may not exist yet.
+        """
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterable[bytes | memoryview]:
         """Return the ranges (offset, size) of a file, in the order requested; a local file is read lazily.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from framestream.pipeline.storage.base import ShardRef
+from framestream.pipeline.storage.base import ReadOptions, ShardRef
 
 OPEN_FILES = 128  #: open files per root and process
 
@@ -17,14 +17,15 @@ class LocalStorage:
 
     remote = False
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], options: ReadOptions) -> None:
         self.root = Path(root)
+        self._options = options
         self._open: dict[str, _File] = {}
         self._lock = threading.Lock()
 
     @property
-    def folder(self) -> Path:
-        return self.root / "index"
+    def derived_folders(self) -> list[Path]:
+        return [self.root / "index", self._options.root_folder(os.path.realpath(self.root))]
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         file = self._file(shard.name)

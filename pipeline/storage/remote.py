@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -41,16 +40,13 @@ class RemoteStorage:
     def __init__(self, resolver: AddressResolver, options: ReadOptions) -> None:
         self.root = resolver.display_url
         self._resolver, self._options = resolver, options
-        cache = Path(options.cache).expanduser()
-        name = re.sub(r"[^\w.-]+", "-", self.root.partition("://")[2])[-60:].strip("-.")
-        self._folder = cache / "roots" / f"{name}-{hashlib.sha256(self.root.encode()).hexdigest()[:16]}"
-        self._range_cache = RangeCache(cache / "ranges", int(options.cache_gb * 1e9)) if options.cache_gb else None
+        self._folder = options.root_folder(self.root)
+        ranges = Path(options.cache).expanduser() / "ranges"
+        self._range_cache = RangeCache(ranges, int(options.cache_gb * 1e9)) if options.cache_gb else None
 
     @property
-    def folder(self) -> Path:
-        with self._writing():
-            self._folder.mkdir(parents=True, exist_ok=True)
-        return self._folder
+    def derived_folders(self) -> list[Path]:
+        return [self._folder]
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         cache = self._range_cache if shard.digest else None
@@ -81,7 +77,9 @@ class RemoteStorage:
     def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         if not re.fullmatch(r"\w{1,128}", version):  # it is read from the other machine and becomes a folder name
             raise ValueError(f"{version!r} is not a fingerprint")
-        folder = self.folder / version
+        with self._writing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+        folder = self._folder / version
         with self._writing(), _locked(self._folder / "lock"):
             if not folder.is_dir():
                 for old in self._folder.iterdir():  # other versions, and unfinished copies of killed processes

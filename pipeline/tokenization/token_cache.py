@@ -1,19 +1,16 @@
 """Token cache: every dialogue is tokenized once, so that all lengths are known before media are read.
 
-``ROOT/index/tokens-FINGERPRINT.arrow`` has one row per dialogue of the index, in its order. The fingerprint covers the
-index, the content of the tokenizer and every setting that ids or visual tokens depend on. So manifests that differ in
-these have separate files on the same root. Limits on length are applied when reading. With ``compat: published`` the
-time message is repeated once more in every epoch, and every epoch has a separate file.
+A file of :mod:`framestream.pipeline.tokenization.token_files` has one row per dialogue of the index, in its order. Its
+fingerprint covers the index, the content of the tokenizer and every setting that ids or visual tokens depend on. So
+manifests that differ in these have separate files on the same root. Limits on length are applied when reading. With
+``compat: published`` the time message is repeated once more in every epoch, and every epoch has a separate file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,25 +18,14 @@ from tqdm import tqdm
 
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from framestream.pipeline.shards.index import Index, ShardsError, row_values
+from framestream.pipeline.shards.index import Index, row_values
 from framestream.pipeline.shards.media_view import MediaView, MediaViews
 from framestream.pipeline.tokenization.chat_template import ChatTemplate, TokenSegments
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from framestream.pipeline.utils.arrow_mmap import MappedTable
+from framestream.pipeline.tokenization.token_files import SCHEMA, open_or_write_tokens
 
 FORMAT = 1  #: increase it when the meaning of a column changes
 CHUNK = 1024  #: dialogues that are tokenized in one call and form one record batch
-SCHEMA = pa.schema(
-    [
-        ("ids", pa.list_(pa.int32())),  # IMAGE_TOKEN_INDEX once per media item
-        ("labels", pa.list_(pa.int32())),  # IGNORE_INDEX at the first position and at media
-        ("length", pa.int32()),  # tokens of the dialogue, with visual tokens
-        ("clips", pa.int32()),  # clips of its videos
-        ("tiles", pa.int32()),  # tiles of its images
-        ("learned", pa.int32()),  # number of labeled tokens
-        ("error", pa.string()),  # why the dialogue cannot be used, else empty
-    ]
-)
 
 
 def token_fingerprint(
@@ -74,6 +60,9 @@ class TokenCache:
     Attributes:
         length, clips, tiles, num_label_tokens: int32 (dialogues,). Only excluded dialogues have ``num_label_tokens`` 0.
         truncated: rows of the truncated dialogues, int32, ascending.
+
+    Raises:
+        ShardsError: there is no sound cache, and it can be written nowhere.
     """
 
     def __init__(
@@ -90,18 +79,13 @@ class TokenCache:
         self._other_epoch: TokenCache | None = None
         fetch = self._epoch + 1 if manifest.compat == "published" else 0
         self.fingerprint = token_fingerprint(index, manifest, chat_template, media_views, fetch)
-        path = index.storage.folder / f"tokens-{self.fingerprint[:32]}.arrow"
-        if not path.is_file():
-            _build(path, index, chat_template, media_views, fetch)
-        try:
-            self._mapped = MappedTable(path)
-            table = self._mapped.table
-        except (OSError, ValueError):
-            table = None
-        if table is None or table.schema != SCHEMA or len(table) != len(index.dialogues):
-            raise ShardsError(
-                f"{path}: damaged, or not the tokens of this index; delete the file, and it will be created again"
-            )
+        self._mapped = open_or_write_tokens(
+            index.storage.derived_folders,
+            self.fingerprint[:32],
+            len(index.dialogues),
+            lambda: _batches(index, chat_template, media_views, fetch),
+        )
+        table = self._mapped.table
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
         self.length, self.clips, self.tiles, self.num_label_tokens = (
             self._mapped.array(name) for name in ("length", "clips", "tiles", "learned")
@@ -177,27 +161,6 @@ class TokenCache:
             truncated[number] = self.num_label_tokens[row] > 0
         self.length[over[truncated]] = self._limit
         return over[truncated].astype(np.int32)
-
-
-def _build(path: Path, index: Index, chat_template: ChatTemplate, media_views: MediaViews, fetch: int) -> None:
-    """Write the cache to a unique temporary file, then rename it.
-
-    Several processes may do so at the same time. They write equal bytes, so it does not matter which rename is last.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                with pa.ipc.new_file(file, SCHEMA) as writer:
-                    for batch in _batches(index, chat_template, media_views, fetch):
-                        writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ShardsError(f"{path.parent}: the token cache cannot be written here ({error.strerror})") from None
 
 
 def _batches(

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 DIGEST = "digest"  #: name of the field
 MAX_BYTES = 1 << 30  #: of a record that is read
-_without_digest: set[str] = set()  # records that the log has named
+_without_digest: set[str] = set()  # files that the log has named
 
 
 class RecordError(ValueError):
@@ -54,13 +54,14 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     write_atomic(path, (text + "\n").encode())
 
 
-def read_record(path: str | Path, kind: str, fix: str) -> dict[str, Any]:
+def read_record(path: str | Path, kind: str, fix: str, has_digest: bool = False) -> dict[str, Any]:
     """Read a record that :func:`write_record` wrote.
 
     Args:
         path: of the file.
         kind: what the file is, for messages: ``build record``.
         fix: what to do about a damaged file, for messages.
+        has_digest: no version wrote such records without a digest.
 
     Returns:
         Its fields, without the digest.
@@ -70,7 +71,11 @@ def read_record(path: str | Path, kind: str, fix: str) -> dict[str, Any]:
         RecordError: it is damaged, or no such record.
     """
     with open(path, "rb") as file:
-        return parse_record(file.read(MAX_BYTES + 1), str(path), kind, fix)
+        data = file.read(MAX_BYTES + 1)
+    record = parse_record(data, str(path), kind, fix, warn=not has_digest)
+    if has_digest and f'"{DIGEST}"'.encode() not in data:
+        raise RecordError(f"{path}: damaged {kind} (it has no digest); {fix}")
+    return record
 
 
 def parse_record(data: bytes, name: str, kind: str, fix: str, warn: bool = True) -> dict[str, Any]:
@@ -92,12 +97,18 @@ def parse_record(data: bytes, name: str, kind: str, fix: str, warn: bool = True)
         raise RecordError(f"{name}: not a {kind} (no JSON object); {fix}")
     stated = record.pop(DIGEST, None)
     if stated is None:
-        if warn and name not in _without_digest:
-            _without_digest.add(name)
-            logger.warning("%s: has no digest, as in older versions; damage here may go unnoticed", name)
+        if warn:
+            warn_without_digest(name)
     elif stated != _digest(record):
         raise RecordError(f"{name}: damaged {kind} (its digest differs); {fix}")
     return record
+
+
+def warn_without_digest(name: str) -> None:
+    """Log that the file ``name`` has no digest, once for each file."""
+    if name not in _without_digest:
+        _without_digest.add(name)
+        logger.warning("%s: has no digest, as in older versions; damage here may go unnoticed", name)
 
 
 def _digest(record: Mapping[str, Any]) -> str:

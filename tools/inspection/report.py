@@ -27,7 +27,7 @@ from framestream.pipeline.media.errors import MAX_PIXELS
 from framestream.pipeline.media.jpeg import decode_jpeg, encode_jpeg, jpeg_size
 from framestream.pipeline.shards.index import Index, ShardsError
 from framestream.pipeline.shards.ledger import REASONS, read_ledger
-from framestream.pipeline.utils.arrow_mmap import MappedTable
+from framestream.pipeline.tokenization.token_files import open_tokens
 from framestream.tools.common.text_table import format_bytes
 
 THUMBNAIL = 176  #: longer side of a frame on the page, in pixels
@@ -175,15 +175,15 @@ def _charts(index: Index, usage: UsageStats) -> list[tuple[Markup, str]]:
 
 def _tokens(index: Index, usage: UsageStats, video: np.ndarray) -> tuple[np.ndarray, str]:
     """Return the tokens of each dialogue, and a note on their source: the newest token cache, or visual tokens only."""
-    for path in sorted((Path(index.root) / "index").glob("tokens-*.arrow"), key=os.path.getmtime, reverse=True):
+    paths = [path for folder in index.storage.derived_folders for path in folder.glob("tokens-*.arrow")]
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
-            table = MappedTable(path).table
-            if len(table) == len(index.dialogues):
-                unusable = int(pc.sum(pc.not_equal(table["error"], "")).as_py() or 0)
-                note = f"Text and visual tokens, from {path.name}; {unusable:,} dialogues cannot be used."
-                return table["length"].to_numpy(), note
-        except (OSError, KeyError, ValueError):
+            table = open_tokens(path, len(index.dialogues)).table
+        except (OSError, ValueError):
             continue  # the loader replaces it
+        unusable = int(pc.sum(pc.not_equal(table["error"], "")).as_py() or 0)
+        note = f"Text and visual tokens, from {path.name}; {unusable:,} dialogues cannot be used."
+        return table["length"].to_numpy(), note
     sampled = pc.list_value_length(index.media["sample"]).to_numpy()
     clips = sampled // index.specification.get("frames", {}).get("clip_frames", 4)
     visual = np.where(video, clips * TOKENS_PER_CLIP, TOKENS_PER_TILE)

@@ -253,7 +253,7 @@ def test_a_login_goes_to_its_server_and_into_no_message(server, tmp_path):
         assert len(server.asked) > first
         with pytest.raises(ShardsError) as refused:
             Index.open(f"{address}/nothing")
-        for text in (str(raised.value), str(refused.value), str(storage.root), str(storage.folder)):
+        for text in (str(raised.value), str(refused.value), str(storage.root), str(storage.derived_folders)):
             assert "cret" not in text and "signature" not in text
 
 

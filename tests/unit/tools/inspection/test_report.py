@@ -19,7 +19,8 @@ from PIL import Image
 from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from framestream.pipeline.shards.ledger import read_ledger, write_ledger
-from framestream.pipeline.tokenization.token_cache import SCHEMA as TOKEN_SCHEMA
+from framestream.pipeline.tokenization.token_files import SCHEMA as TOKEN_SCHEMA
+from framestream.pipeline.utils.digests import file_digest
 from framestream.tools.inspect_shards import main
 from framestream.tools.inspection.report import UsageStats, _sample_media, bins
 from tests.helpers.corpora.small_build import HOSTILE, build_root
@@ -139,17 +140,21 @@ def test_what_cannot_be_read_is_one_line_and_no_page(root, tmp_path, capsys, cha
     assert not (tmp_path / "page.html").exists()
 
 
+def write_tokens(root, table):
+    with pa.ipc.new_file(str(root / "new.arrow"), TOKEN_SCHEMA) as writer:
+        writer.write_table(table)
+    return (root / "new.arrow").rename(root / "index" / f"tokens-00-{file_digest(root / 'new.arrow')}.arrow")
+
+
 def test_token_caches_of_other_indexes_or_damaged_are_ignored(root, tmp_path):
     row = {"ids": [], "labels": [], "clips": 0, "tiles": 0, "learned": 0}
     table = pa.Table.from_pylist([row | {"length": 1000 + n, "error": "x" * (n == 0)} for n in range(8)], TOKEN_SCHEMA)
-    path = root / "index" / "tokens-00.arrow"
-    with pa.ipc.new_file(str(path), TOKEN_SCHEMA) as writer:
-        writer.write_table(table)
     (root / "index" / "tokens-ff.arrow").write_bytes(b"")
+    path = write_tokens(root, table)
     text = page_of(root, tmp_path / "page.html").cells()
-    assert "8: min 1k, median 1k" in text and "from tokens-00.arrow; 1 dialogues cannot be used" in text
-    with pa.ipc.new_file(str(path), TOKEN_SCHEMA) as writer:
-        writer.write_table(table[:7])
+    assert "8: min 1k, median 1k" in text and f"from {path.name}; 1 dialogues cannot be used" in text
+    path.unlink()
+    write_tokens(root, table[:7])
     assert "Visual tokens only" in page_of(root, tmp_path / "page.html").cells()
 
 
