@@ -1,23 +1,29 @@
-"""Folders of this machine as a source: ``dir:PATH``."""
+"""Folders of this machine as a source: ``dir:PATH``, or ``links:PATH`` where links may lead out of the folder."""
 
 from __future__ import annotations
 
 import os
 import stat
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
+from framestream.tools.common.near_names import near_names
 from framestream.tools.fetch.base import FetchError, check_path
+
+_MAX_LISTED = 2000  # files of a folder that are compared with a missing name
 
 
 class FolderSource:
     """A :class:`~framestream.tools.fetch.base.MediaSource` for a local folder. Files are used without a copy.
 
-    Links are followed as long as their targets are below the folder.
+    Links are followed as long as their targets are below the folder, or, with ``follow_links``, wherever they lead.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.origin = f"dir:{folder}"
+    def __init__(self, folder: str | Path, follow_links: bool = False) -> None:
+        self.origin = f"{'links' if follow_links else 'dir'}:{folder}"
         self._root = os.path.realpath(folder)
+        self._follow_links = follow_links
 
     def find(self, path: str, tree: bool = False) -> int | None:
         """Return the bytes of a file, or of the files directly in a folder."""
@@ -43,7 +49,8 @@ class FolderSource:
             local.stat()
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or str(error)
-            raise FetchError("missing_file", Path(self._root, path), f"cannot be opened ({text})") from None
+            near = _near(self._root, path) if isinstance(error, FileNotFoundError) else ""
+            raise FetchError("missing_file", Path(self._root, path), f"cannot be opened ({text}){near}") from None
         return local
 
     def _locate(self, path: str, tree: bool) -> Path:
@@ -63,8 +70,9 @@ class FolderSource:
 
     def _check_inside(self, local: Path) -> None:
         real = os.path.realpath(local)
-        if os.path.commonpath((real, self._root)) != self._root:
-            raise FetchError("outside_root", local, f"a link leads out of its root to {real}")
+        if not self._follow_links and os.path.commonpath((real, self._root)) != self._root:
+            fix = f"if that is wanted, map the root to links:{self._root} in a root map (data.roots)"
+            raise FetchError("outside_root", local, f"a link leads out of its root to {real}; {fix}")
 
 
 class LocalFile:
@@ -94,6 +102,27 @@ class LocalFile:
                 return file.read(size)
         except OSError as error:
             raise FetchError("unreachable", self.name, f"cannot be read ({error.strerror})") from None
+
+
+def _near(root: str, path: str) -> str:
+    """Return names that are near the first part of ``path`` that is missing, for messages."""
+    folder = root
+    for part in path.split("/"):
+        if not os.path.lexists(os.path.join(folder, part)):
+            return near_names(part, _list_names(folder))
+        folder = os.path.join(folder, part)
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _list_names(folder: str) -> tuple[str, ...]:
+    """Return the names in a folder; none if they are too many for a message, or it cannot be read."""
+    try:
+        with os.scandir(folder) as items:
+            names = tuple(item.name for item in islice(items, _MAX_LISTED + 1))
+    except OSError:
+        return ()
+    return names if len(names) <= _MAX_LISTED else ()
 
 
 def _identity(status: os.stat_result) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from framestream.tools.common.near_names import near_names
 from framestream.tools.fetch.base import FetchError, check_path, local_name
 from framestream.tools.fetch.http.client import ExpectedFile, HttpClient
 from framestream.tools.fetch.http.ranged_file import HttpFile
@@ -96,7 +97,7 @@ class ListedSource:
             return self._fetch_tree(path, scratch)
         file = self._find_file(path)
         if file is None:
-            raise FetchError("missing_file", f"{self.origin} {path}", "there is no such file")
+            raise FetchError("missing_file", f"{self.origin} {path}", f"there is no such file{self._near(path)}")
         self._download(path, file, scratch / local_name(path), 0, time.monotonic())
         return scratch / local_name(path)
 
@@ -152,6 +153,12 @@ class ListedSource:
             return files.get(name)
         info = self._store.http.probe(self._store.url(full_path), f"{self.origin} {path}")
         return None if info is None else ListedFile(info.size, info.identity)
+
+    def _near(self, path: str) -> str:
+        """Return names that are near a missing one in its folder, for messages."""
+        folder, _, name = self._full_path(path).rpartition("/")
+        files = self._list(folder) if _is_encodable(path) else None
+        return near_names(name, files) if files else ""
 
     def _list(self, folder: str) -> Listing | None:
         """Return the files of a folder by name, or None if they are too many to cache."""

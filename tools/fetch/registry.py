@@ -1,4 +1,4 @@
-"""Open the locations that a root map names: ``dir:``, ``hf:``, ``url:``, ``page:``, ``s3://``, and archives in them."""
+"""Open the locations that a root map names: folders, hub repositories, web servers, buckets, and archives in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from framestream.tools.fetch.ytdlp import PageSource
 Location = str | Mapping[str, Any]  #: a value of a root map
 
 SOURCE_FORMS = (
-    "dir:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem} or s3://BUCKET/FOLDER"
+    "dir:FOLDER, links:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem} or "
+    "s3://BUCKET/FOLDER"
 )
 FILE_FORMS = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"
 
@@ -45,10 +46,10 @@ def open_source(location: Location, limits: FetchLimits, member_lists: Path | No
     if not isinstance(location, str):
         return _open_archives(location, limits, member_lists)
     scheme, _, rest = location.partition(":")
-    if scheme == "dir":
+    if scheme in ("dir", "links"):
         if not rest or not Path(rest).is_dir():
             raise ValueError(f"{location} is not a folder")
-        return FolderSource(rest)
+        return FolderSource(rest, follow_links=scheme == "links")
     if scheme == "hf":
         return open_hub(location, limits)
     if scheme == "s3":

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.config.data import DataConfig, EntryConfig
 from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.config.yaml_files import read_yaml
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 from framestream.tools.fetch.annotation_cache import AnnotationCache, cache_folder, remote_file
@@ -87,7 +88,7 @@ class RootMap:
                 if not isinstance(location, (str, dict)):
                     field = f"data.roots: {data.roots}: {name}"
                     raise ManifestError(f"{field}: expected text such as dir:/path or a mapping, got {location!r}")
-                self._map[str(name)] = location
+                self._map[name] = to_dict(location)
 
     def annotation(self, entry: EntryConfig) -> ResolvedLocation:
         """Resolve the annotation file of an entry to a local file; fetch it if it is remote."""
@@ -101,7 +102,7 @@ class RootMap:
         hub = location.partition("@")[0] if location.startswith("hf:") else ""
         key = next((key for key in (location, hub) if key in self._map), "")
         spec = self._map[key] if key else location
-        if isinstance(spec, str) and spec.startswith("dir:"):
+        if isinstance(spec, str) and spec.startswith(("dir:", "links:")):
             folder = self._resolve(key)
             file = folder.path and folder.path / path
             if file and not file.is_file():
@@ -137,11 +138,11 @@ class RootMap:
         spec, limits = self._map[name], self._sources.limits
         if not isinstance(spec, str):  # archives are only checked here: opening them may take long
             return self._resolve_archives(name, spec)
-        if spec.startswith("dir:"):
-            folder = Path(spec[len("dir:") :])
-            if not folder.is_dir():
+        scheme, _, folder = spec.partition(":")
+        if scheme in ("dir", "links"):
+            if not Path(folder).is_dir():
                 return ResolvedLocation(None, spec, f"{self._file}: {name}: {folder} is not a folder")
-            return _local_folder(folder, spec, name)
+            return _local_folder(Path(folder), spec, name, scheme)
         try:
             origin = self._sources.source(spec).origin
         except ValueError as error:
@@ -186,9 +187,9 @@ class RootMap:
         return next((f"; it has `{key}`" for key in similar), "")
 
 
-def _local_folder(path: Path, origin: str, name: str) -> ResolvedLocation:
+def _local_folder(path: Path, origin: str, name: str, scheme: str = "dir") -> ResolvedLocation:
     real = os.path.realpath(path)
-    return ResolvedLocation(Path(real), origin, "", name, f"dir:{real}")
+    return ResolvedLocation(Path(real), origin, "", name, f"{scheme}:{real}")
 
 
 @dataclass(frozen=True, slots=True)

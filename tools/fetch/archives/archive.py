@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from framestream.pipeline.utils.atomic_io import atomic_file
 from framestream.pipeline.utils.parquet_footer import MAGIC
+from framestream.tools.fetch.archives.member_names import normalize_path
 from framestream.tools.fetch.archives.member_table import (
     GZIPPED,
     PLAIN,
@@ -32,7 +33,6 @@ from framestream.tools.fetch.archives.member_table import (
     digest,
     make_table,
     merge_tables,
-    normalize_path,
     process_path,
 )
 from framestream.tools.fetch.archives.multipart import MultipartFile
@@ -124,7 +124,8 @@ class ArchiveSource:
         found = self._find_members(path, tree)
         if not found:
             problem = "no files in this folder" if tree else "no such file"
-            raise FetchError("missing_file", path, f"{problem} among the {len(self._members)} of {self.origin}")
+            near = self._members.similar(f"{self._inside}/{path}" if self._inside else path)
+            raise FetchError("missing_file", path, f"{problem} among the {len(self._members)} of {self.origin}{near}")
         for name, member in found:
             if member.refusal:
                 reason, message = REFUSALS[member.refusal]
@@ -181,10 +182,12 @@ class ArchiveSource:
         archive_format = _detect_format(file)
         if archive_format == "tar.gz":
             with self._new_index(number) as index:
-                return make_table(list_tar_gz(file, index, notes), notes)
+                return make_table(list_tar_gz(file, index, notes), file.name, notes)
         if archive_format == "parquet":
-            return make_table(list_parquet(file, self._names[number], notes), notes)
-        return make_table(list_zip(file) if archive_format == "zip" else list_tar(file, notes), notes)
+            members = list_parquet(file, self._names[number], notes)
+        else:
+            members = list_zip(file) if archive_format == "zip" else list_tar(file, notes)
+        return make_table(members, file.name, notes)
 
     # Contents ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-from framestream.tools.fetch.archives.member_table import ArchiveMember, MemberTable, normalize_path
+from framestream.tools.fetch.archives.member_names import normalize_path
+from framestream.tools.fetch.archives.member_table import ArchiveMember, MemberTable
 
 MAX_SAME_NAME = 8  #: rows of one name that are compared; if there are more, none of them is returned
 

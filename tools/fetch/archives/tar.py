@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import rapidgzip
 
-from framestream.tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, normalize_path, resolve_link
+from framestream.tools.fetch.archives.member_names import normalize_path
+from framestream.tools.fetch.archives.member_table import GZIPPED, PLAIN, ArchiveMember, resolve_link
 from framestream.tools.fetch.archives.readahead import CHUNK, MAX_READ, ReadAheadFile, SeekableReader, read_chunks
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
 

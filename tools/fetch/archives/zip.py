@@ -11,6 +11,7 @@ each member, then the end record. Archives over 4 GiB or 65,535 members also hav
 from __future__ import annotations
 
 import bz2
+import contextlib
 import lzma
 import re
 import stat
@@ -20,7 +21,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from framestream.tools.fetch.archives.member_table import ArchiveMember, normalize_path, resolve_link
+from framestream.tools.fetch.archives.member_names import normalize_path
+from framestream.tools.fetch.archives.member_table import UNKNOWN_METHOD, ArchiveMember, resolve_link
 from framestream.tools.fetch.archives.multipart import MultipartFile
 from framestream.tools.fetch.archives.readahead import CHUNK, ReadAheadFile, read_chunks
 from framestream.tools.fetch.base import FetchError, RandomAccessFile
@@ -52,8 +54,8 @@ _END_SIGNATURE = b"PK\5\6"
 # An end record: its signature, 16 bytes, and the length of the comment that follows. The lookahead finds overlapping
 # matches too, because the signature may also occur by chance within the record or in a comment.
 _END_PATTERN = re.compile(rb"PK\x05\x06(?=.{16}(..))", re.S)
-_UTF8, _ENCRYPTED = 1 << 11, 1 << 0  # flags
-_FAT, _UNIX = 0, 3  # systems that an archive was created on
+_ENCRYPTED = 1 << 0  # a flag
+_UNIX = 3  # the system that an archive was created on
 
 
 def list_zip(file: RandomAccessFile) -> Iterator[tuple[str, ArchiveMember]]:
@@ -244,15 +246,16 @@ def _entries(file: RandomAccessFile, directory: _Directory) -> Iterator[tuple[st
         _, made_by, _, flags, method, _, _, crc, packed, size, *lengths, part, _, attributes, offset = fields
         raw_name, extra, _ = (stream.read(length) for length in lengths)
         system = made_by >> 8
-        name = _decode_name(raw_name, flags, system)
+        name = _decode_name(raw_name, extra)
         path = normalize_path(name)
-        if path is None or name.endswith("/"):
+        if path is None or name.endswith(("/", "\\")):
             continue
         size, packed, offset, part = _apply_zip64(extra, size, packed, offset, part)
         if part >= len(directory.part_starts):
             raise FetchError("corrupt", file.name, f"the zip archive's directory names part {part + 1} for {path}")
         offset += directory.part_starts[part] + directory.shift
         refusal = "encrypted" if flags & _ENCRYPTED else "" if method in METHODS else "method"
+        method = method if method in METHODS else UNKNOWN_METHOD  # of 16 bits, which the table cannot hold
         if offset + packed > directory.start or size > _MAX_SIZE:
             refusal, offset, size, packed = "cut", 0, 0, 0
         is_link = system == _UNIX and stat.S_ISLNK(attributes >> 16)  # the high 16 bits are the Unix mode
@@ -262,28 +265,38 @@ def _entries(file: RandomAccessFile, directory: _Directory) -> Iterator[tuple[st
 def _apply_zip64(extra: bytes, size: int, packed: int, offset: int, part: int) -> list[int]:
     """Return the four numbers; those that did not fit are taken from the Zip64 field (APPNOTE 4.5.3).
 
-    An extra field is a sequence of (kind, length, data). The Zip64 field contains only the numbers that did not fit, in
-    this order: 8 bytes each for size, packed size and offset, 4 bytes for the part.
+    The field contains only the numbers that did not fit, in this order: 8 bytes each for size, packed size and offset,
+    4 bytes for the part.
     """
-    values, position = [size, packed, offset, part], 0
-    while position + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, position)
-        if kind == 1:
-            data = extra[position + 4 : position + 4 + length]
-            for number, (marker, width) in enumerate(((_IN_ZIP64, 8), (_IN_ZIP64, 8), (_IN_ZIP64, 8), (0xFFFF, 4))):
-                if values[number] == marker and len(data) >= width:
-                    values[number], data = int.from_bytes(data[:width], "little"), data[width:]
-        position += 4 + length
+    values = [size, packed, offset, part]
+    for data in _extra_fields(extra, kind=1):
+        for number, (marker, width) in enumerate(((_IN_ZIP64, 8), (_IN_ZIP64, 8), (_IN_ZIP64, 8), (0xFFFF, 4))):
+            if values[number] == marker and len(data) >= width:
+                values[number], data = int.from_bytes(data[:width], "little"), data[width:]
     return values
 
 
-def _decode_name(raw: bytes, flags: int, system: int) -> str:
-    """Decode a member's name: UTF-8 if it is flagged or valid, otherwise code page 437, the format's default."""
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        name = raw.decode("utf-8", "surrogateescape") if flags & _UTF8 else raw.decode("cp437")
-    return name.replace("\\", "/") if system == _FAT and "/" not in name else name
+def _extra_fields(extra: bytes, kind: int) -> Iterator[bytes]:
+    """Yield the data of the fields of one kind. An extra field is a sequence of (kind, length, data)."""
+    position = 0
+    while position + 4 <= len(extra):
+        found, length = struct.unpack_from("<2H", extra, position)
+        if found == kind:
+            yield extra[position + 4 : position + 4 + length]
+        position += 4 + length
+
+
+def _decode_name(raw: bytes, extra: bytes) -> str:
+    """Return the name of a member: that of the Unicode path field if it belongs to ``raw``, or else ``raw`` as a path.
+
+    The field is a version, the CRC-32 of the name that it replaces, and the name in UTF-8 (APPNOTE 4.6.9). Whether a
+    name in the directory is UTF-8 is judged by its bytes: the flag for it is often missing.
+    """
+    for data in _extra_fields(extra, kind=0x7075):
+        if data[:1] == b"\1" and data[1:5] == zlib.crc32(raw).to_bytes(4, "little"):
+            with contextlib.suppress(UnicodeDecodeError):
+                return data[5:].decode()
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _resolve_symlink(file: RandomAccessFile, path: str, member: ArchiveMember) -> ArchiveMember:

@@ -73,3 +73,18 @@ def test_bytes_of_a_file(tmp_path):
         with pytest.raises(FetchError) as error:
             ask()
         assert error.value.reason == reason
+
+
+def test_a_missing_file_is_told_with_near_names(tmp_path):
+    (tmp_path / "Videos").mkdir()
+    for name in ("Clip 1.MP4", "b.mp4"):
+        (tmp_path / "Videos" / name).write_bytes(b"x")
+    source = FolderSource(tmp_path)
+    for path, near in (
+        ("Videos/clip_1.mp4", "; near it: `Clip 1.MP4`"),
+        ("videos/b.mp4", "; near it: `Videos`"),
+        ("Videos/c.mp4", "; here is `Clip 1.MP4`, `b.mp4`"),
+    ):
+        with pytest.raises(FetchError) as error:
+            source.fetch(path, tmp_path)
+        assert str(error.value) == f"{tmp_path}/{path}: cannot be opened (No such file or directory){near}"
