@@ -22,18 +22,21 @@ Reading the manifest replaces both fields by ``data.entries``: those of the cata
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from framestream.pipeline.config.data import EntryConfig, entry_name
 from framestream.pipeline.config.schema import ManifestError, from_dict, show_value
+from framestream.pipeline.utils.yaml_parser import LocatedDict, find_place
 
+MAX_CATALOGS = 64  #: of a manifest
 DEFAULT = "default"  #: the sampling of entries that ``data.sampling`` does not name
 
 
-def expand_catalogs(value: dict, path: Path, load: Callable[[Path], Any]) -> dict:
+def expand_catalogs(value: LocatedDict, path: Path, load: Callable[[Path], Any]) -> LocatedDict:
     """Replace ``data.catalogs`` and ``data.sampling`` of a manifest by ``data.entries``.
 
     Args:
@@ -47,19 +50,33 @@ def expand_catalogs(value: dict, path: Path, load: Callable[[Path], Any]) -> dic
     data = value.get("data")
     if not isinstance(data, dict) or not {"catalogs", "sampling"} & data.keys():
         return value
-    data = dict(data)
+    data = LocatedDict(data)
     names, sampling = data.pop("catalogs", None), data.pop("sampling", {})
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ManifestError(f"{path}: data.catalogs: expected a list of file names, got {show_value(names)}")
     own = data.get("entries", [])
-    if not isinstance(own, list):
-        raise ManifestError(f"{path}: data.entries: expected a list, got {show_value(own)}")
+    with _placed(value, path):
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ManifestError(f"data.catalogs: expected a list of file names, got {show_value(names)}")
+        if not isinstance(own, list):
+            raise ManifestError(f"data.entries: expected a list, got {show_value(own)}")
+        if len(names) > MAX_CATALOGS:
+            raise ManifestError(f"data.catalogs: names {len(names)} files; the most are {MAX_CATALOGS}")
     entries = [entry for name in names for entry in read_catalog(path.parent / name, load)]
-    _sample(entries, sampling, f"{path}: data.sampling")
-    return {**value, "data": {**data, "entries": [*entries, *own]}}
+    with _placed(value, path):
+        _sample(entries, sampling, "data.sampling")
+    data["entries"] = [*entries, *own]
+    return LocatedDict({**value, "data": data}, value.place, value.places)
 
 
-def read_catalog(path: Path, load: Callable[[Path], Any]) -> list[dict]:
+@contextlib.contextmanager
+def _placed(value: Any, path: Path) -> Iterator[None]:
+    """Put the place of a field of ``value`` in front of errors that begin with the field."""
+    try:
+        yield
+    except ManifestError as error:
+        raise ManifestError(f"{find_place(value, str(error)) or path}: {error}") from None
+
+
+def read_catalog(path: Path, load: Callable[[Path], Any]) -> list[LocatedDict]:
     """Read the entries of a catalog, each a mapping with fields of ``data.entries[]``.
 
     Raises:
@@ -68,34 +85,41 @@ def read_catalog(path: Path, load: Callable[[Path], Any]) -> list[dict]:
     groups = load(path)
     if not isinstance(groups, list):
         raise ManifestError(f"{path}: expected a list of groups with `annotations`, got {show_value(groups)}")
-    entries = []
-    for number, group in enumerate(groups):
-        where = f"{path}: [{number}]"
-        if not isinstance(group, dict) or not isinstance(group.get("annotations"), list) or not group["annotations"]:
-            raise ManifestError(f"{where}.annotations: expected a list of annotation files; add `annotations: [...]`")
-        shared = {name: item for name, item in group.items() if name not in ("folder", "annotations")}
-        folder = group.get("folder", "")
-        if not isinstance(folder, str):
-            raise ManifestError(f"{where}.folder: expected text, got {show_value(folder)}")
-        for position, named in enumerate(group["annotations"]):
-            own = {"annotation": named} if isinstance(named, str) else named
-            field = f"{where}.annotations[{position}]"
-            if not isinstance(own, dict) or not isinstance(own.get("annotation"), str):
-                raise ManifestError(f"{field}: expected a file name or a mapping with `annotation`")
-            entry = {**shared, **own, "annotation": folder + own["annotation"]}
-            from_dict(EntryConfig, entry, field)
-            entries.append(entry)
+    with _placed(groups, path):
+        return [entry for number, group in enumerate(groups) for entry in _group_entries(group, f"[{number}]")]
+
+
+def _group_entries(group: Any, where: str) -> list[LocatedDict]:
+    """Return the entries of one group, which stands at ``where``."""
+    if not isinstance(group, dict) or not isinstance(group.get("annotations"), list) or not group["annotations"]:
+        raise ManifestError(f"{where}.annotations: expected a list of annotation files; add `annotations: [...]`")
+    shared = {name: item for name, item in group.items() if name not in ("folder", "annotations")}
+    folder = group.get("folder", "")
+    if not isinstance(folder, str):
+        raise ManifestError(f"{where}.folder: expected text, got {show_value(folder)}")
+    entries: list[LocatedDict] = []
+    for position, named in enumerate(group["annotations"]):
+        own = LocatedDict({"annotation": named} if isinstance(named, str) else named if isinstance(named, dict) else {})
+        field = f"{where}.annotations[{position}]"
+        if not isinstance(own.get("annotation"), str):
+            raise ManifestError(f"{field}: expected a file name or a mapping with `annotation`")
+        fields = {**shared, **own, "annotation": folder + own["annotation"]}
+        place, places = getattr(group, "place", ""), getattr(group, "places", {})
+        entry = LocatedDict(fields, getattr(named, "place", place), {**places, **own.places})
+        from_dict(EntryConfig, entry, field)
+        entries.append(entry)
     return entries
 
 
-def _sample(entries: list[dict], sampling: Any, where: str) -> None:
+def _sample(entries: list[LocatedDict], sampling: Any, where: str) -> None:
     """Write the sampling of a manifest into the entries of its catalogs."""
     if not isinstance(sampling, dict):
         raise ManifestError(f"{where}: expected a mapping from a sampling to entry names, got {show_value(sampling)}")
     by_name = {entry.get("name") or entry_name(entry["annotation"]): entry for entry in entries}
+    places = getattr(sampling, "places", {})
     if DEFAULT in sampling:
         for entry in entries:
-            entry["sampling"] = sampling[DEFAULT]
+            entry["sampling"], entry.places["sampling"] = sampling[DEFAULT], places.get(DEFAULT, "")
     seen: set[str] = set()
     for taken, names in sampling.items():
         if taken == DEFAULT:
@@ -103,11 +127,11 @@ def _sample(entries: list[dict], sampling: Any, where: str) -> None:
         if not isinstance(names, list):
             raise ManifestError(f"{where}.{taken}: expected a list of entry names, got {show_value(names)}")
         for name in names:
-            if name not in by_name:
+            if not isinstance(name, str) or name not in by_name:
                 near = difflib.get_close_matches(str(name), by_name, n=1, cutoff=0.5)
                 hint = f"; did you mean `{near[0]}`?" if near else ""
-                raise ManifestError(f"{where}.{taken}: no entry of the catalogs is named {name!r}{hint}")
+                raise ManifestError(f"{where}.{taken}: no entry of the catalogs is named {name!r:.60}{hint}")
             if name in seen:
                 raise ManifestError(f"{where}.{taken}: {name} is named twice; name it once")
             seen.add(name)
-            by_name[name]["sampling"] = taken
+            by_name[name]["sampling"], by_name[name].places["sampling"] = taken, places.get(taken, "")

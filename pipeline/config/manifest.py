@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +19,18 @@ from framestream.pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, M
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
 from framestream.pipeline.config.schema import ManifestError, from_dict, spec
 from framestream.pipeline.config.training import EvaluateConfig, TrainConfig
-from framestream.pipeline.config.yaml_files import apply_override, locate_manifest, read_yaml
+from framestream.pipeline.config.yaml_files import (
+    apply_override,
+    locate_manifest,
+    merge_mappings,
+    override_name,
+    read_yaml,
+)
+from framestream.pipeline.utils.yaml_parser import LocatedDict, find_place
 
 __all__ = ["Manifest", "ManifestError", "load_manifest"]
+
+HOLDER = "x-"  #: how the names of top-level fields begin that only hold anchors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,24 +129,70 @@ def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ())
         ManifestError: one line naming the file, the field and the fix.
     """
     path = locate_manifest(path)
-    value = read_yaml(path)
+    value = _without_holders(read_yaml(path))
+    changed = value
     for assignment in overrides:
-        value = apply_override(value, assignment)
-    value = _resolve_run(value, path)
-    manifest = from_dict(Manifest, value, f"{path}: ")
+        changed = apply_override(changed, assignment)
+    try:
+        manifest = _convert(changed, path)
+    except ManifestError as error:
+        place = _fault_place(value, changed, path, overrides, str(error))
+        raise ManifestError(f"{place or path}: {error}") from None
     return manifest if manifest.name else dataclasses.replace(manifest, name=path.stem)
 
 
-def _resolve_run(value: dict, path: Path) -> dict:
+def _without_holders(value: LocatedDict) -> LocatedDict:
+    """Return a manifest without its fields ``x-...``, which only hold anchors."""
+    fields = {name: item for name, item in value.items() if not name.startswith(HOLDER)}
+    return LocatedDict(fields, value.place, value.places)
+
+
+def _convert(value: LocatedDict, path: Path) -> Manifest:
+    """Build the manifest of a mapping. Errors begin with the field."""
+    return from_dict(Manifest, _resolve_run(value, path), "")
+
+
+def _fault(value: LocatedDict, path: Path) -> str:
+    """Return the error of a mapping as a manifest; empty if there is none."""
+    try:
+        _convert(value, path)
+    except ManifestError as error:
+        return str(error)
+    return ""
+
+
+def _fault_place(value: LocatedDict, changed: LocatedDict, path: Path, overrides: Sequence[str], error: str) -> str:
+    """Return the place of an error: a file and line, or the override that causes it.
+
+    Args:
+        value: the mapping of the files.
+        changed: the same with the overrides.
+        path: of the manifest.
+        overrides: assignments, applied in order.
+        error: of ``changed``.
+    """
+    place = find_place(changed, error)
+    if not overrides or (before := _fault(value, path)) == error:
+        return find_place(value, error)
+    if before:  # another fault of the files, which the overrides may have mended
+        return place
+    for assignment in overrides:
+        value = apply_override(value, assignment)
+        if _fault(value, path) == error:
+            return override_name(assignment)
+    return place
+
+
+def _resolve_run(value: LocatedDict, path: Path) -> LocatedDict:
     """Replace the name of a manifest beside ``path`` in ``init_from.run`` by its output folder."""
     init = value.get("init_from")
     run = init.get("run") if isinstance(init, dict) else None
-    if init is None or not isinstance(run, str) or not re.fullmatch(r"[\w-]+", run):
+    if not isinstance(run, str) or not re.fullmatch(r"[\w-]+", run):
         return value
     previous = path.with_name(f"{run}.yaml")
     if not previous.is_file():
         return value
     output = read_yaml(previous).get("output")
     if not isinstance(output, str):
-        raise ManifestError(f"{path}: init_from.run: {previous} has no output; give it one, or name a folder")
-    return {**value, "init_from": {**init, "run": output}}
+        raise ManifestError(f"init_from.run: {previous} has no output; give it one, or name a folder")
+    return merge_mappings(value, {"init_from": {"run": output}})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -29,6 +30,7 @@ class _Dataclass(Protocol):
 
 Config = TypeVar("Config", bound=_Dataclass)
 
+MAX_SHOWN = 60  #: characters of a value or a name in a message
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it if need be)"}
 
 
@@ -55,13 +57,16 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
     if not isinstance(value, dict):
         fields_of = f"a mapping with the fields of {_section_name(cls)}"
         raise ManifestError(f"{where}: expected {fields_of}, got {show_value(value)}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for name, item in value.items():
         if name not in fields:
             shown = str(name) if str(name).isprintable() else ascii(name)
-            raise ManifestError(f"{_join(where, shown)}: unknown field{_suggest(shown, fields)}")
+            hint = _suggest(shown, fields)
+            if not hint and not where and isinstance(item, (dict, list)):
+                hint = "; begin the name with `x-` if it only holds anchors"
+            raise ManifestError(f"{_join(where, shown[:MAX_SHOWN])}: unknown field{hint}")
         arguments[name] = _convert(hints[name], item, _join(where, name))
         _check_value(fields[name], arguments[name], _join(where, name))
     for name, field in fields.items():
@@ -88,7 +93,13 @@ def to_dict(value: Any) -> Any:
 def show_value(value: Any) -> str:
     """Show ``value``, shortened to 60 characters, with the name of its type."""
     text = repr(value)
-    return f"{text if len(text) < 60 else text[:57] + '...'} ({type(value).__name__})"
+    kind = "dict" if isinstance(value, dict) else type(value).__name__
+    return f"{text if len(text) < MAX_SHOWN else text[: MAX_SHOWN - 3] + '...'} ({kind})"
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _section_name(cls: type) -> str:
@@ -126,19 +137,38 @@ def _convert_mapping(hint: Any, value: Any, where: str) -> dict[str, Any]:
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     converted = _to_float(value) if hint is float else value
     if type(converted) is not hint:  # bool is a subclass of int, and is not accepted for it
-        raise ManifestError(f"{where}: expected {_SCALARS[hint]}, got {show_value(value)}")
+        raise ManifestError(f"{where}: expected {_SCALARS[hint]}, got {show_value(value)}{_rewrite(hint, value)}")
     return converted
 
 
 def _to_float(value: Any) -> float | None:
-    """Return the finite number that ``value`` stands for, else None. YAML 1.1 reads 1e-5, without a dot, as text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    """Return the finite number that ``value`` stands for, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def _rewrite(hint: type, value: Any) -> str:
+    """Return how to write a value of another type, as the end of a message; empty if it is not known."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return ""
+    text = str(value).strip().lower()
+    if hint is bool:
+        meant = "true" if text in ("yes", "on", "y", "1") else "false" if text in ("no", "off", "n", "0") else ""
+        return f"; write {meant}" if meant else ""
+    if hint is str or not re.fullmatch(r"[-+]?[\d_]*[.,]?[\d_]*(e[-+]?\d{1,3})?%?", text, re.ASCII):
+        return ""
+    try:
+        number = float(text.rstrip("%").replace("_", "").replace(",", ".")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return ""
+    if not math.isfinite(number) or (hint is int and (not number.is_integer() or abs(number) > 2**53)):
+        return ""
+    return f"; write {int(number) if hint is int else f'{number:g}'}"
 
 
 def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
@@ -156,4 +186,4 @@ def _suggest(name: str, known: Iterable[Any]) -> str:
 
 
 def _join(where: str, name: str) -> str:
-    return f"{where}{name}" if where.endswith(": ") else f"{where}.{name}"
+    return f"{where}{name}" if not where or where.endswith(": ") else f"{where}.{name}"

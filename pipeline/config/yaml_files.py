@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import framestream
 from framestream.pipeline.config.catalog import expand_catalogs
 from framestream.pipeline.config.schema import ManifestError, show_value
+from framestream.pipeline.utils.yaml_parser import MAX_BYTES, LocatedDict, YamlFormatError, parse_yaml
+
+MAX_FILES = 64  #: files that one manifest extends, each as often as it is read
+MAX_PARTS = 16  #: names in the field of a ``--set``
+MAX_SHOWN = 80  #: characters of a ``--set`` in a message
 
 
 def locate_manifest(name: str | Path) -> Path:
@@ -36,43 +39,43 @@ def shipped_manifest(name: str | Path) -> Path | None:
 
 
 def load_yaml(path: str | Path) -> Any:
-    """Parse one YAML file.
+    """Parse one YAML file, with the places of its fields.
 
     Raises:
         ManifestError: it cannot be read, or is not valid YAML.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
-        raise ManifestError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
-    try:
-        return _UniqueKeyLoader(text).get_single_data()
-    except yaml.YAMLError as error:
-        reason = str(error).replace('in "<unicode string>", ', "at ")
-        raise ManifestError(f"{path}: not valid YAML: {' '.join(reason.split())}") from None
+        with open(path, "rb") as file:
+            return parse_yaml(file.read(MAX_BYTES + 1), str(path))
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); give the path of a manifest") from None
+    except YamlFormatError as error:
+        raise ManifestError(f"{path}:{error.line}: not valid YAML: {error}") from None
 
 
-def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
+def read_yaml(path: str | Path) -> LocatedDict:
     """Read a YAML mapping, its catalogs replaced by entries, merged into the files that ``extends`` names, if any.
 
     ``extends: OTHER`` or ``extends: [FIRST, SECOND]`` is relative to the file. Each file is laid over those before it,
     and the file itself over all of them.
 
-    Args:
-        seen: files that led here, to find loops.
-
     Raises:
         ManifestError: a file cannot be read, is not a YAML mapping, or extends itself.
     """
-    path = Path(path)
-    if path.resolve() in seen:
+    return _read(Path(path), (), [])
+
+
+def _read(path: Path, above: tuple[Path, ...], read: list[Path]) -> LocatedDict:
+    """Read a file that those ``above`` extend, and add it to the files ``read``."""
+    if path.resolve() in above:
         raise ManifestError(f"{path}: extends: the file extends itself; remove the loop")
+    read.append(path)
+    if len(read) > MAX_FILES:
+        raise ManifestError(f"{read[0]}: extends: more than {MAX_FILES} files are read; join some of them")
     value = load_yaml(path)
     if value is None:
         raise ManifestError(f"{path}: is empty; expected a mapping of fields at the top level")
-    if not isinstance(value, dict):
+    if not isinstance(value, LocatedDict):
         raise ManifestError(f"{path}: expected a mapping of fields at the top level, got {show_value(value)}")
     named = value.pop("extends", None)
     value = expand_catalogs(value, path, load_yaml)
@@ -80,46 +83,45 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         return value
     bases = named if isinstance(named, list) else [named]
     if not bases or not all(isinstance(base, str) for base in bases):
-        raise ManifestError(f"{path}: extends: expected a file name or a list of them, got {show_value(named)}")
-    merged: dict = {}
+        place = value.places["extends"]
+        raise ManifestError(f"{place}: extends: expected a file name or a list of them, got {show_value(named)}")
+    merged = LocatedDict()
     for base in bases:
         beside = path.parent / base
         extended = beside if beside.is_file() else shipped_manifest(base) or beside
-        merged = merge_mappings(merged, read_yaml(extended, (*seen, path.resolve())))
+        merged = merge_mappings(merged, _read(extended, (*above, path.resolve()), read))
     return merge_mappings(merged, value)
 
 
-def merge_mappings(base: dict, over: dict) -> dict:
+def merge_mappings(base: dict, over: dict) -> LocatedDict:
     """Lay ``over`` over ``base``: merge mappings field by field and replace everything else."""
-    merged = dict(base)
+    merged = LocatedDict(base, getattr(over, "place", ""), getattr(over, "places", {}))
     for name, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = merge_mappings(merged[name], value) if both else value
     return merged
 
 
-def apply_override(value: dict, assignment: str) -> dict:
-    """Apply one ``a.b.c=YAML`` assignment from a command line to a plain mapping."""
+def apply_override(value: dict, assignment: str) -> LocatedDict:
+    """Apply one ``a.b.c=YAML`` assignment from a command line to a mapping.
+
+    Raises:
+        ManifestError: it is no such assignment.
+    """
     path, sign, text = assignment.partition("=")
-    if not sign or not path:
-        raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE")
+    names, place = path.split("."), override_name(assignment)
+    if not sign or not all(names) or len(names) > MAX_PARTS:
+        raise ManifestError(f"{place}: expected FIELD.FIELD=VALUE")
     try:
-        item: Any = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ManifestError(f"--set {assignment}: expected FIELD.FIELD=VALUE with a value in YAML") from None
-    for name in reversed(path.split(".")):
-        item = {name: item}
+        item = parse_yaml(text, place, lines=False)
+    except YamlFormatError as error:
+        raise ManifestError(f"{place}: expected FIELD.FIELD=VALUE with a value in YAML ({error})") from None
+    for name in reversed(names):
+        item = LocatedDict({name: item}, places={name: place})
     return merge_mappings(value, item)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a repeated field is an error. PyYAML itself would take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for position, name in enumerate(names):
-            if name in names[:position]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{name}` is given twice; keep one", node.value[position][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
+def override_name(assignment: str) -> str:
+    """Return ``--set FIELD=VALUE``, shortened, as the place of a fault."""
+    shown = assignment if assignment.isprintable() else ascii(assignment)
+    return f"--set {shown if len(shown) <= MAX_SHOWN else shown[: MAX_SHOWN - 3] + '...'}"

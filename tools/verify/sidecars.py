@@ -11,10 +11,10 @@ from typing import Any, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 
 from framestream.pipeline.shards.ledger import KINDS, REASONS
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
+from framestream.pipeline.utils.yaml_parser import parse_yaml
 from framestream.tools.verify.findings import Findings
 from framestream.tools.verify.index import SPLITS, IndexTables
 from framestream.tools.verify.shard import MEMBERS, ShardToCheck
@@ -35,13 +35,13 @@ def read_object(root: Path, name: str, findings: Findings) -> dict[str, Any]:
         if path.stat().st_size > MAX_TEXT:
             raise ValueError("file too large")
         text = path.read_text(encoding="utf-8")
-        value = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+        value = parse_yaml(text, max_bytes=MAX_TEXT) if kind == "YAML" else json.loads(text)
         if not isinstance(value, dict):
             raise ValueError("not an object")
         return value
     except OSError as error:
         findings.add(name, f"cannot be read ({error.strerror})")
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         findings.add(name, f"is not a valid {kind} file ({str(error) or 'nested too deeply'})")
     return {}
 

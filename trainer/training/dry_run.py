@@ -5,13 +5,12 @@ Works without shards, weights or a network. Values that need an index are ``unkn
 
 from __future__ import annotations
 
-import yaml
-
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.loading.loader import build_loader
 from framestream.pipeline.shards.index import ShardsError
+from framestream.pipeline.utils.yaml_parser import dump_yaml
 from framestream.trainer.checkpoint.disk_usage import describe_disk
 from framestream.trainer.model import cost
 from framestream.trainer.model.parts import PARTS
@@ -24,7 +23,7 @@ def describe(manifest: Manifest) -> str:
     """Return the text of ``--dry-run``."""
     manifest = resolve_cost(manifest)
     sections = [
-        yaml.safe_dump(to_dict(manifest), sort_keys=False, allow_unicode=True).rstrip(),
+        dump_yaml(to_dict(manifest)).rstrip(),
         _parameters(manifest),
         _tokens(manifest),
         _costs(manifest),
@@ -87,5 +86,5 @@ def _plan(manifest: Manifest) -> str:
         known = sum(samples or 0 for samples in stated)
         hint = f"; {known:,} samples are stated for {sum(s is not None for s in stated)} of {len(stated)} entries"
         return f"steps: unknown{hint}\n  {error}"
-    steps = total_steps(manifest, len(loader))
-    return f"steps: {steps:,} optimizer steps, {len(loader):,} global batches an epoch\n{loader.report()}"
+    steps = total_steps(manifest, loader.num_batches)
+    return f"steps: {steps:,} optimizer steps, {loader.num_batches:,} global batches an epoch\n{loader.report()}"

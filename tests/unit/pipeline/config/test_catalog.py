@@ -55,11 +55,11 @@ def test_a_catalog_is_beside_the_manifest_that_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("data", "catalog", "message"),
     [
-        ({"catalogs": "data/c.yaml"}, CATALOG, r"m\.yaml: data\.catalogs: expected a list of file names"),
-        ({"sampling": {"default": "all"}}, CATALOG, r"m\.yaml: data\.catalogs: expected a list of file names"),
+        ({"catalogs": "data/c.yaml"}, CATALOG, r"m\.yaml:\d: data\.catalogs: expected a list of file names"),
+        ({"sampling": {"default": "all"}}, CATALOG, r"m\.yaml:\d: data\.catalogs: expected a list of file names"),
         ({"catalogs": ["data/x.yaml"]}, CATALOG, r"data/x\.yaml: cannot be read"),
         ({"catalogs": ["data/c.yaml"]}, {"a": 1}, r"c\.yaml: expected a list of groups"),
-        ({"catalogs": ["data/c.yaml"]}, [{"folder": "x"}], r"c\.yaml: \[0\]\.annotations: expected a list"),
+        ({"catalogs": ["data/c.yaml"]}, [{"folder": "x"}], r"c\.yaml:1: \[0\]\.annotations: expected a list"),
         ({"catalogs": ["data/c.yaml"]}, [{"folder": 3, "annotations": ["a"]}], r"\[0\]\.folder: expected text"),
         ({"catalogs": ["data/c.yaml"]}, [{"annotations": [7]}], r"\[0\]\.annotations\[0\]: expected a file name"),
         ({"catalogs": ["data/c.yaml"]}, [{"annotations": ["a"], "rot": "b"}], r"\[0\]\.rot: unknown field.*`root`"),

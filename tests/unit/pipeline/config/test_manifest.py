@@ -91,14 +91,15 @@ def test_unknown_field_suggests_the_nearest(tmp_path, where, wrong, right):
     path = write(tmp_path, SMALL)
     field = f"{where}.{wrong}" if where else wrong
     message = refusal(path, (f"{field}=1",))
-    assert message == f"{path}: {field}: unknown field" + (f"; did you mean `{right}`?" if right else "")
+    assert message == f"--set {field}=1: {field}: unknown field" + (f"; did you mean `{right}`?" if right else "")
 
 
 def test_unknown_field_of_an_entry_names_its_position(tmp_path):
     value = copy.deepcopy(SMALL)
     value["data"]["entries"].append({"annotaton": "x.json"})
     path = write(tmp_path, value)
-    assert refusal(path) == f"{path}: data.entries[1].annotaton: unknown field; did you mean `annotation`?"
+    line = path.read_text(encoding="utf-8").splitlines().index("  - annotaton: x.json") + 1
+    assert refusal(path) == f"{path}:{line}: data.entries[1].annotaton: unknown field; did you mean `annotation`?"
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,9 @@ def test_unknown_field_of_an_entry_names_its_position(tmp_path):
 def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
     path = write(tmp_path, SMALL)
     wrong = "{a: 1}" if hint is not dict else "text"
-    message = refusal(path, (f"{'.'.join(field)}={wrong}",))
-    assert message.startswith(f"{path}: {'.'.join(field)}: expected ")
+    assignment = f"{'.'.join(field)}={wrong}"
+    message = refusal(path, (assignment,))
+    assert message.startswith(f"--set {assignment}: {'.'.join(field)}: expected ")
     assert "(dict)" in message
 
 
@@ -152,14 +154,14 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
 def test_bad_value_names_file_and_field(tmp_path, assignment, start):
     path = write(tmp_path, SMALL)
     message = refusal(path, (assignment,))
-    assert message.startswith(f"{path}: {start}")
+    assert message.startswith(f"--set {assignment}: {start}")
 
 
 def test_parameters_are_offloaded_under_zero_3_alone(tmp_path):
     path = write(tmp_path, SMALL)
     assert load_manifest(path, ("train.offload=all",)).train.zero_stage == 3
     message = refusal(path, ("train.offload=all", "train.zero_stage=2"))
-    assert message.startswith(f"{path}: train.offload: all needs zero_stage 3")
+    assert message.startswith("--set train.zero_stage=2: train.offload: all needs zero_stage 3")
 
 
 def test_a_stage_is_continued_by_name(tmp_path):
@@ -174,7 +176,7 @@ def test_a_stage_is_continued_by_name(tmp_path):
     message = refusal(tmp_path / "m.yaml")
     assert (
         message
-        == f"{tmp_path}/m.yaml: init_from.run: {tmp_path}/stage1.yaml has no output; give it one, or name a folder"
+        == f"{tmp_path}/m.yaml:15: init_from.run: {tmp_path}/stage1.yaml has no output; give it one, or name a folder"
     )
     write(tmp_path, {"extends": "m.yaml"}, "stage1.yaml")
     assert "init_from.run: out is this run's own output" in refusal(tmp_path / "m.yaml")
@@ -208,14 +210,79 @@ def test_unreadable_file(tmp_path, text, part):
 def test_file_that_is_not_text(tmp_path):
     path = tmp_path / "m.yaml"
     path.write_bytes(b"\xff\xd8\xff\xe0")
-    assert refusal(path) == f"{path}: cannot be read (not a UTF-8 text file); give the path of a manifest"
+    assert refusal(path) == f"{path}:1: not valid YAML: not UTF-8 text (byte 0xff); save it as UTF-8"
     assert "cannot be read (Is a directory)" in refusal(tmp_path)
 
 
-def test_numbers_with_an_exponent_and_no_dot(tmp_path):
-    """YAML 1.1 reads 1e-5 as text; here it is the number that it looks like."""
-    text = yaml.safe_dump(SMALL).replace("lr: 0.001", "lr: 1e-5")
-    assert load_manifest(write(tmp_path, text)).train.connector.lr == 1e-5
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("train.connector.lr", "1e-5", 1e-5),
+        ("train.max_steps", "010", 10),
+        ("train.max_steps", "0o10", 8),
+        ("name", "2024-01-01", "2024-01-01"),
+        ("name", "no", "no"),
+        ("name", "1:30", "1:30"),
+        ("name", "1_000", "1_000"),
+    ],
+)
+def test_values_have_the_meaning_of_yaml_1_2(tmp_path, field, text, value):
+    """YAML 1.1 reads 1e-5 as text, 010 as 8, 1:30 as 90, and no as false."""
+    section, _, name = field.rpartition(".")
+    manifest = load_manifest(write(tmp_path, SMALL), (f"{field}={text}",))
+    for part in filter(None, section.split(".")):
+        manifest = getattr(manifest, part)
+    assert getattr(manifest, name) == value
+
+
+@pytest.mark.parametrize(
+    ("assignment", "fix"),
+    [
+        ("train.check_calls=yes", "expected true or false, got 'yes' (str); write true"),
+        ("train.check_calls=Off", "expected true or false, got 'Off' (str); write false"),
+        ("train.max_steps=1_000", "expected a whole number, got '1_000' (str); write 1000"),
+        ("train.max_steps=1e3", "expected a whole number, got 1000.0 (float); write 1000"),
+        ("train.max_steps=1:30", "expected a whole number, got '1:30' (str)"),
+        ("train.warmup=3%", "expected a number, got '3%' (str); write 0.03"),
+        ("train.warmup='1e-2'", "expected a number, got '1e-2' (str); write 0.01"),
+        ("train.warmup='0,5'", "expected a number, got '0,5' (str); write 0.5"),
+    ],
+)
+def test_a_value_of_another_type_is_told_how_to_be_written(tmp_path, assignment, fix):
+    assert refusal(write(tmp_path, SMALL), (assignment,)).endswith(f": {fix}")
+
+
+def test_fields_that_only_hold_anchors(tmp_path):
+    rest = yaml.safe_dump({name: value for name, value in SMALL.items() if name != "train"})
+    parts = "train:\n  vision_tower: *part\n  connector: {<<: *part, lr: 2e-3}\n  language_model: *part\n"
+    path = write(tmp_path, "x-part: &part {train: true, lr: 1e-3}\n" + rest + parts)
+    train = load_manifest(path).train
+    assert (train.vision_tower.lr, train.connector.lr, train.language_model.lr) == (1e-3, 2e-3, 1e-3)
+    assert refusal(path, ("x-part=1",)).startswith("--set x-part=1: x-part: unknown field")
+    path.write_text(path.read_text(encoding="utf-8").replace("x-part:", "holder:"), encoding="utf-8")
+    assert refusal(path) == f"{path}:1: holder: unknown field; begin the name with `x-` if it only holds anchors"
+
+
+def test_a_fault_names_the_file_and_line_that_caused_it(tmp_path):
+    """Not the file that extends it, and not the file where an override is wrong."""
+    write(tmp_path, yaml.safe_dump(SMALL) + "seed: -1\n", "base.yaml")
+    path = write(tmp_path, "extends: base.yaml\n\nname: top\n", "top.yaml")
+    last = len(yaml.safe_dump(SMALL).splitlines()) + 1
+    assert refusal(path).startswith(f"{tmp_path}/base.yaml:{last}: seed: must be at least 0, got -1")
+    assert refusal(path, ("name=other",)).startswith(f"{tmp_path}/base.yaml:{last}: seed: ")
+    assert refusal(path, ("seed=-2",)).startswith("--set seed=-2: seed: must be at least 0, got -2")
+    path = write(tmp_path, {**SMALL, "seed": 3}, "m.yaml")
+    assert refusal(path, ("name=x", "frames.max=2")).startswith("--set frames.max=2: frames.min: 4 is larger than max")
+    assert refusal(write(tmp_path, "stage: 1\n\x01", "c.yaml")).startswith(
+        f"{tmp_path}/c.yaml:2: not valid YAML: contr"
+    )
+
+
+def test_few_files_cannot_extend_each_other_without_end(tmp_path):
+    for number in range(8):
+        write(tmp_path, {"extends": [f"{number + 1}.yaml"] * 8}, f"{number}.yaml")
+    write(tmp_path, SMALL, "8.yaml")
+    assert "0.yaml: extends: more than 64 files are read" in refusal(tmp_path / "0.yaml")
 
 
 def test_extends_merges_mappings_and_replaces_lists(tmp_path):
@@ -258,6 +325,10 @@ def test_overrides_win_over_the_file_and_come_in_order(tmp_path):
 @pytest.mark.parametrize("assignment", ["seed", "=3", "seed=[1"])
 def test_override_that_is_no_assignment(tmp_path, assignment):
     assert refusal(write(tmp_path, SMALL), (assignment,)).startswith(f"--set {assignment}: expected FIELD.FIELD=VALUE")
+
+
+def test_override_of_a_field_too_deep_is_refused(tmp_path):
+    assert "expected FIELD.FIELD=VALUE" in refusal(write(tmp_path, SMALL), (f"{'a.' * 5000}a=1",))
 
 
 numbers = st.dictionaries(st.sampled_from("ab"), st.integers())
