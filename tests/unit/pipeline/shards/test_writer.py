@@ -332,7 +332,7 @@ def test_energon_and_wids_files_describe_the_shards(tmp_path: Path) -> None:
     assert yaml.safe_load((meta / "dataset.yaml").read_text()) == dataset
 
     for name, count in zip(names, (3, 2, 1), strict=True):
-        offsets = np.fromfile(folder / f"{name}.idx", "<u8")
+        offsets = np.fromfile(folder / f"{name}.idx", "<u8").astype(np.int64)
         assert len(offsets) == count + 1
         data = (folder / name).read_bytes()
         with tarfile.open(folder / name) as tar:
