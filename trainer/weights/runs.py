@@ -8,6 +8,8 @@ from pathlib import Path
 from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.weights.tensor_files import WeightsError
 
+RANDOM = "random"  #: value of a field of ``init_from`` that names no path, also where there is a folder of that name
+
 
 def resolve_weights(checkpoint: str | Path) -> Path:
     """Return the folder of weights of a finished run, or ``checkpoint`` itself if that is one.
@@ -25,7 +27,10 @@ def resolve_weights(checkpoint: str | Path) -> Path:
 def locate_paths(manifest: Manifest, file: Path) -> Manifest:
     """Resolve the relative paths of a manifest: tokenizer, shards, output, first weights; see :func:`locate_path`."""
     init = {field.name: getattr(manifest.init_from, field.name) for field in dataclasses.fields(manifest.init_from)}
-    located = {name: locate_path(value, file) if isinstance(value, str) else value for name, value in init.items()}
+    located = {
+        name: locate_path(value, file) if isinstance(value, str) and value != RANDOM else value
+        for name, value in init.items()
+    }
     return dataclasses.replace(
         manifest,
         text=dataclasses.replace(manifest.text, tokenizer=locate_path(manifest.text.tokenizer, file)),
