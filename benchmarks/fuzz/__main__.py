@@ -34,7 +34,15 @@ import pyarrow as pa  # noqa: E402 - needs the environment above
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from benchmarks.fuzz.campaign import FuzzCampaign, FuzzError, fault_lines, share_out, summary_table  # noqa: E402
+from benchmarks.fuzz.campaign import (
+    FuzzCampaign,
+    FuzzError,
+    append_outcome,
+    fault_lines,
+    read_outcomes,
+    share_out,
+    summary_table,
+)  # noqa: E402
 from benchmarks.fuzz.targets import TARGETS  # noqa: E402
 
 
@@ -47,6 +55,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="mutants that are read at the same time")
     parser.add_argument("--only", action="append", metavar="TARGET:NUMBER", help="repeat this mutant; repeatable")
     parser.add_argument("--folder", type=Path, help="where the files are written (default: a temporary folder)")
+    parser.add_argument("--log", type=Path, help="append outcomes to this file; mutants that it has are not repeated")
     options = parser.parse_args()
     only = [name.rpartition(":") for name in options.only or ()]
     names = dict.fromkeys([name for name, _, _ in only] or options.target or TARGETS)
@@ -54,6 +63,9 @@ def main() -> int:
     numbers = {name: [int(number) for other, _, number in only if other == name] for name in names}
     if not only:
         numbers = share_out(targets, options.mutants)
+    known = read_outcomes(options.log) if options.log else []
+    for outcome in known:
+        numbers[outcome.target] = [number for number in numbers.get(outcome.target, ()) if number != outcome.number]
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     torch.set_num_threads(1)
@@ -66,7 +78,11 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         started, total = time.monotonic(), sum(map(len, numbers.values()))
-        outcomes = list(tqdm(campaign.run(sound, numbers, options.processes), total=total, unit=" mutants"))
+        outcomes = list(known)
+        for outcome in tqdm(campaign.run(sound, numbers, options.processes), total=total, unit=" mutants"):
+            outcomes.append(outcome)
+            if options.log:
+                append_outcome(options.log, outcome)
     order = {name: number for number, name in enumerate(names)}
     outcomes.sort(key=lambda outcome: (order[outcome.target], outcome.number))
     if only:
@@ -77,7 +93,9 @@ def main() -> int:
     faults = fault_lines(outcomes)
     print(*faults, sep="\n")
     print(summary_table(outcomes))
-    print(f"seed {options.seed}: {total:,} mutants in {time.monotonic() - started:,.0f} s, {len(faults)} not right")
+    print(
+        f"seed {options.seed}: {len(outcomes):,} mutants, {total:,} now in {time.monotonic() - started:,.0f} s, {len(faults)} not right"
+    )
     return 1 if faults else 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
+import json
 import multiprocessing
 import os
 import random
@@ -12,7 +14,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.fuzz.corpus import write_corpus
 from benchmarks.fuzz.judge import RIGHT, WRONG, judge
 from benchmarks.fuzz.mutators import mutate
-from benchmarks.fuzz.sandbox import SECONDS, run_isolated
+from benchmarks.fuzz.sandbox import run_isolated
 from benchmarks.fuzz.target import Reading, Target
 
 PREPARE_SECONDS = 300.0  #: to write the corpus, or the files of a target
@@ -93,6 +95,8 @@ class FuzzCampaign:
             if name not in sys.modules:
                 with contextlib.suppress(Exception):  # modules that others made up
                     importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # or the collector of each process copies all pages
         return ended.reading
 
     def _write(self, folder: Path, function, name: str) -> None:
@@ -171,6 +175,18 @@ def share_out(targets: Sequence[Target], mutants: int) -> dict[str, Sequence[int
     return {target.name: range(end - start) for target, start, end in zip(targets, bounds, bounds[1:], strict=False)}
 
 
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read the outcomes that :func:`append_outcome` wrote; none if there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Outcome(**json.loads(line)) for line in lines]
+
+
+def append_outcome(path: Path, outcome: Outcome) -> None:
+    """Append an outcome to a file as a line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(outcome)) + "\n")
+
+
 def summary_table(outcomes: Sequence[Outcome]) -> str:
     """Format the number of mutants of each target and class as a Markdown table."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -191,6 +207,3 @@ def fault_lines(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         f"--only {o.target}:{o.number}  {o.kind}: {o.file}: {o.damage}: {o.detail}" for o in outcomes if o.kind in WRONG
     ]
-
-
-__all__ = ["SECONDS", "FuzzCampaign", "FuzzError", "Outcome", "fault_lines", "share_out", "summary_table"]

@@ -21,6 +21,7 @@ from benchmarks.fuzz.target import Reading
 from framestream.tools import build_shards
 from framestream.tools.demo.tokenizer import write_tokenizer
 from framestream.trainer import __main__ as trainer
+from framestream.trainer import evaluate
 
 SHARDS, RUN, TOKENIZER, CACHE = "fuzz-shards", "fuzz-run", "fuzz-tokenizer", "fuzz-cache"
 MANIFEST = "fuzz-manifest.yaml"
@@ -120,6 +121,7 @@ def write_corpus() -> Reading:
     )
     call_main(build_shards.main, *BUILD)
     call_main(trainer.main, "--manifest", MANIFEST)
+    call_main(evaluate.main, "--manifest", MANIFEST)
     return Reading({})
 
 

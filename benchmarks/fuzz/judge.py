@@ -46,7 +46,8 @@ def _compare(target: Target, file: str, sound: Reading, found: Reading, output: 
     if changed or new or unsaid:
         kinds = (("changed", changed), ("new", new), ("missing without a word", unsaid))
         line = ", ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in kinds if names)
-        return ("accepted" if target.is_truth else "wrong"), line
+        own = not target.own_items or all(_is_about(name, file) for name in (*changed, *new, *unsaid))
+        return ("accepted" if target.is_truth and own else "wrong"), line
     return "row", "; ".join([*found.left_out.values(), *found.messages])[:300]
 
 
@@ -54,3 +55,8 @@ def _names(text: str, file: str) -> bool:
     """Return whether a message names a file, or a folder that it is in."""
     path = PurePosixPath(file)
     return any(name in text for name in (path.name, *(str(parent) for parent in path.parents if parent.name)))
+
+
+def _is_about(item: str, file: str) -> bool:
+    """Return whether the name of an item has the name of a file, or of a folder that it is in, except the first."""
+    return any(part in item for part in PurePosixPath(file).parts[1:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fuzz.commands import call_main, printed, read_root, table_digest, use_this_process
+from benchmarks.fuzz.commands import call_main, printed, table_digest, use_this_process
 from benchmarks.fuzz.corpus import BUILD, MANIFEST, ROOT, SHARDS, TOKENIZER, copy_parts
 from benchmarks.fuzz.target import CommandError, Reading, Target, digest_of
 from framestream.pipeline import build_loader, load_manifest
@@ -56,7 +56,7 @@ def _verify(*options: str) -> Reading:
     return Reading({"verify_shards": "sound"})
 
 
-def read_verified(file: str) -> Reading:
+def verify_root(file: str) -> Reading:
     """Verify the root; findings are what is left out."""
     reading = _verify()
     return Reading({}, reading.left_out) if reading.left_out else reading
@@ -97,13 +97,6 @@ def read_ledger_file(file: str) -> Reading:
     return Reading(items)
 
 
-def grow_root(file: str) -> Reading:
-    """Add an entry to the root, which reads the files for other readers, and verify the result."""
-    use_this_process()
-    call_main(build_shards.main, *BUILD, "--set", "data.entries=[{annotation: held.jsonl, root: media}]")
-    return read_root(ROOT)
-
-
 _READ = copy_parts(SHARDS, TOKENIZER, MANIFEST)
 _BUILT = copy_parts(SHARDS, TOKENIZER, MANIFEST, "media", "samples.json", "held.jsonl")
 
@@ -111,7 +104,7 @@ SHARD_TARGETS = (
     Target("shards", _READ, (f"{ROOT}/video/*.tar", f"{ROOT}/image/*.tar"), read_and_verify, share=2),
     Target("index", _READ, (f"{ROOT}/index/[dms]*.arrow",), read_epoch),
     Target("index-reports", _READ, (f"{ROOT}/index/[dms]*.arrow",), read_reports),
-    Target("index-verified", _READ, (f"{ROOT}/index/[dms]*.arrow", f"{ROOT}/*/*.tar"), read_verified),
+    Target("index-verified", _READ, (f"{ROOT}/index/[dms]*.arrow", f"{ROOT}/*/*.tar"), verify_root),
     Target("build-record", _BUILT, (f"{ROOT}/build.json",), read_twice),
     Target("token-cache", _READ, (f"{ROOT}/index/tokens-*.arrow",), read_epoch),
     Target("ledger", _BUILT, (f"{ROOT}/ledger/ledger.parquet",), read_ledger_file),

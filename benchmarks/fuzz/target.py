@@ -37,6 +37,7 @@ class Target:
         files: patterns of the files that are damaged, relative to that folder.
         read: reads the files in the current folder as a user's command does; gets the name of the damaged file.
         is_truth: whether the files are the user's own words, so that a changed value is a valid other value.
+        own_items: whether each item has the name of its file, so that damage may change no other item.
         share: relative number of mutants.
     """
 
@@ -45,6 +46,7 @@ class Target:
     files: tuple[str, ...]
     read: Callable[[str], Reading]
     is_truth: bool = False
+    own_items: bool = False
     share: float = 1.0
 
     def list_files(self, folder: Path) -> list[str]:
