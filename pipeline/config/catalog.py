@@ -30,6 +30,7 @@ from typing import Any
 
 from framestream.pipeline.config.data import EntryConfig, entry_name
 from framestream.pipeline.config.schema import ManifestError, from_dict, show_value
+from framestream.pipeline.utils.paths import PathError, expand_path
 from framestream.pipeline.utils.yaml_parser import LocatedDict, find_place
 
 MAX_CATALOGS = 64  #: of a manifest
@@ -60,6 +61,10 @@ def expand_catalogs(value: LocatedDict, path: Path, load: Callable[[Path], Any])
             raise ManifestError(f"data.entries: expected a list, got {show_value(own)}")
         if len(names) > MAX_CATALOGS:
             raise ManifestError(f"data.catalogs: names {len(names)} files; the most are {MAX_CATALOGS}")
+        try:
+            names = [expand_path(name) for name in names]
+        except PathError as error:
+            raise ManifestError(f"data.catalogs: {error}") from None
     entries = [entry for name in names for entry in read_catalog(path.parent / name, load)]
     with _placed(value, path):
         _sample(entries, sampling, "data.sampling")

@@ -14,9 +14,22 @@ READERS = ("decord", "img", "frame", "gif", "av")  #: how a video is read
 
 FOLDER_READERS = ("img", "frame")  #: readers of a folder of frames
 
-SAMPLING_PATTERN = re.compile(r"all|(first[234]?|end|random):([0-9]+)(%?)")  #: which samples of a file are used
+SAMPLING_PATTERN = re.compile(r"all|(first[234]?|end|random):([0-9]{1,12})(%?)")  #: which samples of a file are used
 
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
+
+
+def check_sampling(sampling: str) -> None:
+    """Check a sampling of samples or dialogues.
+
+    Raises:
+        ManifestError: it is none, or more than all.
+    """
+    match = SAMPLING_PATTERN.fullmatch(sampling)
+    if not match:
+        raise ManifestError(f"sampling: {sampling!r:.60} is not {SAMPLING_HELP}")
+    if match[3] and int(match[2]) > 100:
+        raise ManifestError(f"sampling: {sampling} is more than 100%; lower it")
 
 
 def entry_name(annotation: str) -> str:
@@ -29,11 +42,13 @@ class EntryConfig:
     """One dataset entry: an annotation file, the folder of its media, and which samples are used."""
 
     annotation: str = field(
-        metadata=spec(doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
+        metadata=spec(path="any", doc="json, jsonl or parquet; a local path, hf:OWNER/NAME:PATH or a web address")
     )
     root: str = field(
         default="",
-        metadata=spec(doc="folder that the annotation's media paths are relative to, or a name in the root map"),
+        metadata=spec(
+            path="any", doc="folder that the annotation's media paths are relative to, or a name in the root map"
+        ),
     )
     sampling: str = field(default="all", metadata=spec(doc=SAMPLING_HELP))
     reader: str = field(default="decord", metadata=spec(choices=READERS))
@@ -45,13 +60,14 @@ class EntryConfig:
     name: str = field(
         default="", metadata=spec(doc="name in ledgers and reports; the stem of the annotation file if empty")
     )
-    samples: int | None = field(default=None, metadata=spec(low=0, doc="published number of samples, if stated"))
+    samples: int | None = field(
+        default=None, metadata=spec(low=0, high=10**12, doc="published number of samples, if stated")
+    )
 
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", entry_name(self.annotation))
-        if not SAMPLING_PATTERN.fullmatch(self.sampling):
-            raise ManifestError(f"sampling: {self.sampling!r} is not {SAMPLING_HELP}")
+        check_sampling(self.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +75,33 @@ class DataConfig:
     """The entries of a stage, the root map that says where media are stored, and how shards are built."""
 
     entries: tuple[EntryConfig, ...]
-    roots: str = field(default="", metadata=spec(doc="YAML file that maps the root of an entry to a folder or address"))
+    roots: str = field(
+        default="", metadata=spec(path="local", doc="YAML file that maps the root of an entry to a folder or address")
+    )
     cache: str = field(
-        default="", metadata=spec(doc="folder for downloaded annotation files; ~/.cache/framestream if empty")
+        default="",
+        metadata=spec(path="local", doc="folder for downloaded annotation files; ~/.cache/framestream if empty"),
     )
     text_placeholder: str = field(
         default="convert",
         metadata=spec(choices=("convert", "refuse"), doc="<video> in a turn becomes <image>, or the sample is refused"),
     )
     shard_mb: int = field(
-        default=64, metadata=spec(low=1, doc="estimated megabytes of one shard, which decide which media it contains")
+        default=64,
+        metadata=spec(
+            low=1, high=100_000, doc="estimated megabytes of one shard, which decide which media it contains"
+        ),
     )
-    decode_timeout: int = field(default=600, metadata=spec(low=1, doc="seconds that building one media item may take"))
+    decode_timeout: int = field(
+        default=600, metadata=spec(low=1, high=604_800, doc="seconds that building one media item may take")
+    )
     fetch_timeout: int = field(
-        default=1800, metadata=spec(low=1, doc="seconds that fetching one media file may take, with all retries")
+        default=1800,
+        metadata=spec(low=1, high=604_800, doc="seconds that fetching one media file may take, with all retries"),
     )
-    fetch_mb: int = field(default=8192, metadata=spec(low=1, doc="largest media file that is fetched, in megabytes"))
+    fetch_mb: int = field(
+        default=8192, metadata=spec(low=1, high=10_000_000, doc="largest media file that is fetched, in megabytes")
+    )
 
     def __post_init__(self) -> None:
         if not self.entries:
@@ -92,19 +119,22 @@ class MixEntryConfig:
     repeat: float | None = field(
         default=None,
         metadata=spec(
-            low=0, doc="appearances of each dialogue in an epoch, instead of the root's; 0 excludes the entry"
+            low=0,
+            high=1000,
+            doc="appearances of each dialogue in an epoch, instead of the root's; 0 excludes the entry",
         ),
     )
     cap: int | None = field(
         default=None,
-        metadata=spec(low=1, doc="most dialogues of the entry in an epoch; the others follow in later epochs"),
+        metadata=spec(
+            low=1, high=10**12, doc="most dialogues of the entry in an epoch; the others follow in later epochs"
+        ),
     )
-    min: int | None = field(default=None, metadata=spec(low=1, doc="frames.min of its videos"))
-    max: int | None = field(default=None, metadata=spec(low=1, doc="frames.max of its videos"))
+    min: int | None = field(default=None, metadata=spec(low=1, high=100_000, doc="frames.min of its videos"))
+    max: int | None = field(default=None, metadata=spec(low=1, high=100_000, doc="frames.max of its videos"))
 
     def __post_init__(self) -> None:
-        if not SAMPLING_PATTERN.fullmatch(self.sampling):
-            raise ManifestError(f"sampling: {self.sampling!r} is not {SAMPLING_HELP}")
+        check_sampling(self.sampling)
 
     def bound_frames(self, frames: FramesConfig) -> FramesConfig:
         """Return ``frames`` with the entry's own ``min`` and ``max``."""
@@ -116,10 +146,12 @@ class MixEntryConfig:
 class MixRootConfig:
     """One shard root of a mix. All dialogues of entries that it does not name are used, with the root's ``repeat``."""
 
-    root: str = field(metadata=spec(doc="folder or address of finished shards, such as shards/stage2"))
-    repeat: float = field(default=1.0, metadata=spec(low=0, doc="how often each dialogue appears in an epoch"))
+    root: str = field(metadata=spec(path="any", doc="folder or address of finished shards, such as shards/stage2"))
+    repeat: float = field(
+        default=1.0, metadata=spec(low=0, high=1000, doc="how often each dialogue appears in an epoch")
+    )
     weight: float | None = field(
-        default=None, metadata=spec(low=0, doc="share of an epoch; set it for every root or for none")
+        default=None, metadata=spec(low=0, high=1_000_000, doc="share of an epoch; set it for every root or for none")
     )
     entries: tuple[MixEntryConfig, ...] = ()
 

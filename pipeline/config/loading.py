@@ -13,18 +13,20 @@ ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "len
 class CostModel:
     """Estimated FLOPs of a dialogue: patch * patch tokens + token * tokens + pair * sum of squared lengths."""
 
-    patch: float
-    token: float
-    pair: float
+    patch: float = field(metadata=spec(low=0, high=1e18))
+    token: float = field(metadata=spec(low=0, high=1e18))
+    pair: float = field(metadata=spec(low=0, high=1e18))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
     """How dialogues form global batches, and rows (packed sequences)."""
 
-    global_batch: int = field(metadata=spec(low=1, doc="dialogues in one optimizer step"))
+    global_batch: int = field(metadata=spec(low=1, high=1_000_000, doc="dialogues in one optimizer step"))
     row_multiple: int = field(
-        metadata=spec(low=1, doc="the rows of a global batch are a multiple of this; the world size must divide it")
+        metadata=spec(
+            low=1, high=100_000, doc="the rows of a global batch are a multiple of this; the world size must divide it"
+        )
     )
     loss_weight: str = field(default="dialogue", metadata=spec(choices=("dialogue", "token")))
     order: str = field(
@@ -39,26 +41,38 @@ class BatchingConfig:
 class LoaderConfig:
     """How batches are read. These settings do not change what batches contain."""
 
-    threads: int = field(default=2, metadata=spec(low=1, doc="decoding threads per rank, or per worker of a rank"))
+    threads: int = field(
+        default=2, metadata=spec(low=1, high=1024, doc="decoding threads per rank, or per worker of a rank")
+    )
     workers: int = field(
         default=0,
-        metadata=spec(low=0, doc="decoding processes per rank; 0: threads decode in the process of the rank"),
+        metadata=spec(
+            low=0, high=1024, doc="decoding processes per rank; 0: threads decode in the process of the rank"
+        ),
     )
     prefetch_mb: int = field(
         default=512,
-        metadata=spec(low=1, doc="most megabytes of decoded rows that wait for the training step, per rank"),
+        metadata=spec(
+            low=1, high=1_000_000, doc="most megabytes of decoded rows that wait for the training step, per rank"
+        ),
     )
     max_unreadable: int = field(
-        default=100, metadata=spec(low=0, doc="the run stops when more dialogues than this cannot be read")
+        default=100, metadata=spec(low=0, high=10**9, doc="the run stops when more dialogues than this cannot be read")
     )
     cache: str = field(
         default="~/.cache/framestream",
-        metadata=spec(doc="folder for copies of remote roots, and for token caches of roots that cannot be written"),
+        metadata=spec(
+            path="local", doc="folder for copies of remote roots, and for token caches of roots that cannot be written"
+        ),
     )
     cache_gb: float = field(
-        default=0.0, metadata=spec(low=0, doc="most gigabytes of ranges of remote shards in that folder; 0 stores none")
+        default=0.0,
+        metadata=spec(
+            low=0, high=1_000_000, doc="most gigabytes of ranges of remote shards in that folder; 0 stores none"
+        ),
     )
     read_timeout: float = field(
-        default=60.0, metadata=spec(low=1, doc="seconds that reading one media item may take, with all retries")
+        default=60.0,
+        metadata=spec(low=1, high=86_400, doc="seconds that reading one media item may take, with all retries"),
     )
-    retries: int = field(default=5, metadata=spec(low=0, doc="retries of a request to a remote root"))
+    retries: int = field(default=5, metadata=spec(low=0, high=100, doc="retries of a request to a remote root"))

@@ -38,7 +38,7 @@ class Manifest:
     """All settings of one stage."""
 
     stage: int = field(metadata=spec(choices=(1, 2, 3, 4)))
-    output: str = field(metadata=spec(doc="folder of the run: checkpoints, logs, final weights"))
+    output: str = field(metadata=spec(path="local", doc="folder of the run: checkpoints, logs, final weights"))
     data: DataConfig
     frames: FramesConfig
     text: TextConfig
@@ -46,9 +46,10 @@ class Manifest:
     train: TrainConfig
     init_from: InitFromConfig
     name: str = ""
-    seed: int = field(default=0, metadata=spec(low=0))
+    seed: int = field(default=0, metadata=spec(low=0, high=2**63 - 1))
     shards: str = field(
-        default="shards", metadata=spec(doc="folder or address; stage N is built to and read from SHARDS/stageN")
+        default="shards",
+        metadata=spec(path="any", doc="folder or address; stage N is built to and read from SHARDS/stageN"),
     )
     compat: str = field(
         default="none",

@@ -16,19 +16,24 @@ class VisionTowerConfig:
     """Video transformer. The default dimensions are those of UMT-L."""
 
     type: str = field(default="umt", metadata=spec(choices=("umt", "internvideo2")))
-    width: int = field(default=1024, metadata=spec(low=1))
-    depth: int = field(default=24, metadata=spec(low=2, doc="blocks of the published encoder; the last one is not run"))
-    heads: int = field(default=16, metadata=spec(low=1))
-    patch: int = field(default=16, metadata=spec(low=1))
-    mlp_ratio: float = 4.0
+    width: int = field(default=1024, metadata=spec(low=1, high=65_536))
+    depth: int = field(
+        default=24, metadata=spec(low=2, high=1000, doc="blocks of the published encoder; the last one is not run")
+    )
+    heads: int = field(default=16, metadata=spec(low=1, high=1024))
+    patch: int = field(default=16, metadata=spec(low=1, high=1024))
+    mlp_ratio: float = field(default=4.0, metadata=spec(low=0.01, high=100))
     table_side: int = field(
-        default=14, metadata=spec(low=1, doc="umt: patches along a side of the position table before interpolation")
+        default=14,
+        metadata=spec(low=1, high=1024, doc="umt: patches along a side of the position table before interpolation"),
     )
     drop_path: float | None = field(
-        default=None, metadata=spec(low=0, doc="internvideo2: drop path rate of the last block; 0.25 if not given")
+        default=None,
+        metadata=spec(low=0, high=0.99, doc="internvideo2: drop path rate of the last block; 0.25 if not given"),
     )
     group_clips: int = field(
-        default=8, metadata=spec(low=1, doc="clips or tiles that the tower processes, and recomputes, in one call")
+        default=8,
+        metadata=spec(low=1, high=65_536, doc="clips or tiles that the tower processes, and recomputes, in one call"),
     )
 
     def __post_init__(self) -> None:
@@ -40,10 +45,8 @@ class VisionTowerConfig:
             return
         if self.width % 16:
             raise ManifestError(f"width: {self.width} is not a multiple of 16, as internvideo2's positions need")
-        drop_path = 0.25 if self.drop_path is None else self.drop_path
-        if drop_path >= 1:
-            raise ManifestError(f"drop_path: {drop_path} is a probability; it must be below 1")
-        object.__setattr__(self, "drop_path", drop_path)
+        if self.drop_path is None:
+            object.__setattr__(self, "drop_path", 0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +60,15 @@ class ConnectorConfig:
 class LanguageModelConfig:
     """Language model of the Qwen2 family. The defaults are those of Qwen2-7B."""
 
-    hidden_size: int = field(default=3584, metadata=spec(low=1))
-    intermediate_size: int = field(default=18944, metadata=spec(low=1))
-    num_hidden_layers: int = field(default=28, metadata=spec(low=1))
-    num_attention_heads: int = field(default=28, metadata=spec(low=1))
-    num_key_value_heads: int = field(default=4, metadata=spec(low=1))
-    vocab_size: int = field(default=152064, metadata=spec(low=1))
-    max_position_embeddings: int = field(default=32768, metadata=spec(low=1))
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
+    hidden_size: int = field(default=3584, metadata=spec(low=1, high=1_000_000))
+    intermediate_size: int = field(default=18944, metadata=spec(low=1, high=10_000_000))
+    num_hidden_layers: int = field(default=28, metadata=spec(low=1, high=1000))
+    num_attention_heads: int = field(default=28, metadata=spec(low=1, high=10_000))
+    num_key_value_heads: int = field(default=4, metadata=spec(low=1, high=10_000))
+    vocab_size: int = field(default=152064, metadata=spec(low=1, high=10_000_000))
+    max_position_embeddings: int = field(default=32768, metadata=spec(low=1, high=100_000_000))
+    rope_theta: float = field(default=1e6, metadata=spec(low=1, high=1e12))
+    rms_norm_eps: float = field(default=1e-6, metadata=spec(low=1e-20, high=1))
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -94,10 +97,10 @@ class InitFromConfig:
     """
 
     run: str = field(
-        default="", metadata=spec(doc="the stage to continue, by name or folder, or a published checkpoint")
+        default="", metadata=spec(path="any", doc="the stage to continue, by name or folder, or a published checkpoint")
     )
     vision_tower: str = field(
-        default="", metadata=spec(doc="encoder file or folder; `random` initializes from the seed")
+        default="", metadata=spec(path="any", doc="encoder file or folder; `random` initializes from the seed")
     )
-    connector: str = field(default="", metadata=spec(doc="mm_projector.bin, folder, or `random`"))
-    language_model: str = field(default="", metadata=spec(doc="Qwen2 folder, hub name, or `random`"))
+    connector: str = field(default="", metadata=spec(path="any", doc="mm_projector.bin, folder, or `random`"))
+    language_model: str = field(default="", metadata=spec(path="any", doc="Qwen2 folder, hub name, or `random`"))

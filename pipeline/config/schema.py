@@ -1,8 +1,8 @@
 """Build frozen dataclasses from plain YAML data, with errors that name the file, the field and the fix.
 
 A dataclass is its own schema. Annotations give the types, defaults give the defaults, and :func:`spec` adds permitted
-values, a lower bound and a description. Supported annotations are ``bool``, ``int``, ``float``, ``str``, ``X | None``,
-``tuple[X, ...]``, ``dict[str, X]`` and other dataclasses.
+values, bounds, whether it is a path, and a description. Supported annotations are ``bool``, ``int``, ``float``,
+``str``, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` and other dataclasses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 
 
 class ManifestError(ValueError):
@@ -34,15 +36,25 @@ MAX_SHOWN = 60  #: characters of a value or a name in a message
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it if need be)"}
 
 
-def spec(*, choices: Sequence[Any] = (), low: float | None = None, doc: str = "") -> dict[str, Any]:
+def spec(
+    *,
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    high: float | None = None,
+    path: Literal["", "local", "any"] = "",
+    doc: str = "",
+) -> dict[str, Any]:
     """Describe a field, as the ``metadata`` of :func:`dataclasses.field`.
 
     Args:
         choices: the permitted values; all values of the type if empty.
-        low: the inclusive lower bound.
+        low: the inclusive lower bound; every number has one.
+        high: the inclusive upper bound; every number has one.
+        path: whether the field is a path on this machine (``local``), or a path, address or name (``any``). Its ``~``
+            and its variables are expanded.
         doc: what the field means.
     """
-    return {"choices": choices, "low": low, "doc": doc}
+    return {"choices": choices, "low": low, "high": high, "path": path, "doc": doc}
 
 
 def from_dict(cls: type[Config], value: Any, where: str) -> Config:
@@ -67,8 +79,8 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
             if not hint and not where and isinstance(item, (dict, list)):
                 hint = "; begin the name with `x-` if it only holds anchors"
             raise ManifestError(f"{_join(where, shown[:MAX_SHOWN])}: unknown field{hint}")
-        arguments[name] = _convert(hints[name], item, _join(where, name))
-        _check_value(fields[name], arguments[name], _join(where, name))
+        converted = _convert(hints[name], item, _join(where, name))
+        arguments[name] = _check_value(fields[name], converted, _join(where, name))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in arguments:
@@ -171,13 +183,39 @@ def _rewrite(hint: type, value: Any) -> str:
     return f"; write {int(number) if hint is int else f'{number:g}'}"
 
 
-def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
-    choices, low = field.metadata.get("choices"), field.metadata.get("low")
+def _check_value(field: dataclasses.Field, value: Any, where: str) -> Any:
+    """Check the value of a field, and return it, a path expanded."""
+    if value is None:
+        return None
+    choices, low, high, doc = (field.metadata.get(name) for name in ("choices", "low", "high", "doc"))
     if choices and value not in choices:
         hint = _suggest(str(value), choices)
         raise ManifestError(f"{where}: {show_value(value)} is not one of {', '.join(map(str, choices))}{hint}")
-    if low is not None and value is not None and value < low:
-        raise ManifestError(f"{where}: must be at least {low}, got {value}")
+    meaning = f" ({doc})" if doc else ""
+    if low is not None and value < low:
+        raise ManifestError(f"{where}: must be at least {show_bound(low)}, got {value!r:.30}{meaning}")
+    if high is not None and value > high:
+        raise ManifestError(f"{where}: must be at most {show_bound(high)}, got {value!r:.30}{meaning}")
+    return _check_path(field, value, where) if field.metadata.get("path") else value
+
+
+def show_bound(bound: float) -> str:
+    """Return a bound of a number as text: ``1,000`` or ``1e-05``."""
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
+def _check_path(field: dataclasses.Field, value: str, where: str) -> str:
+    """Return the path of a field with its variables expanded; a default stays as it is, and is expanded where used."""
+    if value == field.default:
+        return value
+    if not value and field.default != "":
+        raise ManifestError(f"{where}: is empty; give a path")
+    if field.metadata["path"] == "local" and is_address(value):
+        raise ManifestError(f"{where}: {value:.200} is an address; give a path on this machine")
+    try:
+        return expand_path(value)
+    except PathError as error:
+        raise ManifestError(f"{where}: {error}") from None
 
 
 def _suggest(name: str, known: Iterable[Any]) -> str:

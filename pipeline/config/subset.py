@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from framestream.pipeline.config.data import SAMPLING_HELP, SAMPLING_PATTERN
-from framestream.pipeline.config.schema import ManifestError
+from framestream.pipeline.config.data import SAMPLING_PATTERN, check_sampling
 
 
 def select_subset(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:
@@ -17,10 +16,9 @@ def select_subset(strategy: str, n: int, seed: int = 0) -> range | np.ndarray:
     Raises:
         ManifestError: the strategy is unknown.
     """
+    check_sampling(strategy)
     match = SAMPLING_PATTERN.fullmatch(strategy)
-    if not match:
-        raise ManifestError(f"sampling: {strategy!r} is not {SAMPLING_HELP}")
-    if strategy == "all":
+    if not match or strategy == "all":
         return range(n)
     name, number, percent = match.groups()
     count = -(-int(number) * n // 100) if percent else int(number)

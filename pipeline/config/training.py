@@ -12,8 +12,8 @@ class PartConfig:
     """Training of one of the three parts. ``lr`` and ``weight_decay`` have no effect if ``train`` is false."""
 
     train: bool
-    lr: float = field(default=0.0, metadata=spec(low=0))
-    weight_decay: float = field(default=0.0, metadata=spec(low=0))
+    lr: float = field(default=0.0, metadata=spec(low=0, high=1))
+    weight_decay: float = field(default=0.0, metadata=spec(low=0, high=10))
 
     def __post_init__(self) -> None:
         if self.train and not self.lr:
@@ -27,36 +27,49 @@ class TrainConfig:
     vision_tower: PartConfig
     connector: PartConfig
     language_model: PartConfig
-    epochs: int = field(default=1, metadata=spec(low=1))
-    max_steps: int | None = field(default=None, metadata=spec(low=1, doc="stop after this many optimizer steps"))
-    warmup: float = field(default=0.03, metadata=spec(low=0, doc="fraction of all steps"))
-    beta1: float = field(default=0.9, metadata=spec(low=0))
-    beta2: float = field(default=0.999, metadata=spec(low=0))
-    epsilon: float = field(default=1e-8, metadata=spec(low=0))
-    clip_norm: float = field(default=1.0, metadata=spec(low=0))
+    epochs: int = field(default=1, metadata=spec(low=1, high=10_000))
+    max_steps: int | None = field(
+        default=None, metadata=spec(low=1, high=10**9, doc="stop after this many optimizer steps")
+    )
+    warmup: float = field(
+        default=0.03,
+        metadata=spec(low=0, high=1, doc="a share of all steps, which train.epochs and train.max_steps decide"),
+    )
+    beta1: float = field(default=0.9, metadata=spec(low=0, high=0.999999))
+    beta2: float = field(default=0.999, metadata=spec(low=0, high=0.999999))
+    epsilon: float = field(default=1e-8, metadata=spec(low=1e-20, high=1))
+    clip_norm: float = field(default=1.0, metadata=spec(low=0, high=1_000_000))
     dtype: str = field(default="bf16", metadata=spec(choices=("bf16", "fp32")))
     zero_stage: int = field(default=3, metadata=spec(choices=(1, 2, 3)))
     persistence_threshold: int = field(
-        default=100_000, metadata=spec(low=0, doc="ZeRO-3: parameters with fewer elements are not sharded")
+        default=100_000, metadata=spec(low=0, high=10**12, doc="ZeRO-3: parameters with fewer elements are not sharded")
     )
     offload: str = field(default="none", metadata=spec(choices=("none", "optimizer", "all")))
     gradient_checkpointing: bool = True
-    save_every: int = field(default=500, metadata=spec(low=1, doc="optimizer steps between checkpoints"))
-    keep_last: int = field(default=2, metadata=spec(low=1, doc="number of checkpoints to keep"))
-    log_every: int = field(default=1, metadata=spec(low=1))
+    save_every: int = field(default=500, metadata=spec(low=1, high=10**9, doc="optimizer steps between checkpoints"))
+    keep_last: int = field(default=2, metadata=spec(low=1, high=10**9, doc="number of checkpoints to keep"))
+    log_every: int = field(default=1, metadata=spec(low=1, high=10**9))
     max_not_finite: int = field(
-        default=20, metadata=spec(low=0, doc="the run stops when more global batches than this are not finite")
+        default=20,
+        metadata=spec(low=0, high=10**9, doc="the run stops when more global batches than this are not finite"),
     )
     peak_tflops: float | None = field(
         default=None,
-        metadata=spec(low=0.001, doc="peak TFLOP/s of the device of a rank, for MFU; known for common GPUs in bf16"),
+        metadata=spec(
+            low=0.001,
+            high=1_000_000,
+            doc="peak TFLOP/s of the device of a rank, for MFU; known for common GPUs in bf16",
+        ),
     )
     profile_step: int | None = field(
-        default=None, metadata=spec(low=1, doc="first optimizer step that the torch profiler records")
+        default=None, metadata=spec(low=1, high=10**9, doc="first optimizer step that the torch profiler records")
     )
-    profile_steps: int = field(default=2, metadata=spec(low=1, doc="number of steps that the profiler records"))
+    profile_steps: int = field(
+        default=2, metadata=spec(low=1, high=1000, doc="number of steps that the profiler records")
+    )
     timeout_minutes: float = field(
-        default=30.0, metadata=spec(low=0.1, doc="the run ends when ranks wait for each other longer than this")
+        default=30.0,
+        metadata=spec(low=0.1, high=100_000, doc="the run ends when ranks wait for each other longer than this"),
     )
     check_calls: bool = field(
         default=False, metadata=spec(doc="compare the model calls of all ranks after each global batch (debugging)")
@@ -71,5 +84,5 @@ class TrainConfig:
 class EvaluateConfig:
     """Scoring of validation dialogues (``split: val``) by greedy generation."""
 
-    batch: int = field(default=32, metadata=spec(low=1))
-    max_new_tokens: int = field(default=16, metadata=spec(low=1))
+    batch: int = field(default=32, metadata=spec(low=1, high=65_536))
+    max_new_tokens: int = field(default=16, metadata=spec(low=1, high=1_000_000))

@@ -8,6 +8,7 @@ from typing import Any
 import framestream
 from framestream.pipeline.config.catalog import expand_catalogs
 from framestream.pipeline.config.schema import ManifestError, show_value
+from framestream.pipeline.utils.paths import PathError, expand_path
 from framestream.pipeline.utils.yaml_parser import MAX_BYTES, LocatedDict, YamlFormatError, parse_yaml
 
 MAX_FILES = 64  #: files that one manifest extends, each as often as it is read
@@ -20,8 +21,15 @@ def locate_manifest(name: str | Path) -> Path:
 
     A name that is neither is returned as it is, so that reading it says what is missing.
     """
-    path = Path(name)
+    path = Path(_expand(str(name), "--manifest"))
     return path if path.is_file() else shipped_manifest(name) or path
+
+
+def _expand(name: str, where: str) -> str:
+    try:
+        return expand_path(name)
+    except PathError as error:
+        raise ManifestError(f"{where}: {error}") from None
 
 
 def shipped_manifest(name: str | Path) -> Path | None:
@@ -87,7 +95,7 @@ def _read(path: Path, above: tuple[Path, ...], read: list[Path]) -> LocatedDict:
         raise ManifestError(f"{place}: extends: expected a file name or a list of them, got {show_value(named)}")
     merged = LocatedDict()
     for base in bases:
-        beside = path.parent / base
+        beside = path.parent / _expand(base, f"{value.places['extends']}: extends")
         extended = beside if beside.is_file() else shipped_manifest(base) or beside
         merged = merge_mappings(merged, _read(extended, (*above, path.resolve()), read))
     return merge_mappings(merged, value)

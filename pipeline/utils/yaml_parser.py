@@ -8,7 +8,7 @@ error. Anchors and the merge key ``<<`` are supported.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -141,7 +141,7 @@ class _CoreLoader(yaml.SafeLoader):
     """Loader of the core schema. Constructors of other types than those of JSON are not registered."""
 
     yaml_implicit_resolvers: dict[str, list] = {}
-    yaml_constructors: dict[str | None, Any] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def __init__(self, text: str, name: str, lines: bool) -> None:
         super().__init__(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,43 @@ def refusal(path: Path, overrides: tuple[str, ...] = ()) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def all_fields(cls: type, path: str = "") -> Iterator[tuple[str, dataclasses.Field, type]]:
+    """(dotted name, field, type) of every field below ``cls`` that is no section, entries of lists included."""
+    for field in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[field.name]
+        options = [item for item in (hint, *typing.get_args(hint)) if item not in (type(None), Ellipsis)]
+        section = next((item for item in options if dataclasses.is_dataclass(item)), None)
+        if section:
+            yield from all_fields(section, f"{path}{field.name}{'[0]' if typing.get_origin(hint) is tuple else ''}.")
+        else:
+            yield f"{path}{field.name}", field, next(iter(typing.get_args(hint)), hint)
+
+
+def nested(field: str, value: object) -> dict:
+    """The mapping in which a dotted ``field`` has a value; ``[0]`` is the only item of a list."""
+    for name in reversed(field.split(".")):
+        value = {name.removesuffix("[0]"): [value] if name.endswith("[0]") else value}
+    return value
+
+
+NUMBERS = {name: field for name, field, kind in all_fields(Manifest) if kind in (int, float)}
+#: text that is no path
+WORDS = {
+    "name",
+    "data.entries[0].name",
+    "data.entries[0].sampling",
+    "frames.sampler",
+    "text.system",
+    "mix[0].entries[0].entry",
+    "mix[0].entries[0].sampling",
+}
+PATHS = {
+    name: field.metadata["path"]
+    for name, field, kind in all_fields(Manifest)
+    if kind is str and name not in WORDS and not field.metadata["choices"]
+}
 
 
 def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type]]:
@@ -124,6 +162,17 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("train.warmup=true", "train.warmup: expected a number"),
         ("train.warmup=.nan", "train.warmup: expected a number"),
         ("train.connector.lr=.inf", "train.connector.lr: expected a number"),
+        ("train.warmup=500", "train.warmup: must be at most 1, got 500.0 (a share of all steps, which train.epochs"),
+        ("train.beta2=1.0", "train.beta2: must be at most 0.999999, got 1.0"),
+        ("seed=18446744073709551616", "seed: must be at most 9,223,372,036,854,775,807, got 18446744073709551616"),
+        ("frames.sampler=fps²", "frames.sampler: 'fps²' is not"),
+        ("frames.sampler=fps1e9", "frames.sampler: 'fps1e9' is not"),
+        ("frames.sampler=fps99999", "frames.sampler: 'fps99999' is not"),
+        ("data.entries=[{annotation: a, sampling: 'first:150%'}]", "data.entries[0].sampling: first:150% is more"),
+        ("output=", "output: expected text"),
+        ("output=''", "output: is empty; give a path"),
+        ("output=s3://bucket/run", "output: s3://bucket/run is an address; give a path on this machine"),
+        ('output="a\\nb"', "output: 'a\\nb' has a control character"),
         ("train.connector.lr=-1", "train.connector.lr: must be at least 0"),
         ("train.connector.lr=0", "train.connector.lr: a trained part needs a learning rate above 0"),
         ("train.dtype=bf-16", "train.dtype: 'bf-16' (str) is not one of bf16, fp32; did you mean `bf16`?"),
@@ -140,7 +189,10 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("model.vision_tower.heads=7", "model.vision_tower.heads: 7 does not divide width (1024)"),
         ("model.vision_tower.type=uml", "model.vision_tower.type: 'uml' (str) is not one of umt, internvideo2"),
         ("model.vision_tower.drop_path=0.25", "model.vision_tower.drop_path: not supported by umt"),
-        ("model.vision_tower={type: internvideo2, drop_path: 1.0}", "model.vision_tower.drop_path: 1.0 is a probab"),
+        (
+            "model.vision_tower={type: internvideo2, drop_path: 1.0}",
+            "model.vision_tower.drop_path: must be at most 0.99, got 1.0",
+        ),
         ("model.vision_tower={type: internvideo2, width: 24, heads: 2}", "model.vision_tower.width: 24 is not a mult"),
         (
             "model.language_model.max_position_embeddings=4096",
@@ -259,8 +311,8 @@ def test_fields_that_only_hold_anchors(tmp_path):
     train = load_manifest(path).train
     assert (train.vision_tower.lr, train.connector.lr, train.language_model.lr) == (1e-3, 2e-3, 1e-3)
     assert refusal(path, ("x-part=1",)).startswith("--set x-part=1: x-part: unknown field")
-    path.write_text(path.read_text(encoding="utf-8").replace("x-part:", "holder:"), encoding="utf-8")
-    assert refusal(path) == f"{path}:1: holder: unknown field; begin the name with `x-` if it only holds anchors"
+    path.write_text(path.read_text(encoding="utf-8").replace("x-part:", "zz:"), encoding="utf-8")
+    assert refusal(path) == f"{path}:1: zz: unknown field; begin the name with `x-` if it only holds anchors"
 
 
 def test_a_fault_names_the_file_and_line_that_caused_it(tmp_path):
@@ -329,6 +381,56 @@ def test_override_that_is_no_assignment(tmp_path, assignment):
 
 def test_override_of_a_field_too_deep_is_refused(tmp_path):
     assert "expected FIELD.FIELD=VALUE" in refusal(write(tmp_path, SMALL), (f"{'a.' * 5000}a=1",))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_two_bounds(tmp_path, name):
+    choices, low, high = (NUMBERS[name].metadata.get(key) for key in ("choices", "low", "high"))
+    if choices:
+        return
+    assert low is not None and high is not None and low < high
+    path = write(tmp_path, SMALL)
+    for wrong in (low - 1 if low else -1e-9, high * 2, ".inf", "-.inf", ".nan", "true", "1" * 400):
+        section = {"annotation": "a", "root": "b", "entry": "c"}
+        value = nested(name, "WRONG")
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).replace("WRONG", str(wrong))
+        top = name.partition(".")[0].partition("[")[0]
+        message = refusal(path, (f"{top}={text[len(top) + 3 : -2]}",))
+        assert f"{name}: " in message and re.search("must be at (least|most)|expected a", message), section
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_expands_its_variables(tmp_path, monkeypatch, name):
+    assert PATHS[name] in ("local", "any"), "say in its spec whether it is a path, or add it to WORDS"
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("FS_DISK", "/disk")
+    monkeypatch.delenv("FS_NONE", raising=False)
+    parents = {"data": {"entries": [{"annotation": "a"}]}, "mix": [{"root": "b"}]}
+
+    def load(text: str) -> str:
+        value = copy.deepcopy({**SMALL, **({"mix": parents["mix"]} if name.startswith("mix") else {})})
+        place = value
+        *sections, last = name.replace("[0]", ".0").split(".")
+        for section in sections:
+            place = place[int(section)] if section.isdigit() else place.setdefault(section, {})
+        place[last] = text
+        found = load_manifest(write(tmp_path, value))
+        for part in (*sections, last):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
+
+    assert load("~/x") == "/home/me/x"
+    assert load("$FS_DISK/x") == load("${FS_DISK}/x") == "/disk/x"
+    assert load("./~x") == "./~x"
+    for text, fault in (("$FS_NONE/x", "FS_NONE"), ("a/${FS_NONE}", "FS_NONE"), ("~nobody-here/x", "~nobody-here")):
+        with pytest.raises(ManifestError, match=re.escape(f"{name}: {text}") + f".*{fault}"):
+            load(text)
+    for address in ("https://host/$a/~b", "hf:owner/name"):
+        if PATHS[name] == "any":
+            assert load(address) == address
+        else:
+            with pytest.raises(ManifestError, match=f"{re.escape(name)}: {re.escape(address)} is an address"):
+                load(address)
 
 
 numbers = st.dictionaries(st.sampled_from("ab"), st.integers())
