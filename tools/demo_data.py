@@ -15,7 +15,6 @@ Everything depends only on the seed. The folder appears when everything is writt
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -32,6 +31,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from framestream.pipeline.utils.command_line import (
+    CommandParser,
+    integer_option,
+    number_option,
+    path_option,
+    run_safely,
+)
+from framestream.pipeline.utils.records import RecordError, read_record, write_record
 from framestream.tools.demo import dialogues as demo_dialogues
 from framestream.tools.demo import tokenizer as demo_tokenizer
 from framestream.tools.demo import worlds as demo_worlds
@@ -65,11 +72,15 @@ def generate_demo(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0
     settings = {"seed": seed, "share": share, "generator": _fingerprint()}
     marker = out / MARKER
     if marker.is_file():
-        summary = json.loads(marker.read_text(encoding="utf-8"))
+        try:
+            summary = read_record(marker, "record of the demo's data", f"remove {out}, or give another folder with --out")
+        except RecordError as error:
+            raise DemoError(str(error)) from None
         if {name: summary.get(name) for name in settings} == settings:
             return summary
-    elif out.exists() and any(out.iterdir()):
-        raise DemoError(f"{out}: is not empty and was not made by this command; give another folder with --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fault = "is not empty and was not made by this command" if out.is_dir() else "is a file"
+        raise DemoError(f"{out}: {fault}; give another folder with --out")
     footage = real_footage()
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -91,7 +102,7 @@ def generate_demo(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0
     vocabulary = demo_tokenizer.write_tokenizer(unfinished / "tokenizer")
     counts = {name: len(rows) for name, rows in sorted(records.items())}
     summary = settings | {"videos": sum(map(len, worlds.values())), "vocabulary": vocabulary, "dialogues": counts}
-    (unfinished / MARKER).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_record(unfinished / MARKER, summary)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(unfinished, out)
     return summary
@@ -256,15 +267,23 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+@run_safely("stopped; the same command starts again")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tools.demo_data") -> int:
     """Run the command. Returns the exit status: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog=prog, description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument(
+        "--out", type=path_option, default=Path("demo/data"), help="folder to create (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("demo/data"), help="folder to create (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of all data (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that encode videos (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="fraction of the worlds to make (default: all)")
+    parser.add_argument("--seed", type=integer_option(0), default=1, help="seed of all data (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=integer_option(1, 1024), default=2, help="processes that encode videos (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--share",
+        type=number_option(0, 1, above=True),
+        default=1.0,
+        help="fraction of the worlds to make (default: all)",
+    )
     options = parser.parse_args(arguments)
     try:
         summary = generate_demo(options.out, options.seed, options.workers, options.share)

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a script: the packages are beside this f
 from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the path above
     CommandParser,
     integer_option,
+    path_option,
     run_safely,
 )
 
@@ -26,7 +27,7 @@ from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the 
 def main(arguments: Sequence[str] | None = None, prog: str = "verify_shards") -> int:
     """Run the command. Returns the exit status: 0 no findings, 1 findings, 2 bad input, 130 stopped."""
     parser = CommandParser(prog=prog, description=__doc__.partition("\n\n")[2])
-    parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
+    parser.add_argument("root", type=path_option, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--deep", action="store_true", help="also decode every frame")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(

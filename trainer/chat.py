@@ -17,7 +17,9 @@ from framestream.pipeline.utils.command_line import (
     CommandParser,
     describe_os_error,
     integer_option,
+    name_option,
     number_option,
+    path_option,
     run_safely,
 )
 
@@ -64,14 +66,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
 
 def _build_parser(prog: str) -> argparse.ArgumentParser:
     parser = CommandParser(prog=prog, description="Ask a trained model about videos and images.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a finished run, or a folder of weights")
-    parser.add_argument("--manifest", help="the stage's YAML (default: the run's own)")
-    parser.add_argument("--video", action="append", default=[], help="a video, GIF or folder of frames; repeatable")
+    parser.add_argument("--checkpoint", type=path_option, required=True, help="a finished run, or a folder of weights")
+    parser.add_argument("--manifest", type=name_option, help="the stage's YAML (default: the run's own)")
+    parser.add_argument(
+        "--video", type=name_option, action="append", default=[], help="a video, GIF or folder of frames; repeatable"
+    )
     parser.add_argument(
         "--start", type=number_option(0, MAX_SECONDS), help="second at which a clip of the video begins"
     )
     parser.add_argument("--end", type=number_option(0, MAX_SECONDS), help="second at which it ends")
-    parser.add_argument("--image", action="append", default=[], help="an image, shown after the videos; repeatable")
+    parser.add_argument(
+        "--image", type=name_option, action="append", default=[], help="an image, shown after the videos; repeatable"
+    )
     parser.add_argument("--question", help="ask this and stop (default: read questions from the terminal)")
     parser.add_argument(
         "--max-new-tokens",
@@ -89,7 +95,7 @@ def _build_parser(prog: str) -> argparse.ArgumentParser:
         help="sample from the most likely tokens whose probabilities reach this sum",
     )
     parser.add_argument("--seed", type=integer_option(0), default=0, help="of sampling")
-    parser.add_argument("--sheet", type=Path, help="write the images that the model sees to this JPEG or PNG")
+    parser.add_argument("--sheet", type=path_option, help="write the images that the model sees to this JPEG or PNG")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     return parser
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framestream.pipeline.utils.command_line import integer_option, run_safely
+from framestream.pipeline.utils.command_line import integer_option, path_option, run_safely
 from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     description = "Score held-out dialogues, with and without the frames they are about."
     held_out = "the stage's YAML; its held-out entries are asked"
     parser = build_parser(prog, description, held_out, "evaluation.json, or evaluation-STEM.json")
-    parser.add_argument("--annotations", type=Path, help="ask the questions of this file instead; needs --root")
-    parser.add_argument("--root", type=Path, help="folder that its media paths are relative to")
+    parser.add_argument("--annotations", type=path_option, help="ask the questions of this file instead; needs --root")
+    parser.add_argument("--root", type=path_option, help="folder that its media paths are relative to")
     parser.add_argument("--limit", type=integer_option(1), help="ask only the first LIMIT questions of each family")
     return run_command(parser, arguments, _score, _page, _table, _result_name)
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from framestream.pipeline.utils.command_line import CommandParser, run_safely
+from framestream.pipeline.utils.command_line import CommandParser, path_option, run_safely
 
 
 @run_safely("stopped; nothing was written")
@@ -18,9 +17,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     """Run the command line; returns the exit status: 0 done, 1 weights that cannot be read, 2 bad input."""
     description = "Export the weights of a run in the layout of the published checkpoints."
     parser = CommandParser(prog=prog, description=description)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN, RUN/final or RUN/checkpoints/step-N")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--release-files", type=Path, metavar="DIR", help="copy the release's python files from here")
+    parser.add_argument(
+        "--checkpoint", type=path_option, required=True, help="RUN, RUN/final or RUN/checkpoints/step-N"
+    )
+    parser.add_argument("--out", type=path_option, required=True, help="folder to create")
+    parser.add_argument(
+        "--release-files", type=path_option, metavar="DIR", help="copy the release's python files from here"
+    )
     options = parser.parse_args(arguments)
     from framestream.pipeline.config.manifest import ManifestError
     from framestream.trainer.checkpoint.export import ExportError, export

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framestream.pipeline.utils.command_line import integer_option, number_option, run_safely
+from framestream.pipeline.utils.command_line import integer_option, name_option, number_option, path_option, run_safely
 from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
@@ -30,10 +30,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     """Run the command line; returns the exit status: 0 done, 1 files that cannot be read, 2 bad input, 130 Ctrl-C."""
     description = "Find images that replace one frame of a long video."
     parser = build_parser(prog, description, "the stage's YAML", "haystack.json")
-    parser.add_argument("--needles", type=Path, required=True, help="annotation file: images with a question each")
-    parser.add_argument("--root", type=Path, required=True, help="folder that its image paths are relative to")
     parser.add_argument(
-        "--video", action="append", required=True, help="insert the images in this video; repeat it for several videos"
+        "--needles", type=path_option, required=True, help="annotation file: images with a question each"
+    )
+    parser.add_argument("--root", type=path_option, required=True, help="folder that its image paths are relative to")
+    parser.add_argument(
+        "--video",
+        type=name_option,
+        action="append",
+        required=True,
+        help="insert the images in this video; repeat it for several videos",
     )
     parser.add_argument(
         "--frames",

@@ -10,17 +10,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from framestream.pipeline.utils.command_line import CommandParser, describe_os_error, run_safely
+from framestream.pipeline.utils.command_line import CommandParser, describe_os_error, path_option, run_safely
 
 
 @run_safely("stopped; no page was written")
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.report") -> int:
     """Run the command line; returns the exit status: 0 done, 1 something damaged was left out, 2 bad input."""
     parser = CommandParser(prog=prog, description="Write runs and their scores as one HTML page.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, in the order of the stages")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default %(default)s)")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="also write the loss, heat maps and an answer as image files"
+        "runs", nargs="+", type=path_option, metavar="RUN", help="folder of a run, in the order of the stages"
+    )
+    parser.add_argument(
+        "--out", type=path_option, default=Path("report.html"), help="file to write (default %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=path_option, metavar="DIR", help="also write the loss, heat maps and an answer as image files"
     )
     options = parser.parse_args(arguments)
     from framestream.pipeline.utils.atomic_io import write_atomic

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from framestream.pipeline.config import manifest
+from framestream.pipeline.utils.paths import expand_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class ReadOptions:
         """Return the folder in ``cache`` for one root: an address, or the absolute path of a folder."""
         name = re.sub(r"[^\w.-]+", "-", root.rpartition("://")[2])[-60:].strip("-.")
         digest = hashlib.sha256(root.encode(errors="surrogateescape")).hexdigest()[:16]
-        return Path(self.cache).expanduser() / "roots" / f"{name}-{digest}"
+        return Path(expand_path(self.cache)) / "roots" / f"{name}-{digest}"
 
 
 @dataclass(frozen=True, slots=True)

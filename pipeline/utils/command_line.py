@@ -15,10 +15,14 @@ import difflib
 import functools
 import math
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 
 EXIT_STOPPED = 130  #: stopped by Ctrl-C: 128 + SIGINT
 EXIT_CLOSED = 141  #: nothing reads the output any more: 128 + SIGPIPE
@@ -71,6 +75,12 @@ def describe_os_error(error: OSError) -> str:
     """Return an error of the file system as one line, with the name of the file if it is known."""
     reason = " ".join(str(error.strerror or error).split()) or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def printable_line(text: str, limit: int = 100) -> str:
+    """Make one line of at most ``limit`` characters of a text from a file, for messages; others become ``?``."""
+    line = re.sub(r"[^\x20-\x7e]+", "?", text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _flush() -> None:
@@ -171,8 +181,18 @@ def number_option(low: float, high: float, above: bool = False) -> Callable[[str
     return parse
 
 
-def text_option(text: str) -> str:
-    """Check the value of an option that is a path or a name: not empty, and no byte that no file name has."""
-    if not text.strip() or "\0" in text:
+def path_option(text: str) -> Path:
+    """Read the value of an option that is a path on this machine. Its ``~`` and its variables are expanded."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{text:.200} is an address; give a path on this machine")
+    return Path(name_option(text))
+
+
+def name_option(text: str) -> str:
+    """Read the value of an option that is a path, an address or a name; paths are expanded, addresses stay."""
+    if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    try:
+        return expand_path(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

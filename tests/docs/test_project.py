@@ -17,6 +17,7 @@ from framestream.pipeline.annotations.reader import read_annotations
 from framestream.pipeline.config.data import EntryConfig
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.preprocessing import SAMPLERS
+from framestream.pipeline.config.schema import show_bound
 from framestream.pipeline.shards.index import FILES
 from framestream.pipeline.shards.ledger import REASONS, SCHEMA
 from framestream.pipeline.shards.samples import dialogue_metadata, media_metadata
@@ -126,8 +127,9 @@ def fields(cls: type, path: str = "") -> Iterator[tuple[str, dataclasses.Field, 
 
 def manual_cells(name: str, field: dataclasses.Field, kind: str) -> str:
     """The first three cells of a field's row in docs/manifest.md."""
-    choices, low = field.metadata.get("choices") or (), field.metadata.get("low")
-    allowed = ", ".join(f"`{choice}`" for choice in choices) or (f"{kind}, at least {low}" if low is not None else kind)
+    choices, low, high = (field.metadata.get(key) for key in ("choices", "low", "high"))
+    bounds = kind if low is None else f"{kind}, {show_bound(low)} to {show_bound(high)}"
+    allowed = ", ".join(f"`{choice}`" for choice in choices or ()) or bounds
     default = field.default
     if isinstance(default, bool):
         shown = f"`{str(default).lower()}`"

@@ -27,6 +27,7 @@ from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.config.yaml_files import read_yaml
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
+from framestream.pipeline.utils.paths import PathError, expand_path
 from framestream.tools.fetch.annotation_cache import AnnotationCache, cache_folder, remote_file
 from framestream.tools.fetch.base import FetchError, MediaSource
 from framestream.tools.fetch.host_health import SourcePool
@@ -88,7 +89,10 @@ class RootMap:
                 if not isinstance(location, (str, dict)):
                     field = f"data.roots: {data.roots}: {name}"
                     raise ManifestError(f"{field}: expected text such as dir:/path or a mapping, got {location!r}")
-                self._map[name] = to_dict(location)
+                try:
+                    self._map[expand_path(name)] = expand_location(to_dict(location))
+                except PathError as error:
+                    raise ManifestError(f"data.roots: {data.roots}: {name}: {error}") from None
 
     def annotation(self, entry: EntryConfig) -> ResolvedLocation:
         """Resolve the annotation file of an entry to a local file; fetch it if it is remote."""
@@ -185,6 +189,20 @@ class RootMap:
         """Name the key that differs from ``name`` only in case and in slashes at its ends, for messages."""
         similar = (key for key in self._map if key.strip("/").casefold() == name.strip("/").casefold())
         return next((f"; it has `{key}`" for key in similar), "")
+
+
+def expand_location(location: Any) -> Any:
+    """Expand ``~`` and variables in the local paths of a location, and of a list or mapping of archives.
+
+    Raises:
+        PathError: a variable is not set.
+    """
+    if isinstance(location, dict):
+        return {name: expand_location(item) if name == "archives" else item for name, item in location.items()}
+    if isinstance(location, list):
+        return [expand_location(item) for item in location]
+    scheme, colon, path = location.partition(":") if isinstance(location, str) else ("", "", "")
+    return f"{scheme}:{expand_path(path)}" if colon and scheme in ("dir", "links") else location
 
 
 def _local_folder(path: Path, origin: str, name: str, scheme: str = "dir") -> ResolvedLocation:

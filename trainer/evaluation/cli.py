@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framestream.pipeline.utils.command_line import CommandParser, describe_os_error
+from framestream.pipeline.utils.command_line import CommandParser, describe_os_error, name_option, path_option
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
@@ -29,12 +29,12 @@ def build_parser(prog: str, description: str, manifest: str, results: str) -> ar
         results: names of the files of results below RUN, for the help.
     """
     parser = CommandParser(prog=prog, description=description)
-    parser.add_argument("--manifest", required=True, help=manifest)
+    parser.add_argument("--manifest", type=name_option, required=True, help=manifest)
     parser.add_argument(
-        "--checkpoint", type=Path, help="a finished run, or a folder of weights (default: the manifest's run)"
+        "--checkpoint", type=path_option, help="a finished run, or a folder of weights (default: the manifest's run)"
     )
-    parser.add_argument("--out", type=Path, help=f"file of results to write (default: RUN/{results})")
-    parser.add_argument("--html", type=Path, help="also write the results as a page to this file")
+    parser.add_argument("--out", type=path_option, help=f"file of results to write (default: RUN/{results})")
+    parser.add_argument("--html", type=path_option, help="also write the results as a page to this file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     return parser
 

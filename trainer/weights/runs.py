@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.utils.paths import PathError, expand_path
 from framestream.trainer.weights.tensor_files import WeightsError
 
 RANDOM = "random"  #: value of a field of ``init_from`` that names no path, also where there is a folder of that name
@@ -17,7 +18,10 @@ def resolve_weights(checkpoint: str | Path) -> Path:
     Raises:
         WeightsError: there are no weights.
     """
-    checkpoint = Path(checkpoint)
+    try:
+        checkpoint = Path(expand_path(str(checkpoint)))
+    except PathError as error:
+        raise WeightsError(str(error)) from None
     weights = checkpoint if (checkpoint / "config.json").is_file() else checkpoint / "final"
     if not (weights / "config.json").is_file():
         raise WeightsError(f"{checkpoint}: no weights there; name a finished run, or a folder of weights")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import subprocess
 import sys
 
 import pytest
 
-from framestream.pipeline.utils.command_line import CommandParser, integer_option, number_option, run_safely
+from framestream.pipeline.utils.command_line import (
+    CommandParser,
+    integer_option,
+    name_option,
+    number_option,
+    path_option,
+    run_safely,
+)
+from tests.helpers.paths import ROOT
 
 SCRIPT = """
 import sys
@@ -114,3 +124,43 @@ def test_wrong_options_are_named(arguments, expected, capsys):
 def test_right_options_are_read():
     options = parser().parse_args(["--text", "-- what is --this", "--frames", "8", "--heat", "0", "--share", "1"])
     assert vars(options) == {"text": "-- what is --this", "frames": 8, "heat": 0.0, "share": 1.0}
+
+
+#: options that are neither numbers nor paths
+TEXTS = {"--set", "--question", "--address", "--local_rank"}
+
+
+def option_calls():
+    """(file, name, keywords) of every option of every command."""
+    folders = ("trainer", "trainer/evaluation", "tools")
+    for path in sorted(path for folder in folders for path in (ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                yield path.name, ast.literal_eval(node.args[0]), keywords
+
+
+def test_every_option_of_every_command_is_checked():
+    """Numbers have bounds, and paths expand; an option of bare text is named here."""
+    kinds = ("integer_option(", "number_option(", "path_option", "name_option")
+    found = list(option_calls())
+    assert len(found) > 40
+    assert not [
+        (file, name)
+        for file, name, keywords in found
+        if name not in TEXTS
+        and "choices" not in keywords
+        and keywords.get("action") != "'store_true'"
+        and not keywords.get("type", "").startswith(kinds)
+    ]
+
+
+def test_paths_and_names_expand(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("FS_A", "/a")
+    assert str(path_option("~/x")) == name_option("~/x") == "/home/me/x"
+    assert str(path_option("$FS_A/x")) == name_option("${FS_A}/x") == "/a/x"
+    assert name_option("https://host/~$FS_A") == "https://host/~$FS_A"
+    for text in ("https://host/x", "$FS_NONE/x", "", " ", "a\0b"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            path_option(text)
