@@ -327,7 +327,9 @@ def test_another_build_at_the_address_is_read_anew(server, tmp_path):
         FrameReader(Index.open(tmp_path / str(vlen) / "stage2")).read_frames(0, list(range(vlen)), expected)
         assert np.array_equal(out, expected)
         found.append(index.fingerprint)
-        assert [path.name for path in index.storage.folder.iterdir() if path.is_dir()] == [index.fingerprint]
+        assert [path.name for path in index.storage.derived_folders[0].iterdir() if path.is_dir()] == [
+            index.fingerprint
+        ]
     assert found[0] != found[1]
 
 
@@ -338,7 +340,7 @@ def test_an_unfinished_or_mixed_copy_is_not_used(served, root, tmp_path):
     with pytest.raises(ShardsError, match="files are not those of build.json; copy the finished root there again"):
         Index.open(address, reading)
     left = (
-        open_storage(address, reading).folder
+        open_storage(address, reading).derived_folders[0]
         / f"{json.loads((root / 'stage2' / 'build.json').read_text())['index_fingerprint']}.tmp"
     )
     assert left.is_dir()
