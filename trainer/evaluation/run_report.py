@@ -211,7 +211,7 @@ def _rate_lines(run: Run, parts: list[str]) -> list[Line]:
     """Draw one line for each distinct schedule of the learning rate, named after the parts that follow it."""
     schedules: dict[tuple[float, ...], list[str]] = {}
     for part in parts:
-        schedules.setdefault(tuple(record["lr"].get(part, 0.0) for record in run.steps), []).append(part)
+        schedules.setdefault(tuple(record.get("lr", {}).get(part, 0.0) for record in run.steps), []).append(part)
     x = [record["step"] for record in run.steps]
     return [
         Line(", ".join(names).replace("_", " "), x, rates, PART_COLORS[names[0]]) for rates, names in schedules.items()

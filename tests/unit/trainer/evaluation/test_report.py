@@ -131,3 +131,11 @@ def test_the_line_that_is_being_written_is_left_out(tmp_path):
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 8, "lo')
     assert summary(read_run(run))["done"] == 7
+
+
+def test_a_log_without_learning_rates_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run", steps=3)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    del lines[1]["lr"]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "learning rate" in render([read_run(folder)])
