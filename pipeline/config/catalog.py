@@ -65,6 +65,8 @@ def expand_catalogs(value: LocatedDict, path: Path, load: Callable[[Path], Any])
             names = [expand_path(name) for name in names]
         except PathError as error:
             raise ManifestError(f"data.catalogs: {error}") from None
+        if missing := [name for name in names if not (path.parent / name).is_file()]:
+            raise ManifestError(f"data.catalogs: {path.parent / missing[0]}: no such file; correct the name")
     entries = [entry for name in names for entry in read_catalog(path.parent / name, load)]
     with _placed(value, path):
         _sample(entries, sampling, "data.sampling")

@@ -96,7 +96,12 @@ def _read(path: Path, above: tuple[Path, ...], read: list[Path]) -> LocatedDict:
     merged = LocatedDict()
     for base in bases:
         beside = path.parent / _expand(base, f"{value.places['extends']}: extends")
-        extended = beside if beside.is_file() else shipped_manifest(base) or beside
+        extended = beside if beside.is_file() else shipped_manifest(base)
+        if extended is None:
+            place = value.places["extends"]
+            raise ManifestError(
+                f"{place}: extends: {beside}: no such file; name one beside this file, or a shipped one"
+            )
         merged = merge_mappings(merged, _read(extended, (*above, path.resolve()), read))
     return merge_mappings(merged, value)
 

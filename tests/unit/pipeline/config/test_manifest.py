@@ -249,14 +249,14 @@ def test_missing_field_is_named(tmp_path, name):
         ("stage: 1\nseed: 1\nstage: 2\n", "`stage` is given twice"),
         ("extends: []", "extends: expected a file name or a list of them, got [] (list)"),
         ("extends: [3]", "extends: expected a file name or a list of them"),
-        ("extends: nowhere.yaml", "nowhere.yaml: cannot be read (No such file or directory)"),
-        ("extends: [nowhere.yaml]", "nowhere.yaml: cannot be read (No such file or directory)"),
+        ("extends: nowhere.yaml", "m.yaml:1: extends: PATH/nowhere.yaml: no such file"),
+        ("extends: [nowhere.yaml]", "m.yaml:1: extends: PATH/nowhere.yaml: no such file"),
         ("extends: m.yaml", "extends: the file extends itself"),
         ("extends: [m.yaml]", "extends: the file extends itself"),
     ],
 )
 def test_unreadable_file(tmp_path, text, part):
-    assert part in refusal(write(tmp_path, text))
+    assert part.replace("PATH", str(tmp_path)) in refusal(write(tmp_path, text))
 
 
 def test_file_that_is_not_text(tmp_path):
@@ -489,5 +489,5 @@ def test_extends_is_beside_the_manifest_or_shipped_and_nowhere_else(tmp_path, mo
     (tmp_path / "basis.yaml").write_text("stage: 1\n", encoding="utf-8")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "own.yaml").write_text("extends: basis.yaml\n", encoding="utf-8")
-    with pytest.raises(ManifestError, match=r"^below/basis\.yaml: cannot be read"):
+    with pytest.raises(ManifestError, match=r"^below/own\.yaml:1: extends: below/basis\.yaml: no such file"):
         load_manifest("below/own.yaml")
