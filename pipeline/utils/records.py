@@ -38,6 +38,30 @@ def load_json(data: bytes | str) -> Any:
         raise ValueError("its values are nested too deep") from None
 
 
+def read_json_lines(path: Path) -> list[tuple[int, bytes, Any]]:
+    """Read a file of JSON lines: number from 1, text and value of each, without an incomplete last line.
+
+    A line that is not JSON has the value None.
+
+    Raises:
+        OSError: the file cannot be read.
+        RecordError: it is too large.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise RecordError(f"{path}: has over {MAX_BYTES:,} bytes; is it another file?")
+    found: list[tuple[int, bytes, Any]] = []
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append((number, line, load_json(line)))
+        except ValueError:
+            if number < len(lines):  # else it is incomplete, or empty
+                found.append((number, line, None))
+    return found
+
+
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a record, completely or not at all.
 

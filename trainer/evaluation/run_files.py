@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from framestream.pipeline.utils.records import RecordError, load_json, read_record
+from framestream.pipeline.utils.records import RecordError, read_json_lines, read_record
 
-MAX_LINES_BYTES = 1 << 30  #: of a file of JSON lines
 LARGEST = 1e18  #: of a number that is shown
 #: fields of a line of log.jsonl that are shown: whether the value is a whole number
 LOG_FIELDS = {
@@ -63,22 +62,10 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
 
     A line that is not JSON has the value None.
     """
-    with path.open("rb") as file:
-        data = file.read(MAX_LINES_BYTES + 1)
-    if len(data) > MAX_LINES_BYTES:
-        raise ReportError(f"{path}: has over {MAX_LINES_BYTES:,} bytes; is it another file?")
-    lines = data.split(b"\n")
-    last = lines.pop()  # empty if the last line is complete
-    found: list[tuple[int, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append((number, load_json(line)))
-        except ValueError:
-            found.append((number, None))
     try:
-        return [*found, (len(lines) + 1, load_json(last))]
-    except ValueError:
-        return found
+        return [(number, value) for number, _, value in read_json_lines(path)]
+    except RecordError as error:
+        raise ReportError(str(error)) from None
 
 
 def _log_fault(line: Any, parts: Sequence[str]) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from framestream.pipeline.utils.atomic_io import write_atomic
+from framestream.pipeline.utils.records import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +84,16 @@ def _finite(value: object) -> object:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, and an incomplete last line, from a log. Replaces the file atomically."""
+    """Drop the lines after ``step`` and those that are damaged from a log. Replaces the file atomically."""
     if not path.exists():
         return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if record["step"] > step:
-            break
-        lines.append(line + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, path)
+    lines: list[bytes] = []
+    last = 0
+    for number, line, record in read_json_lines(path):
+        found = record.get("step") if isinstance(record, dict) else None
+        if type(found) is not int or found <= last:
+            logger.warning("%s: line %d is damaged and is removed", path, number)
+        elif found <= step:
+            lines.append(line + b"\n")
+            last = found
+    write_atomic(path, b"".join(lines))

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from framestream.pipeline.shards.ledger import LedgerRow
+from framestream.pipeline.utils.atomic_io import write_atomic
+from framestream.pipeline.utils.records import read_json_lines
+
+logger = logging.getLogger(__name__)
 
 
 class RunLedger:
@@ -38,9 +44,7 @@ class RunLedger:
         """Drop the rows of global batches from the loader's ``state`` on, because the run repeats them."""
         for path in self._own():
             rows = [row for row in _rows(path) if row["epoch"] is None or _position(row) < _position(state)]
-            part = path.with_suffix(".part")
-            part.write_text("".join(map(_line, rows)), encoding="utf-8")
-            os.replace(part, path)
+            write_atomic(path, "".join(map(_line, rows)).encode())
 
     def record(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
         """Record dialogues of a global batch that could not be read, as (key, reason)."""
@@ -52,7 +56,12 @@ class RunLedger:
 
     def _own(self) -> list[Path]:
         paths = sorted(self.folder.glob("rank*.jsonl"))
-        return [path for path in paths if int(path.stem.removeprefix("rank")) % self._world == self._rank]
+        numbers = [re.fullmatch(r"rank([0-9]{1,9})", path.stem) for path in paths]
+        return [
+            path
+            for path, number in zip(paths, numbers, strict=True)
+            if number and int(number[1]) % self._world == self._rank
+        ]
 
     def _write(self, reason: str, dialogues: Iterable[tuple[str, str]], epoch: int | None, step: int | None) -> None:
         with contextlib.ExitStack() as stack:
@@ -67,20 +76,29 @@ class RunLedger:
 
 def not_finite_before(run: Path, state: Mapping[str, int]) -> int:
     """Return the number of global batches before the loader's ``state`` that were not finite on any rank."""
-    rows = (row for row in read_run_ledger(run) if row["reason"] == "not_finite")
+    rows = (row for row in read_run_ledger(run) if row["reason"] == "not_finite" and row["epoch"] is not None)
     return len({_position(row) for row in rows if _position(row) < _position(state)})
 
 
 def read_run_ledger(run: Path) -> Iterator[dict]:
-    """Yield all rows of a run's ledger. Skips the incomplete line of a killed process."""
+    """Yield all rows of a run's ledger. Skips the incomplete line of a killed process, and logs damaged lines."""
     for path in sorted((run / "ledger").glob("rank*.jsonl")):
         yield from _rows(path)
 
 
 def _rows(path: Path) -> Iterator[dict]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    for number, _, row in read_json_lines(path):
+        if _is_row(row):
+            yield row
+        else:
+            logger.warning("%s: line %d is damaged and is left out", path, number)
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("key", "reason", "message")):
+        return False
+    position = [row.get("epoch", ""), row.get("step", "")]
+    return position == [None, None] or all(type(number) is int and number >= 0 for number in position)
 
 
 def _line(row: Mapping) -> str:

@@ -56,3 +56,14 @@ def test_the_progress_line_has_all_figures():
     for part in ("loss 1.250", "connector 1.0e-03", "1234 tokens/s", "56 frames/s", "waiting 3%", "MFU 41.3%"):
         assert part in text
     assert "memory 1.50 GiB" in text and "grad 0.75" in text and "skipped 2" in text and "finite" not in text
+
+
+@pytest.mark.parametrize("damage", ["3", "null", "{}", '{"step": true}', '{"step": "2"}', '{"step": 1}', "{", "\x80"])
+def test_damaged_lines_are_named_and_removed(tmp_path, caplog, damage):
+    write(tmp_path, 0, [record(step) for step in (1, 2, 3)])
+    path = tmp_path / "log.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, damage, *rest, ""]), encoding="latin-1")
+    write(tmp_path, 2, [record(3, loss=9.0)])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert f"{path}: line 2 is damaged and is removed" in caplog.text

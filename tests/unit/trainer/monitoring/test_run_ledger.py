@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from framestream.pipeline.shards.ledger import REASONS, SCHEMA
-from framestream.trainer.monitoring.run_ledger import RunLedger, read_run_ledger
+from framestream.trainer.monitoring.run_ledger import RunLedger, not_finite_before, read_run_ledger
 
 
 def entries(run: Path) -> list[tuple]:
@@ -55,3 +55,29 @@ def test_files_of_missing_ranks_are_maintained(tmp_path):
     for rank in range(3):
         RunLedger(tmp_path, rank, 3).start()
     assert entries(tmp_path) == []
+
+
+DAMAGED = [
+    "3",
+    "null",
+    "[]",
+    "{}",
+    '{"key": 1}',
+    "\\xff",
+    '{"key":"a","reason":"cut","message":"","epoch":true,"step":0}',
+    "",
+]
+
+
+def test_damaged_rows_are_named_and_left_out(tmp_path, caplog):
+    ledger = RunLedger(tmp_path, 0, 1)
+    ledger.start([("d0", "too long")])
+    ledger.not_finite([("d1", "nan")], 0, 1)
+    path = tmp_path / "ledger" / "rank000.jsonl"
+    sound = path.read_text().splitlines()
+    path.write_text("\n".join([sound[0], *DAMAGED, sound[1], ""]))
+    (tmp_path / "ledger" / "rankx.jsonl").write_text("other\n")
+    assert not_finite_before(tmp_path, {"epoch": 0, "step": 2}) == 1
+    ledger.resume({"epoch": 0, "step": 2})
+    assert path.read_text().splitlines() == sound
+    assert f"{path}: line 2 is damaged and is left out" in caplog.text
