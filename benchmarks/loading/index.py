@@ -208,7 +208,7 @@ def measure_index(folder: Path, samples: int) -> IndexMeasurement:
         if done >= (len(reading) + 1) * samples // 10:
             reading.append(process_memory())
     stream.close()
-    state = loader.state_dict() | {"epoch": 1, "step": len(loader) // 2}
+    state = loader.state_dict() | {"epoch": 1, "step": loader.num_batches // 2}
     del stream, loader
     started = time.perf_counter()
     loader = build_loader(config)

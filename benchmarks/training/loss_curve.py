@@ -96,7 +96,7 @@ def train_plain(manifest: Manifest) -> tuple[list[float], Choices]:
         parameter_groups(model.parts(), options), lr=0.0, betas=(options.beta1, options.beta2), eps=options.epsilon
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses, choices, steps, loss = [], {}, total_steps(manifest, len(loader)), 0.0
+    losses, choices, steps, loss = [], {}, total_steps(manifest, loader.num_batches), 0.0
     with record_choices(choices):
         for row in (row for _ in range(options.epochs) for row in loader):
             row.drop_path_rand = drop_path_random(row, manifest.seed, model.vision_tower.num_drop_path_rands)
@@ -170,7 +170,7 @@ def main() -> int:
         if options.keep:
             shutil.move(run, options.keep)
     losses, choices = train_plain(manifest)
-    batches = len(build_loader(resolve_cost(manifest)))
+    batches = build_loader(resolve_cost(manifest)).num_batches
     flip = first_difference(chosen, choices)
     return 0 if report([record["loss"] for record in records], losses, flip, batches) else 1
 

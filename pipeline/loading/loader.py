@@ -1,7 +1,7 @@
 """Batches for one rank: the order comes from a plan, and threads or worker processes decode ahead.
 
     loader = build_loader(manifest, rank, world_size)
-    for batch in loader:            # one row of this rank; batch.is_last ends a global batch
+    for batch in loader:            # len(loader) rows of this rank; batch.is_last ends a global batch
         ...
     loader.state_dict()             # the number of global batches returned, and what decides their order
 
@@ -31,6 +31,7 @@ from framestream.pipeline.loading.pending_row import PendingRow
 from framestream.pipeline.planning.dataset import open_dataset
 from framestream.pipeline.planning.epoch_plan import EpochPlan
 from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
+from framestream.pipeline.utils.differences import describe_changes
 
 __all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader", "validate_state"]
 
@@ -75,11 +76,9 @@ def validate_state(owner: str, saved: Mapping[str, Any], current: Mapping[str, A
         current: the same values now.
 
     Raises:
-        StateError: one line that names every difference.
+        StateError: one line that names up to three fields that differ.
     """
-    names = sorted(name for name in current.keys() | saved.keys() if current.get(name) != saved.get(name))
-    if names:
-        differences = ", ".join(f"{name} (saved: {saved.get(name)}, now: {current.get(name)})" for name in names)
+    if differences := describe_changes(saved, current, ("saved", "now")):
         raise StateError(
             f"Cannot resume: the saved {owner} state was created with different data or settings: {differences}. "
             f"Restore them, or start a new run."
@@ -93,12 +92,21 @@ class Loader:
         self._plan, self._dataset = plan, plan.dataset
         self._rank, self._world = rank, world_size
         self._epoch, self._step = 0, 0
+        self._pass = 0, 0  #: epoch and first global batch of the pass that runs, or else of the next one
         self._unreadable: list[str] = []
         loader = plan.manifest.loader
         self._pool = BufferPool(loader.prefetch_mb << 20, shared=loader.workers > 0)
 
     def __len__(self) -> int:
-        """Number of global batches in an epoch, equal on all ranks."""
+        """Number of rows that the current pass gives this rank, or the next one if none runs; equal on all ranks.
+
+        Epochs may differ in it. The first call for an epoch packs all of its global batches.
+        """
+        return self._plan.num_rows(*self._pass) // self._world
+
+    @property
+    def num_batches(self) -> int:
+        """Number of global batches in an epoch, which are the optimizer steps of the trainer; equal on all ranks."""
         return self._plan.num_batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,11 +120,21 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position saved in ``state``. The next iteration starts with the global batch after it.
 
+        A pass that runs is not moved: it goes on, and the next one starts at ``state``.
+
         Raises:
-            StateError: the state was created with another index, or with other settings that decide the order.
+            StateError: the state was created with another index, or with other settings that decide the order; or it is
+                not a state of a loader.
         """
-        validate_state("loader", state["fingerprint"], self._plan.fingerprint())
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        epoch, step, fingerprint = (state.get(name) for name in ("epoch", "step", "fingerprint"))
+        if not isinstance(fingerprint, Mapping):
+            raise StateError("not the state of a loader; pass what state_dict() returned")
+        validate_state("loader", fingerprint, self._plan.fingerprint())
+        if type(epoch) is not int or type(step) is not int or epoch < 0 or not 0 <= step < self.num_batches:
+            raise StateError(
+                f"epoch {epoch}, step {step}: not a position of {self.num_batches} global batches an epoch"
+            )
+        self._epoch, self._step = self._pass = epoch, step
 
     def report(self) -> EpochSummary:
         """Summarize the first epoch by root and entry. It only reads lengths."""
@@ -140,7 +158,7 @@ class Loader:
                 lists the last of them was returned before.
             DecodeWorkerError: a worker process died, failed or hangs.
         """
-        epoch = self._epoch
+        self._pass = epoch, _ = self._epoch, self._step
         rows = self._rows(epoch, self._step)
         pending: deque[PendingRow] = deque()
         pool, decoder = self._pool, self._make_decoder()
@@ -153,13 +171,14 @@ class Loader:
                 row = pending.popleft()
                 batch = row.finish(decoder, pool)
                 if batch.is_last:
-                    ended = batch.step + 1 == len(self)
+                    ended = batch.step + 1 == self.num_batches
                     self._epoch, self._step = (epoch + 1, 0) if ended else (epoch, batch.step + 1)
                 del row  # only the consumer may refer to the pixels, so that their buffer can be reused
                 yield batch
                 self._count(batch.skipped)  # after the batch was returned, so that the consumer can record the reasons
                 del batch
         finally:
+            self._pass = self._epoch, self._step
             decoder.close()
             for row in pending:
                 row.abandon(pool)
@@ -172,7 +191,7 @@ class Loader:
 
     def _rows(self, epoch: int, first: int) -> Iterator[PendingRow]:
         """The rows of this rank, planned one global batch at a time."""
-        for step in range(first, len(self)):
+        for step in range(first, self.num_batches):
             planned = self._plan.global_batch(epoch, step)
             count = len(planned.rows) // self._world
             for index in range(count):

@@ -17,7 +17,7 @@ from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.config.subset import select_subset
 from framestream.pipeline.planning.dataset import ConcatDataset, mix_roots
 from framestream.pipeline.planning.mixing import CHUNK, EntryQuota, apportion, draw_samples, epoch_order
-from framestream.pipeline.planning.packing import costs, pack
+from framestream.pipeline.planning.packing import costs, count_rows, pack
 from framestream.pipeline.shards.index import ShardsError
 
 
@@ -41,6 +41,7 @@ class EpochPlan:
         side = manifest.frames.size // manifest.model.vision_tower.patch
         self.patches = side * side  #: vision patches of a frame
         self._epoch, self._order = 0, self._compute_order(0)
+        self._row_counts: tuple[int, list[int]] = -1, []  # an epoch, and the number of rows of each global batch
         if not len(self._order):
             raise ShardsError(
                 f"{self._roots()}: batching.order modality_length drops the last global batch of each modality, and "
@@ -115,14 +116,33 @@ class EpochPlan:
 
     def global_batch(self, epoch: int, step: int) -> GlobalBatch:
         """Pack slice ``step`` of the order of the epoch into rows."""
-        batching, size = self.manifest.batching, self.manifest.batching.global_batch
-        members = self.order(epoch)[step * size : (step + 1) * size].astype(np.int64)
+        batching, members = self.manifest.batching, self._members(epoch, step)
         dataset = self.dataset.for_epoch(epoch)
         lengths = dataset.length[members].astype(np.int64)
         packed = pack(lengths, self.costs(epoch, members), self.manifest.text.max_tokens, batching.row_multiple)
         by_token = batching.loss_weight == "token"
         weight = float(dataset.num_label_tokens[members].sum()) if by_token else float(len(members))
         return GlobalBatch([members[row] for row in packed], weight)
+
+    def num_rows(self, epoch: int, first: int = 0) -> int:
+        """Count the rows of the global batches of an epoch from number ``first`` on.
+
+        The first call for an epoch packs each of its global batches, which takes some milliseconds for each.
+        """
+        if self._row_counts[0] != epoch:
+            batching, limit = self.manifest.batching, self.manifest.text.max_tokens
+            length, counts = self.dataset.for_epoch(epoch).length, []
+            for step in range(self.num_batches):
+                members = self._members(epoch, step)
+                lengths = length[members].astype(np.int64)
+                counts.append(count_rows(lengths, self.costs(epoch, members), limit, batching.row_multiple))
+            self._row_counts = epoch, counts
+        return sum(self._row_counts[1][first:])
+
+    def _members(self, epoch: int, step: int) -> np.ndarray:
+        """Return the numbers of the dialogues of a global batch, int64 (n,)."""
+        size = self.manifest.batching.global_batch
+        return self.order(epoch)[step * size : (step + 1) * size].astype(np.int64)
 
     def token_weight(self, row: int, epoch: int) -> float:
         """Return the loss weight of each labeled token of one dialogue."""

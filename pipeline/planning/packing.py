@@ -50,14 +50,16 @@ def pack(lengths: np.ndarray, cost: np.ndarray, max_tokens: int, row_multiple: i
         R arrays of indices into ``lengths``, ascending within a row. Rows have descending cost, so that neighbors,
         which ranks run at the same time, are similar. Rows may be empty.
     """
-    if len(lengths) and lengths.max() > max_tokens:
-        raise ValueError(f"a dialogue of {lengths.max()} tokens does not fit a row of {max_tokens}")
-    most = cost.max(initial=0.0) or 1.0
-    units = (cost / most * UNITS).astype(np.int64)
+    units = _units(lengths, cost, max_tokens)
     target, row_of = _assign_rows(lengths, units, max_tokens, row_multiple)
     _refine(lengths, units, max_tokens, target, row_of)
     totals = np.bincount(row_of, units, len(target))  # integers below 2**53, so that their float sums are exact
     return [np.flatnonzero(row_of == row) for row in np.argsort(-totals, kind="stable")]
+
+
+def count_rows(lengths: np.ndarray, cost: np.ndarray, max_tokens: int, row_multiple: int) -> int:
+    """Return the number of rows of :func:`pack`, without the exchanges between rows."""
+    return len(_assign_rows(lengths, _units(lengths, cost, max_tokens), max_tokens, row_multiple)[0])
 
 
 def load_balance(costs: Sequence[np.ndarray], ranks: int) -> float:
@@ -71,6 +73,14 @@ def load_balance(costs: Sequence[np.ndarray], ranks: int) -> float:
     totals = np.array([row.sum() for row in costs]).reshape(-1, ranks)
     most = float(totals.max(axis=1).sum())
     return float(totals.sum()) / (most * ranks) if most else 1.0
+
+
+def _units(lengths: np.ndarray, cost: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Return the costs as integers, int64 (n,)."""
+    if len(lengths) and lengths.max() > max_tokens:
+        raise ValueError(f"a dialogue of {lengths.max()} tokens does not fit a row of {max_tokens}")
+    most = cost.max(initial=0.0) or 1.0
+    return (cost / most * UNITS).astype(np.int64)
 
 
 def _assign_rows(

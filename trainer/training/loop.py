@@ -14,7 +14,6 @@ sum(weight x cross entropy) / W. It does not depend on how dialogues are packed,
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -22,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.loading.loader import Loader, build_loader
 from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.pipeline.utils.yaml_parser import dump_yaml
 from framestream.trainer.checkpoint.disk_usage import describe_disk
 from framestream.trainer.checkpoint.load import load_checkpoint
-from framestream.trainer.checkpoint.save import check_settings, checkpoint_settings, save_checkpoint
+from framestream.trainer.checkpoint.save import check_settings, read_settings, save_checkpoint, write_settings
 from framestream.trainer.distributed.call_order import ModuleCallTracer
 from framestream.trainer.distributed.launchers import LaunchError
 from framestream.trainer.distributed.preemption import Preempted, PreemptionHandler
@@ -130,8 +129,8 @@ def _train(
     run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
     done = _resume(run, loader)
     if context.is_main:
-        write_atomic(folder / "settings.json", json.dumps(checkpoint_settings(manifest), indent=1).encode())
-        write_atomic(folder / "manifest.yaml", yaml.safe_dump(to_dict(manifest), sort_keys=False).encode())
+        write_settings(folder / "settings.json", manifest)
+        write_atomic(folder / "manifest.yaml", dump_yaml(to_dict(manifest)).encode())
     _run_steps(run, loader, done)
     watchdog.set_phase("writing the final weights")
     _write_final(model, run)
@@ -152,7 +151,7 @@ def _is_finished(manifest: Manifest, folder: Path, context: DistributedContext) 
         return False
     path = folder / "settings.json"
     if path.exists():  # absent if final/ was copied there by hand
-        check_settings(json.loads(path.read_text(encoding="utf-8")), manifest, folder / "final")
+        check_settings(read_settings(path), manifest, folder / "final")
     logger.info("%s: already trained", manifest.name)
     return True
 
@@ -222,10 +221,10 @@ class _StepMonitor:
 def _run_steps(run: RunContext, loader: Loader, done: int) -> None:
     """Run all optimizer steps after the first ``done``, with logs and checkpoints."""
     train = run.manifest.train
-    steps, saved = total_steps(run.manifest, len(loader)), done
+    steps, saved = total_steps(run.manifest, loader.num_batches), done
     logger.info(
         "%s: %d optimizer steps, at most %d epochs of %d global batches",
-        *(run.manifest.name, steps, train.epochs, len(loader)),
+        *(run.manifest.name, steps, train.epochs, loader.num_batches),
     )
     monitor = _StepMonitor(run, done, steps)
     not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0

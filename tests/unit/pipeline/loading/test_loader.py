@@ -259,7 +259,7 @@ def test_interruptions_and_world_sizes_change_no_global_batch(root, batch, limit
     whole = [done for _ in range(state["epoch"]) for done in straight.run(10**6)]
     assert got == whole
     assert straight.state() == state and state["step"] == 0
-    size = len(straight.ranks[0])
+    size = straight.ranks[0].num_batches
     assert [position for *position, _ in whole] == [[e, k] for e in range(state["epoch"]) for k in range(size)]
     for epoch in range(state["epoch"]):
         keys = [key for e, _, rows in whole if e == epoch for row in rows for key in row]
@@ -419,7 +419,7 @@ def test_shards_that_are_not_all_there_are_refused(tmp_path):
     with pytest.raises(ShardsError, match=f"{path.name}: is missing"):
         build_loader(manifest(folder))
     path.write_bytes(whole)
-    assert len(build_loader(manifest(folder))) == 1
+    assert build_loader(manifest(folder)).num_batches == 1
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(root):
@@ -502,7 +502,7 @@ def test_state_counts_what_was_returned_not_what_was_read(root, monkeypatch):
             batch = next(stream)
         assert len(ahead) == len(whole)  # all were started with the first
         state = loader.state_dict()
-        ended = batch.is_last and batch.step + 1 == len(loader)
+        ended = batch.is_last and batch.step + 1 == loader.num_batches
         assert (state["epoch"], state["step"]) == ((1, 0) if ended else (0, batch.step + batch.is_last))
         stream.close()
         if not ended:
@@ -543,3 +543,51 @@ def test_a_batch_that_is_let_go_gives_its_memory_to_later_ones(root, monkeypatch
     over = {"batching": {"global_batch": 1, "row_multiple": 1}, "loader__prefetch_mb": 3}
     assert sum(1 for _ in build_loader(manifest(root, **over))) == 21
     assert made == [MIN_BUFFER_BYTES] * len(made) and len(made) <= 3 + 2  # ahead, the consumer's, and the one before it
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_length_is_the_number_of_rows_of_a_pass(root, ranks):
+    made, lengths = manifest(root, loader__prefetch_mb=64, batching__global_batch=5, text__max_tokens=400), []
+    for rank in range(ranks):
+        loader, found = build_loader(made, rank, ranks), []
+        for epoch in range(2):
+            expected = len(loader)
+            rows = [(row, len(loader)) for row in loader]
+            assert [length for _, length in rows] == [expected] * len(rows) and len(rows) == expected
+            assert {row.epoch for row, _ in rows} == {epoch}
+            found.append(expected)
+        lengths.append(found)
+    assert all(found == lengths[0] for found in lengths)
+    assert loader.num_batches == len({row.step for row, _ in rows}) < sum(lengths[0])
+
+
+def test_the_length_of_a_resumed_or_left_pass_is_what_remains(root):
+    made = manifest(root, loader__prefetch_mb=64, batching__global_batch=5)
+    loader = build_loader(made)
+    rows = iter(loader)
+    while not next(rows).is_last:
+        pass
+    rows.close()
+    state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (0, 1)
+    left = len(loader)
+    again = Loader(loader._plan, 0, 1)
+    again.load_state_dict(state)
+    assert len(again) == left == sum(1 for _ in again) == sum(1 for _ in loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": 99}, "step 99: not a position"),
+        ({"step": -1}, "step -1: not a position"),
+        ({"epoch": None}, "epoch None"),
+        ({"epoch": 1.5}, "epoch 1.5"),
+        ({"fingerprint": None}, "not the state of a loader"),
+        ({"fingerprint": {}}, "different data or settings"),
+    ],
+)
+def test_a_state_that_is_no_position_is_refused(root, change, words):
+    loader = build_loader(manifest(root))
+    with pytest.raises(StateError, match=words):
+        loader.load_state_dict(loader.state_dict() | change)
