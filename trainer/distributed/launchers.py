@@ -15,6 +15,8 @@ from collections.abc import Mapping, MutableMapping
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: variables of unsupported launchers, with the launcher's name: each of their processes would train alone
 UNSUPPORTED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
+SLURM_REQUIRED = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+MAX_RANKS = 1_000_000
 EXIT_PREEMPTED = 75  #: exit status of a preempted run: EX_TEMPFAIL of sysexits.h, "try again"
 RESUME_HINT = "run the same command to resume from the last checkpoint"
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: signals that ask a run to save and exit
@@ -39,11 +41,15 @@ def setup_environment(environment: MutableMapping[str, str]) -> None:
         if missing := [name for name in REQUIRED if name not in environment]:
             raise LaunchError(f"RANK is set, {', '.join(missing)} not; set all of them, or start with torchrun")
         environment.setdefault("LOCAL_RANK", "0")
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        world = _number(environment, "WORLD_SIZE", 1, MAX_RANKS)
+        _number(environment, "RANK", 0, world - 1)
+        _number(environment, "LOCAL_RANK", 0, MAX_RANKS)
+        _number(environment, "MASTER_PORT", 1, 65_535)
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1, MAX_RANKS) > 1:
         environment.update(_from_slurm(environment))
     else:
         for name, launcher in UNSUPPORTED.items():
-            if int(environment.get(name, "1")) > 1:
+            if _number(environment, name, 1, MAX_RANKS) > 1:
                 raise LaunchError(
                     f"{launcher} started {environment[name]} processes, each of which would train alone; "
                     "start them with torchrun, deepspeed or srun"
@@ -54,6 +60,8 @@ def setup_environment(environment: MutableMapping[str, str]) -> None:
 def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
     """Translate srun's variables. ``MASTER_ADDR`` and ``MASTER_PORT`` keep values that are already set."""
     first, count = PORTS
+    if missing := [name for name in SLURM_REQUIRED if not environment.get(name)]:
+        raise LaunchError(f"SLURM_STEP_NUM_TASKS is set, {', '.join(missing)} not; start with srun or torchrun")
     # one device without a comma: Slurm shows each task its own GPU only, as device 0
     one_device = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))
     return {
@@ -61,13 +69,31 @@ def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": "0" if one_device else environment["SLURM_LOCALID"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(first + int(environment["SLURM_JOB_ID"]) % count),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(first + _number(environment, "SLURM_JOB_ID", 0) % count),
     }
 
 
 def process_rank(environment: Mapping[str, str]) -> int:
     """Return the rank of this process, also before :func:`setup_environment`; 0 without a launcher."""
-    return int(environment.get("RANK") or environment.get("SLURM_PROCID") or "0")
+    text = environment.get("RANK") or environment.get("SLURM_PROCID") or "0"
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
+
+def describe_join_error(error: Exception, environment: Mapping[str, str]) -> str:
+    """Say in one line why this process could not join the others, and what helps."""
+    rank, host, port = (environment.get(name, "") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    reason = " ".join(str(error).split())
+    if "EADDRINUSE" in reason or "already in use" in reason:
+        return f"MASTER_PORT {port}: in use by another program on {host}; set another port for all ranks"
+    return f"rank {rank} cannot reach the others at {host}:{port} ({reason:.200}); check MASTER_ADDR and MASTER_PORT"
+
+
+def _number(environment: Mapping[str, str], name: str, low: int, high: int = 2**31 - 1) -> int:
+    """Return the whole number in a variable; ``low`` if it is not set."""
+    text = environment.get(name, str(low))
+    if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
+        raise LaunchError(f"{name}: must be a whole number from {low:,} to {high:,}, not {text!r:.40}; correct it")
+    return int(text)
 
 
 def first_host(nodes: str) -> str:
