@@ -93,9 +93,8 @@ def main() -> int:
     faults = fault_lines(outcomes)
     print(*faults, sep="\n")
     print(summary_table(outcomes))
-    print(
-        f"seed {options.seed}: {len(outcomes):,} mutants, {total:,} now in {time.monotonic() - started:,.0f} s, {len(faults)} not right"
-    )
+    seconds = time.monotonic() - started
+    print(f"seed {options.seed}: {len(outcomes):,} mutants ({total:,} in {seconds:,.0f} s), {len(faults)} not right")
     return 1 if faults else 0
 
 

@@ -36,6 +36,7 @@ from framestream.tools import build_shards
 from framestream.tools.builder.build import BuildOptions, build
 from framestream.tools.common.errors import WorkerError
 
+NOTHING_BUILT = 3  #: status of a build that is finished, without any dialogue of some entry
 EXTRA = "[{annotation: samples.json, root: media}, {annotation: held.jsonl, root: media, split: val}, EXTRA]"
 VIDEOS = {
     "h264.mp4": "libx264",
@@ -51,7 +52,7 @@ IMAGES = ("a.jpg", "b.png", "c.webp", "d.bmp", "e.tiff", "f.gif", "g.ppm")
 def build_root(file: str) -> Reading:
     """Build the root, or finish it, and read what it contains."""
     use_this_process()
-    call_main(build_shards.main, *BUILD)
+    call_main(build_shards.main, *BUILD, accepted=NOTHING_BUILT)
     return read_root(ROOT)
 
 
@@ -68,6 +69,16 @@ def stop_build(corpus: Path) -> None:
     copy_parts("media", "samples.json", "held.jsonl", TOKENIZER, MANIFEST)(corpus)
     try:
         build(load_manifest(MANIFEST), run_until(1), BuildOptions())
+    except WorkerError:
+        return
+    raise AssertionError("the build has one task and was not stopped")
+
+
+def stop_archives(corpus: Path) -> None:
+    """Leave a stopped build from archives, whose work folder has fetched files."""
+    prepare_archives(corpus)
+    try:
+        build(load_manifest(MANIFEST), run_until(1), BuildOptions(cache_bytes=1 << 30))
     except WorkerError:
         return
     raise AssertionError("the build has one task and was not stopped")
@@ -167,6 +178,7 @@ _SIDECARS = (f"{ROOT}/*/shardindex.json", f"{ROOT}/*/*.idx", f"{ROOT}/*/.nv-meta
 
 BUILD_TARGETS = (
     Target("work-folder", stop_build, (f"{ROOT}/work/**/*",), build_root),
+    Target("work-cache", stop_archives, (f"{ROOT}/work/cache/**/*",), build_root, share=0.5),
     Target("growth", prepare_growth, (*_SIDECARS, f"{ROOT}/index/[dms]*.arrow", f"{ROOT}/ledger/*"), grow_root),
     Target("reader-files", copy_parts(SHARDS), _SIDECARS, verify_root),
     Target("archive-lists", prepare_lists, (f"{CACHE}/**/*",), build_root),

@@ -19,17 +19,17 @@ from framestream.tools.builder.task import BuildJob, make_worker
 from framestream.tools.common.errors import WorkerError
 
 
-def call_main(main: Callable[[Sequence[str]], int], *arguments: str) -> None:
+def call_main(main: Callable[[Sequence[str]], int], *arguments: str, accepted: int = 0) -> None:
     """Run the ``main`` of a command.
 
     Raises:
-        CommandError: it ended with another status than 0; the message has all output of this process.
+        CommandError: it ended with another status than 0 or ``accepted``; the message has all output of this process.
     """
     try:
         status = main(arguments)
     except SystemExit as exit_request:
         status = exit_request.code if isinstance(exit_request.code, int) else 1
-    if status:
+    if status not in (0, accepted):
         raise CommandError(f"status {status}: {printed()}")
 
 

@@ -14,6 +14,7 @@ from framestream.pipeline.adapters.dataset import ShardDataset
 from framestream.pipeline.adapters.types import SampleError
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.ledger import read_ledger
+from framestream.pipeline.storage.cache import RangeCache
 from framestream.tools import build_shards, inspect_shards, verify_shards
 
 PIXELS = ("input_ids", "labels", "token_weight", "visual_index", "clips", "image_tiles")
@@ -97,6 +98,26 @@ def read_ledger_file(file: str) -> Reading:
     return Reading(items)
 
 
+def fill_range_cache(corpus: Path) -> None:
+    """Copy a root, and cache its shards as a loader of a remote root does."""
+    copy_parts(SHARDS)(corpus)
+    cache = RangeCache(Path("fuzz-ranges"), 1 << 30)
+    for path in sorted(Path(ROOT).glob("*/*.tar")):
+        cache.put(str(path), [path.read_bytes()])
+
+
+def read_ranges(file: str) -> Reading:
+    """Read the shards from the cache. What is not there is read from the root, and cached again."""
+    cache = RangeCache(Path("fuzz-ranges"), 1 << 30)
+    items = {}
+    for path in sorted(Path(ROOT).glob("*/*.tar")):
+        found = cache.get(str(path))
+        data = path.read_bytes() if found is None else bytes(found)
+        cache.put(str(path), [data])
+        items[str(path)] = digest_of(data)
+    return Reading(items)
+
+
 _READ = copy_parts(SHARDS, TOKENIZER, MANIFEST)
 _BUILT = copy_parts(SHARDS, TOKENIZER, MANIFEST, "media", "samples.json", "held.jsonl")
 
@@ -107,5 +128,6 @@ SHARD_TARGETS = (
     Target("index-verified", _READ, (f"{ROOT}/index/[dms]*.arrow", f"{ROOT}/*/*.tar"), verify_root),
     Target("build-record", _BUILT, (f"{ROOT}/build.json",), read_twice),
     Target("token-cache", _READ, (f"{ROOT}/index/tokens-*.arrow",), read_epoch),
+    Target("range-cache", fill_range_cache, ("fuzz-ranges/**/*",), read_ranges, share=0.5),
     Target("ledger", _BUILT, (f"{ROOT}/ledger/ledger.parquet",), read_ledger_file),
 )
