@@ -69,14 +69,14 @@ def _build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=path_option, required=True, help="a finished run, or a folder of weights")
     parser.add_argument("--manifest", type=name_option, help="the stage's YAML (default: the run's own)")
     parser.add_argument(
-        "--video", type=name_option, action="append", default=[], help="a video, GIF or folder of frames; repeatable"
+        "--video", type=path_option, action="append", default=[], help="a video, GIF or folder of frames; repeatable"
     )
     parser.add_argument(
         "--start", type=number_option(0, MAX_SECONDS), help="second at which a clip of the video begins"
     )
     parser.add_argument("--end", type=number_option(0, MAX_SECONDS), help="second at which it ends")
     parser.add_argument(
-        "--image", type=name_option, action="append", default=[], help="an image, shown after the videos; repeatable"
+        "--image", type=path_option, action="append", default=[], help="an image, shown after the videos; repeatable"
     )
     parser.add_argument("--question", help="ask this and stop (default: read questions from the terminal)")
     parser.add_argument(
@@ -121,8 +121,8 @@ def _open_conversation(options: argparse.Namespace) -> Conversation:
     from framestream.trainer.inference.predictor import Predictor, resolve_run
 
     weights, manifest = resolve_run(options.checkpoint, options.manifest, options.set)
-    files = [MediaFile(path, options.start, options.end) for path in options.video]
-    files += [MediaFile(path, reader=IMAGE_READER) for path in options.image]
+    files = [MediaFile(str(path), options.start, options.end) for path in options.video]
+    files += [MediaFile(str(path), reader=IMAGE_READER) for path in options.image]
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     return Conversation(Predictor(weights, manifest), files, options.max_new_tokens, sampling)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framestream.pipeline.utils.command_line import integer_option, name_option, number_option, path_option, run_safely
+from framestream.pipeline.utils.command_line import integer_option, number_option, path_option, run_safely
 from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument("--root", type=path_option, required=True, help="folder that its image paths are relative to")
     parser.add_argument(
         "--video",
-        type=name_option,
+        type=path_option,
         action="append",
         required=True,
         help="insert the images in this video; repeat it for several videos",
@@ -58,7 +58,7 @@ def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) ->
 
     _check_options(options, manifest)
     frames, depths = sorted(set(options.frames)), sorted(set(options.depths))
-    haystack = Haystack(manifest, options.needles, options.root, options.video, frames, depths)
+    haystack = Haystack(manifest, options.needles, options.root, list(map(str, options.video)), frames, depths)
     return run_haystack(manifest, checkpoint, haystack)
 
 

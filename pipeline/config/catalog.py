@@ -30,7 +30,7 @@ from typing import Any
 
 from framestream.pipeline.config.data import EntryConfig, entry_name
 from framestream.pipeline.config.schema import ManifestError, from_dict, show_value
-from framestream.pipeline.utils.paths import PathError, expand_path
+from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 from framestream.pipeline.utils.yaml_parser import LocatedDict, find_place
 
 MAX_CATALOGS = 64  #: of a manifest
@@ -65,6 +65,8 @@ def expand_catalogs(value: LocatedDict, path: Path, load: Callable[[Path], Any])
             names = [expand_path(name) for name in names]
         except PathError as error:
             raise ManifestError(f"data.catalogs: {error}") from None
+        if addresses := [name for name in names if is_address(name)]:
+            raise ManifestError(f"data.catalogs: {addresses[0]:.200} is an address; give a file on this machine")
         if missing := [name for name in names if not (path.parent / name).is_file()]:
             raise ManifestError(f"data.catalogs: {path.parent / missing[0]}: no such file; correct the name")
     entries = [entry for name in names for entry in read_catalog(path.parent / name, load)]

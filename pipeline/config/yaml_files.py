@@ -8,7 +8,7 @@ from typing import Any
 import framestream
 from framestream.pipeline.config.catalog import expand_catalogs
 from framestream.pipeline.config.schema import ManifestError, show_value
-from framestream.pipeline.utils.paths import PathError, expand_path
+from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 from framestream.pipeline.utils.yaml_parser import MAX_BYTES, LocatedDict, YamlFormatError, parse_yaml
 
 MAX_FILES = 64  #: files that one manifest extends, each as often as it is read
@@ -26,6 +26,8 @@ def locate_manifest(name: str | Path) -> Path:
 
 
 def _expand(name: str, where: str) -> str:
+    if is_address(name):
+        raise ManifestError(f"{where}: {name:.200} is an address; give a file on this machine")
     try:
         return expand_path(name)
     except PathError as error:

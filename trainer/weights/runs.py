@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.pipeline.utils.paths import PathError, expand_path
+from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 from framestream.trainer.weights.tensor_files import WeightsError
 
 RANDOM = "random"  #: value of a field of ``init_from`` that names no path, also where there is a folder of that name
@@ -18,6 +18,8 @@ def resolve_weights(checkpoint: str | Path) -> Path:
     Raises:
         WeightsError: there are no weights.
     """
+    if is_address(str(checkpoint)):
+        raise WeightsError(f"{checkpoint}: is an address; give a folder on this machine")
     try:
         checkpoint = Path(expand_path(str(checkpoint)))
     except PathError as error:

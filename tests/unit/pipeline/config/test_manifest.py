@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import re
 import typing
 from collections.abc import Iterator
@@ -251,6 +252,8 @@ def test_missing_field_is_named(tmp_path, name):
         ("extends: [3]", "extends: expected a file name or a list of them"),
         ("extends: nowhere.yaml", "m.yaml:1: extends: PATH/nowhere.yaml: no such file"),
         ("extends: [nowhere.yaml]", "m.yaml:1: extends: PATH/nowhere.yaml: no such file"),
+        ("extends: https://host/a.yaml", "m.yaml:1: extends: https://host/a.yaml is an address; give a file on this"),
+        ("data: {catalogs: ['s3://b/a.yaml']}", "m.yaml:1: data.catalogs: s3://b/a.yaml is an address; give a file"),
         ("extends: m.yaml", "extends: the file extends itself"),
         ("extends: [m.yaml]", "extends: the file extends itself"),
     ],
@@ -480,6 +483,8 @@ def test_own_manifests_win_over_shipped_ones(tmp_path, monkeypatch):
     assert load_manifest("stage3.yaml").output == "mine"
     with pytest.raises(ManifestError, match=r"^stage9: cannot be read"):
         load_manifest("stage9")
+    with pytest.raises(ManifestError, match="^--manifest: https://host/m.yaml is an address"):
+        load_manifest("https://host/m.yaml")
     with pytest.raises(ManifestError, match="cannot be read"):
         load_manifest("manifests/../../../../etc/hostname")
 
@@ -491,3 +496,44 @@ def test_extends_is_beside_the_manifest_or_shipped_and_nowhere_else(tmp_path, mo
     (tmp_path / "below" / "own.yaml").write_text("extends: basis.yaml\n", encoding="utf-8")
     with pytest.raises(ManifestError, match=r"^below/own\.yaml:1: extends: below/basis\.yaml: no such file"):
         load_manifest("below/own.yaml")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_manifests_are_refused_in_one_line(tmp_path, seed):
+    """Bits, lines and values of a manifest are changed; it is read, or refused with the name of the file."""
+    rng = random.Random(seed)
+    sound = yaml.safe_dump(SMALL).encode()
+    values = [
+        b"null",
+        b"-1",
+        b"[1]",
+        b"{a: b}",
+        b".nan",
+        b"1e400",
+        b"*a",
+        b"&a",
+        b"<<",
+        b'"\\0"',
+        b"$X",
+        b"~u",
+        b"\xff",
+    ]
+    path = tmp_path / "m.yaml"
+    for _ in range(40):
+        data = bytearray(sound)
+        place, kind = rng.randrange(len(data)), rng.randrange(4)
+        if kind == 0:
+            data[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[place:]
+        elif kind == 2:
+            data[place:place] = data[place : place + rng.randrange(1, 60)] * rng.choice((1, 40))
+        else:
+            name, colon, _ = (lines := bytes(data).split(b"\n"))[number := rng.randrange(15)].partition(b":")
+            lines[number] = name + colon + b" " + rng.choice(values)
+            data = bytearray(b"\n".join(lines))
+        path.write_bytes(data)
+        try:
+            load_manifest(path)
+        except ManifestError as error:
+            assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1 and len(str(error)) < 500
