@@ -26,12 +26,12 @@ from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the 
 @run_safely("Stopped. Not everything was checked.")
 def main(arguments: Sequence[str] | None = None, prog: str = "verify_shards") -> int:
     """Run the command. Returns the exit status: 0 no findings, 1 findings, 2 bad input, 130 stopped."""
-    parser = CommandParser(prog=prog, description=__doc__.partition("\n\n")[2])
+    parser = CommandParser(prog=prog, description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("root", type=path_option, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument("--deep", action="store_true", help="also decode every frame")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--workers", metavar="K", type=integer_option(1), default=cores, help="processes (default: the available cores)"
+        "--workers", metavar="K", type=integer_option(1, 4096), default=cores, help="processes (default: the available cores)"
     )
     parser.add_argument(
         "--show", metavar="N", type=integer_option(1), default=100, help="findings to print (default: 100)"
