@@ -31,7 +31,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "verify_shards") ->
     parser.add_argument("--deep", action="store_true", help="also decode every frame")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--workers", metavar="K", type=integer_option(1, 4096), default=cores, help="processes (default: the available cores)"
+        "--workers",
+        metavar="K",
+        type=integer_option(1, 4096),
+        default=cores,
+        help="processes (default: the available cores)",
     )
     parser.add_argument(
         "--show", metavar="N", type=integer_option(1), default=100, help="findings to print (default: 100)"
