@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 from framestream.trainer.inference.generation import GREEDY, Sampling, decode_steps, prefill
-from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.model.video_llm import CACHE_KEYWORD, VideoLLM
 
 
 class ChatSession:
@@ -74,7 +74,7 @@ class ChatSession:
             inputs_embeds=model.model.embed_tokens(prompt.input_ids[cached:].to(self._device)).unsqueeze(0),
             attention_mask={"full_attention": (positions <= positions[cached:, None])[None, None]},
             position_ids=positions[cached:].unsqueeze(0),
-            past_key_values=self._cache,
+            **{CACHE_KEYWORD: self._cache},
             use_cache=True,
         ).last_hidden_state
         return model.lm_head(hidden[:, -1])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from framestream.pipeline.loading.batch import Batch
-from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.model.video_llm import CACHE_KEYWORD, VideoLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def decode_steps(
             inputs_embeds=model.language_model.model.embed_tokens(tokens).unsqueeze(1),
             attention_mask={"full_attention": present[:, None, None, : longest + new + 1]},
             position_ids=(length + new).unsqueeze(1),
-            past_key_values=cache,
+            **{CACHE_KEYWORD: cache},
             use_cache=True,
         ).last_hidden_state
         logits = model.language_model.lm_head(hidden[:, 0])

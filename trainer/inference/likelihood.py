@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from framestream.trainer.inference.generation import PrefillState
-from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.model.video_llm import CACHE_KEYWORD, VideoLLM
 
 
 class LogLikelihood(NamedTuple):
@@ -45,7 +45,7 @@ def loglikelihood(model: VideoLLM, state: PrefillState, answers: Sequence[Sequen
             inputs_embeds=model.language_model.model.embed_tokens(ids[:, :-1]),
             attention_mask={"full_attention": (positions <= positions[length:, None])[None, None]},
             position_ids=positions[length:].expand(len(answers), -1),
-            past_key_values=cache,
+            **{CACHE_KEYWORD: cache},
             use_cache=True,
         ).last_hidden_state
         logits = torch.cat([first, model.language_model.lm_head(hidden)], dim=1)

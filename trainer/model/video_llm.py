@@ -17,13 +17,14 @@ one dummy tile. Its tokens enter the row multiplied by zero, so gradients are ze
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, Qwen2Config, Qwen2ForCausalLM
+from transformers import Cache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.initialization import no_init_weights
 
 from framestream.pipeline.config.manifest import Manifest
@@ -36,6 +37,8 @@ from framestream.trainer.model.lm_head import ChunkedLMHead
 from framestream.trainer.model.tome import ToMeConnector
 from framestream.trainer.model.umt import UMT
 
+#: Keyword of the cache in calls of ``Qwen2Model``: transformers 5.24 renamed it, and 5.40 drops the old name.
+CACHE_KEYWORD = "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters else "past_key_values"
 MEAN = (0.485, 0.456, 0.406)  #: ImageNet
 STD = (0.229, 0.224, 0.225)
 TOWER_CLASSES: dict[str, type[UMT] | type[InternVideo2]] = {"umt": UMT, "internvideo2": InternVideo2}
@@ -92,7 +95,7 @@ class VideoLLM(nn.Module):
         output = self.language_model.model(
             inputs_embeds=self.embed(batch).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
-            past_key_values=cache,
+            **{CACHE_KEYWORD: cache},
             use_cache=cache is not None,
             segments=AttentionSegments.of_cu_seqlens(batch.cu_seqlens),
         )
