@@ -36,6 +36,7 @@ MAX_REDIRECTS = 10  #: followed for one request
 REDIRECT_TTL = 240.0  #: seconds for which ranged reads go straight to the target of an earlier redirect
 MAX_REDIRECT_CACHE = 1000  #: redirects remembered
 INVALID_URL = "the URL is invalid; correct the root map"
+INVALID_REDIRECT = "the server redirects to an invalid URL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +219,7 @@ class HttpClient:
             try:
                 target = str(httpx2.URL(target).join(response.headers["location"]))
             except httpx2.InvalidURL:
-                message = "the server redirects to an invalid URL"
-                raise TransientFetchError("unreachable", message, retries=0) from None
+                raise TransientFetchError("unreachable", INVALID_REDIRECT, retries=0) from None
             schemes = urlsplit(before).scheme, urlsplit(target).scheme
             if schemes[1] not in ("http", "https") or schemes == ("https", "http"):
                 message = f"the server redirects from {schemes[0]}: to {schemes[1]}:"
@@ -239,7 +239,10 @@ class HttpClient:
             request = self._client.build_request("GET", url, headers={**defaults, **headers}, timeout=timeout)
         except (httpx2.InvalidURL, ValueError):
             raise TransientFetchError("unreachable", INVALID_URL, retries=0) from None
-        return self._client.send(request, stream=True)
+        try:
+            return self._client.send(request, stream=True)
+        except httpx2.InvalidURL:  # of httpx2 2.14, which joins the redirect that it does not follow
+            raise TransientFetchError("unreachable", INVALID_REDIRECT, retries=0) from None
 
     def _collect(self, response: httpx2.Response, max_bytes: int, location: object, deadline: float) -> bytes:
         """Return the body. If it is longer than ``max_bytes``, return a part that is longer than that."""
@@ -339,6 +342,8 @@ def _transient_error(error: httpx2.TransportError, limits: FetchLimits, progress
     """Return the error of a failed connection. Its message names no URL, which could hold a password."""
     if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
         return TransientFetchError("unreachable", INVALID_URL, retries=0)
+    if isinstance(error, httpx2.RemoteProtocolError) and "location header" in str(error):
+        return TransientFetchError("unreachable", INVALID_REDIRECT, retries=0)
     if isinstance(error, httpx2.TimeoutException):
         return TransientFetchError("unreachable", f"nothing arrived for {limits.stall:g} s", progress=progress)
     if isinstance(error, httpx2.RemoteProtocolError) and "expected" in str(error):  # fewer bytes than Content-Length
