@@ -182,7 +182,7 @@ def _read_headers(stream: ReadAheadFile | GzipStream) -> Iterator[tarfile.TarInf
     """
     with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         last = -1
-        while info := tar.next():
+        while tar.offset and (info := tar.next()):  # 0: empty, where Python 3.10 would seek to -1
             # tarfile keeps an object of every member, which nothing here needs.
             tar.members.clear()  # type: ignore[attr-defined]  # typeshed declares TarFile without ``members``
             if info.offset <= last or not 0 <= info.size < MAX_SIZE:
