@@ -8,7 +8,8 @@ from typing import Any
 
 FIELDS = 3  #: fields that are described
 NAMES = 3  #: items of a list that are named
-SHOWN = 50  #: characters of a value or a name
+SHOWN_NAME = 50  #: characters of the name of an item
+SHOWN_VALUE = 120  #: characters of a value
 _NAME_FIELDS = ("name", "entry", "root")  #: the first of these that an item of a list has is its name
 
 
@@ -49,7 +50,7 @@ def _describe_items(before: Sequence[Mapping], after: Sequence[Mapping], words: 
     )
     parts = [f"{len(names):,} {word}: {_list_names(names)}" for word, names in groups if names]
     if changed:
-        first = f"{changed[0]:.{SHOWN}}: {describe_changes(old[changed[0]], new[changed[0]], words)}"
+        first = f"{changed[0]:.{SHOWN_NAME}}: {describe_changes(old[changed[0]], new[changed[0]], words)}"
         parts.append(f"{len(changed):,} changed, such as {first}")
     if not changed and both != [name for name in old if name in new]:
         parts.append("in another order")
@@ -68,10 +69,10 @@ def _by_name(items: Sequence[Mapping]) -> dict[str, Mapping]:
 
 
 def _list_names(names: Sequence[str]) -> str:
-    shown = ", ".join(f"{name:.{SHOWN}}" for name in names[:NAMES])
+    shown = ", ".join(f"{name:.{SHOWN_NAME}}" for name in names[:NAMES])
     return f"{shown}, ..." if len(names) > NAMES else shown
 
 
 def _show(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 3] + "..."

@@ -116,8 +116,8 @@ def test_ranks_that_differ_are_named(manifest: Path, tmp_path: Path) -> None:
     assert [one.returncode for one in done] == [2, 2]
     faults = [line for one in done for line in one.stderr.splitlines() if line.startswith("error: ")]
     assert len(faults) == 3 and all(fault.startswith("error: rank 1: ") for fault in faults)
-    assert f"output is '{tmp_path / 'other'}', on rank 0 '{tmp_path / 'run'}'" in faults[0]
-    assert "seed is 5, on rank 0 0" in faults[1] and "is not the folder that rank 0 sees" in faults[2]
+    assert f"output (rank 0: '{tmp_path / 'run'}', here: '{tmp_path / 'other'}')" in faults[0]
+    assert "seed (rank 0: 0, here: 5)" in faults[1] and "is not the folder that rank 0 sees" in faults[2]
 
 
 # names as `scontrol show hostnames` of Slurm 23 lists them first
