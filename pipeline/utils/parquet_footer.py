@@ -136,11 +136,14 @@ def _read_chunk(reader: _CompactReader) -> tuple[str, ColumnChunk]:
     return name, chunk
 
 
-def add_up_pages(read: Callable[[int, int], bytes], chunk: ColumnChunk) -> PageTotals:
-    """Return what the pages of a column chunk add up to. Of their data, only dictionaries are read.
+def add_up_pages(
+    read: Callable[[int, int], bytes], chunk: ColumnChunk, look_into_dictionaries: bool = True
+) -> PageTotals:
+    """Return what the pages of a column chunk add up to. Of their data, at most dictionaries are read.
 
     Args:
         read: returns bytes from an offset, fewer only at the end of the file.
+        look_into_dictionaries: read them; otherwise a dictionary may be one text.
 
     Raises:
         ValueError, LookupError, OSError: a page header or dictionary is damaged.
@@ -151,7 +154,8 @@ def add_up_pages(read: Callable[[int, int], bytes], chunk: ColumnChunk) -> PageT
         position += page.header
         values, size = values + page.values, size + page.size
         if page.is_dictionary and chunk.type == _BYTE_ARRAY:
-            largest = max(largest, _largest_text(page, chunk.codec, read, position))
+            found = _largest_text(page, chunk.codec, read, position) if look_into_dictionaries else page.size
+            largest = max(largest, found)
         position += page.packed
     return PageTotals(values, size, largest)
 

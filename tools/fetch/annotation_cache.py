@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
+import logging
 import os
 import re
 import shutil
@@ -20,8 +20,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from framestream.pipeline.config.manifest import ManifestError
-from framestream.pipeline.utils.atomic_io import file_sha256, fsync_path, write_atomic
+from framestream.pipeline.utils.atomic_io import file_sha256, fsync_path
 from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.pipeline.utils.paths import PathError, expand_path
+from framestream.pipeline.utils.records import RecordError, read_record, write_record
 from framestream.tools.fetch.base import FetchError
 from framestream.tools.fetch.host_health import SourcePool
 from framestream.tools.fetch.http.retry import FetchLimits
@@ -35,6 +37,10 @@ HUB_URL = re.compile(
     re.ASCII,
 )
 RECORD = "fetched.json"
+
+_FIX = "it is fetched again"
+
+logger = logging.getLogger(__name__)
 
 
 def remote_file(name: str) -> tuple[str, str] | None:
@@ -60,7 +66,10 @@ def remote_file(name: str) -> tuple[str, str] | None:
 def cache_folder(setting: str) -> Path:
     """Return the folder of ``data.cache``; ``~/.cache/framestream`` if the setting is empty."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "framestream"
-    return Path(setting or default).expanduser()
+    try:
+        return Path(expand_path(str(setting or default)))
+    except PathError as error:
+        raise ManifestError(f"data.cache: {error}") from None
 
 
 class AnnotationCache:
@@ -99,11 +108,20 @@ class AnnotationCache:
 
 
 def _is_intact(cached: Path) -> bool:
-    """Return whether a cached file exists and has the checksum that it was fetched with."""
-    try:
-        return json.loads((cached.parent / RECORD).read_bytes())["sha256"] == file_sha256(cached).hex()
-    except (OSError, ValueError, KeyError):
+    """Return whether a cached file exists and has the checksum that it was fetched with. The log names damage."""
+    if not cached.parent.exists():
         return False
+    try:
+        record = read_record(cached.parent / RECORD, "record of a fetched file", _FIX)
+        if record["sha256"] == file_sha256(cached).hex():
+            return True
+        reason = f"{cached}: damaged (its checksum differs)"
+    except RecordError as error:
+        reason = str(error).removesuffix(f"; {_FIX}")
+    except (OSError, KeyError) as error:
+        reason = f"{cached}: cannot be read back ({error!r})"
+    logger.warning("%s; %s", reason, _FIX)
+    return False
 
 
 def _store(file: Path, cached: Path, record: dict[str, Any]) -> None:
@@ -113,7 +131,7 @@ def _store(file: Path, cached: Path, record: dict[str, Any]) -> None:
     """
     renamed = file.rename(file.with_name(cached.name))
     record |= {"bytes": renamed.stat().st_size, "sha256": file_sha256(renamed).hex()}
-    write_atomic(renamed.parent / RECORD, canonical_json(record).encode())
+    write_record(renamed.parent / RECORD, record)
     shutil.rmtree(cached.parent, ignore_errors=True)  # an earlier file that is damaged
     os.rename(renamed.parent, cached.parent)
     fsync_path(cached.parent.parent)

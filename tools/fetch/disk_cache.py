@@ -2,9 +2,10 @@
 
 There are no locks. A cached file, or the files of a folder of frames, appear as a folder by one rename and never
 change. The name of the folder is derived from their origin and contents. They are used through hard links in the user's
-scratch folder, so evicting them takes nothing away from a reader. The entry that was used longest ago is evicted first
-(modification time of the folder, which every use updates). Scratch folders of processes that no longer run are removed
-when a cache is opened::
+scratch folder, so evicting them takes nothing away from a reader. Each entry also has an empty file whose name is the
+digest of the others. It is compared whenever they are used, and a damaged entry is evicted. The entry that was used
+longest ago is evicted first (modification time of the folder, which every use updates). Scratch folders of processes
+that no longer run are removed when a cache is opened::
 
     FOLDER/files/ab/abcdef.../   one cached file, or the files of one folder
     FOLDER/scratch/HOST-PID-.../ scratch folders, and entries that are being added or evicted
@@ -15,7 +16,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
+import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -26,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.pipeline.utils.digests import bytes_digest, file_digest
 from framestream.tools.fetch.base import MediaSource
 
 ABANDONED_AFTER = 24 * 3600  #: seconds after which a scratch folder of another machine counts as abandoned
@@ -33,6 +38,11 @@ MEASURE_SHARE = 256  #: the cache is measured again after one process has added 
 LOW_SHARE = 7 / 8  #: share of the limit that an eviction leaves, so that other processes may add files meanwhile
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_HARD_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  #: files are copied instead
+
+
+_MARK = re.compile(r"\.xxh3-[0-9a-f]{16}")
+
+logger = logging.getLogger(__name__)
 
 
 class DiskFullError(OSError):
@@ -72,6 +82,7 @@ class DiskCache:
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         self._files, self._scratch = Path(folder) / "files", Path(folder) / "scratch"
         self.max_bytes = max_bytes
+        self._has_warned = False
         self._added = max_bytes  # bytes since the last measurement; this value makes the first addition measure
         self._files.mkdir(parents=True, exist_ok=True)
         self._scratch.mkdir(exist_ok=True)
@@ -94,11 +105,22 @@ class DiskCache:
         """
         target = scratch / "cached"
         target.mkdir()
-        names = self._link_entry(self._entry_path(key), target)
-        if names and (tree or len(names) == 1):
+        path = self._entry_path(key)
+        names, marks = self._link_entry(path, target)
+        if names and (tree or len(names) == 1) and marks == [_digest_mark(target, names)]:
             return target if tree else target / names[0]
         shutil.rmtree(target)
+        if names or marks:
+            self._evict(path)
+            self._warn_damaged(path, had_digest=bool(marks))
         return None
+
+    def _warn_damaged(self, path: Path, had_digest: bool) -> None:
+        if had_digest:
+            logger.warning("%s: damaged (its digest differs); it is fetched again", path)
+        elif not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s: files without digests, as in older versions, are fetched again", self._files)
 
     def put(self, key: str, path: Path) -> None:
         """Add ``path``, a file or a folder of files in a scratch folder, as the entry of ``key``.
@@ -109,6 +131,8 @@ class DiskCache:
         size = sum(file.stat().st_size for file in files)
         entry_path = self._entry_path(key)
         if not self.max_bytes or size > self.max_bytes or entry_path.exists():
+            return
+        if any(_MARK.fullmatch(file.name) for file in files):
             return
         self._added += size
         if self._added > self.max_bytes // MEASURE_SHARE:
@@ -143,22 +167,27 @@ class DiskCache:
         name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
         return self._files / name[:2] / name
 
-    def _link_entry(self, entry_path: Path, target: Path) -> list[str]:
-        """Link the files of an entry into ``target``. Return their names; none if the entry does not exist."""
+    def _link_entry(self, entry_path: Path, target: Path) -> tuple[list[str], list[str]]:
+        """Link the files of an entry into ``target``.
+
+        Return their names, and the names of its marks; none if the entry does not exist.
+        """
         try:
             handle = os.open(entry_path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            return []
+            return [], []
         try:
-            names = sorted(os.listdir(handle))
+            listed = sorted(os.listdir(handle))
+            marks = [name for name in listed if _MARK.fullmatch(name)]
+            names = [name for name in listed if name not in marks]
             for name in names:
                 _link_or_copy(entry_path / name, target / name)
             os.utime(entry_path)
             # If the entry was evicted in between, the path leads to another folder or to none, and ``names`` may be
             # only a part of its files.
-            return names if os.stat(entry_path).st_ino == os.fstat(handle).st_ino else []
+            return (names, marks) if os.stat(entry_path).st_ino == os.fstat(handle).st_ino else ([], [])
         except FileNotFoundError:
-            return []
+            return [], []
         finally:
             os.close(handle)
 
@@ -170,6 +199,7 @@ class DiskCache:
             for file in files:
                 _link_or_copy(file, ready / file.name)
                 fsync_path(ready / file.name)
+            (ready / _digest_mark(ready, [file.name for file in files])).touch()
             try:
                 os.rename(ready, entry_path)
             except OSError as error:
@@ -279,6 +309,12 @@ class CachedSource:
                 raise
             message = f"{scratch.parent}: no space left to fetch {self.origin} {path}; free some and repeat the command"
             raise DiskFullError(message) from None
+
+
+def _digest_mark(folder: Path, names: list[str]) -> str:
+    """Return the name of the empty file that stands for the digest of files of a folder."""
+    digests = [[name, file_digest(folder / name)] for name in sorted(names)]
+    return f".xxh3-{bytes_digest(json.dumps(digests).encode())}"
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -21,19 +21,18 @@ import pyarrow as pa
 
 from framestream.pipeline.utils.atomic_io import atomic_file
 from framestream.pipeline.utils.parquet_footer import MAGIC
+from framestream.tools.fetch.archives.list_cache import cached_table, digest, index_path, open_index, process_path
 from framestream.tools.fetch.archives.member_names import normalize_path
 from framestream.tools.fetch.archives.member_table import (
     GZIPPED,
     PLAIN,
     REFUSALS,
     ROW,
+    SCHEMA,
     ArchiveMember,
     MemberTable,
-    cached_table,
-    digest,
     make_table,
     merge_tables,
-    process_path,
 )
 from framestream.tools.fetch.archives.multipart import MultipartFile
 from framestream.tools.fetch.archives.parquet import ParquetImages, list_parquet
@@ -51,6 +50,9 @@ UNSUPPORTED = {
     b"7z\xbc\xaf": "7z",
     b"Rar!": "RAR",
 }
+
+#: Members of zip archives may unpack to MAX_RATIO times their size plus RATIO_SLACK bytes.
+MAX_RATIO, RATIO_SLACK = 100, 1 << 28
 
 ChunkReader = Callable[[ArchiveMember, str], Iterator[bytes]]  #: (member, location for messages) -> its chunks
 
@@ -132,9 +134,7 @@ class ArchiveSource:
                 raise FetchError(reason, f"{path}/{name}" if tree else path, f"{message} ({self._in_archive(member)})")
         if found[0][1].method == ROW:
             return self._write_image(path, [member for _, member in found], scratch / local_name(path))
-        size = sum(member.size for _, member in found)
-        if size > self._limit:
-            raise FetchError("too_large", path, f"{size} bytes, where {self._limit} are allowed (data.fetch_mb)")
+        self._check_size(path, [member for _, member in found])
         if not tree:
             target = scratch / local_name(path)
             self._extract(path, [(target, found[0][1])])
@@ -144,6 +144,18 @@ class ArchiveSource:
         targets = [(target / _safe_name(name, rank), member) for rank, (name, member) in enumerate(found)]
         self._extract(path, targets)
         return target
+
+    def _check_size(self, path: str, members: list[ArchiveMember]) -> None:
+        """Refuse members that unpack to too much: for the limit, or for what the archive has of them."""
+        size = sum(member.size for member in members)
+        if size > self._limit:
+            raise FetchError("too_large", path, f"{size} bytes, where {self._limit} are allowed (data.fetch_mb)")
+        archives = {member.archive for member in members}
+        # Members may overlap, so that together they are no more than their archives.
+        packed = min(sum(member.packed for member in members), sum(self._files[number].size for number in archives))
+        if size > MAX_RATIO * packed + RATIO_SLACK:
+            message = f"unpacks to {size} bytes, over {MAX_RATIO} times its {packed} bytes in the archive; unpack it"
+            raise FetchError("too_large", path, f"{message} yourself and map dir:PATH")
 
     # Members ----------------------------------------------------------------------------------------------------------
 
@@ -169,11 +181,11 @@ class ArchiveSource:
         def merge() -> pa.Table:
             return merge_tables([self._load_members(number) for number in range(len(self._files))])
 
-        return cached_table(self._work, digest(self._names), merge)
+        return cached_table(self._work, digest(self._names), SCHEMA, merge)
 
     def _load_members(self, number: int) -> pa.Table:
         """Return the members of one archive."""
-        return cached_table(self._work, self._names[number], lambda: self._list_members(number))
+        return cached_table(self._work, self._names[number], SCHEMA, lambda: self._list_members(number))
 
     def _list_members(self, number: int) -> pa.Table:
         """Read the list of members from the archive itself."""
@@ -240,19 +252,26 @@ class ArchiveSource:
             yield memory
             self._indexes[number] = memory.getvalue()
         else:
-            path = self._index_path(self._work, number)
+            path = index_path(self._work, self._names[number])
             part = process_path(path)
             with atomic_file(part) as file:
                 yield file
             os.replace(part, path)
 
     def _open_index(self, number: int) -> BinaryIO:
+        """Open the index of a gzip file. If it is damaged, the archive is listed again."""
         if self._work is None:
             return io.BytesIO(self._indexes[number])
-        return open(self._index_path(self._work, number), "rb")
-
-    def _index_path(self, work: Path, number: int) -> Path:
-        return work / f"{self._names[number]}.gzip"
+        index = open_index(self._work, self._names[number])
+        if index is None:
+            self._load_members(number)
+            index = open_index(self._work, self._names[number])
+        if index is None:
+            message = (
+                f"its index in {self._work} (data.cache) is damaged again as soon as it is written; check the disk"
+            )
+            raise FetchError("corrupt", self._files[number].name, message)
+        return index
 
 
 def _detect_format(file: RandomAccessFile) -> str:

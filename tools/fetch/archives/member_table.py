@@ -6,27 +6,19 @@ file, which is written once, and a name is found by binary search. A process hol
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
 import json
-import os
-import platform
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from framestream.tools.common.arrow_files import map_table, write_table
 from framestream.tools.common.near_names import near_names
 from framestream.tools.fetch.archives.member_names import other_spellings, plain_path
 
-VERSION = 2  #: of the tables; it is part of their names, so tables of other versions are not read
 BATCH_ROWS = 1 << 16
 MAX_LINK_CHAIN = 8  #: links to links that are followed
 MAX_NAME = 1 << 14  #: bytes of a name; a path of an annotation file is not longer
@@ -294,46 +286,3 @@ class MemberTable:
 
     def _member(self, row: int) -> ArchiveMember:
         return ArchiveMember(*(column[row].as_py() for column in self._columns))
-
-
-# Cached tables --------------------------------------------------------------------------------------------------------
-
-
-def digest(*values: object) -> str:
-    """Return a file name for what is derived from ``values`` (JSON types)."""
-    return hashlib.sha256(json.dumps([VERSION, *values]).encode()).hexdigest()[:32]
-
-
-def cached_table(work: Path | None, name: str, make: Callable[[], pa.Table]) -> pa.Table:
-    """Return the table ``name`` of the folder ``work``.
-
-    The first process that needs the table writes it; others wait for the lock. Without a folder, the table is made in
-    memory.
-    """
-    if work is None:
-        return make()
-    path = work / f"{name}.arrow"
-    if not path.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                _remove_parts(work, name)
-                part = process_path(path)
-                write_table(part, make())
-                os.replace(part, path)
-    return map_table(path)
-
-
-def process_path(path: Path) -> Path:
-    """Return a path beside ``path`` that no other process on any machine writes.
-
-    Locks do not work across machines on every file system, so two processes may write the same file at once.
-    """
-    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
-
-
-def _remove_parts(work: Path, name: str) -> None:
-    """Remove unfinished files of ``name`` by killed processes of this machine. The caller holds its lock."""
-    for part in work.glob(f"{name}.*.{glob.escape(platform.node())}.*"):
-        part.unlink(missing_ok=True)

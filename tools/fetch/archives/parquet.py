@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
-from framestream.pipeline.utils.parquet_footer import MAGIC, TRAILER, read_footer
+from framestream.pipeline.utils.parquet_footer import MAGIC, TRAILER, PageTotals, add_up_pages, read_footer
 from framestream.tools.fetch.archives.member_table import ROW, ArchiveMember
 from framestream.tools.fetch.archives.parquet_rows import row_paths
 from framestream.tools.fetch.archives.readahead import RandomAccessStream
@@ -159,6 +159,9 @@ class _ParquetFile:
             rows, self._groups = read_footer(tail[-TRAILER - footer : -TRAILER], needed)
             if any(group.chunks.keys() != needed for group in self._groups):
                 raise ValueError("a row group lacks a column")
+            for column in needed:
+                if sum(group.chunks[column].packed for group in self._groups) > file.size:
+                    raise ValueError(f"its row groups have more of column {column} than the file has bytes")
         except _PARQUET_ERRORS as error:
             raise FetchError("corrupt", file.name, f"{_DAMAGED} ({_error_line(error)})") from None
         self.group_count = len(self._groups)
@@ -196,9 +199,12 @@ class _ParquetFile:
         Args:
             columns_read: what :meth:`read_name_columns` returned.
         """
-        row = self._starts[group]
-        self._check_ratio(group, self._name_columns)
-        for batch in self._batches(group, self._name_columns, _NAME_BATCH, columns_read):
+        row, rows = self._starts[group], _NAME_BATCH
+        for column in self._name_columns:
+            totals = self._check_pages(group, column, columns_read)
+            self._check_ratio(group, column, totals.values * totals.largest)
+            rows = max(min(rows, _IMAGE_BATCH // max(totals.largest, 1)), 1)
+        for batch in self._batches(group, self._name_columns, rows, columns_read):
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             valid = columns["image"].is_valid().to_pylist() if "image" in columns else [True] * len(batch)
             paths = _to_texts(columns["image"].field("path")) if "image" in columns else [None] * len(batch)
@@ -212,12 +218,16 @@ class _ParquetFile:
 
     def images(self, group: int) -> Iterator[bytes | None]:
         """Yield the image of each row of a row group; None for a row without one."""
-        self._check_ratio(group, ("image.bytes",))
-        rows, size = self._groups[group].rows, self._groups[group].chunks["image.bytes"].size
-        batch_rows = min(max(rows * _IMAGE_BATCH // max(size, 1), 1), _NAME_BATCH)
-        for batch in self._batches(group, ("image.bytes",), batch_rows, {}):
+        totals = self._check_pages(group, "image.bytes", {})
+        average = totals.size // max(self._groups[group].rows, 1)
+        rows = max(min(_IMAGE_BATCH // max(average, totals.largest, 1), _NAME_BATCH), 1)
+        size = 0
+        for batch in self._batches(group, ("image.bytes",), rows, {}):
             for value in batch.column(0):
-                yield value["bytes"].as_py() if value.is_valid else None
+                image = value["bytes"].as_py() if value.is_valid else None
+                size += len(image or b"")
+                self._check_ratio(group, "image.bytes", size)
+                yield image
 
     def _batches(
         self, group: int, columns: Sequence[str], rows: int, ranges_read: dict[int, bytes]
@@ -234,12 +244,23 @@ class _ParquetFile:
             page_checksum_verification=True,
         )
 
-    def _check_ratio(self, group: int, columns: Sequence[str]) -> None:
-        for column in columns:
-            chunk = self._groups[group].chunks[column]
-            if chunk.size > MAX_RATIO * chunk.packed + RATIO_SLACK:
-                message = f"row group {group} unpacks to {chunk.size} bytes, over {MAX_RATIO} times its size"
-                raise FetchError("too_large", self._file.name, message)
+    def _check_pages(self, group: int, column: str, ranges_read: dict[int, bytes]) -> PageTotals:
+        """Return what the pages of a column add up to, which is checked: pyarrow unpacks whatever they state."""
+        stream, chunk = _PrefetchedStream(self._file, ranges_read), self._groups[group].chunks[column]
+
+        def read(offset: int, size: int) -> bytes:
+            stream.seek(offset)
+            return stream.read(size)
+
+        totals = add_up_pages(read, chunk, look_into_dictionaries=column != "image.bytes")
+        self._check_ratio(group, column, max(chunk.size, totals.size))
+        return totals
+
+    def _check_ratio(self, group: int, column: str, size: int) -> None:
+        """Refuse a column of a row group that unpacks to ``size`` bytes, with each use of a dictionary counted."""
+        if size > MAX_RATIO * self._groups[group].chunks[column].packed + RATIO_SLACK:
+            message = f"row group {group} unpacks to {size} bytes of {column}, over {MAX_RATIO} times its size"
+            raise FetchError("too_large", self._file.name, message)
 
 
 def _find_name_columns(file: RandomAccessFile, schema: pa.Schema) -> tuple[str, ...]:

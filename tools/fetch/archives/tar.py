@@ -12,7 +12,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import rapidgzip
 
@@ -24,6 +24,9 @@ from framestream.tools.fetch.base import FetchError, RandomAccessFile
 BLOCK = tarfile.BLOCKSIZE  #: headers and data begin at multiples of it
 MAX_SIZE = 1 << 62  #: bytes of a member; a table cannot hold more
 MAX_RATIO, RATIO_SLACK = 20, 1 << 30  #: a gzip file may unpack to MAX_RATIO times its size plus RATIO_SLACK bytes
+HEADER_SLACK = 1 << 24  #: all headers of an archive may have MAX_RATIO times its size plus HEADER_SLACK bytes
+MAX_HEADER = 1 << 20  #: bytes of the headers of one member
+MAX_GLOBALS = 1000  #: records that count for all members
 DAMAGED = "the gzip file is damaged or cut; fetch it again, or unpack it by hand as far as possible"
 
 
@@ -42,7 +45,7 @@ def list_tar(file: RandomAccessFile, notes: list[str]) -> Iterator[tuple[str, Ar
     Args:
         notes: problems of the archive are appended to it.
     """
-    return _walk(ReadAheadFile(file), file.name, PLAIN, notes, max_unpacked=None)
+    return _walk(ReadAheadFile(file), file, PLAIN, notes, max_unpacked=None)
 
 
 def list_tar_gz(file: RandomAccessFile, index: BinaryIO, notes: list[str]) -> Iterator[tuple[str, ArchiveMember]]:
@@ -62,7 +65,7 @@ def list_tar_gz(file: RandomAccessFile, index: BinaryIO, notes: list[str]) -> It
             raise FetchError("corrupt", file.name, DAMAGED)
         if not is_tar(head):
             raise FetchError("unsupported", file.name, "is a gzip file, but contains no tar archive")
-        for path, member in _walk(stream, file.name, GZIPPED, notes, max_unpacked):
+        for path, member in _walk(stream, file, GZIPPED, notes, max_unpacked):
             if member.refusal == "cut":
                 raise FetchError("corrupt", file.name, DAMAGED)
             yield path, member
@@ -98,10 +101,11 @@ class GzipStream(io.RawIOBase):
     """The unpacked contents of a gzip file, as a file object."""
 
     def __init__(self, file: RandomAccessFile, index: BinaryIO | None = None) -> None:
-        self._name = file.name
-        self._stream = rapidgzip.RapidgzipFile(ReadAheadFile(file), parallelization=1)
-        if index:
-            self._stream.import_index(index)
+        self._name, self._source = file.name, _RememberingFile(file)
+        with self._convert_errors():
+            self._stream = rapidgzip.RapidgzipFile(self._source, parallelization=1)
+            if index:
+                self._stream.import_index(index)
 
     def tell(self) -> int:
         """Return the position in the unpacked contents."""
@@ -135,12 +139,28 @@ class GzipStream(io.RawIOBase):
 
     @contextlib.contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Turn rapidgzip's errors into FetchErrors."""
+        """Turn rapidgzip's errors into FetchErrors. An error of reading the file itself is raised as it is."""
         try:
             yield
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, ArithmeticError, LookupError, MemoryError, OSError, TypeError) as error:
+            if self._source.error is not None:
+                raise self._source.error from None
             reason = "bad_checksum" if "CRC32" in str(error) else "corrupt"
             raise FetchError(reason, self._name, DAMAGED) from None
+
+
+class _RememberingFile(ReadAheadFile):
+    """A file object that keeps the error of a read, which rapidgzip turns into one of its own."""
+
+    error: FetchError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        """See :meth:`ReadAheadFile.read`."""
+        try:
+            return super().read(size)
+        except FetchError as error:
+            self.error = error
+            raise
 
 
 # Headers --------------------------------------------------------------------------------------------------------------
@@ -150,17 +170,21 @@ _HEADER_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, Re
 
 
 def _walk(
-    stream: ReadAheadFile | GzipStream, name: str, method: int, notes: list[str], max_unpacked: int | None
+    stream: ReadAheadFile | GzipStream,
+    file: RandomAccessFile,
+    method: int,
+    notes: list[str],
+    max_unpacked: int | None,
 ) -> Iterator[tuple[str, ArchiveMember]]:
     """Yield path and member of every file and link. A break in the archive ends the walk with a note.
 
     A member is yielded only when the next header is valid, because a break may be within its data.
     """
     previous: tuple[str, ArchiveMember] | None = None
-    position = 0
+    name, position = file.name, 0
     stream.seek(0)
     try:
-        for info in _read_headers(stream):
+        for info in _read_headers(_HeaderStream(stream, file)):
             if previous:
                 yield previous
             previous, position = _to_member(info, method), info.offset_data
@@ -174,18 +198,53 @@ def _walk(
         yield previous
 
 
-def _read_headers(stream: ReadAheadFile | GzipStream) -> Iterator[tarfile.TarInfo]:
+class _HeaderStream:
+    """A stream for tarfile that bounds what it reads for one member, and for all of them.
+
+    tarfile keeps what headers say in memory: long names, records, and the map of a sparse file.
+    """
+
+    def __init__(self, stream: ReadAheadFile | GzipStream, file: RandomAccessFile) -> None:
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+        self._name, self._budget = file.name, MAX_RATIO * file.size + HEADER_SLACK
+        self._left = MAX_HEADER
+
+    def start_member(self) -> None:
+        """Begin with the headers of the next member."""
+        self._left = MAX_HEADER
+
+    def read(self, size: int) -> bytes:
+        """Return ``size`` bytes from the position, fewer only at the end.
+
+        Raises:
+            tarfile.ReadError: the headers of this member are too long.
+            FetchError: too_large, if all of them are.
+        """
+        self._left -= size
+        self._budget -= size
+        if self._left < 0:
+            raise tarfile.ReadError(f"headers of over {MAX_HEADER} bytes")
+        if self._budget < 0:
+            message = f"its headers unpack to over {MAX_RATIO} times its size; unpack it and map dir:PATH"
+            raise FetchError("too_large", self._name, message)
+        return self._read(size)
+
+
+def _read_headers(stream: _HeaderStream) -> Iterator[tarfile.TarInfo]:
     """Yield the headers of an archive.
 
     Raises:
         one of _HEADER_ERRORS: the headers stop before the end mark, a block of zeros.
     """
-    with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+    with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         last = -1
         while tar.offset and (info := tar.next()):  # 0: empty, where Python 3.10 would seek to -1
+            stream.start_member()
             # tarfile keeps an object of every member, which nothing here needs.
             tar.members.clear()  # type: ignore[attr-defined]  # typeshed declares TarFile without ``members``
-            if info.offset <= last or not 0 <= info.size < MAX_SIZE:
+            if len(tar.pax_headers) > MAX_GLOBALS:
+                raise tarfile.ReadError(f"over {MAX_GLOBALS} global records")
+            if info.offset <= last or not 0 <= info.size < MAX_SIZE or not 0 <= info.offset_data < MAX_SIZE:
                 raise tarfile.ReadError("a header that leads nowhere")
             last = info.offset
             yield info

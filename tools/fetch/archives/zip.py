@@ -117,7 +117,7 @@ def unpack_member(stream: ReadAheadFile, member: ArchiveMember, location: str) -
                 break
             crc = zlib.crc32(chunk, crc)
             yield chunk
-    except (zlib.error, lzma.LZMAError, OSError, ValueError, struct.error) as error:
+    except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError, MemoryError, struct.error) as error:
         raise FetchError("corrupt", location, f"cannot be unpacked ({error}); fetch the archive again") from None
     if size != member.size:
         unpacked = "more" if size > member.size else f"{size}"
@@ -301,7 +301,7 @@ def _decode_name(raw: bytes, extra: bytes) -> str:
 
 def _resolve_symlink(file: RandomAccessFile, path: str, member: ArchiveMember) -> ArchiveMember:
     """Return a symbolic link with the key of its target, which its data name."""
-    if member.size > _MAX_LINK_TARGET:
+    if max(member.size, member.packed) > _MAX_LINK_TARGET:
         return member._replace(refusal="outside")
     try:
         target = b"".join(unpack_member(open_zip_stream(file, member), member, f"{file.name}: {path}"))

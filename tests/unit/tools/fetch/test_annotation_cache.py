@@ -94,3 +94,13 @@ def test_two_files_of_one_name_are_two(server, tmp_path):
     server.routes["/e/x%20y.json"] = lambda request: request.serve(b"[]")
     assert fetch(server, tmp_path).read_bytes() == b"[1, 2, 3]"
     assert fetch(server, tmp_path, "e/x%20y.json?v=2").read_bytes() == b"[]"
+
+
+@pytest.mark.parametrize("record", ["", "{}", "[]", "5", '{"sha256": 5}', '{"sha256": null}', "[" * 9999, "\ud800"])
+def test_a_damaged_record_has_its_file_fetched_again(server, tmp_path, caplog, record):
+    path = fetch(server, tmp_path)
+    (path.parent / "fetched.json").write_bytes(record.encode("utf-8", "surrogatepass"))
+    caplog.clear()
+    count = len(server.asked)
+    assert fetch(server, tmp_path).read_bytes() == b"[1, 2, 3]" and len(server.asked) > count
+    assert [line for line in caplog.messages if line.endswith("; it is fetched again")]

@@ -245,3 +245,32 @@ def test_keys_are_told_apart(tmp_path):
             assert cache.get(key, scratch).read_bytes() == hashlib.sha256(ascii(key).encode()).digest()
     with cache.scratch() as scratch:
         assert cache.get("b", scratch) is None and not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_damaged_files_are_fetched_again(tmp_path, caplog, tree):
+    made, cache = Made({"a": 30}), DiskCache(tmp_path, 1000)
+    source = CachedSource(made, cache)
+    for damage in (lambda path: path.write_bytes(b"x" * path.stat().st_size), lambda path: path.write_bytes(b"")):
+        assert read(source, cache, "a", tree) == wanted("a", 30, tree)
+        file = next(path for path in (tmp_path / "files").rglob("*") if path.is_file() and path.stat().st_size)
+        damage(file)
+        caplog.clear()
+        assert read(source, cache, "a", tree) == wanted("a", 30, tree)
+        (line,) = caplog.messages
+        assert "damaged (its digest differs); it is fetched again" in line
+    assert len(made.fetched) == 3
+
+
+def test_files_without_digests_are_fetched_again(tmp_path, caplog):
+    made, cache = Made({"a": 30, "b": 30}), DiskCache(tmp_path, 1000)
+    source = CachedSource(made, cache)
+    for path in "ab":
+        read(source, cache, path)
+    for mark in (tmp_path / "files").rglob(".xxh3-*"):  # as older versions wrote them
+        mark.unlink()
+    for _ in range(2):
+        assert [read(source, cache, path) for path in "ab"] == [wanted("a", 30), wanted("b", 30)]
+    assert made.fetched == ["a", "b", "a", "b"]
+    (line,) = caplog.messages
+    assert "without digests, as in older versions, are fetched again" in line

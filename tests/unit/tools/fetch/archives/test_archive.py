@@ -20,7 +20,7 @@ from PIL import Image
 from framestream.pipeline.media.frame_sequences import open_folder
 from framestream.tools.fetch.archives import archive as archives_module
 from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
-from framestream.tools.fetch.archives.member_table import process_path
+from framestream.tools.fetch.archives.list_cache import process_path
 from framestream.tools.fetch.archives.zip import list_zip
 from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import (
@@ -188,7 +188,7 @@ def test_lists_of_members_are_made_once(tmp_path):
         changed = Memory(pack({"more": b"other"}, kind), "second")
         source = open_archives([files[0], changed], False, "", work, LIMIT, "here")
         assert content(source, "more", tmp_path) == b"other" and content(source, "top.txt", tmp_path) == b"top"
-    assert {path.suffix for path in work.iterdir()} == {".arrow", ".gzip", ".lock"}
+    assert {path.suffix for path in work.iterdir()} == {".arrow", ".gzip", ".json", ".lock"}
 
 
 @pytest.mark.parametrize("kind", ["deflate", "ustar", "tar.gz"])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.ledger import read_ledger
-from framestream.pipeline.utils.parquet_footer import read_footer
+from framestream.pipeline.utils.parquet_footer import ColumnChunk, read_footer
 from framestream.tools import build_shards
 from framestream.tools.fetch.archives import parquet as parquets
 from framestream.tools.fetch.archives.archive import ArchiveSource, open_archives
@@ -353,6 +353,44 @@ def test_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(parquets, "MAX_PAGE", 1 << 20)
     page = data_set([("page", None, noise(0, 2 << 20))])
     assert found(opened(page), "page.jpg", tmp_path) == "too_large"
+
+
+def test_row_groups_that_share_their_pages_are_refused():
+    """A small file that lists the same pages again and again would take the memory of all."""
+    data = data_set([(str(number), f"{number}.jpg", noise(number)) for number in range(4)])
+    metadata = pq.read_metadata(io.BytesIO(data))
+    for _ in range(9):
+        metadata.append_row_groups(pq.read_metadata(io.BytesIO(data)))
+    footer = io.BytesIO()
+    metadata.write_metadata_file(footer)
+    size = struct.unpack("<I", data[-8:-4])[0]
+    reason, line = refused(data[: -8 - size] + footer.getvalue()[4:])
+    assert reason == "corrupt" and "row groups have more of column" in line
+
+
+def test_dictionaries_that_are_used_often(tmp_path, monkeypatch):
+    """A dictionary has each image and name once; what counts is what its uses add up to."""
+    rows = [(None, f"{number}.jpg", bytes(100_000)) for number in range(300)]
+    images = opened(data_set(rows, compression="zstd"))
+    assert found(images, "299.jpg", tmp_path) == bytes(100_000)
+    names = data_set([(None, "n" * 100_000, b"image")] * 300, compression="zstd")
+    opened(names)
+    monkeypatch.setattr(parquets, "RATIO_SLACK", 1 << 23)
+    images = opened(data_set(rows, group=300, compression="zstd"))
+    assert found(images, "9.jpg", tmp_path) == bytes(100_000) and found(images, "299.jpg", tmp_path) == "too_large"
+    assert refused(data_set([(None, "n" * 100_000, b"image")] * 300, group=300, compression="zstd"))[0] == "too_large"
+
+
+def test_a_page_that_states_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    data = data_set([(None, "a.jpg", noise(1))], compression="zstd", use_dictionary=False)
+    start, _ = chunk(data, "image.bytes")
+    assert data[start : start + 3] == b"\x15\x00\x15", "field 1, a data page, then field 2, its unpacked size"
+    assert data[start + 3] & 128 and not data[start + 4] & 128, "a varint of two bytes, in zigzag encoding"
+    header = data[start : start + 3] + b"\xfe\xff\xff\xff\x0f" + data[start + 5 : start + 4000]
+    totals = parquets.add_up_pages(lambda offset, size: header[offset : offset + size], ColumnChunk(0, 20, 100, 1))
+    assert totals.size == 2**31 - 1 and found(opened(data), "a.jpg", tmp_path) == noise(1)
+    monkeypatch.setattr(parquets, "add_up_pages", lambda *_, **__: totals)
+    assert refused(data)[0] == "too_large"
 
 
 def test_a_row_group_with_damaged_names_loses_its_images(tmp_path):

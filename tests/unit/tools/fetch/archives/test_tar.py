@@ -11,6 +11,7 @@ import pytest
 from framestream.tools.fetch.archives import tar as tars
 from framestream.tools.fetch.archives.archive import open_archives
 from framestream.tools.fetch.archives.tar import BLOCK, is_tar, list_tar
+from framestream.tools.fetch.base import FetchError
 from tests.helpers.media.memory_files import Memory, content, failure, opened, pack, pack_tar, refused, tar_info
 
 
@@ -84,7 +85,7 @@ def test_a_header_that_claims_gigabytes_is_not_read(tmp_path, kind):
     file = Memory(with_field(data, 2 * BLOCK, 124, b"77777777777\0"))
     notes = []
     assert [path for path, _ in list_tar(file, notes)] == ["a"]
-    assert "(a read of 8589934592 bytes at once)" in notes[0] and file.moved < 200_000
+    assert "(headers of over 1048576 bytes)" in notes[0] and file.moved < 200_000
 
 
 def test_pax_headers_with_nonsense(tmp_path):
@@ -135,3 +136,43 @@ def test_a_tar_gz_is_read_once_and_then_near_its_members(tmp_path):
     file.reads.clear()
     assert content(source, "20", tmp_path) == files["20"]
     assert file.moved < 0.8 * file.size
+
+
+def gzipped(*chunks: bytes) -> bytes:
+    return gzip.compress(b"".join(chunks), 1)
+
+
+def test_headers_cannot_take_time_or_memory(monkeypatch):
+    """Sparse maps, global records and chains of headers that unpack to far more than the archive has."""
+    sparse = tar_info("s")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}
+    sparse.size = 2 << 20
+    globals_ = tarfile.TarInfo.create_pax_global_header({f"k{number}": "v" for number in range(2000)})
+    record = tarfile.TarInfo._create_pax_generic_header({"a": "b"}, b"x", "utf-8")
+    for chunks, words in (
+        ((sparse.tobuf(tarfile.PAX_FORMAT), b"9999999\n", b"1\n" * (1 << 20)), "headers of over 1048576 bytes"),
+        ((globals_, tar_info("a").tobuf(tarfile.PAX_FORMAT)), "over 1000 global records"),
+        ((record * 1200,), "maximum recursion depth exceeded"),
+    ):
+        source = opened(gzipped(*chunks))
+        assert words in source.notes[0] and source.find("a") is None
+    monkeypatch.setattr(tars, "HEADER_SLACK", 1 << 20)
+    with pytest.raises(FetchError, match="its headers unpack to over 20 times its size") as error:
+        opened(gzipped(tar_info("a").tobuf(tarfile.PAX_FORMAT) * 4_000))
+    assert error.value.reason == "too_large"
+
+
+def test_an_error_of_reading_a_gzip_file_is_told_as_it_is(tmp_path):
+    class Broken(Memory):
+        broken = False
+
+        def read(self, offset, size):
+            if self.broken:
+                raise FetchError("unreachable", self.name, "the server broke off")
+            return super().read(offset, size)
+
+    file = Broken(pack({"a": bytes(5000)}, "tar.gz"))
+    source = open_archives([file], False, "", None, 1 << 20, "here")
+    file.broken = True
+    with pytest.raises(FetchError, match="the server broke off"):
+        source.fetch("a", tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from framestream.tools.fetch.archives import archive as archives
 from framestream.tools.fetch.archives import zip as zips
 from framestream.tools.fetch.archives.archive import open_archives
 from framestream.tools.fetch.archives.zip import CHUNK, list_zip, open_zip_stream, unpack_member
@@ -197,3 +198,25 @@ def test_a_damaged_directory():
     data[entry(bytes(data), "b")] = 0
     reason, line = refused(bytes(data))
     assert reason == "corrupt" and "directory is damaged at byte" in line
+
+
+def test_numbers_beyond_what_a_table_holds(tmp_path):
+    method = patched(pack_zip([("a", b"A"), ("b", b"B")]), "a", "<H", 10, 0xFFFF)
+    assert failure(opened(method), "a", tmp_path) == "unsupported" and content(opened(method), "b", tmp_path) == b"B"
+
+
+def test_members_that_unpack_to_far_more_than_the_archive_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "RATIO_SLACK", 1 << 10)
+    bomb = opened(pack({"a": bytes(1 << 20), "v/1": bytes(1 << 20), "v/2": b"2", "b": bytes(1000)}, "deflate"))
+    assert failure(bomb, "a", tmp_path) == failure(bomb, "v", tmp_path, tree=True) == "too_large"
+    assert content(bomb, "b", tmp_path) == bytes(1000)
+    overlapping = bytearray(pack_zip([(f"v/{number}", os.urandom(900)) for number in range(200)]))
+    first = entry(bytes(overlapping), "v/0")
+    for number in range(1, 200):
+        place = entry(bytes(overlapping), f"v/{number}")
+        overlapping[place + 42 : place + 46] = overlapping[first + 42 : first + 46]
+        overlapping[place + 20 : place + 28] = struct.pack("<2L", 150_000, 150_000)
+    assert failure(opened(bytes(overlapping)), "v", tmp_path, tree=True) == "too_large"
+    lzma = bytearray(pack({"a": bytes(9000)}, "lzma"))
+    lzma[entry(bytes(lzma), "a") + 24 : entry(bytes(lzma), "a") + 28] = struct.pack("<L", 1 << 30)
+    assert failure(opened(bytes(lzma)), "a", tmp_path) == "too_large"
