@@ -35,7 +35,7 @@ class ChatError(Exception):
     """Options that do not fit; one line with the fix."""
 
 
-@run_safely("stopped")
+@run_safely("stopped", docstrings=True)
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.chat") -> int:
     """Run the command line; returns the exit status.
 

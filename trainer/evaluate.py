@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 8}  #: of the table, with their widths
 
 
-@run_safely("stopped; nothing was written")
+@run_safely("stopped; nothing was written", docstrings=True)
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.evaluate") -> int:
     """Run the command line; returns the exit status: 0 done, 1 weights that cannot be read, 2 bad input, 130 Ctrl-C."""
     description = "Score held-out dialogues, with and without the frames they are about."

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from framestream.pipeline.utils.command_line import CommandParser, path_option, run_safely
 
 
-@run_safely("stopped; nothing was written")
+@run_safely("stopped; nothing was written", docstrings=True)
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.export") -> int:
     """Run the command line; returns the exit status: 0 done, 1 weights that cannot be read, 2 bad input."""
     description = "Export the weights of a run in the layout of the published checkpoints."

@@ -25,7 +25,7 @@ MAX_FRAMES = 65536  #: largest value of --frames; a frame of 448 pixels takes 0.
 DEPTHS = (0, 25, 50, 75, 100)
 
 
-@run_safely("stopped; nothing was written")
+@run_safely("stopped; nothing was written", docstrings=True)
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.haystack") -> int:
     """Run the command line; returns the exit status: 0 done, 1 files that cannot be read, 2 bad input, 130 Ctrl-C."""
     description = "Find images that replace one frame of a long video."

@@ -31,12 +31,16 @@ MAX_COUNT = 2**31 - 1  #: largest value of an option that counts something
 Main = Callable[..., int]
 
 
-def run_safely(stopped: str = "stopped") -> Callable[[Main], Main]:
+def run_safely(stopped: str = "stopped", docstrings: bool = False) -> Callable[[Main], Main]:
     """Make a decorator of a command's ``main``, after which no ordinary failure ends in a traceback.
 
     Characters that the terminal's encoding lacks are written as escapes. Ctrl-C prints ``stopped`` and returns 130. If
     nothing reads the output any more (``| head``), the command ends quietly with 141. An error of the file system or of
     memory that the command did not handle is one line, and the status is 1.
+
+    Args:
+        stopped: what to print after Ctrl-C.
+        docstrings: whether the command uses transformers, whose models cannot be imported without docstrings.
     """
 
     def decorate(main: Main) -> Main:
@@ -45,6 +49,8 @@ def run_safely(stopped: str = "stopped") -> Callable[[Main], Main]:
             for stream in (sys.stdout, sys.stderr):
                 if hasattr(stream, "reconfigure"):
                     stream.reconfigure(errors="backslashreplace")
+            if docstrings and sys.flags.optimize > 1:
+                return _report("error: python -OO removes docstrings, which transformers needs; run without -OO", 2)
             try:
                 try:
                     status = main(*args, **kwargs)

@@ -172,3 +172,12 @@ def test_no_command_needs_docstrings():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             used = isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", ""))
             assert used != "__doc__", f"{path}: write (__doc__ or '')"
+
+
+@pytest.mark.parametrize("command", ["", ".chat", ".evaluate", ".haystack", ".export"])
+def test_commands_that_need_docstrings_say_so(command):
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", f"framestream.trainer{command}", "--help"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: python -OO removes docstrings, which transformers needs; run without -OO\n"
