@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-MAX_BYTES = 2 << 20  #: of a file
+MAX_BYTES = 1 << 20  #: of a file
 MAX_DEPTH = 64  #: nested values
 MAX_REPEATED = 1 << 20  #: characters and values that aliases add
 MAX_DIGITS = 400  #: of a number
