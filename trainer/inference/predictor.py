@@ -13,6 +13,7 @@ from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.media_view import MediaView
 from framestream.pipeline.shards.memory_index import MediaFile, MediaFileCache
 from framestream.pipeline.tokenization.chat_template import build_chat_template
+from framestream.pipeline.utils.paths import expand_path
 from framestream.trainer.inference.generation import GREEDY, Sampling, generate, prefill
 from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
 from framestream.trainer.weights.load import load_pretrained
@@ -40,7 +41,7 @@ def resolve_run(
     found = manifest or next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise WeightsError(f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too")
-    return weights, locate_paths(load_manifest(found, tuple(overrides)), Path(found))
+    return weights, locate_paths(load_manifest(found, tuple(overrides)), Path(expand_path(str(found))))
 
 
 class Predictor:
