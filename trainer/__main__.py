@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from framestream.pipeline.utils.command_line import CommandParser, run_safely
+from framestream.pipeline.utils.command_line import CommandParser, name_option, run_safely
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, RESUME_HINT, process_rank
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
 
 
-@run_safely(f"stopped; {RESUME_HINT}")
+@run_safely(f"stopped; {RESUME_HINT}", docstrings=True)
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer") -> int:
     """Run the command line; return its exit status.
 
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
     SIGUSR1, and 130 for one stopped by Ctrl-C.
     """
     parser = CommandParser(prog=prog, description="Train one stage, or describe its run with --dry-run.")
-    parser.add_argument("--manifest", required=True, help="the stage's YAML, such as manifests/stage3.yaml")
+    parser.add_argument(
+        "--manifest", type=name_option, required=True, help="the stage's YAML, such as manifests/stage3.yaml"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved manifest and its costs, then stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
 
 def _train(manifest: Manifest) -> int:
     from framestream.pipeline.loading.loader import LoaderError
-    from framestream.trainer.checkpoint.save import CheckpointError, WriteError
+    from framestream.trainer.checkpoint.save import WriteError
+    from framestream.trainer.checkpoint.state import CheckpointError
     from framestream.trainer.distributed.call_order import CallOrderError
     from framestream.trainer.distributed.launchers import LaunchError
     from framestream.trainer.distributed.preemption import Preempted

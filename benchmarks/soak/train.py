@@ -32,7 +32,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from benchmarks.soak.errors import SoakError
-from framestream.trainer.checkpoint.save import CheckpointError, latest_checkpoint, read_state
+from framestream.trainer.checkpoint.state import CheckpointError, latest_checkpoint, read_state
 from tests.helpers.corpora import training_corpus as corpus
 
 STAGES = (1, 2, 3, 4)

@@ -41,7 +41,6 @@ from framestream.trainer.weights.load import (
     full_shape,
     open_model_tensors,
     parse_dtype,
-    read_config,
     resolve_init_tensors,
 )
 from framestream.trainer.weights.runs import locate_path, locate_paths
@@ -56,6 +55,7 @@ from framestream.trainer.weights.tensor_files import (
     write_shard,
     write_weight_index,
 )
+from framestream.trainer.weights.tensor_reader import read_config
 
 
 class ExportError(ValueError):
@@ -159,26 +159,29 @@ def _open_unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dic
     """Open a checkpoint of DeepSpeed (the newest if None): the optimizer's float32 weights, in the run's dtype."""
     # these import DeepSpeed, which final weights do not need
     from framestream.trainer.checkpoint.load import trained_weights
-    from framestream.trainer.checkpoint.save import CheckpointError, check_settings, latest_checkpoint
+    from framestream.trainer.checkpoint.save import check_settings
+    from framestream.trainer.checkpoint.state import (
+        CheckpointError,
+        check_files,
+        describe_fix,
+        latest_checkpoint,
+        read_state,
+    )
 
     manifest = locate_paths(load_manifest(run / "manifest.yaml"), run / "manifest.yaml")
     model = build_model(manifest, device="meta")
     shapes = {name: full_shape(p) for name, p in model.named_parameters()}
-    state_file = run / "checkpoints" / "latest"  # named in errors until the checkpoint is known
     try:
         checkpoint = folder or latest_checkpoint(run)
         if checkpoint is None:
             raise ExportError(f"{run}: has no checkpoint; name another RUN")
-        state_file = checkpoint / "state.json"
-        state = json.loads(state_file.read_text(encoding="utf-8"))
+        state = read_state(checkpoint)
         check_settings(state["settings"], manifest, checkpoint)
+        if fault := check_files(checkpoint, state):
+            raise CheckpointError(f"{fault}; {describe_fix(checkpoint)}")
         tensors = trained_weights(checkpoint)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
-    except ExportError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{state_file}: cannot be read; take another checkpoint of the run") from error
     frozen = [part for part in PARTS if not getattr(manifest.train, part).train]
     tensors |= resolve_init_tensors(model, manifest, frozen)
     wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]

@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import shutil
+import struct
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,18 +26,25 @@ import torch
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.checkpoint.disk_usage import check_free, conversion_bytes
-from framestream.trainer.checkpoint.save import (
+from framestream.trainer.checkpoint.save import check_settings, is_file_error, raise_write_error
+from framestream.trainer.checkpoint.state import (
     CheckpointError,
-    check_settings,
-    is_file_error,
+    check_files,
+    describe_fix,
     latest_checkpoint,
-    raise_write_error,
     read_state,
 )
-from framestream.trainer.distributed.process_group import DistributedContext, barrier
+from framestream.trainer.distributed.process_group import (
+    DistributedContext,
+    barrier,
+    broadcast_object,
+    gather_objects,
+)
 from framestream.trainer.weights.tensor_files import LazyTensor
 
-READ_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError, UnpicklingError)
+#: what DeepSpeed and torch raise about bad files; damaged pickles end in any of the last six
+READ_ERRORS = (OSError, RuntimeError, EOFError, ValueError, AssertionError)
+READ_ERRORS += (UnpicklingError, KeyError, IndexError, TypeError, AttributeError, struct.error)
 POLL_SECONDS = 0.2  #: between two checks whether the universal format is complete
 
 logger = logging.getLogger(__name__)
@@ -52,11 +60,10 @@ def load_checkpoint(engine, run: Path, manifest: Manifest, context: DistributedC
     Raises:
         CheckpointError: its settings differ, its files are damaged, or there is no room to convert it.
     """
-    folder = latest_checkpoint(run)
-    if folder is None:
+    found = _find_checkpoint(run, manifest, context)
+    if found is None:
         return None
-    state = read_state(folder)
-    check_settings(state["settings"], manifest, folder)
+    folder, state = found
     groups = [{name: value for name, value in g.items() if name != "params"} for g in engine.optimizer.param_groups]
     if state["world"] == context.world:
         _load(engine, folder.parent, folder.name)
@@ -72,6 +79,37 @@ def load_checkpoint(engine, run: Path, manifest: Manifest, context: DistributedC
     for moments in engine.optimizer.optimizer.state.values():
         moments["step"] = moments["step"].clone()
     return state
+
+
+def _find_checkpoint(run: Path, manifest: Manifest, context: DistributedContext) -> tuple[Path, dict] | None:
+    """Find the newest checkpoint, and check its settings and files. Every rank calls this.
+
+    Rank 0 decides which one that is. The ranks share the reading of the files.
+
+    Returns:
+        its folder and state, or None if there is none.
+
+    Raises:
+        CheckpointError: the same on every rank.
+    """
+    found, fault = None, ""
+    if context.is_main:
+        try:
+            if newest := latest_checkpoint(run):
+                found = newest, read_state(newest)
+                check_settings(found[1]["settings"], manifest, newest)
+        except CheckpointError as error:
+            fault = str(error)
+    found, fault = broadcast_object((found, fault), context)
+    if found and not fault:
+        folder, state = found
+        faults = gather_objects(check_files(folder, state, context.rank, context.world), context)
+        if fault := next(filter(None, faults), ""):
+            fix = describe_fix(folder) if context.is_main else ""
+            fault = f"{fault}; {broadcast_object(fix, context)}"
+    if fault:
+        raise CheckpointError(fault)
+    return found
 
 
 def _load(engine, folder: Path, tag: str) -> None:

@@ -1,18 +1,17 @@
 """Save checkpoints of a run: ZeRO shards, the loader's position and the settings they belong to.
 
-    RUN/checkpoints/step-000100/     DeepSpeed's files, and state.json: step, ranks, loader state, settings, files
+    RUN/checkpoints/step-000100/     DeepSpeed's files, and state.json
     RUN/checkpoints/latest           the name of the newest complete checkpoint
 
 A checkpoint is written under a temporary name, synced and renamed. Then ``latest`` is replaced. So a run killed at any
 moment finds either the new checkpoint or the one before. Frozen parameters are not saved: they come from ``init_from``
 again. Random numbers need no state: they are functions of the seed and the position in the epoch
-(:mod:`framestream.trainer.training.drop_path_rng`), on any number of ranks. :mod:`framestream.trainer.checkpoint.load`
-reads checkpoints.
+(:mod:`framestream.trainer.training.drop_path_rng`), on any number of ranks. state.json has the digest of every file,
+which the rank that wrote the file computes. :mod:`framestream.trainer.checkpoint.load` reads checkpoints.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -20,9 +19,14 @@ from pathlib import Path
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.schema import to_dict
-from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.pipeline.utils.command_line import describe_os_error
+from framestream.pipeline.utils.differences import describe_changes
+from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.records import RecordError, read_record, write_record
 from framestream.trainer.checkpoint.disk_usage import check_free, checkpoint_bytes
-from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_sum, barrier
+from framestream.trainer.checkpoint.state import CheckpointError, rank_of_file, write_latest
+from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_sum, barrier, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +52,6 @@ MUTABLE_FIELDS = {
 }
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written. The message is one line with the reason and the fix."""
-
-
 class WriteError(CheckpointError):
     """This rank could not write its part of a checkpoint. Other ranks may not have failed."""
 
@@ -61,16 +61,33 @@ def checkpoint_settings(manifest: Manifest) -> dict[str, object]:
     return {name: value for name, value in _flatten(to_dict(manifest)) if not _is_mutable(name)}
 
 
+def write_settings(path: Path, manifest: Manifest) -> None:
+    """Write RUN/settings.json, a record."""
+    write_record(path, checkpoint_settings(manifest))
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """Return RUN/settings.json.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    fix = "if the manifest is the one that the run was trained with, remove this file"
+    try:
+        return read_record(path, "list of settings", fix)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from None
+    except OSError as error:
+        raise CheckpointError(f"{describe_os_error(error)}; {fix}") from None
+
+
 def check_settings(saved: dict[str, object], manifest: Manifest, path: Path) -> None:
     """Check that the manifest has the settings ``saved`` with the checkpoint or the final weights at ``path``.
 
     Raises:
         CheckpointError: names up to three fields that differ.
     """
-    current = checkpoint_settings(manifest)
-    differing = sorted(name for name in current.keys() | saved.keys() if current.get(name) != saved.get(name))
-    if differing:
-        shown = ", ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in differing[:3])
+    if shown := describe_changes(saved, checkpoint_settings(manifest), ("saved", "now")):
         raise CheckpointError(
             f"{path}: created with other settings ({shown}); "
             f"restore them, remove {manifest.output}, or set another output"
@@ -112,8 +129,18 @@ def save_checkpoint(
         fault = str(error).strip().split("\n")[0]
         raise WriteError(f"{folder / part}: rank {context.rank} cannot write its part ({fault}); make room") from error
     barrier()
+    digests = _digests(folder / part, context)
     if context.is_main:
-        _publish(folder, part, name, step, loader_state, manifest, context.world)
+        state = {
+            "step": step,
+            "world": context.world,
+            "loader": loader_state,
+            "settings": checkpoint_settings(manifest),
+            "files": {path.name: path.stat().st_size for path in sorted((folder / part).iterdir())},
+            "digests": digests,
+        }
+        write_record(folder / part / "state.json", state)
+        _publish(folder, part, name, step, manifest.train.keep_last)
         logger.info("%s: saved checkpoint %s", manifest.name, folder / name)
     barrier()
 
@@ -123,57 +150,38 @@ def is_file_error(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
 
 
-def _publish(folder: Path, part: str, name: str, step: int, loader_state: dict, manifest: Manifest, world: int) -> None:
+def _digests(folder: Path, context: DistributedContext) -> dict[str, str]:
+    """Compute the digest of every file of a checkpoint, each rank those of its own files.
+
+    Raises:
+        CheckpointError: on every rank, if one cannot read its files.
+    """
+    own, fault = {}, ""
+    try:
+        for path in sorted(folder.iterdir()):
+            if rank_of_file(path.name, context.world) == context.rank:
+                own[path.name] = file_digest(path)
+    except OSError as error:
+        fault = describe_os_error(error)
+    gathered = gather_objects((own, fault), context)
+    if faults := [fault for _, fault in gathered if fault]:
+        raise CheckpointError(f"{faults[0]}; the checkpoint cannot be completed, the one before stays the newest")
+    return {name: digest for digests, _ in gathered for name, digest in digests.items()}
+
+
+def _publish(folder: Path, part: str, name: str, step: int, keep_last: int) -> None:
     """Rename a checkpoint to its final name, point ``latest`` to it, and remove the oldest ones."""
-    state = {
-        "step": step,
-        "world": world,
-        "loader": loader_state,
-        "settings": checkpoint_settings(manifest),
-        "files": {path.name: path.stat().st_size for path in sorted((folder / part).iterdir())},
-    }
-    (folder / part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     for path in (*(folder / part).iterdir(), folder / part):
         fsync_path(path)
     if (folder / name).exists():  # written by a run that was killed before it updated ``latest``
         os.replace(folder / name, folder / f"{part}-old")
     os.replace(folder / part, folder / name)
     fsync_path(folder)
-    write_atomic(folder / "latest", name.encode())
+    write_latest(folder / "latest", name)
     _sweep(folder)
     checkpoints = sorted((path for path in folder.glob("step-*") if _step(path) <= step), key=_step)
-    for old in checkpoints[: -manifest.train.keep_last]:
+    for old in checkpoints[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def read_state(folder: Path) -> dict:
-    """Return state.json of a checkpoint, after checking that its files are complete.
-
-    Raises:
-        CheckpointError: names the first file that is missing or whose size has changed.
-    """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    for name, size in state["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            fault = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            pointer = folder.parent / "latest"
-            raise CheckpointError(f"{path}: {fault}; write the name of another checkpoint to {pointer}, or remove it")
-    return state
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """Return the folder of the newest complete checkpoint of a run, or None."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    folder = pointer.parent / Path(pointer.read_text(encoding="utf-8").strip()).name
-    if not (folder / "state.json").exists():
-        raise CheckpointError(
-            f"{pointer}: names {folder.name}, which does not exist; remove {pointer} to start from the first step"
-        )
-    return folder
 
 
 def _step(checkpoint: Path) -> int:

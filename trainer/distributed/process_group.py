@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ import deepspeed  # noqa: E402
 import deepspeed.comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-from framestream.trainer.distributed.launchers import LaunchError, setup_environment  # noqa: E402
+from framestream.trainer.distributed.launchers import LaunchError, describe_join_error, setup_environment  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
     default it makes its own group of all ranks with torch's limits, 10 minutes for NCCL and 30 for gloo.
 
     Raises:
-        LaunchError: the launcher's variables are incomplete, or it started more processes than there are GPUs.
+        LaunchError: the launcher's variables are incomplete or wrong, the port is in use, rank 0 cannot be reached, or
+            there are fewer GPUs than processes.
     """
     setup_environment(os.environ)
     accelerator = get_accelerator()
@@ -58,9 +60,11 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
         accelerator.set_device(local)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     limit = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=limit
-    )
+    backend = accelerator.communication_backend_name()
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+    except (torch.distributed.DistError, ValueError) as error:
+        raise LaunchError(describe_join_error(error, os.environ)) from None
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=limit)
     control = torch.distributed.new_group(backend="gloo", timeout=limit)
     return DistributedContext(
@@ -107,3 +111,21 @@ def all_gather(values: torch.Tensor, context: DistributedContext) -> torch.Tenso
     table[context.rank] = values.to(context.device)
     dist.all_reduce(table)
     return table.cpu()
+
+
+def gather_objects(value: Any, context: DistributedContext) -> list[Any]:
+    """Return every rank's value on every rank, in the order of ranks. The values are pickled."""
+    if context.world == 1:
+        return [value]
+    values: list[Any] = [None] * context.world
+    torch.distributed.all_gather_object(values, value, group=context.control)
+    return values
+
+
+def broadcast_object(value: Any, context: DistributedContext) -> Any:
+    """Return rank 0's value on every rank."""
+    if context.world == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, group=context.control, device=torch.device("cpu"))
+    return values[0]

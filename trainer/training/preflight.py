@@ -16,24 +16,25 @@ import uuid
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, LanguageModelConfig, ModelConfig
 from framestream.pipeline.config.schema import from_dict, to_dict
+from framestream.pipeline.utils.differences import describe_changes
 from framestream.trainer.checkpoint.disk_usage import check_disk
 from framestream.trainer.checkpoint.save import checkpoint_settings
 from framestream.trainer.distributed.launchers import LaunchError
-from framestream.trainer.distributed.process_group import DistributedContext
+from framestream.trainer.distributed.process_group import DistributedContext, broadcast_object, gather_objects
 from framestream.trainer.model.cost import estimate_memory
 from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.weights.architecture_checks import describe_unsupported, log_unknown_fields
 from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, is_hf_release, parse_hf_config
 from framestream.trainer.weights.hub import locate_weights
-from framestream.trainer.weights.load import read_config, resolve_init_source, resolve_init_tensors
+from framestream.trainer.weights.load import resolve_init_source, resolve_init_tensors
 from framestream.trainer.weights.tensor_files import WeightsError
+from framestream.trainer.weights.tensor_reader import read_config
 
 GIB = 1024**3
 TEXT_TOKENS = 256  #: text tokens beside the largest video, as in the dry run
@@ -51,8 +52,8 @@ def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) ->
     Raises:
         LaunchError: every fault, with the ranks that have it.
     """
-    marker = run / f".seen-{_broadcast(uuid.uuid4().hex if context.is_main else None)}"
-    expected = _broadcast(_shared_values(manifest) if context.is_main else None)
+    marker = run / f".seen-{broadcast_object(uuid.uuid4().hex if context.is_main else None, context)}"
+    expected = broadcast_object(_shared_values(manifest) if context.is_main else None, context)
     faults = [*_differences(expected, _shared_values(manifest)), *_check_device(manifest, context)]
     writable = False
     if context.is_main:
@@ -61,16 +62,16 @@ def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) ->
         faults += unwritable
         writable = not unwritable
         faults += filter(None, [check_disk(manifest)] if writable else [])
-    if _broadcast(writable) and not _wait_for(marker):
+    if broadcast_object(writable, context) and not _wait_for(marker):
         shared = "put it on a file system that all machines share"
         faults.append(f"output: {run} is not the folder that rank 0 sees; {shared}")
-    hosts = _gather(socket.gethostname())
+    hosts = gather_objects(socket.gethostname(), context)
     if hosts.index(hosts[context.rank]) == context.rank:  # one rank of each machine
         ranks = hosts.count(hosts[context.rank])
         faults += check_memory(manifest, context.world, ranks, device_bytes(context), host_bytes())
     if context.is_main:
         marker.unlink(missing_ok=True)
-    if merged := list(_merge(_gather(faults))):
+    if merged := list(_merge(gather_objects(faults, context))):
         if context.is_main:
             with contextlib.suppress(OSError):
                 run.rmdir()  # fails unless it is empty, as when it was created here
@@ -99,7 +100,7 @@ def _shared_values(manifest: Manifest) -> dict[str, object]:
 def _differences(expected: dict[str, object], actual: dict[str, object]) -> Iterator[str]:
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
-            values = f"{name} is {actual.get(name)!r}, on rank 0 {expected.get(name)!r}"
+            values = describe_changes({name: expected.get(name)}, {name: actual.get(name)}, ("rank 0", "here"))
             yield f"{values}; start every rank with the same"
 
 
@@ -125,20 +126,6 @@ def _wait_for(marker: Path) -> bool:
     return True
 
 
-def _broadcast(value: Any) -> Any:
-    """Return rank 0's value on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _gather(value: Any) -> list:
-    """Return every rank's value on every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 # --------------------------------------------------------------------------------------------------------- weights
 
 
@@ -161,12 +148,19 @@ def _architecture_differences(manifest: Manifest) -> Iterator[str]:
         folder = None if address == "random" else locate_weights(address)
         if folder is None or not (folder / "config.json").is_file():
             continue
-        where = str(folder / "config.json")
-        stored = _stored_architecture(read_config(folder), part, where)
+        where, config = str(folder / "config.json"), read_config(folder)
+        if part == "language_model" and config.get("model_type") != NATIVE_MODEL_TYPE and not is_hf_release(config):
+            for fault in describe_unsupported(config):
+                yield f"{field}: {where}: {fault}; this is another model than the Qwen2 that is computed here"
+            log_unknown_fields(folder / "config.json", config)
+        stored = _stored_architecture(config, part, where)
         wanted = to_dict(getattr(manifest.model, part))
         for name in sorted(stored.keys() - WEIGHT_NEUTRAL_FIELDS):
-            if stored[name] != wanted[name]:
-                difference = f"{name} is {stored[name]!r}, model.{part}.{name} is {wanted[name]!r}"
+            if name == "vocab_size" and isinstance(stored[name], int) and stored[name] < wanted[name]:
+                rows = f"{wanted[name] - stored[name]:,} rows are added to the embedding's {stored[name]:,}"
+                logger.warning("%s: model.%s.vocab_size: %s; each is their mean", field, part, rows)
+            elif stored[name] != wanted[name]:
+                difference = f"{name} is {stored[name]!r:.60}, model.{part}.{name} is {wanted[name]!r}"
                 yield f"{field}: {where}: {difference}; these are the weights of another model"
 
 
@@ -176,7 +170,8 @@ def _stored_architecture(config: dict, part: str, where: str) -> dict[str, objec
         return to_dict(getattr(from_dict(ModelConfig, config.get("model"), f"{where}: model"), part))
     if is_hf_release(config):
         return to_dict(getattr(parse_hf_config(config, where)[0], part))
-    rope = config.get("rope_parameters") or {}  # transformers 5; earlier versions have rope_theta at the top level
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}  # transformers 5; earlier versions have rope_theta at the top level
     known = {name: rope[name] for name in ("rope_theta",) if name in rope} | config
     return {name: known[name] for name in to_dict(LanguageModelConfig()) if name in known and part == "language_model"}
 

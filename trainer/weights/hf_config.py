@@ -14,6 +14,7 @@ from typing import Any
 from framestream.pipeline.config.model import ConnectorConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
 from framestream.pipeline.config.schema import ManifestError, from_dict, to_dict
+from framestream.trainer.weights.architecture_checks import describe_unsupported
 
 HF_ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
 HF_MODEL_TYPE = "videochat_flash_qwen"
@@ -58,6 +59,17 @@ FIXED_FIELDS: dict[str, Any] = {
     "use_pos_skipping": False,
     "vision_encode_type": "video_image",
 }
+#: of these, what decides which numbers the model computes
+MODEL_FIELDS = (
+    "frame_aspect_ratio",
+    "mm_llm_compress",
+    "mm_newline_position",
+    "mm_use_im_start_end",
+    "mm_vision_select_feature",
+    "mm_vision_select_layer",
+    "use_mm_proj",
+    "vision_encode_type",
+)
 
 
 @dataclass(frozen=True)
@@ -159,27 +171,29 @@ def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
     Raises:
         ManifestError: names ``where`` and the field that is missing or describes another model.
     """
+    if faults := [*describe_unsupported(config), *_release_faults(config)]:
+        raise ManifestError(f"{where}: {', '.join(faults)}; this is another model, and is not computed here")
     if NATIVE_MODEL_TYPE in config:
         own = config[NATIVE_MODEL_TYPE] if isinstance(config[NATIVE_MODEL_TYPE], dict) else {}
         frames = from_dict(FramesConfig, own.get("frames"), f"{where}: {NATIVE_MODEL_TYPE}.frames")
-        return (
-            from_dict(ModelConfig, own.get("model"), f"{where}: {NATIVE_MODEL_TYPE}.model"),
-            frames.size,
-            frames.clip_frames,
-        )
+        model: ModelConfig = from_dict(ModelConfig, own.get("model"), f"{where}: {NATIVE_MODEL_TYPE}.model")
+        for field, value in to_dict(model.language_model).items():
+            if config.get(field, value) != value:
+                contradiction = f"{config[field]!r:.40}, and {value!r} in {NATIVE_MODEL_TYPE}.model.language_model"
+                raise ManifestError(f"{where}: {field}: {contradiction}; correct the wrong one")
+        return model, frames.size, frames.clip_frames
     name = config.get("mm_vision_tower")
-    if name not in HF_TOWERS:
-        raise ManifestError(f"{where}: mm_vision_tower: {name!r} is not one of {', '.join(HF_TOWERS)}")
+    if not isinstance(name, str) or name not in HF_TOWERS:
+        raise ManifestError(f"{where}: mm_vision_tower: {name!r:.60} is not one of {', '.join(HF_TOWERS)}")
     size, tower = HF_TOWERS[name]
     wanted = {
         "mm_hidden_size": tower.width,
         "mm_local_num_frames": 4,
         "mm_projector_type": FIXED_FIELDS["mm_projector_type"],
-        "rope_scaling": None,
     }
     for field, value in wanted.items():
         if config.get(field) != value:
-            raise ManifestError(f"{where}: {field}: {config.get(field)!r} is not {value!r}; this is another model")
+            raise ManifestError(f"{where}: {field}: {config.get(field)!r:.60} is not {value!r}; this is another model")
     rope = config.get("rope_parameters") or {}
     known = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **config}
     fields = to_dict(LanguageModelConfig()).keys()
@@ -187,6 +201,12 @@ def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
         raise ManifestError(f"{where}: {', '.join(absent)}: missing; a release has all of Qwen2's keys")
     language = from_dict(LanguageModelConfig, {field: known[field] for field in fields}, f"{where}: ")
     return ModelConfig(vision_tower=tower, connector=ConnectorConfig(), language_model=language), size, 4
+
+
+def _release_faults(config: dict) -> list[str]:
+    """List the fields of a release's config.json that describe another use of the vision tower than that here."""
+    given = {name: config[name] for name in MODEL_FIELDS if name in config}
+    return [f"{name} is {value!r:.60}" for name, value in given.items() if value != FIXED_FIELDS[name]]
 
 
 def is_hf_release(config: dict) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -22,7 +21,10 @@ from transformers.initialization import no_init_weights
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import ModelConfig
-from framestream.pipeline.config.schema import from_dict, to_dict
+from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.utils.command_line import printable_line
+from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.records import write_record
 from framestream.trainer.model.internvideo2 import (
     LAYER_SCALE,
     POS_EMBED_FRAMES,
@@ -31,7 +33,7 @@ from framestream.trainer.model.internvideo2 import (
     pos_embed_grid,
 )
 from framestream.trainer.model.video_llm import VideoLLM
-from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, is_hf_release, parse_hf_config
+from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, ReleaseConfig, is_hf_release, parse_hf_config
 from framestream.trainer.weights.hub import locate_weights
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
@@ -39,20 +41,24 @@ from framestream.trainer.weights.tensor_files import (
     LazyTensor,
     WeightsError,
     map_checkpoint_keys,
-    open_tensors,
     shard_files,
     to_hf_name,
     write_shard,
     write_weight_index,
 )
+from framestream.trainer.weights.tensor_reader import open_tensors, read_config
 
 MAX_NAMES = 3  #: names of faulty tensors in a message
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
-def open_part_tensors(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) -> dict[str, LazyTensor]:
+def open_part_tensors(
+    model: VideoLLM, part: str, path: Path, cfg: ModelConfig, add_rows: bool = False
+) -> dict[str, LazyTensor]:
     """Open the tensors of one part by our names; all of them exist and have the model's shapes.
 
-    Learned positions for another number of patches or frames are resized to the model's.
+    Learned positions for another number of patches or frames are resized to the model's. With ``add_rows``, an
+    embedding and a head for fewer token ids get rows for the others, see :func:`_fit_vocabulary`.
 
     Raises:
         WeightsError: lists missing and unexpected tensors, and tensors of the wrong shape, by name.
@@ -61,6 +67,8 @@ def open_part_tensors(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) 
     found = {name: tensors[key] for key, name in map_checkpoint_keys(part, list(tensors), cfg).items()}
     wanted = {name: full_shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
     found |= {name: _fit_positions(name, found[name], size) for name, size in wanted.items() if name in found}
+    if add_rows:
+        found |= {name: _fit_vocabulary(name, found[name], size) for name, size in wanted.items() if name in found}
     wrong = [
         f"{name} is {list(found[name].shape)}, the model's {list(size)}"
         for name, size in wanted.items()
@@ -70,11 +78,28 @@ def open_part_tensors(model: VideoLLM, part: str, path: Path, cfg: ModelConfig) 
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
         "wrong shape": wrong,
+        "not floating-point numbers": [name for name in wanted if name in found and not found[name].is_float],
     }
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names)
+        if HEAD in faults["missing"] and EMBEDDING in found:
+            tied = "model.language_model.tie_word_embeddings: true"
+            listed += f"; a model without {HEAD} shares the weights of the embedding: set {tied}"
         raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
     return found
+
+
+def _fit_vocabulary(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
+    """Add rows to an embedding or a head with fewer rows than the model's: each is the mean of the file's rows."""
+    more = size[0] - tensor.shape[0] if name in (EMBEDDING, HEAD) and len(tensor.shape) == 2 else 0
+    if more <= 0 or tensor.shape[0] == 0 or tensor.shape[1] != size[1]:
+        return tensor
+
+    def read() -> torch.Tensor:
+        rows = tensor.read()
+        return torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype).expand(more, -1)])
+
+    return LazyTensor(size, read, tensor.is_float)
 
 
 def _fit_positions(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
@@ -85,7 +110,7 @@ def _fit_positions(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> Lazy
     wanted = pos_embed_grid(size[1], frames)
     if wanted is None or pos_embed_grid(tensor.shape[1], frames) is None:
         return tensor
-    return LazyTensor(size, lambda: interpolate_pos_embed(tensor.read(), *wanted))
+    return LazyTensor(size, lambda: interpolate_pos_embed(tensor.read(), *wanted), tensor.is_float)
 
 
 # ------------------------------------------------------------------------------------------------ initialization
@@ -137,14 +162,19 @@ def resolve_init_tensors(
                 paths[part] = (f"{field}: ", locate_weights(address))
             except WeightsError as error:
                 raise WeightsError(f"{field}: {error}") from error
-    return tensors | _open_parts(model, paths, manifest.model)
+    return tensors | _open_parts(model, paths, manifest.model, add_rows=True)
 
 
-def _open_parts(model: VideoLLM, paths: dict[str, tuple[str, Path]], cfg: ModelConfig) -> dict[str, LazyTensor]:
+def _open_parts(
+    model: VideoLLM, paths: dict[str, tuple[str, Path]], cfg: ModelConfig, add_rows: bool = False
+) -> dict[str, LazyTensor]:
     """Open the tensors of several parts by our names.
 
     Args:
+        model: with the names and shapes of its parameters.
         paths: part -> beginning of its errors, file or folder.
+        cfg: of the model.
+        add_rows: see :func:`open_part_tensors`.
 
     Raises:
         WeightsError: one error with the faults of all parts.
@@ -153,7 +183,7 @@ def _open_parts(model: VideoLLM, paths: dict[str, tuple[str, Path]], cfg: ModelC
     faults: dict[str, None] = {}  # an ordered set: a damaged folder of all parts is one fault
     for part, (where, path) in paths.items():
         try:
-            tensors |= open_part_tensors(model, part, path, cfg)
+            tensors |= open_part_tensors(model, part, path, cfg, add_rows)
         except WeightsError as error:
             faults[f"{where}{error}"] = None
     if faults:
@@ -178,7 +208,9 @@ def resolve_init_source(manifest: Manifest, part: str) -> tuple[str, str]:
 
 def _shorten(names: list[str]) -> str:
     """Join the first of ``names`` to a line that is not too long."""
-    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+    return ", ".join(map(printable_line, names[:MAX_NAMES])) + (
+        f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    )
 
 
 def _run_weights(run: str) -> str:
@@ -255,12 +287,14 @@ def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_
     """Write all parameters by their published names, and config.json. Call on every rank.
 
     The files are one ``model.safetensors``, or numbered shards of at most ``shard_bytes`` with their index. A larger
-    tensor has a shard of its own. config.json is written last, with the manifest's sections that inference needs.
+    tensor has a shard of its own. config.json is written last, with the manifest's sections that inference needs, and
+    the digests of the files.
     """
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
     tower = manifest.model.vision_tower.type
     parameters = {to_hf_name(name, tower): p for name, p in model.named_parameters()}
     sizes = {name: _bytes(p) for name, p in parameters.items()}
+    digests: dict[str, str] = {}
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     for file, names in shard_files(sizes, shard_bytes).items():
@@ -271,13 +305,14 @@ def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_
                     tensors[name] = parameters[name].detach().cpu().contiguous()
         if writes:
             write_shard(folder / file, tensors)
+            digests[file] = file_digest(folder / file)
     if not writes:
         return
     write_weight_index(folder, sizes, shard_bytes)
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     sections = {name: to_dict(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
     config = {"architectures": ["VideoLLM"], "model_type": NATIVE_MODEL_TYPE, "dtype": dtype, **sections}
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_record(folder / "config.json", {**config, "digests": digests})
 
 
 def _bytes(parameter: nn.Parameter) -> int:
@@ -300,8 +335,8 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
     if is_hf_release(config):
         cfg, trained_size, clip_frames = parse_hf_config(config, where)
     elif config.get("model_type") == NATIVE_MODEL_TYPE:
-        cfg = from_dict(ModelConfig, config["model"], f"{where}: model")
-        trained_size, clip_frames = config["frames"]["size"], config["frames"]["clip_frames"]
+        release = ReleaseConfig.from_config(config, "", where)
+        cfg, trained_size, clip_frames = release.model, release.frames.size, release.frames.clip_frames
     else:
         kind = config.get("model_type")
         raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
@@ -310,24 +345,6 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
     model.to(parse_dtype(config, where))
     copy_tensors(model, open_model_tensors(model, folder, cfg))
     return model.eval()
-
-
-def read_config(folder: Path) -> dict:
-    """Read config.json of a folder of weights.
-
-    Raises:
-        WeightsError: it is missing, or not a JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{folder}: no config.json; name the `final` folder of a finished run")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path}: a {type(config).__name__} instead of an object; fetch it again")
-    return config
 
 
 def parse_dtype(config: dict, where: str) -> torch.dtype:

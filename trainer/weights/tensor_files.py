@@ -1,21 +1,17 @@
-"""Tensors in files: published names, reading without loading, and writing in shards.
+"""Tensors in files: their published names (``to_hf_name``), and writing in shards.
 
-Tensors have their published names in files (``to_hf_name``). They are read with safetensors or
-``torch.load(weights_only=True)``; nothing in a file is ever executed.
+:mod:`framestream.trainer.weights.tensor_reader` reads them.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from framestream.pipeline.config.model import ModelConfig
@@ -60,10 +56,11 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its shape is known, its values are read on demand."""
+    """A tensor in a file: its shape is known, its values are read on demand. Integers are no weights."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    is_float: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------- names
@@ -143,68 +140,6 @@ def _unused_prefixes(cfg: ModelConfig) -> tuple[str, ...]:
     last_block = (f"vision_tower.blocks.{cfg.vision_tower.depth - 1}.",)
     tied_head = ("language_model.lm_head.",) if cfg.language_model.tie_word_embeddings else ()
     return in_tower + last_block + tied_head
-
-
-# -------------------------------------------------------------------------------------------------------- reading
-
-
-def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """Open every tensor of a file or folder, by the name in the file.
-
-    A folder contains a safetensors index, safetensors files, or one torch file (.bin, .pt, .pth).
-
-    Raises:
-        WeightsError: no such file, a file of another format, or a damaged one.
-    """
-    tensors: dict[str, LazyTensor] = {}
-    for file in _weight_files(path):
-        try:
-            tensors.update(_safetensors(file) if file.suffix == ".safetensors" else _torch_file(file))
-        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise WeightsError(f"{file}: not a file of tensors that can be read ({reason}); fetch it again") from error
-    return tensors
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """List the files of weights at ``path``."""
-    if path.is_file():
-        return [path]
-    if (path / INDEX).is_file():
-        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        if absent := [name for name in names if not (path / name).is_file()]:
-            raise WeightsError(f"{path}: {INDEX} names files that are missing: {', '.join(absent)}")
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        files = sorted(file for suffix in ("bin", "pt", "pth") for file in path.glob(f"*.{suffix}"))
-        if len(files) > 1:
-            raise WeightsError(f"{path}: several weights files; name one of {', '.join(file.name for file in files)}")
-    if not files:
-        raise WeightsError(f"{path}: no weights here (*.safetensors, *.bin, *.pt, *.pth)")
-    return files
-
-
-def _safetensors(file: Path) -> dict[str, LazyTensor]:
-    opened = safe_open(file, framework="pt")
-    return {
-        key: LazyTensor(tuple(opened.get_slice(key).get_shape()), functools.partial(opened.get_tensor, key))
-        for key in opened.keys()  # noqa: SIM118 (not a mapping)
-    }
-
-
-def _torch_file(file: Path) -> dict[str, LazyTensor]:
-    values = torch.load(file, map_location="cpu", weights_only=True)
-    for wrapper in ("module", "model", "state_dict"):
-        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
-            values = values[wrapper]
-    if not isinstance(values, dict):
-        raise ValueError(f"a {type(values).__name__} instead of named tensors")
-    return {key: _in_memory(value) for key, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-def _in_memory(value: torch.Tensor) -> LazyTensor:
-    return LazyTensor(tuple(value.shape), lambda: value)
 
 
 # -------------------------------------------------------------------------------------------------------- writing

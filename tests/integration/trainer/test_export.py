@@ -18,6 +18,8 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
 from framestream.pipeline.config.model import InitFromConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.preprocessing import ImagesConfig
+from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.records import read_record, write_record
 from framestream.trainer.checkpoint.export import export
 from framestream.trainer.export import main
 from framestream.trainer.model.video_llm import VideoLLM, build_model
@@ -235,7 +237,9 @@ def test_a_released_config_is_the_manifests_model():
     [
         ({"mm_vision_tower": "clip"}, "mm_vision_tower: 'clip' is not one of umt-large"),
         ({"mm_hidden_size": 64}, "mm_hidden_size: 64 is not 1024; this is another model"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: {'type': 'yarn'} is not None"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is {'type': 'yarn'}; this is another model"),
+        ({"mm_llm_compress": True}, "mm_llm_compress is True; this is another model"),
+        ({"mm_vision_select_layer": -1, "hidden_act": "gelu"}, "hidden_act is 'gelu', mm_vision_select_layer is -1"),
         ({"hidden_size": "wide"}, "hidden_size: expected a whole number"),
         ({"framestream": 5}, "framestream.frames: expected a mapping"),
         ({"framestream": {"frames": {"size": 224}}}, "framestream.frames.sampler: required field is missing"),
@@ -370,7 +374,12 @@ def test_python_files_of_the_release_are_copied_and_not_run(tmp_path):
         (lambda t: change(t, dtype="complex64"), 1, "dtype: 'complex64' is not one of bfloat16"),
         (lambda t: change(t, frames={"size": 128}), 2, "config.json: frames.sampler: required field"),
         (lambda t: change(t, text={"tokenizer": "./nowhere"}), 2, "text.tokenizer: ./nowhere is not a folder"),
-        (lambda t: (t / "run" / "final" / "model.safetensors").write_bytes(b"no"), 1, "model.safetensors: not a file"),
+        (
+            lambda t: (t / "run" / "final" / "model.safetensors").write_bytes(b"no"),
+            1,
+            "model.safetensors: damaged (its",
+        ),
+        (lambda t: (t / "run" / "final" / "config.json").write_text("{"), 1, "config.json: not JSON"),
         (lambda t: drop(t, "model.norm.weight"), 1, "missing: language_model.model.norm.weight"),
     ],
 )
@@ -388,13 +397,15 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, capsys, break_
 
 
 def change(folder: Path, **fields) -> None:
+    """Write a config.json with other fields, and a digest that fits."""
     path = folder / "run" / "final" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    write_record(path, read_record(path, "config", "") | fields)
 
 
 def drop(folder: Path, name: str) -> None:
     path = folder / "run" / "final" / "model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if key != name}, path)
+    change(folder, digests={path.name: file_digest(path)})
 
 
 # Checkpoints of several ranks -----------------------------------------------------------------------------------------
@@ -424,11 +435,13 @@ def test_checkpoints_of_ranks_equal_the_final_weights(shards, tmp_path, ranks, z
     assert_same(tensors(tmp_path / "newest"), wanted)
     assert_same(tensors(tmp_path / "step"), wanted)
     assert (tmp_path / "step" / "config.json").read_bytes() == (tmp_path / "final" / "config.json").read_bytes()
+    sound = (checkpoint / "state.json").read_bytes()
     for path, damage, message in (
-        (checkpoint / "state.json", lambda path: path.write_text('{"settings": {"seed": 9}}'), "other settings"),
-        (checkpoint / "state.json", lambda path: path.write_text("{"), "state.json: cannot be read"),
+        (checkpoint / "state.json", lambda path: state(path, settings={"seed": 9}), "other settings"),
+        (checkpoint / "state.json", lambda path: path.write_text("{"), "state.json: not a state of a checkpoint"),
+        (sorted(checkpoint.glob("*optim_states.pt"))[-1], flip, "optim_states.pt: damaged (its digest differs); "),
         (sorted(checkpoint.glob("*optim_states.pt"))[-1], trap, "cannot be read"),
-        (sorted(checkpoint.glob("*optim_states.pt"))[-1], Path.unlink, "cannot be read"),
+        (sorted(checkpoint.glob("*optim_states.pt"))[-1], Path.unlink, "optim_states.pt: is missing"),
     ):
         kept = path.read_bytes()
         damage(path)
@@ -436,12 +449,29 @@ def test_checkpoints_of_ranks_equal_the_final_weights(shards, tmp_path, ranks, z
             export(run, tmp_path / "none")
         assert message in str(error.value) and "\n" not in str(error.value)
         path.write_bytes(kept)
+        (checkpoint / "state.json").write_bytes(sound)
     assert not (checkpoint / "executed").exists() and not (tmp_path / "none").exists()
 
 
+def state(path: Path, **changes: object) -> None:
+    """Write a state.json with other fields, and a digest that fits."""
+    write_record(path, read_record(path, "state", "") | changes)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def trap(path: Path) -> None:
+    """Make a file that runs a program when it is unpickled; its size and digest in state.json are right."""
+
     class Trap:
         def __reduce__(self):
             return (subprocess.run, (["touch", str(path.parent / "executed")],))
 
     torch.save({"optimizer_state_dict": Trap()}, path)
+    stored, name = read_record(path.parent / "state.json", "state", ""), path.name
+    changed = {"files": path.stat().st_size, "digests": file_digest(path)}
+    state(path.parent / "state.json", **{field: stored[field] | {name: value} for field, value in changed.items()})

@@ -14,14 +14,14 @@ from safetensors import safe_open
 
 from framestream.pipeline.config.manifest import load_manifest
 from framestream.trainer.checkpoint.disk_usage import checkpoint_bytes, describe_disk
-from framestream.trainer.checkpoint.save import latest_checkpoint
+from framestream.trainer.checkpoint.state import latest_checkpoint
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED
 from tests.helpers.corpora import training_corpus as corpus
 
 #: different rates and decays, large enough that a mix-up would show at once, and a frozen part
 PARTS = (
     "train.vision_tower={train: true, lr: 1e-3, weight_decay: 0.1}",
-    "train.connector={train: true, lr: 4e-3, weight_decay: 20}",
+    "train.connector={train: true, lr: 4e-3, weight_decay: 10}",
     "train.language_model={train: false}",
     "train.save_every=100",
 )

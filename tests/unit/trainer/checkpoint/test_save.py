@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.checkpoint import disk_usage, save
+from framestream.trainer.checkpoint.load import load_checkpoint
 from framestream.trainer.checkpoint.save import (
-    CheckpointError,
     WriteError,
-    latest_checkpoint,
-    read_state,
+    checkpoint_settings,
+    read_settings,
     save_checkpoint,
+    write_settings,
 )
+from framestream.trainer.checkpoint.state import CheckpointError, check_files, latest_checkpoint, read_state
 from framestream.trainer.distributed.process_group import DistributedContext
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
@@ -111,10 +115,11 @@ def test_the_checkpoints_of_the_last_steps_are_kept(tmp_path, small):
 
 
 def test_a_checkpoint_without_a_file_or_a_byte_is_refused(tmp_path, small):
+    save_checkpoint(Engine(), tmp_path, 1, STATE, small, ALONE)
     save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
     optim = latest_checkpoint(tmp_path) / "optim.pt"
     os.truncate(optim, 1999)
-    with pytest.raises(CheckpointError, match=r"optim.pt: has 1999 bytes instead of 2000; .*latest"):
+    with pytest.raises(CheckpointError, match=r"optim.pt: has 1999 .* 2000; step-000001 is complete: .*latest"):
         read_state(latest_checkpoint(tmp_path))
     optim.unlink()
     with pytest.raises(CheckpointError, match=r"optim.pt: is missing"):
@@ -122,6 +127,84 @@ def test_a_checkpoint_without_a_file_or_a_byte_is_refused(tmp_path, small):
     shutil.rmtree(latest_checkpoint(tmp_path))
     with pytest.raises(CheckpointError, match="names step-000002, which does not exist"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_changed_byte_is_found_and_a_sound_checkpoint_named(tmp_path, small):
+    for step in (1, 2):
+        save_checkpoint(Engine(), tmp_path, step, STATE, small, ALONE)
+    folder = latest_checkpoint(tmp_path)
+    assert not check_files(folder, read_state(folder))
+    data = bytearray((folder / "optim.pt").read_bytes())
+    data[700] ^= 16
+    (folder / "optim.pt").write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(None, tmp_path, small, ALONE)
+    pointer = tmp_path / "checkpoints" / "latest"
+    fix = f"step-000001 is complete: write this name into {pointer} to resume from it"
+    assert str(caught.value) == f"{folder / 'optim.pt'}: damaged (its digest differs); {fix}"
+    pointer.write_text("step-000001\n")
+    (older := latest_checkpoint(tmp_path)).joinpath("model.pt").write_bytes(b"x" * 1000)
+    with pytest.raises(CheckpointError, match="model.pt: damaged .*; no older checkpoint is complete: remove .*latest"):
+        load_checkpoint(None, tmp_path, small, ALONE)
+    assert older.name == "step-000001"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_files_of_a_checkpoint(tmp_path, world):
+    names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world)]
+    for name in (*names, "mp_rank_00_model_states.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    digests = {path.name: "0" * 16 for path in tmp_path.iterdir()}
+    faults = [check_files(tmp_path, {"digests": digests}, rank, world) for rank in range(world)]
+    assert all(names[rank] in fault for rank, fault in enumerate(faults)) or "mp_rank_00_model" in faults[0]
+    only = {"digests": {"mp_rank_00_model_states.pt": "0" * 16}}
+    assert [bool(check_files(tmp_path, only, rank, world)) for rank in range(world)] == [True] + [False] * (world - 1)
+
+
+@pytest.mark.parametrize("name", ["latest", "state.json"])
+def test_every_flip_and_truncation_of_a_record_is_one_line(tmp_path, small, name, caplog):
+    save_checkpoint(Engine(), tmp_path, 1, STATE, small, ALONE)
+    save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
+    path = next((tmp_path / "checkpoints").rglob(f"step-000002/{name}"), tmp_path / "checkpoints" / name)
+    data, rng = path.read_bytes(), np.random.default_rng(5)
+    changes = [bytes(len(data)), b"", b"[]", b"{}", b'{"a":' * 100_000]
+    for _ in range(300):
+        at, bit = int(rng.integers(len(data))), 1 << int(rng.integers(8))
+        changes += [data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :], data[:at]]
+    accepted = 0
+    for changed in changes:
+        path.write_bytes(changed)
+        try:
+            state = read_state(latest_checkpoint(tmp_path))
+        except CheckpointError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600 and str(tmp_path) in str(error)
+        else:  # only space outside of values has changed
+            accepted += 1
+            assert state["step"] == 2 and json.loads(changed) == json.loads(data)
+    assert accepted < 30
+
+
+def test_a_state_of_an_older_version_is_read_and_checked(tmp_path, small, caplog):
+    save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
+    path = latest_checkpoint(tmp_path) / "state.json"
+    state = {name: value for name, value in read_state(path.parent).items() if name != "digests"}
+    path.write_text(json.dumps(state))
+    (tmp_path / "checkpoints" / "latest").write_text("step-000002")
+    assert read_state(latest_checkpoint(tmp_path)) == read_state(latest_checkpoint(tmp_path)) == state
+    assert caplog.text.count("state.json: has no digest, as in older versions") == 1
+    for change in ({"step": "2"}, {"world": 0}, {"loader": []}, {"files": {"../optim.pt": 1}}, {"files": {"a": None}}):
+        path.write_text(json.dumps(state | change))
+        with pytest.raises(CheckpointError, match="state.json: not a state of a checkpoint"):
+            read_state(path.parent)
+
+
+def test_settings_of_a_run_are_a_record(tmp_path, small):
+    path = tmp_path / "settings.json"
+    write_settings(path, small)
+    assert read_settings(path) == json.loads(json.dumps(checkpoint_settings(small)))
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(CheckpointError, match=r"settings.json: damaged list of settings .*; .*remove this file"):
+        read_settings(path)
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, small, monkeypatch):

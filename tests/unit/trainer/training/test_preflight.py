@@ -37,6 +37,16 @@ def run_of(folder: Path, manifest: Manifest) -> Path:
     return folder
 
 
+def test_added_rows_are_logged_and_missing_ids_refused(tmp_path, caplog) -> None:
+    smaller = qwen2(tmp_path / "qwen2", vocab_size=SMALL.language_model.vocab_size - 24)
+    assert check_weights(start(language_model=smaller)) == []
+    size = f"{SMALL.language_model.vocab_size - 24:,}"
+    line = f"init_from.language_model: model.language_model.vocab_size: 24 rows are added to the embedding's {size}"
+    assert f"{line}; each is their mean" in caplog.text
+    larger = qwen2(tmp_path / "larger", vocab_size=SMALL.language_model.vocab_size + 8)
+    assert "wrong shape" in check_weights(start(language_model=larger))[0]
+
+
 def test_matching_weights_are_accepted(tmp_path: Path) -> None:
     assert check_weights(start()) == []
     assert check_weights(start(language_model=qwen2(tmp_path / "qwen2"))) == []
@@ -57,6 +67,72 @@ def test_differences_that_shapes_do_not_show_are_refused(tmp_path: Path, other: 
     faults = check_weights(start(language_model=qwen2(tmp_path / "qwen2", **other)))
     assert faults and all("\n" not in fault for fault in faults)
     assert any(message in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
+
+
+#: settings of other models' config.json, each of which would be ignored in silence
+OTHERS: list[tuple[str, object]] = [
+    ("rope_scaling", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+    ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("rope_scaling", {"type": "mrope", "mrope_section": [16, 24, 24]}),
+    ("rope_scaling", "linear"),
+    ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1000000.0}),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 10.0}),
+    ("rope_parameters", [1]),
+    ("layer_types", ["sliding_attention", "full_attention"]),
+    ("hidden_act", "gelu"),
+    ("attention_bias", False),
+    ("attention_dropout", 0.1),
+    ("head_dim", 32),
+    ("partial_rotary_factor", 0.5),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ("logit_scale", 0.0625),
+    ("final_logit_softcapping", 30.0),
+    ("num_experts", 60),
+    ("model_type", "qwen3"),
+    ("model_type", 7),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), OTHERS, ids=[f"{field}-{n}" for n, (field, _) in enumerate(OTHERS)])
+def test_settings_that_are_not_computed_here_are_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
+    path = qwen2(tmp_path / "qwen2") / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters", {"rope_theta": config.get("rope_theta")})
+    path.write_text(json.dumps(config | {"layer_types": None, "rope_theta": rope["rope_theta"], field: value}))
+    (fault,) = check_weights(start(language_model=tmp_path / "qwen2"))
+    assert fault.startswith(f"init_from.language_model: {path}: ") and f"{field} is " in fault and "\n" not in fault
+
+
+@pytest.mark.parametrize(("first", "refused"), [(0, True), (1, True), (2, False)])
+def test_windows_are_refused_where_a_layer_has_one(tmp_path: Path, first: int, refused: bool) -> None:
+    path = qwen2(tmp_path / "qwen2") / "config.json"
+    windows = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": first, "layer_types": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | windows))
+    faults = check_weights(start(language_model=tmp_path / "qwen2"))
+    assert bool(faults) is refused and all("use_sliding_window is True" in fault for fault in faults)
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fields of Qwen2.5-7B-Instruct-1M and of fine-tuned copies; a field that nobody here knows is named."""
+    path = qwen2(tmp_path / "qwen2") / "config.json"
+    fields = {
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "max_window_layers": 1,
+        "layer_types": None,
+        "dual_chunk_attention_config": {"chunk_size": 262144},
+        "rope_scaling": None,
+        "quantization_config": None,
+        "attention_dropout": 0.0,
+        "head_dim": None,
+        "unsloth_version": "2025.1",
+        "partial_rotary_factor": 1.0,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert check_weights(start(language_model=tmp_path / "qwen2")) == [] and not caplog.records
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"my_gate": 0.3}))
+    assert check_weights(start(language_model=tmp_path / "qwen2")) == []
+    assert f"{path}: fields that are not known here and not used: my_gate" in caplog.text
 
 
 def test_another_tower_of_a_run_or_a_release_is_refused(tmp_path: Path) -> None:

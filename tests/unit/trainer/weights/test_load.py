@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from framestream.pipeline.config.model import InitFromConfig, ModelConfig
+from framestream.pipeline.utils.records import read_record, write_record
 from framestream.trainer.weights.load import load_pretrained, random_tensor, save_weights
 from framestream.trainer.weights.tensor_files import INDEX, WeightsError, from_hf_name, to_hf_name
 from tests.helpers.golden_data import files
@@ -356,6 +357,56 @@ def test_internvideo2_keeps_published_names_at_another_size(tmp_path):
     tower = initialised(larger).vision_tower
     assert tower.pos_embed.shape == (1, 1 + 4 * 144, 48) and tower.img_pos_embed.shape == (1, 145, 48)
     assert torch.equal(tower.blocks[0].attn.qkv.weight, model.vision_tower.blocks[0].attn.qkv.weight)
+
+
+def test_tokens_beyond_the_stored_rows_start_at_the_mean(tmp_path):
+    language = SMALL.language_model
+    fields = dataclasses.asdict(language) | {"vocab_size": language.vocab_size - 5}
+    fields.pop("rope_theta")
+    theirs = Qwen2ForCausalLM(Qwen2Config(**fields))
+    theirs.save_pretrained(tmp_path / "qwen2")
+    settings = start(language_model=tmp_path / "qwen2")
+    model = initialised(settings)
+    for ours, stored in (
+        (model.language_model.model.embed_tokens, theirs.model.embed_tokens),
+        (model.language_model.lm_head, theirs.lm_head),
+    ):
+        assert torch.equal(ours.weight[:-5], stored.weight)
+        torch.testing.assert_close(ours.weight[-5:], stored.weight.mean(0).expand(5, -1))
+    save_weights(model, tmp_path / "run" / "final", settings)  # from here on all rows are stored
+    assert_equal(load_pretrained(tmp_path / "run" / "final"), published(model))
+    path = tmp_path / "run" / "final" / "config.json"
+    record = read_record(path, "config", "")
+    record["model"]["language_model"]["vocab_size"] += 8
+    write_record(path, record)
+    with pytest.raises(WeightsError, match="wrong shape: language_model.model.embed_tokens.weight"):
+        load_pretrained(tmp_path / "run" / "final")
+
+
+def test_an_absent_head_is_explained(tmp_path):
+    fields = dataclasses.asdict(SMALL.language_model) | {"tie_word_embeddings": True}
+    fields.pop("rope_theta")
+    Qwen2ForCausalLM(Qwen2Config(**fields)).save_pretrained(tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"missing: .*lm_head.weight; .*set model.language_model.tie_word_embeddings"
+    ):
+        initialised(start(language_model=tmp_path))
+
+
+def test_damage_of_final_weights_is_found(tmp_path):
+    settings = start()
+    save_weights(initialised(settings), tmp_path / "stage1" / "final", settings, 20_000)
+    final = tmp_path / "stage1" / "final"
+    follow = dataclasses.replace(settings, init_from=InitFromConfig(run=str(tmp_path / "stage1")))
+    for name in ("config.json", sorted(path.name for path in final.glob("*.safetensors"))[1]):
+        data = (final / name).read_bytes()
+        at = data.rindex(b"2") if name == "config.json" else len(data) - 7
+        (final / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        for read in (lambda: load_pretrained(final), lambda: initialised(follow)):
+            with pytest.raises(WeightsError, match=f"{name}: damaged .*digest differs.*; copy it again"):
+                read()
+        (final / name).write_bytes(data)
+    load_pretrained(final)
 
 
 def test_load_pretrained_refuses_other_folders(tmp_path):
