@@ -73,7 +73,9 @@ def generate_demo(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0
     marker = out / MARKER
     if marker.is_file():
         try:
-            summary = read_record(marker, "record of the demo's data", f"remove {out}, or give another folder with --out")
+            summary = read_record(
+                marker, "record of the demo's data", f"remove {out}, or give another folder with --out"
+            )
         except RecordError as error:
             raise DemoError(str(error)) from None
         if {name: summary.get(name) for name in settings} == settings:

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # run as a script: the packages are beside this f
 from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the path above
     CommandParser,
     integer_option,
+    path_option,
     run_safely,
 )
 
@@ -24,9 +25,9 @@ from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the 
 @run_safely("Stopped. No page was written.")
 def main(arguments: Sequence[str] | None = None, prog: str = "inspect_shards") -> int:
     """Run the command. Returns the exit status: 0 done, 2 bad input, 130 stopped."""
-    parser = CommandParser(prog=prog, description=__doc__.partition("\n\n")[2])
-    parser.add_argument("root", type=Path, metavar="ROOT", help="a finished build, such as shards/stage3")
-    parser.add_argument("--html", type=Path, metavar="OUT", required=True, help="HTML page to write")
+    parser = CommandParser(prog=prog, description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("root", type=path_option, metavar="ROOT", help="a finished build, such as shards/stage3")
+    parser.add_argument("--html", type=path_option, metavar="OUT", required=True, help="HTML page to write")
     parser.add_argument(
         "--media", metavar="N", type=integer_option(0), default=24, help="media on the contact sheets (default: 24)"
     )
@@ -44,6 +45,7 @@ def _run(options: argparse.Namespace) -> int:
     import pyarrow as pa
 
     from framestream.pipeline.shards.index import ShardsError
+    from framestream.pipeline.shards.ledger import LedgerError
     from framestream.pipeline.utils.atomic_io import write_atomic
     from framestream.tools.inspection.report import inspection_page
 
@@ -51,7 +53,7 @@ def _run(options: argparse.Namespace) -> int:
         page = inspection_page(options.root, options.media, options.frames, options.seed).encode()
         options.html.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(options.html, page)
-    except (ShardsError, OSError, pa.ArrowException) as error:
+    except (ShardsError, LedgerError, OSError, pa.ArrowException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{options.html}: {len(page) / 1e6:.1f} MB")

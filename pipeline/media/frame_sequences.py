@@ -101,7 +101,7 @@ def open_folder(
     path = Path(path)
     try:
         with os.scandir(path) as items:
-            images = [item.name for item in items if _is_image(item.name) and item.is_file()]
+            images = [item.name for item in items if _is_image(item.name) and not item.is_dir()]
     except NotADirectoryError:
         raise MediaError("not_media", path, "is not a folder of frames; use the reader decord for videos") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name

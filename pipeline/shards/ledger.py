@@ -6,14 +6,21 @@ a ``dialogue`` that was left out, a ``salvaged`` media item (stored up to the da
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framestream.pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.records import RecordError, parse_record
+
+LEDGER_FILE = "ledger/ledger.parquet"  #: in a shard root
+MAX_RATIO, MAX_UNPACKED = 1000, 1 << 26  #: a ledger may unpack to so many times its size, and so many bytes more
 
 KINDS = ("entry", "dialogue", "media", "salvaged")
 
@@ -60,7 +67,7 @@ RETRYABLE = (
     *("unresolved", "unreachable", "denied", "bad_checksum", "timeout", "crashed"),
     # the file may have been fetched again
     *("missing_file", "empty_file", "not_media", "corrupt", "truncated", "too_few_frames"),
-    "too_large",  # data.fetch_mb may have changed
+    *("too_large", "outside_root"),  # data.fetch_mb or the root map may have changed
 )
 
 SCHEMA = pa.schema(
@@ -75,6 +82,10 @@ SCHEMA = pa.schema(
         ("attempts", pa.int32()),
     ]
 )
+
+
+class LedgerError(ValueError):
+    """A ledger cannot be read; one line with the file, the reason and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +131,53 @@ def write_ledger(path: str | Path, table: pa.Table) -> None:
 
 
 def read_ledger(root: str | Path) -> pa.Table:
-    """Read the ledger of a shard root.
+    """Read the ledger of a finished shard root, and compare it with the digest in build.json.
 
     Raises:
-        OSError, pyarrow.ArrowInvalid: there is no ledger, or it is damaged.
+        LedgerError: there is no ledger, or it is damaged.
     """
-    return pq.read_table(Path(root) / "ledger" / "ledger.parquet", schema=SCHEMA)
+    digests: Any = {}
+    with contextlib.suppress(OSError, RecordError):  # whoever reads the record itself says what is wrong with it
+        record = parse_record((Path(root) / "build.json").read_bytes(), "", "build record", "", warn=False)
+        digests = record.get("digests")
+    path = Path(root) / LEDGER_FILE
+    return load_ledger(path, digests.get(LEDGER_FILE) if isinstance(digests, dict) else None)
+
+
+def load_ledger(path: Path, digest: str | None) -> pa.Table:
+    """Read the file of a ledger.
+
+    Args:
+        digest: of the file; None if it is not known.
+
+    Raises:
+        LedgerError: it is missing or damaged.
+    """
+    fix = "restore it from a copy, or remove the root and build it again"
+    try:
+        if digest is not None and file_digest(path) != digest:
+            raise LedgerError(f"{path}: damaged ledger (its digest is not the one in build.json); {fix}")
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_size(file.metadata, path.stat().st_size)
+            if file.schema_arrow != SCHEMA:
+                raise ValueError("it does not have the columns of the format")
+            table = file.read(use_threads=False)
+        table.validate(full=True)
+        return table
+    except FileNotFoundError:
+        raise LedgerError(f"{path}: no ledger here; {fix}") from None
+    except LedgerError:
+        raise
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise LedgerError(f"{path}: damaged, or not a ledger ({reason[:200]}); {fix}") from None
+
+
+def _check_size(metadata: pq.FileMetaData, size: int) -> None:
+    """Raise ValueError if a ledger states that it unpacks to more than can be true: damage must not fill the memory."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if (unpacked := sum(group.total_byte_size for group in groups)) > MAX_RATIO * size + MAX_UNPACKED:
+        raise ValueError(f"it would unpack to {unpacked:,} bytes")
 
 
 def _text(value: str) -> str:

@@ -40,7 +40,7 @@ def lock_folder(folder: Path, name: str, kind: str, shared: bool = False) -> Ite
     Raises:
         LockError: the folder cannot be created or written, or another process has locked it.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +83,8 @@ def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise LockError(f"{path}: cannot be locked ({error.strerror}); choose another folder") from None
-                message = f"{path.parent}: its file system does not support file locks; mount it with flock"
+                fault = "its file system does not support file locks"
+                message = f"{path.parent}: {fault}; mount it with flock, or use another one"
                 raise LocksUnsupportedError(message) from None
             if _is_at(file.fileno(), path):  # else it was removed by the process that had the lock
                 break

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from tqdm import tqdm
 
 from framestream.pipeline.annotations.reader import AnnotationFileError
 from framestream.pipeline.config.manifest import Manifest
-from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
-from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.pipeline.shards.ledger import RETRYABLE
+from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.locks import LockError, lock_file, lock_folder
 from framestream.tools.builder.build_spec import difference, specification, without_additions
 from framestream.tools.builder.executors import Executor
@@ -39,7 +41,10 @@ from framestream.tools.builder.planner import make_plan
 from framestream.tools.builder.task import BuildJob, is_dialogue, task_folder
 from framestream.tools.common.arrow_files import map_table
 from framestream.tools.common.errors import BuildError
+from framestream.tools.common.sealed_folder import SEAL, DamagedFolderError, check_folder, seal_folder
 from framestream.tools.fetch.root_map import ResolvedEntry, resolve_entries
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILES = ("build.lock", "step.lock")  #: files that are locked; they exist while a build runs, or after a kill
 
@@ -76,23 +81,35 @@ def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> Buil
     root = manifest.shard_root
     entries = resolve_entries(manifest)
     wanted = specification(manifest, entries, options.limit)
+    if record := _finished_record(root, wanted, entries, options.retry_failed):
+        return BuildResult(record, built=False)
     with _lock_root(root, shared=options.ranks > 1):
         with _lock_step(root):
             if not _plan(manifest, entries, wanted, root, options):
                 return BuildResult(_read_record(root), built=False)
         job = make_job(manifest, entries, root / "work", options.cache_bytes)
-        _run_media(job, executor, options)
+        _run_media(job, root, executor, options)
         with _lock_step(root):
             if not (job.work / "plan").is_dir():  # another machine did the last steps
                 return BuildResult(_read_record(root))
+            _drop_damaged(job, root, _media_tasks(job), large="shard.tar")  # those of other machines
             if unfinished := _unfinished_tasks(job):
                 return BuildResult(None, media_left=int(_task_sizes(job)[unfinished].sum()))
-            _run_dialogues(job, executor)
+            _run_dialogues(job, root, executor)
             record = finish(root, job, wanted)
-            done = root / "work.done"
-            os.rename(job.work, done)
-            shutil.rmtree(done)
+            _remove_work(job.work)
         return BuildResult(record)
+
+
+def _remove_work(work: Path) -> None:
+    """Remove the work folder; first it is renamed, so that a kill leaves no part of it under its name."""
+    done = work.with_name("work.done")
+    try:
+        os.rename(work, done)
+    except OSError:  # a layered file system may refuse to rename a folder (EXDEV)
+        (work / "plan" / SEAL).unlink(missing_ok=True)
+        done = work
+    shutil.rmtree(done, ignore_errors=True)  # a network file system may keep files that are still mapped
 
 
 @contextlib.contextmanager
@@ -117,6 +134,19 @@ def _lock_step(root: Path) -> Iterator[None]:
         yield
 
 
+def _finished_record(
+    root: Path, wanted: Mapping[str, Any], entries: Sequence[ResolvedEntry], retry: bool
+) -> dict[str, Any] | None:
+    """Return the record of a finished root to which nothing is to be added. Nothing is written, not even a lock."""
+    if os.path.exists(root / "work") or not os.path.isfile(root / "build.json"):
+        return None
+    record = _read_record(root)
+    reasons = {reason for entry in record["entries"] for reason in entry["left_out"].get("dialogue", {})}
+    if difference(record["specification"], wanted, entries) or (retry and reasons.intersection(RETRYABLE)):
+        return None
+    return record
+
+
 def _read_record(root: Path) -> dict[str, Any]:
     return read_build_record(root / "build.json")
 
@@ -133,33 +163,50 @@ def _require_same_specification(
 def _plan(
     manifest: Manifest, entries: Sequence[ResolvedEntry], wanted: Mapping[str, Any], root: Path, options: BuildOptions
 ) -> bool:
-    """Create work/plan atomically unless it exists. Return False if the root is finished and nothing is to be added."""
+    """Create work/plan atomically unless it exists. Return False if the root is finished and nothing is to be added.
+
+    A damaged plan is made again. Results of tasks that belong to it stay if it comes out the same.
+    """
     work, folder, scratch = root / "work", root / "work" / "plan", root / "work" / "plan.tmp"
+    is_damaged = False
     if folder.is_dir():
-        planned = json.loads((folder / "specification.json").read_bytes())
-        _require_same_specification(root, planned, wanted, entries, finished=False)
-        return True
-    for leftover in (work, root / "work.done"):
+        try:
+            planned = check_folder(folder)["specification"]
+            _require_same_specification(root, planned, wanted, entries, finished=False)
+            return True
+        except DamagedFolderError as error:
+            logger.warning("%s; the build is planned again", error)
+            is_damaged = True
+    for leftover in (scratch if is_damaged else work, root / "work.done"):
         shutil.rmtree(leftover, ignore_errors=True)
-    is_addition = (root / "build.json").is_file()
+    is_finished = (root / "build.json").is_file()
     unknown = [path.name for path in sorted(root.iterdir()) if path.name not in LOCK_FILES]
-    if unknown and not is_addition:
+    if unknown and not is_finished and not is_damaged:
         raise BuildError(f"{root}: contains {unknown[0]}, which is not part of a build; give another --out")
     scratch.mkdir(parents=True)
     try:
-        if is_addition:
+        if is_finished:
             built = _read_record(root)["specification"]
             _require_same_specification(root, built, without_additions(built, wanted), entries, finished=True)
             snapshot(root, scratch / "previous")
+        elif (folder / "previous").is_dir():  # an addition was in its last steps
+            if not (folder / "previous" / "build.json").is_file():
+                raise BuildError(
+                    f"{folder / 'previous' / 'build.json'}: missing; restore {root} from a copy, or remove it"
+                )
+            shutil.copytree(folder / "previous", scratch / "previous")
         selection = Selection(ExistingBuild.open(scratch / "previous", manifest.compat), wanted, options.retry_failed)
         strict = not options.skip_unresolved
         if not selection.may_add() or not make_plan(manifest, entries, scratch, options.limit, strict, selection):
+            if not is_finished:
+                raise BuildError(f"{root}: the plan of an addition is damaged; repeat the command that began it")
             shutil.rmtree(work)
             return False
     except (BuildError, AnnotationFileError):
-        shutil.rmtree(work)
+        shutil.rmtree(scratch if is_damaged else work)
         raise
-    write_atomic(scratch / "specification.json", canonical_json(wanted).encode())
+    seal_folder(scratch, {"specification": wanted})
+    shutil.rmtree(folder, ignore_errors=True)
     os.rename(scratch, folder)
     fsync_path(work)
     return True
@@ -179,6 +226,7 @@ def make_job(manifest: Manifest, entries: Sequence[ResolvedEntry], work: Path, c
         cache_bytes=cache_bytes,
         fetch_seconds=manifest.data.fetch_timeout,
         decode_seconds=manifest.data.decode_timeout,
+        inputs=file_digest(work / "plan" / SEAL),
     )
 
 
@@ -187,7 +235,7 @@ def make_job(manifest: Manifest, entries: Sequence[ResolvedEntry], work: Path, c
 
 def _task_sizes(job: BuildJob) -> np.ndarray:
     """Count the media of each task, int64 (tasks,)."""
-    tasks = map_table(job.work / "plan" / "media.arrow")["task"].to_numpy()
+    tasks = map_table(job.work / "plan" / "media.arrow", checked=True)["task"].to_numpy()
     return np.bincount(tasks[tasks >= 0], minlength=len(job.tasks))
 
 
@@ -200,11 +248,41 @@ def _unfinished_tasks(job: BuildJob, dialogues: bool = False) -> list[int]:
     ]
 
 
-def _run_media(job: BuildJob, executor: Executor, options: BuildOptions) -> None:
+def _media_tasks(job: BuildJob) -> list[int]:
+    return [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
+
+
+def _drop_damaged(job: BuildJob, root: Path, tasks: Sequence[int], large: str | None = None) -> None:
+    """Remove results of finished ``tasks`` that are damaged, or that do not follow from the plan, to make them again.
+
+    Args:
+        large: name of a file of which only the size is compared.
+    """
+
+    def is_in_root(name: str, size: int, digest: str) -> bool:
+        """Return whether the last steps have moved the shard of a task."""
+        shards = (path for path in root.glob("*/*.tar") if name == "shard.tar" and path.stat().st_size == size)
+        return any(file_digest(path) == digest for path in shards)
+
+    for task in tasks:
+        folder = task_folder(job.work, job.tasks[task])
+        if not folder.is_dir():
+            continue
+        try:
+            if check_folder(folder, is_in_root, large)["inputs"] == job.inputs:
+                continue
+            fault = f"{folder}: belongs to another plan"
+        except DamagedFolderError as error:
+            fault = str(error)
+        logger.warning("%s; it is built again", fault)
+        shutil.rmtree(folder)
+
+
+def _run_media(job: BuildJob, root: Path, executor: Executor, options: BuildOptions) -> None:
     """Run the unfinished tasks of this machine."""
     (job.work / "tasks").mkdir(exist_ok=True)
-    media_tasks = [task for task, name in enumerate(job.tasks) if not is_dialogue(name)]
-    own_tasks = media_tasks[options.rank :: options.ranks]
+    own_tasks = _media_tasks(job)[options.rank :: options.ranks]
+    _drop_damaged(job, root, own_tasks)
     names = {job.tasks[task] for task in own_tasks}
     for scratch in (job.work / "tasks").glob("*.tmp"):
         if scratch.name.partition(".")[0] in names:
@@ -221,9 +299,11 @@ def _run_media(job: BuildJob, executor: Executor, options: BuildOptions) -> None
                 bar.set_postfix_str(f"{frames / elapsed:.0f} frames/s", refresh=False)
 
 
-def _run_dialogues(job: BuildJob, executor: Executor) -> None:
+def _run_dialogues(job: BuildJob, root: Path, executor: Executor) -> None:
     """Write the dialogues. All media tasks must be finished."""
     write_outcomes(job)
+    job = replace(job, inputs=f"{job.inputs}-{file_digest(job.work / 'outcomes.arrow')}")
+    _drop_damaged(job, root, [task for task, name in enumerate(job.tasks) if is_dialogue(name)])
     tasks = _unfinished_tasks(job, dialogues=True)
     for _ in tqdm(executor(job, tasks), total=len(tasks), unit=" reports", desc="dialogues", disable=None, leave=False):
         pass

@@ -7,6 +7,7 @@ root. So it can be repeated from the start after a kill, and gives the same byte
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framestream.pipeline.shards.index import SHARD_SCHEMA, build_table, index_digests, write_index
-from framestream.pipeline.shards.ledger import write_ledger
-from framestream.pipeline.shards.sidecars import read_sidecars, write_sidecars
+from framestream.pipeline.shards.ledger import LEDGER_FILE, write_ledger
+from framestream.pipeline.shards.sidecars import read_sidecars, scan_shard, write_sidecars
 from framestream.pipeline.shards.writer import ShardInfo
-from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.pipeline.utils.atomic_io import file_sha256, fsync_path
+from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.records import write_record
 from framestream.tools.builder.incremental import ExistingBuild, drop_rows
 from framestream.tools.builder.task import OUTCOMES, PLAN_ROW, BuildJob, read_shard_info, task_folder
 from framestream.tools.common.arrow_files import map_table, write_table
-from framestream.tools.common.errors import WorkerError
+from framestream.tools.common.errors import BuildError, WorkerError
+
+logger = logging.getLogger(__name__)
 
 FOLDERS = ("video", "image", "dialogue")
 SPLITS = ("train", "val")
@@ -35,7 +39,7 @@ SPLITS = ("train", "val")
 
 def write_outcomes(job: BuildJob) -> None:
     """Write work/outcomes.arrow: for each media item of the plan its row in the index, or why it has none."""
-    media = map_table(job.work / "plan" / "media.arrow")
+    media = map_table(job.work / "plan" / "media.arrow", checked=True)
     rows, failed = media["built"].to_numpy().copy(), media["failed"].combine_chunks()
     count = len(_previous(job).media)
     keys: list[str] = []
@@ -58,15 +62,19 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
     """Do the last steps and return the contents of build.json.
 
     Raises:
-        WorkerError: a dialogue of the plan is neither in a shard nor in the ledger.
+        BuildError: the previous shards of the root are damaged.
+        WorkerError: a dialogue of the plan is neither in a shard nor in the ledger, or a new shard is lost.
     """
     previous = _previous(job)
-    (root / "build.json").unlink(missing_ok=True)  # the root is unreadable from here to the end
     shards = previous.shards.to_pylist()
+    previous_infos = {
+        folder: _previous_infos(root / folder, [shard for shard in shards if shard["folder"] == folder])
+        for folder in FOLDERS
+    }
+    (root / "build.json").unlink(missing_ok=True)  # the root is unreadable from here to the end
     media_tables, dialogue_tables = [previous.media], [previous.dialogues]
-    ledgers = [map_table(job.work / "plan" / "ledger.arrow")]
-    for folder in FOLDERS:
-        infos = _previous_infos(root / folder, [shard for shard in shards if shard["folder"] == folder])
+    ledgers = [map_table(job.work / "plan" / "ledger.arrow", checked=True)]
+    for folder, infos in previous_infos.items():
         numbers = Counter(info.split for info in infos)
         for _, name in _ordered_tasks(job, folder):
             results, split = task_folder(job.work, name), name.split("-")[1]
@@ -76,7 +84,7 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
                 continue
             info = replace(info, name=f"{split}-{numbers[split]:06d}.tar")
             numbers[split] += 1
-            _move(results / "shard.tar", root / folder / info.name)
+            _move(results / "shard.tar", root / folder / info.name, info)
             rows = map_table(results / "rows.arrow").drop_columns(PLAN_ROW.name)
             if folder == "dialogue":
                 dialogue_tables.append(rows)
@@ -90,10 +98,10 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
     media, dialogues, new_ledger = (pa.concat_tables(tables) for tables in (media_tables, dialogue_tables, ledgers))
     ledger = pa.concat_tables([_previous_ledger_rows(previous, job, new_ledger), new_ledger])
     fingerprint = write_index(root, media, dialogues, build_table(SHARD_SCHEMA, shards))
-    write_ledger(root / "ledger" / "ledger.parquet", ledger)
+    write_ledger(root / LEDGER_FILE, ledger)
     record = {
         "index_fingerprint": fingerprint,
-        "digests": index_digests(root),
+        "digests": {**index_digests(root), LEDGER_FILE: file_digest(root / LEDGER_FILE)},
         "specification": wanted,
         "entries": _count_entries(job, previous, media, dialogues, ledger),
         "shards": dict(Counter(shard["folder"] for shard in shards)),
@@ -103,9 +111,34 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
 
 
 def _previous_infos(folder: Path, shards: Sequence[Mapping[str, Any]]) -> list[ShardInfo]:
-    """Return the previous shards of a folder; the sha256 of each is in the index alone."""
-    digests = {shard["name"]: shard["sha256"] for shard in shards}
-    return [replace(info, sha256=digests[info.name]) for info in read_sidecars(folder) if info.name in digests]
+    """Return the previous shards of a folder. What its files for other readers do not tell is read from the shards.
+
+    Raises:
+        BuildError: a shard is damaged.
+    """
+    try:
+        known = {info.name: info for info in read_sidecars(folder)} if shards else {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s; the shards of %s are read to make its files for other readers again", error, folder)
+        known = {}
+    infos = []
+    for shard in shards:
+        info = known.get(shard["name"])
+        if not info or (info.samples, info.bytes) != (shard["samples"], shard["bytes"]):
+            info = _scan(folder / shard["name"], shard)
+        infos.append(replace(info, sha256=shard["sha256"]))
+    return sorted(infos, key=lambda info: info.name)
+
+
+def _scan(path: Path, shard: Mapping[str, Any]) -> ShardInfo:
+    try:
+        info = scan_shard(path)
+        if all(getattr(info, name) == shard[name] for name in ("samples", "bytes", "sha256")):
+            return info
+        fault = "damaged (it is not the file of the index)"
+    except (OSError, ValueError) as error:
+        fault = " ".join(str(error).split())
+    raise BuildError(f"{path}: {fault}; restore it from a copy, or remove the root and build it again")
 
 
 def _previous(job: BuildJob) -> ExistingBuild:
@@ -118,12 +151,18 @@ def _ordered_tasks(job: BuildJob, folder: str) -> list[tuple[int, str]]:
     return sorted(tasks, key=lambda task: (SPLITS.index(task[1].split("-")[1]), task[0]))
 
 
-def _move(path: Path, target: Path) -> None:
-    """Move a shard to ``target``, unless an interrupted run has already done so."""
+def _move(path: Path, target: Path, info: ShardInfo) -> None:
+    """Move a shard to ``target``, unless an interrupted run has already done so.
+
+    Raises:
+        WorkerError: it is in neither place.
+    """
     if path.is_file():
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
         fsync_path(target.parent)
+    elif not target.is_file() or file_sha256(target).hex() != info.sha256:
+        raise WorkerError(f"{target}: lost; remove {target.parent.parent} and build it again")
 
 
 def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:
@@ -134,10 +173,10 @@ def _shard_row(folder: str, split: str, info: ShardInfo) -> dict[str, Any]:
 def _previous_ledger_rows(previous: ExistingBuild, job: BuildJob, new_ledger: pa.Table) -> pa.Table:
     """Return the rows of the previous ledger, without those about something that was planned again."""
     plan = job.work / "plan"
-    media = map_table(plan / "media.arrow")
+    media = map_table(plan / "media.arrow", checked=True)
     keys = [
         media.filter(pc.greater_equal(media["task"], 0))["key"],
-        map_table(plan / "dialogues.arrow")["key"],
+        map_table(plan / "dialogues.arrow", checked=True)["key"],
         new_ledger["key"],
     ]
     replanned = pa.chunked_array([chunk for column in keys for chunk in column.chunks], pa.string())
@@ -177,8 +216,8 @@ def _count_entries(
 
 def _count_new_media(job: BuildJob, media: pa.Table) -> dict[str, list[int]]:
     """Count the media, frames and bytes that this build added, each as a list by entry number."""
-    rows = map_table(job.work / "outcomes.arrow")["row"].to_numpy()
-    plan = map_table(job.work / "plan" / "media.arrow")
+    rows = map_table(job.work / "outcomes.arrow", checked=True)["row"].to_numpy()
+    plan = map_table(job.work / "plan" / "media.arrow", checked=True)
     is_new = (rows >= 0) & (plan["task"].to_numpy() >= 0)
     entry, row = plan["entry"].to_numpy()[is_new], rows[is_new]
     frames = pc.list_value_length(media["timestamps"]).to_numpy()[row]

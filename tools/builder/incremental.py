@@ -18,17 +18,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, add_digest_column, media_schema
-from framestream.pipeline.shards.ledger import RETRYABLE
+from framestream.pipeline.shards.index import (
+    DIALOGUE_SCHEMA,
+    FRAME_DIGEST,
+    SHARD_SCHEMA,
+    add_digest_column,
+    media_schema,
+    without_digests,
+)
+from framestream.pipeline.shards.ledger import LEDGER_FILE, RETRYABLE, load_ledger
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from framestream.pipeline.utils.records import RecordError, read_record
 from framestream.tools.builder.build_spec import LEFT_OUT
 from framestream.tools.common.arrow_files import map_table
 from framestream.tools.common.errors import BuildError
 
-FILES = ("build.json", "index/media.arrow", "index/dialogues.arrow", "index/shards.arrow", "ledger/ledger.parquet")
+FILES = ("build.json", "index/media.arrow", "index/dialogues.arrow", "index/shards.arrow", LEDGER_FILE)
+_RESTORE = "restore it from a copy, or remove the root and build it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +50,34 @@ class ExistingBuild:
 
     @classmethod
     def open(cls, folder: Path, compat: str) -> ExistingBuild:
-        """Open the files that :func:`snapshot` linked into ``folder``; empty if there are none."""
+        """Open the files that :func:`snapshot` linked into ``folder``; empty if there are none.
+
+        Raises:
+            BuildError: a file is damaged.
+        """
         if not (folder / "build.json").is_file():
             schemas = (media_schema(compat), DIALOGUE_SCHEMA, SHARD_SCHEMA, LEDGER_SCHEMA)
             media, dialogues, shards, ledger = (schema.empty_table() for schema in schemas)
             return cls({}, media, dialogues, shards, ledger)
-        return cls(
-            record=read_build_record(folder / "build.json"),
-            media=add_digest_column(map_table(folder / "media.arrow")),
-            dialogues=map_table(folder / "dialogues.arrow"),
-            shards=map_table(folder / "shards.arrow"),
-            ledger=pq.read_table(folder / "ledger.parquet", schema=LEDGER_SCHEMA),
-        )
+        record = read_build_record(folder / "build.json")
+        digests = record.get("digests", {})
+        try:
+            media, dialogues, shards = (
+                map_table(folder / Path(name).name, digests.get(name)) for name in FILES if name.endswith(".arrow")
+            )
+            ledger = load_ledger(folder / Path(LEDGER_FILE).name, digests.get(LEDGER_FILE))
+            _require_schemas(
+                folder, (media, media_schema(compat)), (dialogues, DIALOGUE_SCHEMA), (shards, SHARD_SCHEMA)
+            )
+        except (OSError, ValueError) as error:
+            raise BuildError(f"the root to add to is damaged: {error}; {_RESTORE}") from None
+        return cls(record, add_digest_column(media), dialogues, shards, ledger)
+
+
+def _require_schemas(folder: Path, *tables: tuple[pa.Table, pa.Schema]) -> None:
+    for table, schema in tables:
+        if table.schema not in (schema, without_digests(schema) if FRAME_DIGEST in schema.names else schema):
+            raise ValueError(f"{folder}: an index file has other columns than this version of framestream")
 
 
 def read_build_record(path: Path) -> dict[str, Any]:
@@ -64,9 +87,36 @@ def read_build_record(path: Path) -> dict[str, Any]:
         BuildError: it is damaged.
     """
     try:
-        return read_record(path, "build record", f"restore the file, or remove {path.parent} and build it again")
+        record = read_record(path, "build record", f"restore the file, or remove {path.parent} and build it again")
     except RecordError as error:
         raise BuildError(str(error)) from None
+    if not _is_complete(record):
+        raise BuildError(f"{path}: not a build record (a field is missing or of another type); {_RESTORE}")
+    return record
+
+
+def _is_complete(record: Mapping[str, Any]) -> bool:
+    """Return whether a record has the fields that additions read; older ones have no digest that would say so."""
+    specification, entries = record.get("specification"), record.get("entries")
+    if not isinstance(specification, dict) or not isinstance(record.get("digests", {}), dict):
+        return False
+    if not isinstance(entries, list) or not isinstance(specification.get("nested_roots"), list):
+        return False
+    built = specification.get("entries")
+    if not isinstance(built, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("name", "annotation", "media"))
+        for entry in built
+    ):
+        return False
+    return all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and all(type(entry.get(name)) is int for name in ("planned", "dialogues", "media", "frames", "bytes"))
+        and isinstance(entry.get("left_out"), dict)
+        and all(isinstance(reasons, dict) for reasons in entry["left_out"].values())
+        and all(type(count) is int for reasons in entry["left_out"].values() for count in reasons.values())
+        for entry in entries
+    )
 
 
 def snapshot(root: Path, folder: Path) -> None:

@@ -149,7 +149,7 @@ class PlanTables:
         self._dialogues.close()
         self._ledger.close()
         self._media.close()
-        media = map_table(self._folder / "distinct.arrow")
+        media = map_table(self._folder / "distinct.arrow", checked=True)
         about, dialogues = (np.array(rows, dtype=np.int64) for rows in (self._sole_media, self._sole_dialogues))
         order = np.argsort(about, kind="stable")  # dialogues in plan order within each media item
         starts = np.searchsorted(about[order], np.arange(len(media) + 1)).astype(np.int64)

@@ -8,7 +8,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from framestream.pipeline.shards.ledger import RETRYABLE
 from framestream.tools.common.text_table import format_bytes, format_table
 
 COUNTS = ("planned", "dialogues", "media", "frames", "bytes")  #: of an entry, in the order of the columns
@@ -54,6 +56,35 @@ def first_messages(ledger: pa.Table) -> str:
         what = kind if count == 1 and kind in ("entry", "dialogue") else NAMES[kind]
         lines.append(f"  {reason}: {count:,} {what}, {'' if count == 1 else 'first '}{first}")
     return "\n".join(sorted(lines))
+
+
+def lost_entries(record: Mapping[str, Any], ledger: pa.Table) -> str:
+    """Say in one line which entries have no dialogue in the shards although some were asked, and mostly why.
+
+    Entries whose dialogues are all ``unresolved`` do not count, because ``--skip-unresolved`` left them out on purpose.
+
+    Returns:
+        Empty text if no entry is lost.
+    """
+    lost = [entry for entry in record["entries"] if not entry["dialogues"] and set(_left_out(entry)) - {"unresolved"}]
+    if not lost:
+        return ""
+    names, reasons = [entry["name"] for entry in lost], Counter[str]()
+    for entry in lost:
+        reasons.update(_left_out(entry))
+    reason, count = reasons.most_common(1)[0]
+    rows = ledger.filter(pc.and_(pc.equal(ledger["reason"], reason), pc.is_in(ledger["entry"], pa.array(names))))
+    media = rows.filter(pc.equal(rows["kind"], "media"))  # name the fix; their dialogues only refer to them
+    message = (media if len(media) else rows)["message"][0].as_py()
+    planned, remaining = sum(reasons.values()), len(names) - 1
+    of = "the stage" if len(lost) == len(record["entries"]) else f"entry {names[0]}"
+    of += f" and {remaining} more" if remaining and of != "the stage" else ""
+    fix = "correct this and add --retry-failed" if reason in RETRYABLE else "correct this and build into another --out"
+    return f"none of the {planned:,} dialogues of {of} was built, {count:,} because of {reason}: {message}; {fix}"
+
+
+def _left_out(entry: Mapping[str, Any]) -> Mapping[str, int]:
+    return entry["left_out"].get("dialogue", {})
 
 
 def shard_counts(record: Mapping[str, Any]) -> str:

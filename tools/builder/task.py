@@ -3,9 +3,9 @@
 A finished task is a folder in the work folder. It appears atomically, by a rename::
 
     tasks/video-train-000003/shard.tar      missing if nothing of the task could be built
-                             shard.json     ShardInfo of shard.tar
                              rows.arrow     index rows in the order of the shard, each with its row in the plan
                              ledger.arrow   what was left out, or recovered in part
+                             record.json    digests of these files, ShardInfo of shard.tar, and BuildJob.inputs
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, FRAME_DIGEST, NOM
 from framestream.pipeline.shards.ledger import LedgerRow, ledger_table
 from framestream.pipeline.shards.samples import dialogue_metadata, media_metadata
 from framestream.pipeline.shards.writer import ShardInfo, ShardWriter
-from framestream.pipeline.utils.atomic_io import fsync_path, write_atomic
-from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.pipeline.utils.atomic_io import fsync_path
 from framestream.tools.builder.prefetch import PREFETCH_FILES, prefetch
 from framestream.tools.builder.worker_pool import LostItems, Report, Run
 from framestream.tools.common.arrow_files import map_table, write_table
+from framestream.tools.common.sealed_folder import read_seal, seal_folder
 from framestream.tools.fetch.base import FetchError, MediaSource
 from framestream.tools.fetch.disk_cache import CachedSource, DiskCache, disk_full_at, is_disk_full
 from framestream.tools.fetch.root_map import ResolvedLocation
@@ -68,6 +68,7 @@ class BuildJob:
     cache_bytes: int  #: disk space for fetched files, because several media may be clips of one file
     fetch_seconds: float  #: time limit for fetching one file
     decode_seconds: float  #: time limit for decoding and encoding one media item
+    inputs: str  #: digest of what the results of tasks follow from: the plan and, for dialogues, the outcomes of media
 
 
 def task_folder(work: Path, name: str) -> Path:
@@ -76,12 +77,13 @@ def task_folder(work: Path, name: str) -> Path:
 
 
 def read_shard_info(folder: Path) -> ShardInfo | None:
-    """Read the ShardInfo of a finished task; None if it has no shard."""
-    path = folder / "shard.json"
-    if not path.is_file():
-        return None
-    values = json.loads(path.read_bytes())
-    return ShardInfo(**{**values, "sample_offsets": tuple(values["sample_offsets"])})
+    """Read the ShardInfo of a finished task; None if it has no shard.
+
+    Raises:
+        DamagedFolderError: the record of the task is damaged.
+    """
+    values = read_seal(folder)["shard"]
+    return values and ShardInfo(**{**values, "sample_offsets": tuple(values["sample_offsets"])})
 
 
 def is_dialogue(name: str) -> bool:
@@ -150,7 +152,7 @@ def _build_media(
 
 def _write_dialogues(job: BuildJob, plan: _PlanReader, task: int, result: _TaskResult) -> None:
     """Write the dialogues of a task whose media are all in the index. All media tasks must be finished."""
-    outcomes = map_table(job.work / "outcomes.arrow")
+    outcomes = map_table(job.work / "outcomes.arrow", checked=True)
     index_rows = outcomes["row"].to_numpy()
     for plan_row, item in plan.task_dialogues(task):
         media = index_rows[item["media"]].tolist() if item["media"] else []
@@ -219,11 +221,11 @@ def _describe(item: Mapping[str, Any], error: Exception) -> str:
 
 
 class _PlanReader:
-    """Reads the plan through memory maps."""
+    """Reads the plan, which was checked before, through memory maps."""
 
     def __init__(self, job: BuildJob) -> None:
-        self.media = map_table(job.work / "plan" / "media.arrow")
-        self._dialogues = map_table(job.work / "plan" / "dialogues.arrow")
+        self.media = map_table(job.work / "plan" / "media.arrow", checked=True)
+        self._dialogues = map_table(job.work / "plan" / "dialogues.arrow", checked=True)
         self._media_tasks = self.media["task"].to_numpy()
         self._dialogue_tasks = self._dialogues["task"].to_numpy()
 
@@ -314,8 +316,8 @@ def _task_result(job: BuildJob, task: int) -> Iterator[_TaskResult]:
     schema = DIALOGUE_SCHEMA if is_dialogue(final.name) else media_schema(job.compat)
     write_table(scratch / "rows.arrow", build_table(schema.append(PLAN_ROW), result.rows))
     write_table(scratch / "ledger.arrow", ledger_table(result.ledger))
-    if shard.samples:
-        write_atomic(scratch / "shard.json", canonical_json(dataclasses.asdict(shard.info)).encode())
+    info = dataclasses.asdict(shard.info) if shard.samples else None
+    seal_folder(scratch, {"shard": info, "inputs": job.inputs})
     try:
         os.rename(scratch, final)
     except OSError:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, fsync
 
 BATCH_ROWS = 4096  #: rows of a record batch
@@ -49,7 +50,9 @@ def write_table(path: Path, table: pa.Table) -> None:
             writer.write_batch(batch)
 
 
-def map_table(path: Path) -> pa.Table:
-    """Open an Arrow IPC file as a table over a memory map."""
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+def map_table(path: Path, digest: str | None = None, checked: bool = False) -> pa.Table:
+    """Open an Arrow IPC file as a table over a memory map.
+
+    The arguments and errors are those of :class:`framestream.pipeline.utils.arrow_mmap.MappedTable`.
+    """
+    return MappedTable(path, digest, checked).table

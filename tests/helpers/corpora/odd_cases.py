@@ -333,7 +333,7 @@ LOCAL = {
     "folder-with-page": video(folder_with("2.jpg", holding(PAGE)), "f-page", "not_media", **IMG),
     "folder-with-cut": video(folder_with("2.jpg", cut(in_format("JPEG"), 0.5)), "f-cut", "truncated", **IMG),
     "folder-with-pipe": video(folder_with("2.jpg", pipe), "f-pipe", "not_media", **IMG),
-    "folder-with-folder": video(folder_with("2.jpg", folder), "f-folder", "not_media", **IMG),
+    "folder-with-folder": video(folder_with("5.jpg", folder), "f-folder", every_second(4), **IMG),
     "folder-is-file": video(None, "plain.mp4", "not_media", **IMG),
     "folder-missing": video(None, "f-missing", "missing_file", **IMG),
     # stills

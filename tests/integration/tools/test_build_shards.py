@@ -112,7 +112,7 @@ def made(media):
     path = corpus.manifest(base / "stage2.yaml", entries)
     command = [sys.executable, str(BUILD_SHARDS), "--stage", "2", "--manifest", str(path), "--workers", "2"]
     ran = subprocess.run(command, cwd=base, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 3, ran.stderr  # nothing of bad.json can be built
     return {"manifest": path, "root": base / "shards" / "stage2", "ran": ran, "samples": samples}
 
 
@@ -234,7 +234,7 @@ def run(made, *options):
 
 def test_a_finished_root_is_left_alone(made, capsys):
     before = snapshot(made["root"])
-    assert run(made) == 0
+    assert run(made) == 3
     assert "nothing to do" in capsys.readouterr().out
     assert snapshot(made["root"]) == before
 
@@ -265,7 +265,7 @@ def test_other_library_versions_are_refused(made, capsys, monkeypatch):
 
 
 def test_settings_of_reading_alone_do_not_matter(made, capsys):
-    assert run(made, "--set", "frames.time_message=long", "--set", "text.max_tokens=99") == 0
+    assert run(made, "--set", "frames.time_message=long", "--set", "text.max_tokens=99") == 3
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -358,7 +358,7 @@ def test_a_report_goes_with_a_dry_run(made, tmp_path):
 
 
 def test_limit_takes_the_first_dialogues_of_each_entry(made, tmp_path):
-    assert run(made, "--limit", "2", "--out", str(tmp_path)) == 0
+    assert run(made, "--limit", "2", "--out", str(tmp_path)) == 3
     index = Index.open(tmp_path / "stage2")
     found = Counter(index.dialogues["entry"].to_pylist())
     assert found == {"films": 2, "again": 2, "deep": 1, "held": 2}
@@ -472,9 +472,13 @@ def test_trying_again_touches_only_the_rows_of_what_failed(plain_text, capsys):
     root = plain_text["folder"] / "shards" / "stage2"
     found = {}
     for attempts, options in ((1, ()), (2, ("--retry-failed",))):
-        assert run(plain_text, *options) == 0
+        assert run(plain_text, *options) == 3
         found[attempts] = [tuple(row.values()) for row in read_ledger(root).to_pylist()]
-        printed = capsys.readouterr().out.splitlines()
+        captured = capsys.readouterr()
+        line = captured.err.splitlines()[-1]
+        assert line.startswith("error: none of the 1 dialogues of entry lost was built, 1 because of missing_file: ")
+        assert f"{root.parents[1]}/no.png: cannot be opened" in line and line.endswith("add --retry-failed")
+        printed = captured.out.splitlines()
         assert [line.split(", ")[0] for line in printed if line.startswith("  ")] == [
             "  empty_annotation: 1 entry",
             "  missing_file: 1 media",

@@ -58,10 +58,17 @@ def test_foreign_files_are_no_frames(tmp_path: Path, order):
         (tmp_path / name).write_bytes(b"\0\5\x16\7 not a frame")
     for folder in ("@eaDir", "__MACOSX", "a_7.png"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "a_8.png").symlink_to(tmp_path / "absent.png")
     source = open_folder(tmp_path, order=order)
     frames = source.decode_frames(np.arange(len(source.seconds)))
     assert [int(frame[0, 0, 0]) for frame in frames] == [0, 60, 120, 180]
+
+
+def test_a_frame_that_is_not_there_is_not_left_out(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "absent.png")
+    source = open_folder(tmp_path)
+    with pytest.raises(MediaError, match="2.png: cannot be opened"):
+        list(source.decode_frames(np.arange(len(source.seconds))))
 
 
 def test_a_folder_of_foreign_files_is_empty(tmp_path: Path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from framestream.tools.fetch.base import FetchError
+from framestream.tools.fetch.http.retry import FetchLimits
 from framestream.tools.fetch.local import FolderSource, LocalFile
+from framestream.tools.fetch.registry import open_source
 
 
 @pytest.fixture
@@ -88,3 +90,17 @@ def test_a_missing_file_is_told_with_near_names(tmp_path):
         with pytest.raises(FetchError) as error:
             source.fetch(path, tmp_path)
         assert str(error.value) == f"{tmp_path}/{path}: cannot be opened (No such file or directory){near}"
+
+
+def test_links_are_followed_on_purpose(root, tmp_path):
+    """As the cache of huggingface_hub: snapshots/REVISION/a.mp4 is a link to ../../blobs/DIGEST."""
+    followed = open_source(f"links:{tmp_path}/root", FetchLimits())
+    assert followed.find("out.mp4") == 6 and followed.find("out/s.jpg") == 6 and followed.find("mixed", tree=True) == 6
+    assert followed.fetch("out.mp4", tmp_path).read_bytes() == b"secret"
+    assert (followed.fetch("mixed", tmp_path, tree=True) / "1.jpg").read_bytes() == b"secret"
+    assert followed.find("dead") is None and followed.find("loop") is None
+    with pytest.raises(FetchError):  # names of annotation files stay below the root
+        followed.fetch("../secret/s.jpg", tmp_path)
+    with pytest.raises(FetchError, match=f"map the root to links:{tmp_path}/real in a root map") as error:
+        root.fetch("out.mp4", tmp_path)
+    assert error.value.reason == "outside_root"

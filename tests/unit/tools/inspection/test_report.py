@@ -127,7 +127,7 @@ def test_frames_that_cannot_be_read_are_said_to_be(root, tmp_path):
     [
         (lambda root: (root / "build.json").unlink(), "no finished shards here"),
         (lambda root: (root / "ledger" / "ledger.parquet").unlink(), "ledger.parquet"),
-        (lambda root: (root / "ledger" / "ledger.parquet").write_bytes(b"PAR1"), "Parquet"),
+        (lambda root: (root / "ledger" / "ledger.parquet").write_bytes(b"PAR1"), "damaged ledger"),
         (lambda root: (root / "index" / "media.arrow").write_bytes(b"ARROW1"), "cannot be read"),
         (lambda root: (root / "build.json").write_text('{"index_fingerprint": "", "entries": [{}]}'), "not a sha256"),
     ],
