@@ -7,6 +7,8 @@ likelihoods. Model arguments:
     checkpoint   a run or a folder of weights
     manifest     the stage's YAML, if the checkpoint has none
     frames       the most frames of a video, instead of the manifest's
+
+Other names are refused. The options that lmms-eval passes to every model (batch_size, device) have no effect.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile
 from framestream.pipeline.tokenization.chat_template import IMAGE_PLACEHOLDER
+from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 from framestream.trainer.inference.generation import Sampling
 from framestream.trainer.inference.predictor import Predictor, resolve_run
 
@@ -42,7 +45,16 @@ class SimpleModel(lmms):
 
     is_simple = True
 
-    def __init__(self, checkpoint: str, manifest: str = "", frames: int = 0, **_: Any) -> None:
+    @refuse_unknown_arguments
+    def __init__(
+        self,
+        checkpoint: str,
+        manifest: str = "",
+        frames: int = 0,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+    ) -> None:
         super().__init__()
         overrides = (f"frames.max={frames}",) if frames else ()
         self._predictor = Predictor(*resolve_run(checkpoint, manifest or None, overrides))

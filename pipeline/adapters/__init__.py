@@ -20,7 +20,7 @@ _HOMES = {
     "SampleError": "framestream.pipeline.adapters.types",
     "ShardDataset": "framestream.pipeline.adapters.dataset",
     "ShardStream": "framestream.pipeline.adapters.stream",
-    "StreamBatch": "framestream.pipeline.adapters.stream",
+    "StreamBatch": "framestream.pipeline.adapters.types",
     "read_members": "framestream.pipeline.adapters.sample_members",
 }
 

@@ -17,6 +17,7 @@ from framestream.pipeline.adapters.types import Dialogue, Media, Sample, SampleE
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.frame_reader import FrameReader
 from framestream.pipeline.shards.index import Index, ShardsError, row_values
+from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 
 
 class ShardDataset(Dataset[Sample]):
@@ -38,6 +39,7 @@ class ShardDataset(Dataset[Sample]):
         ValueError: an invalid argument.
     """
 
+    @refuse_unknown_arguments
     def __init__(
         self, root: str | os.PathLike, *, by: str = "dialogue", frames: FrameChoice = None, split: str = "train"
     ) -> None:

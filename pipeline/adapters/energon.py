@@ -19,6 +19,7 @@ import torch
 from framestream.pipeline.adapters.frame_selection import FrameChoice, validate_choice
 from framestream.pipeline.adapters.sample_members import read_members
 from framestream.pipeline.adapters.types import Dialogue
+from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 
 try:
     from megatron.energon import Sample, basic_sample_keys, edataclass, stateless
@@ -48,6 +49,7 @@ class DialogueSample(Sample):
     media: list[str]
 
 
+@refuse_unknown_arguments
 def media_cooker(frames: FrameChoice = None) -> Callable[[dict], MediaSample]:
     """Return a cooker for the folders ``video`` and ``image``.
 

@@ -9,12 +9,12 @@ processors accept no times; ``time_message`` states them in the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from PIL import Image
 
-from framestream.pipeline.adapters.types import Dialogue, Media, Sample
+from framestream.pipeline.adapters.types import Dialogue, Media, Sample, StreamBatch
 from framestream.pipeline.media.sampling import time_message as make_time_message
 from framestream.pipeline.tokenization.chat_template import (
     IMAGE_PLACEHOLDER,
@@ -22,10 +22,12 @@ from framestream.pipeline.tokenization.chat_template import (
     turn_role,
     turn_text,
 )
+from framestream.pipeline.utils.arguments import check_argument_names, refuse_unknown_arguments
 
 TICKS = 1000  #: ticks a second of the clock in video metadata
 
 
+@refuse_unknown_arguments
 def chats(sample: Sample, time_message: str = "none") -> list[dict[str, Any]]:
     """Convert each dialogue of a sample to ``{"messages", "videos", "video_metadata", "images"}``.
 
@@ -74,20 +76,28 @@ class ChatCollator:
         processor: of transformers, with a chat template.
         time_message: as for :func:`chats`.
         kwargs: arguments of the processor, such as ``padding=True`` (the default) or ``images_kwargs={...}``.
+
+    Raises:
+        TypeError: the processor has no such argument.
     """
 
     def __init__(self, processor: Any, time_message: str = "none", **kwargs: Any) -> None:
+        if names := _argument_names(processor):
+            check_argument_names("ChatCollator", kwargs, ["time_message", *names])
         self._processor, self._time_message = processor, time_message
         self._kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
 
-    def __call__(self, samples: Sequence[Sample]) -> Any:
+    def __call__(self, samples: Sequence[Sample] | Sequence[StreamBatch]) -> Any:
         """Return the processor's ``BatchFeature``. A dialogue that ends with a question gets a generation prompt.
+
+        Batches of a :class:`framestream.pipeline.adapters.ShardStream` are joined to one.
 
         Raises:
             ValueError: there is no dialogue, or the processor refuses them. LLaVA's processors refuse a batch of videos
                 of different lengths.
         """
-        rows = [row for sample in samples for row in chats(sample, self._time_message)]
+        listed = [item.samples if isinstance(item, StreamBatch) else [item] for item in samples]
+        rows = [row for some in listed for sample in some for row in chats(sample, self._time_message)]
         if not rows:
             raise ValueError("no dialogue among these samples; pass samples with dialogues")
         inputs: dict[str, Any] = {"text": [self._text(row["messages"]) for row in rows]}
@@ -107,6 +117,16 @@ class ChatCollator:
     def _text(self, messages: list[dict[str, Any]]) -> str:
         unanswered = messages[-1]["role"] == "user"
         return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=unanswered)
+
+
+def _argument_names(processor: Any) -> list[str]:
+    """Return the arguments that a processor of transformers says it takes, none if it does not say."""
+    if not hasattr(processor, "valid_processor_kwargs"):
+        return []
+    groups = get_type_hints(processor.valid_processor_kwargs)
+    parts = [getattr(processor, name, None) for name in ("image_processor", "video_processor")]
+    owners = [*groups.values(), *(getattr(part, "valid_kwargs", None) for part in parts)]
+    return [*groups, *(name for owner in owners for name in getattr(owner, "__annotations__", {}))]
 
 
 def _messages(dialogue: Dialogue, media: Sequence[Media], style: str) -> list[dict[str, Any]]:

@@ -18,8 +18,10 @@ from framestream.pipeline.media.jpeg import decode_jpeg
 from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.frame_reader import decode_into
+from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 
 
+@refuse_unknown_arguments
 def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Sample:
     """Decode a sample from its members.
 

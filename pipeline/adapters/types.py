@@ -5,9 +5,11 @@ They are named tuples of tensors and plain values, so that a DataLoader can move
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 
 class SampleError(ValueError):
@@ -41,3 +43,24 @@ class Sample(NamedTuple):
 
     media: list[Media]
     dialogues: list[Dialogue]
+
+
+class StreamBatch(NamedTuple):
+    """The samples of one rank in one step."""
+
+    samples: list[Sample]
+    skipped: list[tuple[str, str]]  #: (key, reason) of samples that could not be read
+    state: dict[str, Any]  #: position after this batch, the same on all ranks; see :meth:`ShardStream.load_state_dict`
+
+
+def _list_samples(samples: Sequence[Sample], *, collate_fn_map: Any = None) -> list[Sample]:
+    """Collate samples for a DataLoader without a ``collate_fn``: media differ in size, so a batch is a list."""
+    return list(samples)
+
+
+def _refuse_batches(batches: Sequence[StreamBatch], *, collate_fn_map: Any = None) -> NoReturn:
+    raise ValueError("a ShardStream returns batches already; pass batch_size=None to its DataLoader")
+
+
+default_collate_fn_map[Sample] = _list_samples
+default_collate_fn_map[StreamBatch] = _refuse_batches

@@ -31,6 +31,7 @@ from framestream.pipeline.loading.pending_row import PendingRow
 from framestream.pipeline.planning.dataset import open_dataset
 from framestream.pipeline.planning.epoch_plan import EpochPlan
 from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
+from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 from framestream.pipeline.utils.differences import describe_changes
 
 __all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader", "validate_state"]
@@ -46,6 +47,7 @@ class StateError(LoaderError):
     """A state was created with different data or settings; one line that names the differences."""
 
 
+@refuse_unknown_arguments
 def build_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, split: str = "train") -> Loader:
     """Build the loader of one rank over the roots of ``manifest.mix``, or over ``manifest.shard_root`` without a mix.
 

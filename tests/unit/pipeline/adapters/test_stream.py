@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from framestream.pipeline.adapters import ShardDataset, ShardStream
-from framestream.pipeline.adapters import stream as module
+from framestream.pipeline.adapters import ShardDataset, ShardStream, passes, stream
 from framestream.pipeline.adapters.types import Dialogue, Sample, SampleError
 from framestream.pipeline.loading.loader import StateError, UnreadableError
 from tests.helpers.corpora.small_root import Root, turns
@@ -47,15 +49,16 @@ def one_pass(dataset, batch, world, workers, state=None, **settings) -> tuple[li
         made = ShardStream(dataset, batch, rank=rank, world_size=world, **settings)
         if state:
             made.load_state_dict(state)
-        shares = []
+        shares, steps_of_pass = [], len(made)
         for worker in range(workers):
             with pytest.MonkeyPatch.context() as patch:
-                info = SimpleNamespace(id=worker, num_workers=workers)
-                patch.setattr(module, "get_worker_info", lambda info=info: info if workers > 1 else None)
+                info = SimpleNamespace(id=worker, num_workers=workers, seed=5 + worker)
+                for module in (stream, passes):
+                    patch.setattr(module, "get_worker_info", lambda info=info: info if workers > 1 else None)
                 shares.append(list(made))
         longest = max(map(len, shares))
         batches = [share[k] for k in range(longest) for share in shares if k < len(share)]
-        assert len(batches) == len(made)
+        assert len(batches) == steps_of_pass
         ranks.append(batches)
     assert len({len(batches) for batches in ranks}) == 1, "all ranks have equally many steps"
     for together in zip(*ranks, strict=True):
@@ -105,10 +108,10 @@ def test_dataloader_workers_keep_order_and_state(tmp_path):
     def keys(batches) -> list[list[str]]:
         return [[sample.dialogues[0].key for sample in batch.samples] for batch in batches]
 
-    stream = ShardStream(dataset, 2, epochs=2, seed=3)
-    whole = list(stream)
-    assert len(whole) == len(stream) == 11
-    loader = iter(DataLoader(stream, batch_size=None, num_workers=2, prefetch_factor=3))
+    whole = list(ShardStream(dataset, 2, epochs=2, seed=3))
+    made = ShardStream(dataset, 2, epochs=2, seed=3)
+    assert len(whole) == len(made) == 11
+    loader = iter(DataLoader(made, batch_size=None, num_workers=2, prefetch_factor=3))
     begun = [next(loader) for _ in range(4)]
     del loader
     assert keys(begun) == keys(whole[:4])
@@ -145,3 +148,130 @@ def test_what_cannot_be_read_is_skipped_up_to_a_limit():
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match="out of range"):
         ShardStream(Numbers(3), **{"batch_size": 1, **settings})
+
+
+def orders(passes_of, count: int = 3) -> list[list[int]]:
+    """Return the samples of successive passes over an iterable of stream batches."""
+    return [[int(s.dialogues[0].key) for batch in passes_of for s in batch.samples] for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "persistent", "context"),
+    [
+        (0, False, None),
+        (1, True, "fork"),
+        (2, True, "fork"),
+        (2, False, "fork"),
+        (2, True, "spawn"),
+        (2, False, "spawn"),
+    ],
+)
+def test_each_pass_is_the_next_epoch_with_any_workers(workers, persistent, context):
+    made = ShardStream(Numbers(20), 3, seed=2)
+    loader = DataLoader(
+        made, batch_size=None, num_workers=workers, persistent_workers=persistent, multiprocessing_context=context
+    )
+    expected = sum(one_pass(Numbers(20), 1, 1, 1, epochs=6, seed=2)[0], [])
+    epochs = [expected[20 * k : 20 * k + 20] for k in range(6)]
+    assert [order[:20] for order in orders(loader, 2)] == epochs[:2]
+    made.set_epoch(4)
+    assert [order[:20] for order in orders(loader, 2)] == epochs[4:]
+    made.set_epoch(0)
+    batches = list(loader)
+    assert len(batches) == len(made) == 7
+    made.load_state_dict(batches[2].state)
+    assert len(made) == 4
+    assert [order[:20] for order in orders(loader, 2)] == [epochs[0][9:] + epochs[1][:1], epochs[1]]
+    made.load_state_dict(batches[-1].state)
+    assert orders(loader, 1)[0][:20] == epochs[1]
+
+
+def test_a_left_pass_counts_and_equal_seeds_do_not_matter():
+    made = ShardStream(Numbers(20), 3)
+    loader = DataLoader(made, batch_size=None, num_workers=2)
+    expected = sum(one_pass(Numbers(20), 1, 1, 1, epochs=3)[0], [])
+    found = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        found.append(
+            [int(s.dialogues[0].key) for batch, _ in zip(loader, range(4), strict=False) for s in batch.samples]
+        )
+    assert found == [expected[20 * k : 20 * k + 12] for k in range(3)]
+
+
+def test_positions_that_cannot_take_effect_are_refused(monkeypatch):
+    made = ShardStream(Numbers(20), 4)
+    state = list(made)[2].state
+    later = ShardStream(Numbers(20), 4)
+    later.load_state_dict(state | {"position": 52, "end": 60})
+    later.set_epoch(2)
+    assert len(later) == 2
+    with pytest.raises(StateError, match="set_epoch.0. would discard the loaded state, which is in pass 2"):
+        later.set_epoch(0)
+    for change in ({"position": "3"}, {"position": -1}, {"position": None}, {"end": 2.5}):
+        with pytest.raises(StateError, match="not a state of a stream"):
+            later.load_state_dict(state | change)
+    for epoch in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="is not a whole number"):
+            made.set_epoch(epoch)
+    monkeypatch.setattr(stream, "get_worker_info", lambda: SimpleNamespace(id=0))
+    with pytest.raises(StateError, match="in a DataLoader worker has no effect"):
+        made.load_state_dict(state)
+    monkeypatch.undo()
+    monkeypatch.setattr(passes.os, "getpid", lambda: 1)
+    with pytest.raises(RuntimeError, match="create it in the process that reads it"):
+        iter(made)
+
+
+def test_a_state_of_before_passes_goes_to_the_end_of_its_epochs():
+    states = one_pass(Numbers(20), 4, 1, 1, epochs=2)[1]
+    old = {name: value for name, value in states[3].items() if name != "end"}
+    made = ShardStream(Numbers(20), 4, epochs=2)
+    made.load_state_dict(old)
+    assert len(made) == 6 == len(list(made))
+
+
+def test_copies_count_their_own_passes():
+    made = ShardStream(Numbers(20), 4)
+    other = pickle.loads(pickle.dumps(made))
+    first = orders(made, 2)
+    assert orders(other, 2) == first and first[0] != first[1]
+
+
+def test_ranks_come_from_the_process_group(monkeypatch):
+    monkeypatch.setattr(stream.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(stream.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(stream.distributed, "get_world_size", lambda: 2)
+    made = ShardStream(Numbers(20), 5)
+    assert (made.rank, made.world_size, len(made)) == (1, 2, 2)
+    assert len(ShardStream(Numbers(20), 5, rank=0, world_size=1)) == 4
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loader_that_accelerate_divides_is_refused(monkeypatch, wrapped):
+    made, count = ShardStream(Numbers(20), 5), [2]
+    loader = SimpleNamespace(dataset=SimpleNamespace(dataset=made) if wrapped else made)
+    state = SimpleNamespace(
+        GradientState=lambda: SimpleNamespace(active_dataloader=loader),
+        PartialState=lambda: SimpleNamespace(num_processes=count[0]),
+    )
+    monkeypatch.setitem(sys.modules, "accelerate.state", state)
+    with pytest.raises(ValueError, match="do not pass the DataLoader to accelerator.prepare, or use ShardDataset"):
+        made.set_epoch(0)
+    count[0] = 1
+    made.set_epoch(0)
+
+
+def test_default_collate_gives_lists_of_samples_and_refuses_streams():
+    dataset = Numbers(5)
+    assert [len(batch) for batch in DataLoader(dataset, batch_size=2)] == [2, 2, 1]
+    assert isinstance(next(iter(DataLoader(dataset, batch_size=2)))[0], Sample)
+    with pytest.raises(ValueError, match="pass batch_size=None to its DataLoader"):
+        next(iter(DataLoader(ShardStream(dataset, 2))))
+
+
+def test_unknown_arguments_are_refused_with_the_nearest_name():
+    with pytest.raises(TypeError, match="^ShardStream: unknown argument epoch; did you mean epochs"):
+        ShardStream(Numbers(5), 2, epoch=2)
+    with pytest.raises(TypeError, match="^ShardDataset: unknown argument frame; did you mean frames"):
+        ShardDataset("x", frame=2)
