@@ -63,7 +63,7 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
     backend = accelerator.communication_backend_name()
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
-    except (torch.distributed.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # torch 2.5: no DistError for a port that is in use
         raise LaunchError(describe_join_error(error, os.environ)) from None
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=limit)
     control = torch.distributed.new_group(backend="gloo", timeout=limit)
