@@ -74,7 +74,12 @@ class Decoded:
     duration: float  #: seconds of the clip
     source_width: int  #: pixels, upright
     source_height: int
-    salvaged: bool  #: the file is damaged: fewer frames could be read than it promises
+    damage: str  #: where the file is damaged and what is missing, if the frames end there; else empty
+
+    @property
+    def salvaged(self) -> bool:
+        """Whether the file is damaged, so that fewer frames could be read than it promises."""
+        return bool(self.damage)
 
 
 def decode_video(path: str | Path, request: VideoRequest) -> Decoded:
@@ -210,8 +215,15 @@ def _decode_selection(
         duration=float(selection.duration),
         source_width=resizer.source[0],
         source_height=resizer.source[1],
-        salvaged=salvaged,
+        damage=_describe_damage(request, source, selection) if salvaged else "",
     )
+
+
+def _describe_damage(request: VideoRequest, source: VideoSource, selection: _Selection) -> str:
+    end = min(source.promised_end, source.promised_end if request.end is None else request.end)
+    missing = end - source.end
+    lost = f"{missing:.2f} s up to {end:.2f} s are missing" if missing >= 0.01 else "how much is missing is not known"
+    return f"the stream is damaged at {source.end:.2f} s; {selection.vlen} frames before that were recovered, {lost}"
 
 
 def _is_salvaged(path: str | Path, request: VideoRequest, source: VideoSource, selection: _Selection) -> bool:

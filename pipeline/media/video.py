@@ -36,6 +36,7 @@ from framestream.pipeline.media.video_stream import (
     decode_stream,
     frame_pixels,
     open_stream,
+    read_packets,
 )
 
 #: A seek costs about as much as decoding this many frames, because the frames buffered for reordering are lost.
@@ -78,6 +79,7 @@ class VideoSource:
     decode_frames: Callable[[np.ndarray], Iterator[np.ndarray]]
     frame_times: FrameTimes | None = None  #: None for a GIF, a folder, or a file without times or a rate
     held_until: float = 0.0  #: second up to which players hold the last frame, if that is after ``end``
+    promised_end: float = 0.0  #: second at which the file says that it ends; 0 if it does not say so
 
 
 def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
@@ -198,6 +200,7 @@ class _Scan:
     damaged: bool  #: a packet is damaged, or there are fewer than the container or its length promises
     origin: float  #: second that players show as 0, unless a frame is shown before it
     end: float  #: second at which the last of the streams, sound included, ends; 0 if unknown
+    promised_end: float  #: the same, or where the frames end that the container's index lists
     base: Fraction  #: seconds per tick
     rate: Fraction | None  #: frames per second as the container states them
     nominal: float  #: the same, or the decoder's guess; 0 if unknown
@@ -210,12 +213,14 @@ def _scan(path: Path) -> _Scan:
         ticks, keys = np.sort(np.array(packets.times, dtype=np.int64)), np.array(packets.keys, dtype=np.int64)
         order = np.argsort(keys)
         timed = _NO_TIME not in ticks[:1] and bool((np.diff(ticks) > 0).all())
-        damaged = packets.damaged or len(ticks) < _promised_frames(stream, len(ticks)) or is_truncated(path)
+        promised = _promised_frames(stream, len(ticks))
+        damaged = packets.damaged or len(ticks) < promised or is_truncated(path)
         if damaged and timed and packets.last_dts is not None:  # missing frames may be shown before the last ones read
             ticks, order = ticks[ticks <= packets.last_dts], order[keys[order] <= packets.last_dts]
         if stream.time_base is None:
             raise MediaError("corrupt", path, "its video stream has no time base; fetch the file again")
         codec = stream.codec_context
+        nominal, end = float(stream.average_rate or stream.guessed_rate or 0), max(container.duration or 0, 0)
         return _Scan(
             ticks=ticks,
             keys=keys[order],
@@ -225,10 +230,11 @@ def _scan(path: Path) -> _Scan:
             seekable=codec.name in SEEKABLE and codec.pix_fmt != "pal8",
             damaged=damaged,
             origin=max(container.start_time or 0, 0) / av.time_base,  # transport streams begin at any time
-            end=max(container.duration or 0, 0) / av.time_base,
+            end=end / av.time_base,
+            promised_end=max(end / av.time_base, promised / nominal if nominal else 0.0),
             base=stream.time_base,
             rate=stream.average_rate,
-            nominal=float(stream.average_rate or stream.guessed_rate or 0),
+            nominal=nominal,
         )
 
 
@@ -249,9 +255,9 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
     packets = _Packets()
     seeks_by_dts = container.format.name in BY_DECODING_TIME
     try:
-        for packet in container.demux(stream):
+        for packet, is_damaged in read_packets(container, stream):
             packets.last_dts = packets.last_dts if packet.dts is None else packet.dts
-            if packet.is_corrupt and packets.keys:
+            if is_damaged and packets.keys:
                 packets.damaged = True
                 break
             if not packet.size or packet.is_discard:
@@ -300,7 +306,7 @@ def _make_source(
     fps = stated if abs(stated - measured) <= 0.1 * measured else measured  # some containers state a wrong rate
     end = float(seconds[-1] + last)
     held = scan.end if not damaged and scan.end > end + HELD_SECONDS else end
-    return VideoSource(seconds, float(fps), end, damaged, decode_frames, frame_times, held)
+    return VideoSource(seconds, float(fps), end, damaged, decode_frames, frame_times, held, scan.promised_end)
 
 
 @dataclass(frozen=True, slots=True)

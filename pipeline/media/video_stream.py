@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,11 @@ SEEKABLE = (
 )
 #: Tags that are not UTF-8 never matter. PyAV 17 and 18 raise for them unless told otherwise; later ones never do.
 TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+#: A demuxer marks packets beside a gap in a transport stream. If a key frame of an earlier time comes within so many
+#: packets after one, another stream was joined there, and nothing need be missing.
+JOIN_PACKETS = 3
 
 
 class DamagedStreamError(Exception):
@@ -99,6 +105,39 @@ def _main_video(container: InputContainer) -> VideoStream | None:
     return next((other for other in container.streams.video if not other.disposition & Disposition.attached_pic), None)
 
 
+def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[tuple[Packet[VideoStream], bool]]:
+    """Yield each packet from the container's position on, and whether it is damaged.
+
+    Packets at a join of streams count as sound; whether they decode will show.
+
+    Raises:
+        av.FFmpegError: the container is damaged, after the last packet before that.
+    """
+    source = container.demux(stream)
+    ahead: deque[Packet[VideoStream]] = deque()
+    failure: av.FFmpegError | None = None
+    ended = False
+    while True:
+        while not ended and len(ahead) <= JOIN_PACKETS and (not ahead or ahead[0].is_corrupt):
+            try:
+                ahead.append(next(source))
+            except StopIteration:
+                ended = True
+            except av.FFmpegError as error:
+                failure, ended = error, True
+        if not ahead:
+            if failure is not None:
+                raise failure
+            return
+        packet = ahead.popleft()
+        yield packet, packet.is_corrupt and not any(_restarts(later, packet) for later in ahead)
+
+
+def _restarts(later: Packet[VideoStream], packet: Packet[VideoStream]) -> bool:
+    """Return whether another stream begins with the packet ``later``, at an earlier time than ``packet``."""
+    return later.is_keyframe and _before(later.dts, packet.dts)
+
+
 def decode_stream(
     container: InputContainer,
     stream: VideoStream,
@@ -137,18 +176,18 @@ class _StreamDecoder:
 
     def frames(self, container: InputContainer) -> Iterator[av.VideoFrame]:
         try:
-            for packet in container.demux(self._stream):
+            for packet, is_damaged in read_packets(container, self._stream):
                 self._next_time = packet.dts
-                yield from self._packet_frames(packet)
+                yield from self._packet_frames(packet, is_damaged)
             return
         except (av.FFmpegError, _DamagedPacketError):
             pass
         yield from self._buffered_frames()
         raise DamagedStreamError
 
-    def _packet_frames(self, packet: Packet[VideoStream]) -> Iterator[av.VideoFrame]:
+    def _packet_frames(self, packet: Packet[VideoStream], is_damaged: bool) -> Iterator[av.VideoFrame]:
         """Decode one packet and yield the frames that it completes."""
-        if packet.is_corrupt and self._started:
+        if is_damaged and self._started:
             raise _DamagedPacketError
         if packet.is_keyframe and not self._started:
             self._started = True

@@ -25,7 +25,7 @@ class EncodedMedia:
 
     data: bytes  #: bytes of the MP4 or JPEG
     columns: dict[str, Any]  #: columns of the media table; frame offsets count from the start of ``data``
-    salvaged: bool  #: the file is damaged, and only the frames before the damage are stored
+    damage: str  #: where the file is damaged, if only the frames before that are stored; else empty
 
 
 def encode_video(path: Path, request: VideoRequest) -> EncodedMedia:
@@ -56,7 +56,7 @@ def encode_video(path: Path, request: VideoRequest) -> EncodedMedia:
         FRAME_DIGEST: [frame_digest(jpeg) for jpeg in jpegs],
         NOMINAL.name: decoded.nominal.tolist(),
     }
-    return EncodedMedia(data, columns, decoded.salvaged)
+    return EncodedMedia(data, columns, decoded.damage)
 
 
 def encode_image_file(path: Path, images: ImagesConfig) -> EncodedMedia:
@@ -83,4 +83,4 @@ def encode_image_file(path: Path, images: ImagesConfig) -> EncodedMedia:
         FRAME_DIGEST: [frame_digest(data)],
         NOMINAL.name: [],
     }
-    return EncodedMedia(data, columns, False)
+    return EncodedMedia(data, columns, "")

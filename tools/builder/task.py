@@ -138,14 +138,13 @@ def _build_media(
             report(row, {}, job.fetch_seconds + FETCH_GRACE)
             path = _wait_for_file(item, file)
             report(row, {}, job.decode_seconds)
-            members, columns, salvaged = _build_sample(job, path, item, plan.sole_dialogues(item))
+            members, columns, damage = _build_sample(job, path, item, plan.sole_dialogues(item))
         except _MediaBuildError as error:
             result.leave_out(job, item, error.reason, str(error), attempts=error.attempts)
             report(None, {"media": 1})
             continue
-        if salvaged:
-            message = f"the stream is damaged; {columns['vlen']} of its frames were recovered"
-            result.leave_out(job, item, "truncated", message, kind="salvaged")
+        if damage:
+            result.leave_out(job, item, "truncated", damage, kind="salvaged")
         result.add_media(row, item, members, columns)
         report(None, {"media": 1, "frames": len(columns["timestamps"])})
 
@@ -332,12 +331,12 @@ def _task_result(job: BuildJob, task: int) -> Iterator[_TaskResult]:
 
 def _build_sample(
     job: BuildJob, path: Path, item: Mapping[str, Any], dialogues: list[dict[str, Any]]
-) -> tuple[dict[str, bytes], dict[str, Any], bool]:
+) -> tuple[dict[str, bytes], dict[str, Any], str]:
     """Decode and encode one media item.
 
     Returns:
-        The members of its sample, its index columns (with frame offsets from the member's start), and whether it was
-        salvaged.
+        The members of its sample, its index columns (with frame offsets from the member's start), and where the file is
+        damaged if it was salvaged.
 
     Raises:
         _MediaBuildError: decoding or encoding failed, for whatever reason.
@@ -354,8 +353,8 @@ def _build_sample(
     index_only = ("frame_offset", "frame_size", FRAME_DIGEST, NOMINAL.name)
     fields = {name: value for name, value in columns.items() if name not in index_only}
     extension = "mp4" if item["kind"] == "video" else "jpg"
-    json_member = media_metadata(**fields, salvaged=encoded.salvaged, dialogues=dialogues)
-    return {extension: encoded.data, "json": json_member}, columns, encoded.salvaged
+    json_member = media_metadata(**fields, salvaged=bool(encoded.damage), dialogues=dialogues)
+    return {extension: encoded.data, "json": json_member}, columns, encoded.damage
 
 
 def _encode(job: BuildJob, path: Path, item: Mapping[str, Any]) -> EncodedMedia:

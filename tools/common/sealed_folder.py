@@ -8,12 +8,13 @@ from typing import Any
 
 from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.records import RecordError, read_record, write_record
+from framestream.tools.common.errors import BuildError
 
 SEAL = "record.json"  #: name of the record
 _FILES = "files"  # its field with size and digest of each file
 
 
-class DamagedFolderError(ValueError):
+class DamagedFolderError(BuildError):
     """A sealed folder is damaged; one line with the file and the reason."""
 
 

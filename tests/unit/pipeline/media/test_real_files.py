@@ -222,3 +222,31 @@ def test_a_jpeg_of_a_thousand_scans_is_refused(tmp_path: Path, monkeypatch: pyte
     Image.new("RGB", (400, 300)).save(tmp_path / "scans.jpg", progressive=True)
     with pytest.raises(MediaError, match="too many scans"):
         read_image(tmp_path / "scans.jpg")
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_joined_streams_are_read_to_their_end(tmp_path: Path, codec: str) -> None:
+    """As ffmpeg reads them. The times begin again with the second stream, so the frames are spaced evenly."""
+    once = write_video(tmp_path / "once.ts", 50, codec, B_FRAMES).read_bytes()
+    (tmp_path / "twice.ts").write_bytes(once + once)
+    decoded = decode_video(tmp_path / "twice.ts", VideoRequest("decord", MANY))
+    assert (decoded.vlen, decoded.duration, decoded.damage) == (100, pytest.approx(4.0), "")
+    assert [number_of(frame) for frame in decoded.frames] == [number % 50 for number in decoded.frame_index.tolist()]
+
+
+def test_damage_is_told_with_its_second(tmp_path: Path) -> None:
+    write_video(tmp_path / "whole.mp4", 100, options=B_FRAMES)
+    _ffmpeg("-i", tmp_path / "whole.mp4", "-c", "copy", "-movflags", "+faststart", tmp_path / "front.mp4")
+    data = (tmp_path / "front.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 3 // 5])
+    decoded = decode_video(tmp_path / "cut.mp4", VideoRequest("decord", FOUR))
+    end = decoded.vlen / 25
+    assert decoded.damage == (
+        f"the stream is damaged at {end:.2f} s; {decoded.vlen} frames before that were recovered, "
+        f"{4 - end:.2f} s up to 4.00 s are missing"
+    )
+    data = write_video(tmp_path / "whole.ts", 100, options=B_FRAMES).read_bytes()
+    gap = len(data) // 188 // 2 * 188
+    (tmp_path / "gap.ts").write_bytes(data[:gap] + data[gap + 9 * 188 :])
+    damage = decode_video(tmp_path / "gap.ts", VideoRequest("decord", FOUR)).damage
+    assert "the stream is damaged at " in damage and damage.endswith(" s up to 4.00 s are missing")
