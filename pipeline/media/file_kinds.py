@@ -51,6 +51,7 @@ _SIGNATURES = (
     (0, b"ID3", _SOUND, "an MP3 sound file"),
     (0, b"fLaC", _SOUND, "a FLAC sound file"),
 )
+_ANIMATED = 0x02  #: flag of the extended header of a WebP file
 _PIECES = (b"styp", b"sidx", b"moof", b"emsg", b"prft")  #: first boxes of a segment of a stream
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _VIDEOS = ((b"\x1aE\xdf\xa3", "a Matroska or WebM video"), (b"FLV\x01", "an FLV video"), (b"OggS", "an Ogg file"))
@@ -108,6 +109,8 @@ def _named(head: bytes) -> str:
         return _PIECE.format("a segment of a DASH or HLS stream")
     if head.startswith(b"\x1fC\xb6u"):
         return _PIECE.format("a segment of a WebM stream")
+    if head[8:12] == b"WEBP" and head[12:16] == b"VP8X" and head[20] & _ANIMATED:
+        return "is an animated WebP image, which is not read as a video; convert it to a GIF or an MP4"
     for offset, start, text, name in _SIGNATURES:
         if head.startswith(start, offset):
             return text.format(name)

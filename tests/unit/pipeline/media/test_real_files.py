@@ -250,3 +250,17 @@ def test_damage_is_told_with_its_second(tmp_path: Path) -> None:
     (tmp_path / "gap.ts").write_bytes(data[:gap] + data[gap + 9 * 188 :])
     damage = decode_video(tmp_path / "gap.ts", VideoRequest("decord", FOUR)).damage
     assert "the stream is damaged at " in damage and damage.endswith(" s up to 4.00 s are missing")
+
+
+def test_animations_of_images_are_videos_or_named(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(numbered(number)) for number in range(20)]
+    for name in ("a.png", "a.webp"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=100)
+    decoded = decode_video(tmp_path / "a.png", VideoRequest("decord", MANY))
+    assert (decoded.vlen, decoded.fps, decoded.duration) == (20, 10.0, 2.0)
+    assert [number_of(frame) for frame in decoded.frames] == decoded.frame_index.tolist()
+    with pytest.raises(MediaError, match="is an animated WebP image, .* convert it to a GIF or an MP4"):
+        decode_video(tmp_path / "a.webp", VideoRequest("decord", MANY))
+    pictures[0].save(tmp_path / "still.webp")
+    with pytest.raises(MediaError, match="is a WebP image; give it as an image"):
+        decode_video(tmp_path / "still.webp", VideoRequest("decord", MANY))
