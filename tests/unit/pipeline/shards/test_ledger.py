@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from framestream.pipeline.media.errors import REASONS as MEDIA_REASONS
-from framestream.pipeline.shards.ledger import REASONS, LedgerRow, ledger_table, read_ledger, write_ledger
+from framestream.pipeline.shards.ledger import (
+    LEDGER_FILE,
+    REASONS,
+    LedgerError,
+    LedgerRow,
+    ledger_table,
+    read_ledger,
+    write_ledger,
+)
+from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.records import write_record
 
 
 def test_every_reason_of_a_decoder_is_a_reason_of_the_ledger():
@@ -34,3 +45,32 @@ def test_an_empty_ledger_has_its_columns(tmp_path):
 def test_unknown_words_are_refused(kind, reason):
     with pytest.raises(ValueError, match="is unknown; add it"):
         LedgerRow("set", kind, reason, "")
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_damage_is_one_line_or_changes_nothing(tmp_path, has_digest):
+    """With the digest in build.json every change is found; without it, as in older roots, the pages have checksums."""
+    path = tmp_path / LEDGER_FILE
+    write_ledger(path, ledger_table(LedgerRow("set", "media", "corrupt", f"line {n}", key=f"v{n}") for n in range(40)))
+    sound, data = read_ledger(tmp_path), path.read_bytes()
+    if has_digest:
+        write_record(tmp_path / "build.json", {"digests": {LEDGER_FILE: file_digest(path)}})
+    rng = np.random.default_rng(1)
+    damaged = [b"", data[:-1], data + b"x", data[: len(data) // 2], b"PAR1"]
+    for place in rng.integers(0, len(data), 60).tolist():
+        damaged.append(data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :])
+    for other in damaged:
+        path.write_bytes(other)
+        try:
+            rows = read_ledger(tmp_path)
+        except LedgerError as error:
+            assert str(error).startswith(f"{path}: ") and str(error).endswith("build it again")
+            assert "\n" not in str(error)
+        else:
+            assert not has_digest
+            assert rows.equals(sound)
+
+
+def test_a_ledger_that_is_missing_is_named(tmp_path):
+    with pytest.raises(LedgerError, match=f"{LEDGER_FILE}: no ledger here; restore it"):
+        read_ledger(tmp_path)
