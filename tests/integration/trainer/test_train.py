@@ -63,7 +63,7 @@ def test_a_finished_stage_with_other_settings_is_refused(manifest: Path, straigh
     done = corpus.run(*command, check=False)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "train.connector.lr was 0.003, is 0.5" in line and f"remove {straight}" in line
+    assert "train.connector.lr (saved: 0.003, now: 0.5)" in line and f"remove {straight}" in line
     assert (straight / "manifest.yaml").read_text() == before
 
 
