@@ -15,7 +15,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from framestream.pipeline.utils.command_line import CommandParser, name_option, run_safely
-from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, RESUME_HINT, process_rank
+from framestream.trainer.distributed.launchers import (
+    EXIT_PREEMPTED,
+    PREEMPTION_SIGNALS,
+    RESUME_HINT,
+    describe_runtime_error,
+    process_rank,
+)
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
@@ -81,6 +87,10 @@ def _train(manifest: Manifest) -> int:
         return _failed(error, 1)
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)
+    except RuntimeError as error:
+        if reason := describe_runtime_error(error, os.environ):
+            return _failed(reason, 1, all_ranks=False)
+        raise
     if _is_main():
         print(f"{manifest.name}: final weights are in {final}")
     return 0

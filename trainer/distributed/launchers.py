@@ -88,6 +88,21 @@ def describe_join_error(error: Exception, environment: Mapping[str, str]) -> str
     return f"rank {rank} cannot reach the others at {host}:{port} ({reason:.200}); check MASTER_ADDR and MASTER_PORT"
 
 
+def describe_runtime_error(error: RuntimeError, environment: Mapping[str, str]) -> str:
+    """Say in one line what an error of torch means that is no fault of the program; empty for other errors.
+
+    These are a rank that is gone, or that took longer than ``train.timeout_minutes``, and memory that does not suffice.
+    """
+    reason, kinds = " ".join(str(error).split()), {kind.__name__ for kind in type(error).__mro__}
+    rank = environment.get("RANK", "0")
+    if "DistError" in kinds or "third_party/gloo" in reason or "Connection closed by peer" in reason:
+        return f"rank {rank} lost another rank ({reason:.200}); the message of the rank that failed first says why"
+    if "OutOfMemoryError" in kinds or "DefaultCPUAllocator: can't allocate memory" in reason:
+        fix = "use more GPUs, train.offload, or fewer text.max_tokens"
+        return f"rank {rank} has not enough memory ({reason:.200}); {fix}"
+    return ""
+
+
 def _number(environment: Mapping[str, str], name: str, low: int, high: int = 2**31 - 1) -> int:
     """Return the whole number in a variable; ``low`` if it is not set."""
     text = environment.get(name, str(low))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from framestream.trainer import __main__ as trainer_command
 from framestream.trainer.distributed.process_group import DistributedContext
 from framestream.trainer.monitoring import step_stats
 from framestream.trainer.monitoring.run_ledger import RunLedger
@@ -95,3 +96,28 @@ def test_numbers_differ_by_dialogue_global_batch_and_seed():
 
 def test_towers_without_drop_path_get_no_numbers():
     assert set(recorded([["a", "b"]], per_clip=0).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/tcp/pair.cc:537] Read error: reset\nby peer"), "lost another rank"),
+        (torch.distributed.DistStoreError("wait timeout after 1800000ms"), "lost another rank (wait timeout"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "has not enough memory (CUDA out"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_ranks_and_memory_that_fail_are_one_line(monkeypatch, capsys, error, message):
+    def fail(manifest):
+        raise error
+
+    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setenv("RANK", "1")
+    if message is None:  # a fault of the program keeps its traceback
+        with pytest.raises(RuntimeError, match="shapes"):
+            trainer_command._train(manifest(SIZE, SMALL))
+        return
+    assert trainer_command._train(manifest(SIZE, SMALL)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: rank 1 ") and message in said and said.count("\n") == 1
