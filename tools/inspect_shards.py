@@ -51,10 +51,14 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         page = inspection_page(options.root, options.media, options.frames, options.seed).encode()
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.html, page)
     except (ShardsError, LedgerError, OSError, pa.ArrowException) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.html, page)
+    except OSError as error:
+        print(f"error: --html {options.html}: cannot be written ({error.strerror}); name another file", file=sys.stderr)
         return 2
     print(f"{options.html}: {len(page) / 1e6:.1f} MB")
     return 0

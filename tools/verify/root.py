@@ -23,6 +23,7 @@ from framestream.tools.verify.index import IndexTables, check_index
 from framestream.tools.verify.shard import MEMBERS, ShardChecker, ShardResult, ShardToCheck
 from framestream.tools.verify.sidecars import (
     check_counts,
+    check_digests,
     check_ledger,
     check_leftovers,
     check_reader_files,
@@ -65,6 +66,7 @@ def verify(root: Path, deep: bool, workers: int, max_listed: int) -> VerifyResul
         findings.add("build.json", "its digest is not that of its other fields")
     tables = check_index(root, record, findings)
     check_counts(record, tables, check_ledger(root, findings), findings)
+    check_digests(root, record, tables is not None, findings)
     shards = _shards_on_disk(root) if tables is None else tables.list_shards(root)
     check_leftovers(root, shards, findings)
     md5: dict[Path, str] = {}

@@ -11,13 +11,16 @@ from typing import Any, TypeAlias, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
-from framestream.pipeline.shards.ledger import KINDS, REASONS
+from framestream.pipeline.shards.index import FILES
+from framestream.pipeline.shards.ledger import KINDS, LEDGER_FILE, REASONS
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
 from framestream.pipeline.utils.yaml_parser import parse_yaml
 from framestream.tools.verify.findings import Findings
 from framestream.tools.verify.index import SPLITS, IndexTables
 from framestream.tools.verify.shard import MEMBERS, ShardToCheck
+from framestream.tools.verify.tar import CHUNK
 
 MAX_TEXT = 1 << 28  #: bytes of a JSON or YAML file that is parsed
 REMOVE = "remove it"
@@ -127,6 +130,32 @@ def check_ledger(root: Path, findings: Findings) -> LedgerCounts | None:
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         findings.add(name, f"cannot be read ({error})")
         return None
+
+
+def check_digests(root: Path, record: Mapping[str, Any], has_index: bool, findings: Findings) -> None:
+    """Compare the files that build.json has digests of: the ledger and, if it is sound, the index.
+
+    Older roots have no digests.
+    """
+    digests = record.get("digests", {})
+    if not isinstance(digests, dict):
+        findings.add("build.json", "digests is not an object")
+        return
+    known = {f"index/{name}.arrow" for name in FILES} | {LEDGER_FILE}
+    for name, digest in digests.items():
+        if name not in known:
+            findings.add("build.json", f"digests names {name!r:.60}, which is no file of the format")
+        elif (has_index or name == LEDGER_FILE) and (root / name).is_file() and _digest(root / name) != digest:
+            findings.add(name, "its digest is not the one in build.json")
+
+
+def _digest(path: Path) -> str:
+    """Return the digest of a file as docs/format.md defines it."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def check_counts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -87,13 +88,12 @@ def test_the_work_folder_has_these_files(folder):
 
 
 @pytest.mark.parametrize("out", ["before", "within", "before-grown", "within-grown"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found_and_made_again(folder, tmp_path, monkeypatch, caplog, out, damage):
+def test_damage_is_found_and_made_again(folder, monkeypatch, caplog, out):
+    """The kinds of damage take turns; of an addition, only files that a first build does not have are damaged."""
     use_this_process(monkeypatch)
     sound = snapshot(folder / ("grown" if "grown" in out else "whole"))
-    for name in files(folder, out):
-        if "grown" in out and damage not in ("flipped", "removed") and "record" not in name:
-            continue
+    names = [name for name in files(folder, out) if "grown" not in out or "/previous/" in name]
+    for name, damage in zip(names, itertools.cycle(DAMAGE), strict=False):
         copy = folder / f"{out}-{damage}"
         shutil.copytree(folder / out, copy)
         path = copy / "stage2" / name
@@ -123,7 +123,7 @@ def test_a_shard_that_was_moved_and_damaged_is_built_again(folder, monkeypatch, 
 
 
 @pytest.mark.parametrize("name", ["shardindex.json", "train-000000.tar.idx"])
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", ["flipped", "removed"])
 def test_lists_for_other_readers_are_made_again(folder, monkeypatch, caplog, name, damage):
     use_this_process(monkeypatch)
     copy = folder / f"lists-grown-{damage}-{name}"
@@ -140,7 +140,7 @@ def test_lists_for_other_readers_are_made_again(folder, monkeypatch, caplog, nam
 @pytest.mark.parametrize(
     "name", ["build.json", "index/media.arrow", "index/dialogues.arrow", "index/shards.arrow", "ledger/ledger.parquet"]
 )
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_damaged_root_is_not_extended(folder, monkeypatch, capsys, name, damage):
     use_this_process(monkeypatch)
     copy = folder / f"root-grown-{damage}-{Path(name).name}"

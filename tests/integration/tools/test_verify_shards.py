@@ -128,6 +128,7 @@ def member(root: Path, shard: str, extension: str, number: int = 0) -> tarfile.T
         (lambda r: (r / "video/train-000000.tar.tmp").touch(), "train-000000.tar.tmp: is an unfinished"),
         (lambda r: (r / "work").mkdir(), "work: a build of this root is not finished"),
         (lambda r: flip(r / f"{VIDEOS}.idx", 8), ".tar.idx: does not hold the offsets"),
+        (lambda r: flip(r / "ledger/ledger.parquet", -20), "ledger.parquet: its digest is not the one in build.json"),
         (lambda r: os.remove(r / f"{VIDEOS}.idx"), ".tar.idx: cannot be read (No such file"),
         (lambda r: (r / "video/train-000009.tar.idx").touch(), "train-000009.tar.idx: belongs to no shard"),
         (lambda r: edit(r / "video/shardindex.json", '"nsamples": 4', '"nsamples": 5'), "shardlist: not as in"),
