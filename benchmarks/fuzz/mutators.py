@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fuzz.forgeries import forge
+
 INTEGERS = (0, -1, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, -(2**63), 2**40)
 NUMBERS = (
     "1e999",
@@ -51,6 +53,7 @@ WORDS = (
     "1e999",
     ".nan",
 )
+FORGED = 0.04  #: share of mutants that are forgeries, where there is one for the kind of file
 DEPTHS = (2000, 100_000)
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -64,12 +67,18 @@ def mutate(folder: Path, files: Sequence[str], rng: random.Random) -> tuple[str,
         path = folder / name
         data = path.read_bytes()
         is_text = b"\0" not in data and _is_text(data)
-        kinds = TEXT if is_text and rng.random() < 0.6 else BYTES if rng.random() < 0.92 else WHOLE
-        kind = rng.choice(kinds)
+        kind = forge if rng.random() < FORGED else rng.choice(_kinds(is_text, rng))
         done = kind(path, data, rng, [folder / other for other in files])
         if done and (not path.is_file() or path.read_bytes() != data):
             return name, f"{kind.__name__} {done}"
     raise RuntimeError(f"{folder}: no damage changes its files")
+
+
+def _kinds(is_text: bool, rng: random.Random) -> Sequence[Mutator]:
+    """Choose a group of mutators."""
+    if is_text and rng.random() < 0.6:
+        return TEXT
+    return BYTES if rng.random() < 0.92 else WHOLE
 
 
 def _is_text(data: bytes) -> bool:

@@ -44,15 +44,17 @@ def read_parquet_samples(path: Path) -> Iterator[Any]:
     remaining = _max_texts(path.stat().st_size)
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(bounds.batch_rows, use_threads=False):
-            remaining -= batch.nbytes
+            size = _unpacked_size(batch)
+            remaining -= size
             if remaining < 0:
                 raise AnnotationFileError(f"{path}: {_UNPACKS}")
-            if batch.nbytes <= MAX_SAMPLE:
+            if size <= MAX_SAMPLE:
                 yield from _to_rows(batch)
                 continue
             for row in range(len(batch)):
                 one = batch.slice(row, 1)
-                yield AnnotationError("bad_sample", _TOO_LONG) if one.nbytes > MAX_SAMPLE else _to_rows(one)[0]
+                is_larger = _unpacked_size(one) > MAX_SAMPLE
+                yield AnnotationError("bad_sample", _TOO_LONG) if is_larger else _to_rows(one)[0]
 
 
 def count_parquet_samples(path: Path) -> int:
@@ -99,6 +101,24 @@ def _read_footer_bytes(path: Path, size: int, read: Callable[[int, int], bytes])
 
 def _max_texts(size: int) -> int:
     return max(MAX_TEXT_RATIO * size, MIN_TEXT_LIMIT)
+
+
+def _unpacked_size(values: pa.RecordBatch | pa.Array) -> int:
+    """Return the bytes of values as they are without dictionaries, which Arrow counts once."""
+    if isinstance(values, pa.RecordBatch):
+        return sum(map(_unpacked_size, values.columns))
+    if isinstance(values, pa.ExtensionArray):
+        return _unpacked_size(values.storage)
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        if not (pa.types.is_string(kind.value_type) or pa.types.is_binary(kind.value_type)):
+            return values.nbytes
+        return pc.sum(pc.binary_length(values.dictionary).take(values.indices).cast(pa.int64())).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(_unpacked_size(values.field(number)) for number in range(kind.num_fields))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _unpacked_size(values.flatten()) + 4 * len(values)
+    return values.nbytes
 
 
 def _to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -70,3 +70,16 @@ def test_a_text_repeated_through_a_dictionary_is_refused(tmp_path):
     with pytest.raises(AnnotationFileError, match="a.parquet: unpacks to much more than its size"):
         for _ in read_parquet_samples(tmp_path / "a.parquet"):
             assert pa.total_allocated_bytes() - before < 1 << 30
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_text_in_a_column_of_dictionary_type_is_refused(tmp_path, nested):
+    """Arrow gives such a column back with its dictionary, whose text it counts once."""
+    rows = 3000
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["a" * (1 << 20)]))
+    column = pa.StructArray.from_arrays([texts], ["name"]) if nested else texts
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"id": column}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    with pytest.raises(AnnotationFileError, match="rows.parquet: unpacks to much more than its size"):
+        list(read_parquet_samples(path))
