@@ -43,8 +43,10 @@ from framestream.trainer.distributed.process_group import (
 from framestream.trainer.weights.tensor_files import LazyTensor
 
 #: what DeepSpeed and torch raise about bad files; damaged pickles end in any of the last six
-READ_ERRORS = (OSError, RuntimeError, EOFError, ValueError, AssertionError)
-READ_ERRORS += (UnpicklingError, KeyError, IndexError, TypeError, AttributeError, struct.error)
+READ_ERRORS = (
+    *(OSError, RuntimeError, EOFError, ValueError, AssertionError),
+    *(UnpicklingError, KeyError, IndexError, TypeError, AttributeError, struct.error),
+)
 POLL_SECONDS = 0.2  #: between two checks whether the universal format is complete
 
 logger = logging.getLogger(__name__)
