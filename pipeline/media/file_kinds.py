@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from framestream.pipeline.media.errors import MP4_BOXES, MediaError, has_mp4_index
@@ -52,6 +53,8 @@ _SIGNATURES = (
     (0, b"fLaC", _SOUND, "a FLAC sound file"),
 )
 _ANIMATED = 0x02  #: flag of the extended header of a WebP file
+#: What a copy without links leaves of one, such as of a hub cache or of git-annex.
+_LINK = re.compile(rb"(\.\./)+[^\0-\x1f]{1,1000}\n?")
 _PIECES = (b"styp", b"sidx", b"moof", b"emsg", b"prft")  #: first boxes of a segment of a stream
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _VIDEOS = ((b"\x1aE\xdf\xa3", "a Matroska or WebM video"), (b"FLV\x01", "an FLV video"), (b"OggS", "an Ogg file"))
@@ -133,4 +136,6 @@ def _named_text(head: bytes) -> str:
         return _TEXT.format("an XML document")
     if text.startswith((b"{", b"[")):
         return _TEXT.format("JSON text")
+    if _LINK.fullmatch(head):
+        return "is the target of a link as text, not the file itself; copy the folder again with its links (rsync -a)"
     return ""

@@ -146,6 +146,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64
         (b'{"error": "denied"}', "JSON text", "real address"),
         (b"\0" * 5000, "zero bytes", "fetch the file again"),
         (HEIC, "HEIC photo", "convert it"),
+        (b"../../../blobs/e0c1", "target of a link", "with its links"),
     ],
 )
 def test_files_that_are_something_else_are_named(tmp_path: Path, data: bytes, name: str, step: str) -> None:
