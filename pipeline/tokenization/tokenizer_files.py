@@ -10,6 +10,7 @@ from typing import Any
 from framestream.pipeline.config.schema import ManifestError
 from framestream.pipeline.utils.records import load_json
 
+MAX_CONFIG_BYTES = 4 << 20  #: of a JSON file beside tokenizer.json and vocab.json
 MAX_TOKENIZER_BYTES = 256 << 20  #: of all files of a tokenizer folder that are read
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,6 +63,8 @@ def _check_tokenizer_files(folder: Path) -> None:
         for path in files:
             data = path.read_bytes()
             if path.suffix == ".json":
+                if len(data) > MAX_CONFIG_BYTES and path.name not in ("tokenizer.json", "vocab.json"):
+                    raise ValueError(f"{path.name} has over {MAX_CONFIG_BYTES >> 20} MiB")
                 try:
                     found = load_json(data)
                 except ValueError as error:
