@@ -20,7 +20,10 @@ from framestream.pipeline.media.file_kinds import diagnose_open_error
 from framestream.pipeline.media.pixels import on_black
 
 #: Containers that are opened. Playlists and scripts (HLS, concat, SDP ...) are not: they make ffmpeg open other files.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,rm,h264,hevc,m4v,ivf,mxf,nut,dv,apng"
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,"
+    "rm,h264,hevc,m4v,ivf,mxf,nut,dv"
+)
 #: Decoders that can skip frames to which no other frame refers, whatever the stream contains.
 SKIPPING = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 #: Decoders whose key frames need nothing from before them. Others, such as those with palettes, keep state.
