@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -159,6 +159,9 @@ class FuzzCampaign:
         place = self._copy(target, str(os.getpid()))
         rng = random.Random(f"{self._seed}:{target.name}:{number}")
         file, damage = mutate(place, target.list_files(place), rng)
+        is_gone = not (place / file).exists()
+        if is_gone and target.may_lack:
+            target = replace(target, is_truth=True)
         started = time.monotonic()
         ended = run_isolated(lambda: target.read(file), place)
         kind, detail = judge(target, file, sound, ended)

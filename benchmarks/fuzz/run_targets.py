@@ -90,7 +90,7 @@ RUN_TARGETS = (
     Target("checkpoint-export", stop_run, (f"{RUN}/checkpoints/{STEP}/*", f"{RUN}/manifest.yaml"), export_checkpoint),
     Target("run-settings", _FINISHED, (f"{RUN}/settings.json",), repeat_run, share=0.5),
     Target("run-log", _FINISHED, (f"{RUN}/log.jsonl", f"{RUN}/manifest.yaml", f"{RUN}/ledger/*"), report_run, True),
-    Target("scores", _FINISHED, (f"{RUN}/evaluation.json",), report_run, share=0.5),
+    Target("scores", _FINISHED, (f"{RUN}/evaluation.json",), report_run, may_lack=True, share=0.5),
     Target("weights", _FINISHED, (f"{RUN}/final/*",), ask_final, is_truth=True),
     Target("exported-weights", export_weights, (f"{WEIGHTS}/*",), ask_exported, is_truth=True),
 )

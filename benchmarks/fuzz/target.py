@@ -38,6 +38,7 @@ class Target:
         read: reads the files in the current folder as a user's command does; gets the name of the damaged file.
         is_truth: whether the files are the user's own words, so that a changed value is a valid other value.
         own_items: whether each item has the name of its file, so that damage may change no other item.
+        may_lack: whether the files are optional, so that another result without one of them is right.
         share: relative number of mutants.
     """
 
@@ -47,6 +48,7 @@ class Target:
     read: Callable[[str], Reading]
     is_truth: bool = False
     own_items: bool = False
+    may_lack: bool = False
     share: float = 1.0
 
     def list_files(self, folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ from framestream.pipeline.config.yaml_files import load_yaml
 from framestream.pipeline.html.page import render_page
 from framestream.pipeline.html.svg import COLORS, Line, format_duration, format_number, line_chart
 from framestream.pipeline.shards.ledger import REASONS
+from framestream.pipeline.utils.command_line import describe_os_error
 from framestream.trainer.evaluation.haystack_html import haystack_values
 from framestream.trainer.evaluation.run_files import (
     LARGEST,
@@ -73,10 +74,11 @@ def read_run(folder: Path) -> Run:
     found: dict[str, dict | None] = {}
     for name, read in (("manifest.yaml", _manifest), ("evaluation.json", _scores), ("haystack.json", _needles)):
         try:
-            found[name] = read(folder / name) if (folder / name).is_file() else None
+            found[name] = read(folder / name) if (folder / name).exists() else None
         except (ReportError, ManifestError, OSError) as error:
             found[name] = None
-            faults.append(f"{' '.join(str(error).split())}; it is left out")
+            reason = describe_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
+            faults.append(f"{reason}; it is left out")
     return Run(
         folder, steps, found["manifest.yaml"] or {}, ledger, found["evaluation.json"], found["haystack.json"], faults
     )

@@ -139,3 +139,10 @@ def test_a_log_without_learning_rates_is_shown(tmp_path):
     del lines[1]["lr"]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "learning rate" in render([read_run(folder)])
+
+
+def test_a_folder_in_place_of_scores_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", steps=3)
+    (folder / "evaluation.json").mkdir()
+    [fault] = read_run(folder).faults
+    assert "evaluation.json: Is a directory; it is left out" in fault
