@@ -5,7 +5,7 @@ Only the selected frames are decoded, by libjpeg-turbo.
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +19,7 @@ from framestream.pipeline.media.mjpeg_mp4 import mjpeg_frames
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.frame_reader import decode_into
 from framestream.pipeline.utils.arguments import refuse_unknown_arguments
+from framestream.pipeline.utils.records import load_json
 
 
 @refuse_unknown_arguments
@@ -43,17 +44,19 @@ def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Samp
     try:
         metadata = found["json"]
         if not isinstance(metadata, Mapping):
-            metadata = json.loads(metadata if isinstance(metadata, str) else _bytes(metadata))
+            metadata = load_json(metadata if isinstance(metadata, str) else _bytes(metadata))
         key = metadata["key"]
         if "conversations" in metadata:
             return Sample([], [_dialogue(metadata)])
-        dialogues = [_dialogue(item) for item in json.loads(metadata["dialogues"])]
+        dialogues = [_dialogue(item) for item in load_json(metadata["dialogues"])]
         if metadata["kind"] == "image":
-            return Sample([_media(decode_jpeg(_bytes(found["jpg"]))[None], np.zeros(1), metadata)], dialogues)
+            jpeg = _bytes(found["jpg"])
+            _check_digest(jpeg, metadata)
+            return Sample([_media(decode_jpeg(jpeg)[None], np.zeros(1), metadata)], dialogues)
         return Sample([_video(_bytes(found["mp4"]), metadata, frames)], dialogues)
     except KeyError as error:
         raise SampleError(f"{key}: has no {error}; pass the members as the shard has them") from None
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, OverflowError, IndexError, AttributeError, MemoryError) as error:
         raise SampleError(f"{key}: {' '.join(str(error).split())}") from None
 
 
@@ -64,12 +67,18 @@ def _video(mp4: bytes, metadata: Mapping[str, Any], choice: FrameChoice) -> Medi
     offsets, sizes, _ = mjpeg_frames(mp4)
     if len(offsets) != len(stored):
         raise ValueError(f"the mp4 has {len(offsets)} frames, the json {len(stored)}")
+    _check_digest(mp4, metadata)
     height, width = metadata["height"], metadata["width"]
     out_width, out_height = shown_size(choice, width, height)
     out = np.empty((len(indices), out_height, out_width, 3), dtype=np.uint8)
     for k, index in enumerate(indices.tolist()):
         decode_into(mp4[offsets[index] : offsets[index] + sizes[index]], (height, width), out[k])
     return _media(out, seconds[indices], metadata)
+
+
+def _check_digest(data: bytes, metadata: Mapping[str, Any]) -> None:
+    if hashlib.sha256(data).hexdigest() != metadata["sha256"]:
+        raise ValueError("damaged (its sha256 is not the one in the json); restore the shard")
 
 
 def _media(frames: np.ndarray, timestamps: np.ndarray, metadata: Mapping[str, Any]) -> Media:
@@ -79,7 +88,7 @@ def _media(frames: np.ndarray, timestamps: np.ndarray, metadata: Mapping[str, An
 
 def _dialogue(item: Mapping[str, Any]) -> Dialogue:
     turns = item["conversations"]
-    turns = json.loads(turns) if isinstance(turns, str) else turns
+    turns = load_json(turns) if isinstance(turns, str) else turns
     return Dialogue(turns, item["key"], item["id"], item["entry"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from framestream.pipeline.storage.base import ReadOptions, ShardRef
 
 OPEN_FILES = 128  #: open files per root and process
+STALE = (errno.ESTALE, errno.EBADF, errno.EIO)  #: errors of an open file that may pass when it is opened again
 
 
 class LocalStorage:
@@ -28,10 +31,7 @@ class LocalStorage:
         return [self.root / "index", self._options.root_folder(os.path.realpath(self.root))]
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        file = self._file(shard.name)
-        return (
-            file.read(offset, size) for offset, size in ranges
-        )  # lazily: one range at a time fits the processor's cache
+        return (self._read(shard.name, *part) for part in ranges)  # lazily: one range at a time fits the cache
 
     def read_all(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -41,6 +41,19 @@ class LocalStorage:
 
     def describe(self, name: str) -> Path:
         return self.root / name
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        """Read a range. If the open file has become stale or short, such as by a replacement, open it again once."""
+        file = self._file(name)
+        try:
+            return file.read(offset, size)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in STALE:
+                raise
+            with self._lock:
+                if self._open.get(name) is file:
+                    del self._open[name]
+            return self._file(name).read(offset, size)
 
     def _file(self, name: str) -> _File:
         """Return an open file; an evicted one is closed when its last reader drops it."""
@@ -65,7 +78,8 @@ class _File:
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # the file has become stale
+                os.close(self._descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, offset)

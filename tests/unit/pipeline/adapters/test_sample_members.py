@@ -103,3 +103,25 @@ def test_frames_that_the_json_does_not_count_are_refused(footage_root):
     facts["frame_index"] = facts["frame_index"][:-1]
     with pytest.raises(SampleError, match="the mp4 has 16 frames, the json 15"):
         read_members({**members, "json": json.dumps(facts)})
+
+
+@pytest.mark.parametrize(("folder", "extension"), [("video", "mp4"), ("image", "jpg")])
+def test_a_flipped_bit_of_a_medium_is_an_error(footage_root, folder, extension):
+    members = dict(next(iter(members_of(footage_root, folder).values())))
+    data = bytearray(members[extension])
+    data[len(data) * 2 // 3] ^= 4
+    with pytest.raises(SampleError, match="damaged .its sha256 is not the one in the json"):
+        read_members({**members, extension: bytes(data)}, 4)
+
+
+@pytest.mark.parametrize("value", [None, -1, 10**30, float("inf"), [], {}, "x"])
+@pytest.mark.parametrize(
+    "field", ["width", "height", "vlen", "fps", "duration", "frame_index", "timestamps", "dialogues"]
+)
+def test_metadata_of_odd_values_never_ends_in_another_error(footage_root, field, value):
+    members = dict(next(iter(members_of(footage_root, "video").values())))
+    changed = json.dumps(json.loads(members["json"]) | {field: value})
+    try:
+        read_members({**members, "json": changed}, 4)
+    except SampleError as error:
+        assert "\n" not in str(error)
