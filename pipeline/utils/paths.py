@@ -7,6 +7,7 @@ import re
 
 MAX_LENGTH = 4096  #: characters of a path
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|hf:")
+_ONE_SLASH = re.compile(r"(https?|s3|gs|ftp|file):/(?=[^/])", re.I)
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
@@ -20,14 +21,25 @@ def is_address(text: str) -> bool:
     return _ADDRESS.match(text) is not None
 
 
+def missing_slash(text: str) -> str:
+    """Return the address that ``text`` means if one of its two slashes was lost, as in ``https:/HOST``; else nothing.
+
+    Joining or normalizing an address as if it were a path loses it.
+    """
+    return _ONE_SLASH.sub(r"\1://", text, count=1) if _ONE_SLASH.match(text) else ""
+
+
 def expand_path(text: str) -> str:
     """Replace ``~`` and ``~USER`` at the beginning, and ``$NAME`` and ``${NAME}`` anywhere. Addresses stay unchanged.
 
     Raises:
-        PathError: a variable is not set, there is no such user, or no file can have such a path.
+        PathError: a variable is not set, there is no such user, no file can have such a path, or it is an address with
+            one slash.
     """
     if is_address(text):
         return text
+    if address := missing_slash(text):
+        raise PathError(f"{text:.200}: a slash is missing after the colon; write {address:.200}")
     if len(text) > MAX_LENGTH or _CONTROL.search(text):
         raise PathError(f"{text!r:.60} has a control character or over {MAX_LENGTH:,} characters; correct the path")
 

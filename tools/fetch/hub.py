@@ -8,15 +8,15 @@ huggingface_hub supplies the URLs, the login (HF_TOKEN or a saved one) and HF_EN
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
+from framestream.pipeline.utils.records import load_json
 from framestream.tools.fetch.base import FetchError
 from framestream.tools.fetch.http.client import HttpClient
 from framestream.tools.fetch.http.retry import FetchLimits
@@ -62,9 +62,15 @@ class HubStore:
                 if error.reason == "missing_file":
                     return
                 raise
-            for entry in entries:
-                if entry.get("type") == "file":
-                    yield entry["path"].rpartition("/")[2], _listed_file(entry)
+            try:
+                listed = [
+                    (entry["path"].rpartition("/")[2], _listed_file(entry))
+                    for entry in entries
+                    if entry["type"] == "file"
+                ]
+            except (TypeError, ValueError, LookupError, AttributeError):
+                raise FetchError("unreachable", location, "the response of the hub is not a list of files") from None
+            yield from listed
             # Only the query of the link is used: the token must not go to another host that the link may name.
             page = NEXT_PAGE.search(headers.get("link", ""))
             url = f"{first_url}?{page[1]}" if page else ""
@@ -92,7 +98,7 @@ class HubStore:
     def _get_json(self, url: str, location: str) -> tuple[Any, Mapping[str, str]]:
         body, headers = self.http.get(url, location, MAX_PAGE)
         try:
-            return json.loads(body), headers
+            return load_json(body), headers
         except ValueError:
             raise FetchError("unreachable", location, "the response of the hub is not JSON") from None
 
@@ -112,6 +118,7 @@ def open_hub(location: str, limits: FetchLimits, endpoint: str = "") -> ListedSo
     if constants.HF_HUB_OFFLINE and not endpoint:
         raise FetchError("unreachable", location, "the hub is not used while HF_HUB_OFFLINE is set")
     repo_type, name, revision, folder = (text or "" for text in match.groups())
+    validate_repo_id(name)
     store = HubStore(repo_type or "datasets", name, revision, limits, endpoint)
     prefix = f"{repo_type}/" if repo_type else ""
     return ListedSource(f"hf:{prefix}{name}@{store.commit}:{folder}", store, folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from framestream.pipeline.utils.canonical_json import canonical_json
+from framestream.pipeline.utils.paths import missing_slash
 from framestream.tools.fetch.archives.archive import open_archives
 from framestream.tools.fetch.base import FetchError, MediaSource, RandomAccessFile
 from framestream.tools.fetch.http.client import HttpClient, redact_url
@@ -58,7 +59,8 @@ def open_source(location: Location, limits: FetchLimits, member_lists: Path | No
         return UrlSource(rest, limits)
     if scheme == "page":
         return PageSource(rest, limits)
-    raise ValueError(f"{redact(location)} is not a known kind of location; use {SOURCE_FORMS}")
+    prefix = "write url: before it, or " if scheme in ("http", "https") else ""
+    raise ValueError(f"{redact(location)} is not a known kind of location; {prefix}use {SOURCE_FORMS}")
 
 
 def check_archives(location: Mapping[str, Any]) -> None:
@@ -92,6 +94,8 @@ def redact(location: Location) -> str:
         redacted = [redact(file) for file in ([files] if isinstance(files, str) else files)]
         return canonical_json({**location, "archives": redacted})
     scheme, colon, rest = location.partition(":")
+    if scheme in ("http", "https"):
+        return redact_url(location)
     return f"{scheme}:{redact_url(rest)}" if scheme in ("url", "page") else location
 
 
@@ -117,10 +121,14 @@ def open_files(locations: str | Sequence[str], limits: FetchLimits) -> Sequence[
 def _match_files(location: str, limits: FetchLimits) -> Sequence[RandomAccessFile]:
     scheme, _, rest = location.partition(":")
     folder, slash, pattern = rest.rpartition("/")
+    if address := missing_slash(rest if scheme == "url" else location):
+        corrected = f"url:{redact_url(address)}" if scheme == "url" else address
+        raise ValueError(f"a slash is missing in the address of an archive; write {corrected}")
     if scheme == "url":
         return [HttpFile.open(HttpClient(limits), rest, f"url:{redact_url(rest)}")]
     if scheme not in ("dir", "hf", "s3"):
-        raise ValueError(f"{redact(location)} cannot contain archives; use {FILE_FORMS}")
+        prefix = "write url: before it, or " if scheme in ("http", "https") else ""
+        raise ValueError(f"{redact(location)} cannot contain archives; {prefix}use {FILE_FORMS}")
     if scheme == "hf":
         repository, colon, path = rest.partition(":")
         folder, slash, pattern = f"{repository}{colon}{path.rpartition('/')[0]}", "/", path.rpartition("/")[2]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from framestream.pipeline.utils.paths import missing_slash
 from framestream.tools.fetch.base import FetchError
 from framestream.tools.fetch.http.client import HttpClient
 from framestream.tools.fetch.http.retry import FetchLimits, TransientFetchError, with_retries
@@ -69,7 +70,7 @@ class S3Store:
 
     def _call(self, function: Callable[[Any], T], path: str) -> T:
         """Return what ``function`` returns for the s3fs file system; its errors become FetchErrors."""
-        from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
+        from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
         location = f"s3://{self._name}/{path}"
 
@@ -86,7 +87,7 @@ class S3Store:
                 raise FetchError("missing_file", location, "no such bucket or object") from None
             except PermissionError as error:
                 raise FetchError("denied", location, f"{_error_line(error)}; {LOGIN_HINT}") from None
-            except (OSError, BotoCoreError) as error:
+            except Exception as error:  # s3fs, botocore and aiohttp have no common class of errors
                 raise TransientFetchError("unreachable", _error_line(error)) from None
 
         return with_retries(attempt, location, self._limits)
@@ -101,7 +102,9 @@ def open_s3(location: str, limits: FetchLimits) -> ListedSource:
     """
     match = re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?", location)
     if not match:
-        raise ValueError(f"{location} is not s3://BUCKET/FOLDER")
+        meant = missing_slash(location)
+        fix = f"a slash is missing after the colon; write {meant}" if meant else f"{location} is not s3://BUCKET/FOLDER"
+        raise ValueError(fix)
     return ListedSource(location, S3Store(match[1], limits), match[2] or "")
 
 

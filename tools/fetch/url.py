@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
+from framestream.pipeline.utils.paths import missing_slash
 from framestream.tools.fetch.base import FetchError, check_path, local_name
 from framestream.tools.fetch.http.client import HttpClient, redact_url
 from framestream.tools.fetch.http.retry import FetchLimits
@@ -28,6 +29,8 @@ class UrlTemplate:
     """
 
     def __init__(self, scheme: str, template: str) -> None:
+        if address := missing_slash(template):
+            raise ValueError(f"a slash is missing after the second colon; write {scheme}:{redact_url(address)}")
         names = re.findall(r"\{([^{}]*)\}", template)
         parts = urlsplit(template)
         known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)

@@ -164,7 +164,7 @@ class HttpClient:
                     download.write(chunk)
                     if time.monotonic() > deadline:
                         raise FetchError("timeout", download.location, timeout_message(download.limits))
-            except httpx2.TransportError as error:
+            except (httpx2.HTTPError, httpx2.StreamError, UnicodeError) as error:
                 raise _transient_error(error, self.limits, progress=download.longest > longest_before) from None
             download.finish()
 
@@ -192,11 +192,11 @@ class HttpClient:
                 response = self._follow(url, headers, deadline)
                 if cache_redirect and response.is_success and str(response.url) != url:
                     self._remember_redirect(url, str(response.url), time.monotonic() + REDIRECT_TTL)
-        except httpx2.TransportError as error:
+        except (httpx2.HTTPError, httpx2.StreamError, UnicodeError) as error:
             raise _transient_error(error, self.limits) from None
         try:
             yield response
-        except httpx2.TransportError as error:
+        except (httpx2.HTTPError, httpx2.StreamError, UnicodeError) as error:
             raise _transient_error(error, self.limits) from None
         finally:
             response.close()
@@ -338,7 +338,7 @@ def redact_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
-def _transient_error(error: httpx2.TransportError, limits: FetchLimits, progress: bool = False) -> TransientFetchError:
+def _transient_error(error: Exception, limits: FetchLimits, progress: bool = False) -> TransientFetchError:
     """Return the error of a failed connection. Its message names no URL, which could hold a password."""
     if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
         return TransientFetchError("unreachable", INVALID_URL, retries=0)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from framestream.pipeline.utils.paths import PathError, expand_path
+from framestream.pipeline.utils.paths import PathError, expand_path, missing_slash
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,24 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["~", "~/x", "$FS_A/x", "${FS_A}x", "x/$FS_A$FS_A", "x~", "a/~/b", "", "x", "100$", "$ x", "$1", "é/ü", "a\u3000b", "\udcff"]
+    "text",
+    [
+        "~",
+        "~/x",
+        "$FS_A/x",
+        "${FS_A}x",
+        "x/$FS_A$FS_A",
+        "x~",
+        "a/~/b",
+        "",
+        "x",
+        "100$",
+        "$ x",
+        "$1",
+        "é/ü",
+        "a\u3000b",
+        "\udcff",
+    ],
 )
 def test_paths_are_what_a_shell_makes_of_them(text):
     assert expand_path(text) == os.path.expandvars(os.path.expanduser(text))
@@ -45,3 +62,12 @@ def test_what_cannot_be_a_path_is_refused(text, reason):
     with pytest.raises(PathError) as caught:
         expand_path(text)
     assert reason in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a", "http://h/a", "s3://bucket/a"])
+def test_an_address_that_lost_a_slash_is_refused(address):
+    lost = os.path.normpath(address)
+    assert lost == address.replace("//", "/") and missing_slash(lost) == address and not missing_slash(address)
+    with pytest.raises(PathError, match="a slash is missing after the colon; write ") as error:
+        expand_path(lost)
+    assert str(error.value).endswith(address)

@@ -201,3 +201,19 @@ print(source.origin, source.fetch("a", pathlib.Path(sys.argv[1])).read_text())
     command = [sys.executable, "-c", program, str(tmp_path)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.stdout.split() == [f"hf:models/me/net@{COMMIT}:", "A"], ran.stderr
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        *(b"5", b"[5]", b"[null]", b'[{"type": "file"}]', b'[{"type": "file", "path": 5}]', b"[" * 9999),
+        b'[{"type": "file", "path": "a", "size": "x", "oid": ""}]',
+    ],
+)
+def test_listings_that_are_none_are_told(server, listing):
+    commit = "a" * 40
+    server.routes[f"/api/datasets/me/data/tree/{commit}/v"] = lambda request: request.serve(listing)
+    source = open_hub(f"hf:me/data@{commit}:v", QUICK, server.url)
+    with pytest.raises(FetchError) as error:
+        source.find("a.mp4")
+    assert error.value.reason == "unreachable" and "the response of the hub is not" in str(error.value)

@@ -55,3 +55,26 @@ def test_names_sort_with_their_numbers():
         ["x89", "x9000"],
     ):
         assert sorted(reversed(names), key=name_order) == names
+
+
+@pytest.mark.parametrize(
+    ("location", "meant"),
+    [
+        ("url:https:/me:secret@example.org/{path}", "url:https://example.org/{path}"),
+        ("page:http:/example.org/{stem}", "page:http://example.org/{stem}"),
+        ("s3:/bucket/videos", "s3://bucket/videos"),
+        ({"archives": "url:https:/me:secret@example.org/a.zip"}, "url:https://example.org/a.zip"),
+        ({"archives": "s3:/bucket/a.zip"}, "s3://bucket/a.zip"),
+    ],
+)
+def test_an_address_that_lost_a_slash_is_told_with_both(location, meant):
+    with pytest.raises(ValueError, match="a slash is missing") as error:
+        open_source(location, QUICK)
+    assert str(error.value).endswith(f"; write {meant}")
+
+
+def test_a_bare_web_address_is_told_with_its_prefix():
+    for location in ("https://me:secret@example.org/{path}", {"archives": "https://me:secret@example.org/a.zip"}):
+        with pytest.raises(ValueError, match="write url: before it") as error:
+            open_source(location, QUICK)
+        assert "secret" not in str(error.value)
