@@ -180,7 +180,7 @@ class Index:
             schemas = {**FILES, "media": media_schema(specification.get("compat", "none"))}
             names = [f"index/{name}.arrow" for name in schemas]
             paths = storage.local_copy(names, fingerprint, lambda copies: _check_copies(copies, fingerprint))
-            if not digests and not checked:
+            if not checked and not digests.keys() >= set(names):
                 _check_copies(paths, fingerprint)
             maps = {
                 name: _map(path, schemas[name], digests.get(f"index/{name}.arrow"), checked)

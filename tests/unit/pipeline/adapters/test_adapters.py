@@ -34,3 +34,11 @@ def test_energon_missing_is_said_in_one_line():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: framestream.pipeline.adapters.energon: ")
     assert done.stderr.splitlines()[-1].endswith("; pip install megatron-energon")
+
+
+def test_it_imports_without_asserts_docstrings_and_warnings():
+    names = ", ".join(adapters.__all__)
+    code = f"from framestream.pipeline import build_loader\nfrom framestream.pipeline.adapters import {names}"
+    command = [sys.executable, "-OO", "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

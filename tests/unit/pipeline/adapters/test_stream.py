@@ -163,7 +163,6 @@ def orders(passes_of, count: int = 3) -> list[list[int]]:
         (2, True, "fork"),
         (2, False, "fork"),
         (2, True, "spawn"),
-        (2, False, "spawn"),
     ],
 )
 def test_each_pass_is_the_next_epoch_with_any_workers(workers, persistent, context):
