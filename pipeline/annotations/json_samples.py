@@ -24,7 +24,7 @@ _WITHIN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
 _BETWEEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 _IN_STRING = re.compile(r'["\\]')
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LIST_FIELD = re.compile(r'"([^"\\]{1,100})"\s*:\s*\[')
+_LIST_FIELD = re.compile(r'"(?!conversations")([^"\\]{1,100})"\s*:\s*\[\s*\{')
 _MAPPING_FIELD = re.compile(r'\{\s*"(?:[^"\\]|\\.){0,1000}"\s*:\s*\{')
 _TOO_LONG = f"the sample is longer than {MAX_SAMPLE:,} characters"
 _TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"
@@ -45,12 +45,13 @@ def read_json_samples(path: Path) -> Iterator[Any]:
     following = next(blocks, "")
     named_lines = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
     first, _, rest = head.partition("\n")
-    is_complete = isinstance(parse_sample(first), (dict, list))  # the first line alone is JSON
+    value = parse_sample(first)
+    is_complete = isinstance(value, (dict, list))  # the first line alone is JSON
     has_more_lines = is_complete and bool(rest.strip() or following.strip())
     blocks = chain([head, following], blocks)
     if head.startswith("[") and not (named_lines and has_more_lines):
         return parse_list(path, blocks)
-    if named_lines or has_more_lines or (is_complete and '"conversations"' in first):
+    if named_lines or has_more_lines or (isinstance(value, dict) and "conversations" in value):
         return parse_lines(blocks)
     raise AnnotationFileError(f"{path}: {_describe_head(head)}")
 
@@ -59,6 +60,8 @@ def parse_sample(text: str) -> Any:
     """Return the value of a sample's JSON text, or an AnnotationError that says what is wrong with it."""
     if len(text) > MAX_SAMPLE:
         return AnnotationError("bad_sample", _TOO_LONG)
+    if not text:
+        return AnnotationError("bad_sample", "there is no sample between two commas, or after the last one")
     try:
         value = _DECODER.decode(text)
     except ValueError as error:
@@ -193,10 +196,12 @@ def _describe_head(head: str) -> str:
     if not head.startswith("{"):
         return f"expected a JSON list of samples, or a sample on each line, found {head[:40]!r}"
     wrong = "is one JSON object; expected a list of samples"
-    if _MAPPING_FIELD.match(head):
-        return f"{wrong}. If its values are the samples, write them as a list: jq '[.[]]' OLD.json > NEW.json"
     if match := _LIST_FIELD.search(head):
         return f"{wrong}. If they are in its field `{match[1]}`: jq '.[\"{match[1]}\"]' OLD.json > NEW.json"
+    if _MAPPING_FIELD.match(head):
+        return f"{wrong}. If its values are the samples, write them as a list: jq '[.[]]' OLD.json > NEW.json"
+    if '"conversations"' in head:
+        return f"{wrong}. If it is a sample, or the first of several: jq -s . OLD.json > NEW.json"
     return f"{wrong}, or a sample on each line"
 
 

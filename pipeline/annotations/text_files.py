@@ -28,6 +28,12 @@ FOREIGN = {
     b"7z\xbc\xaf": "is a 7z archive; unpack it and name the file in it",
     b"Rar!": "is a RAR archive; unpack it and name the file in it",
     b"ARROW1\0\0": "is an Arrow file; write it as parquet",
+    b"\x04\x22\x4d\x18": "is an LZ4 file; unpack it with lz4 -d, or compress it with gzip",
+    b"SQLite format 3": "is an SQLite database; export its rows as JSON lines",
+    b"\x93NUMPY": "is a NumPy array; write its samples as JSON lines",
+    b"\x89PNG": "is an image; name the annotation file",
+    b"%PDF": "is a PDF document; name the annotation file",
+    b"<?xml": "is XML, perhaps the error message of a server; fetch the file again",
 }
 _HTML = (b"<!doctype", b"<html")
 

@@ -62,6 +62,11 @@ def test_values_as_python_writes_them(tmp_path):
         assert [sample["c"], sample["d"], sample["e"]] == [str(2**63), -(2**63), str(10**400)]
 
 
+def test_a_comma_too_many_is_named():
+    first, empty = parse_list("a.json", ['[{"id": 1},]'])
+    assert first == {"id": 1} and "after the last one" in str(empty)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.json", "A.JSONL"])
 @pytest.mark.parametrize("lines", [False, True])
@@ -84,6 +89,13 @@ def test_gzip_by_another_name_is_read(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "HTML page"),
         (b'{"data": [{"id": 1}]}', "field `data`"),
+        (b'{"data": [{"id": 1, "conversations": []}]}', "field `data`"),
+        (b'{"info": {"year": 2024}, "annotations": [{"id": 1}]}', "field `annotations`"),
+        (b'{"a1": {"id": 1, "conversations": [{}]}}', "values are the samples"),
+        (b'{"conversations": [{}]}{"conversations": [{}]}', "jq -s ."),
+        (b'{\n "id": 1,\n "conversations": [{}]\n}', "jq -s ."),
+        (b"SQLite format 3\0", "SQLite database"),
+        (b"<?xml version='1.0'?><Error/>", "error message of a server"),
         (b'{"a1": {"id": 1}}', "values are the samples"),
         (b"PK\3\4rest", "zip archive"),
         (gzip.compress(gzip.compress(b"[]", mtime=0), mtime=0), "compressed twice"),
