@@ -256,7 +256,7 @@ def build(server, tmp_path_factory):
 
 
 def test_each_costs_its_own_items_for_the_right_reason(build, capsys):
-    assert build.ran.returncode == 0, build.ran.stderr
+    assert build.ran.returncode in (0, 3), build.ran.stderr  # 3: nothing of an entry can be built
     assert build.outcomes() == build.expected
     assert "left out, with reasons" in build.ran.stdout and "unreachable" in build.ran.stdout
     assert verify([str(build.root), "--deep", "--workers", "1"]) == 0, capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_what_may_have_passed_is_tried_again(build, server):
         elif path.startswith("/archive-"):
             server.routes[path] = serves(pack({"0.mp4": video}, "stored"))
     ran = build.run("--retry-failed", "--skip-unresolved")
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode in (0, 3), ran.stderr
     repaired = ("web/", "archive-")
     assert build.outcomes() == {
         name: "" if name.startswith(repaired) and reason in RETRYABLE else reason
@@ -319,7 +319,7 @@ def test_a_server_that_goes_down_in_the_middle(tmp_path):
         server.routes |= {f"/{name}": route for name in names}
         build.add("web", f"url:{server.url}/{{path}}", dict.fromkeys(names, ""))
         ran = build.run()
-        assert ran.returncode == 0, ran.stderr
+        assert ran.returncode in (0, 3), ran.stderr
         first = build.outcomes()
         assert set(first.values()) == {"", "unreachable"} and len(first) == 12
         server.routes |= {f"/{name}": serves(video) for name in names}
