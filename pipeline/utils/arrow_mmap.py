@@ -46,7 +46,8 @@ class MappedTable:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise ValueError(f"{path}: empty, not an Arrow file")
-            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)  # some have no shared maps
+            # private: some file systems have no shared maps
+            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         with contextlib.suppress(OSError):  # the kernel has no huge pages
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
         try:

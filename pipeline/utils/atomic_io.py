@@ -19,7 +19,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open ``path`` for writing so that it appears under its name only when the block ends without an error.
 
     The bytes go to ``path`` + ``.tmp``, which replaces ``path`` at the end and is removed on an error. A process that
-    is killed leaves at most the ``.tmp`` file, which the next writer overwrites. Errors of the file system name the file.
+    is killed leaves at most the ``.tmp`` file, which the next writer overwrites. Errors of the file system name the
+    file.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
