@@ -26,7 +26,7 @@ import torch
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.checkpoint.disk_usage import check_free, conversion_bytes
-from framestream.trainer.checkpoint.save import check_settings, is_file_error, raise_write_error
+from framestream.trainer.checkpoint.save import check_settings, raise_write_error
 from framestream.trainer.checkpoint.state import (
     CheckpointError,
     check_files,
@@ -34,6 +34,7 @@ from framestream.trainer.checkpoint.state import (
     latest_checkpoint,
     read_state,
 )
+from framestream.trainer.distributed.launchers import describe_runtime_error
 from framestream.trainer.distributed.process_group import (
     DistributedContext,
     barrier,
@@ -189,8 +190,8 @@ def _checkpoint_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
-        if not is_file_error(error):
-            raise
+        if isinstance(error, RuntimeError) and describe_runtime_error(error, os.environ):
+            raise  # a rank is gone or memory does not suffice: the files are not at fault
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, UnpicklingError):
             reason = "its files are damaged, or contain more than tensors and settings"
