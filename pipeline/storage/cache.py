@@ -1,10 +1,10 @@
 """Cache ranges of remote files on the local disk, shared by all processes of a machine, up to a limit.
 
-``FOLDER/AB/CDEF...`` contains a CRC-32 and the bytes of one read. A file gets its name by a rename under a lock
-(flock), which the system releases if the process ends. ``FOLDER/total`` counts the bytes of all files. It is raised
-before a file appears, so a process killed at any time leaves a count that is right or too high. At the limit, the least
-recently used files are deleted and the rest is counted again. Nothing waits for the cache: a read that does not get the
-lock is not cached.
+``FOLDER/AB/CDEF...`` contains a CRC-32 of its key and bytes, and the bytes of one read. A file gets its name by a
+rename under a lock (flock), which the system releases if the process ends. ``FOLDER/total`` counts the bytes of all
+files. It is raised before a file appears, so a process killed at any time leaves a count that is right or too high. At
+the limit, the least recently used files are deleted and the rest is counted again. Nothing waits for the cache: a read
+that does not get the lock is not cached.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class RangeCache:
         except OSError:
             return None
         check = int.from_bytes(data[:CRC_BYTES], "little")
-        if len(data) < CRC_BYTES or check != zlib.crc32(data[CRC_BYTES:]):  # after a power cut, or on a bad disk
+        # damaged after a power cut or on a bad disk, or the file of another key
+        if len(data) < CRC_BYTES or check != zlib.crc32(data[CRC_BYTES:], zlib.crc32(key.encode())):
             path.unlink(missing_ok=True)
             return None
         return data[CRC_BYTES:]
@@ -60,7 +61,7 @@ class RangeCache:
             with self._locked() as locked:
                 if locked and not path.exists():
                     self._reserve(size)
-                    self._write(path, parts)
+                    self._write(path, parts, zlib.crc32(key.encode()))
         except OSError as error:
             if not self._warned:
                 self._warned = True
@@ -107,9 +108,8 @@ class RangeCache:
             total -= size
         return total
 
-    def _write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    def _write(self, path: Path, parts: Sequence[bytes | memoryview], check: int) -> None:
         temporary = self._folder / "writing"  # a fixed name, so that the file of a killed process is overwritten
-        check = 0
         for part in parts:
             check = zlib.crc32(part, check)
         try:

@@ -54,6 +54,18 @@ def test_what_is_larger_than_the_bound_is_not_kept(tmp_path):
     assert cache.get("exact") == bytes(BOUND - 4) and stored(tmp_path / "ranges") == BOUND
 
 
+def test_the_file_of_another_key_is_a_miss(tmp_path):
+    cache = RangeCache(tmp_path / "ranges", BOUND)
+    cache.put("a", [content(7)])
+    [path] = (tmp_path / "ranges").glob("*/*")
+    other = path.read_bytes()
+    cache.put("b", [content(8)])
+    [second] = set((tmp_path / "ranges").glob("*/*")) - {path}
+    second.write_bytes(other)
+    assert cache.get("b") is None and not second.exists()
+    assert cache.get("a") == content(7)
+
+
 def test_damage_is_a_miss(tmp_path):
     cache = RangeCache(tmp_path / "ranges", BOUND)
     for damage in (lambda data: data[:-1], lambda data: data[:9] + b"?" + data[10:], lambda data: b""):
