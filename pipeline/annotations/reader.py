@@ -17,7 +17,7 @@ A sample that cannot be used is yielded as an :class:`AnnotationError` with its 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from framestream.pipeline.config.subset import select_subset
 from framestream.pipeline.utils.parquet_footer import MAGIC
 
 COMPRESSED = (".gz", ".zst")
+MAX_FOREIGN = 100_000  #: samples in a row without conversations; a file with more is no annotation file
 
 _NOT_READABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 #: What readers raise on damaged files.
@@ -60,7 +61,7 @@ def read_annotations(
         compat: ``published`` makes a first turn that is not ``from`` human or gpt an error of the sample.
 
     Raises:
-        AnnotationFileError: the file cannot be read, has an unknown suffix, or is broken.
+        AnnotationFileError: the file cannot be read, has an unknown suffix, is broken, or contains something else.
     """
     path = Path(path)
     samples: Iterator[tuple[int, Any]] = enumerate(_read_samples(path))
@@ -87,7 +88,7 @@ def count_samples(path: str | Path) -> int:
     with _ReadErrors(path):
         if _file_format(path) == "parquet":
             return count_parquet_samples(path)
-        return sum(1 for _ in read_json_samples(path))
+        return sum(1 for _ in _refuse_foreign(read_json_samples(path), path))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -113,7 +114,19 @@ def _file_format(path: Path) -> str:
 def _read_samples(path: Path) -> Iterator[Any]:
     """Yield every sample as a plain value, and an AnnotationError for one that cannot be read."""
     with _ReadErrors(path):
-        yield from read_parquet_samples(path) if _file_format(path) == "parquet" else read_json_samples(path)
+        samples = read_parquet_samples(path) if _file_format(path) == "parquet" else read_json_samples(path)
+        yield from _refuse_foreign(samples, path)
+
+
+def _refuse_foreign(samples: Iterable[Any], path: Path) -> Iterator[Any]:
+    """Yield the samples. Files of a few kB can unpack to millions of values that are none, so these are bounded."""
+    foreign = 0
+    for sample in samples:
+        foreign = 0 if isinstance(sample, dict) and "conversations" in sample else foreign + 1
+        if foreign > MAX_FOREIGN:
+            what = f"more than {MAX_FOREIGN:,} samples in a row have no conversations"
+            raise AnnotationFileError(f"{path}: {what}; give a file of annotations")
+        yield sample
 
 
 class _ReadErrors:

@@ -13,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef, normalize
-from framestream.pipeline.annotations.reader import AnnotationFileError, count_samples, read_annotations
+from framestream.pipeline.annotations.reader import (
+    MAX_FOREIGN,
+    AnnotationFileError,
+    count_samples,
+    read_annotations,
+)
 from framestream.pipeline.config.data import EntryConfig
 
 HUMAN = {"from": "human", "value": "<image>\nDescribe."}
@@ -270,6 +275,20 @@ def test_broken_files_are_named(tmp_path, name, data):
     with pytest.raises(AnnotationFileError, match=name.replace(".", r"\.")) as caught:
         list(read_annotations(path, entry()))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [b"", json.dumps({"conversations": [HUMAN, GPT]}).encode() + b"\n"])
+def test_millions_of_values_that_are_no_samples_are_refused(tmp_path, before):
+    path = tmp_path / "set.jsonl.gz"
+    path.write_bytes(gzip.compress(before + b"{}\n" * (MAX_FOREIGN + 1)))
+    for read in (lambda: sum(1 for _ in read_annotations(path, entry())), lambda: count_samples(path)):
+        with pytest.raises(
+            AnnotationFileError, match="more than 100,000 samples in a row have no conversations"
+        ) as caught:
+            read()
+        assert str(path) in str(caught.value)
+    path.write_bytes(gzip.compress(before + b"{}\n" * MAX_FOREIGN))
+    assert count_samples(path) == MAX_FOREIGN + bool(before)
 
 
 def test_a_missing_file_is_named(tmp_path):
