@@ -79,6 +79,8 @@ SHARD_SCHEMA = pa.schema(
 )
 #: Last column of the media table of a root built with ``compat: published``. Other roots do not have it.
 NOMINAL = pa.field("nominal", pa.list_(pa.int64()))  # the frame numbers that the time message counts
+ENTRY_FIELDS = ("name", "root", "sampling", "reader", "media_type", "split")  #: of a build record's entries
+FRAME_FIELDS = {"sampler", "size", "min", "max", "clip_frames"}  #: of a build record's frames, as far as they are read
 FRAME_DIGEST = "frame_digest"  #: column that roots lack which were built before frames had digests
 FILES = {"media": MEDIA_SCHEMA, "dialogues": DIALOGUE_SCHEMA, "shards": SHARD_SCHEMA}
 
@@ -231,7 +233,7 @@ class Index:
         self.validate_frames(manifest.frames)
         if manifest.mix:
             return
-        fields = ("root", "sampling", "reader", "media_type", "split")
+        fields = ENTRY_FIELDS[1:]
         entries = [(entry.name, *(getattr(entry, name) for name in fields)) for entry in manifest.data.entries]
         built = [
             (entry["name"].partition("~")[0], *(entry[name] for name in fields))
@@ -266,8 +268,8 @@ class Index:
         fix = self._rebuild_hint()
         built, published = self.specification.get("frames", {}), self.specification.get("compat") == "published"
         for name in ("sampler", "min", "max", "clip_frames") if published else ():
-            if getattr(wanted, name) != built[name]:
-                difference = f"is {getattr(wanted, name)}, the shards have {built[name]}"
+            if getattr(wanted, name) != built.get(name):
+                difference = f"is {getattr(wanted, name)}, the shards have {built.get(name)}"
                 raise ShardsError(f"{field}.{name}: {difference}, and compat: published needs the same; {fix}")
         for name in ("size", "max") + (("min",) if wanted.sampler == "dynamic_fps1" else ()):
             if getattr(wanted, name) > built.get(name, getattr(wanted, name)):
@@ -297,7 +299,18 @@ def _read_build(build: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, s
         raise ValueError("build.json: index_fingerprint is not a sha256")
     if not isinstance(specification, dict) or not isinstance(digests, dict):
         raise ValueError("build.json: specification and digests must be JSON objects")
+    entries, frames = specification.get("entries", []), specification.get("frames", {})
+    if not isinstance(entries, list) or not all(_has(entry, ENTRY_FIELDS, str) for entry in entries):
+        raise ValueError("build.json: specification.entries has an entry without one of its fields")
+    if not isinstance(frames, dict) or not all(
+        type(frames[name]) is (str if name == "sampler" else int) for name in FRAME_FIELDS & frames.keys()
+    ):
+        raise ValueError("build.json: a field of specification.frames has another type")
     return fingerprint, specification, digests
+
+
+def _has(value: Any, fields: Iterable[str], kind: type) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is kind for name in fields)
 
 
 def _map(path: Path, schema: pa.Schema, digest: str | None, checked: bool) -> MappedTable:

@@ -120,3 +120,25 @@ def test_unfinished_and_damaged_roots_are_refused_in_one_line(tmp_path: Path) ->
     path.write_bytes((tmp_path / "index" / "dialogues.arrow").read_bytes())
     with pytest.raises(ShardsError, match="its files are not those of build.json"):
         Index.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("entries", {}, "specification.entries"),
+        ("entries", [[]], "specification.entries"),
+        ("entries", [{"root": "media", "sampling": "all"}], "specification.entries"),
+        ("frames", [], "specification.frames"),
+        ("frames", {"size": "224"}, "specification.frames"),
+        ("frames", {"max": None}, "specification.frames"),
+        ("frames", {"sampler": 4}, "specification.frames"),
+    ],
+)
+def test_older_records_with_damaged_fields_are_one_line(tmp_path: Path, field: str, value: object, named: str) -> None:
+    _write(tmp_path)
+    record = json.loads((tmp_path / "build.json").read_text())
+    record.pop("digest", None)
+    (tmp_path / "build.json").write_text(json.dumps(record | {"specification": {field: value}}))
+    with pytest.raises(ShardsError) as caught:
+        Index.open(tmp_path)
+    assert "build.json" in str(caught.value) and named in str(caught.value) and "\n" not in str(caught.value)
