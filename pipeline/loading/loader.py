@@ -15,6 +15,7 @@ pixels decoded ahead are bounded by ``loader.prefetch_mb``. None of these settin
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ from framestream.pipeline.planning.epoch_plan import EpochPlan
 from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
 from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 from framestream.pipeline.utils.differences import describe_changes
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Loader", "LoaderError", "StateError", "UnreadableError", "build_loader", "validate_state"]
 
@@ -219,7 +222,9 @@ class Loader:
         )
 
     def _count(self, skipped: list[tuple[str, str]]) -> None:
-        self._unreadable += [reason for _, reason in skipped]
+        for key, reason in skipped:
+            logger.warning("%s: left out (%s)", key, reason)
+            self._unreadable.append(reason)
         limit = self._plan.manifest.loader.max_unreadable
         if len(self._unreadable) > limit:
             reasons = "; ".join(dict.fromkeys(self._unreadable[-5:]))

@@ -175,7 +175,9 @@ class Index:
         """
         try:
             storage = open_storage(root, reading)
-            fix = "copy the finished root there again" if storage.remote else "build the shards again"
+            fix = (
+                "copy the finished root there again" if storage.remote else f"remove {root} and build the shards again"
+            )
             name = str(storage.describe("build.json"))
             build = parse_record(storage.read_all("build.json"), name, "build record", fix, warn=not checked)
             fingerprint, specification, digests = _read_build(build)
@@ -208,6 +210,20 @@ class Index:
         for mapped in self.maps.values():
             mapped.drop_pages()
 
+    def check_shard_files(self) -> None:
+        """Check that the shards of a local root are there with their sizes. Remote ones are checked when they are read.
+
+        Raises:
+            ShardsError: one line that names the file.
+        """
+        sizes = [] if self.storage.remote else self.shards["bytes"].to_pylist()
+        for row, size in enumerate(sizes):
+            path = Path(self.shard_path(row))
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                problem = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
+                raise ShardsError(f"{path}: {problem}; restore the file, or remove {self.root} and build it again")
+
     def validate_manifest(self, manifest: Manifest) -> None:
         """Check that all shards are there and have the frames and entries that ``manifest`` needs.
 
@@ -219,13 +235,7 @@ class Index:
         Raises:
             ShardsError: one line that names the file or the field.
         """
-        sizes = [] if self.storage.remote else self.shards["bytes"].to_pylist()  # remote ones are checked when read
-        for row, size in enumerate(sizes):
-            path = Path(self.shard_path(row))
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                problem = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
-                raise ShardsError(f"{path}: {problem}; restore the file, or remove {self.root} and build it again")
+        self.check_shard_files()
         fix = self._rebuild_hint()
         compat = self.specification.get("compat", "none")
         if compat != manifest.compat:
@@ -339,7 +349,13 @@ def _unreadable(root: str | os.PathLike, error: Exception) -> str:
             missing = isinstance(error, FileNotFoundError)
             return f"{reason}; there are no finished shards" if missing else reason
         return reason if reason.startswith(shown) else f"{shown}: {reason}; copy the finished root there again"
-    if isinstance(error, FileNotFoundError):
-        command = f"python tools/build_shards.py --stage {Path(root).name.removeprefix('stage')} --manifest MANIFEST"
+    fix = f"restore it from a copy, or remove {root} and build the shards again"
+    if (Path(root) / "build.json").is_file():
+        return f"{root}: the index cannot be read ({reason}); {fix}"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        if stages := sorted(path.parent.name for path in Path(root).glob("*/build.json")):
+            return f"{root}: not the shards of one stage; name one of its folders: {', '.join(stages[:9])}"
+        stage = re.fullmatch("stage([0-9]+)", Path(root).name)
+        command = f"python tools/build_shards.py --stage {stage[1] if stage else 'N'} --manifest MANIFEST"
         return f"{root}: no finished shards here; build them with `{command}`"
-    return f"{root}: the index cannot be read ({reason}); build the shards again"
+    return f"{root}: the index cannot be read ({reason}); {fix}"

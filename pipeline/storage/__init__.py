@@ -12,6 +12,7 @@ from framestream.pipeline.storage.addresses import is_remote, open_resolver
 from framestream.pipeline.storage.base import ReadOptions, ShardRef, Storage
 from framestream.pipeline.storage.local import LocalStorage
 from framestream.pipeline.storage.remote import RemoteStorage
+from framestream.pipeline.utils.paths import expand_path
 
 __all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
 
@@ -20,11 +21,13 @@ def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = Non
     """Open the storage of ``root``.
 
     The root is a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH`` or
-    ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
+    ``hf://datasets/OWNER/NAME[@REVISION]/PATH``. ``~`` and variables in the path of a folder are expanded.
 
     Raises:
         ValueError: the address has another form, or the extra that reads it is not installed.
         OSError: the hub does not have the repository, or cannot be reached.
     """
     options = options or ReadOptions()
-    return RemoteStorage(open_resolver(str(root), options), options) if is_remote(root) else LocalStorage(root, options)
+    if is_remote(root):
+        return RemoteStorage(open_resolver(str(root), options), options)
+    return LocalStorage(root if os.path.exists(root) else expand_path(os.fspath(root)), options)

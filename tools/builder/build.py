@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.annotations.reader import AnnotationFileError
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.shards.index import Index, ShardsError
 from framestream.pipeline.shards.ledger import RETRYABLE
 from framestream.pipeline.utils.atomic_io import fsync_path
 from framestream.pipeline.utils.digests import file_digest
@@ -148,7 +149,13 @@ def _finished_record(
 
 
 def _read_record(root: Path) -> dict[str, Any]:
-    return read_build_record(root / "build.json")
+    """Return the record of a finished root whose index and shards are as they were written, as far as sizes tell."""
+    record = read_build_record(root / "build.json")
+    try:
+        Index.open(root).check_shard_files()
+    except ShardsError as error:
+        raise BuildError(str(error)) from None
+    return record
 
 
 def _require_same_specification(

@@ -79,7 +79,9 @@ def lost_entries(record: Mapping[str, Any], ledger: pa.Table) -> str:
     planned, remaining = sum(reasons.values()), len(names) - 1
     of = "the stage" if len(lost) == len(record["entries"]) else f"entry {names[0]}"
     of += f" and {remaining} more" if remaining and of != "the stage" else ""
-    fix = "correct this and add --retry-failed" if reason in RETRYABLE else "correct this and build into another --out"
+    fix = "correct this and build into another --out"
+    if reason in RETRYABLE:
+        fix = "correct the files and add --retry-failed, or correct the manifest and build into another --out"
     return f"none of the {planned:,} dialogues of {of} was built, {count:,} because of {reason}: {message}; {fix}"
 
 

@@ -152,3 +152,22 @@ def test_a_damaged_root_is_not_extended(folder, monkeypatch, capsys, name, damag
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and Path(name).name in error and "restore" in error
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("name", ["index/media.arrow", "index/shards.arrow", "video/train-000000.tar"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_root_is_not_called_finished(folder, monkeypatch, capsys, name, damage):
+    use_this_process(monkeypatch)
+    copy = folder / f"finished-{damage}-{Path(name).name}"
+    shutil.copytree(folder / "whole", copy)
+    path = copy / "stage2" / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    before = snapshot(copy)
+    for options in ((), ("--retry-failed",)):
+        assert build(folder, copy.name, *options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and Path(name).name in error and f"remove {copy / 'stage2'} and" in error
+        assert snapshot(copy) == before

@@ -142,3 +142,20 @@ def test_older_records_with_damaged_fields_are_one_line(tmp_path: Path, field: s
     with pytest.raises(ShardsError) as caught:
         Index.open(tmp_path)
     assert "build.json" in str(caught.value) and named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_above_the_shards_names_those_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "shards" / "stage3")
+    with pytest.raises(ShardsError, match="name one of its folders: stage3$"):
+        Index.open(tmp_path / "shards")
+    with pytest.raises(ShardsError, match="--stage 7 --manifest"):
+        Index.open(tmp_path / "stage7")
+    with pytest.raises(ShardsError, match="--stage N --manifest"):
+        Index.open(tmp_path / "other")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHARDS", str(tmp_path / "shards"))
+    for root in ("~/shards/stage3", "$SHARDS/stage3"):
+        assert Index.open(root).media.equals(Index.open(tmp_path / "shards" / "stage3").media)
+    (tmp_path / "shards" / "stage3" / "index" / "shards.arrow").unlink()
+    with pytest.raises(ShardsError, match="shards.arrow.*remove .*stage3 and build the shards again"):
+        Index.open(tmp_path / "shards" / "stage3")
