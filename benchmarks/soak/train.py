@@ -93,7 +93,8 @@ class TrainingCampaign:
                 raise SoakError(f"{run}: ended without final weights: {output[-2000:]}")
             if process.returncode not in (0, 1, -signal.SIGKILL):
                 raise SoakError(f"{run}: exit status {process.returncode}: {output[-2000:]}")
-            if errors := [line for line in output.splitlines() if line.startswith("error: ")]:
+            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            if errors := [line for line in errors if "lost another rank" not in line]:  # the one that was killed
                 raise SoakError(f"{run}: {errors[0]}")
         self._check_finished(name, stage)
         self._compare(name, stage, exact=only_two)
