@@ -6,6 +6,7 @@ Only the selected frames are decoded, by libjpeg-turbo.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,8 @@ def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Samp
 def _video(mp4: bytes, metadata: Mapping[str, Any], choice: FrameChoice) -> Media:
     stored, seconds = np.array(metadata["frame_index"]), np.array(metadata["timestamps"], dtype=np.float64)
     vlen, fps, duration, key = (metadata[name] for name in ("vlen", "fps", "duration", "key"))
+    if not all(math.isfinite(value) for value in (vlen, fps, duration)):
+        raise ValueError("vlen, fps or duration in its json is not finite; restore the shard")
     indices = choose_stored_frames(choice, stored, vlen, fps, duration, media_seed(0, key))
     offsets, sizes, _ = mjpeg_frames(mp4)
     if len(offsets) != len(stored):
