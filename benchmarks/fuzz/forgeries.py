@@ -25,7 +25,7 @@ SIDES = (65_500, 30_000, 2**31 - 1)  #: declared pixels of an image's side
 
 
 def forge(path: Path, data: bytes, rng: random.Random, files: Sequence[Path]) -> str:
-    """Replace a file by a forgery of its kind; return its name, empty if there is none."""
+    """Replace a file by a forgery of its kind; return the forgery's name, or empty text if the kind has no forgery."""
     choices = [make for suffixes, make in FORGERIES if path.suffix in suffixes]
     if not choices:
         return ""

@@ -30,7 +30,7 @@ class Ended:
 
     Attributes:
         reading: what the function returned; None if it did not.
-        error: the last line of its exception; empty if there is none.
+        error: the last line of its exception; empty if it raised no exception.
         expected: whether the exception is one of the project's own, or of the file system.
         trace: where the exception was raised.
         output: the end of standard output and standard error.

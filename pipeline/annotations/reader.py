@@ -119,7 +119,7 @@ def _read_samples(path: Path) -> Iterator[Any]:
 
 
 def _refuse_foreign(samples: Iterable[Any], path: Path) -> Iterator[Any]:
-    """Yield the samples. Files of a few kB can unpack to millions of values that are none, so these are bounded."""
+    """Yield the samples. A file of a few kB can unpack to millions of other values, so their number is bounded."""
     foreign = 0
     for sample in samples:
         foreign = 0 if isinstance(sample, dict) and "conversations" in sample else foreign + 1

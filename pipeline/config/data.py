@@ -23,7 +23,7 @@ def check_sampling(sampling: str) -> None:
     """Check a sampling of samples or dialogues.
 
     Raises:
-        ManifestError: it is none, or more than all.
+        ManifestError: it has another form, or is more than 100 %.
     """
     match = SAMPLING_PATTERN.fullmatch(sampling)
     if not match:

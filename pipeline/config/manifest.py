@@ -154,7 +154,7 @@ def _convert(value: LocatedDict, path: Path) -> Manifest:
 
 
 def _fault(value: LocatedDict, path: Path) -> str:
-    """Return the error of a mapping as a manifest; empty if there is none."""
+    """Return why a mapping is not a valid manifest; empty text if it is valid."""
     try:
         _convert(value, path)
     except ManifestError as error:

@@ -220,7 +220,7 @@ def _decode_selection(
 
 
 def _describe_damage(request: VideoRequest, source: VideoSource, selection: _Selection) -> str:
-    end = min(source.promised_end, source.promised_end if request.end is None else request.end)
+    end = source.promised_end if request.end is None else min(source.promised_end, request.end)
     missing = end - source.end
     lost = f"{missing:.2f} s up to {end:.2f} s are missing" if missing >= 0.01 else "how much is missing is not known"
     return f"the stream is damaged at {source.end:.2f} s; {selection.vlen} frames before that were recovered, {lost}"

@@ -119,5 +119,5 @@ def open_folder(
 
 
 def _is_image(name: str) -> bool:
-    """Return whether a file of this name is a frame; hidden files such as ``._0001.jpg`` of macOS are none."""
+    """Return whether a file of this name is a frame; hidden files such as ``._0001.jpg`` of macOS are not."""
     return not name.startswith(".") and PurePath(name).suffix.lower() in IMAGE_EXTENSIONS

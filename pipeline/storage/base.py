@@ -27,11 +27,16 @@ class ReadOptions:
         """Return the options that a manifest states."""
         return cls(loader.cache, loader.cache_gb, loader.read_timeout, loader.retries)
 
+    @property
+    def cache_folder(self) -> Path:
+        """``cache`` with ``~`` and variables expanded."""
+        return Path(expand_path(self.cache))
+
     def root_folder(self, root: str) -> Path:
         """Return the folder in ``cache`` for one root: an address, or the absolute path of a folder."""
         name = re.sub(r"[^\w.-]+", "-", root.rpartition("://")[2])[-60:].strip("-.")
         digest = hashlib.sha256(root.encode(errors="surrogateescape")).hexdigest()[:16]
-        return Path(expand_path(self.cache)) / "roots" / f"{name}-{digest}"
+        return self.cache_folder / "roots" / f"{name}-{digest}"
 
 
 @dataclass(frozen=True, slots=True)

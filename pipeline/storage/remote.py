@@ -18,7 +18,6 @@ from framestream.pipeline.storage.coalesce import RangeRequest, coalesce, slice_
 from framestream.pipeline.storage.connections import Deadline
 from framestream.pipeline.storage.http import RangeClient, RangeResponse
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
-from framestream.pipeline.utils.paths import expand_path
 
 REQUESTS = 64  #: concurrent requests of a process
 PIECE = 4 << 20  #: bytes per request when a complete file is copied
@@ -42,7 +41,7 @@ class RemoteStorage:
         self.root = resolver.display_url
         self._resolver, self._options = resolver, options
         self._folder = options.root_folder(self.root)
-        ranges = Path(expand_path(options.cache)) / "ranges"
+        ranges = options.cache_folder / "ranges"
         self._range_cache = RangeCache(ranges, int(options.cache_gb * 1e9)) if options.cache_gb else None
 
     @property

@@ -95,14 +95,12 @@ def read_record(path: str | Path, kind: str, fix: str, has_digest: bool = False)
         RecordError: it is damaged, or no such record.
     """
     with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    record = parse_record(data, str(path), kind, fix, warn=not has_digest)
-    if has_digest and f'"{DIGEST}"'.encode() not in data:
-        raise RecordError(f"{path}: damaged {kind} (it has no digest); {fix}")
-    return record
+        return parse_record(file.read(MAX_BYTES + 1), str(path), kind, fix, has_digest=has_digest)
 
 
-def parse_record(data: bytes, name: str, kind: str, fix: str, warn: bool = True) -> dict[str, Any]:
+def parse_record(
+    data: bytes, name: str, kind: str, fix: str, warn: bool = True, has_digest: bool = False
+) -> dict[str, Any]:
     """Return the fields of a record that was read as bytes; ``name`` is its file for messages, see :func:`read_record`.
 
     Records that were written before there were digests have none. With ``warn``, the log says so once for each file.
@@ -121,6 +119,8 @@ def parse_record(data: bytes, name: str, kind: str, fix: str, warn: bool = True)
         raise RecordError(f"{name}: not a {kind} (no JSON object); {fix}")
     stated = record.pop(DIGEST, None)
     if stated is None:
+        if has_digest:
+            raise RecordError(f"{name}: damaged {kind} (it has no digest); {fix}")
         if warn:
             warn_without_digest(name)
     elif stated != _digest(record):

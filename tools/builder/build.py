@@ -141,11 +141,11 @@ def _finished_record(
     """Return the record of a finished root to which nothing is to be added. Nothing is written, not even a lock."""
     if os.path.exists(root / "work") or not os.path.isfile(root / "build.json"):
         return None
-    record = _read_record(root)
+    record = read_build_record(root / "build.json")
     reasons = {reason for entry in record["entries"] for reason in entry["left_out"].get("dialogue", {})}
     if difference(record["specification"], wanted, entries) or (retry and reasons.intersection(RETRYABLE)):
         return None
-    return record
+    return _read_record(root)
 
 
 def _read_record(root: Path) -> dict[str, Any]:

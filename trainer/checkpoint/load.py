@@ -15,7 +15,6 @@ import io
 import logging
 import os
 import shutil
-import struct
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -42,12 +41,8 @@ from framestream.trainer.distributed.process_group import (
     gather_objects,
 )
 from framestream.trainer.weights.tensor_files import LazyTensor
+from framestream.trainer.weights.tensor_reader import READ_ERRORS
 
-#: what DeepSpeed and torch raise about bad files; damaged pickles end in any of the last six
-READ_ERRORS = (
-    *(OSError, RuntimeError, EOFError, ValueError, AssertionError),
-    *(UnpicklingError, KeyError, IndexError, TypeError, AttributeError, struct.error),
-)
 POLL_SECONDS = 0.2  #: between two checks whether the universal format is complete
 
 logger = logging.getLogger(__name__)

@@ -124,7 +124,7 @@ def save_checkpoint(
     try:
         engine.save_checkpoint(str(folder), tag=part, save_latest=False, exclude_frozen_parameters=True)
     except (OSError, RuntimeError) as error:
-        if not is_file_error(error):
+        if not _is_file_error(error):
             raise
         fault = str(error).strip().split("\n")[0]
         raise WriteError(f"{folder / part}: rank {context.rank} cannot write its part ({fault}); make room") from error
@@ -145,7 +145,7 @@ def save_checkpoint(
     barrier()
 
 
-def is_file_error(error: Exception) -> bool:
+def _is_file_error(error: Exception) -> bool:
     """Whether an error is about a file and not about a lost rank. torch raises RuntimeError for both."""
     return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
 

@@ -8,6 +8,7 @@ has the digests of its files in config.json, which are checked before the first 
 from __future__ import annotations
 
 import functools
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ MAX_INDEX_BYTES = 64 << 20  #: of an index of files of weights
 MAX_CONFIG_BYTES = 16 << 20  #: of a config.json
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 FLOATS = ("F64", "F32", "F16", "BF16")  #: dtypes of weights, as safetensors names them
-#: what reading a damaged file of weights raises
+#: what torch, safetensors and DeepSpeed raise about damaged files of tensors
 READ_ERRORS = (
     OSError,
     RuntimeError,
@@ -43,6 +44,7 @@ READ_ERRORS = (
     ImportError,
     UnpicklingError,
     SafetensorError,
+    struct.error,
     zipfile.BadZipFile,
 )
 

@@ -167,7 +167,7 @@ def test_paths_and_names_expand(monkeypatch):
 
 
 def test_no_command_needs_docstrings():
-    """Under python -OO there are none; what may be missing has a default."""
+    """Under python -OO docstrings are missing; where one is used, it has a default."""
     for path in (path for package in ("pipeline", "trainer", "tools") for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             used = isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", ""))

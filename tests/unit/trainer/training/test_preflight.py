@@ -69,7 +69,7 @@ def test_differences_that_shapes_do_not_show_are_refused(tmp_path: Path, other: 
     assert any(message in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
 
 
-#: settings of other models' config.json, each of which would be ignored in silence
+#: settings in the config.json of other models that this model does not have
 OTHERS: list[tuple[str, object]] = [
     ("rope_scaling", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
     ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
