@@ -53,7 +53,7 @@ def load_checkpoint(engine, run: Path, manifest: Manifest, context: DistributedC
 
     The parameter groups keep the manifest's learning rate, weight decay and other options. DeepSpeed 0.19 loads them
     wrongly from the universal format under ZeRO-3: it copies those of the first group to all groups. It also makes all
-    groups share one counter of optimizer steps, which each of them then increments.
+    groups share one counter of optimizer steps, which each of them would increment.
 
     Raises:
         CheckpointError: its settings differ, its files are damaged, or there is no room to convert it.
@@ -74,9 +74,20 @@ def load_checkpoint(engine, run: Path, manifest: Manifest, context: DistributedC
                 engine._config.load_universal_checkpoint = False
     for group, options in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(options)
-    for moments in engine.optimizer.optimizer.state.values():
-        moments["step"] = moments["step"].clone()
+    separate_step_counters(engine.optimizer.optimizer)
     return state
+
+
+def separate_step_counters(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter a counter of optimizer steps of its own, on the device where AdamW expects it.
+
+    Fused AdamW takes it from the device of the moments, others from the CPU. A checkpoint of another number of ranks,
+    or of another kind of device, has it elsewhere.
+    """
+    fused = all(group["fused"] for group in optimizer.param_groups)
+    for moments in optimizer.state.values():
+        device = moments["exp_avg"].device if fused else torch.device("cpu")
+        moments["step"] = moments["step"].to(device, copy=True)
 
 
 def _find_checkpoint(run: Path, manifest: Manifest, context: DistributedContext) -> tuple[Path, dict] | None:

@@ -63,10 +63,11 @@ def peak_memory(device: torch.device) -> int:
 
     The memory of a process is its resident set, which includes mapped pages of the shards.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return process_peak()
-    most = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    memory = torch.get_device_module(device)
+    most = memory.max_memory_allocated(device)
+    memory.reset_peak_memory_stats(device)
     return most
 
 

@@ -77,19 +77,28 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
     Under ZeRO-3 every parameter is partitioned when it is created, so no rank ever has the complete model in memory.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = context.device.type == "cuda"
-    config = deepspeed_config(manifest, context.world, cuda)
+    gpu = context.device.type != "cpu"
+    config = deepspeed_config(manifest, context.world, gpu)
     partitioned = manifest.train.zero_stage == 3
     # The dtype comes from the config: zero.Init's own dtype argument is misread by DeepSpeed 0.19.
     with deepspeed.zero.Init(config_dict_or_path=config) if partitioned else contextlib.nullcontext():
         model: VideoLLM = build_model(manifest)
-    if not partitioned:
+    if partitioned:
+        _move_buffers(model, context.device)
+    else:
         model.to(context.device, TRAIN_DTYPES[manifest.train.dtype])
     initialize(model, manifest)
     freeze(model.parts(), manifest.train)
     train = manifest.train
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.parts(), train), lr=0.0, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=cuda
+        parameter_groups(model.parts(), train), lr=0.0, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=gpu
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, model
+
+
+def _move_buffers(model: VideoLLM, device: torch.device) -> None:
+    """Move all buffers, and keep their dtypes. zero.Init moves the parameters only, and DeepSpeed leaves the rest."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -7,9 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.utils import zero_to_fp32
 
-from framestream.trainer.checkpoint.load import trained_weights
+from framestream.trainer.checkpoint.load import separate_step_counters, trained_weights
 from framestream.trainer.checkpoint.state import CheckpointError
 
 
@@ -43,6 +44,21 @@ def test_lost_ranks_and_memory_are_no_fault_of_the_files(monkeypatch, tmp_path: 
     with pytest.raises(RuntimeError) as caught:
         trained_weights(tmp_path / "step-000001")
     assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_parameter_counts_steps_on_its_own_device(fused: bool):
+    """Fused AdamW takes the counter from the device of the moments. A checkpoint may have one for all, elsewhere."""
+    weights = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights)
+    optimizer.param_groups[0]["fused"] = fused
+    shared = torch.tensor(7.0)
+    for weight in weights:
+        optimizer.state[weight] = {"step": shared, "exp_avg": torch.zeros_like(weight)}
+    separate_step_counters(optimizer)
+    counters = [moments["step"] for moments in optimizer.state.values()]
+    assert {counter.device.type for counter in counters} == {"meta" if fused else "cpu"}
+    assert len({id(shared), *map(id, counters)}) == 3
 
 
 def raises(error: Exception):

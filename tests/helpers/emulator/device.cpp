@@ -1,0 +1,306 @@
+// A device of torch whose memory is the host's and whose operators are the CPU's. It is used through ctypes.
+//
+// It adds three things to the CPU. An operator whose tensors are on two devices fails, as it does on a GPU. Memory is
+// counted. What a GPU would make the host wait for is reported, and so is every copy between device and host.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/native/CPUFallback.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/resize_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+
+namespace {
+
+constexpr auto EMU = c10::DeviceType::PrivateUse1;
+const c10::Device DEVICE(EMU, 0);
+
+bool on_device(const at::Tensor& tensor) { return tensor.device().type() == EMU; }
+
+// ---------------------------------------------------------------------------------------------------------- memory
+
+constexpr size_t HEADER = 64;   // keeps the alignment of a tensor's data; holds its size
+constexpr size_t ROUND = 512;   // CUDA's allocator rounds sizes to this many bytes
+std::atomic<int64_t> allocated{0}, peak{0};
+
+void release(void* data) {
+  if (!data) return;
+  auto* block = static_cast<char*>(data) - HEADER;
+  allocated -= *reinterpret_cast<int64_t*>(block);
+  std::free(block);
+}
+
+struct DeviceAllocator final : at::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    if (!bytes) return {nullptr, nullptr, &release, DEVICE};
+    auto rounded = (bytes + ROUND - 1) / ROUND * ROUND;
+    auto* block = static_cast<char*>(std::aligned_alloc(HEADER, rounded + HEADER));
+    TORCH_CHECK(block, "emu: the host has no memory for ", bytes, " bytes");
+    *reinterpret_cast<int64_t*>(block) = static_cast<int64_t>(rounded);
+    auto now = allocated += static_cast<int64_t>(rounded);
+    for (auto most = peak.load(); now > most && !peak.compare_exchange_weak(most, now);) {}
+    return {block + HEADER, block + HEADER, &release, DEVICE};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+DeviceAllocator device_allocator;
+REGISTER_ALLOCATOR(EMU, &device_allocator);
+
+std::mutex pinned_lock;
+std::map<const char*, size_t> pinned;  // start -> bytes
+
+void release_pinned(void* data) {
+  std::lock_guard<std::mutex> guard(pinned_lock);
+  pinned.erase(static_cast<const char*>(data));
+  std::free(data);
+}
+
+struct PinnedAllocator final : at::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    auto* data = static_cast<char*>(std::aligned_alloc(HEADER, (bytes + HEADER) / HEADER * HEADER));
+    std::lock_guard<std::mutex> guard(pinned_lock);
+    pinned[data] = bytes;
+    return {data, data, &release_pinned, c10::Device(at::kCPU)};
+  }
+  at::DeleterFnPtr raw_deleter() const override { return &release_pinned; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+PinnedAllocator pinned_allocator;
+
+bool is_pinned(const void* data) {
+  std::lock_guard<std::mutex> guard(pinned_lock);
+  auto after = pinned.upper_bound(static_cast<const char*>(data));
+  if (after == pinned.begin()) return false;
+  auto& [start, bytes] = *std::prev(after);
+  return static_cast<const char*>(data) < start + bytes;
+}
+
+// ------------------------------------------------------------------------------------------------ device and streams
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, DEVICE); }
+  c10::DeviceType type() const override { return EMU; }
+  c10::Device exchangeDevice(c10::Device) const override { return DEVICE; }
+  c10::Device getDevice() const override { return DEVICE; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
+  c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+};
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    static auto generator = at::detail::createCPUGenerator();
+    return generator;
+  }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
+  bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+
+// ---------------------------------------------------------------------------------------------------------- reports
+
+using Report = void (*)(const char* kind, int64_t bytes);
+std::atomic<Report> reporter{nullptr};
+thread_local int inside = 0;  // operators computed by the CPU's: their own copies are no copies
+
+void report(const char* kind, int64_t bytes) {
+  auto call = reporter.load();
+  if (call && !inside) call(kind, bytes);
+}
+
+// -------------------------------------------------------------------------------------------------------- operators
+
+at::Tensor on_host(const at::Tensor& tensor) {  // the same memory
+  if (!on_device(tensor)) return tensor;
+  auto options = tensor.options().device(at::kCPU).requires_grad(false);
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), options);
+}
+
+const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
+
+at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  return at::detail::empty_generic(size, &device_allocator, KEYS, c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+  return at::detail::empty_strided_generic(size, stride, &device_allocator, KEYS, c10::dtype_or_default(dtype));
+}
+
+at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                      std::optional<c10::SymInt> offset) {
+  auto start = offset ? std::optional<int64_t>(offset->expect_int()) : std::nullopt;
+  return at::native::as_strided_tensorimpl(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), start);
+}
+
+at::Tensor view(const at::Tensor& self, c10::SymIntArrayRef size) {
+  return at::native::view(self, C10_AS_INTARRAYREF_SLOW(size));
+}
+
+at::Tensor reshape_alias(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  return at::native::_reshape_alias(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
+}
+
+const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size, std::optional<at::MemoryFormat> format) {
+  return at::native::resize_(self, C10_AS_INTARRAYREF_SLOW(size), format);
+}
+
+at::Tensor& set_storage(at::Tensor& self, at::Storage storage, int64_t offset, c10::IntArrayRef size,
+                        c10::IntArrayRef stride) {
+  return at::native::set_storage_cpu_(self, storage, offset, size, stride);
+}
+
+at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) { return at::native::set_(self, storage); }
+
+at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_blocking) {
+  auto bytes = static_cast<int64_t>(self.nbytes());
+  if (on_device(self) && !on_device(to)) {
+    bool waits = !non_blocking || !is_pinned(to.data_ptr());
+    report(waits ? "copy to host" : "copy to pinned host memory", bytes);
+  } else if (!on_device(self) && on_device(to)) {
+    bool waits = !non_blocking || !is_pinned(self.data_ptr());
+    report(!waits ? "copy from pinned memory" : non_blocking ? "copy from pageable memory" : "copy to device", bytes);
+  }
+  on_host(to).copy_(on_host(self));
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& to) {
+  to.resize_(self.sizes());
+  on_host(to).copy_(on_host(self));
+  return to;
+}
+
+at::Scalar read_scalar(const at::Tensor& self) {
+  report("item", static_cast<int64_t>(self.nbytes()));
+  return on_host(self).item();
+}
+
+// The number of outputs depends on values, which the host must know.
+const std::set<std::string> VALUE_SHAPED = {
+    "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+    "aten::equal",   "aten::bincount"};
+
+struct Tensors {  // of the arguments of one call
+  bool device = false;
+  std::string host;  // name of the first argument that is on the host and has dimensions
+};
+
+void look(const at::Tensor& tensor, const std::string& name, bool scalars, Tensors& found) {
+  if (!tensor.defined()) return;
+  if (on_device(tensor)) found.device = true;
+  else if (tensor.device().is_cpu() && (tensor.dim() > 0 || scalars) && found.host.empty()) found.host = name;
+}
+
+bool writes_by_index(const std::string& op) {
+  return op.rfind("aten::index_put", 0) == 0 || op.rfind("aten::_index_put", 0) == 0;
+}
+
+// Indices may be on the host: they are copied. Boolean ones become numbers, except to fill with a number.
+// Reading by indices reports this by itself.
+void report_indices(const torch::jit::Stack& stack, size_t arguments) {
+  const auto* call = &stack[stack.size() - arguments];
+  bool fills = call[2].toTensor().numel() == 1 && call[2].toTensor().is_cpu();
+  for (const auto& index : call[1].toOptionalTensorVector()) {
+    if (!index || !index->defined()) continue;
+    if (index->is_cpu()) report("copy to device", static_cast<int64_t>(index->nbytes()));
+    auto type = index->scalar_type();
+    if ((type == at::kBool || type == at::kByte) && !fills) report("nonzero", static_cast<int64_t>(index->nbytes()));
+  }
+}
+
+void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  auto name = c10::toString(op.operator_name());
+  bool scalars = name.rfind("aten::_fused_adam", 0) == 0;  // takes none from the host
+  Tensors found;
+  for (size_t i = 0; i < arguments.size(); i++) {
+    const auto& value = torch::jit::peek(*stack, i, arguments.size());
+    const auto& argument = arguments[i].name();
+    if (value.isTensor()) {
+      look(value.toTensor(), argument, scalars, found);
+    } else if (value.isTensorList()) {
+      for (const auto& tensor : value.toTensorVector()) look(tensor, argument, scalars, found);
+    } else if (value.isOptionalTensorList()) {
+      for (const auto& tensor : value.toOptionalTensorVector())
+        if (tensor) look(*tensor, argument, scalars, found);
+    }
+  }
+  TORCH_CHECK(!found.device || found.host.empty() || name.rfind("aten::index.", 0) == 0 || writes_by_index(name),
+              "Expected all tensors to be on the same device, but found at least two devices, emu:0 and cpu! "
+              "(argument ", found.host, " of ", name, ")");
+  if (found.device) {
+    if (VALUE_SHAPED.count(name)) report(name.c_str() + 6, 0);
+    if (name == "aten::repeat_interleave.Tensor" && torch::jit::peek(*stack, 1, 2).isNone()) report("repeats", 0);
+    if (writes_by_index(name)) report_indices(*stack, arguments.size());
+  }
+  struct Inside {
+    Inside() { inside++; }
+    ~Inside() { inside--; }
+  } guard;
+  at::native::cpu_fallback(op, stack);
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("as_strided", as_strided);
+  library.impl("view", view);
+  library.impl("_reshape_alias", reshape_alias);
+  library.impl("unfold", at::native::unfold);
+  library.impl("resize_", resize);
+  library.impl("set_.source_Storage_storage_offset", set_storage);
+  library.impl("set_.source_Storage", set_whole_storage);
+  library.impl("set_.source_Tensor", at::native::set_tensor_);
+  library.impl("_copy_from", copy_from);
+  library.impl("_copy_from_and_resize", copy_from_and_resize);
+  library.impl("_local_scalar_dense", read_scalar);
+}
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
+}
+TORCH_LIBRARY_IMPL(_, AutogradPrivateUse1, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
+
+}  // namespace
+
+extern "C" {
+void emu_register() {
+  static Hooks hooks;
+  at::RegisterPrivateUse1HooksInterface(&hooks);
+}
+void emu_report_to(Report call) { reporter = call; }
+int64_t emu_allocated() { return allocated; }
+int64_t emu_peak() { return peak; }
+void emu_reset_peak() { peak = allocated.load(); }
+}
