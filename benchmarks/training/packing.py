@@ -37,7 +37,7 @@ from benchmarks.loading.media import write_media
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.schema import to_dict
-from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.batch import Batch, image_and_label_positions
 from framestream.pipeline.planning.packing import pack
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.trainer.model.cost import flops_by_part
@@ -86,7 +86,10 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
         text = torch.randint(0, WORDS, (max(length - num_visual, LEARNED + 2),), generator=generator)
         ids.append(torch.cat([text[:1], torch.full((num_visual,), IMAGE_TOKEN_INDEX), text[1:]]))
         labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE_INDEX), text[-LEARNED:]]))
-    ends = np.cumsum([0, *map(len, ids)])
+    lengths_in_tokens = [len(one) for one in ids]
+    ends = np.cumsum([0, *lengths_in_tokens])
+    input_ids, targets = torch.cat(ids), torch.cat(labels)
+    image_positions, label_positions = image_and_label_positions(input_ids, targets)
     return Batch(
         epoch=0,
         step=0,
@@ -94,10 +97,13 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
         num_micro_steps=1,
         is_last=True,
         keys=[str(number) for number in range(len(ids))],
-        input_ids=torch.cat(ids),
-        labels=torch.cat(labels),
+        input_ids=input_ids,
+        labels=targets,
         position_ids=torch.cat([torch.arange(len(one)) for one in ids]),
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        lengths=lengths_in_tokens,
+        image_positions=image_positions,
+        label_positions=label_positions,
         token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
         total_weight=float(len(ids)),
         clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=generator, dtype=torch.uint8),
@@ -109,11 +115,11 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
 
 def padded(model: VideoLLM, batch: Batch) -> torch.Tensor:
     """Return the loss of the row's dialogues as a batch padded to the longest of them."""
-    lengths = batch.cu_seqlens.diff().tolist()
+    lengths = batch.lengths
     inputs = pad_sequence(model.embed(batch).split(lengths), batch_first=True)  # (D, longest, H)
     hidden = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     valid = torch.cat([states[:length] for states, length in zip(hidden, lengths, strict=True)])
-    return model.language_model.lm_head(valid, batch.labels, batch.token_weight)
+    return model.language_model.lm_head(valid, batch.labels, batch.token_weight, batch.label_positions)
 
 
 def build_small() -> VideoLLM:
@@ -239,7 +245,7 @@ def loss_memory(num_tokens: int, chunked: bool, vocabulary: int, width: int = 25
     head.weight.grad = torch.zeros_like(head.weight)  # it exists in training anyway
     before = process_peak()
     if chunked:
-        loss = head(hidden, labels, weight)
+        loss = head(hidden, labels, weight, torch.arange(num_tokens))
     else:
         loss = (F.cross_entropy(head(hidden[:-1]), labels[1:], reduction="none") * weight[1:]).sum()
     loss.backward()

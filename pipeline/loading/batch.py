@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
 
 @dataclass(slots=True)
 class Batch:
@@ -17,6 +19,9 @@ class Batch:
     The row has D dialogues with their media, L tokens in all, without padding. A row without dialogues has one token
     (id 0, label ``IGNORE_INDEX``) and no keys, so that every rank makes the same calls. Tensors are on the CPU until
     :meth:`to`. Pixels stay uint8 and are normalized on the device.
+
+    What decides shapes and calls is known on the CPU: ``lengths``, and the sizes of ``image_positions`` and
+    ``label_positions``. So no module has to wait for the device to look at ``input_ids``, ``labels`` or ``cu_seqlens``.
     """
 
     epoch: int
@@ -30,11 +35,14 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor  #: int64 (L,), restarts at 0 with each dialogue
     cu_seqlens: torch.Tensor  #: int32 (D + 1,), offsets at which dialogues start and end; (0, 1) in an empty row
+    lengths: list[int]  #: tokens of each dialogue, the differences of ``cu_seqlens``; [1] in an empty row
+    image_positions: torch.Tensor  #: int64 (V,), positions in ``input_ids`` of IMAGE_TOKEN_INDEX, ascending
+    label_positions: torch.Tensor  #: int64 (K,), positions whose next token has a label, ascending
     token_weight: torch.Tensor  #: float32 (L,), loss weight of each labeled token, 0 elsewhere
     total_weight: float  #: planned weight of the global batch over all rows, unreadable dialogues included
     clips: torch.Tensor  #: uint8 (N_c, 4, S, S, 3)
     image_tiles: torch.Tensor  #: uint8 (N_s, S, S, 3)
-    #: int64 (V,), for each IMAGE_TOKEN_INDEX in order its row in concat(clip tokens, image tokens)
+    #: int64 (V,), for each of ``image_positions`` its row in concat(clip tokens, image tokens)
     visual_index: torch.Tensor
     groups: int  #: groups of units that every rank runs through the vision tower in this micro-step, at least 1
     #: float32 (U, n), random numbers of each clip and image tile (trainer/training/drop_path_rng.py)
@@ -71,3 +79,17 @@ class Batch:
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         changes: dict[str, Any] = {name: function(value) for name, value in self._tensors().items()}
         return dataclasses.replace(self, **changes)
+
+
+def image_and_label_positions(input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find ``image_positions`` and ``label_positions`` of a row on the CPU.
+
+    Args:
+        input_ids: int64 (L,).
+        labels: int64 (L,), not shifted. Position i predicts label i + 1.
+
+    Returns:
+        int64 (V,) and (K,), ascending.
+    """
+    labeled = labels[1:] != IGNORE_INDEX
+    return (input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1), labeled.nonzero().squeeze(1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.batch import Batch, image_and_label_positions
 from framestream.pipeline.media.tiling import raster_order
 from framestream.pipeline.shards.media_view import MediaView
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -77,6 +77,8 @@ def collate(
                 tile_token += view.tokens
     if not samples:
         ids, labels, positions, weights = ([np.array([value])] for value in (0, IGNORE_INDEX, 0, 0))
+    input_ids, target_ids, lengths = _tensor(ids, np.int64), _tensor(labels, np.int64), [len(part) for part in ids]
+    image_positions, label_positions = image_and_label_positions(input_ids, target_ids)
     return Batch(
         epoch=micro_step.epoch,
         step=micro_step.step,
@@ -84,10 +86,13 @@ def collate(
         num_micro_steps=micro_step.count,
         is_last=micro_step.index + 1 == micro_step.count,
         keys=[sample.key for sample in samples],
-        input_ids=_tensor(ids, np.int64),
-        labels=_tensor(labels, np.int64),
+        input_ids=input_ids,
+        labels=target_ids,
         position_ids=_tensor(positions, np.int64),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *map(len, ids)]).astype(np.int32)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+        lengths=lengths,
+        image_positions=image_positions,
+        label_positions=label_positions,
         token_weight=_tensor(weights, np.float32),
         total_weight=micro_step.total_weight,
         clips=torch.from_numpy(clips),

@@ -98,16 +98,9 @@ def all_reduce_sum(values: list[float], context: DistributedContext) -> list[flo
     return tensor.tolist()
 
 
-def all_reduce_max(values: list[float], context: DistributedContext) -> list[float]:
-    """Return the largest of each value over all ranks (float64)."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
-
-
 def all_gather(values: torch.Tensor, context: DistributedContext) -> torch.Tensor:
-    """Return the int64 ``values`` (n,) of every rank: (world, n), on the CPU."""
-    table = torch.zeros(context.world, len(values), dtype=torch.int64, device=context.device)
+    """Return the ``values`` (n,) of every rank, int64 or float64: (world, n), on the CPU."""
+    table = torch.zeros(context.world, len(values), dtype=values.dtype, device=context.device)
     table[context.rank] = values.to(context.device)
     dist.all_reduce(table)
     return table.cpu()

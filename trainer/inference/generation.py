@@ -169,12 +169,11 @@ def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> PrefillState:
         cache = DynamicCache(config=model.language_model.config)
         hidden = model.hidden(row, cache)
         logits.append(model.language_model.lm_head(hidden[row.cu_seqlens[1:].long() - 1]))
-        sizes = row.cu_seqlens.diff().tolist()
-        lengths += sizes
+        lengths += row.lengths
         layers = layers or [([], []) for _ in cache.layers]
         for (all_keys, all_values), (keys, values) in zip(layers, _layer_states(cache), strict=True):
-            all_keys += keys.squeeze(0).split(sizes, dim=1)  # each (heads, length, D)
-            all_values += values.squeeze(0).split(sizes, dim=1)
+            all_keys += keys.squeeze(0).split(row.lengths, dim=1)  # each (heads, length, D)
+            all_values += values.squeeze(0).split(row.lengths, dim=1)
     joined = DynamicCache(config=model.language_model.config)
     for n, (all_keys, all_values) in enumerate(layers):
         joined.update(_pad_left(all_keys, max(lengths)), _pad_left(all_values, max(lengths)), n)

@@ -29,8 +29,8 @@ PACKED = "framestream_packed"  #: name under which transformers finds ``language
 class AttentionSegments:
     """How T tokens divide into segments that see only themselves.
 
-    ``runs`` are (count, length) pairs of Python ints: consecutive segments of one length are one pair. So no attention
-    call waits for the device. ``cu_seqlens`` is int32 (segments + 1,) on the tokens' device.
+    ``runs`` are (count, length) pairs of Python ints: consecutive segments of one length are one pair.
+    ``cu_seqlens`` is int32 (segments + 1,) on the tokens' device. Neither building nor using them waits for the device.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -40,14 +40,17 @@ class AttentionSegments:
     def of_runs(cls, runs: list[tuple[int, int]], device: torch.device) -> AttentionSegments:
         """Build segments from (count, length) pairs; empty ones are dropped."""
         filled = tuple((count, length) for count, length in runs if count and length)
-        ends = itertools.accumulate((length for count, length in filled for _ in range(count)), initial=0)
-        return cls(filled, torch.tensor(list(ends), dtype=torch.int32, device=device))
+        ends, start = [torch.zeros(1, dtype=torch.int32, device=device)], 0
+        for count, length in filled:
+            stop = start + count * length
+            # made on the device: a copy from the host would wait for all that the device still has to do
+            ends.append(torch.arange(start + length, stop + 1, length, dtype=torch.int32, device=device))
+            start = stop
+        return cls(filled, torch.cat(ends))
 
     @classmethod
-    def of_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> AttentionSegments:
-        """Build segments from their cumulative lengths, int32 (segments + 1,); waits once for the device."""
-        ends = cu_seqlens.tolist()
-        lengths = [end - start for start, end in itertools.pairwise(ends)]
+    def of_lengths(cls, lengths: list[int], cu_seqlens: torch.Tensor) -> AttentionSegments:
+        """Build segments from their lengths, and from the same lengths added up on the device."""
         runs = tuple((len(list(same)), length) for length, same in itertools.groupby(lengths) if length)
         return cls(runs, cu_seqlens)
 

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
-
 CHUNK_LOGITS = 2**27  #: logits of one chunk: half a GiB in float32
 
 
@@ -32,6 +30,7 @@ class ChunkedLMHead(nn.Module):
         hidden: torch.Tensor,
         labels: torch.Tensor | None = None,
         token_weight: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute logits (..., V) of ``hidden`` (..., H), or with labels the loss of a row.
 
@@ -39,19 +38,19 @@ class ChunkedLMHead(nn.Module):
             hidden: (L, H) when labels are given.
             labels: int64 (L,), not shifted: position i predicts label i + 1. The first label of every dialogue is
                 ``IGNORE_INDEX``, so no dialogue predicts the next one's start.
-            token_weight: float32 (L,) weight of the loss at each labelled position; needed with labels.
+            token_weight: float32 (L,) weight of the loss at each labelled position.
+            positions: int64 (K,), all positions whose next label is not ``IGNORE_INDEX``.
 
         Returns:
             float32 scalar, sum of token_weight x cross entropy; zero with zero gradients where nothing is labelled.
 
         Raises:
-            ValueError: labels without ``token_weight``.
+            ValueError: labels without ``token_weight`` or ``positions``.
         """
         if labels is None:
             return F.linear(hidden, self.weight)
-        if token_weight is None:
-            raise ValueError("labels are given without token_weight; give both for a loss, or neither for logits")
-        positions = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+        if token_weight is None or positions is None:
+            raise ValueError("labels are given without token_weight or positions; give all for a loss, none for logits")
         if len(positions):
             targets, weights = labels[positions + 1], token_weight[positions + 1]
         else:  # position 0 with weight 0: every parameter gets its (zero) gradient on every rank

@@ -30,7 +30,6 @@ from transformers.initialization import no_init_weights
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig
 from framestream.pipeline.loading.batch import Batch
-from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 from framestream.trainer.model.attention import PACKED, AttentionSegments
 from framestream.trainer.model.internvideo2 import InternVideo2
 from framestream.trainer.model.lm_head import ChunkedLMHead
@@ -88,7 +87,7 @@ class VideoLLM(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute the loss of a row: float32 scalar, sum of token_weight x cross entropy over labelled positions."""
-        return self.language_model.lm_head(self.hidden(batch), batch.labels, batch.token_weight)
+        return self.language_model.lm_head(self.hidden(batch), batch.labels, batch.token_weight, batch.label_positions)
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
         """Compute the last hidden states of a row: (L, H). Its keys and values are put into ``cache``."""
@@ -97,17 +96,16 @@ class VideoLLM(nn.Module):
             position_ids=batch.position_ids.unsqueeze(0),
             **{CACHE_KEYWORD: cache},
             use_cache=cache is not None,
-            segments=AttentionSegments.of_cu_seqlens(batch.cu_seqlens),
+            segments=AttentionSegments.of_lengths(batch.lengths, batch.cu_seqlens),
         )
         return output.last_hidden_state.squeeze(0)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Compute the embeddings of a row, with visual tokens at the positions of image ids: (L, H)."""
         visual = self.visual_tokens(batch)
-        image = batch.input_ids == IMAGE_TOKEN_INDEX
-        text = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(image, 0))
-        positions = image.nonzero().squeeze(1)
-        merged = text.index_copy(0, positions, visual[batch.visual_index].to(text.dtype))
+        ids = batch.input_ids.index_fill(0, batch.image_positions, 0)
+        text = self.language_model.model.embed_tokens(ids)
+        merged = text.index_copy(0, batch.image_positions, visual[batch.visual_index].to(text.dtype))
         return merged + 0 * visual.sum().to(text.dtype)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:

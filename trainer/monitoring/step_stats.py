@@ -19,15 +19,14 @@ import torch
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.loading.batch import Batch
-from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
-from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_max, all_reduce_sum
+from framestream.trainer.distributed.process_group import DistributedContext, all_gather
 from framestream.trainer.model.cost import row_flops
 from framestream.trainer.monitoring.device import peak_flops, peak_memory
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Quantities that add up over rows and ranks, in float64 (:func:`all_reduce_sum`)."""
+    """Quantities that add up over rows and ranks, in float64."""
 
     tokens: float = 0.0
     frames: float = 0.0
@@ -84,14 +83,19 @@ class StepStats:
         self._weight = row.total_weight
 
     def all_reduce(self) -> None:
-        """Add up all ranks. Every rank calls this once, after its last row."""
-        losses = torch.stack(self._losses).tolist()
+        """Add up all ranks, which have equally many rows. Every rank calls this once, after its last row."""
+        device, own = self._context.device, len(self._losses)
+        figures = [self._waited, float(peak_memory(device)), *astuple(self._sums)]
+        # with the losses in one table, so that the host waits for the device once
+        numbers = torch.tensor(figures, dtype=torch.float64).to(device, non_blocking=True)
+        table = all_gather(torch.cat([torch.stack(self._losses).double(), numbers]), self._context).tolist()
+        losses = table[self._context.rank][:own]
         self._rows = [(loss, keys) for loss, (_, keys) in zip(losses, self._rows, strict=True)]
-        self.loss, *sums = all_reduce_sum([sum(losses) / self._weight, *astuple(self._sums)], self._context)
-        self._sums = Sums(*sums)
+        self.loss = sum(sum(row[:own]) / self._weight for row in table)
+        waits, memory, *sums = zip(*(row[own:] for row in table), strict=True)
+        self._waited, self._memory = max(waits), max(memory)
+        self._sums = Sums(*map(sum, sums))
         self.dialogues = int(self._sums.dialogues)
-        waits = [self._waited, float(peak_memory(self._context.device))]
-        self._waited, self._memory = all_reduce_max(waits, self._context)
 
     def not_finite(self) -> list[tuple[str, str]]:
         """Return (dialogue key, reason) of this rank for a global batch whose step was skipped.
@@ -130,9 +134,7 @@ class StepStats:
 def _flops(manifest: Manifest, row: Batch) -> float:
     if not row.keys:
         return 0.0
-    lengths = row.cu_seqlens.diff().tolist()
-    num_labels = int((row.labels != IGNORE_INDEX).sum())
-    return row_flops(manifest, len(row.clips), len(row.image_tiles), lengths, num_labels)
+    return row_flops(manifest, len(row.clips), len(row.image_tiles), row.lengths, len(row.label_positions))
 
 
 def _digest(keys: list[str]) -> int:

@@ -12,7 +12,6 @@ import torch
 
 from framestream.pipeline.config.model import TOKENS_PER_TILE
 from framestream.pipeline.loading.batch import Batch
-from framestream.pipeline.tokenization.special_ids import IMAGE_TOKEN_INDEX
 
 
 def drop_path_random(batch: Batch, seed: int, per_unit: int) -> torch.Tensor | None:
@@ -37,10 +36,9 @@ def drop_path_random(batch: Batch, seed: int, per_unit: int) -> torch.Tensor | N
 
 def unit_sample_ids(batch: Batch) -> torch.Tensor:
     """Return the index of the dialogue that each clip, then each image tile, belongs to: int64 (N_c + N_s,)."""
-    positions = (batch.input_ids == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
     dialogues = torch.full((len(batch.clips) + len(batch.image_tiles),), -1)
     # a visual token belongs to unit visual_index // TOKENS_PER_TILE, because a clip and a tile have as many tokens
     dialogues[batch.visual_index // TOKENS_PER_TILE] = (
-        torch.searchsorted(batch.cu_seqlens.long(), positions, right=True) - 1
+        torch.searchsorted(batch.cu_seqlens.long(), batch.image_positions, right=True) - 1
     )
     return dialogues

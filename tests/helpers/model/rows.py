@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.loading.batch import Batch, image_and_label_positions
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.weights.load import copy_tensors, random_tensor
@@ -100,6 +100,9 @@ def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
         each = 1 / max(labelled, 1) if weight is None else weight
         weights += [each if label != IGNORE_INDEX else 0.0 for label in labels]
     lengths = [len(ids) for ids, _, _ in rows]
+    input_ids = torch.tensor([token for ids, _, _ in rows for token in ids])
+    labels = torch.tensor([label for _, labels, _ in rows for label in labels])
+    image_positions, label_positions = image_and_label_positions(input_ids, labels)
     return Batch(
         epoch=0,
         step=0,
@@ -107,10 +110,13 @@ def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
         num_micro_steps=1,
         is_last=True,
         keys=[f"d{n}" for n in range(len(dialogues))],
-        input_ids=torch.tensor([token for ids, _, _ in rows for token in ids]),
-        labels=torch.tensor([label for _, labels, _ in rows for label in labels]),
+        input_ids=input_ids,
+        labels=labels,
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        lengths=lengths,
+        image_positions=image_positions,
+        label_positions=label_positions,
         token_weight=torch.tensor(weights, dtype=torch.float32),
         total_weight=float(len(dialogues)),
         clips=clips,

@@ -78,7 +78,8 @@ def test_the_likeliest_option_is_that_of_whole_dialogues(made):
             more = {"input_ids": whole, "position_ids": torch.arange(length)}
             more["labels"] = torch.tensor([-100] * len(row.input_ids) + ids)
             more["token_weight"] = torch.ones(length)
-            more["cu_seqlens"] = torch.tensor([0, length], dtype=torch.int32)
+            more["cu_seqlens"], more["lengths"] = torch.tensor([0, length], dtype=torch.int32), [length]
+            more["label_positions"] = torch.arange(length - len(ids), length) - 1
             with torch.no_grad():
                 logs.append(-float(model(dataclasses.replace(row, **more))))
         assert by_key[questions[i].key]["likeliest"]["own"] == OPTIONS[int(np.argmax(logs))]

@@ -130,13 +130,17 @@ def test_batches_hold_what_a_slow_construction_holds(root, over):
             total = 0.0
         if not batch.keys:
             assert batch.input_ids.tolist() == [0] and batch.labels.tolist() == [IGNORE_INDEX]
-            assert batch.cu_seqlens.tolist() == [0, 1] and batch.tokens == 0
+            assert batch.cu_seqlens.tolist() == [0, 1] and batch.lengths == [1] and batch.tokens == 0
+            assert len(batch.image_positions) == len(batch.label_positions) == 0
             continue
         want = slow_row(made, batch.keys)
         assert batch.input_ids.tolist() == want["ids"]
         assert batch.labels.tolist() == want["labels"]
         assert batch.position_ids.tolist() == want["positions"]
-        assert batch.cu_seqlens.tolist() == want["edges"]
+        assert batch.cu_seqlens.tolist() == want["edges"] and batch.lengths == np.diff(want["edges"]).tolist()
+        images = [place for place, token in enumerate(want["ids"]) if token == IMAGE_TOKEN_INDEX]
+        labeled = [place for place, label in enumerate(want["labels"][1:]) if label != IGNORE_INDEX]
+        assert (batch.image_positions.tolist(), batch.label_positions.tolist()) == (images, labeled)
         np.testing.assert_allclose(batch.token_weight, want["weights"], rtol=1e-6)
         units = [("clip", i) for i in range(len(batch.clips))] + [("image", i) for i in range(len(batch.image_tiles))]
         assert [(*units[i // 64], i % 64) for i in batch.visual_index.tolist()] == want["visual"]

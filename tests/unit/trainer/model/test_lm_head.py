@@ -13,6 +13,10 @@ from framestream.trainer.model import lm_head as loss_module
 from framestream.trainer.model.lm_head import ChunkedLMHead
 
 
+def positions(labels: torch.Tensor) -> torch.Tensor:
+    return (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+
+
 def plain(weight, hidden, labels, token_weight):
     """sum over places of token_weight x -log softmax, written out in float64."""
     logits = (hidden.double() @ weight.double().T).log_softmax(-1)
@@ -32,7 +36,7 @@ def test_loss_and_gradients_equal_the_plain_formula(length, chunk, seed):
     token_weight = torch.rand(length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK_LOGITS", chunk)
-        out = head(hidden, labels, token_weight)
+        out = head(hidden, labels, token_weight, positions(labels))
     found = torch.autograd.grad(out, (head.weight, hidden))
     expected = plain(head.weight, hidden, labels, token_weight)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
@@ -49,8 +53,15 @@ def test_no_tensor_holds_the_logits_of_all_places(monkeypatch):
     head, saved = ChunkedLMHead(nn.Linear(8, 500, bias=False)), []
     labels, hidden = torch.randint(0, 500, (301,)), torch.randn(301, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        head(hidden, labels, torch.ones(301))
+        head(hidden, labels, torch.ones(301), positions(labels))
     assert max(saved) <= max(head.weight.numel(), hidden.numel()) < 300 * 500
+
+
+def test_a_loss_needs_weights_and_positions():
+    head, labels = ChunkedLMHead(nn.Linear(8, 20, bias=False)), torch.zeros(3, dtype=torch.int64)
+    for more in ((None, positions(labels)), (torch.ones(3), None)):
+        with pytest.raises(ValueError, match="without token_weight or positions"):
+            head(torch.randn(3, 8), labels, *more)
 
 
 def test_logits_without_labels():
@@ -66,5 +77,5 @@ def test_the_weight_is_shared_not_copied():
 
 def test_bfloat16_loss_is_computed_in_float32():
     head = ChunkedLMHead(nn.Linear(16, 50, bias=False).bfloat16())
-    out = head(torch.randn(9, 16, dtype=torch.bfloat16), torch.randint(0, 50, (9,)), torch.ones(9))
+    out = head(torch.randn(9, 16, dtype=torch.bfloat16), torch.randint(0, 50, (9,)), torch.ones(9), torch.arange(8))
     assert out.dtype == torch.float32

@@ -14,9 +14,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from framestream.pipeline.config.model import ModelConfig
 from framestream.trainer.model import attention
 from framestream.trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
-from framestream.trainer.model.video_llm import split_groups
+from framestream.trainer.model.video_llm import VideoLLM, split_groups
 from framestream.trainer.training.drop_path_rng import drop_path_random
-from tests.helpers.model.rows import INTERNVIDEO2, SMALL, Dialogue, dialogue, pack, parameters, small_model
+from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, Dialogue, dialogue, pack, parameters, small_model
 
 KINDS = {
     "video": {"clips": 2},
@@ -203,6 +203,19 @@ def test_pixels_are_normalised_as_published():
     np.testing.assert_allclose(small_model().pixels(frames), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
 
 
+@both_towers
+@pytest.mark.parametrize("kinds", [["both", "text", "stills"], ["text"], []], ids=["media", "text_only", "empty_row"])
+def test_a_row_runs_without_a_look_at_its_values(kinds, cfg):
+    """On the meta device tensors have no values, so whatever made the host wait for the device would raise."""
+    tower = dataclasses.replace(cfg.vision_tower, drop_path=0.5 if cfg is INTERNVIDEO2 else None)
+    with torch.device("meta"):
+        model = VideoLLM(dataclasses.replace(cfg, vision_tower=tower), SIZE, 4, recompute=True).train()
+    batch = pack(some(*kinds), groups=3)
+    batch.drop_path_rand = drop_path_random(batch, 0, model.vision_tower.num_drop_path_rands)
+    model.to("meta")(batch.to("meta")).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_no_mask_is_built_and_attention_is_called_per_run(monkeypatch):
     lengths = []
 
@@ -230,7 +243,7 @@ def test_attention_equals_softmax_within_each_segment(lengths, causal, shared, s
     total = sum(lengths)
     q, k, v = torch.randn(total, 4, 8), torch.randn(total, 4 // shared, 8), torch.randn(total, 4 // shared, 8)
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    out = attend_sdpa(q, k, v, AttentionSegments.of_cu_seqlens(ends), causal)
+    out = attend_sdpa(q, k, v, AttentionSegments.of_lengths(lengths, ends), causal)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = segment[:, None] == segment[None]
     if causal:

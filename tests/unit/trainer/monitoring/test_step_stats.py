@@ -23,8 +23,7 @@ def stats_of(monkeypatch, losses: list[float], ranks: int = 1) -> StepStats:
     """Statistics of two rows, which arrive after 2 and 1 s and take 3 s each; all ranks have the same rows."""
     now = iter([0.0, 2.0, 5.0, 6.0, 10.0])
     monkeypatch.setattr(step_stats, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    monkeypatch.setattr(step_stats, "all_reduce_sum", lambda values, context: [ranks * value for value in values])
-    monkeypatch.setattr(step_stats, "all_reduce_max", lambda values, context: values)
+    monkeypatch.setattr(step_stats, "all_gather", lambda values, context: values.repeat(ranks, 1))
     monkeypatch.setattr(step_stats, "peak_memory", lambda device: 12345)
     settings = manifest(SIZE, SMALL)
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, peak_tflops=1e-6))
