@@ -45,6 +45,15 @@ def _parameters(cfg: ModelConfig, size: int, clip_frames: int) -> dict[str, int]
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
 
 
+def largest_layer(manifest: Manifest) -> int:
+    """Count the parameters of the largest block of the vision tower or layer of the language model."""
+    tower, language = manifest.model.vision_tower, manifest.model.language_model
+    counts = count_parameters(manifest)
+    embeddings = language.vocab_size * language.hidden_size * (1 if language.tie_word_embeddings else 2)
+    layer = (counts["language_model"] - embeddings) // language.num_hidden_layers
+    return max(counts["vision_tower"] // (tower.depth - 1), layer)
+
+
 def tower_tokens(manifest: Manifest) -> tuple[int, int]:
     """Count the patches of a clip, and the tokens of its attention: patches and the tower's class token, if any."""
     tower = manifest.model.vision_tower
@@ -181,7 +190,7 @@ def estimate_memory(manifest: Manifest, frames: int, tokens: int, world: int) ->
     clip = manifest.frames.clip_frames
     _, spanned = tower_tokens(manifest)
     clips = frames // clip
-    group = min(clips, tower.group_clips)
+    group = min(clips, max(1, tower.group_tokens // spanned))
     live = SAVED_VALUES[tower.type] * size  # bytes for each channel of a token in one block
     pixels = frames * manifest.frames.size**2 * 3
     merged = clips * TOKENS_PER_CLIP * (tower.width + 3 * language.hidden_size) * size

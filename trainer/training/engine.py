@@ -12,6 +12,7 @@ from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.distributed.process_group import DistributedContext, deepspeed
 from framestream.trainer.model.video_llm import VideoLLM, build_model
+from framestream.trainer.training.deepspeed_config import deepspeed_config
 from framestream.trainer.training.optim import freeze, parameter_groups
 from framestream.trainer.weights.load import initialize
 from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
@@ -43,32 +44,6 @@ class TrainingEngine(Protocol):
 
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage."""
-
-
-def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
-    """Return DeepSpeed's configuration.
-
-    Gradient accumulation stays 1, because the number of micro-steps differs between global batches. The loop scales
-    the loss itself and tells the engine where a global batch ends.
-    """
-    train = manifest.train
-    zero: dict = {"stage": train.zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
-    if train.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = train.persistence_threshold
-    if train.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
-    if train.offload == "all" and train.zero_stage == 3:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
-    return {
-        "train_batch_size": world,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.clip_norm,
-        "bf16": {"enabled": train.dtype == "bf16"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[TrainingEngine, VideoLLM]:

@@ -16,13 +16,21 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from framestream.pipeline.config.model import InitFromConfig
-from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
+from framestream.pipeline.loading.batch import Batch
+from framestream.trainer.distributed.process_group import (
+    DistributedContext,
+    destroy_process_group,
+    init_process_group,
+)
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.training.engine import build_engine
 from framestream.trainer.weights.load import initialize, save_weights
 from framestream.trainer.weights.tensor_files import WeightsError
+from tests.helpers.model.manifests import manifest
+from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
 from tests.helpers.model.zero3_cases import RATE, cases
 
 
@@ -40,6 +48,36 @@ def run_case(name: str, settings, steps, folder: Path, context) -> None:
         losses.append(loss.item())
     (folder / f"{name}-{context.rank}.json").write_text(json.dumps(losses))
     save_weights(model, folder / name, settings, 20_000)
+
+
+def accumulation_error(stage: int, context: DistributedContext) -> float:
+    """Compare the gradient of a global batch of 64 micro-steps, all weights in bf16, with the sum of its micro-steps.
+
+    Returns the norm of the difference from the float64 sum, relative to that of the sum.
+    """
+    base = manifest(SIZE, SMALL)
+    train = dataclasses.replace(base.train, zero_stage=stage, clip_norm=0.0)
+    init = InitFromConfig(vision_tower="random", language_model="random")
+    engine, model = build_engine(dataclasses.replace(base, train=train, init_from=init), context)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    rows = [pack([dialogue(10 * context.rank + number)]) for number in range(4)]
+
+    def gradient(micro_steps: list[Batch]) -> dict[str, torch.Tensor]:
+        for number, row in enumerate(micro_steps, start=1):
+            loss = engine(row)
+            engine.set_gradient_accumulation_boundary(number == len(micro_steps))
+            engine.backward(loss / 64)
+        found = {name: safe_get_full_grad(parameter).double() for name, parameter in model.named_parameters()}
+        engine.step()
+        return found
+
+    parts = [gradient([row]) for row in rows]
+    total = {name: 16 * sum(part[name] for part in parts) for name in parts[0]}
+    found = gradient(rows * 16)
+    engine.destroy()
+    difference = sum((found[name] - value).square().sum() for name, value in total.items())
+    return float((difference / sum(value.square().sum() for value in total.values())).sqrt())
 
 
 def check_constants(settings) -> None:
@@ -72,6 +110,8 @@ def main() -> None:
     try:
         for name, (settings, steps) in cases().items():
             run_case(name, settings, steps, folder, context)
+        errors = {stage: accumulation_error(stage, context) for stage in (2, 3)}
+        (folder / f"accumulation-{context.rank}.json").write_text(json.dumps(errors))
         check_constants(settings)
         check_errors(settings)
     finally:

@@ -36,7 +36,7 @@ def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float
     losses = []
     for rows in steps:
         optimizer.zero_grad()
-        loss = [model(dataclasses.replace(row, groups=1)) for row in rows]  # however many groups the ranks run
+        loss = [model(row) for row in rows]
         (sum(loss) / len(loss)).backward()
         optimizer.step()
         losses.append([value.item() for value in loss])
@@ -98,3 +98,10 @@ def test_two_sharded_ranks_equal_one_process(folder, name, monkeypatch):
         assert found == pytest.approx([step[rank] for step in losses], rel=2e-4, abs=1e-6)
     for key, parameter in load_pretrained(folder / name).named_parameters():
         torch.testing.assert_close(parameter, weights[key], atol=2e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_micro_steps_are_added_in_float32_under_bf16(folder: Path, stage: str):
+    """Added in bf16, 64 micro-steps are 1e-2 away from their sum."""
+    for rank in range(2):
+        assert json.loads((folder / f"accumulation-{rank}.json").read_text())[stage] < 1e-6

@@ -1,0 +1,47 @@
+"""DeepSpeed's configuration of a run: ZeRO stage, offload, data types, and buffers that fit the model.
+
+Gradients of micro-steps are added in float32 from ZeRO-2 on, also where weights are bf16. Each micro-step's gradient is
+computed, and averaged over ranks, in the dtype of the weights. ZeRO-1 keeps complete gradients on every rank and adds
+them in the dtype of the weights: in float32 they would need 4 bytes for each trained parameter, not divided by ranks.
+"""
+
+from __future__ import annotations
+
+from framestream.pipeline.config.manifest import Manifest
+from framestream.trainer.model.cost import largest_layer
+
+
+def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
+    """Return DeepSpeed's configuration.
+
+    Gradient accumulation stays 1, because the number of micro-steps differs between global batches. The loop scales
+    the loss itself and tells the engine where a global batch ends.
+    """
+    train = manifest.train
+    bucket = largest_layer(manifest)
+    zero: dict = {
+        "stage": train.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": cuda,
+        "reduce_bucket_size": bucket,
+    }
+    if train.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = train.persistence_threshold
+        zero["stage3_prefetch_bucket_size"] = bucket
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if train.offload == "all" and train.zero_stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    config = {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.clip_norm,
+        "bf16": {"enabled": train.dtype == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if train.zero_stage >= 2:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
