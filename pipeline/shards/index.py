@@ -22,6 +22,7 @@ import pyarrow as pa
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.preprocessing import FramesConfig
 from framestream.pipeline.storage import ReadOptions, ShardRef, Storage, is_remote, open_storage
+from framestream.pipeline.storage.local import LocalStorage
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
 from framestream.pipeline.utils.digests import file_digest
@@ -197,6 +198,13 @@ class Index:
         media, dialogues, shards = (maps[name].table for name in FILES)
         return cls(storage, media, dialogues, shards, fingerprint, specification, maps)
 
+    def __reduce__(self) -> tuple:
+        """Pickle the paths of the tables: another process of this machine maps them again.
+
+        There it has no connection to a remote root, whose shards it cannot read.
+        """
+        return _index_of_tables, (str(self.root), dict(self.maps), self.fingerprint, dict(self.specification))
+
     @property
     def root(self) -> Path | str:
         """The root as messages name it: a path if it is a folder, else the address."""
@@ -289,6 +297,13 @@ class Index:
 
     def _rebuild_hint(self) -> str:
         return f"remove {self.root} and build it again with this manifest, or use the settings it was built with"
+
+
+def _index_of_tables(
+    root: str, maps: Mapping[str, MappedTable], fingerprint: str, specification: Mapping[str, Any]
+) -> Index:
+    media, dialogues, shards = (maps[name].table for name in FILES)
+    return Index(LocalStorage(root, ReadOptions()), media, dialogues, shards, fingerprint, specification, maps)
 
 
 def row_values(column: pa.ChunkedArray, row: int) -> np.ndarray:

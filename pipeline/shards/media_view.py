@@ -69,8 +69,19 @@ class MediaViews:
         self.frames, self.images, self.seed = manifest.frames, manifest.images, manifest.seed
         self._frames_by_entry = {entry.entry: entry.bound_frames(manifest.frames) for entry in entries}
         self._published = manifest.compat == "published"
-        self._columns = {name: index.media[name] for name in index.media.column_names}
-        self._reader = FrameReader(index)
+        self._open_columns()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings and the index: see :meth:`Index.__reduce__`."""
+        return {name: value for name, value in vars(self).items() if name not in ("_columns", "_reader")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_columns()
+
+    def _open_columns(self) -> None:
+        self._columns = {name: self.index.media[name] for name in self.index.media.column_names}
+        self._reader = FrameReader(self.index)
 
     @property
     def frame_bounds(self) -> dict[str, list[int]]:

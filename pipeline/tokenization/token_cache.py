@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
-from tqdm import tqdm
 
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from framestream.pipeline.shards.index import Index, row_values
-from framestream.pipeline.shards.media_view import MediaView, MediaViews
-from framestream.pipeline.tokenization.chat_template import ChatTemplate, TokenSegments
+from framestream.pipeline.shards.media_view import MediaViews
+from framestream.pipeline.tokenization.chat_template import ChatTemplate
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from framestream.pipeline.tokenization.token_files import SCHEMA, open_or_write_tokens
+from framestream.pipeline.tokenization.token_files import open_or_write_tokens
+from framestream.pipeline.tokenization.token_rows import DialogueTokenizer
 
 FORMAT = 1  #: increase it when the meaning of a column changes
-CHUNK = 1024  #: dialogues that are tokenized in one call and form one record batch
 
 
 def token_fingerprint(
@@ -62,7 +59,7 @@ class TokenCache:
         truncated: rows of the truncated dialogues, int32, ascending.
 
     Raises:
-        ShardsError: there is no sound cache, and it can be written nowhere.
+        ShardsError: there is no sound cache, and it can be written nowhere, or a process that tokenizes died.
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class TokenCache:
             index.storage.derived_folders,
             self.fingerprint[:32],
             len(index.dialogues),
-            lambda: _batches(index, chat_template, media_views, fetch),
+            DialogueTokenizer(index, chat_template, media_views, fetch),
         )
         table = self._mapped.table
         self._ids, self._labels, self._error = table["ids"], table["labels"], table["error"]
@@ -161,56 +158,3 @@ class TokenCache:
             truncated[number] = self.num_label_tokens[row] > 0
         self.length[over[truncated]] = self._limit
         return over[truncated].astype(np.int32)
-
-
-def _batches(
-    index: Index, chat_template: ChatTemplate, media_views: MediaViews, fetch: int
-) -> Iterator[pa.RecordBatch]:
-    columns = index.dialogues.select(["media", "entry", "conversations"])
-    total = len(columns)
-    with tqdm(total=total, desc="tokens", unit="dialogue", disable=total < 20 * CHUNK, dynamic_ncols=True) as bar:
-        for start in range(0, total, CHUNK):
-            chunk = columns.slice(start, CHUNK)
-            dialogues = zip(*(column.to_pylist() for column in chunk.columns), strict=True)
-            prepared = [
-                _prepare(chat_template, media_views, media, entry, turns, fetch) for media, entry, turns in dialogues
-            ]
-            encoded = chat_template.tokenize([[] if error else segments for segments, _, error in prepared])
-            rows = [
-                _row(chat_template, ids, labels, views, error)
-                for (ids, labels), (_, views, error) in zip(encoded, prepared, strict=True)
-            ]
-            yield pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
-            bar.update(len(rows))
-
-
-def _prepare(
-    chat_template: ChatTemplate, media_views: MediaViews, media: list[int], entry: str, turns: str, fetch: int
-) -> tuple[TokenSegments, list[MediaView], str]:
-    """Return the segments and media views of a dialogue, and the error if it cannot be used."""
-    try:
-        views = media_views.views(media, entry)
-        kinds, messages = [view.kind for view in views], [view.message for view in views]
-        return chat_template.segments(json.loads(turns), kinds, messages, fetch), views, ""
-    except ValueError as error:
-        return [], [], str(error)
-
-
-def _row(chat_template: ChatTemplate, ids: np.ndarray, labels: np.ndarray, views: list[MediaView], error: str) -> dict:
-    if not error:
-        try:
-            chat_template.check_placeholders(ids, len(views))
-        except ValueError as mismatch:
-            error = str(mismatch)
-    if error:
-        return {"ids": [], "labels": [], "length": 0, "clips": 0, "tiles": 0, "learned": 0, "error": error}
-    labels[:1] = IGNORE_INDEX
-    return {
-        "ids": ids,
-        "labels": labels,
-        "length": len(ids) - len(views) + sum(view.tokens for view in views),
-        "clips": sum(view.clips for view in views),
-        "tiles": sum(view.tiles for view in views),
-        "learned": int((labels != IGNORE_INDEX).sum()),
-        "error": "",
-    }

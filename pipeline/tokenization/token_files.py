@@ -3,6 +3,10 @@
 They lie in the first of several folders that can be written: ``ROOT/index``, or a folder of ``loader.cache`` if the
 root is read-only. A file is checked when it is opened. A damaged one is made again. Older files have no digest in their
 name. They are read if their rows agree with each other.
+
+A file is made of parts, by as many processes as there are cores. A finished part is kept beside the file as
+``tokens-FINGERPRINT.FIRST-DIGEST.part``, until the file is complete. After a kill, the next process makes the rest. The
+bytes of the file depend neither on the number of processes nor on interruptions.
 """
 
 from __future__ import annotations
@@ -12,19 +16,23 @@ import errno
 import logging
 import os
 import re
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from framestream.pipeline.shards.index import ShardsError
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from framestream.pipeline.tokenization.token_workers import map_in_order
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.digests import file_digest
-from framestream.pipeline.utils.locks import LockError, lock_file
+from framestream.pipeline.utils.locks import LockError, LockHeldError, lock_file
 from framestream.pipeline.utils.records import warn_without_digest
 
 logger = logging.getLogger(__name__)
@@ -42,37 +50,46 @@ SCHEMA = pa.schema(
 )
 #: errors after which the next folder is tried: the folder cannot be written by this user
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-LOCK = "lock"  #: file in the last folder, which the process that writes there has locked
+PART_ROWS = 8192  #: dialogues of a part: seconds of work, the most that is lost when a process is killed
+PARTS_PER_PROCESS = 4  #: parts for each process, at least: starting one takes as long as a part or two
+MAX_PROCESSES = 32  #: processes that tokenize at a time, at most; each takes about 0.4 GB
+BAR_ROWS = 20_000  #: dialogues from which on a progress bar is shown
+LEFTOVER_SECONDS = 600  #: age from which on a temporary file is that of a killed process
+
+#: makes the rows of dialogues start to stop; picklable
+Tokenize = Callable[[int, int], Iterable[pa.RecordBatch]]
 
 
-def open_or_write_tokens(
-    folders: Sequence[Path], fingerprint: str, rows: int, batches: Callable[[], Iterator[pa.RecordBatch]]
-) -> MappedTable:
+def open_or_write_tokens(folders: Sequence[Path], fingerprint: str, rows: int, tokenize: Tokenize) -> MappedTable:
     """Open the token cache with ``fingerprint``. If no folder has a sound one, write it to the first that allows it.
 
-    Processes that write to the same folder of a root at the same time write equal bytes. In the last folder, which is
-    in ``loader.cache``, only one of them writes, and the others wait for it.
+    One process at a time writes it, and others wait for that one. Where the file system has no locks, several write
+    equal bytes.
 
     Args:
         folders: in order of preference.
         fingerprint: of everything that the rows depend on, hexadecimal.
         rows: number of dialogues.
-        batches: makes the rows.
+        tokenize: makes the rows.
 
     Raises:
-        ShardsError: one line; no folder can be written, or the disk is full.
+        ShardsError: one line; no folder can be written, the disk is full, or a process that tokenizes died.
     """
-    if found := _find(folders, fingerprint, rows):
+    damaged: set[Path] = set()
+    if found := _find(folders, fingerprint, rows, damaged):
         return found
     refused = ""
     for folder in folders:
-        shared = folder == folders[-1]
-        with _locked(folder) if shared else contextlib.nullcontext():
-            if shared and (found := _find([folder], fingerprint, rows)):
+        with _locked(folder, fingerprint, create=folder == folders[-1]):
+            if found := _find([folder], fingerprint, rows, damaged):
                 return found
             try:
-                path = _write(folder, fingerprint, batches())
+                path = _write(folder, fingerprint, rows, tokenize)
             except OSError as error:
+                if found := _find(
+                    [folder], fingerprint, rows, damaged
+                ):  # another process was first, and removed the parts
+                    return found
                 refused += f"{'; ' if refused else ''}{folder}: cannot be written ({error.strerror or error})"
                 if error.errno in READ_ONLY and folder != folders[-1]:
                     continue
@@ -106,12 +123,14 @@ def open_tokens(path: Path, rows: int) -> MappedTable:
     return mapped
 
 
-def _find(folders: Sequence[Path], fingerprint: str, rows: int) -> MappedTable | None:
-    """Open the first sound file. Damaged ones before it are named and removed."""
+def _find(folders: Sequence[Path], fingerprint: str, rows: int, damaged: set[Path]) -> MappedTable | None:
+    """Open the first sound file. Damaged ones before it are named and removed; ``damaged`` has those that stay."""
     for folder in folders:
-        for path in sorted(folder.glob(f"tokens-{fingerprint}*.arrow")):
+        for path in sorted({*folder.glob(f"tokens-{fingerprint}*.arrow")} - damaged):
             try:
-                return open_tokens(path, rows)
+                found = open_tokens(path, rows)
+                _remove_parts(folder, fingerprint)  # of a process that was killed before it could
+                return found
             except FileNotFoundError:  # another process has removed it
                 continue
             except (OSError, ValueError) as error:
@@ -119,34 +138,140 @@ def _find(folders: Sequence[Path], fingerprint: str, rows: int) -> MappedTable |
                 logger.warning("%s; the token cache is made again", reason)
                 with contextlib.suppress(OSError):
                     path.unlink()
+                if path.exists():
+                    damaged.add(path)
     return None
 
 
-def _write(folder: Path, fingerprint: str, batches: Iterator[pa.RecordBatch]) -> Path:
-    """Write a file completely or not at all: to a temporary one with a unique name, then renamed."""
-    temporary = folder / f"tokens-{fingerprint}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as file:
+def _write(folder: Path, fingerprint: str, rows: int, tokenize: Tokenize) -> Path:
+    """Write a file completely or not at all, from its parts: to a temporary one, then renamed."""
+    _remove_leftovers(folder, fingerprint)
+    with _temporary(folder, fingerprint) as temporary:
+        with (
+            open(temporary, "wb") as file,
+            contextlib.closing(_parts(folder, fingerprint, rows, tokenize)) as parts,
+        ):
             with pa.ipc.new_file(file, SCHEMA) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
+                for part in parts:
+                    for batch in part.to_batches():
+                        writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
         path = folder / f"tokens-{fingerprint}-{file_digest(temporary)}.arrow"
         os.replace(temporary, path)
+    _remove_parts(folder, fingerprint)
+    _remove_leftovers(folder, fingerprint)
+    return path
+
+
+def _parts(folder: Path, fingerprint: str, rows: int, tokenize: Tokenize) -> Generator[pa.Table, None, None]:
+    """Yield all parts in order. Those that no earlier process has finished are made, and then kept."""
+    ranges = [(start, min(start + PART_ROWS, rows)) for start in range(0, rows, PART_ROWS)]
+    finished = _finished_parts(folder, fingerprint, dict(ranges))
+    missing = [part for part in ranges if part[0] not in finished]
+    processes = min(len(os.sched_getaffinity(0)), len(missing) // PARTS_PER_PROCESS, MAX_PROCESSES)
+    kept = sum(stop - start for start, stop in ranges if start in finished)
+    if kept:
+        logger.info("%s: %d of %d dialogues are tokenized, going on with the rest", folder, kept, rows)
+    writer = _PartWriter(folder, fingerprint, tokenize)
+    bar = tqdm(total=rows, initial=kept, desc="tokens", unit="dialogue", disable=rows < BAR_ROWS, dynamic_ncols=True)
+    with bar, contextlib.closing(map_in_order(writer, missing, processes)) as made:
+        for start, stop in ranges:
+            if start in finished:
+                yield MappedTable(finished[start], checked=True).table
+            else:
+                yield MappedTable(next(made), checked=True).table
+                bar.update(stop - start)
+
+
+@dataclass(frozen=True)
+class _PartWriter:
+    """Tokenizes a range of dialogues and keeps the result as a part; picklable."""
+
+    folder: Path
+    fingerprint: str
+    tokenize: Tokenize
+
+    def __call__(self, start: int, stop: int) -> Path:
+        """Write the part of dialogues ``start`` to ``stop`` completely or not at all; return its path."""
+        with _temporary(self.folder, self.fingerprint) as temporary:
+            with open(temporary, "wb") as file:
+                with pa.ipc.new_file(file, SCHEMA) as writer:
+                    for batch in self.tokenize(start, stop):
+                        writer.write_batch(batch)
+                file.flush()
+                os.fsync(file.fileno())
+            path = self.folder / f"tokens-{self.fingerprint}.{start:09d}-{file_digest(temporary)}.part"
+            os.replace(temporary, path)
         return path
-    finally:
+
+
+def _finished_parts(folder: Path, fingerprint: str, stops: dict[int, int]) -> dict[int, Path]:
+    """Find the sound parts, by their first dialogue. Damaged ones are named and removed.
+
+    Args:
+        stops: first dialogue of a part -> the one after its last.
+    """
+    finished = {}
+    for path in sorted(folder.glob(f"tokens-{fingerprint}.*.part")):
+        name = re.fullmatch(r"tokens-[0-9a-f]+\.([0-9]+)-([0-9a-f]{16})\.part", path.name)
+        start = int(name[1]) if name else -1
+        if name is None or start not in stops:
+            continue
+        try:
+            table = MappedTable(path, name[2]).table
+            if table.schema != SCHEMA or len(table) != stops[start] - start:
+                raise ValueError(f"{path}: not a part of these tokens")
+            finished[start] = path
+        except FileNotFoundError:  # another process has completed the file
+            continue
+        except (OSError, ValueError) as error:
+            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            logger.warning("%s; its dialogues are tokenized again", reason)
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return finished
+
+
+def _remove_parts(folder: Path, fingerprint: str) -> None:
+    for path in folder.glob(f"tokens-{fingerprint}.*.part"):
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            path.unlink()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process of this machine at a time write the tokens in a folder of ``loader.cache``."""
+def _temporary(folder: Path, fingerprint: str) -> Iterator[Path]:
+    """Yield a path that no other process uses; what is still there afterwards is removed."""
+    path = folder / f"tokens-{fingerprint}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _remove_leftovers(folder: Path, fingerprint: str) -> None:
+    """Remove the temporary files of processes that were killed; a live process writes its own all the time."""
+    for path in folder.glob(f"tokens-{fingerprint}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, fingerprint: str, create: bool) -> Iterator[None]:
+    """Let one process at a time write the tokens of ``folder``, which is created if ``create``."""
+    path = folder / f"tokens-{fingerprint}.lock"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, LockError):  # without the lock, several write equal bytes
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(folder / LOCK, "loader", wait=True))
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(lock_file(path, "loader that tokenizes"))
+            except LockHeldError as error:
+                logger.info("%s", str(error).rpartition("; ")[0] + "; waiting for its tokens")
+                stack.enter_context(lock_file(path, "loader", wait=True))
+            stack.callback(path.unlink, missing_ok=True)
         yield
 
 

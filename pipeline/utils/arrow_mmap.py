@@ -41,6 +41,7 @@ class MappedTable:
     """
 
     def __init__(self, path: str | Path, digest: str | None = None, checked: bool = False) -> None:
+        self.path = str(path)
         if digest is not None and not checked and file_digest(path) != digest:
             raise ValueError(f"{path}: damaged (its digest differs from the one that was recorded)")
         with open(path, "rb") as file:
@@ -56,6 +57,10 @@ class MappedTable:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: damaged, or not an Arrow file ({reason[:200]})") from None
         self.drop_pages()  # those of the headers of all batches
+
+    def __reduce__(self) -> tuple:
+        """Pickle the path: another process of this machine maps the file again."""
+        return MappedTable, (self.path, None, True)
 
     def _open(self, checked: bool) -> pa.Table:
         """Open the table. Its batches are validated one by one, so that few of their pages are in memory at a time."""

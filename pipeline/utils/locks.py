@@ -29,6 +29,10 @@ class LocksUnsupportedError(LockError):
     """The folder's file system has no locks."""
 
 
+class LockHeldError(LockError):
+    """Another process has the lock."""
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, name: str, kind: str, shared: bool = False) -> Iterator[None]:
     """Create ``folder`` if it is missing, and lock its file ``name``. Folders that stay empty are removed.
@@ -65,7 +69,8 @@ def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -
         wait: wait until the lock is free. A signal whose handler raises ends the wait.
 
     Raises:
-        LockError: the file cannot be written, or another process has locked it. The file says which process.
+        LockError: the file cannot be written.
+        LockHeldError: another process has locked it. The file says which process.
     """
     operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     with contextlib.ExitStack() as stack:
@@ -77,7 +82,7 @@ def lock_file(path: Path, kind: str, shared: bool = False, wait: bool = False) -
             try:
                 fcntl.flock(file, operation)
             except BlockingIOError:
-                raise LockError(
+                raise LockHeldError(
                     f"{path.parent}: another {kind} is running here{_owner(path)}; wait for it, or stop it"
                 ) from None
             except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 
 from framestream.pipeline.shards.index import Index
 from framestream.pipeline.shards.media_view import MediaViews
-from framestream.pipeline.tokenization import token_cache as module
 from framestream.pipeline.tokenization.chat_template import ChatTemplate
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.pipeline.tokenization.token_cache import TokenCache
+from framestream.pipeline.tokenization.token_rows import DialogueTokenizer
 from tests.helpers.corpora.small_root import Root, manifest, mixed_root, turns
 
 
@@ -55,10 +56,19 @@ def test_rows_are_the_dialogues_one_by_one(root):
     assert not refused(tokens) and not len(tokens.truncated)
 
 
+def test_another_process_makes_the_same_rows(root):
+    made = manifest(root)
+    index = Index.open(made.shard_root)
+    here = DialogueTokenizer(index, ChatTemplate(made.text), MediaViews(index, made), 0)
+    there = pickle.loads(pickle.dumps(here))
+    rows = len(index.dialogues)
+    assert [batch.to_pylist() for batch in there(1, rows)] == [batch.to_pylist() for batch in here(1, rows)]
+
+
 def test_built_once_and_again_for_other_settings(root, monkeypatch):
     first = open_tokens(root)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_batches", lambda *_: pytest.fail("tokenized twice"))
+        patched.setattr(DialogueTokenizer, "__call__", lambda *_: pytest.fail("tokenized twice"))
         assert open_tokens(root, text__max_tokens=300, batching__global_batch=2).fingerprint == first.fingerprint
     others = {
         open_tokens(root, **over).fingerprint
@@ -88,7 +98,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         yield from ()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_batches", fail)
+    monkeypatch.setattr(DialogueTokenizer, "__call__", fail)
     with pytest.raises(KeyboardInterrupt):
         open_tokens(folder)
     assert not list((folder / "stage2" / "index").glob("tokens-*"))

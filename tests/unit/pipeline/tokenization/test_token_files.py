@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import logging
 import os
 import random
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from framestream.pipeline import build_loader
+from framestream.pipeline.config.schema import ManifestError
 from framestream.pipeline.shards.index import ShardsError
 from framestream.pipeline.tokenization import token_files as module
 from framestream.pipeline.tokenization.token_files import SCHEMA, open_or_write_tokens, open_tokens
+from framestream.pipeline.utils.locks import LocksUnsupportedError
 from tests.helpers.corpora.small_root import manifest, mixed_root
-
-FINGERPRINT = "ab" * 16
-ROWS = [
-    {"ids": [5, -200, 7, 9], "labels": [-100, -100, -100, 9], "length": 67, "clips": 0, "tiles": 1, "learned": 1},
-    {"ids": [3, 4], "labels": [-100, 4], "length": 2, "clips": 0, "tiles": 0, "learned": 1},
-    {"ids": [], "labels": [], "length": 0, "clips": 0, "tiles": 0, "learned": 0},
-]
-ROWS = [row | {"error": "" if row["ids"] else "no answer"} for row in ROWS]
+from tests.helpers.paths import ROOT
+from tests.helpers.workers.token_worker import FINGERPRINT, ROWS, Recorder, tokenize
 
 
-def batches():
-    yield module.pa.RecordBatch.from_pylist(ROWS[:2], schema=SCHEMA)
-    yield module.pa.RecordBatch.from_pylist(ROWS[2:], schema=SCHEMA)
+def read(*folders: Path, tokenize=tokenize) -> list[dict]:
+    return open_or_write_tokens(folders, FINGERPRINT, len(ROWS), tokenize).table.to_pylist()
 
 
-def read(*folders: Path) -> list[dict]:
-    return open_or_write_tokens(folders, FINGERPRINT, len(ROWS), batches).table.to_pylist()
-
-
-def never():
+def never(*_):
     pytest.fail("tokenized again")
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Make each row a part, in two processes."""
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    monkeypatch.setattr(module, "PARTS_PER_PROCESS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_each_damage_is_one_line_and_the_cache_is_made_again(path, caplog):
 def test_a_file_without_digest_is_read_if_its_rows_agree(path, caplog):
     old = path.rename(path.with_name(f"tokens-{FINGERPRINT}.arrow"))
     for _ in range(2):
-        assert open_or_write_tokens([path.parent], FINGERPRINT, len(ROWS), never).table.to_pylist() == ROWS
+        assert read(path.parent, tokenize=never) == ROWS
     assert [record.getMessage() for record in caplog.records] == [
         f"{old}: has no digest, as in older versions; damage here may go unnoticed"
     ]
@@ -166,9 +169,84 @@ def test_where_nothing_can_be_written_both_folders_are_named(path, monkeypatch):
         read(path.parent, path.parent.parent / "cache")
 
 
-def test_ranks_of_a_machine_make_one_cache(tmp_path, monkeypatch):
-    calls, original = [], module._write
+@pytest.mark.parametrize("locks", [True, False])
+def test_ranks_of_a_machine_make_one_cache(path, monkeypatch, locks):
+    """Without locks several may write it, and each removes the parts of the others."""
+    calls, original, data = [], module._write, path.read_bytes()
     monkeypatch.setattr(module, "_write", lambda *arguments: calls.append(1) or original(*arguments))
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda _: read(tmp_path / "cache"), range(4))) == [ROWS] * 4
-    assert len(calls) == 1
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    if not locks:
+        monkeypatch.setattr(module, "lock_file", lambda *_, **__: _no_locks())
+    for folder in (path.parent, path.parent.parent / "cache"):
+        calls.clear()
+        path.unlink(missing_ok=True)
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda _, folder=folder: read(folder), range(4))) == [ROWS] * 4
+        (found,) = folder.iterdir()
+        assert found.read_bytes() == data and (len(calls) == 1 or not locks)
+
+
+@contextlib.contextmanager
+def _no_locks():
+    raise LocksUnsupportedError("none here")
+    yield
+
+
+def test_killed_at_any_part_it_goes_on_with_the_next(path):
+    data, folder, log = path.read_bytes(), path.parent, path.parent.parent / "log"
+    path.unlink()
+    worker = f"from {Recorder.__module__} import die_in_second_part; die_in_second_part({str(folder)!r})"
+    codes = [subprocess.run([sys.executable, "-c", worker], cwd=ROOT).returncode for _ in ROWS]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert log.read_text().split() == ["0", "1", "1", "2", "2"]
+    assert path.read_bytes() == data and not list(folder.glob("*.part"))
+
+
+def test_bytes_do_not_depend_on_the_number_of_processes(path, small_parts, monkeypatch):
+    data, log = path.read_bytes(), path.parent.parent / "log"
+    path.unlink()
+    assert read(path.parent, tokenize=Recorder(log)) == ROWS
+    assert path.read_bytes() == data and sorted(log.read_text().split()) == ["0", "1", "2"]
+
+
+def test_a_process_that_dies_is_one_line_and_costs_its_part(path, small_parts):
+    folder, log = path.parent, path.parent.parent / "log"
+    path.unlink()
+    with pytest.raises(ShardsError, match="process [0-9]+ that tokenizes was ended by SIGKILL; run the same") as raised:
+        read(folder, tokenize=Recorder(log, kill_at=2))
+    assert "\n" not in str(raised.value)
+    kept = [file for file in folder.iterdir() if file.suffix == ".part"]
+    log.unlink()
+    assert kept and read(folder, tokenize=Recorder(log)) == ROWS
+    assert len(log.read_text().split()) == len(ROWS) - len(kept) and not list(folder.glob("*.part"))
+
+
+def test_an_error_in_a_process_is_raised_here(path, small_parts):
+    path.unlink()
+    with pytest.raises(ManifestError, match="text.tokenizer: is bad"):
+        read(path.parent, tokenize=Recorder(path.parent.parent / "log", fail_at=1))
+
+
+def test_damaged_parts_are_named_and_made_again(path, monkeypatch, caplog):
+    data, folder, rng, log = path.read_bytes(), path.parent, random.Random(5), path.parent.parent / "log"
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    for _ in range(20):
+        path.unlink()
+        with pytest.raises(ManifestError):
+            read(folder, tokenize=Recorder(log, fail_at=2))
+        (first, second), _ = sorted(folder.iterdir()), (caplog.clear(), log.unlink())
+        first.write_bytes(damage(rng, first.read_bytes()))
+        assert read(folder, tokenize=Recorder(log)) == ROWS and log.read_text().split() == ["0", "2"]
+        (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert record.getMessage().startswith(f"{first}: ") and "tokenized again" in record.getMessage()
+        assert path.read_bytes() == data and list(folder.iterdir()) == [path] and second != path
+
+
+def test_what_killed_processes_left_is_removed(path):
+    part, old, new = (path.with_name(f"tokens-{FINGERPRINT}.{name}") for name in ("0-0.part", "a.tmp", "b.tmp"))
+    for file in (part, old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    assert read(path.parent, tokenize=never) == ROWS and not part.exists()
+    path.unlink()
+    assert read(path.parent) == ROWS and sorted(path.parent.iterdir()) == sorted([path, new])
