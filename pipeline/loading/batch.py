@@ -62,7 +62,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(value.nbytes for value in self._tensors().values())
+        return sum(value.nbytes for value in self.tensors().values())
 
     def to(self, device: Any, non_blocking: bool = True) -> Batch:
         """Return a copy with every tensor on ``device``."""
@@ -72,12 +72,13 @@ class Batch:
         """Return a copy with every tensor in page-locked memory, for asynchronous copies to a GPU."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by their names."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        changes: dict[str, Any] = {name: function(value) for name, value in self._tensors().items()}
+        changes: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **changes)
 
 

@@ -48,6 +48,7 @@ from framestream.trainer.monitoring.logger import MetricsLogger
 from framestream.trainer.monitoring.profiler import Profiler
 from framestream.trainer.monitoring.run_ledger import RunLedger, not_finite_before
 from framestream.trainer.monitoring.step_stats import StepStats
+from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from framestream.trainer.training.drop_path_rng import drop_path_random
 from framestream.trainer.training.engine import TrainingEngine, build_engine
 from framestream.trainer.training.optim import set_learning_rates
@@ -228,7 +229,7 @@ def _run_steps(run: RunContext, loader: Loader, done: int) -> None:
     )
     monitor = _StepMonitor(run, done, steps)
     not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
-    rows = _rows(loader, train.epochs)
+    rows = DevicePrefetcher(_rows(run, loader), loader.state_dict, run.context.device)
     try:
         with run.preemption.deferred():
             while done < steps:
@@ -241,13 +242,14 @@ def _run_steps(run: RunContext, loader: Loader, done: int) -> None:
                 monitor.end_step(done, {**counts, **record, "not_finite": not_finite})
                 _check_not_finite(run, not_finite)
                 if done % train.save_every == 0 or done == steps:
-                    _save(run, loader, done)
+                    _save(run, rows, done)
                     saved = done
     except Preempted:
         if done > saved:
-            _save(run, loader, done)
+            _save(run, rows, done)
         raise
     finally:
+        rows.close()
         monitor.close()
 
 
@@ -260,18 +262,22 @@ def _check_not_finite(run: RunContext, count: int) -> None:
         )
 
 
-def _save(run: RunContext, loader: Loader, done: int) -> None:
+def _save(run: RunContext, rows: DevicePrefetcher, done: int) -> None:
     run.watchdog.set_phase(f"saving the checkpoint of step {done}")
-    save_checkpoint(run.engine, run.folder, done, loader.state_dict(), run.manifest, run.context)
+    save_checkpoint(run.engine, run.folder, done, rows.state_dict(), run.manifest, run.context)
 
 
-def _rows(loader: Loader, epochs: int) -> Iterator[Batch]:
-    """Yield every row of this rank until the end of the last epoch."""
-    while loader.state_dict()["epoch"] < epochs:
-        yield from loader
+def _rows(run: RunContext, loader: Loader) -> Iterator[Batch]:
+    """Yield every row of this rank until the end of the last epoch, with its random numbers."""
+    numbers = run.engine.module.vision_tower.num_drop_path_rands
+    while loader.state_dict()["epoch"] < run.manifest.train.epochs:
+        for row in loader:
+            row.drop_path_rand = drop_path_random(row, run.manifest.seed, numbers)
+            yield row
+            del row  # the loader reuses the memory of its pixels
 
 
-def _global_batch(run: RunContext, rows: Iterator[Batch]) -> dict:
+def _global_batch(run: RunContext, rows: DevicePrefetcher) -> dict:
     """Run one optimizer step: all micro-steps of a global batch, then the update.
 
     Returns the figures for the log, and ``applied``: whether loss and gradient were finite. If they were not, the
@@ -283,12 +289,11 @@ def _global_batch(run: RunContext, rows: Iterator[Batch]) -> dict:
         run.preemption.raise_if_preempted(context)
         stats.start_wait()
         run.watchdog.set_phase("waiting for data")
-        row = next(rows)
+        row, on_device = next(rows)
         stats.end_wait()
-        row.drop_path_rand = drop_path_random(row, run.manifest.seed, engine.module.vision_tower.num_drop_path_rands)
         where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro_step}"
         run.watchdog.set_phase(f"forward pass of {where}")
-        loss = engine(row.to(context.device))
+        loss = engine(on_device)
         engine.set_gradient_accumulation_boundary(row.is_last)
         run.watchdog.set_phase(f"backward pass of {where}")
         engine.backward(loss * torch.where(loss.detach().isfinite(), context.world / row.total_weight, torch.nan))

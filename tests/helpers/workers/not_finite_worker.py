@@ -17,6 +17,7 @@ import torch
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.trainer.distributed.process_group import barrier, destroy_process_group, init_process_group
 from framestream.trainer.monitoring.run_ledger import RunLedger, read_run_ledger
+from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from framestream.trainer.training.engine import build_engine
 from framestream.trainer.training.loop import RunContext, _global_batch
 from framestream.trainer.weights.load import gather_parameter
@@ -63,7 +64,7 @@ def train(stage: int, offload: str, fault: str, steps, folder: Path, context) ->
         faulty = step == 1 and context.rank == 1
         model.embed = (lambda batch: hurt(embed(batch))) if faulty and fault == "gradient" else embed
         rows = iter([row(step, micro, context.rank, faulty and fault == "loss") for micro in range(2)])
-        records.append(_global_batch(run, rows))
+        records.append(_global_batch(run, DevicePrefetcher(rows, dict, context.device)))
     weights = []
     for parameter in model.parameters():
         with gather_parameter(parameter):

@@ -182,7 +182,7 @@ def test_report_says_what_the_epoch_holds(root):
 def test_batches_move_as_one(root):
     batch = next(iter(build_loader(manifest(root))))
     moved = batch.to("meta")
-    assert {t.device.type for t in moved._tensors().values()} == {"meta"}
+    assert {t.device.type for t in moved.tensors().values()} == {"meta"}
     assert moved.keys == batch.keys and batch.input_ids.device.type == "cpu"
 
 

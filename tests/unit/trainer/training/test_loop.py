@@ -14,6 +14,7 @@ from framestream.trainer.distributed.process_group import DistributedContext
 from framestream.trainer.monitoring import step_stats
 from framestream.trainer.monitoring.run_ledger import RunLedger
 from framestream.trainer.training import loop
+from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
 
@@ -46,6 +47,13 @@ class Engine:
         return 3
 
 
+class Rows(list):
+    """Stands for a loader of one epoch."""
+
+    def state_dict(self) -> dict:
+        return {"epoch": 0}
+
+
 def recorded(rows: list[list[str]], steps: range = range(2), seed: int = 0, per_clip: int = 4) -> dict:
     """Run the global batches whose dialogues are in these ``rows`` of one rank; return the numbers they got."""
 
@@ -56,14 +64,16 @@ def recorded(rows: list[list[str]], steps: range = range(2), seed: int = 0, per_
         return batch
 
     engine = Engine(per_clip)
-    batches = iter([row(step, micro) for step in steps for micro in range(len(rows))])
+    loader = Rows(row(step, micro) for step in steps for micro in range(len(rows)))
     settings = dataclasses.replace(manifest(SIZE, SMALL), seed=seed)
     preemption = SimpleNamespace(raise_if_preempted=lambda context: None)
     watchdog = SimpleNamespace(set_phase=lambda phase: None)
     context = DistributedContext(0, 1, torch.device("cpu"))
     run = loop.RunContext(settings, engine, context, Path(), RunLedger(Path(), 0, 1), preemption, watchdog)
+    batches = DevicePrefetcher(loop._rows(run, loader), loader.state_dict, context.device)
     for _ in steps:
         loop._global_batch(run, batches)
+    batches.close()
     return engine.numbers
 
 
