@@ -14,6 +14,7 @@ a root map.
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -93,6 +94,8 @@ class RootMap:
                     self._map[expand_path(name)] = expand_location(to_dict(location))
                 except PathError as error:
                     raise ManifestError(f"data.roots: {data.roots}: {name}: {error}") from None
+        self._locks = {name: threading.Lock() for name in self._map}
+        self._resolved: dict[str, ResolvedLocation] = {}
 
     def annotation(self, entry: EntryConfig) -> ResolvedLocation:
         """Resolve the annotation file of an entry to a local file; fetch it if it is remote."""
@@ -138,7 +141,14 @@ class RootMap:
         return _local_folder(Path(entry.root), entry.root, entry.root)
 
     def _resolve(self, name: str) -> ResolvedLocation:
-        """Resolve the root map's value of ``name``."""
+        """Resolve the root map's value of ``name``, once for all entries that share it."""
+        with self._locks[name]:
+            if name not in self._resolved:
+                self._resolved[name] = self._find(name)
+            return self._resolved[name]
+
+    def _find(self, name: str) -> ResolvedLocation:
+        """Find out whether the location that ``name`` stands for can be read; archives are listed, not opened."""
         spec, limits = self._map[name], self._sources.limits
         if not isinstance(spec, str):  # archives are only checked here: opening them may take long
             return self._resolve_archives(name, spec)

@@ -6,6 +6,7 @@ import pytest
 
 from framestream.pipeline.config.data import DataConfig, EntryConfig
 from framestream.pipeline.config.manifest import ManifestError
+from framestream.tools.fetch import root_map
 from framestream.tools.fetch.http.retry import FetchLimits
 from framestream.tools.fetch.root_map import RootMap, expand_location
 
@@ -40,3 +41,14 @@ def test_archives_expand_and_addresses_stay(tmp_path):
     expanded = {"archives": [f"dir:{tmp_path}/a.tar", "hf:o/n:$X.tar", "url:https://h/~/{path}"], "inside": "$X"}
     assert expand_location(value) == expanded
     assert expand_location("s3://bucket/$X") == "s3://bucket/$X"
+
+
+def test_archives_of_many_entries_are_listed_once(tmp_path, monkeypatch):
+    """The 38 entries of LLaVA-Video share 18 archives: 684 listings would exceed what the hub answers in a minute."""
+    listed = []
+    monkeypatch.setattr(root_map, "open_files", lambda files, limits: listed.extend(files))
+    roots = open_map(tmp_path, "films: {archives: ['dir:a/*.tar.gz', 'dir:b/*.tar.gz']}\n")
+    entries = [EntryConfig(annotation=f"{n}.json", root="films") for n in range(38)]
+    with root_map.DaemonThreadPool(root_map.THREADS) as threads:
+        found = list(threads.map(roots.media, entries))
+    assert listed == ["dir:a/*.tar.gz", "dir:b/*.tar.gz"] and len(set(map(id, found))) == 1
