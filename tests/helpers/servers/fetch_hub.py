@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from tests.helpers.servers.web_server import Server
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = 1000  #: bytes above which a file is in LFS, behind a redirect to /cdn/PATH
+LARGE = 1000  #: bytes above which a file is in LFS, behind a redirect to /cdn/NAME/PATH
 
 
 def blob(data: bytes) -> str:
@@ -24,7 +24,7 @@ def serve_hub(server: Server, files: MutableMapping[str, bytes], name: str = "me
 
     Later changes of a file are served; files added later are not.
     """
-    api, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/{COMMIT}"
+    api, resolve, cdn_root = f"/api/datasets/{name}", f"/datasets/{name}/resolve/{COMMIT}", f"/cdn/{name}"
 
     def revision(request):
         request.answer(body=json.dumps({"id": name, "sha": COMMIT}).encode())
@@ -53,15 +53,15 @@ def serve_hub(server: Server, files: MutableMapping[str, bytes], name: str = "me
     def content(request):
         path = unquote(urlsplit(request.path).path).removeprefix(f"{resolve}/")
         if len(files[path]) > LARGE:
-            return request.answer(302, Location=f"{server.url}/cdn/{quote(path)}?signature=secret")
+            return request.answer(302, Location=f"{server.url}{cdn_root}/{quote(path)}?signature=secret")
         request.serve(files[path])
 
     def cdn(request):
-        request.serve(files[unquote(urlsplit(request.path).path).removeprefix("/cdn/")])
+        request.serve(files[unquote(urlsplit(request.path).path).removeprefix(f"{cdn_root}/")])
 
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
     server.routes |= {f"{api}/tree/{COMMIT}": tree}
     server.routes |= {f"{api}/tree/{COMMIT}/{quote(folder)}": tree for folder in folders}
     server.routes |= {f"{api}/revision/{name}": revision for name in ("main", "refs%2Fpr%2F1")}
     server.routes |= {f"{resolve}/{quote(path)}": content for path in files}
-    server.routes |= {f"/cdn/{quote(path)}": cdn for path in files}
+    server.routes |= {f"{cdn_root}/{quote(path)}": cdn for path in files}

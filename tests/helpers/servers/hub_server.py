@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -21,7 +22,8 @@ class Repository:
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        files = sorted((path, etag(body)) for path, body in self.files.items())
+        return hashlib.sha1(repr(files).encode()).hexdigest()
 
     def has(self, revision: str) -> bool:
         return revision in ("main", "v1", self.commit)
@@ -102,5 +104,6 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
         thread.join()
 
 
+@functools.cache  # weights of many megabytes are asked for several times
 def etag(body: bytes) -> str:
     return hashlib.sha1(body).hexdigest()

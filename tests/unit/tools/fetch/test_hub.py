@@ -95,7 +95,7 @@ def test_contents_are_checked(hub, tmp_path):
 
 def test_token_goes_to_the_hub_alone(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.routes["/cdn/video/large.mp4"] = lambda request: request.answer(403)
+    hub.routes["/cdn/me/data/video/large.mp4"] = lambda request: request.answer(403)
     with pytest.raises(FetchError) as error:
         opened(hub).fetch("large.mp4", tmp_path)
     assert error.value.reason == "denied" and "HF_TOKEN" in str(error.value) and "hf_secret" not in str(error.value)
