@@ -66,6 +66,7 @@ def _train(manifest: Manifest) -> int:
     from framestream.trainer.distributed.call_order import CallOrderError
     from framestream.trainer.distributed.launchers import LaunchError
     from framestream.trainer.distributed.preemption import Preempted
+    from framestream.trainer.distributed.run_store import MainRankError
     from framestream.trainer.monitoring.log_setup import setup_logging
     from framestream.trainer.training.loop import TrainingError, train
     from framestream.trainer.weights.tensor_files import WeightsError
@@ -83,7 +84,7 @@ def _train(manifest: Manifest) -> int:
         for fault in error.faults:
             _failed(fault, 2, error.everywhere)
         return 2
-    except (CallOrderError, CheckpointError, TrainingError, WeightsError) as error:
+    except (CallOrderError, CheckpointError, MainRankError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
     except LoaderError as error:
         return _failed(error, 1, all_ranks=False)

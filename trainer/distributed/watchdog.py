@@ -24,11 +24,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-
-from torch.distributed import TCPStore
 
 from framestream.trainer.distributed.process_group import DistributedContext, barrier
+from framestream.trainer.distributed.run_store import open_store
 
 BEATS = 60  #: heartbeats within the time limit, at least
 MAX_INTERVAL = 10.0  #: seconds between heartbeats
@@ -139,14 +137,7 @@ class Watchdog:
         self._closed = threading.Event()
         if context.world == 1:
             return
-        self._prefix = f"framestream/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(minutes=minutes),
-        )
+        self._store = open_store(minutes)
         self._send(0)
         barrier()  # every rank has sent a heartbeat
         for name, work in (("send", self._exchange), ("check", self._check)):
@@ -168,7 +159,7 @@ class Watchdog:
 
         This thread may block, because the host of the store may be the machine that has stopped.
         """
-        keys = [f"{self._prefix}/{rank}" for rank in range(self._world)]
+        keys = [f"heartbeat/{rank}" for rank in range(self._world)]
         number = 0
         try:
             while not self._closed.wait(self._interval):
@@ -181,7 +172,7 @@ class Watchdog:
     def _send(self, number: int) -> None:
         count, phase, no_deadline = self._phase
         beat = Heartbeat(number, count, phase, self._machine, self.last_call(), no_deadline)
-        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(beat)))
+        self._store.set(f"heartbeat/{self._rank}", json.dumps(asdict(beat)))
 
     def _check(self) -> None:
         """Check the heartbeats once an interval, and end the process on a fault."""

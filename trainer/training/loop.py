@@ -41,6 +41,7 @@ from framestream.trainer.distributed.process_group import (
     destroy_process_group,
     init_process_group,
 )
+from framestream.trainer.distributed.run_store import main_rank_first, open_store
 from framestream.trainer.distributed.watchdog import Watchdog
 from framestream.trainer.model.cost import cost_coefficients
 from framestream.trainer.model.video_llm import VideoLLM
@@ -121,8 +122,7 @@ def _train(
     watchdog.set_phase("checking what the run needs")
     run_preflight(manifest, context, folder)
     logger.info("%s: %s", manifest.name, describe_disk(manifest))
-    watchdog.set_phase("opening the shards")
-    loader = _open_loader(manifest, context)
+    loader = _open_loader(manifest, context, watchdog)
     watchdog.set_phase("creating the model and its initial weights")
     engine, model = build_engine(manifest, context)
     watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
@@ -157,14 +157,18 @@ def _is_finished(manifest: Manifest, folder: Path, context: DistributedContext) 
     return True
 
 
-def _open_loader(manifest: Manifest, context: DistributedContext) -> Loader:
-    """Open the shards on rank 0 first, which writes the token cache, then on the other ranks, which read it."""
-    if not context.is_main:
-        barrier()
-    loader = build_loader(manifest, context.rank, context.world)
-    if context.is_main:
-        barrier()
-    return loader
+def _open_loader(manifest: Manifest, context: DistributedContext, watchdog: Watchdog) -> Loader:
+    """Open the shards on rank 0 first, which writes the token cache, then on the other ranks, which read it.
+
+    Writing it may take longer than ``train.timeout_minutes``.
+    """
+    watchdog.set_phase("opening the shards, after rank 0 has tokenized them", no_deadline=True)
+    if context.world == 1:
+        return build_loader(manifest)
+    store = open_store(manifest.train.timeout_minutes)
+    with main_rank_first(store, "shards", context.rank):
+        watchdog.set_phase("opening the shards", no_deadline=context.is_main)
+        return build_loader(manifest, context.rank, context.world)
 
 
 def _resume(run: RunContext, loader: Loader) -> int:

@@ -1,4 +1,7 @@
-"""Ranks that call the model differently get an error that names the first call that differs."""
+"""Ranks that call the model differently get an error that names the first call that differs.
+
+The same two ranks open shards, for which rank 0 takes longer than the limit.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ def test_two_ranks_compare_their_calls(tmp_path: Path) -> None:
     assert "call 2 of a global batch is tower on rank 1 and no call on rank 0, of 2 and 1 calls" in first["more"]
     assert "call 1 of a global batch is head.0 on rank 1 and tower on rank 0, of 3 and 3 calls" in first["other order"]
     assert "call 1 of a global batch is no call on rank 1 and tower on rank 0" in first["none"]
+    assert first["slow"] == "by rank 0" and first["failing"] == "stage2: damaged"
 
 
 def test_the_last_call_is_named() -> None:
