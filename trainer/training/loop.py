@@ -43,6 +43,7 @@ from framestream.trainer.distributed.process_group import (
 )
 from framestream.trainer.distributed.run_store import main_rank_first, open_store
 from framestream.trainer.distributed.watchdog import Watchdog
+from framestream.trainer.model.attention import describe_kernels
 from framestream.trainer.model.cost import cost_coefficients
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.monitoring.logger import MetricsLogger
@@ -56,6 +57,7 @@ from framestream.trainer.training.optim import set_learning_rates
 from framestream.trainer.training.preflight import run_preflight
 from framestream.trainer.training.run_lock import lock_run
 from framestream.trainer.weights.load import save_weights
+from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ def _train(
     loader = _open_loader(manifest, context, watchdog)
     watchdog.set_phase("creating the model and its initial weights")
     engine, model = build_engine(manifest, context)
+    logger.info("%s: %s", manifest.name, _describe_attention(manifest, context))
     watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
     ledger = RunLedger(folder, context.rank, context.world)
     run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
@@ -135,6 +138,15 @@ def _train(
     _run_steps(run, loader, done)
     watchdog.set_phase("writing the final weights")
     _write_final(model, run)
+
+
+def _describe_attention(manifest: Manifest, context: DistributedContext) -> str:
+    tower, language = manifest.model.vision_tower, manifest.model.language_model
+    sizes = {
+        "vision tower": tower.width // tower.heads,
+        "language model": language.hidden_size // language.num_attention_heads,
+    }
+    return describe_kernels(context.device.type, TRAIN_DTYPES[manifest.train.dtype], sizes)
 
 
 def _check_world(manifest: Manifest, context: DistributedContext) -> None:
