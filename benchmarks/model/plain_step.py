@@ -64,7 +64,7 @@ class PlainModel(nn.Module):
 
     def __init__(self, manifest: Manifest, model: VideoLLM, flash: bool):
         super().__init__()
-        self.cfg, self.recompute = manifest.model.vision_tower, manifest.train.gradient_checkpointing
+        self.cfg, self.recompute = manifest.model.vision_tower, manifest.train.gradient_checkpointing != "none"
         fields = to_dict(manifest.model.language_model)
         rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
         attention = "flash_attention_2" if flash else "sdpa"

@@ -71,6 +71,10 @@ class Manifest:
         if longest > positions:
             limit = f"model.language_model.max_position_embeddings ({positions})"
             raise ManifestError(f"text.max_tokens: {longest} is more than {limit}; lower it or raise that")
+        layers = self.model.language_model.num_hidden_layers
+        if self.train.recomputation(layers).layers > layers:
+            level = self.train.gradient_checkpointing
+            raise ManifestError(f"train.gradient_checkpointing: {level} of {layers} layers; use all")
         if self.mix and self.batching.order == "modality_length":
             raise ManifestError(
                 "batching.order: modality_length drops a varying number of dialogues of a mix each epoch; use modality"

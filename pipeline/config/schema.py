@@ -42,6 +42,7 @@ def spec(
     low: float | None = None,
     high: float | None = None,
     path: Literal["", "local", "any"] = "",
+    flags: tuple[str, ...] = (),
     doc: str = "",
 ) -> dict[str, Any]:
     """Describe a field, as the ``metadata`` of :func:`dataclasses.field`.
@@ -52,9 +53,10 @@ def spec(
         high: the inclusive upper bound; every number has one.
         path: whether the field is a path on this machine (``local``), or a path, address or name (``any``). Its ``~``
             and its variables are expanded.
+        flags: of a text, the two values that ``false`` and ``true`` stand for.
         doc: what the field means.
     """
-    return {"choices": choices, "low": low, "high": high, "path": path, "doc": doc}
+    return {"choices": choices, "low": low, "high": high, "path": path, "flags": flags, "doc": doc}
 
 
 def from_dict(cls: type[Config], value: Any, where: str) -> Config:
@@ -79,6 +81,8 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
             if not hint and not where and isinstance(item, (dict, list)):
                 hint = "; begin the name with `x-` if it only holds anchors"
             raise ManifestError(f"{_join(where, shown[:MAX_SHOWN])}: unknown field{hint}")
+        flags = fields[name].metadata.get("flags")
+        item = flags[item] if flags and isinstance(item, bool) else item
         converted = _convert(hints[name], item, _join(where, name))
         arguments[name] = _check_value(fields[name], converted, _join(where, name))
     for name, field in fields.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from framestream.pipeline.config.schema import ManifestError, spec
 
@@ -18,6 +20,16 @@ class PartConfig:
     def __post_init__(self) -> None:
         if self.train and not self.lr:
             raise ManifestError("lr: a trained part needs a learning rate above 0")
+
+
+class Recomputation(NamedTuple):
+    """What the backward pass computes again instead of keeping it (gradient checkpointing)."""
+
+    tower: bool  #: groups of the vision tower
+    layers: int  #: number of layers of the language model, counted from the first
+
+
+NO_RECOMPUTATION = Recomputation(False, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,10 @@ class TrainConfig:
         default=100_000, metadata=spec(low=0, high=10**12, doc="ZeRO-3: parameters with fewer elements are not sharded")
     )
     offload: str = field(default="none", metadata=spec(choices=("none", "optimizer", "all")))
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: str = field(
+        default="all",
+        metadata=spec(flags=("none", "all"), doc="none, tower, layers:K, all, or auto: what the backward pass repeats"),
+    )
     save_every: int = field(default=500, metadata=spec(low=1, high=10**9, doc="optimizer steps between checkpoints"))
     keep_last: int = field(default=2, metadata=spec(low=1, high=10**9, doc="number of checkpoints to keep"))
     log_every: int = field(default=1, metadata=spec(low=1, high=10**9))
@@ -78,6 +93,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.offload == "all" and self.zero_stage < 3:
             raise ManifestError("offload: all needs zero_stage 3; set that, or offload: optimizer")
+        if not re.fullmatch(r"none|tower|layers:\d{1,4}|all|auto", self.gradient_checkpointing, re.ASCII):
+            levels = "none, tower, layers:K (K layers of the language model), all or auto"
+            raise ManifestError(f"gradient_checkpointing: {self.gradient_checkpointing!r:.60} is not one of {levels}")
+
+    def recomputation(self, num_layers: int) -> Recomputation:
+        """Return what ``gradient_checkpointing`` means for a language model of ``num_layers`` layers.
+
+        ``auto`` is everything, until a run has replaced it by what fits into its memory.
+        """
+        level = self.gradient_checkpointing
+        if level == "none":
+            return NO_RECOMPUTATION
+        layers = {"tower": 0, "all": num_layers, "auto": num_layers}
+        return Recomputation(True, layers[level] if level in layers else int(level.removeprefix("layers:")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,7 +196,7 @@ def estimate_memory(manifest: Manifest, frames: int, tokens: int, world: int) ->
     merged = clips * TOKENS_PER_CLIP * (tower.width + 3 * language.hidden_size) * size
     one_layer = tokens * (10 * language.hidden_size + 4 * language.intermediate_size) * size
     one_group = group * spanned * tower.width * live * (tower.depth - 1) if train.vision_tower.train else 0
-    if train.gradient_checkpointing:
+    if train.gradient_checkpointing != "none":
         kept = pixels + merged + tokens * language.hidden_size * size * language.num_hidden_layers
         working = max(one_group, one_layer)
     else:

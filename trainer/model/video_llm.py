@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig
+from framestream.pipeline.config.training import NO_RECOMPUTATION, Recomputation
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.model.attention import PACKED, AttentionSegments
 from framestream.trainer.model.internvideo2 import InternVideo2
@@ -50,7 +51,7 @@ class VideoLLM(nn.Module):
         cfg: architecture of the three parts.
         size: S, pixels along a side of a frame.
         clip_frames: T, frames of a clip.
-        recompute: gradient checkpointing of tower groups and language-model layers while training.
+        recompute: what the backward pass computes again while training.
 
     Attributes:
         vision_cache: replaces :meth:`encode` if set, such as
@@ -61,18 +62,22 @@ class VideoLLM(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, cfg: ModelConfig, size: int, clip_frames: int, recompute: bool = False) -> None:
+    def __init__(
+        self, cfg: ModelConfig, size: int, clip_frames: int, recompute: Recomputation = NO_RECOMPUTATION
+    ) -> None:
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
-        self.recompute = recompute
+        self.recompute = recompute.tower
         self.vision_cache: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
         self.vision_tower = TOWER_CLASSES[tower.type](tower, size, clip_frames)
         self.connector = ToMeConnector(tower.width, hidden, tower.heads)
         self.language_model = build_language_model(cfg.language_model)
-        if recompute:
+        if recompute.layers:
             model = self.language_model  # transformers renamed the method in 5.23
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "preserve_rng_state": False})
+            for layer in model.model.layers[recompute.layers :]:
+                layer.gradient_checkpointing = False
         for name, values in (("mean", MEAN), ("std", STD)):
             channels = torch.from_numpy(np.array(values, dtype=np.float32)).view(1, 3, 1, 1, 1)
             self.register_buffer(name, channels, persistent=False)
@@ -217,5 +222,8 @@ def build_model(manifest: Manifest, device: str = "cpu") -> VideoLLM:
     """
     with torch.device(device), no_init_weights():
         return VideoLLM(
-            manifest.model, manifest.frames.size, manifest.frames.clip_frames, manifest.train.gradient_checkpointing
+            manifest.model,
+            manifest.frames.size,
+            manifest.frames.clip_frames,
+            manifest.train.recomputation(manifest.model.language_model.num_hidden_layers),
         )

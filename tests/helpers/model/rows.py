@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.config.training import Recomputation
 from framestream.pipeline.loading.batch import Batch, image_and_label_positions
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.trainer.model.video_llm import VideoLLM
@@ -38,7 +39,7 @@ INTERNVIDEO2 = dataclasses.replace(
 
 def small_model(recompute: bool = False, cfg: ModelConfig = SMALL, scale: float = 8.0, size: int = SIZE) -> VideoLLM:
     """Return a model with initial values ``scale`` times those of training, so that outputs differ clearly."""
-    model = VideoLLM(cfg, size, 4, recompute)
+    model = VideoLLM(cfg, size, 4, Recomputation(recompute, cfg.language_model.num_hidden_layers * recompute))
     values = {n: random_tensor(n, tuple(p.shape), 0) * (scale if p.ndim > 1 else 1) for n, p in parameters(model)}
     values |= {name: torch.full_like(scale, 0.5) for name, scale in values.items() if ".ls" in name}  # not 1e-5
     tensors = {name: LazyTensor(tuple(value.shape), lambda value=value: value) for name, value in values.items()}

@@ -40,7 +40,7 @@ WAYS: dict[str, Way] = {  #: the first is what the others are compared with
     "ZeRO-2": (2, ("train.zero_stage=2",)),
     "optimiser offloaded": (2, ("train.offload=optimizer",)),
     "all offloaded": (2, ("train.offload=all",)),
-    "recomputed": (2, ("train.gradient_checkpointing=true",)),
+    "recomputed": (2, ("train.gradient_checkpointing=all",)),
 }
 
 

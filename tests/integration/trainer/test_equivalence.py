@@ -25,7 +25,7 @@ OTHERS: dict[str, ways.Way] = {
     "one_rank_zero1_dialogues_alone": (1, (ways.ALONE, "train.zero_stage=1")),
     "four_ranks_offloaded_recomputed": (
         4,
-        ("train.offload=all", "train.gradient_checkpointing=true", "train.check_calls=true"),
+        ("train.offload=all", "train.gradient_checkpointing=all", "train.check_calls=true"),
     ),
 }
 

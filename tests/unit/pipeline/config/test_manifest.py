@@ -72,6 +72,7 @@ WORDS = {
     "data.entries[0].sampling",
     "frames.sampler",
     "text.system",
+    "train.gradient_checkpointing",
     "mix[0].entries[0].entry",
     "mix[0].entries[0].sampling",
 }
@@ -113,6 +114,26 @@ def test_printed_manifest_reads_back_the_same(tmp_path):
     assert load_manifest(write(tmp_path, printed, "again.yaml")) == manifest
     with pytest.raises(dataclasses.FrozenInstanceError):
         manifest.stage = 3
+
+
+def test_gradient_checkpointing_has_levels(tmp_path):
+    """``true`` and ``false`` are the values of manifests that earlier runs have written."""
+    path, field = write(tmp_path, SMALL), "train.gradient_checkpointing"
+    levels = {
+        "true": (True, 28),
+        "all": (True, 28),
+        "auto": (True, 28),
+        "false": (False, 0),
+        "none": (False, 0),
+        "tower": (True, 0),
+        "layers:3": (True, 3),
+    }
+    for level, expected in levels.items():
+        assert load_manifest(path, (f"{field}={level}",)).train.recomputation(28) == expected
+    assert load_manifest(path, (f"{field}=true",)).train.gradient_checkpointing == "all"
+    for level in ("layers", "layers:-1", "layers:x", "everything"):
+        assert f"{field}: '{level}' is not one of none, tower, layers:K" in refusal(path, (f"{field}={level}",))
+    assert f"{field}: layers:99 of 28 layers; use all" in refusal(path, (f"{field}=layers:99",))
 
 
 @pytest.mark.parametrize(

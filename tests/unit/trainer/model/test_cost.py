@@ -62,10 +62,8 @@ def test_flops_of_a_row_are_the_products_that_it_runs(cfg):
     masked = cost.part_costs(settings)["language_model"].pair / 2 * sum(length**2 for length in lengths)
     recomputed = 2 * learned * language.vocab_size * language.hidden_size
     expected = cost.row_flops(settings, clips=3, tiles=2, lengths=lengths, learned=learned)
-    pixels = (3 * 4 + 2) * SIZE**2 * 3
-    of_pixels = 2 * pixels * cfg.vision_tower.width  # gradient of the pixels, which the formula counts and nobody needs
     # what is left is merging, whose products the formula leaves out
-    assert counter.get_total_flops() - masked - recomputed + of_pixels == pytest.approx(expected, rel=0.015)
+    assert counter.get_total_flops() - masked - recomputed == pytest.approx(expected, rel=0.015)
 
 
 @pytest.mark.parametrize("tower", [VisionTowerConfig(), INTERNVIDEO2_1B], ids=["umt", "internvideo2"])
@@ -92,7 +90,7 @@ def test_memory_of_model_states_is_sharded_as_the_stage_says():
     assert (
         cost.estimate_memory(settings, 512, 8448, 8)["kept"]
         < cost.estimate_memory(
-            dataclasses.replace(settings, train=dataclasses.replace(settings.train, gradient_checkpointing=False)),
+            dataclasses.replace(settings, train=dataclasses.replace(settings.train, gradient_checkpointing="none")),
             512,
             8448,
             8,

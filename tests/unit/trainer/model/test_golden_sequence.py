@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.config.training import Recomputation
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.weights.load import copy_tensors, open_part_tensors
@@ -24,7 +25,7 @@ def model() -> VideoLLM:
         vision_tower=VisionTowerConfig(width=tower["width"], depth=tower["depth"], heads=tower["heads"]),
         language_model=LanguageModelConfig(**language),
     )
-    model = VideoLLM(cfg, tower["size"], 4, recompute=True)
+    model = VideoLLM(cfg, tower["size"], 4, Recomputation(True, cfg.language_model.num_hidden_layers))
     weights, tensors = FILES / "weights.safetensors", {}
     for part in model.parts():
         tensors |= open_part_tensors(model, part, weights, cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from framestream.pipeline.config.model import ModelConfig
+from framestream.pipeline.config.training import Recomputation
 from framestream.trainer.model import attention
 from framestream.trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
 from framestream.trainer.model.video_llm import VideoLLM, split_groups
@@ -60,6 +62,22 @@ def test_groups_and_recomputation_change_nothing(number, cfg):
     dialogues = some("both", "text", "video")
     plain = gradients(small_model(cfg=cfg).train(), pack(dialogues))
     assert_same(plain, gradients(small_model(recompute=True, cfg=cfg).train(), pack(dialogues, groups=number)))
+
+
+@pytest.mark.parametrize(("tower", "layers"), [(False, 0), (True, 0), (True, 1), (True, 2)])
+def test_each_level_recomputes_its_modules_only(tower: bool, layers: int):
+    """Gradients are equal to the last bit, whatever the backward pass computes again."""
+    batch, plain = pack(some("both", "text")), small_model().train()
+    model = VideoLLM(SMALL, SIZE, 4, Recomputation(tower, layers)).train()
+    model.load_state_dict(plain.state_dict())
+    calls: Counter[str] = Counter()
+    watched = {"tower": model.vision_tower.blocks[0].mlp.fc1}
+    watched |= {f"layer {number}": layer.mlp.up_proj for number, layer in enumerate(model.language_model.model.layers)}
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    found, expected = gradients(model, batch), gradients(plain, batch)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert calls == {"tower": 1 + tower, "layer 0": 1 + (layers > 0), "layer 1": 1 + (layers > 1)}
 
 
 def test_recomputation_drops_the_same_paths():
@@ -209,7 +227,7 @@ def test_a_row_runs_without_a_look_at_its_values(kinds, cfg):
     """On the meta device tensors have no values, so whatever made the host wait for the device would raise."""
     tower = dataclasses.replace(cfg.vision_tower, drop_path=0.5 if cfg is INTERNVIDEO2 else None)
     with torch.device("meta"):
-        model = VideoLLM(dataclasses.replace(cfg, vision_tower=tower), SIZE, 4, recompute=True).train()
+        model = VideoLLM(dataclasses.replace(cfg, vision_tower=tower), SIZE, 4, Recomputation(True, 2)).train()
     batch = pack(some(*kinds), groups=3)
     batch.drop_path_rand = drop_path_random(batch, 0, model.vision_tower.num_drop_path_rands)
     model.to("meta")(batch.to("meta")).backward()
