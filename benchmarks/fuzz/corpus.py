@@ -77,7 +77,7 @@ def write_small_manifest(entries: list[dict[str, Any]], data: Mapping[str, Any] 
         "batching": {"global_batch": 1, "row_multiple": 1},
         "loader": {"threads": 1, "prefetch_mb": 4, "max_unreadable": 1000},
         "model": {
-            "vision_tower": {"width": 16, "depth": 2, "heads": 2, "patch": 4, "table_side": 8, "group_clips": 4},
+            "vision_tower": {"width": 16, "depth": 2, "heads": 2, "patch": 4, "table_side": 8, "group_tokens": 1024},
             "language_model": {
                 "hidden_size": 16,
                 "intermediate_size": 32,

@@ -28,7 +28,7 @@ from torch import nn
 from benchmarks.model import plain_parts
 from framestream.pipeline.config.manifest import load_manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, VisionTowerConfig
-from framestream.trainer.model.tome import ToMeConnector
+from framestream.trainer.model.tome import ToMeConnector, merge_units
 from framestream.trainer.model.umt import UMT
 
 MANIFEST = Path(__file__).parents[2] / "manifests" / "stage3.yaml"
@@ -37,21 +37,20 @@ FLIPS = 0.01  #: share of clips in which a near tie may be resolved differently
 Ways = dict[str, Callable[[], torch.Tensor]]  #: name -> implementation of the same function, this project's first
 
 
-def merging(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
+def merging(heads: int, clips: torch.Tensor) -> Ways:
     """Return implementations of merging alone, clips (N, P, C) -> (N, 64, C)."""
-    heads = connector.heads
     return {
-        "framestream": lambda: connector.merge(clips, clips[:0])[0],
+        "framestream": lambda: merge_units(clips, clips[:0], heads),
         "clip by clip": lambda: torch.cat([plain_parts.plain_merge(c, TOKENS_PER_CLIP, heads) for c in clips.split(1)]),
         "batch": lambda: plain_parts.plain_merge(clips, TOKENS_PER_CLIP, heads),
     }
 
 
-def connecting(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
+def connecting(connector: ToMeConnector, heads: int, clips: torch.Tensor) -> Ways:
     """Return implementations of the complete connector, clips (N, P, C) -> (N, 64, hidden)."""
-    heads, mlp, shape = connector.heads, connector.mlp, (len(clips), TOKENS_PER_CLIP, -1)
+    mlp, shape = connector.mlp, (len(clips), TOKENS_PER_CLIP, -1)
     return {
-        "framestream": lambda: connector(clips, clips[:0]).view(shape),
+        "framestream": lambda: connector(merge_units(clips, clips[:0], heads)).view(shape),
         "clip by clip": lambda: torch.cat(
             [mlp(plain_parts.plain_merge(c, TOKENS_PER_CLIP, heads)) for c in clips.split(1)]
         ),
@@ -59,7 +58,7 @@ def connecting(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
     }
 
 
-def learning(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
+def learning(connector: ToMeConnector, heads: int, clips: torch.Tensor) -> Ways:
     """Return implementations of the connector's forward and backward pass.
 
     Their result is the gradient (N, P, C) of the weighted sum of outputs with respect to the patches.
@@ -72,7 +71,8 @@ def learning(connector: ToMeConnector, clips: torch.Tensor) -> Ways:
         (forward() * weight).sum().backward()
         return clips.grad
 
-    return {name: lambda way=way: step(way) for name, way in connecting(connector, clips.requires_grad_()).items()}
+    ways = connecting(connector, heads, clips.requires_grad_())
+    return {name: lambda way=way: step(way) for name, way in ways.items()}
 
 
 def encoding(cfg: VisionTowerConfig, size: int, clips: torch.Tensor, images: torch.Tensor) -> Ways:
@@ -86,7 +86,7 @@ def encoding(cfg: VisionTowerConfig, size: int, clips: torch.Tensor, images: tor
         nn.init.normal_(block.attn.v_bias)
     plain = plain_parts.PlainTower(cfg, tower)
     return {
-        "framestream": lambda: torch.cat([patches.flatten(0, 1) for patches in tower(clips, images)]),
+        "framestream": lambda: torch.cat([patches.flatten(0, 1) for patches in tower.encode_patches(clips, images)]),
         "clips, then stills": lambda: torch.cat([patches.flatten(0, 1) for patches in plain(clips, images)]),
     }
 
@@ -148,23 +148,23 @@ def main() -> None:
     manifest = load_manifest(MANIFEST)
     cfg, frames = manifest.model.vision_tower, manifest.frames
     patches = frames.clip_frames * (frames.size // cfg.patch) ** 2
-    connector = ToMeConnector(cfg.width, manifest.model.language_model.hidden_size, cfg.heads)
+    connector = ToMeConnector(cfg.width, manifest.model.language_model.hidden_size)
     clips = torch.randn(options.clips, patches, cfg.width)
     video = torch.randn(options.tower_clips, 3, frames.clip_frames, frames.size, frames.size)
     images = torch.randn(options.tower_clips // 2, 3, 1, frames.size, frames.size)
 
     print(f"torch {torch.__version__}, {options.threads} threads, load average {os.getloadavg()[0]:.1f} before")
     quarter = clips[: max(len(clips) // 4, 1)].clone()
-    backward = learning(connector, quarter)
+    backward = learning(connector, cfg.heads, quarter)
     tower = encoding(cfg, frames.size, video, images)
     with torch.no_grad():
-        compare(connecting(connector, clips), FLIPS)
+        compare(connecting(connector, cfg.heads, clips), FLIPS)
         compare(tower)
     compare(backward, FLIPS)
     print(f"{'':<55}{'seconds':>24}{'times framestream':>24}{'fastest':>10}")
     with torch.no_grad():
-        measure_part(f"merging, {options.clips} clips", merging(connector, clips), options.repeats)
-        measure_part(f"connector, {options.clips} clips", connecting(connector, clips), options.repeats)
+        measure_part(f"merging, {options.clips} clips", merging(cfg.heads, clips), options.repeats)
+        measure_part(f"connector, {options.clips} clips", connecting(connector, cfg.heads, clips), options.repeats)
         measure_part(f"tower, {len(video)} clips, {len(images)} stills", tower, options.repeats)
     measure_part(f"connector, {len(quarter)} clips, and backward", backward, options.repeats)
     print(f"load average {os.getloadavg()[0]:.1f} after")

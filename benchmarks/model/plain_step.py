@@ -75,7 +75,8 @@ class PlainModel(nn.Module):
             enable({"use_reentrant": False})
         self.language_model = qwen2
         self.vision_tower, self.connector = PlainTower(self.cfg, model.vision_tower), model.connector.mlp
-        constants = {"mean": model.mean, "std": model.std, "positions": model.vision_tower.clip_positions}
+        tower = model.vision_tower
+        constants = {"mean": tower.mean, "std": tower.std, "positions": tower.clip_positions}
         for name, values in constants.items():
             self.register_buffer(name, values, persistent=False)
         for name in PARTS:

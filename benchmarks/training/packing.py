@@ -109,7 +109,6 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
         clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=generator, dtype=torch.uint8),
         image_tiles=torch.zeros(0, size, size, 3, dtype=torch.uint8),
         visual_index=torch.arange(sum(visual)),
-        groups=max(1, -(-sum(clips) // SMALL.vision_tower.group_clips)),
     )
 
 

@@ -17,7 +17,7 @@ from framestream.pipeline.config.data import DataConfig, MixRootConfig
 from framestream.pipeline.config.loading import BatchingConfig, LoaderConfig
 from framestream.pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, ModelConfig
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from framestream.pipeline.config.schema import ManifestError, from_dict, spec
+from framestream.pipeline.config.schema import ManifestError, drop_former_fields, from_dict, spec
 from framestream.pipeline.config.training import EvaluateConfig, TrainConfig
 from framestream.pipeline.config.yaml_files import (
     apply_override,
@@ -120,7 +120,7 @@ class Manifest:
         return f"{self.shards.rstrip('/')}/stage{self.stage}" if "://" in self.shards else str(self.shard_root)
 
 
-def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Manifest:
+def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = (), stored: bool = False) -> Manifest:
     """Read, validate and freeze a manifest.
 
     ``path`` is a file, or the name of a manifest that comes with framestream, such as ``stage3`` or ``demo/stage2``.
@@ -129,12 +129,16 @@ def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = ())
 
     Args:
         overrides: ``a.b.c=VALUE`` assignments, applied in order.
+        stored: the manifest was written by a run, perhaps of an earlier version: fields that are no longer used are
+            left out.
 
     Raises:
         ManifestError: one line naming the file, the field and the fix.
     """
     path = locate_manifest(path)
     value = _without_holders(read_yaml(path))
+    if stored:
+        drop_former_fields(Manifest, value)
     changed = value
     for assignment in overrides:
         changed = apply_override(changed, assignment)

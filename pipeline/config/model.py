@@ -31,9 +31,14 @@ class VisionTowerConfig:
         default=None,
         metadata=spec(low=0, high=0.99, doc="internvideo2: drop path rate of the last block; 0.25 if not given"),
     )
-    group_clips: int = field(
-        default=8,
-        metadata=spec(low=1, high=65_536, doc="clips or tiles that the tower processes, and recomputes, in one call"),
+    group_tokens: int = field(
+        default=25_088,
+        metadata=spec(
+            low=1,
+            high=100_000_000,
+            former="group_clips",
+            doc="patches that the tower processes, and recomputes, at once; a clip of 4 frames at 224 pixels has 784",
+        ),
     )
 
     def __post_init__(self) -> None:

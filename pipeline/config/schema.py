@@ -43,6 +43,7 @@ def spec(
     high: float | None = None,
     path: Literal["", "local", "any"] = "",
     flags: tuple[str, ...] = (),
+    former: str = "",
     doc: str = "",
 ) -> dict[str, Any]:
     """Describe a field, as the ``metadata`` of :func:`dataclasses.field`.
@@ -54,9 +55,10 @@ def spec(
         path: whether the field is a path on this machine (``local``), or a path, address or name (``any``). Its ``~``
             and its variables are expanded.
         flags: of a text, the two values that ``false`` and ``true`` stand for.
+        former: a field of earlier versions that this one replaces with other values.
         doc: what the field means.
     """
-    return {"choices": choices, "low": low, "high": high, "path": path, "flags": flags, "doc": doc}
+    return {"choices": choices, "low": low, "high": high, "path": path, "flags": flags, "former": former, "doc": doc}
 
 
 def from_dict(cls: type[Config], value: Any, where: str) -> Config:
@@ -77,6 +79,9 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
     for name, item in value.items():
         if name not in fields:
             shown = str(name) if str(name).isprintable() else ascii(name)
+            if replaced := _former_fields(cls).get(name):
+                doc = replaced.metadata.get("doc")
+                raise ManifestError(f"{_join(where, shown)}: replaced by {replaced.name} ({doc}); set that instead")
             hint = _suggest(shown, fields)
             if not hint and not where and isinstance(item, (dict, list)):
                 hint = "; begin the name with `x-` if it only holds anchors"
@@ -95,6 +100,20 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
         raise ManifestError(_join(where, str(error))) from None
 
 
+def drop_former_fields(cls: type, value: Any) -> Any:
+    """Remove the fields of earlier versions from the mapping ``value`` of a stored file, in place; return it.
+
+    Only for files that a run has written. They do not change what a model computes.
+    """
+    if isinstance(value, dict):
+        for name in _former_fields(cls):
+            value.pop(name, None)
+        for name, hint in _type_hints(cls).items():
+            if name in value and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                drop_former_fields(hint, value[name])
+    return value
+
+
 def to_dict(value: Any) -> Any:
     """Convert dataclasses to mappings and tuples to lists, ready for YAML or JSON; the inverse of :func:`from_dict`."""
     if dataclasses.is_dataclass(value):
@@ -111,6 +130,12 @@ def show_value(value: Any) -> str:
     text = repr(value)
     kind = "dict" if isinstance(value, dict) else type(value).__name__
     return f"{text if len(text) < MAX_SHOWN else text[: MAX_SHOWN - 3] + '...'} ({kind})"
+
+
+@functools.cache
+def _former_fields(cls: type) -> dict[str, dataclasses.Field]:
+    """Return the fields that replace those of earlier versions, by the earlier name."""
+    return {field.metadata["former"]: field for field in dataclasses.fields(cls) if field.metadata.get("former")}
 
 
 @functools.cache

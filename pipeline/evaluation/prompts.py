@@ -24,7 +24,6 @@ class PromptBuilder:
     def __init__(self, manifest: Manifest, media_views: MediaViews, chat_template: ChatTemplate) -> None:
         self._media_views, self._chat_template = media_views, chat_template
         self._size, self._clip_frames = manifest.frames.size, manifest.frames.clip_frames
-        self._group_clips = manifest.model.vision_tower.group_clips
         self._limit = manifest.model.language_model.max_position_embeddings
 
     def encode(self, turns: Sequence[dict], media: Sequence[int]) -> tuple[np.ndarray, list[MediaView]]:
@@ -69,9 +68,8 @@ class PromptBuilder:
                 "shorten it or start a new conversation"
             )
         clips, tiles = self._read_media(views, shuffle)
-        groups = max(1, -(-(len(clips) + len(tiles)) // self._group_clips))
         sample = PackedSample(key, ids, np.full_like(ids, IGNORE_INDEX), 0.0, views, clips, tiles)
-        return collate(MicroStep(groups=groups), [sample], clips, tiles, [])
+        return collate(MicroStep(), [sample], clips, tiles, [])
 
     def _read_media(
         self, views: Sequence[MediaView], shuffle: np.random.Generator | None

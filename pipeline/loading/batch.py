@@ -44,7 +44,6 @@ class Batch:
     image_tiles: torch.Tensor  #: uint8 (N_s, S, S, 3)
     #: int64 (V,), for each of ``image_positions`` its row in concat(clip tokens, image tokens)
     visual_index: torch.Tensor
-    groups: int  #: groups of units that every rank runs through the vision tower in this micro-step, at least 1
     #: float32 (U, n), random numbers of each clip and image tile (trainer/training/drop_path_rng.py)
     drop_path_rand: torch.Tensor | None = None
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  #: (dialogue key, reason) left out

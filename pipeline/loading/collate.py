@@ -23,7 +23,6 @@ class MicroStep:
     index: int = 0  #: number of the micro-step in its global batch
     count: int = 1  #: micro-steps of the global batch
     total_weight: float = 0.0
-    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,6 @@ def collate(
         clips=torch.from_numpy(clips),
         image_tiles=torch.from_numpy(tiles),
         visual_index=_tensor(visual_index, np.int64),
-        groups=micro_step.groups,
         skipped=skipped,
     )
 

@@ -201,8 +201,7 @@ class Loader:
             count = len(planned.rows) // self._world
             for index in range(count):
                 rows = planned.rows[index * self._world : (index + 1) * self._world]  # one for each rank
-                groups = self._plan.num_tower_groups(rows)
-                micro_step = MicroStep(epoch, step, index, count, planned.total_weight, groups)
+                micro_step = MicroStep(epoch, step, index, count, planned.total_weight)
                 yield self._row(micro_step, rows[self._rank].tolist())
 
     def _row(self, micro_step: MicroStep, dialogues: list[int]) -> PendingRow:

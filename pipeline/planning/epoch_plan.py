@@ -100,10 +100,6 @@ class EpochPlan:
         order = epoch_order(numbers, lengths, batching, seed, epoch)
         return order if numbers[-1] < len(dataset) else (order % len(dataset)).astype(np.int32)
 
-    def num_vision_units(self, rows: np.ndarray) -> int:
-        """Count the clips and image tiles of dialogues: the units that the vision tower processes."""
-        return int(self.dataset.clips[rows].sum() + self.dataset.tiles[rows].sum())
-
     def num_images(self, rows: np.ndarray) -> np.ndarray:
         """Count the frames and image tiles of each dialogue, int64 (n,)."""
         clips = self.dataset.clips[rows].astype(np.int64)
@@ -148,11 +144,6 @@ class EpochPlan:
         """Return the loss weight of each labeled token of one dialogue."""
         by_token = self.manifest.batching.loss_weight == "token"
         return 1.0 if by_token else 1.0 / float(self.dataset.for_epoch(epoch).num_label_tokens[row])
-
-    def num_tower_groups(self, rows: list[np.ndarray]) -> int:
-        """Count the tower groups of a micro-step whose ranks run ``rows``: the maximum over them, at least 1."""
-        size = self.manifest.model.vision_tower.group_clips
-        return max(1, *(-(-self.num_vision_units(row) // size) for row in rows))
 
     def fingerprint(self) -> dict[str, object]:
         """Return all that decides the order and contents of global batches, by name; addresses of roots do not."""

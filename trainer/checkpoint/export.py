@@ -168,7 +168,7 @@ def _open_unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dic
         read_state,
     )
 
-    manifest = locate_paths(load_manifest(run / "manifest.yaml"), run / "manifest.yaml")
+    manifest = locate_paths(load_manifest(run / "manifest.yaml", stored=True), run / "manifest.yaml")
     model = build_model(manifest, device="meta")
     shapes = {name: full_shape(p) for name, p in model.named_parameters()}
     try:

@@ -49,6 +49,8 @@ MUTABLE_FIELDS = {
     "train.check_calls",
     "train.gradient_checkpointing",
     "train.persistence_threshold",
+    "model.vision_tower.group_tokens",
+    "model.vision_tower.group_clips",  # of checkpoints of earlier versions
 }
 
 
@@ -87,6 +89,7 @@ def check_settings(saved: dict[str, object], manifest: Manifest, path: Path) -> 
     Raises:
         CheckpointError: names up to three fields that differ.
     """
+    saved = {name: value for name, value in saved.items() if not _is_mutable(name)}
     if shown := describe_changes(saved, checkpoint_settings(manifest), ("saved", "now")):
         raise CheckpointError(
             f"{path}: created with other settings ({shown}); "

@@ -1,14 +1,17 @@
 """Debug check (``train.check_calls``) that all ranks call the same modules in the same order.
 
 ZeRO-3 gathers parameters in module calls. Ranks whose calls differ wait for each other forever, or gather the wrong
-parameters. The tracer counts every call of a module that owns parameters, recomputation in the backward pass included.
-After each global batch the ranks compare counts and a checksum of the names. Heartbeats carry the last call of each
-rank, so that it can be reported when the ranks hang before the comparison.
+parameters. A leaf module gathers all its parameters in its own call, so calls inside may differ: the vision tower runs
+as many groups as the rank's row needs. The tracer counts every call of a leaf module, and of other modules that own
+parameters, recomputation in the backward pass included. After each global batch the ranks compare counts and a checksum
+of the names. Heartbeats carry the last call of each rank, so that it can be reported when the ranks hang before the
+comparison.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -21,16 +24,19 @@ class CallOrderError(RuntimeError):
 
 
 class ModuleCallTracer:
-    """Records the module calls of one rank since the last comparison."""
+    """Records the module calls of one rank since the last comparison.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        leaves: its leaf modules (:meth:`framestream.trainer.model.video_llm.VideoLLM.leaf_modules`).
+    """
+
+    def __init__(self, model: nn.Module, leaves: Sequence[nn.Module] = ()) -> None:
         self._calls: list[int] = []
-        self._names: list[str] = []
-        for name, module in model.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                number = len(self._names)
-                self._names.append(name)
-                module.register_forward_pre_hook(lambda *_, number=number: self._calls.append(number))
+        modules = outer_modules(model, leaves)
+        self._names = list(modules)
+        for number, module in enumerate(modules.values()):
+            module.register_forward_pre_hook(lambda *_, number=number: self._calls.append(number))
 
     def last_call(self) -> str:
         """Return number and module name of the last call, for the heartbeat."""
@@ -62,3 +68,13 @@ class ModuleCallTracer:
 
     def _name(self, calls: list[int], index: int) -> str:
         return self._names[calls[index]] if 0 <= index < len(calls) and calls[index] >= 0 else "no call"
+
+
+def outer_modules(model: nn.Module, leaves: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Return name -> module of the leaf modules, and of the modules outside them that own parameters."""
+    inside = {module for leaf in leaves for module in leaf.modules()} - set(leaves)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if module in leaves or (module not in inside and next(module.parameters(recurse=False), None) is not None)
+    }

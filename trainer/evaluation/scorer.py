@@ -61,7 +61,7 @@ class Evaluator:
         self._manifest, self._questions = manifest, questions
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_pretrained(checkpoint, manifest.frames.size).to(self._device)
-        self._model.vision_cache = VisionFeatureCache(self._model.encode)  # several questions are about one video
+        self._model.vision_cache = VisionFeatureCache(self._model.vision_tower)  # several questions are about one video
         self.answers = {condition: Answers() for condition in ("own", *controls)}
         self.unreadable: dict[int, str] = {}
 

@@ -41,7 +41,9 @@ def resolve_run(
     found = manifest or next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise WeightsError(f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too")
-    return weights, locate_paths(load_manifest(found, tuple(overrides)), Path(expand_path(str(found))))
+    return weights, locate_paths(
+        load_manifest(found, tuple(overrides), stored=manifest is None), Path(expand_path(str(found)))
+    )
 
 
 class Predictor:

@@ -10,17 +10,17 @@ import torch
 
 MAX_BYTES = 1 << 30  #: bytes of cached tokens
 
-Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Encode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class VisionFeatureCache:
     """Least recently used tokens of clips and tiles, by a digest of their pixels. For models that are not trained.
 
-        model.vision_cache = VisionFeatureCache(model.encode)
+        model.vision_cache = VisionFeatureCache(model.vision_tower)
 
     Args:
         encode: computes the tokens of clips and tiles that are not in the cache
-            (:meth:`framestream.trainer.model.video_llm.VideoLLM.encode`).
+            (:class:`framestream.trainer.model.vision_tower.VisionTower`).
         max_bytes: the oldest tokens are dropped above this size.
     """
 
@@ -30,29 +30,30 @@ class VisionFeatureCache:
         self._bytes = 0
 
     @torch.no_grad()
-    def __call__(self, clips: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens of clips and tiles.
+    def __call__(self, clips: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of clips, then of tiles.
 
         Args:
             clips: uint8 (n, T, S, S, 3).
             tiles: uint8 (m, S, S, 3).
 
         Returns:
-            (n, 64, C) and (m, 64, C)
+            (n + m, 64, C); those of the tower's dummy unit if there is none
         """
-        digests = [_digest(unit) for unit in (*clips, *tiles)]
         n = len(clips)
+        if not n + len(tiles):
+            return self._encode(clips, tiles)
+        digests = [_digest(unit) for unit in (*clips, *tiles)]
         missing = {digest: i for i, digest in enumerate(digests) if digest not in self._tokens}
         found = {digest: self._tokens[digest] for digest in digests if digest in self._tokens}
         if missing:
             # a dict: a unit that the batch shows twice is encoded once
             new_clips, new_tiles = [i for i in missing.values() if i < n], [i - n for i in missing.values() if i >= n]
-            tokens = torch.cat(self._encode(clips[new_clips], tiles[new_tiles]))
+            tokens = self._encode(clips[new_clips], tiles[new_tiles])
             found |= {digest: tokens[row].clone() for row, digest in enumerate(missing)}
         for digest in digests:
             self._put(digest, found[digest])
-        tokens = torch.stack([found[digest] for digest in digests])
-        return tokens[:n], tokens[n:]
+        return torch.stack([found[digest] for digest in digests])
 
     def _put(self, digest: bytes, tokens: torch.Tensor) -> None:
         if digest in self._tokens:

@@ -26,6 +26,7 @@ from torch import nn
 from framestream.pipeline.config.model import VisionTowerConfig
 from framestream.trainer.model.attention import AttentionSegments, attend
 from framestream.trainer.model.umt import TABLE_FRAMES, Mlp, PatchEmbed, resize_pos_embed
+from framestream.trainer.model.vision_tower import VisionTower
 
 POS_EMBED_FRAMES = {"pos_embed": TABLE_FRAMES, "img_pos_embed": 1}  #: table of learned positions -> its frames
 PRETRAINED_FRAMES = 8  #: frames of the tables in encoders of an earlier stage of the published training
@@ -33,7 +34,7 @@ LAYER_SCALE = 1e-5  #: start value
 NORM_EPS = 1e-6  #: of every norm
 
 
-class InternVideo2(nn.Module):
+class InternVideo2(VisionTower):
     """The vision tower.
 
     Args:
@@ -42,14 +43,11 @@ class InternVideo2(nn.Module):
         frames: T.
     """
 
-    num_drop_path_rands: int  #: random numbers that a clip or a tile needs while training
-
     def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES) -> None:
-        super().__init__()
-        patches = (size // cfg.patch) ** 2
+        super().__init__(cfg, size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + frames * patches, cfg.width))
-        self.img_pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + frames * self.patches, cfg.width))
+        self.img_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patches, cfg.width))
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
         hidden, rise = int(cfg.width * cfg.mlp_ratio), (cfg.drop_path or 0.0) / (cfg.depth - 1)
         self.blocks = nn.ModuleList(
@@ -57,22 +55,10 @@ class InternVideo2(nn.Module):
         )
         self.num_drop_path_rands = 2 * len(self.blocks) if rise else 0
 
-    def forward(
+    def encode_patches(
         self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode clips and tiles together; either may be empty, not both.
-
-        Args:
-            clips: (N, 3, T, S, S) normalized pixels.
-            tiles: (M, 3, 1, S, S) normalized pixels.
-            drop_path_rand: float32 (N + M, ``num_drop_path_rands``) in [0, 1), needed while training with drop path.
-
-        Returns:
-            (N, T L, C) and (M, L, C)
-
-        Raises:
-            ValueError: training with drop path, and no ``drop_path_rand``.
-        """
+        """Encode clips and tiles together, as described in :class:`VisionTower`."""
         rands: Sequence[torch.Tensor | None] = [None] * len(self.blocks)
         if self.training and self.num_drop_path_rands:
             if drop_path_rand is None:

@@ -24,42 +24,33 @@ from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 
 
 class ToMeConnector(nn.Module):
-    """Turns patches of the vision tower into tokens of the language model.
+    """Turns merged patches of the vision tower into tokens of the language model.
 
     Args:
-        width: channels of a patch.
+        width: channels of a merged patch.
         hidden: channels of a token.
-        heads: attention heads of the tower; a key is the mean over them.
     """
 
-    def __init__(self, width: int, hidden: int, heads: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.heads = heads
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
-    def merge(self, clips: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge patches, without parameters: (N, P, C) and (M, Q, C) -> (N, 64, C) and (M, 64, C)."""
-        return merge(clips, TOKENS_PER_CLIP, self.heads), merge(tiles, TOKENS_PER_TILE, self.heads)
+    def forward(self, merged: torch.Tensor) -> torch.Tensor:
+        """Compute the tokens of clips and tiles: (U, 64, C), as :func:`merge_units` gives them, -> (64 U, hidden)."""
+        return self.mlp(merged.flatten(0, 1))
 
-    def forward(self, clips: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-        """Compute the tokens of all clips, then of all tiles.
 
-        Args:
-            clips: (N, P, C) patches of each clip, or the 64 tokens they were merged to before.
-            tiles: (M, Q, C) likewise.
+def merge_units(clips: torch.Tensor, tiles: torch.Tensor, heads: int) -> torch.Tensor:
+    """Merge the patches of clips (N, P, C), then of tiles (M, Q, C): (N + M, 64, C).
 
-        Returns:
-            (64 N + 64 M, hidden)
-        """
-        clips, tiles = self.merge(clips, tiles)
-        return self.mlp(torch.cat([clips.flatten(0, 1), tiles.flatten(0, 1)]))
+    Args:
+        heads: attention heads of the tower; a key is the mean over them.
+    """
+    return torch.cat([merge(clips, TOKENS_PER_CLIP, heads), merge(tiles, TOKENS_PER_TILE, heads)])
 
 
 def merge(patches: torch.Tensor, wanted: int, heads: int) -> torch.Tensor:
     """Merge (N, P, C) patches to (N, wanted, C) tokens; P = wanted returns them unchanged.
-
-    N = 0 runs the same operations as any other N. Under ZeRO-3, the backward pass of a rank without clips must call
-    the tower's hooks in the same order as that of a rank with clips.
 
     Raises:
         ValueError: there are fewer patches than ``wanted``.

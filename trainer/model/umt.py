@@ -18,13 +18,14 @@ from torch import nn
 
 from framestream.pipeline.config.model import VisionTowerConfig
 from framestream.trainer.model.attention import AttentionSegments, attend
+from framestream.trainer.model.vision_tower import VisionTower
 
 TABLE_FRAMES = 4  #: frames that the published position table is computed for
 BLOCK_EPS = 1e-6  #: of the norms in blocks
 FINAL_EPS = 1e-12  #: of the last norm
 
 
-class UMT(nn.Module):
+class UMT(VisionTower):
     """The vision tower.
 
     Args:
@@ -33,12 +34,11 @@ class UMT(nn.Module):
         frames: T.
     """
 
-    num_drop_path_rands = 0  #: random numbers that a clip or a tile needs while training
     clip_positions: torch.Tensor  #: float32 (T L, C)
     tile_positions: torch.Tensor  #: float32 (L, C)
 
     def __init__(self, cfg: VisionTowerConfig, size: int, frames: int = TABLE_FRAMES) -> None:
-        super().__init__()
+        super().__init__(cfg, size)
         self.patch_embed = PatchEmbed(cfg.width, cfg.patch)
         hidden = int(cfg.width * cfg.mlp_ratio)
         self.blocks = nn.ModuleList(UMTBlock(cfg.width, cfg.heads, hidden) for _ in range(cfg.depth - 1))
@@ -49,16 +49,10 @@ class UMT(nn.Module):
         self.register_buffer("clip_positions", clip_positions, persistent=False)
         self.register_buffer("tile_positions", tile_positions, persistent=False)
 
-    def forward(self, clips: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode clips and tiles together; either may be empty, not both.
-
-        Args:
-            clips: (N, 3, T, S, S) normalized pixels.
-            tiles: (M, 3, 1, S, S) normalized pixels.
-
-        Returns:
-            (N, T L, C) and (M, L, C)
-        """
+    def encode_patches(
+        self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode clips and tiles together, as described in :class:`VisionTower`; there is no drop path."""
         images = torch.cat([clips.transpose(1, 2).flatten(0, 1), tiles.squeeze(2)])  # (N T + M, 3, S, S)
         patches = self.patch_embed(images)
         clip_tokens = patches[: len(clips) * clips.shape[2]].reshape(len(clips), *self.clip_positions.shape)
@@ -97,8 +91,8 @@ class PatchProjection(nn.Conv3d):
         """(P, 3, S, S) -> (P, L, C), patches row by row."""
         p = self.kernel_size[-1]
         images = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (P, 3, rows, p, columns, p)
-        patches = images.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (P, L, 3 p p)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        patches = images.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)  # (P L, 3 p p)
+        return F.linear(patches, self.weight.flatten(1), self.bias).unflatten(0, (len(images), -1))
 
 
 class UMTBlock(nn.Module):

@@ -1,8 +1,9 @@
 """VideoLLM: vision tower -> connector -> language model, on packed rows.
 
     clips, tiles (uint8)                                       input_ids
-        | normalized on the device                                 |
-    vision tower, in batch.groups groups  ->  merged tokens    embeddings
+        |                                                          |
+    vision tower, once (inside: group by group)                embeddings
+        | merged tokens                                            |
         |                                                          |
     connector, once          ->   visual tokens replace the image ids
                                                                    |
@@ -10,20 +11,19 @@
                                                                    |
                                head, once: sum of token_weight x cross entropy
 
-Every part is called the same number of times, whatever a row contains: ZeRO-3 gathers parameters inside module calls,
-and ranks that call modules in different orders wait for each other forever. A group without clips and tiles encodes
-one dummy tile. Its tokens enter the row multiplied by zero, so gradients are zero and not missing.
+Every leaf module is called once, in the same order, whatever a row contains. ZeRO-3 gathers parameters in these calls.
+Ranks that call leaf modules in different orders wait for each other forever. A rank whose order changes from row to row
+gathers nothing ahead.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.initialization import no_init_weights
 
@@ -36,11 +36,10 @@ from framestream.trainer.model.internvideo2 import InternVideo2
 from framestream.trainer.model.lm_head import ChunkedLMHead
 from framestream.trainer.model.tome import ToMeConnector
 from framestream.trainer.model.umt import UMT
+from framestream.trainer.model.vision_tower import VisionTower
 
 #: Keyword of the cache in calls of ``Qwen2Model``: transformers 5.24 renamed it, and 5.40 drops the old name.
 CACHE_KEYWORD = "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters else "past_key_values"
-MEAN = (0.485, 0.456, 0.406)  #: ImageNet
-STD = (0.229, 0.224, 0.225)
 TOWER_CLASSES: dict[str, type[UMT] | type[InternVideo2]] = {"umt": UMT, "internvideo2": InternVideo2}
 
 
@@ -54,23 +53,21 @@ class VideoLLM(nn.Module):
         recompute: what the backward pass computes again while training.
 
     Attributes:
-        vision_cache: replaces :meth:`encode` if set, such as
+        vision_cache: called in place of the vision tower if set, such as
             :class:`framestream.trainer.inference.vision_cache.VisionFeatureCache`. Not for models that are trained.
     """
 
-    vision_tower: UMT | InternVideo2
-    mean: torch.Tensor
-    std: torch.Tensor
+    vision_tower: VisionTower
 
     def __init__(
         self, cfg: ModelConfig, size: int, clip_frames: int, recompute: Recomputation = NO_RECOMPUTATION
     ) -> None:
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
-        self.recompute = recompute.tower
-        self.vision_cache: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.vision_cache: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.vision_tower = TOWER_CLASSES[tower.type](tower, size, clip_frames)
-        self.connector = ToMeConnector(tower.width, hidden, tower.heads)
+        self.vision_tower.recompute = recompute.tower
+        self.connector = ToMeConnector(tower.width, hidden)
         self.language_model = build_language_model(cfg.language_model)
         if recompute.layers:
             model = self.language_model  # transformers renamed the method in 5.23
@@ -78,9 +75,6 @@ class VideoLLM(nn.Module):
             enable({"use_reentrant": False, "preserve_rng_state": False})
             for layer in model.model.layers[recompute.layers :]:
                 layer.gradient_checkpointing = False
-        for name, values in (("mean", MEAN), ("std", STD)):
-            channels = torch.from_numpy(np.array(values, dtype=np.float32)).view(1, 3, 1, 1, 1)
-            self.register_buffer(name, channels, persistent=False)
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the three parts that a manifest freezes, trains and initializes."""
@@ -89,6 +83,13 @@ class VideoLLM(nn.Module):
             "connector": self.connector,
             "language_model": self.language_model,
         }
+
+    def leaf_modules(self) -> list[nn.Module]:
+        """Return the modules that ZeRO-3 gathers as a unit, without hooks inside: the tower and the layers.
+
+        Both call other modules a number of times that depends on the row or on recomputation.
+        """
+        return [self.vision_tower, *self.language_model.model.layers]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute the loss of a row: float32 scalar, sum of token_weight x cross entropy over labelled positions."""
@@ -114,45 +115,13 @@ class VideoLLM(nn.Module):
         return merged + 0 * visual.sum().to(text.dtype)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
-        """Compute the tokens of the row's clips, then of its tiles, then of dummies: (64 (N + M + dummies), H)."""
-        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        encode = self.vision_cache or self.encode
-        merged, start = [], 0
-        for clips, tiles in split_groups(batch):
-            end = start + len(clips) + len(tiles)
-            units: tuple[torch.Tensor, ...] = (clips, tiles)
-            if batch.drop_path_rand is not None:
-                units = (clips, tiles, batch.drop_path_rand[start:end])
-            if trained and self.recompute and self.training:
-                merged.append(checkpoint(encode, *units, use_reentrant=False))
-            else:
-                with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                    merged.append(encode(*units))
-            start = end
-        return self.connector(*(torch.cat(units) for units in zip(*merged, strict=True)))
-
-    def encode(
-        self, clips: torch.Tensor, tiles: torch.Tensor, *drop_path_rand: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one group through the tower and merge its patches to tokens.
-
-        Only these tokens of a group stay in memory for the backward pass.
-
-        Args:
-            clips: uint8 (n, T, S, S, 3).
-            tiles: uint8 (m, S, S, 3).
-            drop_path_rand: random numbers of the n + m units, for towers that need them, float32 (n + m, .).
-
-        Returns:
-            (n, 64, C) and (m, 64, C)
-        """
-        patches = self.vision_tower(self.pixels(clips), self.pixels(tiles.unsqueeze(1)), *drop_path_rand)
-        return self.connector.merge(*patches)
-
-    def pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        """Normalize frames: uint8 (n, T, S, S, 3) -> (n, 3, T, S, S) in the tower's dtype."""
-        scaled = frames.movedim(-1, 1).float() / 255
-        return ((scaled - self.mean) / self.std).to(self.vision_tower.patch_embed.proj.weight.dtype)
+        """Compute the tokens of the row's clips, then of its tiles: (64 (N + M), H), those of a dummy if none."""
+        if self.vision_cache is not None:
+            return self.connector(self.vision_cache(batch.clips, batch.image_tiles))
+        needs_grad = torch.is_grad_enabled() and self.vision_tower.is_trained
+        anchor = torch.zeros((), device=batch.clips.device, requires_grad=needs_grad)
+        rand = () if batch.drop_path_rand is None else (batch.drop_path_rand,)
+        return self.connector(self.vision_tower(batch.clips, batch.image_tiles, anchor, *rand))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VideoLLM:
         """Cast and move as usual, but leave constants (positions, RoPE frequencies, mean and std) in float32."""
@@ -168,25 +137,6 @@ class VideoLLM(nn.Module):
             if moved.dtype != buffer.dtype:
                 setattr(module, name, buffer.to(moved.device))
         return self
-
-
-def split_groups(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Divide the row's clips, then its tiles, into ``batch.groups`` groups of nearly equal numbers of units.
-
-    Yields:
-        clips uint8 (n, T, S, S, 3) and tiles uint8 (m, S, S, 3). A group of neither has one black dummy tile.
-    """
-    clips, tiles = batch.clips, batch.image_tiles
-    share, longer = divmod(len(clips) + len(tiles), batch.groups)
-    start = 0
-    for group in range(batch.groups):
-        end = start + share + (group < longer)
-        n = len(clips)
-        group_tiles = tiles[max(start - n, 0) : max(end - n, 0)]
-        if start == end:
-            group_tiles = tiles.new_zeros(1, *tiles.shape[1:])
-        yield clips[start:end], group_tiles
-        start = end
 
 
 def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:

@@ -17,13 +17,13 @@ from framestream.pipeline.loading.batch import Batch
 def drop_path_random(batch: Batch, seed: int, per_unit: int) -> torch.Tensor | None:
     """Return ``Batch.drop_path_rand``: uniform numbers in [0, 1), float32 (U, per_unit); None if ``per_unit`` is 0.
 
-    The U rows are those of the batch's clips, then of its image tiles. Groups without either encode a dummy image. It
+    The U rows are those of the batch's clips, then of its image tiles. A batch without either encodes a dummy image. It
     has ones, which drop nothing.
     """
     if not per_unit:
         return None
     units = len(batch.clips) + len(batch.image_tiles)
-    numbers = torch.ones(max(units, batch.groups), per_unit)
+    numbers = torch.ones(max(units, 1), per_unit)
     dialogues = unit_sample_ids(batch)
     for dialogue, key in enumerate(batch.keys):
         rows = (dialogues == dialogue).nonzero().squeeze(1)

@@ -64,6 +64,8 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
         model.to(context.device, TRAIN_DTYPES[manifest.train.dtype])
     initialize(model, manifest)
     freeze(model.parts(), manifest.train)
+    for module in model.leaf_modules():
+        deepspeed.utils.set_z3_leaf_module(module, True)
     train = manifest.train
     optimizer = torch.optim.AdamW(
         parameter_groups(model.parts(), train), lr=0.0, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=gpu

@@ -210,7 +210,7 @@ class _StepMonitor:
             self._metrics = MetricsLogger(run.folder, run.manifest.name, done, steps)
             self._profiler = Profiler(run.folder, run.manifest.train, steps)
         if run.manifest.train.check_calls:
-            self._tracer = ModuleCallTracer(run.engine.module)
+            self._tracer = ModuleCallTracer(run.engine.module, run.engine.module.leaf_modules())
             run.watchdog.last_call = self._tracer.last_call
 
     def start_step(self, step: int) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from framestream.pipeline.config.manifest import Manifest, ManifestError
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, LanguageModelConfig, ModelConfig
-from framestream.pipeline.config.schema import from_dict, to_dict
+from framestream.pipeline.config.schema import drop_former_fields, from_dict, to_dict
 from framestream.pipeline.utils.differences import describe_changes
 from framestream.trainer.checkpoint.disk_usage import check_disk
 from framestream.trainer.checkpoint.save import checkpoint_settings
@@ -41,7 +41,7 @@ TEXT_TOKENS = 256  #: text tokens beside the largest video, as in the dry run
 MARKER_TIMEOUT = 30.0  #: seconds until all ranks must see a file of rank 0; network file systems cache listings
 PACKAGES = ("torch", "deepspeed", "transformers")
 #: architecture fields that do not affect the weights
-WEIGHT_NEUTRAL_FIELDS = {"group_clips", "drop_path", "max_position_embeddings"}
+WEIGHT_NEUTRAL_FIELDS = {"group_tokens", "drop_path", "max_position_embeddings"}
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ def _architecture_differences(manifest: Manifest) -> Iterator[str]:
 def _stored_architecture(config: dict, part: str, where: str) -> dict[str, object]:
     """Return the architecture of a part according to config.json; empty if it has none."""
     if config.get("model_type") == NATIVE_MODEL_TYPE:
-        return to_dict(getattr(from_dict(ModelConfig, config.get("model"), f"{where}: model"), part))
+        stored = drop_former_fields(ModelConfig, config.get("model"))
+        return to_dict(getattr(from_dict(ModelConfig, stored, f"{where}: model"), part))
     if is_hf_release(config):
         return to_dict(getattr(parse_hf_config(config, where)[0], part))
     rope = config.get("rope_parameters")
@@ -199,7 +200,7 @@ def check_memory(manifest: Manifest, world: int, local_world: int, device: int |
         faults.append(f"memory: {need}; use more ranks, a higher train.zero_stage, or train.offload")
     elif (total := sum(parts.values())) > limit:
         need = f"about {_gib(total)} a rank are needed with {frames} frames, {where} has {_gib(limit)}"
-        logger.warning("memory: %s; fewer model.vision_tower.group_clips or train.offload help", need)
+        logger.warning("memory: %s; a smaller model.vision_tower.group_tokens or train.offload help", need)
     if device is not None and offloaded * local_world > host:
         need = f"train.offload puts {_gib(offloaded * local_world)} into this machine's memory, which is {_gib(host)}"
         faults.append(f"memory: {need}; use more machines, or offload less")

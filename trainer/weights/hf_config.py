@@ -13,7 +13,7 @@ from typing import Any
 
 from framestream.pipeline.config.model import ConnectorConfig, LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from framestream.pipeline.config.schema import ManifestError, from_dict, to_dict
+from framestream.pipeline.config.schema import ManifestError, drop_former_fields, from_dict, to_dict
 from framestream.trainer.weights.architecture_checks import describe_unsupported
 
 HF_ARCHITECTURE = "VideoChatFlashQwenForCausalLM"
@@ -87,7 +87,8 @@ class ReleaseConfig:
         """Read ``framestream``'s own config.json; ``where`` begins every error (ManifestError)."""
         kinds = {"model": ModelConfig, "frames": FramesConfig, "images": ImagesConfig, "text": TextConfig}
         sections: dict[str, Any] = {
-            name: from_dict(kind, config.get(name), f"{where}: {name}") for name, kind in kinds.items()
+            name: from_dict(kind, drop_former_fields(kind, config.get(name)), f"{where}: {name}")
+            for name, kind in kinds.items()
         }
         return cls(**sections, dtype=dtype)
 
@@ -106,7 +107,7 @@ def describe_tower_mismatch(settings: ReleaseConfig) -> str:
     pixels, tower = HF_TOWERS[tower_name(settings.model, settings.frames.size)]
     ours, theirs = to_dict(settings.model.vision_tower), to_dict(tower)
     ours["frames.size"], theirs["frames.size"] = settings.frames.size, pixels
-    names = [name for name in ours if name not in ("group_clips", "drop_path")]  # used in training only
+    names = [name for name in ours if name not in ("group_tokens", "drop_path")]  # used in training only
     return ", ".join(f"{name} {ours[name]} instead of {theirs[name]}" for name in names if ours[name] != theirs[name])
 
 
@@ -176,7 +177,8 @@ def parse_hf_config(config: dict, where: str) -> tuple[ModelConfig, int, int]:
     if NATIVE_MODEL_TYPE in config:
         own = config[NATIVE_MODEL_TYPE] if isinstance(config[NATIVE_MODEL_TYPE], dict) else {}
         frames = from_dict(FramesConfig, own.get("frames"), f"{where}: {NATIVE_MODEL_TYPE}.frames")
-        model: ModelConfig = from_dict(ModelConfig, own.get("model"), f"{where}: {NATIVE_MODEL_TYPE}.model")
+        stored = drop_former_fields(ModelConfig, own.get("model"))
+        model: ModelConfig = from_dict(ModelConfig, stored, f"{where}: {NATIVE_MODEL_TYPE}.model")
         for field, value in to_dict(model.language_model).items():
             if config.get(field, value) != value:
                 contradiction = f"{config[field]!r:.40}, and {value!r} in {NATIVE_MODEL_TYPE}.model.language_model"

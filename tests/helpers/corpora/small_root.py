@@ -45,7 +45,7 @@ def manifest(root: Path, **over) -> Manifest:
         "text": {"tokenizer": str(TOKENIZER), "max_tokens": 1024},
         "batching": {"global_batch": 6, "row_multiple": 4},
         "loader": {"threads": 2, "prefetch_mb": 4, "max_unreadable": 2},
-        "model": {"vision_tower": {"patch": 8, "group_clips": 2}},
+        "model": {"vision_tower": {"patch": 8, "group_tokens": 512}},
         "init_from": {"vision_tower": "random", "connector": "random", "language_model": "random"},
         "train": {part: {"train": True, "lr": 1e-3} for part in ("vision_tower", "connector", "language_model")},
     }

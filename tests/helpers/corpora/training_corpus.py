@@ -100,7 +100,7 @@ def make(folder: Path, videos: int = 8, stage: int = 2, **over: object) -> Path:
         "text": {"tokenizer": str(PROJECT / "tests" / "golden" / "tokens_labels" / "tokenizer"), "max_tokens": 1024},
         "batching": {"global_batch": 6, "row_multiple": 4},
         "model": {
-            "vision_tower": {"width": 32, "depth": 3, "heads": 2, "table_side": 8, "group_clips": 4},
+            "vision_tower": {"width": 32, "depth": 3, "heads": 2, "table_side": 8, "group_tokens": 1024},
             "language_model": {
                 "hidden_size": 64,
                 "intermediate_size": 128,

@@ -28,7 +28,7 @@ SETTINGS = {  #: name -> fields of ``train``, orders
 }
 
 
-def row(kind: str, groups: int = 1) -> Batch:
+def row(kind: str) -> Batch:
     """Return a row of one dialogue of noise; its seed has a margin for all merging choices, which the test checks."""
     made = {
         "text": lambda: dialogue(0, text=30, size=SIDE),
@@ -36,17 +36,12 @@ def row(kind: str, groups: int = 1) -> Batch:
         "video": lambda: dialogue(SEEDS[1], clips=3, text=11, size=SIDE),
         "mixed": lambda: dialogue(SEEDS[2], clips=1, stills=1, text=9, size=SIDE),
     }
-    return pack([made[kind]()], groups, SIDE)
+    return pack([made[kind]()], SIDE)
 
 
 def side_by_side(order: tuple[str, ...], world: int) -> list[list[Batch]]:
-    """Return the rows of each micro-step, one for each rank, all with the largest number of tower groups."""
-    steps = []
-    for start in range(0, len(order), world):
-        kinds = order[start : start + world]
-        units = max(len(row(kind).clips) + len(row(kind).image_tiles) for kind in kinds)
-        steps.append([row(kind, max(1, -(-units // 2))) for kind in kinds])
-    return steps
+    """Return the rows of each micro-step, one for each rank; they have one to three groups."""
+    return [[row(kind) for kind in order[start : start + world]] for start in range(0, len(order), world)]
 
 
 def settings(**train) -> Manifest:

@@ -17,7 +17,7 @@ from framestream.trainer.weights.tensor_files import LazyTensor
 
 SIZE = 128
 SMALL = ModelConfig(
-    vision_tower=VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8, group_clips=2),
+    vision_tower=VisionTowerConfig(width=48, depth=3, heads=4, patch=16, table_side=8, group_tokens=512),
     language_model=LanguageModelConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -32,7 +32,7 @@ SMALL = ModelConfig(
 INTERNVIDEO2 = dataclasses.replace(
     SMALL,
     vision_tower=VisionTowerConfig(
-        type="internvideo2", width=48, depth=3, heads=4, patch=16, mlp_ratio=48 / 11, group_clips=2, drop_path=0.0
+        type="internvideo2", width=48, depth=3, heads=4, patch=16, mlp_ratio=48 / 11, group_tokens=512, drop_path=0.0
     ),
 )
 
@@ -85,7 +85,7 @@ def dialogue(seed: int, clips: int = 0, stills: int = 0, text: int = 12, size: i
     return Dialogue(ids, labels, pictures(clips, 4), pictures(stills), visual)
 
 
-def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
+def pack(dialogues: list[Dialogue], size: int = SIZE) -> Batch:
     """Pack these dialogues into one row; an empty list gives the empty row."""
     clips = torch.cat([d.clips for d in dialogues] or [no_clips(size)])
     stills = torch.cat([d.stills for d in dialogues] or [no_stills(size)])
@@ -123,5 +123,4 @@ def pack(dialogues: list[Dialogue], groups: int = 1, size: int = SIZE) -> Batch:
         clips=clips,
         image_tiles=stills,
         visual_index=torch.tensor(index, dtype=torch.int64),
-        groups=groups,
     )

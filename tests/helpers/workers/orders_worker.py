@@ -47,7 +47,7 @@ def main() -> None:
             if context.world > 2 and name != "zero3":
                 continue
             engine, model = build_engine(settings(**train), context)
-            calls = ModuleCallTracer(model)
+            calls = ModuleCallTracer(model, model.leaf_modules())
             losses[name] = {}
             for order in orders:
                 loss, found = gradients(engine, calls, order, context)

@@ -322,7 +322,7 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
     assert_same(tensors(folder / "exported"), load_file(golden.FILES / "weights.safetensors"))
     models = [started.eval(), load_pretrained(folder / "exported")]
     for model in models:
-        model.pixels = lambda frames: frames.movedim(-1, 1)  # golden pixels are normalised already
+        model.vision_tower.normalize = lambda frames, anchor: frames.movedim(-1, 1)  # golden pixels are normalised already
     return models
 
 
@@ -332,7 +332,7 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
 )
 def test_golden_logits_of_a_released_folder(golden_models, case):
     rows, outputs = golden.dialogues(case), np.load(golden.FILES / "outputs.npz")
-    batch = pack(rows, 1, golden.CONFIG["vision_tower"]["size"])
+    batch = pack(rows, golden.CONFIG["vision_tower"]["size"])
     tail = torch.from_numpy(outputs[f"{case['case']}.logits_tail"])[0]
     with torch.no_grad():
         logits = [model.language_model.lm_head(model.hidden(batch)) for model in golden_models]

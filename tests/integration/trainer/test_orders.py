@@ -50,7 +50,8 @@ def test_no_merging_choice_is_close(alone) -> None:
     for kind in set(KINDS) - {"text"}:
         batch = row(kind)
         with torch.no_grad():
-            units = model.vision_tower(model.pixels(batch.clips), model.pixels(batch.image_tiles.unsqueeze(1)))
+            tower = model.vision_tower
+            units = tower.encode_patches(tower.normalize(batch.clips), tower.normalize(batch.image_tiles.unsqueeze(1)))
         for patches in (*units[0], *units[1]):
             assert len(patches) > TOKENS_PER_CLIP
             assert margin(patches.numpy(), TOKENS_PER_CLIP, SMALL.vision_tower.heads) > MARGIN

@@ -47,7 +47,7 @@ def test_prompts_end_where_the_answer_begins(root):
         assert questions[i].family == ("count" if i % 2 else "held out")
         assert questions[i].meta == ({"family": "count"} if i % 2 else {})
         assert (batch.labels == IGNORE_INDEX).all() and batch.clips.shape == (2, 4, SIZE, SIZE, 3)
-        assert batch.keys == [questions[i].key] and batch.groups == 1 and batch.is_last
+        assert batch.keys == [questions[i].key] and batch.is_last
         assert len(batch.input_ids) == questions.prompt_length(i)
         assert batch.visual_index.tolist() == list(range(128))
 

@@ -158,8 +158,6 @@ def test_batches_hold_what_a_slow_construction_holds(root, over):
         assert (batch.cu_seqlens.dtype, batch.token_weight.dtype) == (torch.int32, torch.float32)
         assert batch.clips.dtype == batch.image_tiles.dtype == torch.uint8
         assert batch.tokens == len(want["ids"]) and batch.frames == len(want["clips"]) + len(want["images"])
-        units = len(batch.clips) + len(batch.image_tiles)
-        assert batch.groups == max(1, -(-units // 2))
         total += float(batch.token_weight.sum())
         if batch.is_last:
             assert total == pytest.approx(batch.total_weight)
@@ -222,14 +220,13 @@ class Fleet:
                 assert (
                     len(
                         {
-                            (b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.groups, b.total_weight)
+                            (b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.total_weight)
                             for b in batches
                         }
                     )
                     == 1
                 )
                 assert max(b.tokens for b in batches) <= self.ranks[0]._plan.manifest.text.max_tokens
-                assert batches[0].groups >= max(-(-(len(b.clips) + len(b.image_tiles)) // 2) for b in batches)
                 rows += [tuple(b.keys) for b in batches]
                 if batches[0].is_last:
                     break
@@ -296,7 +293,7 @@ def test_modality_makes_global_batches_of_one_kind(root):
     kinds = []
     for step in range(plan.num_batches):
         rows = np.concatenate(plan.global_batch(0, step).rows)
-        kinds.append({plan.num_vision_units(np.array([row])) > 0 for row in rows})
+        kinds.append({plan.num_images(np.array([row]))[0] > 0 for row in rows})
     assert [len(kind) for kind in kinds] == [1, 1, 1, 1, 2, 1]  # 18 with media, 3 of text; left over: 2 and 3
     assert not plan.num_dropped
 
@@ -386,7 +383,7 @@ def test_unreadable_media_cost_their_dialogue_alone(tmp_path, kind):
     assert [k for k, _ in row.skipped] == [key]
     assert "000000.tar" in row.skipped[0][1] and made.media[made.dialogues[bad]["media"][0]]["key"] in row.skipped[0][1]
     assert row.keys == [k for k in good.keys if k != key]
-    assert (row.total_weight, row.groups, row.is_last, row.num_micro_steps) == (5.0, good.groups, True, 1)
+    assert (row.total_weight, row.is_last, row.num_micro_steps) == (5.0, True, 1)
     # what is left equals the row of the others alone, pixels and visual index included
     want = slow_row(manifest(folder), row.keys)
     assert row.input_ids.tolist() == want["ids"] and row.cu_seqlens.tolist() == want["edges"]

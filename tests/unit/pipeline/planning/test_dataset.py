@@ -216,7 +216,7 @@ def run(plan: EpochPlan, world: int, count: int, state: dict | None) -> tuple[li
             if batches[0] is None:
                 assert batches == [None] * world and not rows, "ranks have different numbers of steps"
                 return done, states(ranks)
-            assert len({(b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.groups) for b in batches}) == 1
+            assert len({(b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last) for b in batches}) == 1
             rows += [(tuple(b.keys), tuple(b.input_ids.tolist())) for b in batches]
             last = batches[0].is_last
         done.append((batches[0].epoch, batches[0].step, rows))

@@ -49,7 +49,7 @@ def test_cached_and_batched_equals_recomputed_alone(model):
     expected = [recomputed(model, prompt, never) for prompt in PROMPTS]
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)  # the prompts are really told apart
     assert generate(model, [pack([prompt]) for prompt in PROMPTS], NEW, never) == expected
-    assert generate(model, [pack(PROMPTS[:2]), pack(PROMPTS[2:], groups=2)], NEW, never) == expected
+    assert generate(model, [pack(PROMPTS[:2]), pack(PROMPTS[2:])], NEW, never) == expected
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def model() -> VideoLLM:
     for part in model.parts():
         tensors |= open_part_tensors(model, part, weights, cfg)
     copy_tensors(model, tensors)
-    model.pixels = lambda frames: frames.movedim(-1, 1)
+    model.vision_tower.normalize = lambda frames, anchor: frames.movedim(-1, 1)
     return model.train()
 
 
@@ -49,7 +49,7 @@ def padding_term(model: VideoLLM, case: dict, rows: list[Dialogue]) -> tuple[flo
         if case["padding"] != "left" or not missing or row.labels[0] == IGNORE_INDEX:
             continue
         with torch.no_grad():
-            embeddings = model.embed(pack([row], 1, CONFIG["vision_tower"]["size"]))
+            embeddings = model.embed(pack([row], CONFIG["vision_tower"]["size"]))
             embeddings = torch.cat([embeddings.new_zeros(missing, embeddings.shape[1]), embeddings]).unsqueeze(0)
             seen = torch.ones(longest, longest, dtype=torch.bool).tril()
             seen[:, :missing] = False
@@ -63,16 +63,17 @@ def padding_term(model: VideoLLM, case: dict, rows: list[Dialogue]) -> tuple[flo
     return loss, count
 
 
-@pytest.mark.parametrize("groups", [1, 3], ids=["one_group", "three_groups"])
+@pytest.mark.parametrize("limit", [10**6, 1], ids=["one_group", "a_group_for_each"])
 @pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES])
-def test_golden_multimodal_sequence_packed(model, case, groups):
+def test_golden_multimodal_sequence_packed(model, case, limit):
     """All rows of the case packed into one: embeddings, labels, loss, tail logits and gradients."""
     rows, outputs = dialogues(case), np.load(FILES / "outputs.npz")
     padding, first_tokens = padding_term(model, case, rows)
     places = sum(map(labelled, rows)) + first_tokens
     for row in rows:
         row.weight = 1 / places
-    batch = pack(rows, groups, CONFIG["vision_tower"]["size"])
+    batch = pack(rows, CONFIG["vision_tower"]["size"])
+    model.vision_tower.group_limit = limit
     model.zero_grad()
     loss = model(batch)
     loss.backward()
@@ -113,7 +114,7 @@ def test_golden_multimodal_sequence_rows_alone(model, case):
     places, losses = sum(map(labelled, rows)) + first_tokens, padding
     for n, row in enumerate(rows):
         row.weight = 1.0
-        batch = pack([row], 1, CONFIG["vision_tower"]["size"])
+        batch = pack([row], CONFIG["vision_tower"]["size"])
         with torch.no_grad():
             losses += model(batch).item()
             embeddings = model.embed(batch)

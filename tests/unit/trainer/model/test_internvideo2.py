@@ -58,7 +58,11 @@ def test_golden_internvideo2_outputs(model, case):
     frames, size = model["arguments"]["num_frames"], model["arguments"]["img_size"]
     empty_clips, empty_stills = torch.zeros(0, 3, frames, size, size), torch.zeros(0, 3, 1, size, size)
     with torch.no_grad():
-        out = tower(empty_clips, pixels)[1] if case["use_image"] else tower(pixels, empty_stills)[0]
+        out = (
+            tower.encode_patches(empty_clips, pixels)[1]
+            if case["use_image"]
+            else tower.encode_patches(pixels, empty_stills)[0]
+        )
     expected = np.load(FILES / model["outputs"])[case["output_key"]]
     np.testing.assert_allclose(out, expected[:, 1:], atol=ATOL, rtol=RTOL)
 
@@ -85,7 +89,7 @@ def test_golden_internvideo2_position_resize(entry):
 def small_tower(size: int = 112, drop: float = 0.0) -> InternVideo2:
     torch.manual_seed(0)
     cfg = VisionTowerConfig(
-        type="internvideo2", width=48, depth=5, heads=4, patch=14, mlp_ratio=48 / 11, group_clips=2, drop_path=drop
+        type="internvideo2", width=48, depth=5, heads=4, patch=14, mlp_ratio=48 / 11, drop_path=drop
     )
     tower = InternVideo2(cfg, size)
     for parameter in tower.parameters():
@@ -97,16 +101,17 @@ def small_tower(size: int = 112, drop: float = 0.0) -> InternVideo2:
 def test_clips_and_stills_together_equal_each_alone(size):
     tower = small_tower(size)
     clips, stills = torch.randn(3, 3, 4, size, size), torch.randn(2, 3, 1, size, size)
-    together = tower(clips, stills)
+    together = tower.encode_patches(clips, stills)
     for n in range(3):
-        torch.testing.assert_close(tower(clips[n : n + 1], stills[:0])[0], together[0][n : n + 1])
-    torch.testing.assert_close(tower(clips[:0], stills)[1], together[1])
+        alone = tower.encode_patches(clips[n : n + 1], stills[:0])[0]
+        torch.testing.assert_close(alone, together[0][n : n + 1])
+    torch.testing.assert_close(tower.encode_patches(clips[:0], stills)[1], together[1])
     assert together[0].shape == (3, 4 * (size // 14) ** 2, 48) and together[1].shape == (2, (size // 14) ** 2, 48)
 
 
 def test_a_call_without_clips_gives_their_parameters_zero_gradients():
     tower = small_tower()
-    tower(torch.zeros(0, 3, 4, 112, 112), torch.randn(1, 3, 1, 112, 112))[1].sum().backward()
+    tower.encode_patches(torch.zeros(0, 3, 4, 112, 112), torch.randn(1, 3, 1, 112, 112))[1].sum().backward()
     assert all(parameter.grad is not None for parameter in tower.parameters())
     assert tower.pos_embed.grad.abs().max() == 0 < tower.img_pos_embed.grad.abs().max()
     assert tower.cls_token.grad.abs().max() > 0  # the patches attend to it
@@ -116,15 +121,17 @@ def test_drop_rises_linearly_and_stops_at_inference():
     tower = small_tower(drop=0.4)
     assert [block.drop for block in tower.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])  # the last, 0.4, is not built
     clips, stills = torch.randn(2, 3, 4, 112, 112), torch.randn(1, 3, 1, 112, 112)
-    exact = small_tower()(clips, stills)
-    for ours, theirs in zip(tower(clips, stills), exact, strict=True):
+    exact = small_tower().encode_patches(clips, stills)
+    for ours, theirs in zip(tower.encode_patches(clips, stills), exact, strict=True):
         assert torch.equal(ours, theirs)
-    dropped = [tower.train()(clips, stills, torch.rand(3, tower.num_drop_path_rands))[0] for _ in range(4)]
+    count = tower.train().num_drop_path_rands
+    dropped = [tower.encode_patches(clips, stills, torch.rand(3, count))[0] for _ in range(4)]
     assert any(not torch.equal(a, b) for a, b in itertools.pairwise(dropped))
-    for ours, theirs in zip(tower(clips, stills, torch.full((3, tower.num_drop_path_rands), 0.29)), exact, strict=True):
+    last = tower.encode_patches(clips, stills, torch.full((3, count), 0.29))
+    for ours, theirs in zip(last, exact, strict=True):
         assert not torch.equal(ours, theirs)  # only the last block, whose probability is 0.3
     with pytest.raises(ValueError, match="needs random numbers"):
-        tower(clips, stills)
+        tower.encode_patches(clips, stills)
 
 
 def test_drop_path_leaves_out_whole_clips_and_keeps_the_mean():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.trainer.model import tome
-from framestream.trainer.model.tome import ToMeConnector, assign_tokens, merge, pool
+from framestream.trainer.model.tome import ToMeConnector, assign_tokens, merge, merge_units, pool
 from tests.helpers.golden_data import GOLDEN, json_file, present
 from tests.helpers.model.golden_model import ATOL, RTOL, normals, weights
 
@@ -20,7 +20,7 @@ CASES = TABLE["cases"] if TABLE and present("tome_connector/weights.safetensors"
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c["case"]) for c in CASES])
 def test_golden_tome_connector(case, monkeypatch):
-    connector = ToMeConnector(TABLE["mm_hidden_size"], TABLE["hidden_size"], TABLE["num_heads"])
+    connector = ToMeConnector(TABLE["mm_hidden_size"], TABLE["hidden_size"])
     connector.load_state_dict(weights(FILES / "weights.safetensors"))
     rows = normals(case["input_seed"], case["input_shape"], case["input_sha256"])
     empty, call = rows[:0], case["call"]
@@ -34,13 +34,15 @@ def test_golden_tome_connector(case, monkeypatch):
     monkeypatch.setattr(tome, "bipartite_soft_matching", counted)
     with torch.no_grad():
         if not call.get("compress"):
-            out = connector(empty, rows)
+            out = connector(merge_units(empty, rows, TABLE["num_heads"]))
         else:
             frames = call.get("local_num_frames", len(rows))
             clips = rows.reshape(len(rows) // frames, -1, rows.shape[-1])
             # all frames as one clip merge to 16 tokens a frame; the connector's own clips have 4 frames
             whole = frames != 4
-            out = connector.mlp(merge(clips, 16 * frames, connector.heads)) if whole else connector(clips, empty)
+            heads = TABLE["num_heads"]
+            merged = merge(clips, 16 * frames, heads) if whole else merge_units(clips, empty, heads)
+            out = connector(merged)
     assert rounds == case["merge_rounds_tokens_and_removed"]
     expected = np.load(FILES / "outputs.npz")[case["output_key"]]
     np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=ATOL, rtol=RTOL)
@@ -49,13 +51,13 @@ def test_golden_tome_connector(case, monkeypatch):
 @pytest.mark.parametrize("error", [pytest.param(e, id=e["what"]) for e in TABLE.get("errors", [])])
 def test_golden_tome_connector_refused(error):
     """There, a video that is not compressed and a wrong number of patches fail; here a clip is always compressed."""
-    connector = ToMeConnector(TABLE["mm_hidden_size"], TABLE["hidden_size"], TABLE["num_heads"])
+    connector = ToMeConnector(TABLE["mm_hidden_size"], TABLE["hidden_size"])
     clips, stills = torch.randn(1, 256, TABLE["mm_hidden_size"]), torch.zeros(0, 64, TABLE["mm_hidden_size"])
     if "compress" in error["what"]:
-        assert connector(clips, stills).shape == (64, TABLE["hidden_size"])
+        assert connector(merge_units(clips, stills, TABLE["num_heads"])).shape == (64, TABLE["hidden_size"])
     else:
         with pytest.raises(ValueError, match="63 patches cannot be merged to 64 tokens"):
-            connector(clips[:, :63], stills)
+            merge_units(clips[:, :63], stills, TABLE["num_heads"])
 
 
 def one_by_one(patches: np.ndarray, wanted: int, heads: int) -> np.ndarray:
@@ -102,13 +104,6 @@ def test_too_few_patches_are_refused():
         merge(torch.randn(1, 49, 16), 64, heads=4)
 
 
-def test_merged_groups_go_through_the_connector_unchanged():
-    torch.manual_seed(0)
-    connector = ToMeConnector(16, 8, 4)
-    clips, stills = torch.randn(3, 200, 16), torch.randn(2, 100, 16)
-    torch.testing.assert_close(connector(*connector.merge(clips, stills)), connector(clips, stills))
-
-
 def test_gradient_of_a_patch_is_its_share_of_the_token():
     patches = torch.randn(1, 130, 16, requires_grad=True)
     token = assign_tokens(patches, 64, heads=4)
@@ -119,11 +114,11 @@ def test_gradient_of_a_patch_is_its_share_of_the_token():
 
 def test_connector_never_waits_for_the_device():
     """Tensors on ``meta`` have no values: whatever copies one to the host (item, nonzero, a mask as index) raises."""
-    connector = ToMeConnector(16, 8, 4).to("meta")
+    connector = ToMeConnector(16, 8).to("meta")
     clips, stills = torch.empty(3, 784, 16, device="meta"), torch.empty(2, 196, 16, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         clips[clips > 0]
-    out = connector(clips.requires_grad_(), stills.requires_grad_())
+    out = connector(merge_units(clips.requires_grad_(), stills.requires_grad_(), 4))
     out.sum().backward()
     assert out.shape == (320, 8) and clips.grad.shape == clips.shape and stills.grad.shape == stills.shape
 

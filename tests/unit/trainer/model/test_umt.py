@@ -47,7 +47,11 @@ def test_golden_umt_outputs(model, case):
     frames, size = model["arguments"]["num_frames"], model["arguments"]["img_size"]
     empty_clips, empty_stills = torch.zeros(0, 3, frames, size, size), torch.zeros(0, 3, 1, size, size)
     with torch.no_grad():
-        out = tower(empty_clips, pixels)[1] if case["use_image"] else tower(pixels, empty_stills)[0]
+        out = (
+            tower.encode_patches(empty_clips, pixels)[1]
+            if case["use_image"]
+            else tower.encode_patches(pixels, empty_stills)[0]
+        )
     expected = np.load(FILES / model["outputs"])[case["output_key"]]
     np.testing.assert_allclose(out.reshape(expected.shape), expected, atol=ATOL, rtol=RTOL)
 
@@ -64,10 +68,11 @@ def small_tower(size: int = 128) -> UMT:
 def test_clips_and_stills_together_equal_each_alone(size):
     tower = small_tower(size)
     clips, stills = torch.randn(3, 3, 4, size, size), torch.randn(2, 3, 1, size, size)
-    together = tower(clips, stills)
+    together = tower.encode_patches(clips, stills)
     for n in range(3):
-        torch.testing.assert_close(tower(clips[n : n + 1], stills[:0])[0], together[0][n : n + 1])
-    torch.testing.assert_close(tower(clips[:0], stills)[1], together[1])
+        alone = tower.encode_patches(clips[n : n + 1], stills[:0])[0]
+        torch.testing.assert_close(alone, together[0][n : n + 1])
+    torch.testing.assert_close(tower.encode_patches(clips[:0], stills)[1], together[1])
     assert together[0].shape == (3, 4 * (size // 16) ** 2, 48) and together[1].shape == (2, (size // 16) ** 2, 48)
 
 
@@ -81,7 +86,7 @@ def test_patch_projection_equals_the_convolution():
 def test_frames_of_a_clip_see_each_other_and_other_clips_do_not():
     tower = small_tower()
     clips = torch.randn(2, 3, 4, 128, 128, requires_grad=True)
-    tower(clips, torch.zeros(0, 3, 1, 128, 128))[0][0, -1].sum().backward()
+    tower.encode_patches(clips, torch.zeros(0, 3, 1, 128, 128))[0][0, -1].sum().backward()
     assert clips.grad[0, :, 0].abs().sum() > 0 and clips.grad[1].abs().sum() == 0
 
 

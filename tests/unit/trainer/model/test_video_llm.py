@@ -14,12 +14,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from framestream.pipeline.config.model import ModelConfig
 from framestream.pipeline.config.training import Recomputation
+from framestream.trainer.distributed.call_order import outer_modules
 from framestream.trainer.model import attention
 from framestream.trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
-from framestream.trainer.model.video_llm import VideoLLM, split_groups
+from framestream.trainer.model.umt import UMT
+from framestream.trainer.model.video_llm import VideoLLM
+from framestream.trainer.model.vision_tower import INDEX_LIMIT, split_groups
 from framestream.trainer.training.drop_path_rng import drop_path_random
 from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, Dialogue, dialogue, pack, parameters, small_model
 
+PATCHES = 4 * (SIZE // 16) ** 2  #: of a clip
 KINDS = {
     "video": {"clips": 2},
     "stills": {"stills": 3},
@@ -56,12 +60,18 @@ def test_packed_equals_alone(cfg):
     assert_same(gradients(model, pack(dialogues)), gradients(model, *alone))
 
 
+def grouped(cfg: ModelConfig, clips: float) -> ModelConfig:
+    """The model with groups of as many patches as ``clips`` have."""
+    tower = dataclasses.replace(cfg.vision_tower, group_tokens=int(clips * PATCHES))
+    return dataclasses.replace(cfg, vision_tower=tower)
+
+
 @both_towers
-@pytest.mark.parametrize("number", [2, 3, 7, 12])
-def test_groups_and_recomputation_change_nothing(number, cfg):
-    dialogues = some("both", "text", "video")
-    plain = gradients(small_model(cfg=cfg).train(), pack(dialogues))
-    assert_same(plain, gradients(small_model(recompute=True, cfg=cfg).train(), pack(dialogues, groups=number)))
+@pytest.mark.parametrize("clips", [0.25, 1, 2, 9])
+def test_groups_and_recomputation_change_nothing(clips, cfg):
+    batch = pack(some("both", "text", "video"))
+    plain = gradients(small_model(cfg=cfg).train(), batch)
+    assert_same(plain, gradients(small_model(recompute=True, cfg=grouped(cfg, clips)).train(), batch))
 
 
 @pytest.mark.parametrize(("tower", "layers"), [(False, 0), (True, 0), (True, 1), (True, 2)])
@@ -82,7 +92,7 @@ def test_each_level_recomputes_its_modules_only(tower: bool, layers: int):
 
 def test_recomputation_drops_the_same_paths():
     tower = dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.9)
-    cfg, batch = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), pack(some("both", "stills", "video"), groups=3)
+    cfg, batch = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), pack(some("both", "stills", "video"))
     found = []
     for seed, recompute in ((1, False), (1, True), (2, True)):
         model = small_model(recompute, cfg).train()
@@ -94,45 +104,52 @@ def test_recomputation_drops_the_same_paths():
 
 
 def test_dialogues_drop_the_same_paths_in_any_row():
-    """Packed in another order and into other groups, or alone, each dialogue has the loss that it has."""
+    """Packed in another order, so in other groups, or alone, each dialogue has the loss that it has."""
     tower = dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.9)
     cfg, dialogues = dataclasses.replace(INTERNVIDEO2, vision_tower=tower), some("both", "stills", "text", "video")
     model = small_model(cfg=cfg).train()
 
-    def loss(numbers: list[int], groups: int, seed: int = 1) -> float:
-        batch = pack([dialogues[number] for number in numbers], groups)
+    def loss(numbers: list[int], seed: int = 1) -> float:
+        batch = pack([dialogues[number] for number in numbers])
         batch.keys = [f"d{number}" for number in numbers]
         batch.drop_path_rand = drop_path_random(batch, seed, model.vision_tower.num_drop_path_rands)
         return model(batch).item()
 
-    together = loss([0, 1, 2, 3], 1)
-    assert loss([3, 1, 2, 0], 7) == pytest.approx(together, rel=1e-5)
-    assert loss([1, 3], 9) + loss([2, 0], 2) == pytest.approx(together, rel=1e-5)
-    assert loss([0, 1, 2, 3], 1, seed=2) != pytest.approx(together, rel=1e-3)
+    together = loss([0, 1, 2, 3])
+    assert loss([3, 1, 2, 0]) == pytest.approx(together, rel=1e-5)
+    assert loss([1, 3]) + loss([2, 0]) == pytest.approx(together, rel=1e-5)
+    assert loss([0, 1, 2, 3], seed=2) != pytest.approx(together, rel=1e-3)
 
 
-@given(clips=st.integers(0, 9), stills=st.integers(0, 9), number=st.integers(1, 8))
+@given(clips=st.integers(0, 9), stills=st.integers(0, 9), limit=st.integers(1, 40))
 @settings(max_examples=40)
-def test_groups_cover_every_unit_once_in_order(clips, stills, number):
-    batch = dataclasses.replace(
-        pack([]),
-        clips=torch.arange(clips, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, 4, 1, 1, 3),
-        image_tiles=100 + torch.arange(stills, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3),
-        groups=number,
-    )
-    parts = list(split_groups(batch))
-    assert len(parts) == number and all(len(c) + len(s) for c, s in parts)
-    assert torch.equal(torch.cat([c for c, _ in parts]), batch.clips)
-    assert torch.equal(torch.cat([s for _, s in parts])[:stills], batch.image_tiles)
-    sizes = [len(c) + len(s) for c, s in parts]
-    assert max(sizes) <= -(-(clips + stills) // number) or max(sizes) == 1
+def test_groups_cover_every_unit_once_in_order(clips, stills, limit):
+    clip = torch.arange(clips, dtype=torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, 4, 1, 1, 3)
+    tile = 100 + torch.arange(stills, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3)
+    parts = list(split_groups(clip, tile, 2, limit))  # a clip has 8 patches, a tile 2
+    assert all(len(c) + len(s) for c, s in parts)
+    assert torch.equal(torch.cat([c for c, _ in parts]), clip)
+    assert torch.equal(torch.cat([s for _, s in parts])[:stills], tile)
+    sizes = [8 * len(c) + 2 * len(s) for c, s in parts]
+    assert all(size <= limit or len(c) + len(s) == 1 for size, (c, s) in zip(sizes, parts, strict=True))
+    # the first unit of the next group would not have fitted
+    nexts = [8 if len(c) else 2 for c, _ in parts[1:]]
+    assert all(size + follows > limit for size, follows in zip(sizes, nexts, strict=False))
+
+
+@pytest.mark.parametrize(("width", "expected"), [(16, 100_000_000), (1024, 2**21 - 1)])
+def test_the_patches_of_a_group_can_be_indexed_in_32_bit(width, expected):
+    tower = dataclasses.replace(SMALL.vision_tower, width=width, group_tokens=100_000_000)
+    with torch.device("meta"):
+        limit = UMT(tower, SIZE).group_limit
+    assert limit == expected and limit * width < INDEX_LIMIT
 
 
 @both_towers
 @pytest.mark.parametrize("kinds", [["text"], []], ids=["text_only", "empty_row"])
 def test_rows_without_media_have_zero_gradients_not_missing_ones(kinds, cfg):
     model = small_model(recompute=True, cfg=cfg).train()
-    batch = pack(some(*kinds), groups=2)
+    batch = pack(some(*kinds))
     found = gradients(model, batch)
     for name, gradient in found.items():
         if name.startswith(("vision_tower", "connector")) or not kinds:
@@ -150,24 +167,24 @@ def test_the_dummy_still_does_not_change_the_text():
         assert torch.equal(model.embed(batch), embeddings)
 
 
-@pytest.mark.filterwarnings("ignore:For backward hooks:UserWarning", "ignore:Full backward hook:UserWarning")
 @pytest.mark.parametrize("frozen", [[], ["vision_tower", "language_model"], ["language_model"]])
 @pytest.mark.parametrize("recompute", [True, False])
 @both_towers
-def test_modules_run_in_the_same_order_for_any_row(frozen, recompute, cfg):
+def test_leaf_modules_run_in_the_same_order_for_any_row(frozen, recompute, cfg):
     """ZeRO-3 gathers and releases in module calls, forward, backward and recomputed: ranks must agree on the order."""
-    model = small_model(recompute, cfg).train()
+    model = small_model(recompute, grouped(cfg, 1)).train()
     for part in frozen:
         model.parts()[part].requires_grad_(False)
     calls: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in outer_modules(model, model.leaf_modules()).items():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(f"forward {name}"))
         module.register_forward_hook(lambda *_, name=name: calls.append(f"after {name}"))
-        module.register_full_backward_pre_hook(lambda *_, name=name: calls.append(f"backward {name}"))
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            module.register_full_backward_pre_hook(lambda *_, name=name: calls.append(f"backward {name}"))
     reference: list[str] = []
     for kinds in (["both", "text"], ["text"], ["video"], ["stills"], []):
         calls.clear()
-        model(pack(some(*kinds), groups=3)).backward()
+        model(pack(some(*kinds))).backward()
         reference = reference or list(calls)
         assert calls == reference, kinds
 
@@ -176,8 +193,8 @@ def test_a_frozen_tower_runs_without_gradient_and_is_not_recomputed():
     model = small_model(recompute=True).train()
     model.vision_tower.requires_grad_(False)
     runs = []
-    model.vision_tower.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    model(pack(some("video"), groups=2)).backward()
+    model.vision_tower.vision_layernorm.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    model(pack(some("video", "video"))).backward()
     assert runs == [False, False]
     assert model.connector.mlp[0].weight.grad.abs().max() > 0
 
@@ -218,7 +235,8 @@ def test_constants_stay_float32_when_the_model_is_cast():
 def test_pixels_are_normalised_as_published():
     frames = torch.randint(0, 256, (1, 4, 8, 8, 3), dtype=torch.uint8)
     expected = (frames.numpy() / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(small_model().pixels(frames), expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
+    pixels = small_model().vision_tower.normalize(frames)
+    np.testing.assert_allclose(pixels, expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
 
 
 @both_towers
@@ -228,7 +246,7 @@ def test_a_row_runs_without_a_look_at_its_values(kinds, cfg):
     tower = dataclasses.replace(cfg.vision_tower, drop_path=0.5 if cfg is INTERNVIDEO2 else None)
     with torch.device("meta"):
         model = VideoLLM(dataclasses.replace(cfg, vision_tower=tower), SIZE, 4, Recomputation(True, 2)).train()
-    batch = pack(some(*kinds), groups=3)
+    batch = pack(some(*kinds))
     batch.drop_path_rand = drop_path_random(batch, 0, model.vision_tower.num_drop_path_rands)
     model.to("meta")(batch.to("meta")).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

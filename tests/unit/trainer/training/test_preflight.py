@@ -154,7 +154,7 @@ def test_another_tower_of_a_run_or_a_release_is_refused(tmp_path: Path) -> None:
 def test_the_frame_size_and_groups_may_change(tmp_path: Path) -> None:
     """The switch of stage 4: frames of another size, and groups of other lengths."""
     run = run_of(tmp_path / "run", start())
-    tower = dataclasses.replace(SMALL.vision_tower, group_clips=SMALL.vision_tower.group_clips + 1)
+    tower = dataclasses.replace(SMALL.vision_tower, group_tokens=SMALL.vision_tower.group_tokens + 1)
     larger = start(dataclasses.replace(SMALL, vision_tower=tower))
     frames = dataclasses.replace(larger.frames, size=larger.frames.size * 2)
     assert check_weights(dataclasses.replace(larger, frames=frames, init_from=InitFromConfig(run=str(run)))) == []
