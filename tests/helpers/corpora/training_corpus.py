@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tests.helpers.emulator.build import unavailable
 from tests.helpers.paths import ROOT
 
 PROJECT = ROOT
@@ -40,6 +41,15 @@ def train_command(manifest: Path, ranks: int, *assignments: str) -> list[str]:
     sets = [word for assignment in assignments for word in ("--set", assignment)]
     launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return [*launcher, "-m", "trainer", "--manifest", str(manifest), *sets]
+
+
+def on_device(command: list[str]) -> list[str]:
+    """Return a command of ``-m MODULE`` that runs on the stand-in device, or the same where there is no compiler."""
+    if reason := unavailable():
+        print(f"on the CPU: {reason}")
+        return command
+    place = command.index("-m") + 1
+    return [*command[:place], "tests.helpers.emulator", *command[place:]]
 
 
 def log(folder: Path) -> list[dict]:

@@ -20,7 +20,7 @@ def unavailable() -> str:
     """Return why the device cannot be used here, as the reason of a skip; empty if it can."""
     if torch.cuda.is_available():
         return "a GPU is here"
-    if torch.__version__.split(".") < ["2", "9"] and len(torch.__version__.split(".")[1]) < 2:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
         return "the stand-in device needs torch 2.9"
     if _compiler() is None:
         return f"the stand-in device needs a compiler: {', '.join(COMPILERS)}"

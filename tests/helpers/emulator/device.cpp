@@ -17,6 +17,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -24,6 +25,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -212,25 +214,76 @@ const std::set<std::string> VALUE_SHAPED = {
     "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
     "aten::equal",   "aten::bincount"};
 
-struct Tensors {  // of the arguments of one call
-  bool device = false;
-  std::string host;  // name of the first argument that is on the host and has dimensions
+struct Operator {  // what this file needs to know of one; its schema takes long to read
+  std::string name;
+  bool takes_host_scalars, reads_by_index, writes_by_index, value_shaped, repeats;
+  bool in_place = true;      // all that it writes are arguments that keep their size, and it returns no views
+  std::vector<int> returns;  // for each output: the argument that it is, or -1
 };
 
-void look(const at::Tensor& tensor, const std::string& name, bool scalars, Tensors& found) {
-  if (!tensor.defined()) return;
-  if (on_device(tensor)) found.device = true;
-  else if (tensor.device().is_cpu() && (tensor.dim() > 0 || scalars) && found.host.empty()) found.host = name;
+const Operator& look_up(const c10::OperatorHandle& op) {
+  static std::mutex lock;
+  static std::map<const void*, Operator> known;
+  std::lock_guard<std::mutex> guard(lock);
+  auto [entry, is_new] = known.try_emplace(&op.schema());
+  auto& found = entry->second;
+  if (!is_new) return found;
+  const auto& schema = op.schema();
+  found.name = c10::toString(op.operator_name());
+  auto begins = [&](const char* text) { return found.name.rfind(text, 0) == 0; };
+  found.takes_host_scalars = !begins("aten::_fused_adam");
+  found.reads_by_index = begins("aten::index.");
+  found.writes_by_index = begins("aten::index_put") || begins("aten::_index_put");
+  found.value_shaped = VALUE_SHAPED.count(found.name);
+  found.repeats = found.name == "aten::repeat_interleave.Tensor";
+  for (const auto& argument : schema.arguments())
+    if (argument.is_out()) found.in_place = false;
+  for (const auto& output : schema.returns()) {
+    int same = -1;
+    const auto* alias = output.alias_info();
+    for (size_t i = 0; alias && i < schema.arguments().size(); i++) {
+      const auto* other = schema.arguments()[i].alias_info();
+      if (other && *other == *alias) same = static_cast<int>(i);
+    }
+    bool is_new_tensor = !alias && output.type()->kind() == c10::TypeKind::TensorType;
+    if (!is_new_tensor && (same < 0 || !alias->isWrite())) found.in_place = false;
+    found.returns.push_back(same);
+  }
+  return found;
 }
 
-bool writes_by_index(const std::string& op) {
-  return op.rfind("aten::index_put", 0) == 0 || op.rfind("aten::_index_put", 0) == 0;
+struct Tensors {  // of the arguments of one call
+  bool device = false;
+  int host = -1;  // the first argument that is on the host and has dimensions
+};
+
+void look(const at::Tensor& tensor, size_t argument, const Operator& known, Tensors& found) {
+  if (!tensor.defined()) return;
+  if (on_device(tensor)) found.device = true;
+  else if (tensor.is_cpu() && (tensor.dim() > 0 || !known.takes_host_scalars) && found.host < 0)
+    found.host = static_cast<int>(argument);
+}
+
+Tensors look_at_arguments(const torch::jit::Stack& stack, size_t count, const Operator& known) {
+  Tensors found;
+  for (size_t i = 0; i < count; i++) {
+    const auto& value = stack[stack.size() - count + i];
+    if (value.isTensor()) {
+      look(value.toTensor(), i, known, found);
+    } else if (value.isTensorList()) {
+      for (const auto& tensor : value.toTensorVector()) look(tensor, i, known, found);
+    } else if (value.isOptionalTensorList()) {
+      for (const auto& tensor : value.toOptionalTensorVector())
+        if (tensor) look(*tensor, i, known, found);
+    }
+  }
+  return found;
 }
 
 // Indices may be on the host: they are copied. Boolean ones become numbers, except to fill with a number.
 // Reading by indices reports this by itself.
-void report_indices(const torch::jit::Stack& stack, size_t arguments) {
-  const auto* call = &stack[stack.size() - arguments];
+void report_indices(const torch::jit::Stack& stack, size_t count) {
+  const auto* call = &stack[stack.size() - count];
   bool fills = call[2].toTensor().numel() == 1 && call[2].toTensor().is_cpu();
   for (const auto& index : call[1].toOptionalTensorVector()) {
     if (!index || !index->defined()) continue;
@@ -240,36 +293,61 @@ void report_indices(const torch::jit::Stack& stack, size_t arguments) {
   }
 }
 
-void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto& arguments = op.schema().arguments();
-  auto name = c10::toString(op.operator_name());
-  bool scalars = name.rfind("aten::_fused_adam", 0) == 0;  // takes none from the host
-  Tensors found;
-  for (size_t i = 0; i < arguments.size(); i++) {
-    const auto& value = torch::jit::peek(*stack, i, arguments.size());
-    const auto& argument = arguments[i].name();
-    if (value.isTensor()) {
-      look(value.toTensor(), argument, scalars, found);
-    } else if (value.isTensorList()) {
-      for (const auto& tensor : value.toTensorVector()) look(tensor, argument, scalars, found);
-    } else if (value.isOptionalTensorList()) {
-      for (const auto& tensor : value.toOptionalTensorVector())
-        if (tensor) look(*tensor, argument, scalars, found);
-    }
+at::Tensor to_device(const at::Tensor& tensor) {
+  if (!tensor.defined()) return tensor;
+  auto dtype = tensor.scalar_type();
+  at::Tensor made =
+      at::detail::empty_strided_generic(tensor.sizes(), tensor.strides(), &device_allocator, KEYS, dtype);
+  on_host(made).copy_(tensor);
+  return made;
+}
+
+c10::IValue value_on_host(const c10::IValue& value) {
+  if (value.isTensor()) return value.toTensor().defined() ? c10::IValue(on_host(value.toTensor())) : value;
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> tensors;
+    for (const auto& tensor : value.toTensorVector()) tensors.push_back(on_host(tensor));
+    return tensors;
   }
-  TORCH_CHECK(!found.device || found.host.empty() || name.rfind("aten::index.", 0) == 0 || writes_by_index(name),
+  if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> tensors;
+    for (const auto& tensor : value.toOptionalTensorVector())
+      tensors.push_back(tensor && tensor->defined() ? std::make_optional(on_host(*tensor)) : tensor);
+    return tensors;
+  }
+  if (value.isDevice()) return c10::Device(at::kCPU);
+  return value;
+}
+
+// Call the CPU's operator on the same memory. Its new tensors are copied to the device.
+void call_in_place(const c10::OperatorHandle& op, const Operator& known, torch::jit::Stack* stack, size_t count) {
+  std::vector<c10::IValue> arguments(stack->end() - count, stack->end());
+  for (size_t i = 0; i < count; i++) (*stack)[stack->size() - count + i] = value_on_host(arguments[i]);
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  for (size_t i = 0; i < known.returns.size(); i++) {
+    auto& output = (*stack)[stack->size() - known.returns.size() + i];
+    output = known.returns[i] >= 0 ? arguments[known.returns[i]] : c10::IValue(to_device(output.toTensor()));
+  }
+}
+
+void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& known = look_up(op);
+  auto count = op.schema().arguments().size();
+  auto found = look_at_arguments(*stack, count, known);
+  TORCH_CHECK(!found.device || found.host < 0 || known.reads_by_index || known.writes_by_index,
               "Expected all tensors to be on the same device, but found at least two devices, emu:0 and cpu! "
-              "(argument ", found.host, " of ", name, ")");
+              "(argument ", op.schema().arguments()[std::max(found.host, 0)].name(), " of ", known.name, ")");
   if (found.device) {
-    if (VALUE_SHAPED.count(name)) report(name.c_str() + 6, 0);
-    if (name == "aten::repeat_interleave.Tensor" && torch::jit::peek(*stack, 1, 2).isNone()) report("repeats", 0);
-    if (writes_by_index(name)) report_indices(*stack, arguments.size());
+    if (known.value_shaped) report(known.name.c_str() + 6, 0);
+    if (known.repeats && torch::jit::peek(*stack, 1, 2).isNone()) report("repeat_interleave", 0);
+    if (known.writes_by_index) report_indices(*stack, count);
   }
   struct Inside {
     Inside() { inside++; }
     ~Inside() { inside--; }
   } guard;
-  at::native::cpu_fallback(op, stack);
+  if (known.in_place && found.device) call_in_place(op, known, stack, count);
+  else at::native::cpu_fallback(op, stack);
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
@@ -286,6 +364,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_copy_from", copy_from);
   library.impl("_copy_from_and_resize", copy_from_and_resize);
   library.impl("_local_scalar_dense", read_scalar);
+}
+// For devices without a kernel of their own torch decomposes this one, which rounds otherwise.
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
 }
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());

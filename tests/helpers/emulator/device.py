@@ -118,8 +118,28 @@ def load_device() -> torch.device:
     torch.utils.rename_privateuse1_backend("emu")
     torch._register_device_module("emu", _device_module(library))
     torch.Tensor.record_stream = lambda tensor, stream: None  # torch's own takes only streams of its own
+    torch.nn.functional.scaled_dot_product_attention = _fused_attention()
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     return torch.device(EMU)
+
+
+def _fused_attention() -> Callable:
+    """Return ``scaled_dot_product_attention`` with the CPU's fused kernel for the device's tensors, as on a GPU.
+
+    torch would choose its unfused one, which keeps every probability for the backward pass.
+    """
+    unfused = torch.nn.functional.scaled_dot_product_attention
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ) -> torch.Tensor:
+        if query.device.type == "emu" and attn_mask is None and query.dim() == 4 and query.numel():
+            return fused(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        return unfused(query, key, value, **options, scale=scale, enable_gqa=enable_gqa)
+
+    return scaled_dot_product_attention
 
 
 class Stream:

@@ -6,6 +6,8 @@ import dataclasses
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
+from framestream.pipeline.loading.batch import Batch
+from framestream.trainer.training.drop_path_rng import drop_path_random
 from tests.helpers.model.manifests import FROZEN, manifest
 from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack
 
@@ -17,7 +19,9 @@ STARTS = {  #: folder of the start weights -> architecture
     "tied": dataclasses.replace(
         SMALL, language_model=dataclasses.replace(SMALL.language_model, tie_word_embeddings=True)
     ),
-    "internvideo2": INTERNVIDEO2,
+    "internvideo2": dataclasses.replace(
+        INTERNVIDEO2, vision_tower=dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.3)
+    ),
 }
 
 
@@ -28,13 +32,18 @@ FILES = {
 }
 
 
-def settings(init: InitFromConfig, start: str = "start", **train) -> Manifest:
+def settings(init: InitFromConfig, start: str = "start", recompute: str = "all", **train) -> Manifest:
     base = manifest(SIZE, STARTS[start], **train)
-    plain = dataclasses.replace(base.train, dtype="fp32", clip_norm=0.0, epsilon=EPSILON)
-    return dataclasses.replace(base, train=plain, init_from=init)
+    options = {"dtype": "fp32", "clip_norm": 0.0, "epsilon": EPSILON, "gradient_checkpointing": recompute}
+    return dataclasses.replace(base, train=dataclasses.replace(base.train, **options), init_from=init)
 
 
 RATE = 1e-2
+
+
+def _with_drop_path(row: Batch) -> Batch:
+    """Return the row with the random numbers of a training step: two for each block but the last."""
+    return dataclasses.replace(row, drop_path_rand=drop_path_random(row, 0, 2 * (INTERNVIDEO2.vision_tower.depth - 1)))
 
 
 def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
@@ -49,10 +58,13 @@ def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
     ]
     start, frozen = InitFromConfig(run="start"), {"language_model": FROZEN}
     return {
-        "all_trained": (settings(start), steps),
+        "all_trained": (settings(start, recompute="none"), steps),
         "stage_1": (settings(start, vision_tower=FROZEN, **frozen), steps),
-        "stage_4": (settings(start, **frozen), steps),
-        "tied_head": (settings(InitFromConfig(run="tied"), "tied"), steps),
-        "internvideo2_trained": (settings(InitFromConfig(run="internvideo2"), "internvideo2"), steps),
+        "stage_4": (settings(start, recompute="tower", **frozen), steps),
+        "tied_head": (settings(InitFromConfig(run="tied"), "tied", "layers:1"), steps),
+        "internvideo2_trained": (
+            settings(InitFromConfig(run="internvideo2"), "internvideo2"),
+            [tuple(map(_with_drop_path, rows)) for rows in steps],
+        ),
         **{name: (settings(init), steps[2:3]) for name, init in FILES.items()},
     }

@@ -1,6 +1,6 @@
 """One rank of test_orders.py: run every order of rows under every setting and compare calls; rank 0 writes gradients.
 
-    torchrun --nproc_per_node 2 orders_worker.py FOLDER
+    torchrun --nproc_per_node 2 -m tests.helpers.workers.orders_worker FOLDER
 
 Works in FOLDER, where ``start/`` has the initial weights. Writes WORLD.json, SETTING -> ORDER -> loss, and
 WORLD-SETTING-ORDER.safetensors.
@@ -26,7 +26,7 @@ def gradients(engine, calls: ModuleCallTracer, order: tuple[str, ...], context) 
     """Return loss and gradients of one global batch, computed as in the training loop, without a weight update."""
     loss, steps = 0.0, side_by_side(order, context.world)
     for number, rows in enumerate(steps):
-        part = engine(rows[context.rank]) / len(order)
+        part = engine(rows[context.rank].to(context.device)) / len(order)
         engine.set_gradient_accumulation_boundary(number + 1 == len(steps))
         engine.backward(part * context.world)
         loss += part.item()

@@ -1,6 +1,6 @@
 """One rank of test_zero3.py: train on given rows under ZeRO-3, check what needs a sharded run, and save.
 
-    torchrun --nproc_per_node 2 zero3_worker.py FOLDER
+    torchrun --nproc_per_node 2 -m tests.helpers.workers.zero3_worker FOLDER
 
 The cases are those of ``zero3_cases.cases``. Their initial weights are in FOLDER, and results go to FOLDER/NAME/. Rank
 0 works in FOLDER and the others in an empty folder, so that only rank 0 finds the files that manifests name.
@@ -42,7 +42,7 @@ def run_case(name: str, settings, steps, folder: Path, context) -> None:
         group["lr"] = RATE
     losses = []
     for rows in steps:
-        loss = engine(rows[context.rank])
+        loss = engine(rows[context.rank].to(context.device))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -61,7 +61,7 @@ def accumulation_error(stage: int, context: DistributedContext) -> float:
     engine, model = build_engine(dataclasses.replace(base, train=train, init_from=init), context)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
-    rows = [pack([dialogue(10 * context.rank + number)]) for number in range(4)]
+    rows = [pack([dialogue(10 * context.rank + number)]).to(context.device) for number in range(4)]
 
     def gradient(micro_steps: list[Batch]) -> dict[str, torch.Tensor]:
         for number, row in enumerate(micro_steps, start=1):

@@ -4,7 +4,7 @@ Ranks run the four kinds of rows in all 24 orders, on two ranks in two micro-ste
 compare their model calls after each. Loss and every part's gradient must equal those of one process without DeepSpeed:
 in float32, the norm of the difference is at most 1e-5 of the norm. The frames are noise. They are chosen so that no
 choice of token merging depends on less than 1e-4 of cosine similarity, because a choice that rounding flips would
-change the output completely.
+change the output completely. The ranks compute on the stand-in device where there is a compiler.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.model.margins import margin
 from tests.helpers.model.orders import KINDS, ORDERS, SETTINGS, SIDE, one_process, row, settings
 from tests.helpers.model.rows import SMALL, small_model
-from tests.helpers.paths import ROOT
 
 MARGIN = 1e-4  #: of cosine similarities; float32 knows them to about 1e-6
 TOLERANCE = 1e-5
@@ -60,8 +59,8 @@ def test_no_merging_choice_is_close(alone) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_order_of_rows_equals_one_process(folder: Path, alone, world: int) -> None:
     loss, gradients, _ = alone
-    worker = str(ROOT / "tests/helpers/workers/orders_worker.py")
-    corpus.run("torchrun", "--standalone", "--nproc_per_node", str(world), worker, str(folder))
+    worker = ("-m", "tests.helpers.workers.orders_worker", str(folder))
+    corpus.run(*corpus.on_device(["torchrun", "--standalone", "--nproc_per_node", str(world), *worker]))
     losses = json.loads((folder / f"{world}.json").read_text())
     assert len(losses["zero3"]) == len(ORDERS) == 24 and losses.keys() == (SETTINGS.keys() if world == 2 else {"zero3"})
     worst = 0.0

@@ -1,12 +1,12 @@
-"""Two ZeRO-3 ranks with rows of different kinds neither hang nor differ from one process."""
+"""Two ZeRO-3 ranks with rows of different kinds neither hang nor differ from one process.
+
+The ranks compute on the stand-in device where there is a compiler.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,9 @@ from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.training.engine import freeze
 from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
 from framestream.trainer.weights.tensor_files import INDEX, to_hf_name
+from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.zero3_cases import EPSILON, FILES, RATE, STARTS, cases, settings
-from tests.helpers.paths import ROOT
 
 
 def one_process(settings: Manifest, steps: list[tuple]) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
@@ -75,13 +75,8 @@ def folder(tmp_path_factory) -> Path:
         save_weights(model, folder / start / "final", random)
         if start == "start":
             write_files(model, folder)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    worker = str(ROOT / "tests/helpers/workers/zero3_worker.py")
-    done = subprocess.run(
-        [*launch, worker, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    worker = ("-m", "tests.helpers.workers.zero3_worker", str(folder))
+    corpus.run(*corpus.on_device(["torchrun", "--standalone", "--nproc_per_node", "2", *worker]))
     return folder
 
 
