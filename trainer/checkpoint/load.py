@@ -44,6 +44,7 @@ from framestream.trainer.weights.tensor_files import LazyTensor
 from framestream.trainer.weights.tensor_reader import READ_ERRORS
 
 POLL_SECONDS = 0.2  #: between two checks whether the universal format is complete
+MAX_WORKERS = 32  #: processes that convert a checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -150,16 +151,28 @@ def _universal_format(folder: Path, world: int, manifest: Manifest, context: Dis
         shutil.rmtree(universal)
 
 
+def count_workers(file_bytes: int) -> int:
+    """Return the number of processes that convert a checkpoint whose largest file has ``file_bytes``.
+
+    Meanwhile the other ranks only wait, so every core may be used. A process has one file in memory, and a copy of
+    parts of it. All processes use at most half of the memory that is available.
+    """
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, available // (4 * file_bytes)))
+
+
 def _convert(folder: Path, part: Path, universal: Path) -> None:
     """Run DeepSpeed's conversion. ``universal`` appears once it is complete, or with the file ``failed``."""
     from deepspeed.checkpoint.ds_to_universal import main
 
     part.mkdir()
+    workers = count_workers(max(path.stat().st_size for path in folder.iterdir()))
     options = Namespace(
         input_folder=str(folder),
         output_folder=str(part / folder.name),
-        num_extract_workers=1,
-        num_merge_workers=1,
+        num_extract_workers=workers,
+        num_merge_workers=workers,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,

@@ -3,7 +3,8 @@
     RUN/checkpoints/step-000100/     DeepSpeed's files, and state.json
     RUN/checkpoints/latest           the name of the newest complete checkpoint
 
-A checkpoint is written under a temporary name, synced and renamed. Then ``latest`` is replaced. So a run killed at any
+A checkpoint is written under a temporary name. Each rank syncs its own files, because rank 0 cannot sync those that
+another machine wrote. Then the checkpoint is renamed, and ``latest`` is replaced. So a run killed at any
 moment finds either the new checkpoint or the one before. Frozen parameters are not saved: they come from ``init_from``
 again. Random numbers need no state: they are functions of the seed and the position in the epoch
 (:mod:`framestream.trainer.training.drop_path_rng`), on any number of ranks. state.json has the digest of every file,
@@ -132,7 +133,7 @@ def save_checkpoint(
         fault = str(error).strip().split("\n")[0]
         raise WriteError(f"{folder / part}: rank {context.rank} cannot write its part ({fault}); make room") from error
     barrier()
-    digests = _digests(folder / part, context)
+    digests = _sync_files(folder / part, context)
     if context.is_main:
         state = {
             "step": step,
@@ -153,16 +154,17 @@ def _is_file_error(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or "inline_container" in str(error) or "PytorchStream" in str(error)
 
 
-def _digests(folder: Path, context: DistributedContext) -> dict[str, str]:
-    """Compute the digest of every file of a checkpoint, each rank those of its own files.
+def _sync_files(folder: Path, context: DistributedContext) -> dict[str, str]:
+    """Sync every file of a checkpoint and return its digest. Each rank does this for its own files.
 
     Raises:
-        CheckpointError: on every rank, if one cannot read its files.
+        CheckpointError: on every rank, if one cannot read or sync its files.
     """
     own, fault = {}, ""
     try:
         for path in sorted(folder.iterdir()):
             if rank_of_file(path.name, context.world) == context.rank:
+                fsync_path(path)
                 own[path.name] = file_digest(path)
     except OSError as error:
         fault = describe_os_error(error)
@@ -174,7 +176,7 @@ def _digests(folder: Path, context: DistributedContext) -> dict[str, str]:
 
 def _publish(folder: Path, part: str, name: str, step: int, keep_last: int) -> None:
     """Rename a checkpoint to its final name, point ``latest`` to it, and remove the oldest ones."""
-    for path in (*(folder / part).iterdir(), folder / part):
+    for path in (folder / part / "state.json", folder / part):
         fsync_path(path)
     if (folder / name).exists():  # written by a run that was killed before it updated ``latest``
         os.replace(folder / name, folder / f"{part}-old")

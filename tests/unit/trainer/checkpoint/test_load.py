@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from deepspeed.utils import zero_to_fp32
 
-from framestream.trainer.checkpoint.load import separate_step_counters, trained_weights
+from framestream.trainer.checkpoint.load import MAX_WORKERS, count_workers, separate_step_counters, trained_weights
 from framestream.trainer.checkpoint.state import CheckpointError
 
 
@@ -59,6 +60,13 @@ def test_every_parameter_counts_steps_on_its_own_device(fused: bool):
     counters = [moments["step"] for moments in optimizer.state.values()]
     assert {counter.device.type for counter in counters} == {"meta" if fused else "cpu"}
     assert len({id(shared), *map(id, counters)}) == 3
+
+
+def test_a_conversion_uses_all_cores_and_at_most_half_the_memory(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert count_workers(1) == 8 and count_workers(10**15) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(256)))
+    assert count_workers(1) == MAX_WORKERS
 
 
 def raises(error: Exception):

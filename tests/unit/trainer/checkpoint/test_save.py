@@ -53,6 +53,19 @@ def one_process(monkeypatch):
     monkeypatch.setattr(save, "all_reduce_sum", lambda values, context: values)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_syncs_the_files_that_it_wrote(monkeypatch, tmp_path: Path, rank: int):
+    """An fsync on another machine flushes that machine's cache only."""
+    names = ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00.pt", "zero_pp_rank_1_mp_rank_00.pt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"values")
+    synced: list[str] = []
+    monkeypatch.setattr(save, "fsync_path", lambda path: synced.append(path.name))
+    monkeypatch.setattr(save, "gather_objects", lambda value, context: [value])
+    digests = save._sync_files(tmp_path, DistributedContext(rank, 2, torch.device("cpu")))
+    assert sorted(synced) == sorted(digests) == ([names[2]] if rank else names[:2])
+
+
 @pytest.fixture
 def small() -> Manifest:
     return manifest(SIZE, SMALL)
