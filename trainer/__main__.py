@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from framestream.trainer.distributed.launchers import (
     EXIT_PREEMPTED,
     PREEMPTION_SIGNALS,
     RESUME_HINT,
+    allocator_settings,
+    describe_old_torch,
     describe_runtime_error,
     process_rank,
 )
@@ -42,6 +45,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
     parser.add_argument("--dry-run", action="store_true", help="print the resolved manifest and its costs, then stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     options = parser.parse_args(arguments)
+    torch_version = version("torch")
+    if fault := describe_old_torch(torch_version):
+        return _failed(fault, 2)
+    os.environ.update(allocator_settings(os.environ, torch_version))  # before torch is imported
     from framestream.pipeline.config.manifest import ManifestError, load_manifest
     from framestream.pipeline.shards.index import ShardsError
 
@@ -69,6 +76,7 @@ def _train(manifest: Manifest) -> int:
     from framestream.trainer.distributed.run_store import MainRankError
     from framestream.trainer.monitoring.log_setup import setup_logging
     from framestream.trainer.training.loop import TrainingError, train
+    from framestream.trainer.training.memory_plan import DeviceMemoryError
     from framestream.trainer.weights.tensor_files import WeightsError
 
     setup_logging(process_rank(os.environ))
@@ -86,7 +94,7 @@ def _train(manifest: Manifest) -> int:
         return 2
     except (CallOrderError, CheckpointError, MainRankError, TrainingError, WeightsError) as error:
         return _failed(error, 1)
-    except LoaderError as error:
+    except (DeviceMemoryError, LoaderError) as error:
         return _failed(error, 1, all_ranks=False)
     except RuntimeError as error:
         if reason := describe_runtime_error(error, os.environ):

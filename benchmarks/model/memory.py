@@ -1,100 +1,162 @@
-"""Peak memory of a training step by stage and frames: measured for the demo's model, estimated for the published ones.
+"""Peak memory of training steps beside the estimate of the trainer, for rows and levels of recomputation.
 
     python -m benchmarks.model.memory
 
-Each case is measured on the CPU in its own process, on a row of one video and 256 tokens of text. The measurement is
-the largest growth of the resident set, from before the engine is built to the end of the second step. Beside it stands
-the estimate of ``framestream.trainer.model.cost.estimate_memory`` for the same row on one rank. ``python -m trainer
---dry-run`` prints the same estimate. For the published manifests only the estimate is printed, for 32 ranks.
+Steps run in the trainer's engine at the published widths, with few layers, on the tests' stand-in device. It counts the
+bytes that are allocated, as torch does on a GPU, and needs a compiler. Matrix products and attention are not computed:
+only their results are allocated, and what a fused attention keeps. So memory is that of real steps, and values mean
+nothing. The second table has the estimate of ``python -m trainer --dry-run`` for the fullest rows of the published
+manifests.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
-import tempfile
+import gc
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.loading.lengths import PATCHES, TOKENS_PER_FRAME
 from benchmarks.training.packing import result_row
 from framestream.pipeline.config.manifest import Manifest, load_manifest
-from framestream.pipeline.config.model import InitFromConfig
-from framestream.trainer.model.cost import estimate_memory
-from framestream.trainer.monitoring.device import process_peak
+from framestream.pipeline.config.model import InitFromConfig, ModelConfig, VisionTowerConfig
+from framestream.trainer.model.memory_estimate import GIB, estimate_memory, fullest_row
+from framestream.trainer.training.memory_plan import row_shape
+from tests.helpers.emulator import install
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 RANDOM = InitFromConfig(vision_tower="random", connector="random", language_model="random")
-TEXT = 256  #: tokens of text of a row
-PUBLISHED = {1: (4,), 2: (8,), 3: (64, 256, 512), 4: (64, 256, 512)}  #: stage -> frames
-MIB, GIB = 2**20, 2**30
+STEPS = 2  #: the moments are allocated in the first
+MIB = 2**20
 
 
-def demo_manifest(stage: int, checkpointing: bool) -> Manifest:
-    """Return the demo's manifest of a stage, with random initial weights."""
-    manifest = load_manifest(MANIFESTS / "demo" / f"stage{stage}.yaml")
-    train = dataclasses.replace(manifest.train, gradient_checkpointing=checkpointing)
-    return dataclasses.replace(manifest, init_from=RANDOM, train=train)
+@dataclass(frozen=True)
+class Case:
+    """A row of ``dialogues`` equal dialogues, and the settings it is trained with."""
+
+    name: str
+    clips: int  #: of a dialogue
+    text: int  #: tokens of a dialogue
+    dialogues: int = 1
+    level: str = "all"  #: train.gradient_checkpointing
+    zero_stage: int = 3
+    tower: VisionTowerConfig = VisionTowerConfig(depth=5)
+    layers: int = 1
 
 
-def measure_memory(stage: int, frames: int, checkpointing: bool) -> int:
-    """Return the peak bytes of two steps of the demo's model; call it in a new process."""
-    from framestream.trainer.distributed.preemption import PreemptionHandler
-    from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
-    from framestream.trainer.distributed.watchdog import Watchdog
-    from framestream.trainer.monitoring.run_ledger import RunLedger
-    from framestream.trainer.training.engine import build_engine
-    from framestream.trainer.training.loop import RunContext, _global_batch
+INTERNVIDEO2 = VisionTowerConfig(type="internvideo2", width=1408, depth=4, patch=14, mlp_ratio=48 / 11)
+CASES = (
+    Case("text, all recomputed", clips=1, text=1984, level="all", tower=VisionTowerConfig(depth=3), layers=3),
+    Case("text, nothing recomputed", clips=1, text=1984, level="none", tower=VisionTowerConfig(depth=3), layers=3),
+    Case("32 frames, all recomputed", clips=8, text=64),
+    Case("64 frames, nothing recomputed", clips=16, text=64, level="none"),
+    Case("4 x 1,000 tokens of text, one layer recomputed", 0, 1000, 4, "layers:1", 2, VisionTowerConfig(depth=3), 3),
+    Case("32 frames, InternVideo2", clips=8, text=64, tower=INTERNVIDEO2),
+)
 
-    manifest = demo_manifest(stage, checkpointing)
-    batch = result_row(
-        np.array([frames * TOKENS_PER_FRAME + TEXT]), np.array([frames * PATCHES]), seed=0, size=manifest.frames.size
+
+def case_manifest(case: Case) -> Manifest:
+    """Return stage 3 of the 2B model at 224 pixels, with the layers of a case and a small vocabulary."""
+    manifest = load_manifest(MANIFESTS / "2b" / "stage3.yaml")
+    language = dataclasses.replace(
+        manifest.model.language_model, num_hidden_layers=case.layers, vocab_size=4096, max_position_embeddings=32_768
     )
-    context = init_process_group(timeout_minutes=5)
-    before = process_peak()
-    engine, _ = build_engine(manifest, context)
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = RunLedger(Path(folder), 0, 1)
-        run = RunContext(manifest, engine, context, Path(folder), ledger, PreemptionHandler(), Watchdog(5, context))
-        for _ in range(2):
-            _global_batch(run, iter([batch]))
-    destroy_process_group()
-    return process_peak() - before + batch.nbytes  # the row was in memory before
+    return dataclasses.replace(
+        manifest,
+        model=ModelConfig(vision_tower=case.tower, language_model=language),
+        frames=dataclasses.replace(manifest.frames, size=224),
+        train=dataclasses.replace(manifest.train, gradient_checkpointing=case.level, zero_stage=case.zero_stage),
+        init_from=RANDOM,
+    )
 
 
-def estimate(manifest: Manifest, frames: int, ranks: int) -> dict[str, int]:
-    """Estimate the bytes of one of ``ranks`` ranks by the trainer's formula."""
-    return estimate_memory(manifest, frames, frames * TOKENS_PER_FRAME + TEXT, ranks)
+class FusedAttention(torch.autograd.Function):
+    """Allocate what a fused attention allocates: its output, and a float32 number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.zeros(q.shape[:-1], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+def skip_products() -> torch.library.Library:
+    """Let products on the stand-in device return zeros; return what keeps that in force."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def mm(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return first.new_zeros(first.shape[0], second.shape[1])
+
+    def addmm(bias: torch.Tensor, first: torch.Tensor, second: torch.Tensor, **scale: float) -> torch.Tensor:
+        return mm(first, second)
+
+    def bmm(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return first.new_zeros(first.shape[0], first.shape[1], second.shape[2])
+
+    for function in (mm, addmm, bmm):
+        library.impl(function.__name__, function, "PrivateUse1")
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **options: FusedAttention.apply(q, k, v)
+    return library
+
+
+def measure_memory(case: Case, context: Any) -> tuple[int, int]:
+    """Return the peak bytes of two steps, of forward pass, backward pass and update, and the estimate."""
+    from framestream.trainer.training.engine import build_engine
+
+    manifest = case_manifest(case)
+    before = torch.emu.memory_allocated()  # type: ignore[attr-defined]
+    engine, model = build_engine(manifest, context)
+    lengths = [case.clips * 64 + case.text] * case.dialogues
+    row = result_row(np.array(lengths), np.array([case.clips * 4 * 256] * case.dialogues), seed=0, size=224)
+    row.drop_path_rand = torch.zeros(len(row.clips), model.vision_tower.num_drop_path_rands)
+    torch.emu.reset_peak_memory_stats()  # type: ignore[attr-defined]
+    for _ in range(STEPS):
+        loss = engine(row.to(context.device))
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(loss)
+        engine.step()
+    peak = torch.emu.max_memory_allocated() - before  # type: ignore[attr-defined]
+    engine.destroy()  # type: ignore[attr-defined]
+    del engine, model, loss
+    gc.collect()
+    return peak, estimate_memory(manifest, row_shape(row), 1, gpu=False).total
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model.memory", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--frames", type=int, nargs="+", default=[8, 64, 256, 512], help="of the demo's model")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4], help="of the demo; 3 trains what 2 does")
+    parser.add_argument("--cases", type=int, nargs="+", default=range(1, len(CASES) + 1), help="numbers of rows")
     parser.add_argument("--ranks", type=int, default=32, help="of the published manifests")
     options = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    print("| demo stage | frames | recomputing | measured, MiB | estimated | of it kept | working |")
+    install()
+    from framestream.trainer.distributed.process_group import destroy_process_group, init_process_group
+
+    context, library = init_process_group(timeout_minutes=5), skip_products()
+    print("| row | ZeRO stage | measured, MiB | estimated | estimated / measured |")
+    print("| --- | --- | --- | --- | --- |")
+    for case in (CASES[number - 1] for number in options.cases):
+        peak, estimated = measure_memory(case, context)
+        sizes = f"{peak / MIB:,.0f} | {estimated / MIB:,.0f} | {estimated / peak:.2f}"
+        print(f"| {case.name} | {case.zero_stage} | {sizes} |", flush=True)
+    destroy_process_group()
+    del library
+    print(f"\n| fullest row of, on {options.ranks} GPUs | states | gathered | buffers | kept | working | in all, GiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    with spawn.Pool(1, maxtasksperchild=1) as pool:
-        for stage in options.stages:
-            for checkpointing in (False, True):
-                for frames in options.frames:
-                    measured = pool.apply(measure_memory, (stage, frames, checkpointing))
-                    parts = estimate(demo_manifest(stage, checkpointing), frames, 1)
-                    sizes = [measured, sum(parts.values()), parts["kept"], parts["working"]]
-                    shown = " | ".join(f"{size / MIB:,.0f}" for size in sizes)
-                    print(f"| {stage} | {frames} | {'yes' if checkpointing else 'no'} | {shown} |", flush=True)
-    print(f"\n| published stage, {options.ranks} ranks | frames | states | kept | working | in all, GiB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for stage, counts in PUBLISHED.items():
-        for frames in counts:
-            parts = estimate(load_manifest(MANIFESTS / f"stage{stage}.yaml"), frames, options.ranks)
-            sizes = " | ".join(f"{size / GIB:.1f}" for size in (*parts.values(), sum(parts.values())))
-            print(f"| {stage} | {frames} | {sizes} |")
+    names = [f"stage{stage}" for stage in (1, 2, 3, 4)] + ["2b/stage3", "internvideo2/stage3"]
+    for name in names:
+        manifest = load_manifest(MANIFESTS / f"{name}.yaml")
+        estimate = estimate_memory(manifest, fullest_row(manifest), options.ranks)
+        parts = " | ".join(f"{size / GIB:.1f}" for size in (*dataclasses.astuple(estimate), estimate.total))
+        print(f"| `manifests/{name}.yaml` | {parts} |")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,22 @@ PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  #: signals that ask a run
 PORTS = (20_000, 10_000)  #: first port for srun's jobs, and number of ports; the job id selects one
 
 
+MIN_TORCH = (2, 5)  #: as in pyproject.toml
+#: in messages of torch, CUDA, cuBLAS and NCCL
+OUT_OF_MEMORY = r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory"
+#: patterns in torch's messages, and what they mean for the rank
+RUNTIME_ERRORS = {
+    "no kernel image is available": "has a GPU that this torch has no kernels for; install a torch for its compute "
+    "capability, as https://pytorch.org/get-started lists them",
+    "driver version is insufficient|driver on your system is too old": "has a driver that is too old for this torch; "
+    "update the driver, or install a torch for its CUDA version",
+    "ncclSystemError|unhandled system error|socketStartConnect|ncclInvalidUsage": "cannot reach the others by NCCL; "
+    "NCCL_SOCKET_IFNAME names the network interface, NCCL_DEBUG=INFO shows what it tries",
+    "makeDeviceForHostname|makeDeviceForInterface|Unable to find address for": "cannot reach the others by gloo; "
+    "GLOO_SOCKET_IFNAME names the network interface",
+}
+
+
 class LaunchError(RuntimeError):
     """A run cannot start. ``faults``: one line each, with the fix. ``everywhere``: all ranks raise the same error."""
 
@@ -91,16 +107,45 @@ def describe_join_error(error: Exception, environment: Mapping[str, str]) -> str
 def describe_runtime_error(error: RuntimeError, environment: Mapping[str, str]) -> str:
     """Say in one line what an error of torch means that is no fault of the program; empty for other errors.
 
-    These are a rank that is gone, or that took longer than ``train.timeout_minutes``, and memory that does not suffice.
+    These are a rank that is gone or took longer than ``train.timeout_minutes``, memory that does not suffice, GPUs that
+    this torch cannot use, and a network that NCCL cannot use.
     """
     reason, kinds = " ".join(str(error).split()), {kind.__name__ for kind in type(error).__mro__}
     rank = environment.get("RANK", "0")
+    for pattern, meaning in RUNTIME_ERRORS.items():
+        if re.search(pattern, reason):
+            return f"rank {rank} {meaning} ({reason:.200})"
     if "DistError" in kinds or "third_party/gloo" in reason or "Connection closed by peer" in reason:
         return f"rank {rank} lost another rank ({reason:.200}); the message of the rank that failed first says why"
-    if "OutOfMemoryError" in kinds or "DefaultCPUAllocator: can't allocate memory" in reason:
+    if is_out_of_memory(error):
         fix = "use more GPUs, train.offload, or fewer text.max_tokens"
         return f"rank {rank} has not enough memory ({reason:.200}); {fix}"
     return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that a device, or the host, has not enough memory."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in kinds or bool(re.search(OUT_OF_MEMORY, str(error)))
+
+
+def allocator_settings(environment: Mapping[str, str], torch_version: str) -> dict[str, str]:
+    """Return the variable that lets segments of torch's GPU memory grow, unless the user has set its options.
+
+    Rows have all lengths, and blocks of fixed segments do not fit the next row. torch reads it when it is imported.
+    """
+    if "PYTORCH_ALLOC_CONF" in environment or "PYTORCH_CUDA_ALLOC_CONF" in environment:
+        return {}
+    new = tuple(int(part) for part in torch_version.split(".")[:2]) >= (2, 9)
+    return {"PYTORCH_ALLOC_CONF" if new else "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def describe_old_torch(torch_version: str) -> str:
+    """Say in one line that torch is too old; empty if it is not."""
+    if tuple(int(part) for part in torch_version.split(".")[:2]) >= MIN_TORCH:
+        return ""
+    wanted = ".".join(map(str, MIN_TORCH))
+    return f"torch {torch_version} is installed, the trainer needs {wanted} or newer; pip install 'torch>={wanted}'"
 
 
 def _number(environment: Mapping[str, str], name: str, low: int, high: int = 2**31 - 1) -> int:

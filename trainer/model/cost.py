@@ -1,4 +1,4 @@
-"""Estimate what a model costs: parameters, FLOPs and memory, from the manifest alone (nothing is allocated).
+"""Estimate what a model costs: parameters and FLOPs, from the manifest alone (nothing is allocated).
 
 FLOPs of a training step, for each token that passes a part (P weights in matrix products, L layers, d channels of
 all heads, S tokens that attend to each other):
@@ -25,12 +25,9 @@ import torch
 from framestream.pipeline.config.loading import CostModel
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, ModelConfig
-from framestream.trainer.model.lm_head import CHUNK_LOGITS
 from framestream.trainer.model.video_llm import VideoLLM
 
 CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a tile, in addition to its patches
-#: values of its width that a tower block saves for each token: inputs of its norms, scales, products and activations
-SAVED_VALUES = {"umt": 16, "internvideo2": 22}
 
 
 def count_parameters(manifest: Manifest) -> dict[str, int]:
@@ -165,46 +162,3 @@ def cost_coefficients(manifest: Manifest) -> CostModel:
         token=language.token,
         pair=language.pair / 2,
     )
-
-
-def estimate_memory(manifest: Manifest, frames: int, tokens: int, world: int) -> dict[str, int]:
-    """Estimate the bytes of one rank while it trains on a row of ``tokens`` tokens with ``frames`` frames.
-
-    Returns:
-        ``states``: weights, gradients and AdamW's two moments, without what is offloaded. They are sharded over
-        ``world`` ranks from ZeRO stage 3 (weights), 2 (gradients) or 1 (optimizer).
-        ``kept``: what gradient checkpointing saves of every tower group and layer.
-        ``working``: the largest piece that is recomputed at once (a tower group, a layer or a chunk of logits). A
-        tower block saves ``SAVED_VALUES`` of its width for each token.
-    """
-    train, cfg = manifest.train, manifest.model
-    tower, language = cfg.vision_tower, cfg.language_model
-    counts, size = count_parameters(manifest), 2 if train.dtype == "bf16" else 4
-    learned = sum(counts[name] for name in counts if getattr(train, name).train)
-    # with bf16 weights, the optimizer has a float32 master copy in addition to the two moments
-    weights, gradients, optimizer = sum(counts.values()) * size, learned * size, learned * (12 if size == 2 else 8)
-    states = 0 if train.offload == "all" else weights // (world if train.zero_stage == 3 else 1)
-    states += gradients // (world if train.zero_stage >= 2 else 1)
-    states += 0 if train.offload != "none" else optimizer // world
-
-    clip = manifest.frames.clip_frames
-    _, spanned = tower_tokens(manifest)
-    clips = frames // clip
-    group = min(clips, max(1, tower.group_tokens // spanned))
-    live = SAVED_VALUES[tower.type] * size  # bytes for each channel of a token in one block
-    pixels = frames * manifest.frames.size**2 * 3
-    merged = clips * TOKENS_PER_CLIP * (tower.width + 3 * language.hidden_size) * size
-    one_layer = tokens * (10 * language.hidden_size + 4 * language.intermediate_size) * size
-    one_group = group * spanned * tower.width * live * (tower.depth - 1) if train.vision_tower.train else 0
-    if train.gradient_checkpointing != "none":
-        kept = pixels + merged + tokens * language.hidden_size * size * language.num_hidden_layers
-        working = max(one_group, one_layer)
-    else:
-        kept = pixels + merged + one_layer * language.num_hidden_layers + one_group * clips // max(group, 1)
-        working = max(group * spanned * tower.width * live, one_layer)
-    return {"states": states, "kept": kept, "working": max(working, logits_bytes(tokens, language.vocab_size))}
-
-
-def logits_bytes(tokens: int, vocabulary: int) -> int:
-    """Compute the bytes of one chunk of logits: in 16 bit, in float32, and their gradient."""
-    return min(tokens * vocabulary, CHUNK_LOGITS) * (2 + 4 + 4)

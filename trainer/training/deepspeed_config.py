@@ -7,6 +7,8 @@ them in the dtype of the weights: in float32 they would need 4 bytes for each tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.model.cost import largest_layer
 
@@ -45,3 +47,13 @@ def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
     if train.zero_stage >= 2:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def offload_threads(manifest: Manifest, environment: Mapping[str, str], cores: int) -> int | None:
+    """Return the threads of a rank whose optimizer runs on the CPU beside a GPU; None to keep torch's number.
+
+    torchrun sets ``OMP_NUM_THREADS`` to 1 where the user has not set it. Then the rank gets its share of the cores.
+    """
+    if manifest.train.offload == "none" or environment.get("OMP_NUM_THREADS", "1") != "1":
+        return None
+    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))

@@ -13,10 +13,10 @@ from framestream.pipeline.shards.index import ShardsError
 from framestream.pipeline.utils.yaml_parser import dump_yaml
 from framestream.trainer.checkpoint.disk_usage import describe_disk
 from framestream.trainer.model import cost
+from framestream.trainer.model.memory_estimate import estimate_memory, fullest_row
 from framestream.trainer.model.parts import PARTS
 from framestream.trainer.training.loop import resolve_cost, total_steps
-
-GIB = 1024**3
+from framestream.trainer.training.memory_plan import describe_estimate, gib
 
 
 def describe(manifest: Manifest) -> str:
@@ -64,15 +64,15 @@ def _tokens(manifest: Manifest) -> str:
 def _costs(manifest: Manifest) -> str:
     frames, text = manifest.frames.max, 256
     tera = cost.flops(manifest, frames=frames, text_tokens=text) / 1e12
-    tokens = frames * TOKENS_PER_CLIP // manifest.frames.clip_frames + text
-    memory = cost.estimate_memory(manifest, frames=frames, tokens=tokens, world=manifest.batching.row_multiple)
-    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
+    row, world = fullest_row(manifest), manifest.batching.row_multiple
+    memory = estimate_memory(manifest, row, world)
     return "\n".join(
         [
             f"costs, for a sample of {frames} frames and {text} text tokens (the largest of this stage)",
             f"  FLOPs   {tera:,.4g} TFLOP a sample, {tera * manifest.batching.global_batch:,.4g} TFLOP an optimizer "
             f"step of {manifest.batching.global_batch} such samples",
-            f"  memory  {parts}; estimated for each of {manifest.batching.row_multiple} ranks",
+            f"  memory  {gib(memory.total)} on each of {world} GPUs, for {row.tokens:,} tokens and {row.clips} clips:",
+            f"          {describe_estimate(memory)}",
             f"  disk    {describe_disk(manifest)}",
         ]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.distributed.process_group import DistributedContext, deepspeed
 from framestream.trainer.model.video_llm import VideoLLM, build_model
-from framestream.trainer.training.deepspeed_config import deepspeed_config
+from framestream.trainer.training.deepspeed_config import deepspeed_config, offload_threads
 from framestream.trainer.training.optim import freeze, parameter_groups
 from framestream.trainer.weights.load import initialize
 from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
@@ -54,6 +55,8 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     gpu = context.device.type != "cpu"
     config = deepspeed_config(manifest, context.world, gpu)
+    if gpu and (threads := offload_threads(manifest, os.environ, len(os.sched_getaffinity(0)))):
+        torch.set_num_threads(threads)
     partitioned = manifest.train.zero_stage == 3
     # The dtype comes from the config: zero.Init's own dtype argument is misread by DeepSpeed 0.19.
     with deepspeed.zero.Init(config_dict_or_path=config) if partitioned else contextlib.nullcontext():

@@ -53,8 +53,9 @@ from framestream.trainer.monitoring.step_stats import StepStats
 from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from framestream.trainer.training.drop_path_rng import drop_path_random
 from framestream.trainer.training.engine import TrainingEngine, build_engine
+from framestream.trainer.training.memory_plan import MemoryComparison, name_memory_errors
 from framestream.trainer.training.optim import set_learning_rates
-from framestream.trainer.training.preflight import run_preflight
+from framestream.trainer.training.preflight import compare_shards, run_preflight
 from framestream.trainer.training.run_lock import lock_run
 from framestream.trainer.weights.load import save_weights
 from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
@@ -122,9 +123,10 @@ def _train(
 ) -> None:
     """Train from the last checkpoint, or from the first step, to the final weights."""
     watchdog.set_phase("checking what the run needs")
-    run_preflight(manifest, context, folder)
+    manifest = run_preflight(manifest, context, folder)
     logger.info("%s: %s", manifest.name, describe_disk(manifest))
     loader = _open_loader(manifest, context, watchdog)
+    compare_shards(loader.state_dict()["fingerprint"], context)
     watchdog.set_phase("creating the model and its initial weights")
     engine, model = build_engine(manifest, context)
     logger.info("%s: %s", manifest.name, _describe_attention(manifest, context))
@@ -206,6 +208,7 @@ class _StepMonitor:
         self._metrics: MetricsLogger | None = None
         self._profiler: Profiler | None = None
         self._tracer: ModuleCallTracer | None = None
+        self.memory = MemoryComparison(run.manifest, run.context)
         if run.context.is_main:
             self._metrics = MetricsLogger(run.folder, run.manifest.name, done, steps)
             self._profiler = Profiler(run.folder, run.manifest.train, steps)
@@ -219,6 +222,7 @@ class _StepMonitor:
 
     def end_step(self, step: int, record: dict) -> None:
         """Compare calls, then log ``record`` if the step is one of ``train.log_every``."""
+        self.memory.end_step(record["peak_memory"])
         if self._tracer:
             self._tracer.compare(self._run.context)
         if self._profiler:
@@ -245,7 +249,7 @@ def _run_steps(run: RunContext, loader: Loader, done: int) -> None:
     )
     monitor = _StepMonitor(run, done, steps)
     not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
-    rows = DevicePrefetcher(_rows(run, loader), loader.state_dict, run.context.device)
+    rows = DevicePrefetcher(monitor.memory.count_rows(_rows(run, loader)), loader.state_dict, run.context.device)
     try:
         with run.preemption.deferred():
             while done < steps:
@@ -309,10 +313,12 @@ def _global_batch(run: RunContext, rows: DevicePrefetcher) -> dict:
         stats.end_wait()
         where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro_step}"
         run.watchdog.set_phase(f"forward pass of {where}")
-        loss = engine(on_device)
+        with name_memory_errors(row, f"forward pass of {where}", run.manifest, context):
+            loss = engine(on_device)
         engine.set_gradient_accumulation_boundary(row.is_last)
         run.watchdog.set_phase(f"backward pass of {where}")
-        engine.backward(loss * torch.where(loss.detach().isfinite(), context.world / row.total_weight, torch.nan))
+        with name_memory_errors(row, f"backward pass of {where}", run.manifest, context):
+            engine.backward(loss * torch.where(loss.detach().isfinite(), context.world / row.total_weight, torch.nan))
         ledger.record(row.skipped, row.epoch, row.step)
         stats.add(row, loss.detach())
         if row.is_last:
@@ -321,7 +327,8 @@ def _global_batch(run: RunContext, rows: DevicePrefetcher) -> dict:
     if not stats.dialogues:
         raise TrainingError(f"no dialogue of a global batch could be read; the reasons are in {ledger.folder}")
     run.watchdog.set_phase(f"optimizer step of {where}")
-    engine.step()
+    with name_memory_errors(row, f"optimizer step of {where}", run.manifest, context):
+        engine.step()
     applied = engine.was_step_applied()
     if not applied:
         ledger.not_finite(stats.not_finite(), row.epoch, row.step)

@@ -7,9 +7,7 @@ and weights. The loader checks the shards and the tokenizer when it opens them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import os
 import socket
 import time
 import uuid
@@ -19,16 +17,23 @@ from pathlib import Path
 
 import torch
 
+import framestream
 from framestream.pipeline.config.manifest import Manifest, ManifestError
-from framestream.pipeline.config.model import TOKENS_PER_CLIP, LanguageModelConfig, ModelConfig
+from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig
 from framestream.pipeline.config.schema import drop_former_fields, from_dict, to_dict
 from framestream.pipeline.utils.differences import describe_changes
+from framestream.pipeline.utils.digests import bytes_digest
 from framestream.trainer.checkpoint.disk_usage import check_disk
 from framestream.trainer.checkpoint.save import checkpoint_settings
 from framestream.trainer.distributed.launchers import LaunchError
 from framestream.trainer.distributed.process_group import DistributedContext, broadcast_object, gather_objects
-from framestream.trainer.model.cost import estimate_memory
 from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.training.memory_plan import (
+    check_memory,
+    device_bytes,
+    host_bytes,
+    resolve_recomputation,
+)
 from framestream.trainer.weights.architecture_checks import describe_unsupported, log_unknown_fields
 from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, is_hf_release, parse_hf_config
 from framestream.trainer.weights.hub import locate_weights
@@ -36,18 +41,20 @@ from framestream.trainer.weights.load import resolve_init_source, resolve_init_t
 from framestream.trainer.weights.tensor_files import WeightsError
 from framestream.trainer.weights.tensor_reader import read_config
 
-GIB = 1024**3
-TEXT_TOKENS = 256  #: text tokens beside the largest video, as in the dry run
 MARKER_TIMEOUT = 30.0  #: seconds until all ranks must see a file of rank 0; network file systems cache listings
 PACKAGES = ("torch", "deepspeed", "transformers")
+CODE = ("pipeline", "trainer")  #: packages of this project that a run uses
 #: architecture fields that do not affect the weights
 WEIGHT_NEUTRAL_FIELDS = {"group_tokens", "drop_path", "max_position_embeddings"}
 
 logger = logging.getLogger(__name__)
 
 
-def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) -> None:
+def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) -> Manifest:
     """Run all checks. Every rank calls this, and all ranks raise the same error.
+
+    Returns:
+        the manifest, with ``train.gradient_checkpointing: auto`` replaced by what fits into memory.
 
     Raises:
         LaunchError: every fault, with the ranks that have it.
@@ -66,8 +73,9 @@ def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) ->
         shared = "put it on a file system that all machines share"
         faults.append(f"output: {run} is not the folder that rank 0 sees; {shared}")
     hosts = gather_objects(socket.gethostname(), context)
+    ranks = hosts.count(hosts[context.rank])
+    manifest = resolve_recomputation(manifest, context, ranks)
     if hosts.index(hosts[context.rank]) == context.rank:  # one rank of each machine
-        ranks = hosts.count(hosts[context.rank])
         faults += check_memory(manifest, context.world, ranks, device_bytes(context), host_bytes())
     if context.is_main:
         marker.unlink(missing_ok=True)
@@ -76,6 +84,7 @@ def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) ->
             with contextlib.suppress(OSError):
                 run.rmdir()  # fails unless it is empty, as when it was created here
         raise LaunchError(*merged, everywhere=True)
+    return manifest
 
 
 def _merge(faults_by_rank: list[list[str]]) -> Iterator[str]:
@@ -94,7 +103,30 @@ def _merge(faults_by_rank: list[list[str]]) -> Iterator[str]:
 
 def _shared_values(manifest: Manifest) -> dict[str, object]:
     """Return the values that must be equal on every rank."""
-    return {**checkpoint_settings(manifest), "output": manifest.output, **{name: version(name) for name in PACKAGES}}
+    versions = {name: version(name) for name in PACKAGES}
+    return {**checkpoint_settings(manifest), "output": manifest.output, **versions, "code": code_digest()}
+
+
+def code_digest() -> str:
+    """Return a digest of the project's own code, which differs where a machine has another version of it."""
+    package = Path(framestream.__file__).parent
+    files = sorted(path for name in CODE for path in (package / name).resolve().rglob("*.py"))
+    return bytes_digest(b"".join(path.read_bytes() for path in files))
+
+
+def compare_shards(fingerprint: dict[str, object], context: DistributedContext) -> None:
+    """Check that every rank has opened the same shards. Every rank calls this, and all ranks raise the same error.
+
+    Args:
+        fingerprint: of the loader: what decides the order and the contents of global batches.
+
+    Raises:
+        LaunchError: what differs, with the ranks that have it.
+    """
+    expected = broadcast_object(fingerprint, context)
+    faults = [f"shards: {fault}" for fault in _differences(expected, fingerprint)]
+    if merged := list(_merge(gather_objects(faults, context))):
+        raise LaunchError(*merged, everywhere=True)
 
 
 def _differences(expected: dict[str, object], actual: dict[str, object]) -> Iterator[str]:
@@ -175,54 +207,3 @@ def _stored_architecture(config: dict, part: str, where: str) -> dict[str, objec
     rope = rope if isinstance(rope, dict) else {}  # transformers 5; earlier versions have rope_theta at the top level
     known = {name: rope[name] for name in ("rope_theta",) if name in rope} | config
     return {name: known[name] for name in to_dict(LanguageModelConfig()) if name in known and part == "language_model"}
-
-
-# --------------------------------------------------------------------------------------------------------------- memory
-
-
-def check_memory(manifest: Manifest, world: int, local_world: int, device: int | None, host: int) -> list[str]:
-    """Return a fault for what cannot fit into memory. Log a warning for what probably does not fit.
-
-    Args:
-        world: number of ranks.
-        local_world: number of ranks on this machine.
-        device: bytes of one GPU, None if the ranks compute on the CPU.
-        host: bytes of the machine's memory.
-    """
-    frames = manifest.frames.max
-    tokens = min(frames // manifest.frames.clip_frames * TOKENS_PER_CLIP + TEXT_TOKENS, manifest.text.max_tokens)
-    parts = estimate_memory(manifest, frames=frames, tokens=tokens, world=world)
-    offloaded = estimate_memory(_without_offload(manifest), frames, tokens, world)["states"] - parts["states"]
-    limit, where = (host // local_world, "a rank's share of this machine") if device is None else (device, "the GPU")
-    faults = []
-    if parts["states"] > limit:
-        need = f"weights, gradients and optimizer need {_gib(parts['states'])} a rank, {where} has {_gib(limit)}"
-        faults.append(f"memory: {need}; use more ranks, a higher train.zero_stage, or train.offload")
-    elif (total := sum(parts.values())) > limit:
-        need = f"about {_gib(total)} a rank are needed with {frames} frames, {where} has {_gib(limit)}"
-        logger.warning("memory: %s; a smaller model.vision_tower.group_tokens or train.offload help", need)
-    if device is not None and offloaded * local_world > host:
-        need = f"train.offload puts {_gib(offloaded * local_world)} into this machine's memory, which is {_gib(host)}"
-        faults.append(f"memory: {need}; use more machines, or offload less")
-    return faults
-
-
-def _without_offload(manifest: Manifest) -> Manifest:
-    return dataclasses.replace(manifest, train=dataclasses.replace(manifest.train, offload="none"))
-
-
-def device_bytes(context: DistributedContext) -> int | None:
-    """Return the memory of this rank's GPU, None on the CPU."""
-    return torch.cuda.get_device_properties(context.device).total_memory if context.device.type == "cuda" else None
-
-
-def host_bytes() -> int:
-    """Return the memory of this machine, or the limit of this process's control group (cgroup 2 or 1)."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    limited = [int(text) for path in limits if path.exists() and (text := path.read_text().strip()).isdigit()]
-    return min([total, *limited])
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"

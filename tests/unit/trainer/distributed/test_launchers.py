@@ -6,8 +6,17 @@ import socket
 
 import pytest
 
-from framestream.trainer.distributed.launchers import LaunchError, process_rank, setup_environment
+from framestream.trainer.distributed.launchers import (
+    MIN_TORCH,
+    LaunchError,
+    allocator_settings,
+    describe_old_torch,
+    describe_runtime_error,
+    process_rank,
+    setup_environment,
+)
 from framestream.trainer.distributed.process_group import init_process_group
+from tests.helpers.paths import ROOT
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -52,3 +61,50 @@ def test_a_port_in_use_is_named(monkeypatch):
             LaunchError, match=f"MASTER_PORT {port}: in use by another program on 127.0.0.1; set another"
         ):
             init_process_group(1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        (
+            "CUDA error: no kernel image is available for execution on the device",
+            "has a GPU that this torch has no ker",
+        ),
+        ("The NVIDIA driver on your system is too old (found version 11040).", "has a driver that is too old for this"),
+        (
+            "NCCL error: ncclSystemError: System call (e.g. socket, malloc) failed",
+            "cannot reach the others by NCCL; NC",
+        ),
+        (
+            "[gloo] makeDeviceForHostname(): unsupported gloo device",
+            "cannot reach the others by gloo; GLOO_SOCKET_IFNAME",
+        ),
+        (
+            "NCCL error: ncclRemoteError: remote process exited, Connection closed by peer",
+            "lost another rank (NCCL err",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+            "has not enough memory (CUDA error: CUB",
+        ),
+    ],
+)
+def test_what_a_gpu_or_a_network_lacks_is_one_line(reason, line):
+    found = describe_runtime_error(RuntimeError(f"{reason}\nCompile with TORCH_USE_CUDA_DSA"), {"RANK": "3"})
+    assert found.startswith(f"rank 3 {line}") and "\n" not in found and reason[:60] in found
+
+
+def test_gpu_memory_grows_unless_the_user_says_otherwise():
+    grow = "expandable_segments:True"
+    assert allocator_settings({}, "2.13.0+cpu") == {"PYTORCH_ALLOC_CONF": grow}
+    assert allocator_settings({}, "2.8.1") == {"PYTORCH_CUDA_ALLOC_CONF": grow}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert allocator_settings({name: "max_split_size_mb:128"}, "2.13.0") == {}
+
+
+def test_a_torch_that_is_too_old_is_named():
+    assert f'"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert describe_old_torch("2.13.0+cu130") == describe_old_torch("2.5.0") == ""
+    assert describe_old_torch("2.4.1") == (
+        "torch 2.4.1 is installed, the trainer needs 2.5 or newer; pip install 'torch>=2.5'"
+    )

@@ -1,26 +1,26 @@
-"""Checks before anything is allocated: weights of another model, and what does not fit into memory."""
+"""Checks before anything is allocated: weights of another model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.pipeline.config.schema import to_dict
-from framestream.trainer.training.preflight import GIB, WEIGHT_NEUTRAL_FIELDS, check_memory, check_weights, host_bytes
+from framestream.trainer.distributed.launchers import LaunchError
+from framestream.trainer.distributed.process_group import DistributedContext
+from framestream.trainer.training import preflight
+from framestream.trainer.training.preflight import WEIGHT_NEUTRAL_FIELDS, check_weights
 from framestream.trainer.weights.hf_config import ReleaseConfig, build_hf_config
 from framestream.trainer.weights.load import save_weights
 from tests.helpers.model.rows import SMALL
 from tests.helpers.model.weights import initialised, start
-from tests.helpers.paths import ROOT
-
-STAGE3 = load_manifest(ROOT / "manifests" / "stage3.yaml")
 
 
 def qwen2(folder: Path, **other: object) -> Path:
@@ -169,42 +169,26 @@ def test_missing_paths_and_unfinished_runs_are_one_line(tmp_path: Path) -> None:
     assert "has checkpoints and no final weights; finish that stage first" in fault
 
 
-def offloading(what: str) -> Manifest:
-    return dataclasses.replace(STAGE3, train=dataclasses.replace(STAGE3.train, offload=what))
-
-
-@pytest.mark.parametrize(
-    ("world", "local_world", "offload", "device", "host", "message"),
-    [  # 7.92 billion weights in bf16, their gradients, and 12 bytes each of the optimiser: 118 GiB
-        (1, 1, "none", 80, 999, "need 118.1 GiB a rank, the GPU has 80.0 GiB"),
-        (1, 1, "none", 140, 999, None),
-        (8, 8, "none", 80, 999, None),
-        (1, 1, "optimizer", 80, 64, "train.offload puts 88.5 GiB into this machine's memory, which is 64.0 GiB"),
-        (1, 1, "optimizer", 80, 128, None),
-        (16, 8, "optimizer", 80, 40, "train.offload puts 44.3 GiB"),
-        (4, 4, "none", None, 64, "need 29.5 GiB a rank, a rank's share of this machine has 16.0 GiB"),
-    ],
-)
-def test_what_cannot_fit_is_refused(world, local_world, offload, device, host, message) -> None:
-    faults = check_memory(offloading(offload), world, local_world, device and device * GIB, host * GIB)
-    assert len(faults) == (message is not None)
-    if message:
-        assert message in faults[0] and "\n" not in faults[0]
-
-
-def test_what_may_not_fit_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert check_memory(STAGE3, 8, 8, 16 * GIB, 999 * GIB) == []
-    (record,) = caplog.records
-    message = record.getMessage()
-    assert record.levelno == logging.WARNING and message.startswith("memory: about ")
-    assert "with 512 frames, the GPU has 16.0 GiB" in message
-
-
-def test_the_machines_memory_is_at_most_what_it_has() -> None:
-    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    assert 2**28 < host_bytes() <= int(total.split()[1]) * 1024
-
-
 def test_fields_that_may_differ_are_fields() -> None:
     named = to_dict(SMALL.vision_tower).keys() | to_dict(SMALL.language_model).keys()
     assert named >= WEIGHT_NEUTRAL_FIELDS
+
+
+def test_ranks_with_other_shards_are_named(monkeypatch) -> None:
+    """Rank 1 of two has opened an index of other contents."""
+    context = DistributedContext(1, 2, torch.device("cpu"))
+    first, own = {"index": "a" * 8, "seed": 0}, {"index": "b" * 8, "seed": 0}
+    monkeypatch.setattr(preflight, "broadcast_object", lambda value, context: first)
+    monkeypatch.setattr(preflight, "gather_objects", lambda value, context: [[], value])
+    preflight.compare_shards(dict(first), context)
+    with pytest.raises(LaunchError, match="^rank 1: shards: index .*start every rank with the same") as caught:
+        preflight.compare_shards(own, context)
+    assert caught.value.everywhere and "seed" not in str(caught.value)
+
+
+def test_ranks_with_other_code_are_named(monkeypatch) -> None:
+    values = preflight._shared_values(start())
+    assert list(preflight._differences(values, values)) == []
+    monkeypatch.setattr(preflight, "CODE", ("pipeline",))
+    (fault,) = preflight._differences(values, preflight._shared_values(start()))
+    assert fault.startswith("code ") and fault.endswith("start every rank with the same")

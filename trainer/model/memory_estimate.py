@@ -1,0 +1,154 @@
+"""Estimate the memory of one rank while it trains, from the manifest and the contents of a row. Nothing is allocated.
+
+A step has four moments at which memory may be fullest. What is kept for the backward pass is largest at the first:
+
+    head        everything that is kept, one chunk of logits, the gradient of the head's weight
+    layer       everything that is kept, and one layer of the language model that is computed again
+    tower       pixels and merged tokens, and one group of the vision tower that is computed again
+    update      nothing that is kept; float32 gradients of one sub-group of DeepSpeed's optimizer
+
+The weights, gradients and moments of the rank, DeepSpeed's buffers and, on a GPU, CUDA and NCCL are there at all of
+them. ``python -m benchmarks.model.memory`` compares the estimate with what steps allocate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
+from framestream.trainer.model.cost import count_parameters, largest_layer, tower_tokens
+from framestream.trainer.model.lm_head import CHUNK_LOGITS
+
+GIB = 1024**3
+#: values of its width that a tower block saves for each token: inputs of its norms, scales, products and activations
+SAVED_VALUES = {"umt": 16, "internvideo2": 22}
+MAX_LIVE = 10**9  #: parameters that ZeRO-3 keeps gathered at once, DeepSpeed's stage3_max_live_parameters
+SUB_GROUP = 10**9  #: parameters of a rank that the optimizer updates at once, DeepSpeed's sub_group_size
+GPU_CONTEXT = 2 * GIB  #: CUDA's context, and buffers of NCCL
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What a row puts through the model: clips and tiles, all tokens, and tokens with a label."""
+
+    clips: int
+    tiles: int
+    tokens: int
+    labeled: int
+
+
+def fullest_row(manifest: Manifest) -> RowShape:
+    """Return the fullest row that a manifest allows: ``text.max_tokens`` tokens, all of clips, and all with a label.
+
+    Text has more labels than a video and a video more activations than text, so no row needs more than this.
+    """
+    tokens = manifest.text.max_tokens
+    return RowShape(clips=tokens // TOKENS_PER_CLIP, tiles=0, tokens=tokens, labeled=tokens)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank.
+
+    Attributes:
+        states: weights, gradients and AdamW's two moments, without what is offloaded.
+        gathered: weights that ZeRO-3 has complete for a while.
+        buffers: gradients before they are averaged, DeepSpeed's buckets, and on a GPU CUDA and NCCL.
+        kept: what the forward pass keeps for the backward pass.
+        working: what is computed again, or for the first time, at the fullest moment.
+    """
+
+    states: int
+    gathered: int
+    buffers: int
+    kept: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return self.states + self.gathered + self.buffers + self.kept + self.working
+
+
+def estimate_memory(manifest: Manifest, row: RowShape, world: int, gpu: bool = True) -> MemoryEstimate:
+    """Estimate the bytes of one of ``world`` ranks while it trains on a row.
+
+    Args:
+        gpu: count CUDA's context and NCCL.
+    """
+    train, language = manifest.train, manifest.model.language_model
+    size = weight_bytes(manifest)
+    states = state_bytes(manifest, world)
+    gathered = min(sum(count_parameters(manifest).values()), MAX_LIVE) * size if train.zero_stage == 3 else 0
+    head = language.vocab_size * language.hidden_size * size
+    layer, buffers = largest_layer(manifest) * size, GPU_CONTEXT if gpu else 0
+    if train.zero_stage > 1:
+        buffers += layer  # the bucket in which gradients are averaged
+    activations = _Activations(manifest, row, size)
+    head_gradient = 2 * head if train.language_model.train else 0  # and its copy for the reduction
+    layer_gradient = layer if train.language_model.train else 0
+    moments = [
+        (gathered, activations.kept, activations.logits + head_gradient),
+        (gathered, activations.kept, activations.layer + layer_gradient),
+        (gathered, activations.visual, activations.group),
+        (0, 0, 0 if train.offload != "none" else min(_learned(manifest) // world, SUB_GROUP) * 4),
+    ]
+    gathered, kept, working = max(moments, key=sum)
+    return MemoryEstimate(states, gathered, buffers, kept, working)
+
+
+def weight_bytes(manifest: Manifest) -> int:
+    """Return the bytes of a weight, and of a value of the activations."""
+    return 2 if manifest.train.dtype == "bf16" else 4
+
+
+def _learned(manifest: Manifest) -> int:
+    """Count the trained parameters."""
+    return sum(count for name, count in count_parameters(manifest).items() if getattr(manifest.train, name).train)
+
+
+def state_bytes(manifest: Manifest, world: int) -> int:
+    """Compute the bytes of weights, gradients and optimizer of one rank, without what is offloaded.
+
+    They are divided by ``world`` from ZeRO stage 3 (weights), 2 (gradients) or 1 (optimizer) on. The optimizer has a
+    float32 copy of the weights beside the two moments. From stage 2 on the gradients are float32.
+    """
+    train, size, learned = manifest.train, weight_bytes(manifest), _learned(manifest)
+    weights = sum(count_parameters(manifest).values()) * size
+    states = 0 if train.offload == "all" else weights // (world if train.zero_stage == 3 else 1)
+    if train.zero_stage == 1:
+        states += learned * size
+    elif train.offload == "none":
+        states += learned * 4 // world
+    return states + (0 if train.offload != "none" else learned * 12 // world)
+
+
+class _Activations:
+    """Bytes of a row's activations: what is kept, and what the backward pass works on."""
+
+    def __init__(self, manifest: Manifest, row: RowShape, size: int) -> None:
+        train, tower, language = manifest.train, manifest.model.vision_tower, manifest.model.language_model
+        recompute = train.recomputation(language.num_hidden_layers)
+        patches, spanned = tower_tokens(manifest)
+        tile_patches = patches // manifest.frames.clip_frames
+        all_patches = row.clips * spanned + row.tiles * (tile_patches + spanned - patches)
+        group_patches = min(all_patches, max(tower.group_tokens, spanned))
+        merged_tokens = row.clips * TOKENS_PER_CLIP + row.tiles * TOKENS_PER_TILE
+        # of this row and of the next one, which is copied meanwhile
+        pixels = (row.clips * manifest.frames.clip_frames + row.tiles) * manifest.frames.size**2 * 3
+        block = tower.width * SAVED_VALUES[tower.type] * size  # of a patch
+        blocks = (tower.depth - 1) * block if train.vision_tower.train else block
+        state = language.hidden_size * size  # of a token
+        saved = (10 * language.hidden_size + 4 * language.intermediate_size) * size
+        kept_by_layer = row.tokens * saved
+        self.visual = 2 * pixels + merged_tokens * (tower.width + 3 * language.hidden_size) * size
+        self.group = group_patches * blocks
+        if train.vision_tower.train and not recompute.tower:
+            self.visual += all_patches * blocks
+            self.group = group_patches * block
+        gradients = 2 * row.tokens * language.intermediate_size * size  # of a layer's activations
+        self.layer = gradients + (kept_by_layer if recompute.layers else 0)
+        self.kept = self.visual + row.tokens * state * (recompute.layers + 3)
+        self.kept += kept_by_layer * (language.num_hidden_layers - recompute.layers)
+        self.logits = min(row.labeled * language.vocab_size, CHUNK_LOGITS) * (2 + 4 + 4)
