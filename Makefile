@@ -11,6 +11,7 @@
 # make bench      this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make soak       builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
 #                 campaign (docs/reliability.md)
+# make soak-full-size  two steps of the full-size 2B model on two CPU ranks, memory beside the estimate; 18 GB of memory
 # make fuzz       10,000 damaged files of every kind, read by the commands; SEED=7 MUTANTS=1000 for another campaign
 #                 (docs/reliability.md)
 # make clean      removes environments, caches and the demo's folder
@@ -45,7 +46,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak fuzz clean
+.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak soak-full-size fuzz clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -110,6 +111,9 @@ lint: .venv/ready
 
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
+
+soak-full-size: .venv/ready
+	python -m benchmarks.soak.full_size
 
 soak: .venv/ready
 	python -m benchmarks.soak.build --seed $(SEED) --kills $(KILLS)
