@@ -14,6 +14,8 @@
 # make soak-full-size  two steps of the full-size 2B model on two CPU ranks, memory beside the estimate; 18 GB of memory
 # make fuzz       10,000 damaged files of every kind, read by the commands; SEED=7 MUTANTS=1000 for another campaign
 #                 (docs/reliability.md)
+# make rehearsal  the published recipe from annotation files to scores: its manifests and names, small media and weights
+#                 (docs/recipe.md)
 # make clean      removes environments, caches and the demo's folder
 #
 # Each target prepares its environment first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
@@ -46,7 +48,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak soak-full-size fuzz clean
+.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak soak-full-size fuzz rehearsal clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -122,6 +124,9 @@ soak: .venv/ready
 
 fuzz: .venv/ready
 	python -m benchmarks.fuzz --seed $(SEED) --mutants $(MUTANTS)
+
+rehearsal: .venv/ready
+	python -m benchmarks.rehearsal
 
 clean:
 	rm -rf .venv .venv-{docs,lowest,newest,peers} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
