@@ -25,6 +25,7 @@ def copy_old_root(corpus: Path) -> None:
     text = (OLD / "manifest.yaml").read_text(encoding="utf-8")
     old = OLD.relative_to(REPOSITORY)
     text = text.replace(f"{old}/finished", RUN).replace(f"{old}/root", SHARDS)
+    text = text.replace("group_clips: 4", "group_tokens: 1024")  # as the error of the earlier field says
     Path(MANIFEST).write_text(text, encoding="utf-8")
 
 

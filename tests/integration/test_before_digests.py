@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from framestream.pipeline import build_loader, load_manifest
+from framestream.pipeline.config.schema import ManifestError
 from framestream.tools import verify_shards
 from framestream.trainer.checkpoint.save import checkpoint_settings
 from framestream.trainer.inference.predictor import Predictor, resolve_run
@@ -29,6 +30,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_root_gives_the_stored_rows_and_keeps_its_cache(copy: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in (copy / "root" / "stage2" / "index").iterdir()}
     assert sum(path.name.startswith("tokens-") for path in files) == 1
+    _replace_former_fields(copy / "manifest.yaml")
     rows = list(build_loader(load_manifest(copy / "manifest.yaml", [f"shards={copy / 'root'}"])))
     expected = np.load(copy / "rows.npz")
     assert len(rows) == len({name.split(".")[0] for name in expected.files}) > 0
@@ -38,6 +40,19 @@ def test_root_gives_the_stored_rows_and_keeps_its_cache(copy: Path) -> None:
     assert not any(row.skipped for row in rows)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert set((copy / "root" / "stage2" / "index").iterdir()) == set(files)
+
+
+def test_a_former_field_is_refused_in_a_manifest_and_read_in_a_stored_one(copy: Path) -> None:
+    with pytest.raises(
+        ManifestError, match=r"manifest.yaml:28: model.*\.group_clips: replaced by group_tokens \(.*784"
+    ):
+        load_manifest(copy / "manifest.yaml")
+    assert load_manifest(copy / "stopped" / "manifest.yaml", stored=True).model.vision_tower.group_tokens == 25_088
+
+
+def _replace_former_fields(manifest: Path) -> None:
+    """Do what the error says."""
+    manifest.write_text(manifest.read_text().replace("group_clips: 4", "group_tokens: 1024"))
 
 
 def test_root_without_digests_is_verified(copy: Path, capsys: pytest.CaptureFixture) -> None:
@@ -54,6 +69,7 @@ def test_weights_and_settings_of_a_finished_run_load(copy: Path) -> None:
 @pytest.mark.slow
 def test_stopped_run_resumes_and_ends_as_the_finished_one(copy: Path) -> None:
     sets = ["--set", f"output={copy / 'stopped'}", "--set", f"shards={copy / 'root'}"]
+    _replace_former_fields(copy / "manifest.yaml")
     done = corpus.run(sys.executable, "-m", "trainer", "--manifest", str(copy / "manifest.yaml"), *sets)
     assert "resumed from the checkpoint of step 1" in done.stderr
     expected, found = corpus.log(copy / "finished"), corpus.log(copy / "stopped")
