@@ -25,6 +25,7 @@ from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
+    from framestream.trainer.evaluation.rank_pool import RankPool
 
 COLUMNS = {"questions": 10, "accuracy": 10, "blind": 8, "shuffled": 10, "gain": 8}  #: of the table, with their widths
 
@@ -45,7 +46,7 @@ def _result_name(options: argparse.Namespace) -> str:
     return f"evaluation-{options.annotations.stem}.json" if options.annotations else "evaluation.json"
 
 
-def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
+def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path, ranks: RankPool) -> dict | None:
     from framestream.pipeline.config.manifest import ManifestError
     from framestream.pipeline.evaluation.file_questions import FileQuestions
     from framestream.pipeline.evaluation.questions import Questions, QuestionSource
@@ -58,7 +59,7 @@ def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) ->
         questions = Questions(manifest)
     else:
         questions = FileQuestions(manifest, options.annotations, options.root)
-    return evaluate(manifest, checkpoint, questions, options.limit)
+    return evaluate(manifest, checkpoint, questions, options.limit, ranks=ranks)
 
 
 def _page(result: dict) -> str:

@@ -19,6 +19,7 @@ from framestream.trainer.evaluation.cli import build_parser, run_command
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
+    from framestream.trainer.evaluation.rank_pool import RankPool
 
 FRAMES = (8, 32, 128, 512)
 MAX_FRAMES = 65536  #: largest value of --frames; a frame of 448 pixels takes 0.6 MB of memory
@@ -52,14 +53,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     return run_command(parser, arguments, _score, _page, _table, lambda _: "haystack.json")
 
 
-def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path) -> dict:
+def _score(options: argparse.Namespace, manifest: Manifest, checkpoint: Path, ranks: RankPool) -> dict | None:
     from framestream.pipeline.evaluation.haystack import Haystack
     from framestream.trainer.evaluation.haystack_search import run_haystack
 
     _check_options(options, manifest)
     frames, depths = sorted(set(options.frames)), sorted(set(options.depths))
     haystack = Haystack(manifest, options.needles, options.root, list(map(str, options.video)), frames, depths)
-    return run_haystack(manifest, checkpoint, haystack)
+    return run_haystack(manifest, checkpoint, haystack, ranks)
 
 
 def _check_options(options: argparse.Namespace, manifest: Manifest) -> None:

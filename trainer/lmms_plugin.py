@@ -8,18 +8,21 @@ likelihoods. Model arguments:
     manifest     the stage's YAML, if the checkpoint has none
     frames       the most frames of a video, instead of the manifest's
 
-Other names are refused. The options that lmms-eval passes to every model (batch_size, device) have no effect.
+Other names are refused. The options that lmms-eval passes to every model (batch_size, device) have no effect. Under
+torchrun or accelerate each process has the GPU of its ``LOCAL_RANK``, and lmms-eval shares the questions among them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -58,14 +61,24 @@ class SimpleModel(lmms):
         super().__init__()
         overrides = (f"frames.max={frames}",) if frames else ()
         self._predictor = Predictor(*resolve_run(checkpoint, manifest or None, overrides))
+        self._rank, self._world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which lmms-eval exchanges numbers between processes."""
+        return self._predictor.device
+
+    def _with_bar(self, requests: list[Instance]) -> Iterable[Instance]:
+        """Show a progress bar of this rank's requests on rank 0."""
+        return tqdm(requests, disable=True if self.rank else None)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generate the answer to each request."""
-        return [self._answer(*self._turn(*self._simple(request))) for request in tqdm(requests, disable=None)]
+        return [self._answer(*self._turn(*self._simple(request))) for request in self._with_bar(requests)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Generate the answers of all rounds of each request."""
-        return [self._rounds(request) for request in tqdm(requests, disable=None)]
+        return [self._rounds(request) for request in self._with_bar(requests)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the negative log-likelihood of each answer, and whether it is the greedy one.
@@ -74,7 +87,7 @@ class SimpleModel(lmms):
         the token that ends them.
         """
         losses = []
-        for request in tqdm(requests, disable=None):
+        for request in self._with_bar(requests):
             text, target, to_visual, number, task, split = request.args
             doc = self.task_dict[task][split][number]
             answer = target(doc) if callable(target) else target
@@ -128,7 +141,7 @@ class ChatModel(SimpleModel):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generate the answer to each request."""
         answers = []
-        for request in tqdm(requests, disable=None):
+        for request in self._with_bar(requests):
             _, to_messages, settings, number, task, split = request.args
             answers.append(self._answer(*_to_turns(to_messages(self.task_dict[task][split][number])), settings))
         return answers

@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from framestream.trainer.distributed.process_group import DistributedContext, barrier
+from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_max_int
 from framestream.trainer.distributed.run_store import open_store
 
 BEATS = 60  #: heartbeats within the time limit, at least
@@ -139,7 +139,7 @@ class Watchdog:
             return
         self._store = open_store(minutes)
         self._send(0)
-        barrier()  # every rank has sent a heartbeat
+        all_reduce_max_int(0, context)  # every rank has sent a heartbeat
         for name, work in (("send", self._exchange), ("check", self._check)):
             threading.Thread(target=work, daemon=True, name=f"heartbeat_{name}").start()
 

@@ -17,6 +17,7 @@ from framestream.pipeline.utils.command_line import CommandParser, describe_os_e
 
 if TYPE_CHECKING:
     from framestream.pipeline.config.manifest import Manifest
+    from framestream.trainer.evaluation.rank_pool import RankPool
 
 
 def build_parser(prog: str, description: str, manifest: str, results: str) -> argparse.ArgumentParser:
@@ -42,7 +43,7 @@ def build_parser(prog: str, description: str, manifest: str, results: str) -> ar
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    score: Callable[[argparse.Namespace, Manifest, Path], dict],
+    score: Callable[[argparse.Namespace, Manifest, Path, RankPool], dict | None],
     page: Callable[[dict], str],
     table: Callable[[dict], Iterable[str]],
     name: Callable[[argparse.Namespace], str],
@@ -52,37 +53,73 @@ def run_command(
     Args:
         parser: of the command line.
         arguments: the command line; that of the process if None.
-        score: from options, manifest and folder of weights to the result, a JSON object.
+        score: from options, manifest, folder of weights and ranks to the result, a JSON object; None on other ranks
+            than rank 0.
         page: renders the result as HTML.
         table: renders the result as lines of text.
         name: of the file of results below RUN.
 
     Returns:
-        the exit status: 0 done, 1 media or weights that cannot be read, 2 bad input.
+        the exit status: 0 done, 1 media or weights that cannot be read or another rank that failed, 2 bad input.
     """
     options = parser.parse_args(arguments)
-    from framestream.pipeline.annotations.reader import AnnotationFileError
-    from framestream.pipeline.config.manifest import ManifestError, load_manifest
-    from framestream.pipeline.media.errors import MediaError
-    from framestream.pipeline.shards.index import ShardsError
+    from framestream.pipeline.config.manifest import load_manifest
+    from framestream.trainer.distributed.launchers import LaunchError
+    from framestream.trainer.evaluation.rank_pool import join_ranks
     from framestream.trainer.weights.runs import locate_paths
-    from framestream.trainer.weights.tensor_files import WeightsError
 
-    try:
+    def run(ranks: RankPool) -> int:
         manifest = locate_paths(load_manifest(options.manifest, options.set), Path(options.manifest))
         out = options.out or Path(manifest.output) / name(options)
-        for path in filter(None, (out, options.html)):
-            _check_writable(path)
-        with _lock_results(out):
-            result = score(options, manifest, _resolve_weights(options, manifest))
+        with contextlib.ExitStack() as stack:
+            if ranks.is_main:
+                for path in filter(None, (out, options.html)):
+                    _check_writable(path)
+                stack.enter_context(_lock_results(out))
+            result = score(options, manifest, _resolve_weights(options, manifest), ranks)
+            if result is None:
+                return 0
             result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
             return _write(result, out, options.html, page, table)
-    except (AnnotationFileError, ManifestError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+
+    try:
+        with join_ranks() as ranks:
+            return _run_on(ranks, run)
+    except LaunchError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
         return 2
-    except (MediaError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+
+
+def _run_on(ranks: RankPool, run: Callable[[RankPool], int]) -> int:
+    """Run a command on this rank; return its exit status. Of several ranks that fail, one says why."""
+    import torch
+
+    from framestream.pipeline.annotations.reader import AnnotationFileError
+    from framestream.pipeline.config.manifest import ManifestError
+    from framestream.pipeline.media.errors import MediaError
+    from framestream.pipeline.shards.index import ShardsError
+    from framestream.trainer.evaluation.rank_pool import RankFailedError
+    from framestream.trainer.weights.tensor_files import WeightsError
+
+    status = 1
+    try:
+        return run(ranks)
+    except RankFailedError:
         return 1
+    except (AnnotationFileError, ManifestError, ShardsError) as error:
+        line, status = str(error), 2
+    except (MediaError, WeightsError) as error:
+        line = str(error)
+    except torch.OutOfMemoryError as error:
+        line = f"rank {ranks.rank} has not enough memory ({' '.join(str(error).split()):.200}); lower evaluate.batch"
+    except BaseException:
+        if ranks.is_first_failure():
+            raise
+        return 1
+    if ranks.is_first_failure():
+        print(f"error: {line}", file=sys.stderr)
+    return status
 
 
 def _write(

@@ -9,21 +9,27 @@ import numpy as np
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.evaluation.haystack import Haystack
 from framestream.trainer.evaluation.metrics import is_correct, summarize
+from framestream.trainer.evaluation.rank_pool import RankPool
 from framestream.trainer.evaluation.scorer import evaluate
 
 
-def run_haystack(manifest: Manifest, checkpoint: Path, haystack: Haystack) -> dict:
-    """Ask every question of ``haystack``, with its needle and blind.
+def run_haystack(
+    manifest: Manifest, checkpoint: Path, haystack: Haystack, ranks: RankPool | None = None
+) -> dict | None:
+    """Ask every question of ``haystack``, with its needle and blind. ``ranks`` share the questions.
 
     Returns:
-        the object of haystack.json: that of :func:`framestream.trainer.evaluation.scorer.evaluate`, with ``frames`` and
-        ``depth`` in each row of ``families``, and
+        None on other ranks than rank 0. On rank 0 it is the object of haystack.json: that of
+        :func:`framestream.trainer.evaluation.scorer.evaluate`, with ``frames`` and ``depth`` in each row of
+        ``families``, and
 
         ``trained_frames``: the manifest's most frames.
         ``trained``: the accuracy at the largest number of frames that is not above ``trained_frames``.
         ``deepest``: the same for the deepest needles alone. Both are None if all numbers of frames are above it.
     """
-    result = evaluate(manifest, checkpoint, haystack, controls=("blind",), examples=0)
+    result = evaluate(manifest, checkpoint, haystack, controls=("blind",), examples=0, ranks=ranks)
+    if result is None:
+        return None
     for row in result["families"]:
         row |= haystack.cells[row["family"]]._asdict()
     trained = max((cell.frames for cell in haystack.cells.values() if cell.frames <= manifest.frames.max), default=None)

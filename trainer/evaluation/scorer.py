@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.shards.index import ShardsError
 from framestream.trainer.evaluation.metrics import CONTROLS, blind_partners, is_correct, summarize
+from framestream.trainer.evaluation.rank_pool import RankPool, single_process
 from framestream.trainer.inference.generation import generate_from_prefill, prefill
 from framestream.trainer.inference.likelihood import loglikelihood
 from framestream.trainer.inference.vision_cache import VisionFeatureCache
@@ -26,7 +28,11 @@ from framestream.trainer.weights.load import load_pretrained
 
 EXAMPLES_PER_FAMILY = 3  #: questions that are shown with their frames
 EXAMPLE_FRAMES = 16  #: most frames of an example
+MAX_UNITS = 256  #: of work for ranks to take; fewer and larger ones encode fewer videos twice
 UNREADABLE = (OSError, ValueError, MediaError)  #: errors of one question's media or text; the question is left out
+
+#: what a prompt is made of: the condition, the question, and the others of its family whose media may be shown blind
+Work = tuple[str, int, Sequence[int]]
 
 
 @dataclass
@@ -49,39 +55,91 @@ class Evaluator:
         checkpoint: folder of weights.
         questions: what is asked.
         controls: some of :data:`framestream.trainer.evaluation.metrics.CONTROLS`.
+        ranks: share the questions. Every rank has a model.
 
     Attributes:
-        answers: by condition: ``own`` and the controls.
-        unreadable: questions that cannot be shown, by number, with the reason.
+        answers: by condition: ``own`` and the controls. On rank 0 they are those of all ranks after :meth:`run`.
+        unreadable: questions that cannot be shown, by number, with the reason; as ``answers``.
     """
 
     def __init__(
-        self, manifest: Manifest, checkpoint: Path, questions: QuestionSource, controls: Sequence[str]
+        self,
+        manifest: Manifest,
+        checkpoint: Path,
+        questions: QuestionSource,
+        controls: Sequence[str],
+        ranks: RankPool,
     ) -> None:
-        self._manifest, self._questions = manifest, questions
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_pretrained(checkpoint, manifest.frames.size).to(self._device)
-        self._model.vision_cache = VisionFeatureCache(self._model.vision_tower)  # several questions are about one video
+        self._manifest, self._questions, self._ranks = manifest, questions, ranks
+        self._model = load_pretrained(checkpoint, manifest.frames.size).to(ranks.device)
         self.answers = {condition: Answers() for condition in ("own", *controls)}
         self.unreadable: dict[int, str] = {}
+        self._records: list[tuple[str, int, str, str | None]] = []  # condition, question, generated, most likely
+        self._faults: list[tuple[str, int, str]] = []  # condition, question, reason
 
-    def run(self, partners: Mapping[int, Sequence[int]]) -> None:
+    def run(self, partners: Mapping[int, Sequence[int]]) -> bool:
         """Answer the questions that are keys of ``partners``, under every condition.
 
         Args:
             partners: question -> others of its family. Blind, the media of the first that can be shown are shown.
+
+        Returns:
+            whether this is rank 0, which has the answers of all ranks.
+
+        Raises:
+            RankFailedError: another rank failed.
         """
         work = [(condition, i, others) for i, others in partners.items() for condition in self.answers]
-        lengths = [
-            self._questions.prompt_length(i, others[0] if condition == "blind" else i) or 0  # 0 where it is unknown
-            for condition, i, others in work
-        ]
-        # prompts of similar length share a batch, because shorter ones are padded
-        order, size = sorted(range(len(work)), key=lengths.__getitem__), self._manifest.evaluate.batch
-        with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=None) as bar:
-            for start in range(0, len(order), size):
-                self._answer([work[n] for n in order[start : start + size]])
-                bar.update(len(order[start : start + size]))
+        units = self._units(work)
+        hidden = None if self._ranks.is_main else True
+        with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=hidden) as bar:
+            for number in self._ranks.take(len(units)):
+                # several questions are about one video; a unit knows none of those before it, whoever answers them
+                self._model.vision_cache = VisionFeatureCache(self._model.vision_tower, self._ranks.device)
+                for batch in units[number]:
+                    self._answer(batch)
+                    bar.update(self._ranks.add_done(len(batch)) - bar.n)
+            parts = self._ranks.collect(
+                {"records": self._records, "faults": self._faults}, lambda done: bar.update(done - bar.n)
+            )
+        if parts is None:
+            return False
+        self._merge(parts, partners)
+        return True
+
+    def _units(self, work: Sequence[Work]) -> list[list[list[Work]]]:
+        """Divide the work into units of one or more batches, the longest prompts first.
+
+        Batches do not depend on the ranks: the last bits of an answer's logits depend on what else is in its batch.
+        Prompts of similar length share a batch, because shorter ones are padded. So do those with the same media, which
+        are encoded once.
+        """
+        lengths, media = [], []
+        for condition, i, others in work:
+            shown = others[0] if condition == "blind" else i
+            lengths.append(self._questions.prompt_length(i, shown) or 0)  # 0 where it is unknown
+            media.append(repr(self._questions[shown].media))
+        longest: dict[str, int] = {}
+        for length, name in zip(lengths, media, strict=True):
+            longest[name] = max(length, longest.get(name, 0))
+        order = sorted(range(len(work)), key=lambda n: (-longest[media[n]], media[n], -lengths[n]))
+        size = self._manifest.evaluate.batch
+        batches = [[work[n] for n in order[start : start + size]] for start in range(0, len(order), size)]
+        joined = -(-len(batches) // MAX_UNITS)
+        return [batches[start : start + joined] for start in range(0, len(batches), joined)]
+
+    def _merge(self, parts: Sequence[dict], partners: Iterable[int]) -> None:
+        """Take over the answers and faults of all ranks, in an order that does not depend on them."""
+        faults = {}
+        for part in parts:
+            for condition, i, generated, most_likely in part["records"]:
+                self.answers[condition].generated[i] = generated
+                if most_likely is not None:
+                    self.answers[condition].most_likely[i] = most_likely
+            faults.update({(condition, i): reason for condition, i, reason in part["faults"]})
+        for i in partners:
+            if reasons := [faults[condition, i] for condition in self.answers if (condition, i) in faults]:
+                self.unreadable[i] = reasons[0]
 
     def _prompt(self, condition: str, i: int, others: Sequence[int]) -> Batch | None:
         """Build the prompt of question ``i``; None if it cannot be shown."""
@@ -94,26 +152,35 @@ class Evaluator:
                 fault = " ".join(str(error).split())
         if condition == "blind":
             fault = f"the media of {len(others)} other questions cannot be shown; the last: {fault}"
-        self.unreadable.setdefault(i, f"{self._questions[i].key}: {fault}")
+        self._faults.append((condition, i, f"{self._questions[i].key}: {fault}"))
         return None
 
-    def _answer(self, work: list[tuple[str, int, Sequence[int]]]) -> None:
-        """Answer one batch of (condition, question, others)."""
+    def _answer(self, work: Sequence[Work]) -> None:
+        """Answer one batch."""
         built = ((condition, i, self._prompt(condition, i, others)) for condition, i, others in work)
-        prompts = [(condition, i, row.to(self._device)) for condition, i, row in built if row is not None]
+        device = self._ranks.device
+        prompts = [(condition, i, _without_pixels_to(row, device)) for condition, i, row in built if row is not None]
         if not prompts:
             return
         state = prefill(self._model, [row for _, _, row in prompts])
-        for n, (condition, i, _) in enumerate(prompts):
+        most_likely: dict[int, str] = {}
+        for n, (_, i, _) in enumerate(prompts):
             if options := self._questions[i].options:
                 ids = [self._questions.chat_template.answer_ids(option) for option in options]
                 logprobs = [found.logprob for found in loglikelihood(self._model, state.select(n), ids)]
-                self.answers[condition].most_likely[i] = options[int(np.argmax(logprobs))]
+                most_likely[n] = options[int(np.argmax(logprobs))]
         keys = [key for _, _, row in prompts for key in row.keys]
         template, longest = self._questions.chat_template, self._manifest.evaluate.max_new_tokens
         outputs = generate_from_prefill(self._model, state, keys, longest, template.end_ids)
-        for (condition, i, _), tokens in zip(prompts, outputs, strict=True):
-            self.answers[condition].generated[i] = template.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        for n, ((condition, i, _), tokens) in enumerate(zip(prompts, outputs, strict=True)):
+            text = template.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            self._records.append((condition, i, text, most_likely.get(n)))
+
+
+def _without_pixels_to(row: Batch, device: torch.device) -> Batch:
+    """Return a copy with all tensors but the pixels on ``device``: the vision cache copies those that are new."""
+    small = dataclasses.replace(row, clips=row.clips[:0], image_tiles=row.image_tiles[:0]).to(device)
+    return dataclasses.replace(small, clips=row.clips, image_tiles=row.image_tiles)
 
 
 def evaluate(
@@ -123,7 +190,8 @@ def evaluate(
     limit: int | None = None,
     controls: Sequence[str] = CONTROLS,
     examples: int = EXAMPLES_PER_FAMILY,
-) -> dict:
+    ranks: RankPool | None = None,
+) -> dict | None:
     """Answer every question with its own frames and under ``controls``.
 
     Args:
@@ -133,19 +201,22 @@ def evaluate(
         limit: questions of each family that are asked, all if None.
         controls: some of :data:`framestream.trainer.evaluation.metrics.CONTROLS`, ``blind`` at least.
         examples: questions of each family that are shown with their frames.
+        ranks: share the questions; this process alone answers them if None.
 
     Returns:
-        the object of evaluation.json.
+        the object of evaluation.json on rank 0, None on the others.
 
     Raises:
+        RankFailedError: another rank failed.
         ShardsError: no question can be scored.
         WeightsError: the weights cannot be read.
     """
     usable, misfits = _split_usable(questions)
     chosen = _first_of_each_family(questions, usable, limit)
     partners = _choose_partners(questions, usable, chosen, manifest.seed)
-    evaluator = Evaluator(manifest, checkpoint, questions, controls)
-    evaluator.run(partners)
+    evaluator = Evaluator(manifest, checkpoint, questions, controls, ranks or single_process())
+    if not evaluator.run(partners):
+        return None
     scored = [i for i in partners if i not in evaluator.unreadable]
     if not scored:
         why = next(iter(evaluator.unreadable.values()), "none has a partner of its family with another answer")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.evaluation.prompts import PromptBuilder
 from framestream.pipeline.loading.batch import Batch
@@ -14,6 +12,7 @@ from framestream.pipeline.shards.media_view import MediaView
 from framestream.pipeline.shards.memory_index import MediaFile, MediaFileCache
 from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.pipeline.utils.paths import expand_path
+from framestream.trainer.inference.device import select_device
 from framestream.trainer.inference.generation import GREEDY, Sampling, generate, prefill
 from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
 from framestream.trainer.weights.load import load_pretrained
@@ -47,7 +46,7 @@ def resolve_run(
 
 
 class Predictor:
-    """A trained model under one manifest, on the GPU if there is one.
+    """A trained model under one manifest, on the GPU numbered ``LOCAL_RANK`` (0 by default) if there is one.
 
     Args:
         weights: folder of weights, as :func:`resolve_run` finds it.
@@ -67,7 +66,7 @@ class Predictor:
     def __init__(self, weights: Path, manifest: Manifest) -> None:
         self.chat_template = build_chat_template(manifest)
         self.tokenizer = self.chat_template.tokenizer
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = select_device()
         self.model = load_pretrained(weights, manifest.frames.size).to(self.device)
         self._manifest = manifest
         self._files = MediaFileCache(manifest)

@@ -16,16 +16,19 @@ Encode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class VisionFeatureCache:
     """Least recently used tokens of clips and tiles, by a digest of their pixels. For models that are not trained.
 
-        model.vision_cache = VisionFeatureCache(model.vision_tower)
+        model.vision_cache = VisionFeatureCache(model.vision_tower, device)
+
+    Pixels may be in the host's memory. They are compared there, and only those of new clips and tiles are copied.
 
     Args:
         encode: computes the tokens of clips and tiles that are not in the cache
             (:class:`framestream.trainer.model.vision_tower.VisionTower`).
+        device: of ``encode`` and of the tokens.
         max_bytes: the oldest tokens are dropped above this size.
     """
 
-    def __init__(self, encode: Encode, max_bytes: int = MAX_BYTES) -> None:
-        self._encode, self._max_bytes = encode, max_bytes
+    def __init__(self, encode: Encode, device: torch.device, max_bytes: int = MAX_BYTES) -> None:
+        self._encode, self._device, self._max_bytes = encode, device, max_bytes
         self._tokens: collections.OrderedDict[bytes, torch.Tensor] = collections.OrderedDict()
         self._bytes = 0
 
@@ -42,14 +45,14 @@ class VisionFeatureCache:
         """
         n = len(clips)
         if not n + len(tiles):
-            return self._encode(clips, tiles)
+            return self._encode(clips.to(self._device), tiles.to(self._device))
         digests = [_digest(unit) for unit in (*clips, *tiles)]
         missing = {digest: i for i, digest in enumerate(digests) if digest not in self._tokens}
         found = {digest: self._tokens[digest] for digest in digests if digest in self._tokens}
         if missing:
             # a dict: a unit that the batch shows twice is encoded once
             new_clips, new_tiles = [i for i in missing.values() if i < n], [i - n for i in missing.values() if i >= n]
-            tokens = self._encode(clips[new_clips], tiles[new_tiles])
+            tokens = self._encode(clips[new_clips].to(self._device), tiles[new_tiles].to(self._device))
             found |= {digest: tokens[row].clone() for row, digest in enumerate(missing)}
         for digest in digests:
             self._put(digest, found[digest])

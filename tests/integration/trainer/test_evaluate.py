@@ -64,6 +64,21 @@ def test_files_are_scored_as_shards_are(made, capsys):
     assert "likelihood" in text and "shuffled" in text and "Which colour is it?" in text
 
 
+def test_two_ranks_write_what_one_process_writes(made):
+    """Byte for byte, with questions that cannot be shown. The ranks compute on the stand-in device if there is one."""
+    samples = json.loads((made.parent / "asked.json").read_text())
+    samples[3]["video"] = samples[5]["video"] = "gone.mp4"
+    (made.parent / "some.json").write_text(json.dumps(samples))
+    words = [*files(made, "some.json"), "--set", "evaluate.batch=3"]
+    alone, out = asked(made, *words), made.parent / "evaluation.json"
+    written = out.read_bytes()
+    out.unlink()
+    ranks = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "trainer.evaluate"]
+    done = corpus.run(*corpus.on_device([*ranks, "--manifest", str(made), "--out", str(out), *words]))
+    assert out.read_bytes() == written and len(alone["unreadable"]) == 2 and len(alone["answers"]) == 6
+    assert done.stdout.count(str(out)) == 1 and len(list(made.parent.glob("evaluation.json*"))) == 1
+
+
 def test_the_likeliest_option_is_that_of_whole_dialogues(made):
     manifest = load_manifest(made)
     questions = FileQuestions(manifest, made.parent / "asked.json", made.parent / "media")
@@ -230,7 +245,7 @@ def test_a_limit_that_asks_nothing_is_refused(made, capsys, limit):
 
 
 def test_ctrl_c_has_its_status_and_writes_nothing(made, tmp_path, capsys, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scorer, "evaluate", interrupted)

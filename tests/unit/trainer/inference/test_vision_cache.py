@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from framestream.trainer.inference.vision_cache import VisionFeatureCache
 
+CPU = torch.device("cpu")
+
 
 class Counting:
     """A stand-in for a tower: every unit's tokens are its own pixels, and every unit is counted."""
@@ -36,7 +38,7 @@ rows = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_tokens_are_those_of_the_units_whatever_is_kept(asked, kept):
     counting = Counting()
-    encoded = VisionFeatureCache(counting, max_bytes=kept * 32)
+    encoded = VisionFeatureCache(counting, CPU, max_bytes=kept * 32)
     for clips, stills in asked:
         found = encoded(units(clips, 4, 2, 2, 3), units(stills, 2, 2, 3))
         assert found.shape == (len(clips) + len(stills), 2, 4)
@@ -45,7 +47,21 @@ def test_tokens_are_those_of_the_units_whatever_is_kept(asked, kept):
 
 def test_nothing_is_encoded_twice_while_there_is_room():
     counting = Counting()
-    encoded = VisionFeatureCache(counting, max_bytes=2 * 32)
+    encoded = VisionFeatureCache(counting, CPU, max_bytes=2 * 32)
     for numbers in ([1, 2], [2, 1], [1, 3], [1, 2]):  # 3 displaces 2, which was not asked for lately
         encoded(units(numbers, 4, 2, 2, 3), units([], 2, 2, 3))
     assert counting.seen == [1, 2, 3, 2]
+
+
+def test_pixels_are_compared_on_the_host_and_only_new_ones_copied():
+    seen = []
+
+    def encode(clips, tiles):
+        seen.append((clips.device.type, tiles.device.type, len(clips), len(tiles)))
+        return torch.zeros(len(clips) + len(tiles), 64, 2, device=clips.device)
+
+    cache = VisionFeatureCache(encode, torch.device("meta"))
+    clips, tiles = torch.arange(2 * 4 * 12).view(2, 4, 2, 2, 3).byte(), torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    for shown in (clips, clips[:1], clips + 1):
+        assert cache(shown, tiles).device.type == "meta"
+    assert seen == [("meta", "meta", 2, 1), ("meta", "meta", 2, 0)]

@@ -1,0 +1,30 @@
+"""The device on which a process runs a model that is not trained. DeepSpeed is not imported for it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from framestream.trainer.distributed.launchers import LaunchError
+
+
+def select_device() -> torch.device:
+    """Select and return the device of this process: the GPU numbered ``LOCAL_RANK``, 0 by default, or the CPU.
+
+    Raises:
+        LaunchError: there are fewer GPUs than processes.
+    """
+    if not hasattr(torch, "accelerator"):  # before torch 2.6
+        kind, count = "cuda" if torch.cuda.is_available() else "cpu", torch.cuda.device_count()
+    else:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        kind, count = found.type if found else "cpu", torch.accelerator.device_count()
+    if kind == "cpu":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= count:
+        rank = os.environ.get("RANK", "0")
+        raise LaunchError(f"rank {rank} would use GPU {local}, here are {count}; start as many ranks")
+    torch.get_device_module(kind).set_device(local)
+    return torch.device(kind, local)
