@@ -14,11 +14,11 @@ A test's worker calls :func:`install` before it imports the trainer, and then co
         engine(row)
     assert events.waits() == Counter()
 
-Tests of this process use ``EMU``. ``torch.emu`` has the memory functions of ``torch.cuda``.
+Each rank uses ``emu:LOCAL_RANK``, and an allocation on another rank's device fails. ``torch.emu`` has the memory functions of ``torch.cuda``.
 """
 
 from tests.helpers.emulator.build import unavailable
-from tests.helpers.emulator.device import EMU, Event, Events, count_events, load_device
+from tests.helpers.emulator.device import Event, Events, count_events, load_device
 from tests.helpers.emulator.install import install
 
-__all__ = ["EMU", "Event", "Events", "count_events", "install", "load_device", "unavailable"]
+__all__ = ["Event", "Events", "count_events", "install", "load_device", "unavailable"]

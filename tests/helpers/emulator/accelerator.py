@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from tests.helpers.emulator.device import EMU, Stream, StreamEvent
+from tests.helpers.emulator.device import Stream, StreamEvent
 
 GIB = 1024**3
 
 
 class EmuAccelerator(CPU_Accelerator):
-    """The stand-in device. Each rank has one of its own, named ``emu:0``."""
+    """The stand-in device. Each rank has one of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,16 +38,17 @@ class EmuAccelerator(CPU_Accelerator):
     def device(self, device_index: int | None = None) -> Any:
         return torch.emu.device(device_index)
 
-    def set_device(self, device_index: int) -> None: ...
+    def set_device(self, device_index: int) -> None:
+        torch.emu.set_device(device_index)
 
     def current_device(self) -> int:
-        return 0
+        return torch.emu.current_device()
 
     def current_device_name(self) -> str:
-        return EMU
+        return f"emu:{self.current_device()}"
 
     def device_count(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return torch.emu.device_count()
 
     def synchronize(self, device_index: int | None = None) -> None:
         torch.emu.synchronize()
@@ -117,4 +117,4 @@ class EmuAccelerator(CPU_Accelerator):
 
 
 def _maker(dtype: torch.dtype) -> Any:
-    return lambda values: torch.tensor(values, dtype=dtype, device=EMU)
+    return lambda values: torch.tensor(values, dtype=dtype, device="emu")

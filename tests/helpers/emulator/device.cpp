@@ -30,7 +30,9 @@
 namespace {
 
 constexpr auto EMU = c10::DeviceType::PrivateUse1;
-const c10::Device DEVICE(EMU, 0);
+c10::DeviceIndex count = 1, current = 0;  // each process uses one device and must not touch those of the others
+
+c10::Device device() { return c10::Device(EMU, current); }
 
 bool on_device(const at::Tensor& tensor) { return tensor.device().type() == EMU; }
 
@@ -49,14 +51,14 @@ void release(void* data) {
 
 struct DeviceAllocator final : at::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (!bytes) return {nullptr, nullptr, &release, DEVICE};
+    if (!bytes) return {nullptr, nullptr, &release, device()};
     auto rounded = (bytes + ROUND - 1) / ROUND * ROUND;
     auto* block = static_cast<char*>(std::aligned_alloc(HEADER, rounded + HEADER));
     TORCH_CHECK(block, "emu: the host has no memory for ", bytes, " bytes");
     *reinterpret_cast<int64_t*>(block) = static_cast<int64_t>(rounded);
     auto now = allocated += static_cast<int64_t>(rounded);
     for (auto most = peak.load(); now > most && !peak.compare_exchange_weak(most, now);) {}
-    return {block + HEADER, block + HEADER, &release, DEVICE};
+    return {block + HEADER, block + HEADER, &release, device()};
   }
   at::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -96,16 +98,16 @@ bool is_pinned(const void* data) {
 // ------------------------------------------------------------------------------------------------ device and streams
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
-  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, DEVICE); }
+  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device()); }
   c10::DeviceType type() const override { return EMU; }
-  c10::Device exchangeDevice(c10::Device) const override { return DEVICE; }
-  c10::Device getDevice() const override { return DEVICE; }
+  c10::Device exchangeDevice(c10::Device) const override { return device(); }
+  c10::Device getDevice() const override { return device(); }
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
   c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return count; }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -125,8 +127,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
   at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  c10::DeviceIndex deviceCount() const override { return count; }
+  c10::DeviceIndex getCurrentDevice() const override { return current; }
 };
 
 // ---------------------------------------------------------------------------------------------------------- reports
@@ -150,13 +152,20 @@ at::Tensor on_host(const at::Tensor& tensor) {  // the same memory
 
 const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 
+void check_device(std::optional<at::Device> wanted) {
+  TORCH_CHECK(!wanted || !wanted->has_index() || wanted->index() == current,
+              *wanted, " is the device of another process; this one uses ", device());
+}
+
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                 std::optional<at::Device> where, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  check_device(where);
   return at::detail::empty_generic(size, &device_allocator, KEYS, c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+                         std::optional<at::Layout>, std::optional<at::Device> where, std::optional<bool>) {
+  check_device(where);
   return at::detail::empty_strided_generic(size, stride, &device_allocator, KEYS, c10::dtype_or_default(dtype));
 }
 
@@ -335,7 +344,7 @@ void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto count = op.schema().arguments().size();
   auto found = look_at_arguments(*stack, count, known);
   TORCH_CHECK(!found.device || found.host < 0 || known.reads_by_index || known.writes_by_index,
-              "Expected all tensors to be on the same device, but found at least two devices, emu:0 and cpu! "
+              "Expected all tensors to be on the same device, but found at least two devices, emu and cpu! "
               "(argument ", op.schema().arguments()[std::max(found.host, 0)].name(), " of ", known.name, ")");
   if (found.device) {
     if (known.value_shaped) report(known.name.c_str() + 6, 0);
@@ -377,10 +386,13 @@ TORCH_LIBRARY_IMPL(_, AutogradPrivateUse1, library) { library.fallback(torch::Cp
 }  // namespace
 
 extern "C" {
-void emu_register() {
+void emu_register(int devices) {
+  count = static_cast<c10::DeviceIndex>(devices);
   static Hooks hooks;
   at::RegisterPrivateUse1HooksInterface(&hooks);
 }
+void emu_set_device(int index) { current = static_cast<c10::DeviceIndex>(index); }
+int emu_current_device() { return current; }
 void emu_report_to(Report call) { reporter = call; }
 int64_t emu_allocated() { return allocated; }
 int64_t emu_peak() { return peak; }

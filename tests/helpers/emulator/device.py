@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 import threading
 import types
@@ -17,7 +18,6 @@ import torch
 from tests.helpers.emulator.build import build_library
 from tests.helpers.paths import ROOT
 
-EMU = "emu:0"
 #: kinds of events for which a GPU's host does not wait; collectives are no waits either
 ASYNCHRONOUS = {"copy from pinned memory", "copy to pinned host memory"}
 Reporter = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64)
@@ -109,18 +109,18 @@ def _report(kind: bytes, size: int) -> None:
 
 
 @functools.cache
-def load_device() -> torch.device:
-    """Load the device into torch, and return it."""
+def load_device() -> None:
+    """Load the device into torch. There are as many as this machine has ranks, and one without a launcher."""
     library = ctypes.CDLL(str(build_library()))
     library.emu_allocated.restype = library.emu_peak.restype = ctypes.c_int64
-    library.emu_register()
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    library.emu_register(devices)
     library.emu_report_to(_report)
     torch.utils.rename_privateuse1_backend("emu")
-    torch._register_device_module("emu", _device_module(library))
+    torch._register_device_module("emu", _device_module(library, devices))
     torch.Tensor.record_stream = lambda tensor, stream: None  # torch's own takes only streams of its own
     torch.nn.functional.scaled_dot_product_attention = _fused_attention()
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
-    return torch.device(EMU)
 
 
 def _fused_attention() -> Callable:
@@ -185,7 +185,7 @@ class StreamEvent:
         return 0.0
 
 
-def _device_module(library: ctypes.CDLL) -> types.ModuleType:
+def _device_module(library: ctypes.CDLL, devices: int) -> types.ModuleType:
     """Return ``torch.emu``, with the names of ``torch.cuda`` that torch, DeepSpeed and the trainer use."""
     stream = Stream()
 
@@ -204,9 +204,9 @@ def _device_module(library: ctypes.CDLL) -> types.ModuleType:
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda: True,
         "_is_in_bad_fork": lambda: False,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "device_count": lambda: 1,
+        "current_device": library.emu_current_device,
+        "set_device": lambda device: library.emu_set_device(torch.device("emu", device).index),
+        "device_count": lambda: devices,
         "device": lambda device: contextlib.nullcontext(),
         "get_device_name": lambda device=None: "emu",
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
