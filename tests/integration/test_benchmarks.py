@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.model.torchvision_import import import_torchvision
 
 import_torchvision()  # before anything imports transformers
 
+from benchmarks import gpu_first, scale  # noqa: E402
 from benchmarks.building import decord_widths, plan  # noqa: E402
 from benchmarks.loading import checks, index, isolated, loader, readers, remote  # noqa: E402
 from benchmarks.loading.media import BenchmarkMedia, write_media  # noqa: E402
 from benchmarks.loading.slow_server import SlowServer  # noqa: E402
-from benchmarks.model import gpu_step, lmms_eval, parts  # noqa: E402
+from benchmarks.model import kernel_counts, lmms_eval, parts, random_model  # noqa: E402
 from benchmarks.training import packing  # noqa: E402
 from framestream.pipeline.config.manifest import load_manifest  # noqa: E402
-from framestream.pipeline.config.model import VisionTowerConfig  # noqa: E402
+from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig  # noqa: E402
 from framestream.pipeline.evaluation.questions import Question  # noqa: E402
 from framestream.pipeline.shards.memory_index import MediaFile  # noqa: E402
+from framestream.trainer.model import cost  # noqa: E402
 from framestream.trainer.model.tome import ToMeConnector  # noqa: E402
+from framestream.trainer.model.video_llm import build_model  # noqa: E402
+from framestream.trainer.training.optim import freeze  # noqa: E402
+from tests.helpers.corpora import training_corpus as corpus  # noqa: E402
+from tests.helpers.emulator import build  # noqa: E402
 
 
 @pytest.mark.parametrize("ways", [parts.merging, parts.connecting, parts.learning], ids=lambda ways: ways.__name__)
 def test_connectors_agree(ways):
     torch.manual_seed(0)
-    parts.compare(ways(ToMeConnector(48, 24, heads=4), torch.randn(3, 196, 48)))
+    connector = () if ways is parts.merging else (ToMeConnector(48, 24),)
+    parts.compare(ways(*connector, 4, torch.randn(3, 196, 48)))
 
 
 @pytest.mark.parametrize(("clips", "images"), [(2, 1), (1, 0)])
@@ -159,23 +170,86 @@ def test_shares_are_of_the_same_round():
     assert slow == "| slow | 0.010 (0.010 to 0.020) |"
 
 
-def test_a_step_is_that_of_plain_transformers(capsys, tmp_path):
-    """Stage 3 of the CPU preset: packed under ZeRO-3 and one dialogue at a time, from the same weights."""
-    gpu_step.main(["--cpu", "--stages", "3", "--steps", "3", "--folder", str(tmp_path)])
-    line = capsys.readouterr().out.splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert len(cells) == len(gpu_step.COLUMNS) and "4 of 4 layers" in cells[1]
-    assert float(cells[8]) == pytest.approx(float(cells[12]), abs=2e-3)
+def test_layers_run_the_products_that_predictions_count():
+    """A layer of Qwen2 has seven matrices, one of UMT four. The backward pass multiplies twice by each."""
+    language = LanguageModelConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
+    forward, backward = kernel_counts.count_language_layer(language)
+    assert (forward.products, backward.products) == (8, 15) and backward.kernels > forward.kernels > 8
+    tower = VisionTowerConfig(width=48, depth=3, heads=4)
+    block, back = kernel_counts.count_tower_block(tower)
+    assert (block.products, back.products) == (5, 9)
+    twice = kernel_counts.count_tower_block(dataclasses.replace(tower, width=96))[0]
+    assert twice.bytes == pytest.approx(2 * block.bytes, rel=0.02), "bytes grow with the width"
 
 
-def test_models_that_do_not_fit_have_fewer_layers():
-    """16 bytes for each of the 1.8 or 7.9 billion weights that stage 3 trains; 60 % of the memory."""
-    for name, layers in (("2b", 28), ("7b", 14)):
-        language = load_manifest(gpu_step.MODELS[name]).model.language_model
-        manifest = load_manifest(gpu_step.MANIFESTS / "stage3.yaml")
-        manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, language_model=language))
-        fitted = gpu_step.fewer_layers(manifest, 140 * gpu_step.GIB)
-        assert fitted.model.language_model.num_hidden_layers == layers
+@pytest.mark.parametrize("stage", [1, 2, 4])
+def test_executed_flops_are_the_products_of_a_step(stage):
+    """With recomputing, and with frozen parts: torch's own counter counts the same products, to 2 % for the norms."""
+    base = load_manifest(scale.ROOT / "manifests" / f"stage{stage}.yaml")
+    model = ModelConfig(
+        vision_tower=VisionTowerConfig(width=128, depth=3, heads=2, table_side=8),
+        language_model=LanguageModelConfig(
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        ),
+    )
+    frames = dataclasses.replace(base.frames, size=128)
+    manifest = dataclasses.replace(base, model=model, frames=frames)
+    built = build_model(manifest).train()
+    random_model.fill_weights(built)
+    freeze(built.parts(), manifest.train)
+    row = random_model.make_row(128, clips=2, text=40)
+    with FlopCounterMode(display=False) as counter:
+        built(row).backward()
+    products = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if str(op).split(".")[1] in ("mm", "addmm")
+    )
+    tokens, learned = len(row.input_ids), random_model.LEARNED
+    expected, attention = scale._executed_flops(manifest, 2, 0, tokens, tokens**2, learned)
+    assert products == pytest.approx(expected, rel=0.02) and attention > 0
+
+
+def test_predictions_exchange_all_weights_twice_a_micro_step():
+    manifest = load_manifest(scale.ROOT / "manifests" / "stage4.yaml")
+    counts = cost.count_parameters(manifest)
+    gathered, reduced, calls = scale.count_collectives(manifest)
+    assert gathered == 2 * sum(counts.values()) and reduced == counts["vision_tower"] + counts["connector"]
+    assert 60 < calls <= 110
+
+
+def test_predictions_name_what_does_not_fit_and_scale(capsys):
+    scale.main(["--stages", "3", "--gpus", "1", "8", "32"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert "too much" in table[0][8] and "too much" not in "".join(table[1])
+    steps = [float(cells[5]) for cells in table[1:]]
+    assert 3 < steps[0] / steps[1] <= 4.2, "four times the GPUs, and communication that hides"
+
+
+def test_gpu_parts_run_small_and_survive_a_failure(capsys, monkeypatch):
+    def fail(setting):
+        raise MemoryError("none left")
+
+    monkeypatch.setitem(gpu_first.PARTS, "tower", fail)
+    parts = ["step", "tower", "layers", "syncs", "copies", "head"]
+    assert gpu_first.main(["--small", "--parts", *parts]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["part"] for line in found if "seconds" in line] == parts
+    assert [line["failed"] for line in found if "failed" in line] == ["MemoryError: none left"]
+    step = next(line for line in found if line["part"] == "step")
+    assert step["wall_s"] > 0 and step["tokens"] == 188
+
+
+@pytest.mark.skipif(bool(build.unavailable()), reason=build.unavailable() or "here")
+def test_gpu_parts_run_on_the_stand_in_device():
+    """A process of its own: the stand-in device becomes that of torch and DeepSpeed."""
+    command = [sys.executable, "-m", "benchmarks.gpu_first", "--small", "--device", "emu", "--parts", "zero3", "syncs"]
+    done = subprocess.run(
+        command, cwd=scale.ROOT, env=corpus.environment(), capture_output=True, text=True, timeout=240
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {line["trace"] for line in found if line.get("micro_step", 0) > 1} == {"COMPLETE", None}
+    assert {line["buffers_on"][0] for line in found if "buffers_on" in line} == {"emu:0"}
+    assert any("waits" in line for line in found)
 
 
 def test_packed_and_padded_rows_hold_the_same_dialogues_and_losses():
