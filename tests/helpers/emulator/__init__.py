@@ -14,7 +14,8 @@ A test's worker calls :func:`install` before it imports the trainer, and then co
         engine(row)
     assert events.waits() == Counter()
 
-Each rank uses ``emu:LOCAL_RANK``, and an allocation on another rank's device fails. ``torch.emu`` has the memory functions of ``torch.cuda``.
+Each rank uses ``emu:LOCAL_RANK``, and an allocation on another rank's device fails. ``torch.emu`` has the memory
+functions of ``torch.cuda``.
 """
 
 from tests.helpers.emulator.build import unavailable

@@ -53,7 +53,13 @@ def run(tmp_path_factory) -> Path:
 def asked(run: Path, *words: str, given: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "trainer.chat", "--checkpoint", str(run), "--max-new-tokens", str(NEW), *words]
     return subprocess.run(
-        corpus.on_device(command), env=corpus.environment(), cwd=corpus.PROJECT, capture_output=True, text=True, input=given, timeout=120
+        corpus.on_device(command),
+        env=corpus.environment(),
+        cwd=corpus.PROJECT,
+        capture_output=True,
+        text=True,
+        input=given,
+        timeout=120,
     )
 
 
