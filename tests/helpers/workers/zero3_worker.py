@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from benchmarks.model.zero_stages import build_narrow_engine, narrow_manifest, run_micro_step
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.distributed.process_group import (
@@ -80,6 +81,18 @@ def accumulation_error(stage: int, context: DistributedContext) -> float:
     return float((difference / sum(value.square().sum() for value in total.values())).sqrt())
 
 
+def run_rows_of_other_groups(context: DistributedContext) -> list[dict]:
+    """Run rows whose number of groups differs between the ranks and from row to row, in a model of published depth.
+
+    Returns what each micro-step after the first two took, which record DeepSpeed's trace.
+    """
+    engine = build_narrow_engine(narrow_manifest(3, 16, "fp32"), context)
+    clips = ([1, 1, 1, 3, 0, 2], [1, 1, 2, 1, 3, 0])[context.rank]
+    found = [run_micro_step(engine, count, context, number == 3) for number, count in enumerate(clips)][2:]
+    engine.destroy()
+    return [dataclasses.asdict(micro_step) for micro_step in found]
+
+
 def check_constants(settings) -> None:
     """Check that positions and RoPE frequencies created inside zero.Init in 16 bit equal those created outside."""
     outside = dict(build_model(settings).named_buffers())
@@ -112,6 +125,7 @@ def main() -> None:
             run_case(name, settings, steps, folder, context)
         errors = {stage: accumulation_error(stage, context) for stage in (2, 3)}
         (folder / f"accumulation-{context.rank}.json").write_text(json.dumps(errors))
+        (folder / f"groups-{context.rank}.json").write_text(json.dumps(run_rows_of_other_groups(context)))
         check_constants(settings)
         check_errors(settings)
     finally:

@@ -80,6 +80,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_number_of_groups_does_not_change_the_order_of_modules(folder):
+    """Else nothing is gathered ahead, and each matrix and norm is gathered alone: thousands of calls a micro-step."""
+    ranks = [json.loads((folder / f"groups-{rank}.json").read_text()) for rank in range(2)]
+    assert [[found["groups"] for found in rank] for rank in ranks] == [[1, 3, 1, 2], [2, 1, 3, 1]]
+    for found in (*ranks[0], *ranks[1]):
+        assert found["is_complete"] and 0 < found["all_gathers"] <= 110
+
+
 @pytest.mark.parametrize("name", list(cases()))
 def test_two_sharded_ranks_equal_one_process(folder, name, monkeypatch):
     """For every layout of the initial weights. Rank 1 cannot see the files and gets all weights from rank 0."""
