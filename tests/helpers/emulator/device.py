@@ -192,6 +192,9 @@ def _device_module(library: ctypes.CDLL, devices: int) -> types.ModuleType:
     def memory_stats(device: object = None) -> dict[str, int]:
         return {"allocated_bytes.all.current": library.emu_allocated(), "allocated_bytes.all.peak": library.emu_peak()}
 
+    def set_device(device: int | str | torch.device) -> None:
+        library.emu_set_device(device if isinstance(device, int) else torch.device(device).index)
+
     functions: dict[str, Callable | type] = {
         "Stream": Stream,
         "Event": StreamEvent,
@@ -205,7 +208,7 @@ def _device_module(library: ctypes.CDLL, devices: int) -> types.ModuleType:
         "is_bf16_supported": lambda: True,
         "_is_in_bad_fork": lambda: False,
         "current_device": library.emu_current_device,
-        "set_device": lambda device: library.emu_set_device(torch.device("emu", device).index),
+        "set_device": set_device,
         "device_count": lambda: devices,
         "device": lambda device: contextlib.nullcontext(),
         "get_device_name": lambda device=None: "emu",
