@@ -42,7 +42,7 @@ def test_root_gives_the_stored_rows_and_keeps_its_cache(copy: Path) -> None:
     assert set((copy / "root" / "stage2" / "index").iterdir()) == set(files)
 
 
-def test_a_former_field_is_refused_in_a_manifest_and_read_in_a_stored_one(copy: Path) -> None:
+def test_a_former_field_is_refused_and_read_where_it_is_stored(copy: Path) -> None:
     with pytest.raises(
         ManifestError, match=r"manifest.yaml:28: model.*\.group_clips: replaced by group_tokens \(.*784"
     ):
