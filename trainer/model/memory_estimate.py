@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
 from framestream.trainer.model.cost import count_parameters, largest_layer, tower_tokens
@@ -23,6 +25,9 @@ from framestream.trainer.model.lm_head import CHUNK_LOGITS
 GIB = 1024**3
 #: values of its width that a tower block saves for each token: inputs of its norms, scales, products and activations
 SAVED_VALUES = {"umt": 16, "internvideo2": 22}
+#: the same where a norm is not one kernel: on the CPU, and before torch 2.9; InternVideo2 has more norms
+SAVED_UNFUSED = {"umt": 16, "internvideo2": 35}
+FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 MAX_LIVE = 10**9  #: parameters that ZeRO-3 keeps gathered at once, DeepSpeed's stage3_max_live_parameters
 SUB_GROUP = 10**9  #: parameters of a rank that the optimizer updates at once, DeepSpeed's sub_group_size
 GPU_CONTEXT = 2 * GIB  #: CUDA's context, and buffers of NCCL
@@ -75,7 +80,7 @@ def estimate_memory(manifest: Manifest, row: RowShape, world: int, gpu: bool = T
     """Estimate the bytes of one of ``world`` ranks while it trains on a row.
 
     Args:
-        gpu: count CUDA's context and NCCL.
+        gpu: the rank computes on a GPU: with fused norms, and beside CUDA's context and NCCL.
     """
     train, language = manifest.train, manifest.model.language_model
     size = weight_bytes(manifest)
@@ -85,7 +90,7 @@ def estimate_memory(manifest: Manifest, row: RowShape, world: int, gpu: bool = T
     layer, buffers = largest_layer(manifest) * size, GPU_CONTEXT if gpu else 0
     if train.zero_stage > 1:
         buffers += layer  # the bucket in which gradients are averaged
-    activations = _Activations(manifest, row, size)
+    activations = _Activations(manifest, row, size, gpu and FUSED_NORMS)
     head_gradient = 2 * head if train.language_model.train else 0  # and its copy for the reduction
     layer_gradient = layer if train.language_model.train else 0
     moments = [
@@ -127,7 +132,7 @@ def state_bytes(manifest: Manifest, world: int) -> int:
 class _Activations:
     """Bytes of a row's activations: what is kept, and what the backward pass works on."""
 
-    def __init__(self, manifest: Manifest, row: RowShape, size: int) -> None:
+    def __init__(self, manifest: Manifest, row: RowShape, size: int, fused: bool) -> None:
         train, tower, language = manifest.train, manifest.model.vision_tower, manifest.model.language_model
         recompute = train.recomputation(language.num_hidden_layers)
         patches, spanned = tower_tokens(manifest)
@@ -137,7 +142,7 @@ class _Activations:
         merged_tokens = row.clips * TOKENS_PER_CLIP + row.tiles * TOKENS_PER_TILE
         # of this row and of the next one, which is copied meanwhile
         pixels = (row.clips * manifest.frames.clip_frames + row.tiles) * manifest.frames.size**2 * 3
-        block = tower.width * SAVED_VALUES[tower.type] * size  # of a patch
+        block = tower.width * (SAVED_VALUES if fused else SAVED_UNFUSED)[tower.type] * size  # of a patch
         blocks = (tower.depth - 1) * block if train.vision_tower.train else block
         state = language.hidden_size * size  # of a token
         saved = (10 * language.hidden_size + 4 * language.intermediate_size) * size

@@ -21,6 +21,7 @@ from framestream.trainer.distributed.launchers import is_out_of_memory
 from framestream.trainer.distributed.process_group import DistributedContext, gather_objects
 from framestream.trainer.model.memory_estimate import (
     GIB,
+    GPU_CONTEXT,
     MemoryEstimate,
     RowShape,
     estimate_memory,
@@ -69,10 +70,10 @@ def resolve_recomputation(manifest: Manifest, context: DistributedContext, local
 
     It is the level that recomputes least while the fullest row fits into the memory of every rank, or else ``all``.
     """
-    if manifest.train.gradient_checkpointing != "auto":
-        return manifest
     own = device_bytes(context)
     limit = min(gather_objects(host_bytes() // local_world if own is None else own, context))
+    if manifest.train.gradient_checkpointing != "auto":
+        return manifest
     level = choose_level(manifest, context.world, int(limit * HEADROOM), own is not None)
     chosen = _with(manifest, gradient_checkpointing=level)
     need = estimate_memory(chosen, fullest_row(manifest), context.world, own is not None).total
@@ -117,8 +118,8 @@ class MemoryComparison:
         """Yield the rows of this rank, and count those of the first steps."""
         for row in rows:
             if self._steps < FIRST_STEPS:
-                estimate = estimate_memory(self._manifest, row_shape(row), self._context.world, gpu=False)
-                self._estimated = max(self._estimated, estimate.total)
+                estimate = estimate_memory(self._manifest, row_shape(row), self._context.world)
+                self._estimated = max(self._estimated, estimate.total - GPU_CONTEXT)  # which torch does not count
             yield row
             del row  # the loader reuses the memory of its pixels
 

@@ -104,7 +104,8 @@ def _merge(faults_by_rank: list[list[str]]) -> Iterator[str]:
 def _shared_values(manifest: Manifest) -> dict[str, object]:
     """Return the values that must be equal on every rank."""
     versions = {name: version(name) for name in PACKAGES}
-    return {**checkpoint_settings(manifest), "output": manifest.output, **versions, "code": code_digest()}
+    level = {"train.gradient_checkpointing": manifest.train.gradient_checkpointing}  # may change when a run is resumed
+    return {**checkpoint_settings(manifest), **level, "output": manifest.output, **versions, "code": code_digest()}
 
 
 def code_digest() -> str:

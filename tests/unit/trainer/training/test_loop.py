@@ -15,6 +15,7 @@ from framestream.trainer.monitoring import step_stats
 from framestream.trainer.monitoring.run_ledger import RunLedger
 from framestream.trainer.training import loop
 from framestream.trainer.training.device_prefetch import DevicePrefetcher
+from framestream.trainer.training.memory_plan import DeviceMemoryError
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
 
@@ -114,6 +115,7 @@ def test_towers_without_drop_path_get_no_numbers():
         (torch.distributed.DistStoreError("wait timeout after 1800000ms"), "lost another rank (wait timeout"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "has not enough memory (CUDA out"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (DeviceMemoryError("rank 1 has not enough memory in the forward pass of"), "rank 1 has not enough memory in"),
         (RuntimeError("shapes do not match"), None),
     ],
 )

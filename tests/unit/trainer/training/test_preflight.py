@@ -187,7 +187,10 @@ def test_ranks_with_other_shards_are_named(monkeypatch) -> None:
 
 
 def test_ranks_with_other_code_are_named(monkeypatch) -> None:
-    values = preflight._shared_values(start())
+    values, settings = preflight._shared_values(start()), start()
+    other = dataclasses.replace(settings, train=dataclasses.replace(settings.train, gradient_checkpointing="tower"))
+    (fault,) = preflight._differences(values, preflight._shared_values(other))
+    assert fault.startswith("train.gradient_checkpointing ")
     assert list(preflight._differences(values, values)) == []
     monkeypatch.setattr(preflight, "CODE", ("pipeline",))
     (fault,) = preflight._differences(values, preflight._shared_values(start()))
