@@ -61,6 +61,9 @@ class TrainConfig:
         default="all",
         metadata=spec(flags=("none", "all"), doc="none, tower, layers:K, all, or auto: what the backward pass repeats"),
     )
+    compile: bool = field(
+        default=False, metadata=spec(doc="compile norms, rotary positions and activations; the first steps are slow")
+    )
     save_every: int = field(default=500, metadata=spec(low=1, high=10**9, doc="optimizer steps between checkpoints"))
     keep_last: int = field(default=2, metadata=spec(low=1, high=10**9, doc="number of checkpoints to keep"))
     log_every: int = field(default=1, metadata=spec(low=1, high=10**9))

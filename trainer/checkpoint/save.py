@@ -48,6 +48,7 @@ MUTABLE_FIELDS = {
     "train.profile_steps",
     "train.timeout_minutes",
     "train.check_calls",
+    "train.compile",
     "train.gradient_checkpointing",
     "train.persistence_threshold",
     "model.vision_tower.group_tokens",

@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
-    varlen_attn = None
-flash_attn_varlen_func: Callable[..., torch.Tensor] | None
+    varlen_attn = None  # type: ignore[assignment]
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:

@@ -45,6 +45,7 @@ from framestream.trainer.distributed.run_store import main_rank_first, open_stor
 from framestream.trainer.distributed.watchdog import Watchdog
 from framestream.trainer.model.attention import describe_kernels
 from framestream.trainer.model.cost import cost_coefficients
+from framestream.trainer.model.leaf_functions import compile_leaves
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.monitoring.logger import MetricsLogger
 from framestream.trainer.monitoring.profiler import Profiler
@@ -130,6 +131,8 @@ def _train(
     watchdog.set_phase("creating the model and its initial weights")
     engine, model = build_engine(manifest, context)
     logger.info("%s: %s", manifest.name, _describe_attention(manifest, context))
+    if manifest.train.compile:
+        logger.info("%s: %s", manifest.name, compile_leaves(model, context.device.type))
     watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
     ledger = RunLedger(folder, context.rank, context.world)
     run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
