@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.initialization import no_init_weights
@@ -139,6 +140,16 @@ class VideoLLM(nn.Module):
         return self
 
 
+class RowLinear(nn.Linear):
+    """A linear layer over rows (..., C), computed on (rows, C).
+
+    Under ZeRO-3, DeepSpeed replaces ``F.linear``. Its own adds a bias inside the product for two dimensions only.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+
+
 def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
     """Build Qwen2 with packed attention and the chunked loss head; weights are not initialized."""
     config = Qwen2Config(
@@ -157,6 +168,10 @@ def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
     with no_init_weights():
         model = Qwen2ForCausalLM(config)
     model.lm_head = ChunkedLMHead(model.model.embed_tokens if cfg.tie_word_embeddings else model.lm_head)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.__class__ = RowLinear
     # Recomputed in numpy: inside DeepSpeed's zero.Init torch has computed the frequencies in 16 bit.
     width = cfg.hidden_size // cfg.num_attention_heads
     exponent = torch.from_numpy(np.arange(0, width, 2, dtype=np.float32)) / width

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -167,6 +168,7 @@ def test_the_dummy_still_does_not_change_the_text():
         assert torch.equal(model.embed(batch), embeddings)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
 @pytest.mark.parametrize("frozen", [[], ["vision_tower", "language_model"], ["language_model"]])
 @pytest.mark.parametrize("recompute", [True, False])
 @both_towers
@@ -230,6 +232,23 @@ def test_constants_stay_float32_when_the_model_is_cast():
     assert set(kept.values()) == {torch.float32} and len(kept) == 6
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(model(pack(some("both"))))
+
+
+@both_towers
+def test_biases_are_added_inside_the_products_under_zero3(monkeypatch, cfg):
+    """DeepSpeed's own ``F.linear`` adds the bias of inputs with three dimensions in a pass over the output."""
+    model = small_model(cfg=cfg)
+    shapes = []
+
+    def watched(x, weight, bias=None):
+        shapes.extend([x.ndim] if bias is not None else [])
+        return zero3_linear_wrap(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    with torch.no_grad():
+        model(pack(some("both", "text")))
+    biased = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.bias is not None]
+    assert set(shapes) == {2} and len(shapes) >= len(biased)
 
 
 def test_pixels_are_normalised_as_published():
