@@ -32,7 +32,7 @@ GLOBAL_BATCH = 4
 MANIFEST = corpus.PROJECT / "manifests" / "2b" / "stage1.yaml"
 
 
-def write_manifest(folder: Path, steps: int) -> Path:
+def write_full_manifest(folder: Path, steps: int) -> Path:
     """Write the manifest of the full-size model for the small corpus, and build its shards at 448 pixels."""
     full = to_dict(load_manifest(MANIFEST))
     tokenizer = str(corpus.PROJECT / "tests" / "golden" / "tokens_labels" / "tokenizer")
@@ -69,7 +69,7 @@ def run_steps(folder: Path, steps: int) -> str:
     Raises:
         SoakError: the run failed, or its log or checkpoint is not as expected.
     """
-    path = write_manifest(folder, steps)
+    path = write_full_manifest(folder, steps)
     manifest = load_manifest(path)
     done = corpus.run(*corpus.train_command(path, RANKS), check=False)
     if done.returncode:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,7 +95,7 @@ def choose_level(manifest: Manifest, world: int, limit: int, gpu: bool) -> str:
     return "all"
 
 
-def _with(manifest: Manifest, **train: str) -> Manifest:
+def _with(manifest: Manifest, **train: Any) -> Manifest:
     """Return the manifest with other fields of ``train``."""
     return dataclasses.replace(manifest, train=dataclasses.replace(manifest.train, **train))
 

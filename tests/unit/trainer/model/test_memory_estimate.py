@@ -106,6 +106,7 @@ def test_kept_bytes_are_those_that_autograd_saves(dialogues: list[Dialogue], tow
     settings = trained(manifest(SIZE, cfg, vision_tower=tower), gradient_checkpointing="none")
     model, row = small_model(cfg=cfg).bfloat16().train(), pack(dialogues)
     model.vision_tower.requires_grad_(tower.train)
-    with SavedBytes(model) as saved:
+    saved = SavedBytes(model)
+    with saved:
         model(row)
     assert estimate_memory(settings, row_shape(row), 1).kept == pytest.approx(saved.total, rel=0.15)
