@@ -43,6 +43,8 @@ def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # on a GPU, DeepSpeed's throughput timer makes the host wait for the device before every forward pass
+        "timers": {"throughput": {"enabled": False}},
     }
     if train.zero_stage >= 2:
         config["data_types"] = {"grad_accum_dtype": "fp32"}

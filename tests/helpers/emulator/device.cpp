@@ -196,6 +196,7 @@ at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) { return at
 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_blocking) {
   auto bytes = static_cast<int64_t>(self.nbytes());
+  if (!bytes) return to;
   if (on_device(self) && !on_device(to)) {
     bool waits = !non_blocking || !is_pinned(to.data_ptr());
     report(waits ? "copy to host" : "copy to pinned host memory", bytes);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from deepspeed.utils.config import get_timers_config
 
 from framestream.pipeline.config.manifest import load_manifest
 from framestream.trainer.training.deepspeed_config import deepspeed_config, offload_threads
@@ -17,6 +18,10 @@ def test_buckets_hold_the_largest_layer() -> None:
     config = deepspeed_config(load_manifest(ROOT / "manifests" / "stage3.yaml"), 8, True)["zero_optimization"]
     layer = 3 * 3584 * 18944 + 2 * 3584**2 + 2 * 3584 * 512
     assert config["reduce_bucket_size"] == config["stage3_prefetch_bucket_size"] == pytest.approx(layer, rel=1e-3)
+
+
+def test_no_timer_makes_the_host_wait_for_the_device() -> None:
+    assert not get_timers_config(deepspeed_config(manifest(), 8, True)).enabled
 
 
 @pytest.mark.parametrize(
