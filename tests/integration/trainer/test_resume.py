@@ -1,4 +1,7 @@
-"""Resuming through the real command line: on another number of ranks, after SIGTERM and SIGUSR1."""
+"""Resuming through the real command line: on another number of ranks, after SIGTERM and SIGUSR1.
+
+The first part of a run computes on the CPU, the others on the stand-in device where there is a compiler.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,7 @@ def test_resuming_on_other_ranks_equals_an_uninterrupted_run(
     files = list((run / "checkpoints").glob("step-*/*optim_states.pt"))
     assert len(files) == 2
 
+    two = corpus.on_device([*two, "--set", f"loader.workers={int(zero_stage == 1)}"])
     one = [sys.executable, *two[two.index("-m") :]]
     status, said = interrupt(one, run, 5, signal.SIGUSR1)
     assert status == EXIT_PREEMPTED == 75
