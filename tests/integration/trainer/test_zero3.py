@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.model.zero_stages import narrow_manifest
-from benchmarks.scale import count_collectives
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.trainer.model.video_llm import VideoLLM, build_model
@@ -88,8 +86,6 @@ def test_groups_do_not_change_the_order_of_modules(folder):
     assert [[found["groups"] for found in rank] for rank in ranks] == [[1, 3, 1, 2], [2, 1, 3, 1]]
     for found in (*ranks[0], *ranks[1]):
         assert found["is_complete"] and 0 < found["all_gathers"] <= 110
-    predicted = count_collectives(narrow_manifest(3, 16))[0]  # each weight twice; the last ones are still there
-    assert all(0.85 < found["gathered"] / predicted <= 1.02 for rank in ranks for found in rank)
 
 
 @pytest.mark.parametrize("name", list(cases()))
