@@ -26,7 +26,7 @@ SHARD = "8MB"  #: largest file of the language model, so that it has several, li
 NARROW = ModelConfig(
     vision_tower=VisionTowerConfig(width=32, depth=2, heads=2),
     language_model=LanguageModelConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
     ),
 )
 
