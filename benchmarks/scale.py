@@ -276,8 +276,8 @@ def predictions(
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print a table of predictions."""
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table of predictions; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 8, 32, 256])
@@ -295,7 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
             shown = [f"{found.step:.3g}", f"{found.communication:.2g}", f"{found.mfu:.0%}"] if fits else ["", "", ""]
             cells += [*shown, f"{found.memory:.0f}" if fits else f"{found.memory:.0f}: too much"]
         print(f"| {' | '.join(cells)} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
