@@ -1,7 +1,8 @@
 """Worker for torchrun: train on global batches with and without one that is not finite. Argument: a folder.
 
 Writes ``FOLDER/result-STAGE-OFFLOAD.json``: for each fault, whether the weights of both runs are equal bit for bit, and
-the records and ledger of the first run.
+the records and ledger of the first run. On the stand-in device also ``waits``: what the host waits for in the global
+batches of the run without a fault. The last of them has one micro-step more, and rows with more groups of clips.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from framestream.trainer.training.engine import build_engine
 from framestream.trainer.training.loop import RunContext, _global_batch
 from framestream.trainer.weights.load import gather_parameter
+from tests.helpers.emulator import count_events
 from tests.helpers.model.manifests import TRAINED, manifest
 from tests.helpers.model.rows import SIZE, SMALL, dialogue, pack
 
@@ -30,11 +32,11 @@ RATE = 1e-2
 def main(folder: Path) -> None:
     context = init_process_group(timeout_minutes=2)
     for stage, offload in ((1, "none"), (3, "none"), (3, "optimizer")):
-        without, _ = train(stage, offload, "none", (0, 2, 3), folder / "unused", context)
-        result = {}
+        without, _, waits = train(stage, offload, "none", (0, 2, 3), folder / "unused", context)
+        result: dict[str, object] = {"waits": waits}
         for fault in ("loss", "gradient"):
             run = folder / f"{stage}-{offload}-{fault}"
-            with_it, records = train(stage, offload, fault, range(4), run, context)
+            with_it, records, _ = train(stage, offload, fault, range(4), run, context)
             barrier()
             noted = [[row["key"], row["epoch"], row["step"], row["message"]] for row in read_run_ledger(run)]
             equal = all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
@@ -44,8 +46,8 @@ def main(folder: Path) -> None:
     destroy_process_group()
 
 
-def train(stage: int, offload: str, fault: str, steps, folder: Path, context) -> tuple[list[torch.Tensor], list[dict]]:
-    """Train on these global batches, where number 1 has ``fault`` on rank 1; return weights and records."""
+def train(stage: int, offload: str, fault: str, steps, folder: Path, context) -> tuple[list, list[dict], list[dict]]:
+    """Train on these global batches, where number 1 has ``fault`` on rank 1; return weights, records and host waits."""
     settings = manifest(SIZE, SMALL)
     options = dataclasses.replace(
         settings.train, zero_stage=stage, offload=offload, dtype="fp32", persistence_threshold=0, vision_tower=TRAINED
@@ -59,27 +61,31 @@ def train(stage: int, offload: str, fault: str, steps, folder: Path, context) ->
     watchdog = SimpleNamespace(set_phase=lambda phase: None)
     ledger = RunLedger(folder, context.rank, context.world)
     run = RunContext(settings, engine, context, folder, ledger, preemption, watchdog)
-    records, embed = [], model.embed
+    records, waits, embed = [], [], model.embed
     for step in steps:
         faulty = step == 1 and context.rank == 1
         model.embed = (lambda batch: hurt(embed(batch))) if faulty and fault == "gradient" else embed
-        rows = iter([row(step, micro, context.rank, faulty and fault == "loss") for micro in range(2)])
-        records.append(_global_batch(run, DevicePrefetcher(rows, dict, context.device)))
+        micro_steps = range(2 + (step == 3))
+        rows = iter([row(step, micro, context.rank, faulty and fault == "loss") for micro in micro_steps])
+        with count_events() as events:
+            records.append(_global_batch(run, DevicePrefetcher(rows, dict, context.device)))
+        waits.append(dict(events.waits()))
     weights = []
     for parameter in model.parameters():
         with gather_parameter(parameter):
             weights.append(parameter.detach().clone())
     engine.destroy()
-    return weights, records
+    return weights, records, waits
 
 
 def row(step: int, micro: int, rank: int, faulty: bool):
     seed = 100 * step + 10 * micro + rank
-    batch = pack([dialogue(seed, clips=1)])
+    count = 2 + (step == 3)
+    batch = pack([dialogue(seed, clips=7 if step == 3 else 1)])
     if faulty and micro == 1:
         batch.token_weight *= float("inf")  # and 0 x inf is NaN
-    position = {"step": step, "micro_step": micro, "num_micro_steps": 2, "is_last": micro == 1}
-    return dataclasses.replace(batch, **position, total_weight=4.0, keys=[f"d{seed}"])
+    position = {"step": step, "micro_step": micro, "num_micro_steps": count, "is_last": micro + 1 == count}
+    return dataclasses.replace(batch, **position, total_weight=2.0 * count, keys=[f"d{seed}"])
 
 
 def hurt(embeddings: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,14 @@ import pytest
 
 from framestream.trainer.monitoring.run_ledger import read_run_ledger
 from tests.helpers.corpora import training_corpus as corpus
+from tests.helpers.emulator import unavailable
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     worker = "tests.helpers.workers.not_finite_worker"
-    corpus.run("torchrun", "--standalone", "--nproc_per_node", "2", "-m", worker, str(folder))
+    corpus.run(*corpus.on_device(["torchrun", "--standalone", "--nproc_per_node", "2", "-m", worker, str(folder)]))
     return folder
 
 
@@ -28,6 +29,14 @@ def test_a_skipped_step_leaves_the_weights_unchanged(results: Path, name: str):
     assert [note[:3] for note in result["loss"]["noted"]] == [["d111", 0, 1]]  # the one row, on the second rank
     assert "loss of its row is" in result["loss"]["noted"][0][3]
     assert sorted(note[0] for note in result["gradient"]["noted"]) == ["d100", "d101", "d110", "d111"]
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+@pytest.mark.parametrize("name", ["1-none", "3-none"])
+def test_the_host_waits_three_times_a_micro_step_at_most(results: Path, name: str):
+    """Whatever the number of groups of clips. The last global batch has one micro-step more than the one before."""
+    *_, two, three = json.loads((results / f"result-{name}.json").read_text())["waits"]
+    assert two and sum(three.values()) - sum(two.values()) <= 3, (two, three)
 
 
 def test_a_run_that_diverges_ends_at_the_limit(tmp_path: Path):
