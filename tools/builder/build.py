@@ -48,6 +48,7 @@ from framestream.tools.fetch.root_map import ResolvedEntry, resolve_entries
 logger = logging.getLogger(__name__)
 
 LOCK_FILES = ("build.lock", "step.lock")  #: files that are locked; they exist while a build runs, or after a kill
+REMOVED_WORK = "work.done"  #: name of the work folder while it is removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> Buil
     entries = resolve_entries(manifest)
     wanted = specification(manifest, entries, options.limit)
     if record := _finished_record(root, wanted, entries, options.retry_failed):
+        _remove_leftovers(root)
         return BuildResult(record, built=False)
     with _lock_root(root, shared=options.ranks > 1):
         with _lock_step(root):
@@ -104,13 +106,20 @@ def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> Buil
 
 def _remove_work(work: Path) -> None:
     """Remove the work folder; first it is renamed, so that a kill leaves no part of it under its name."""
-    done = work.with_name("work.done")
+    done = work.with_name(REMOVED_WORK)
     try:
         os.rename(work, done)
     except OSError:  # a layered file system may refuse to rename a folder (EXDEV)
         (work / "plan" / SEAL).unlink(missing_ok=True)
         done = work
     shutil.rmtree(done, ignore_errors=True)  # a network file system may keep files that are still mapped
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what a kill in the last moments of a build has left in a finished root, unless a build runs there."""
+    if any((root / name).exists() for name in (REMOVED_WORK, *LOCK_FILES)):
+        with contextlib.suppress(BuildError, OSError), _lock_root(root, shared=False):
+            shutil.rmtree(root / REMOVED_WORK, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -184,7 +193,7 @@ def _plan(
         except DamagedFolderError as error:
             logger.warning("%s; the build is planned again", error)
             is_damaged = True
-    for leftover in (scratch if is_damaged else work, root / "work.done"):
+    for leftover in (scratch if is_damaged else work, root / REMOVED_WORK):
         shutil.rmtree(leftover, ignore_errors=True)
     is_finished = (root / "build.json").is_file()
     unknown = [path.name for path in sorted(root.iterdir()) if path.name not in LOCK_FILES]

@@ -54,6 +54,17 @@ def test_an_entry_that_is_lost_is_named(hub, tmp_path, capsys):
     assert "of entry a was built" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_leftovers_of_a_kill_in_the_last_moments_are_removed(hub, tmp_path):
+    assert build(tmp_path, str(hub), names=("t",)) == 0
+    root = tmp_path / "shards" / "stage2"
+    before = snapshot(root)
+    (root / "work.done" / "cache").mkdir(parents=True)
+    for name in ("work.done/cache/media.mp4", "build.lock", "step.lock"):
+        (root / name).touch()
+    assert build(tmp_path, str(hub), names=("t",)) == 0
+    assert snapshot(root) == before and not (root / "work.done").exists()
+
+
 def test_a_finished_root_that_cannot_be_written_is_left_alone(hub, tmp_path, monkeypatch, capsys):
     assert build(tmp_path, str(hub), names=("t",)) == 0
     root = tmp_path / "shards" / "stage2"
