@@ -219,10 +219,7 @@ class Fleet:
                     return done
                 assert (
                     len(
-                        {
-                            (b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.total_weight)
-                            for b in batches
-                        }
+                        {(b.epoch, b.step, b.micro_step, b.num_micro_steps, b.is_last, b.total_weight) for b in batches}
                     )
                     == 1
                 )

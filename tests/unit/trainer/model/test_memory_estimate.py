@@ -21,9 +21,7 @@ VIDEO = RowShape(clips=128, tiles=0, tokens=8448, labeled=256)  #: of 512 frames
 
 def trained(settings: Manifest, **train: object) -> Manifest:
     """The manifest with other fields of ``train``."""
-    return dataclasses.replace(
-        settings, train=dataclasses.replace(settings.train, **train)
-    )
+    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **train))
 
 
 def test_states_are_divided_as_the_stage_says() -> None:
@@ -38,22 +36,16 @@ def test_states_are_divided_as_the_stage_says() -> None:
 
 def kept(level: str, **parts: PartConfig) -> int:
     """Bytes that a row of the published model keeps."""
-    return estimate_memory(
-        trained(manifest(**parts), gradient_checkpointing=level), VIDEO, 32
-    ).kept
+    return estimate_memory(trained(manifest(**parts), gradient_checkpointing=level), VIDEO, 32).kept
 
 
 def test_what_is_recomputed_is_not_kept() -> None:
     """The published width: a layer of Qwen2-7B keeps 218 KiB a token, and its input is 7 KiB."""
     least = kept("all", vision_tower=FROZEN)
-    eight, all_layers = (
-        kept(level, vision_tower=FROZEN) - least for level in ("layers:20", "tower")
-    )
+    eight, all_layers = (kept(level, vision_tower=FROZEN) - least for level in ("layers:20", "tower"))
     assert eight / 8 / VIDEO.tokens == pytest.approx((218 - 7) * 1024, rel=0.01)
     assert all_layers == pytest.approx(28 / 8 * eight, rel=1e-6)
-    assert kept("none") - kept("tower") == pytest.approx(
-        23 * 16 * 1024 * 2 * 128 * 784, rel=1e-6
-    )
+    assert kept("none") - kept("tower") == pytest.approx(23 * 16 * 1024 * 2 * 128 * 784, rel=1e-6)
 
 
 def test_the_fullest_row_needs_more_than_any_sample() -> None:
