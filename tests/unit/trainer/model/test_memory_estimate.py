@@ -14,6 +14,7 @@ from framestream.trainer.model.memory_estimate import (
     estimate_memory,
     fullest_row,
 )
+from framestream.trainer.training.deepspeed_config import deepspeed_config
 from tests.helpers.model.manifests import FROZEN, manifest
 
 VIDEO = RowShape(clips=128, tiles=0, tokens=8448, labeled=256)  #: of 512 frames
@@ -32,6 +33,16 @@ def test_states_are_divided_as_the_stage_says() -> None:
         states = estimate_memory(trained(settings, zero_stage=stage), VIDEO, 8).states
         assert states == pytest.approx(each * total, rel=1e-6)
     assert estimate_memory(trained(settings, offload="all"), VIDEO, 8).states == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buffers_are_those_of_deepspeeds_configuration(stage: int) -> None:
+    """Buckets are counted in parameters, of 2 bytes. ZeRO-1 adds gradients in place."""
+    settings = trained(manifest(), zero_stage=stage)
+    bucket = deepspeed_config(settings, 8, True)["zero_optimization"]["reduce_bucket_size"]
+    on_cpu, on_gpu = (estimate_memory(settings, VIDEO, 8, gpu).buffers for gpu in (False, True))
+    assert on_cpu == (2 * bucket if stage > 1 else 0)
+    assert on_gpu == on_cpu + 2 * 1024**3  # CUDA and NCCL
 
 
 def kept(level: str, **parts: PartConfig) -> int:
