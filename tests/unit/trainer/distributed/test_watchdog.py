@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from framestream.trainer.distributed.watchdog import Heartbeat, StallDetector
+from framestream.trainer.distributed.watchdog import BEATS, Heartbeat, StallDetector
 from tests.helpers.corpora import training_corpus as corpus
 
 LIMIT = 0.5  #: minutes
@@ -120,6 +120,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(manifest: Path, tmp_path: Path
             log = tmp_path / str(stopped) / "log.jsonl"
             while all(rank.poll() is None for rank in ranks) and not (log.exists() and log.stat().st_size):
                 time.sleep(0.05)
+            time.sleep(3 * LIMIT * 60 / BEATS)  # the other rank has a heartbeat of a step
             ranks[stopped].send_signal(signal.SIGSTOP)
         for stopped, ranks in runs.items():
             other = ranks[1 - stopped]
