@@ -1,10 +1,11 @@
 """Measure how many questions a second ``trainer.evaluate`` answers with one process and with several.
 
-    python -m benchmarks.model.scoring [--ranks 2] [--videos 40] [--folder DIR]
+    python -m benchmarks.model.scoring [--ranks 2] [--videos 40] [--rounds 3] [--folder DIR]
 
 A small model with random weights is asked about small videos, read from their files. Each process has one thread, and
 each run as many cores as processes. Every run is made with few questions and with all: the difference of the times has
-no start in it. The results must be the same, byte for byte. Leave the machine idle: the ratio is of times.
+no start in it. One process and several take turns, and the ratio is that of the medians. The results must be the same,
+byte for byte. Leave the machine idle: the ratio is of times.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,22 +60,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--videos", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for the generated files; a temporary one")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         manifest = make_model(folder, options.videos)
-        rates, results = [], set()
-        for ranks in (1, options.ranks):
+        rates: dict[int, list[float]] = {1: [], options.ranks: []}
+        results = set()
+        for ranks in list(rates) * options.rounds:
             few, first = score(manifest, ranks, 2)
             full, result = score(manifest, ranks, 10**6)
             asked = len(json.loads(result)["answers"]) - len(json.loads(first)["answers"])
-            rates.append(asked / (full - few))
+            rates[ranks].append(asked / (full - few))
             results.add(result)
-            print(f"{ranks} processes: {asked} questions in {full - few:.1f} s, {rates[-1]:.2f} a second")
+            print(f"{ranks} processes: {asked} questions in {full - few:.1f} s, {rates[ranks][-1]:.2f} a second")
     finally:
         shutil.rmtree(folder)
-    print(f"rate of {options.ranks} processes over that of one: {rates[1] / rates[0]:.2f}")
+    one, several = (statistics.median(rates[ranks]) for ranks in (1, options.ranks))
+    print(f"rate of {options.ranks} processes over that of one: {several / one:.2f}")
     print(f"the same results: {len(results) == 1}; load average {os.getloadavg()[0]:.1f}")
 
 
