@@ -149,7 +149,7 @@ def measure_tower(setting: Setting) -> None:
         tower_cfg = dataclasses.replace(setting.model.vision_tower, group_tokens=clips * spanned)
         cfg = dataclasses.replace(setting.model, vision_tower=tower_cfg, language_model=language)
         tower = make_full_model(setting, cfg).vision_tower
-        row = make_row(setting.size, clips, LEARNED)
+        row = make_row(setting.size, [clips], [LEARNED + 2])
         anchor = torch.zeros((), device=setting.device, requires_grad=True)
         pixels = row.clips.to(setting.device), row.image_tiles.to(setting.device)
         setting.peak(reset=True)
@@ -230,7 +230,7 @@ def measure_step(setting: Setting) -> None:
     weights = setting.peak()
     cases = ((2, 60, 1), (2, 60, 2)) if setting.small else ((128, 256, 1), (64, 256, 4), (16, 200, 4))
     for clips, text, dialogues in cases:
-        row = make_row(setting.size, clips, text, dialogues)
+        row = make_row(setting.size, [clips] * dialogues, [text] * dialogues)
         setting.peak(reset=True)
         found = setting.time(lambda row=row: model(row.to(setting.device)).backward(), warmup=1)
         work = cost.row_flops(setting.manifest, len(row.clips), 0, row.lengths, LEARNED * dialogues)
@@ -247,7 +247,7 @@ def measure_syncs(setting: Setting) -> None:
     """Count the places where the host waits for the device in one micro-step."""
     language = dataclasses.replace(setting.model.language_model, num_hidden_layers=2)
     model = make_full_model(setting, dataclasses.replace(setting.model, language_model=language))
-    row = make_row(setting.size, 4 if setting.small else 16, 100, 2).to(setting.device)
+    row = make_row(setting.size, [4 if setting.small else 16] * 2, [100] * 2).to(setting.device)
     model(row).backward()
     setting.synchronize()
     if setting.device.type == "cuda":
@@ -301,7 +301,8 @@ def measure_zero3(setting: Setting) -> None:
             on = sorted({str(buffer.device) for buffer in built.buffers()})
             print_finding("zero3", zero_stage=stage, buffers_on=on, device=str(context.device))
             for number, groups in enumerate((2, 2, 2, 1, 3, 2)):
-                row = make_row(setting.size, 2 if setting.small else groups * clips, 64, groups if setting.small else 1)
+                each, dialogues = (2, groups) if setting.small else (groups * clips, 1)
+                row = make_row(setting.size, [each] * dialogues, [64] * dialogues)
                 setting.synchronize()
                 started, boundary = time.perf_counter(), number in (2, 5)
                 loss = engine(row.to(context.device))

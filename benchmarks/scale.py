@@ -81,7 +81,7 @@ class Workload:
 
 
 def workload(manifest: Manifest, count: int) -> Workload:
-    """Assume the lengths of ``count`` dialogues of a published stage; the data sets themselves were not at hand."""
+    """Assume the lengths of ``count`` dialogues of a published stage: guesses, not counts of its data."""
     patches = (manifest.frames.size // manifest.model.vision_tower.patch) ** 2  # of a frame or a tile
     if manifest.stage >= 3:  # shares of videos, images and text as benchmarks/loading/lengths.py says
         lengths = stage3(count)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TO
 from framestream.trainer.weights.load import gather_parameter
 
 LEARNED = 32  #: labeled tokens of a dialogue
+WORDS = 128  #: number of token ids of the text
 
 
 def fill_weights(module: nn.Module) -> None:
@@ -39,30 +41,41 @@ def place_module(device: torch.device, make: Callable[[], nn.Module]) -> Any:
     return module.train()
 
 
-def make_row(size: int, clips: int, text: int, dialogues: int = 1) -> Batch:
-    """Make a row on the CPU: equal dialogues with ``clips`` clips of ``size`` pixels and ``text`` text tokens each."""
-    length = text + TOKENS_PER_CLIP * clips
-    ids = [5] * (text // 2) + [IMAGE_TOKEN_INDEX] * (TOKENS_PER_CLIP * clips) + [6] * (text - text // 2)
-    labels = [IGNORE_INDEX] * (length - LEARNED) + [6] * LEARNED
-    input_ids, all_labels = torch.tensor(ids * dialogues), torch.tensor(labels * dialogues)
-    image_positions, label_positions = image_and_label_positions(input_ids, all_labels)
+def make_row(size: int, clips: Sequence[int], text: Sequence[int], seed: int = 0, learned: int = LEARNED) -> Batch:
+    """Make a row on the CPU: random text, noise frames of ``size`` pixels, labels at the end of each dialogue.
+
+    Args:
+        clips: number of clips of each dialogue, after its first token.
+        text: number of text tokens of each dialogue, more than ``learned``.
+        learned: number of labeled tokens of a dialogue.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    visual = [TOKENS_PER_CLIP * count for count in clips]
+    ids, labels = [], []
+    for num_visual, num_text in zip(visual, text, strict=True):
+        words = torch.randint(0, WORDS, (num_text,), generator=generator)
+        ids.append(torch.cat([words[:1], torch.full((num_visual,), IMAGE_TOKEN_INDEX), words[1:]]))
+        labels.append(torch.cat([torch.full((len(ids[-1]) - learned,), IGNORE_INDEX), words[-learned:]]))
+    lengths = [len(one) for one in ids]
+    input_ids, targets = torch.cat(ids), torch.cat(labels)
+    image_positions, label_positions = image_and_label_positions(input_ids, targets)
     return Batch(
         epoch=0,
         step=0,
         micro_step=0,
         num_micro_steps=1,
         is_last=True,
-        keys=[str(n) for n in range(dialogues)],
+        keys=[str(number) for number in range(len(ids))],
         input_ids=input_ids,
-        labels=all_labels,
-        position_ids=torch.arange(length).repeat(dialogues),
-        cu_seqlens=torch.arange(0, length * dialogues + 1, length, dtype=torch.int32),
-        lengths=[length] * dialogues,
+        labels=targets,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        lengths=lengths,
         image_positions=image_positions,
         label_positions=label_positions,
-        token_weight=torch.full((length * dialogues,), 1 / LEARNED),
-        total_weight=float(dialogues),
-        clips=torch.randint(0, 256, (clips * dialogues, 4, size, size, 3), dtype=torch.uint8),
+        token_weight=torch.full((sum(lengths),), 1 / learned),
+        total_weight=float(len(ids)),
+        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=generator, dtype=torch.uint8),
         image_tiles=torch.zeros(0, size, size, 3, dtype=torch.uint8),
-        visual_index=torch.arange(TOKENS_PER_CLIP * clips * dialogues),
+        visual_index=torch.arange(sum(visual)),
     )

@@ -21,24 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from framestream.pipeline import load_manifest
-from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialize, save_weights
 from tests.helpers.corpora import training_corpus
-
-
-def make_model(folder: Path, videos: int) -> Path:
-    """Make videos, questions and a model in ``folder``; return the manifest."""
-    path = training_corpus.make(folder, videos=videos)
-    manifest = load_manifest(path)
-    model = build_model(manifest)
-    initialize(model, manifest)
-    with torch.no_grad():
-        model.language_model.model.embed_tokens.weight.mul_(30)
-    save_weights(model, Path(manifest.output) / "final", manifest)
-    return path
+from tests.helpers.model.weights import write_untrained_run
 
 
 def score(manifest: Path, ranks: int, limit: int) -> tuple[float, bytes]:
@@ -65,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        manifest = make_model(folder, options.videos)
+        manifest = write_untrained_run(folder, options.videos)
         rates: dict[int, list[float]] = {1: [], options.ranks: []}
         results = set()
         for ranks in list(rates) * options.rounds:

@@ -34,12 +34,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.loading.lengths import PATCHES, Lengths, stage3
 from benchmarks.loading.media import write_media
+from benchmarks.model.random_model import make_row
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from framestream.pipeline.config.schema import to_dict
-from framestream.pipeline.loading.batch import Batch, image_and_label_positions
+from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.planning.packing import pack
-from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from framestream.trainer.model.cost import flops_by_part
 from framestream.trainer.model.lm_head import ChunkedLMHead
 from framestream.trainer.model.video_llm import VideoLLM
@@ -51,7 +51,6 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "manifests" / "demo" / "stage3.yaml"
 SIZE = 128  #: pixels of a frame
 SHORTER = 8  #: divisor of frames and tokens of dialogues, because attention costs relatively more in narrow models
-WORDS = 512  #: number of token ids of the text
 LEARNED = 16  #: label tokens, at the end of a dialogue
 #: the tower has 22 % of the FLOPs of 64 frames; UMT-L beside Qwen2-7B 31 % of those of 512
 SMALL = ModelConfig(
@@ -77,39 +76,9 @@ def result_row(lengths: np.ndarray, patches: np.ndarray, seed: int, size: int = 
 
     ``patches`` are counted at 224 pixels, as in ``benchmarks/loading/lengths.py``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    frames = (patches // PATCHES).tolist()
-    clips = [count // 4 for count in frames]  # also tiles of images: four have as many patches as a clip
-    visual = [64 * count for count in clips]
-    ids, labels = [], []
-    for length, num_visual in zip(lengths.tolist(), visual, strict=True):
-        text = torch.randint(0, WORDS, (max(length - num_visual, LEARNED + 2),), generator=generator)
-        ids.append(torch.cat([text[:1], torch.full((num_visual,), IMAGE_TOKEN_INDEX), text[1:]]))
-        labels.append(torch.cat([torch.full((len(ids[-1]) - LEARNED,), IGNORE_INDEX), text[-LEARNED:]]))
-    lengths_in_tokens = [len(one) for one in ids]
-    ends = np.cumsum([0, *lengths_in_tokens])
-    input_ids, targets = torch.cat(ids), torch.cat(labels)
-    image_positions, label_positions = image_and_label_positions(input_ids, targets)
-    return Batch(
-        epoch=0,
-        step=0,
-        micro_step=0,
-        num_micro_steps=1,
-        is_last=True,
-        keys=[str(number) for number in range(len(ids))],
-        input_ids=input_ids,
-        labels=targets,
-        position_ids=torch.cat([torch.arange(len(one)) for one in ids]),
-        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
-        lengths=lengths_in_tokens,
-        image_positions=image_positions,
-        label_positions=label_positions,
-        token_weight=torch.full((int(ends[-1]),), 1 / LEARNED),
-        total_weight=float(len(ids)),
-        clips=torch.randint(0, 256, (sum(clips), 4, size, size, 3), generator=generator, dtype=torch.uint8),
-        image_tiles=torch.zeros(0, size, size, 3, dtype=torch.uint8),
-        visual_index=torch.arange(sum(visual)),
-    )
+    clips = [int(count) // (4 * PATCHES) for count in patches]  # four tiles of images have as many patches as a clip
+    text = [max(int(length) - 64 * count, LEARNED + 2) for length, count in zip(lengths, clips, strict=True)]
+    return make_row(size, clips, text, seed, LEARNED)
 
 
 def padded(model: VideoLLM, batch: Batch) -> torch.Tensor:

@@ -86,9 +86,8 @@ def open_or_write_tokens(folders: Sequence[Path], fingerprint: str, rows: int, t
             try:
                 path = _write(folder, fingerprint, rows, tokenize)
             except OSError as error:
-                if found := _find(
-                    [folder], fingerprint, rows, damaged
-                ):  # another process was first, and removed the parts
+                # without the lock, another process may have been first, and have removed the parts
+                if found := _find([folder], fingerprint, rows, damaged):
                     return found
                 refused += f"{'; ' if refused else ''}{folder}: cannot be written ({error.strerror or error})"
                 if error.errno in READ_ONLY and folder != folders[-1]:
@@ -134,10 +133,7 @@ def _find(folders: Sequence[Path], fingerprint: str, rows: int, damaged: set[Pat
             except FileNotFoundError:  # another process has removed it
                 continue
             except (OSError, ValueError) as error:
-                reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-                logger.warning("%s; the token cache is made again", reason)
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                _remove_damaged(path, error, "the token cache is made again")
                 if path.exists():
                     damaged.add(path)
     return None
@@ -146,19 +142,9 @@ def _find(folders: Sequence[Path], fingerprint: str, rows: int, damaged: set[Pat
 def _write(folder: Path, fingerprint: str, rows: int, tokenize: Tokenize) -> Path:
     """Write a file completely or not at all, from its parts: to a temporary one, then renamed."""
     _remove_leftovers(folder, fingerprint)
-    with _temporary(folder, fingerprint) as temporary:
-        with (
-            open(temporary, "wb") as file,
-            contextlib.closing(_parts(folder, fingerprint, rows, tokenize)) as parts,
-        ):
-            with pa.ipc.new_file(file, SCHEMA) as writer:
-                for part in parts:
-                    for batch in part.to_batches():
-                        writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        path = folder / f"tokens-{fingerprint}-{file_digest(temporary)}.arrow"
-        os.replace(temporary, path)
+    with contextlib.closing(_parts(folder, fingerprint, rows, tokenize)) as parts:
+        batches = (batch for part in parts for batch in part.to_batches())
+        path = _write_batches(folder, fingerprint, batches, "-", ".arrow")
     _remove_parts(folder, fingerprint)
     _remove_leftovers(folder, fingerprint)
     return path
@@ -194,16 +180,22 @@ class _PartWriter:
 
     def __call__(self, start: int, stop: int) -> Path:
         """Write the part of dialogues ``start`` to ``stop`` completely or not at all; return its path."""
-        with _temporary(self.folder, self.fingerprint) as temporary:
-            with open(temporary, "wb") as file:
-                with pa.ipc.new_file(file, SCHEMA) as writer:
-                    for batch in self.tokenize(start, stop):
-                        writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            path = self.folder / f"tokens-{self.fingerprint}.{start:09d}-{file_digest(temporary)}.part"
-            os.replace(temporary, path)
-        return path
+        batches = self.tokenize(start, stop)
+        return _write_batches(self.folder, self.fingerprint, batches, f".{start:09d}-", ".part")
+
+
+def _write_batches(folder: Path, fingerprint: str, batches: Iterable[pa.RecordBatch], infix: str, suffix: str) -> Path:
+    """Write ``tokens-FINGERPRINT``, ``infix``, the digest of its content and ``suffix`` completely or not at all."""
+    with _temporary(folder, fingerprint) as temporary:
+        with open(temporary, "wb") as file:
+            with pa.ipc.new_file(file, SCHEMA) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"tokens-{fingerprint}{infix}{file_digest(temporary)}{suffix}"
+        os.replace(temporary, path)
+    return path
 
 
 def _finished_parts(folder: Path, fingerprint: str, stops: dict[int, int]) -> dict[int, Path]:
@@ -226,11 +218,15 @@ def _finished_parts(folder: Path, fingerprint: str, stops: dict[int, int]) -> di
         except FileNotFoundError:  # another process has completed the file
             continue
         except (OSError, ValueError) as error:
-            reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            logger.warning("%s; its dialogues are tokenized again", reason)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove_damaged(path, error, "its dialogues are tokenized again")
     return finished
+
+
+def _remove_damaged(path: Path, error: OSError | ValueError, consequence: str) -> None:
+    """Name a file that cannot be used, and remove it if that is possible."""
+    logger.warning("%s; %s", f"{path}: {error.strerror}" if isinstance(error, OSError) else error, consequence)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _remove_parts(folder: Path, fingerprint: str) -> None:

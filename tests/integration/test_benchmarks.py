@@ -197,7 +197,7 @@ def test_executed_flops_are_the_products_of_a_step(stage):
     built = build_model(manifest).train()
     random_model.fill_weights(built)
     freeze(built.parts(), manifest.train)
-    row = random_model.make_row(128, clips=2, text=40)
+    row = random_model.make_row(128, clips=[2], text=[40])
     with FlopCounterMode(display=False) as counter:
         built(row).backward()
     products = sum(

@@ -148,6 +148,18 @@ def describe_old_torch(torch_version: str) -> str:
     return f"torch {torch_version} is installed, the trainer needs {wanted} or newer; pip install 'torch>={wanted}'"
 
 
+def local_rank(environment: Mapping[str, str], devices: int) -> int:
+    """Return the number of this process's GPU on its machine, which has ``devices``.
+
+    Raises:
+        LaunchError: there are fewer GPUs than processes.
+    """
+    local, rank = (int(environment.get(name, "0")) for name in ("LOCAL_RANK", "RANK"))
+    if local >= devices:
+        raise LaunchError(f"rank {rank} would use GPU {local}, here are {devices}; start as many ranks")
+    return local
+
+
 def _number(environment: Mapping[str, str], name: str, low: int, high: int = 2**31 - 1) -> int:
     """Return the whole number in a variable; ``low`` if it is not set."""
     text = environment.get(name, str(low))

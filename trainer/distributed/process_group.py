@@ -17,7 +17,7 @@ import deepspeed  # noqa: E402
 import deepspeed.comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-from framestream.trainer.distributed.launchers import LaunchError, describe_join_error, setup_environment  # noqa: E402
+from framestream.trainer.distributed.launchers import LaunchError, describe_join_error, local_rank, setup_environment  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,7 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
         # minute, needs a compiler, and leaves a lock behind if the process is killed, on which the next one waits.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
-        if local >= devices:
-            raise LaunchError(
-                f"rank {os.environ['RANK']} would use GPU {local}, here are {devices}; start as many ranks"
-            )
-        accelerator.set_device(local)
+        accelerator.set_device(local_rank(os.environ, accelerator.device_count()))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     limit = timedelta(minutes=timeout_minutes)
     backend = accelerator.communication_backend_name()

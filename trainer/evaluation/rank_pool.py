@@ -22,7 +22,7 @@ from framestream.trainer.distributed.launchers import setup_environment
 from framestream.trainer.distributed.run_store import POLL_SECONDS, open_store
 from framestream.trainer.inference.device import select_device
 
-JOIN_MINUTES = 30.0  #: in which all ranks must have started, and after half of which a silent one is given up
+JOIN_MINUTES = 30.0  #: until all ranks must have started; a rank is given up after half of it without a heartbeat
 _NEXT, _DONE, _FAILED, _COLLECTED = "evaluation/next", "evaluation/done", "evaluation/failed", "evaluation/collected"
 
 

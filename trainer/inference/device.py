@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from framestream.trainer.distributed.launchers import LaunchError
+from framestream.trainer.distributed.launchers import local_rank
 
 
 def select_device() -> torch.device:
@@ -22,9 +22,6 @@ def select_device() -> torch.device:
         kind, count = found.type if found else "cpu", torch.accelerator.device_count()
     if kind == "cpu":
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= count:
-        rank = os.environ.get("RANK", "0")
-        raise LaunchError(f"rank {rank} would use GPU {local}, here are {count}; start as many ranks")
+    local = local_rank(os.environ, count)
     torch.get_device_module(kind).set_device(local)
     return torch.device(kind, local)

@@ -41,7 +41,7 @@ class VisionFeatureCache:
             tiles: uint8 (m, S, S, 3).
 
         Returns:
-            (n + m, 64, C); those of the tower's dummy unit if there is none
+            (n + m, 64, C); for n + m = 0, (1, 64, C) of the tower's dummy unit
         """
         n = len(clips)
         if not n + len(tiles):

@@ -116,7 +116,7 @@ class VideoLLM(nn.Module):
         return merged + 0 * visual.sum().to(text.dtype)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
-        """Compute the tokens of the row's clips, then of its tiles: (64 (N + M), H), those of a dummy if none."""
+        """Compute the tokens of the clips, then of the tiles: (64 (N + M), H), or (64, H) of a dummy for N + M = 0."""
         if self.vision_cache is not None:
             return self.connector(self.vision_cache(batch.clips, batch.image_tiles))
         needs_grad = torch.is_grad_enabled() and self.vision_tower.is_trained

@@ -12,6 +12,7 @@ not missing.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,7 +28,7 @@ STD = (0.229, 0.224, 0.225)
 INDEX_LIMIT = 2**31  #: values of a group's patches; the backward pass of token merging has 32-bit indices
 
 
-class VisionTower(nn.Module):
+class VisionTower(nn.Module, abc.ABC):
     """Base class of vision towers.
 
     Args:
@@ -73,7 +74,7 @@ class VisionTower(nn.Module):
             drop_path_rand: random numbers of the units, for towers that need them, float32 (N + M, .).
 
         Returns:
-            (N + M, 64, C), clips first; one dummy unit if there is none.
+            (N + M, 64, C), clips first; for N + M = 0, (1, 64, C) of a dummy unit.
         """
         groups, start = [], 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
@@ -106,6 +107,7 @@ class VisionTower(nn.Module):
         scaled = frames.movedim(-1, 1).float() / 255
         return ((scaled - mean) / self.std).to(next(self.parameters()).dtype)
 
+    @abc.abstractmethod
     def encode_patches(
         self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +124,6 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: training with drop path, and no ``drop_path_rand``.
         """
-        raise NotImplementedError
 
 
 def split_groups(

@@ -60,8 +60,8 @@ def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) ->
         LaunchError: every fault, with the ranks that have it.
     """
     marker = run / f".seen-{broadcast_object(uuid.uuid4().hex if context.is_main else None, context)}"
-    expected = broadcast_object(_shared_values(manifest) if context.is_main else None, context)
-    faults = [*_differences(expected, _shared_values(manifest)), *_check_device(manifest, context)]
+    own = _shared_values(manifest)
+    faults = [*_differences(broadcast_object(own, context), own), *_check_device(manifest, context)]
     writable = False
     if context.is_main:
         faults += check_weights(manifest)

@@ -18,10 +18,10 @@ from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.pipeline.utils.locks import lock_folder
 from framestream.trainer import evaluate
 from framestream.trainer.evaluation import scorer
-from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.weights.load import initialize, load_pretrained, save_weights
+from framestream.trainer.weights.load import load_pretrained
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.html_page import Page
+from tests.helpers.model.weights import write_untrained_run
 
 OPTIONS = list(corpus.COLOURS)
 
@@ -30,13 +30,7 @@ OPTIONS = list(corpus.COLOURS)
 def made(tmp_path_factory) -> Path:
     """A manifest with shards, a model that was never trained, and questions of the held-out videos with options."""
     folder = tmp_path_factory.mktemp("evaluate")
-    path = corpus.make(folder, videos=4)
-    manifest = load_manifest(path)
-    model = build_model(manifest)
-    initialize(model, manifest)
-    with torch.no_grad():
-        model.language_model.model.embed_tokens.weight.mul_(30)
-    save_weights(model, Path(manifest.output) / "final", manifest)
+    path = write_untrained_run(folder, videos=4)
     samples = json.loads((folder / "val.json").read_text())
     (folder / "asked.json").write_text(json.dumps([{**sample, "options": OPTIONS} for sample in samples]))
     return path
