@@ -182,17 +182,20 @@ def _sigint_blocked() -> Iterator[None]:
     """Block SIGINT, so that processes started here never receive it: their parent stops them.
 
     The mask holds for this thread alone. The kernel may give the signal to another thread, and Python would then raise
-    KeyboardInterrupt here, with a process half started. So a handler keeps the signal until the end of the block.
+    KeyboardInterrupt here, with a process half started. So a handler keeps the signal until the end of the block. It is
+    set first, because Python loses an exception that is raised while it imports what starts a process.
     """
-    multiprocessing.resource_tracker.ensure_running()  # else it starts later, and its start unblocks the signal
     received: list[int] = []
     in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
     handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number)) if in_main_thread else None
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        multiprocessing.resource_tracker.ensure_running()  # else it starts later, and its start unblocks the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if in_main_thread:
             signal.signal(signal.SIGINT, handler)
             if received:

@@ -30,6 +30,7 @@ from tests.helpers.servers.web_server import Server
 
 SCRIPT = Path(build_shards.__file__)
 NAMES = tuple("abcdefgh")
+SAID = "Stopped. Run the same command to continue.\n"
 
 
 def command(folder: Path, out: str, *options: str, roots: dict | None = None, **data: object) -> list[str]:
@@ -176,7 +177,7 @@ def test_ctrl_c_says_one_line_and_the_build_goes_on(folder, whole, tmp_path, ste
     until(lambda: list(root.glob(step)), process)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said == "Stopped. Run the same command to continue.\n"
+    assert (process.returncode, said) == (130, SAID)
     assert build_shards.main(arguments) == 0
     assert snapshot(tmp_path) == whole
 
@@ -189,7 +190,7 @@ def test_ctrl_c_while_a_server_says_nothing(folder, tmp_path):
         until(lambda: server.asked, process)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=15)
-    assert process.returncode == 130 and said == "Stopped. Run the same command to continue.\n"
+    assert (process.returncode, said) == (130, SAID)
 
 
 def marked(text: str) -> list[int]:
