@@ -1,8 +1,9 @@
 """Share the questions of an evaluation among the processes of torchrun or srun, each with a GPU of its own.
 
-Work is a list of units. A rank takes the next unit when it has finished one, so that no rank waits for a slower one.
-Units do not depend on the number of ranks. Ranks meet only in the launcher's key-value store, and make no collective
-call while they work. The rank that fails first says why, and the others end without a word.
+Work is a list of units. A rank takes the next units when it has finished those before, many at first and one at a time
+at the end, so that no rank waits long for a slower one. Units do not depend on the number of ranks. Ranks meet only in
+the launcher's key-value store, and make no collective call while they work. A request to the store waits for a core
+that computes, so there are few. The rank that fails first says why, and the others end without a word.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from framestream.trainer.distributed.launchers import setup_environment
 from framestream.trainer.distributed.run_store import POLL_SECONDS, open_store
 from framestream.trainer.inference.device import select_device
 
+SHARES = 8  #: of what is left, a rank takes one part in so many for each rank
 JOIN_MINUTES = 30.0  #: until all ranks must have started; a rank is given up after half of it without a heartbeat
 _NEXT, _DONE, _FAILED, _COLLECTED = "evaluation/next", "evaluation/done", "evaluation/failed", "evaluation/collected"
 
@@ -38,7 +40,9 @@ class RankPool:
     world: int
     device: torch.device
     store: Store | None = None
-    done: int = 0  #: questions that this rank knows to be answered
+    _done: int = 0  # questions of all ranks that were answered when the ranks last met
+    _unsent: int = 0  # questions that this rank has answered since then
+    _meet_at: float = 0.0  # time.monotonic() of the next meeting
 
     @property
     def is_main(self) -> bool:
@@ -54,14 +58,23 @@ class RankPool:
         if self.store is None:
             yield from range(count)
             return
-        while (number := self.store.add(_NEXT, 1) - 1) < count:
-            self._check()
-            yield number
+        taken = 0
+        while taken < count:
+            share = max((count - taken) // (SHARES * self.world), 1)
+            taken = self.store.add(_NEXT, share)
+            for number in range(taken - share, min(taken, count)):
+                self._meet()
+                yield number
 
     def add_done(self, count: int) -> int:
-        """Count ``count`` questions as answered; return how many those of all ranks are."""
-        self.done = self.done + count if self.store is None else self.store.add(_DONE, count)
-        return self.done
+        """Count ``count`` questions as answered; return how many are known to be, over all ranks.
+
+        Raises:
+            RankFailedError: another rank failed.
+        """
+        self._unsent += count
+        self._meet()
+        return self._done + self._unsent
 
     def collect(self, value: Any, progress: Callable[[int], None]) -> list[Any] | None:
         """Return the values of all ranks on rank 0, and None on the others, which wait until it has them.
@@ -75,12 +88,15 @@ class RankPool:
         """
         if self.store is None:
             return [json.loads(json.dumps(value))]
+        self._report()
         self.store.set(f"evaluation/{self.rank}", json.dumps(value))
         if not self.is_main:
             self._wait([_COLLECTED], lambda: None)
             return None
         keys = [f"evaluation/{rank}" for rank in range(self.world)]
         self._wait(keys, lambda: progress(self.add_done(0)))
+        self._report()
+        progress(self._done)
         values = [json.loads(text) for text in self.store.multi_get(keys)]
         self.store.set(_COLLECTED, "")
         return values
@@ -93,14 +109,25 @@ class RankPool:
         """Wait for keys without a limit; the watchdog ends the process if a rank is gone."""
         assert self.store is not None
         while not self.store.check(keys):
-            self._check()
+            self._meet()
             each_time()
             time.sleep(POLL_SECONDS)
 
-    def _check(self) -> None:
+    def _meet(self) -> None:
+        """Exchange progress with the other ranks, unless that was a moment ago.
+
+        Raises:
+            RankFailedError: another rank failed.
+        """
+        if self.store is not None and time.monotonic() >= self._meet_at:
+            if self.store.check([_FAILED]):
+                raise RankFailedError("another rank failed")
+            self._report()
+            self._meet_at = time.monotonic() + POLL_SECONDS
+
+    def _report(self) -> None:
         assert self.store is not None
-        if self.store.check([_FAILED]):
-            raise RankFailedError("another rank failed")
+        self._done, self._unsent = self.store.add(_DONE, self._unsent), 0
 
 
 def single_process() -> RankPool:

@@ -43,6 +43,31 @@ def test_every_unit_is_taken_once_and_rank_0_has_all(pools):
     assert len(parts[0]) > len(parts[2]) and pools[0].add_done(0) == 40
 
 
+def test_a_request_to_the_store_is_for_many_units():
+    """The store answers when a core is free, and ranks compute on all of them."""
+
+    class Counting:
+        asked = 0
+
+        def add(self, key: str, amount: int) -> int:
+            self.asked += 1
+            return store.add(key, amount)
+
+        def check(self, keys: list[str]) -> bool:
+            self.asked += 1
+            return store.check(keys)
+
+    store, counting = HashStore(), Counting()
+    first, second = (RankPool(rank, 2, torch.device("cpu"), counting) for rank in range(2))
+    taken = []
+    for number in first.take(1000):
+        taken.append(number)
+        first.add_done(1)
+        if number == 500:
+            taken += second.take(1000)
+    assert sorted(taken) == list(range(1000)) and counting.asked < 200
+
+
 def test_a_process_alone_takes_all():
     pool = RankPool(0, 1, torch.device("cpu"))
     assert list(pool.take(3)) == [0, 1, 2] and pool.collect({"a": (1,)}, print) == [{"a": [1]}]
