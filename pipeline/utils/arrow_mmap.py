@@ -18,10 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.interrupts import hold_interrupts
 
 DROP_EVERY = 64  #: chunks of a column after which the pages that were read are dropped
 LIMIT = 16 << 20  #: bytes of pages that random reads may keep resident
 CHECK_EVERY = 4  #: lookups after which they are counted
+
+with hold_interrupts():
+    pa.chunked_array([[0]]).to_numpy()  # the first conversion tries to import pandas, and drops every exception
 
 
 class MappedTable:

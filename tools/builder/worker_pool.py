@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from framestream.pipeline.utils.interrupts import hold_interrupts
 from framestream.tools.common.errors import WorkerError
 
 MAX_CRASHES = 2  #: crashes after which an item is left out, or a task that crashed outside any item ends the run
@@ -182,24 +183,15 @@ def _sigint_blocked() -> Iterator[None]:
     """Block SIGINT, so that processes started here never receive it: their parent stops them.
 
     The mask holds for this thread alone. The kernel may give the signal to another thread, and Python would then raise
-    KeyboardInterrupt here, with a process half started. So a handler keeps the signal until the end of the block. It is
-    set first, because Python loses an exception that is raised while it imports what starts a process.
+    KeyboardInterrupt here, with a process half started.
     """
-    received: list[int] = []
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
-    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number)) if in_main_thread else None
-    try:
+    with hold_interrupts():
         multiprocessing.resource_tracker.ensure_running()  # else it starts later, and its start unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
-            if received:
-                signal.raise_signal(signal.SIGINT)
 
 
 def _worker_main(connection: Connection, make_run: Callable[..., Run], arguments: tuple) -> None:

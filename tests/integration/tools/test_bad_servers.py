@@ -305,7 +305,7 @@ def test_what_may_have_passed_is_tried_again(build, server):
 
 
 def test_a_server_that_goes_down_in_the_middle(tmp_path):
-    """What was not there by then is unreachable, and there when the server is up again."""
+    """What was not there by then is unreachable, or its time was over; it is there when the server is up again."""
     build, down = Build(tmp_path, seconds=2), threading.Event()
     video = corpus.video(tmp_path / "notes" / "video.mp4", seconds=1).read_bytes()
     with Server() as server:
@@ -321,7 +321,7 @@ def test_a_server_that_goes_down_in_the_middle(tmp_path):
         ran = build.run()
         assert ran.returncode in (0, 3), ran.stderr
         first = build.outcomes()
-        assert set(first.values()) == {"", "unreachable"} and len(first) == 12
+        assert {"", "unreachable"} <= set(first.values()) <= {"", "unreachable", "timeout"} and len(first) == 12
         server.routes |= {f"/{name}": serves(video) for name in names}
         ran = build.run("--retry-failed")
         assert ran.returncode == 0, ran.stderr
