@@ -420,9 +420,9 @@ def test_a_build_without_dialogues_is_refused_before_writing(plain_text, capsys,
     assert run(plain_text) == 0, "the folder is free for the corrected file"
 
 
-@pytest.mark.parametrize("module", ["pyarrow", "framestream.tools.builder.build", "pandas"])
+@pytest.mark.parametrize("module", ["pyarrow", "framestream.tools.builder.build"])
 def test_stopped_while_it_is_imported(plain_text, module):
-    """SIGINT from within the import of a module, as by Ctrl-C in the first half second. Arrow tries pandas."""
+    """SIGINT from within the import of a module, as by Ctrl-C in the first half second."""
     code = f"""
 import os, runpy, signal, sys
 class Finder:
