@@ -71,7 +71,7 @@ def _costs(manifest: Manifest) -> str:
             f"costs, for a sample of {frames} frames and {text} text tokens (the largest of this stage)",
             f"  FLOPs   {tera:,.4g} TFLOP a sample, {tera * manifest.batching.global_batch:,.4g} TFLOP an optimizer "
             f"step of {manifest.batching.global_batch} such samples",
-            f"  memory  {gib(memory.total)} on each of {world} GPUs, for {row.tokens:,} tokens and {row.clips} clips:",
+            f"  memory  {gib(memory.total)} on each of {world} ranks, for {row.tokens:,} tokens and {row.clips} clips:",
             f"          {describe_estimate(memory)}",
             f"  disk    {describe_disk(manifest)}",
         ]

@@ -164,10 +164,12 @@ def describe_out_of_memory(row: Batch, phase: str, manifest: Manifest, context: 
     layers, level = manifest.model.language_model.num_hidden_layers, manifest.train.gradient_checkpointing
     least = manifest.train.recomputation(layers) == (True, layers)
     field, now = ("offload: optimizer", manifest.train.offload) if least else ("gradient_checkpointing: all", level)
+    group = manifest.model.vision_tower.group_tokens
+    smaller_group = f"lower model.vision_tower.group_tokens (now {group:,}), " if row.frames else ""
     return (
         f"rank {context.rank} has not enough memory in the {phase}: {len(row.input_ids):,} tokens and {row.frames:,} "
         f"frames of {len(row.keys)} dialogues ({keys}), {gib(estimate.total)} estimated; "
-        f"set train.{field} (now {now}), or fewer text.max_tokens (now {manifest.text.max_tokens:,})"
+        f"{smaller_group}set train.{field} (now {now}), or fewer text.max_tokens (now {manifest.text.max_tokens:,})"
     )
 
 
