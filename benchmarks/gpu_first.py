@@ -346,7 +346,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_first", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the command")
-    parser.add_argument("--device", choices=("cuda", "cpu", "emu"), help="cuda, or with --small cpu; emu is the tests' stand-in device")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu", "emu"), help="cuda, or with --small cpu; emu: the tests' device"
+    )
     options = parser.parse_args(arguments)
     name = options.device or ("cpu" if options.small else "cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -123,7 +123,7 @@ def test_a_row_that_does_not_fit_is_named(error: RuntimeError, level: str, fix: 
         raise error
     message = str(caught.value)
     assert message.startswith("rank 0 has not enough memory in the forward pass of it: 380 tokens and 20 frames of 5 ")
-    group = "lower model.vision_tower.group_tokens (now 25,088), "
+    group = "lower model.vision_tower.group_tokens (now 512), "
     assert f"dialogues (d0, d1, d2, ...), 0.0 GiB estimated; {group}set" in message and message.endswith(fix)
     with pytest.raises(RuntimeError, match="^another$"), name_memory_errors(row, "x", settings, ALONE):
         raise RuntimeError("another")
