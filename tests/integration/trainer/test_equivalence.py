@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,8 +82,15 @@ def test_a_killed_and_resumed_run_is_equal_bit_for_bit(folder: Path, first: Path
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    shutil.copytree(folder / "resumed", folder / "on_device")
     corpus.run(*words, cwd=folder)
     ours, theirs = corpus.log(log.parent), corpus.log(first)
     assert [(record["batch"], record["loss"]) for record in ours] == [(r["batch"], r["loss"]) for r in theirs]
     mine, other = ways.weights(log.parent), ways.weights(first)
     assert mine.keys() == other.keys() and all(torch.equal(mine[key], value) for key, value in other.items())
+
+    # on the stand-in device, where there is a compiler
+    words = ways.command("on_device", (2, ()), STEPS, "train.save_every=1")
+    corpus.run(*corpus.on_device(words), cwd=folder)
+    away = ways.apart(folder / "on_device", first)
+    assert all(away[field] <= tolerance for field, tolerance in ways.TOLERANCES.items()), away
