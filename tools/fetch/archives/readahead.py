@@ -15,7 +15,7 @@ from framestream.tools.fetch.base import FetchError, RandomAccessFile
 CHUNK = 1 << 20  #: bytes yielded at once, at most
 FIRST_BLOCK = 1 << 16  #: bytes read after a jump
 MAX_READ = 1 << 23  #: bytes read at once, at most
-MAX_GAP = 1 << 20  #: bytes that are read over instead of starting with a small block
+MAX_GAP = 2 * FIRST_BLOCK  #: bytes that are read over instead of starting with a small block
 
 
 class SeekableReader(Protocol):
