@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "build_shards") -> 
 def _run(options: argparse.Namespace) -> int:
     # Imported here so that --help is fast, and Ctrl-C during the imports ends in a line.
     from framestream.pipeline.annotations.reader import AnnotationFileError
-    from framestream.pipeline.config.manifest import ManifestError, load_manifest
+    from framestream.pipeline.config.manifest import ManifestError, load_build_manifest
     from framestream.pipeline.shards.ledger import LedgerError, read_ledger
     from framestream.tools.builder import executors
     from framestream.tools.builder.build import BuildOptions, build
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 
     path = options.manifest or f"manifests/stage{options.stage}.yaml"
     try:
-        manifest = load_manifest(path, options.set)
+        manifest = load_build_manifest(path, options.set)
         if manifest.stage != options.stage:
             raise ManifestError(
                 f"{path}: stage: is {manifest.stage}; give --stage {manifest.stage} or another manifest"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from framestream.pipeline.config.data import DataConfig, MixRootConfig
 from framestream.pipeline.config.loading import BatchingConfig, LoaderConfig
@@ -28,23 +29,19 @@ from framestream.pipeline.config.yaml_files import (
 )
 from framestream.pipeline.utils.yaml_parser import LocatedDict, find_place
 
-__all__ = ["Manifest", "ManifestError", "load_manifest"]
+__all__ = ["BuildManifest", "Manifest", "ManifestError", "load_build_manifest", "load_manifest"]
 
+TRAINING = {"output", "text", "batching", "train", "init_from", "mix", "loader", "model", "evaluate"}  #: sections
 HOLDER = "x-"  #: how the names of top-level fields begin that only hold anchors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """All settings of one stage."""
+class BuildManifest:
+    """The settings of shards: all that a manifest needs of which nothing is trained here."""
 
     stage: int = field(metadata=spec(choices=(1, 2, 3, 4)))
-    output: str = field(metadata=spec(path="local", doc="folder of the run: checkpoints, logs, final weights"))
     data: DataConfig
     frames: FramesConfig
-    text: TextConfig
-    batching: BatchingConfig
-    train: TrainConfig
-    init_from: InitFromConfig
     name: str = ""
     seed: int = field(default=0, metadata=spec(low=0, high=2**63 - 1))
     shards: str = field(
@@ -56,6 +53,33 @@ class Manifest:
         metadata=spec(choices=("none", "published"), doc="published: reproduce the faults of the published readers"),
     )
     images: ImagesConfig = ImagesConfig()
+
+    @property
+    def shard_root(self) -> Path:
+        """Folder that the shards of this stage are built in.
+
+        Raises:
+            ManifestError: ``shards`` is an address.
+        """
+        if "://" in self.shards:
+            raise ManifestError(f"shards: {self.shards} is an address; build in a folder and copy it there")
+        return Path(self.shards) / f"stage{self.stage}"
+
+    @property
+    def shard_address(self) -> str:
+        """Folder or address that the shards of this stage are read from."""
+        return f"{self.shards.rstrip('/')}/stage{self.stage}" if "://" in self.shards else str(self.shard_root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(BuildManifest):
+    """All settings of one stage."""
+
+    output: str = field(metadata=spec(path="local", doc="folder of the run: checkpoints, logs, final weights"))
+    text: TextConfig
+    batching: BatchingConfig
+    train: TrainConfig
+    init_from: InitFromConfig
     mix: tuple[MixRootConfig, ...] = ()
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig = ModelConfig()
@@ -103,24 +127,11 @@ class Manifest:
         if self.mix and not any(weight is None or weight > 0 for weight in weights):
             raise ManifestError("mix[0].weight: all are 0; give at least one root a weight above 0")
 
-    @property
-    def shard_root(self) -> Path:
-        """Folder that the shards of this stage are built in.
 
-        Raises:
-            ManifestError: ``shards`` is an address.
-        """
-        if "://" in self.shards:
-            raise ManifestError(f"shards: {self.shards} is an address; build in a folder and copy it there")
-        return Path(self.shards) / f"stage{self.stage}"
-
-    @property
-    def shard_address(self) -> str:
-        """Folder or address that the shards of this stage are read from."""
-        return f"{self.shards.rstrip('/')}/stage{self.stage}" if "://" in self.shards else str(self.shard_root)
+Kind = TypeVar("Kind", bound=BuildManifest)
 
 
-def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = (), stored: bool = False) -> Manifest:
+def load_manifest(path: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Manifest:
     """Read, validate and freeze a manifest.
 
     ``path`` is a file, or the name of a manifest that comes with framestream, such as ``stage3`` or ``demo/stage2``.
@@ -135,6 +146,29 @@ def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = (),
     Raises:
         ManifestError: one line naming the file, the field and the fix.
     """
+    return _load(path, overrides, stored, lambda value: Manifest)
+
+
+def load_build_manifest(path: str | Path, overrides: Sequence[str] = ()) -> BuildManifest:
+    """Read, validate and freeze a manifest whose shards are built.
+
+    It is a :class:`Manifest`, or only a :class:`BuildManifest` if it has none of the sections that training needs.
+
+    Args:
+        path: as for :func:`load_manifest`.
+        overrides: as for :func:`load_manifest`.
+
+    Raises:
+        ManifestError: one line naming the file, the field and the fix.
+    """
+    return _load(path, overrides, False, _kind)
+
+
+def _kind(value: LocatedDict) -> type[BuildManifest]:
+    return Manifest if value.keys() & TRAINING else BuildManifest
+
+
+def _load(path: str | Path, overrides: Sequence[str], stored: bool, kind: Callable[[LocatedDict], type[Kind]]) -> Kind:
     path = locate_manifest(path)
     value = _without_holders(read_yaml(path))
     if stored:
@@ -143,9 +177,9 @@ def load_manifest(path: str | Path, overrides: tuple[str, ...] | list[str] = (),
     for assignment in overrides:
         changed = apply_override(changed, assignment)
     try:
-        manifest = _convert(changed, path)
+        manifest = _convert(changed, path, kind(changed))
     except ManifestError as error:
-        place = _fault_place(value, changed, path, overrides, str(error))
+        place = _fault_place(value, changed, path, overrides, str(error), kind(changed))
         raise ManifestError(f"{place or path}: {error}") from None
     return manifest if manifest.name else dataclasses.replace(manifest, name=path.stem)
 
@@ -156,21 +190,28 @@ def _without_holders(value: LocatedDict) -> LocatedDict:
     return LocatedDict(fields, value.place, value.places)
 
 
-def _convert(value: LocatedDict, path: Path) -> Manifest:
+def _convert(value: LocatedDict, path: Path, kind: type[Kind]) -> Kind:
     """Build the manifest of a mapping. Errors begin with the field."""
-    return from_dict(Manifest, _resolve_run(value, path), "")
+    return from_dict(kind, _resolve_run(value, path), "")
 
 
-def _fault(value: LocatedDict, path: Path) -> str:
+def _fault(value: LocatedDict, path: Path, kind: type[BuildManifest]) -> str:
     """Return why a mapping is not a valid manifest; empty text if it is valid."""
     try:
-        _convert(value, path)
+        _convert(value, path, kind)
     except ManifestError as error:
         return str(error)
     return ""
 
 
-def _fault_place(value: LocatedDict, changed: LocatedDict, path: Path, overrides: Sequence[str], error: str) -> str:
+def _fault_place(
+    value: LocatedDict,
+    changed: LocatedDict,
+    path: Path,
+    overrides: Sequence[str],
+    error: str,
+    kind: type[BuildManifest],
+) -> str:
     """Return the place of an error: a file and line, or the override that causes it.
 
     Args:
@@ -179,15 +220,16 @@ def _fault_place(value: LocatedDict, changed: LocatedDict, path: Path, overrides
         path: of the manifest.
         overrides: assignments, applied in order.
         error: of ``changed``.
+        kind: of manifest.
     """
     place = find_place(changed, error)
-    if not overrides or (before := _fault(value, path)) == error:
+    if not overrides or (before := _fault(value, path, kind)) == error:
         return find_place(value, error)
     if before:  # another fault of the files, which the overrides may have mended
         return place
     for assignment in overrides:
         value = apply_override(value, assignment)
-        if _fault(value, path) == error:
+        if _fault(value, path, kind) == error:
             return override_name(assignment)
     return place
 

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from framestream.pipeline.annotations.reader import AnnotationFileError
-from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.manifest import BuildManifest
 from framestream.pipeline.shards.index import Index, ShardsError
 from framestream.pipeline.shards.ledger import RETRYABLE
 from framestream.pipeline.utils.atomic_io import fsync_path
@@ -72,7 +72,7 @@ class BuildResult:
     media_left: int = 0  #: media that other machines still have to build
 
 
-def build(manifest: Manifest, executor: Executor, options: BuildOptions) -> BuildResult:
+def build(manifest: BuildManifest, executor: Executor, options: BuildOptions) -> BuildResult:
     """Build ``manifest.shard_root``, or this machine's share of it.
 
     Raises:
@@ -177,7 +177,11 @@ def _require_same_specification(
 
 
 def _plan(
-    manifest: Manifest, entries: Sequence[ResolvedEntry], wanted: Mapping[str, Any], root: Path, options: BuildOptions
+    manifest: BuildManifest,
+    entries: Sequence[ResolvedEntry],
+    wanted: Mapping[str, Any],
+    root: Path,
+    options: BuildOptions,
 ) -> bool:
     """Create work/plan atomically unless it exists. Return False if the root is finished and nothing is to be added.
 
@@ -228,7 +232,7 @@ def _plan(
     return True
 
 
-def make_job(manifest: Manifest, entries: Sequence[ResolvedEntry], work: Path, cache_bytes: int = 0) -> BuildJob:
+def make_job(manifest: BuildManifest, entries: Sequence[ResolvedEntry], work: Path, cache_bytes: int = 0) -> BuildJob:
     """Return what workers need to know about the build whose plan is in ``work``."""
     return BuildJob(
         work=work,

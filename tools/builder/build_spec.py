@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.manifest import BuildManifest
 from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.utils.atomic_io import file_sha256
 from framestream.tools.fetch.root_map import ResolvedEntry
@@ -18,7 +18,7 @@ LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "torch")  #: libr
 LEFT_OUT = "left out"  #: stands for a file or folder of an entry that could not be found
 
 
-def specification(manifest: Manifest, resolved: Sequence[ResolvedEntry], limit: int | None) -> dict[str, Any]:
+def specification(manifest: BuildManifest, resolved: Sequence[ResolvedEntry], limit: int | None) -> dict[str, Any]:
     """Return everything that decides the bytes of the shards, as JSON. Equal specifications give equal shards.
 
     Annotation files are identified by content, and roots by which of them contain each other. So moving data changes

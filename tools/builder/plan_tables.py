@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
 from framestream.pipeline.config.data import EntryConfig
-from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.manifest import BuildManifest
 from framestream.pipeline.config.preprocessing import FramesConfig
 from framestream.pipeline.media.sampling import frame_indices
 from framestream.pipeline.shards.ledger import SCHEMA as LEDGER_SCHEMA
@@ -84,7 +84,7 @@ def sample_source(entry: EntryConfig, sample: Annotation | AnnotationError) -> s
 class PlanTables:
     """The files of a plan while they are written."""
 
-    def __init__(self, manifest: Manifest, folder: Path, selection: Selection | None) -> None:
+    def __init__(self, manifest: BuildManifest, folder: Path, selection: Selection | None) -> None:
         self._selection = selection
         self._frames = manifest.frames
         self._folder = folder

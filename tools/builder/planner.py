@@ -23,7 +23,7 @@ from tqdm import tqdm
 from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
 from framestream.pipeline.annotations.reader import read_annotations
 from framestream.pipeline.config.data import FOLDER_READERS, EntryConfig
-from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.manifest import BuildManifest
 from framestream.pipeline.shards.ledger import LedgerRow
 from framestream.tools.builder.availability import AvailabilityChecker
 from framestream.tools.builder.incremental import Selection
@@ -53,7 +53,7 @@ class PlannedEntry:
 
 
 def make_plan(
-    manifest: Manifest,
+    manifest: BuildManifest,
     entries: Sequence[ResolvedEntry],
     folder: Path | None,
     limit: int | None = None,
@@ -105,7 +105,7 @@ def _is_retry(names: Iterable[str], selection: Selection | None) -> bool:
 
 
 def _read_entry(
-    planner: _Planner, manifest: Manifest, resolved: ResolvedEntry, limit: int | None, strict: bool
+    planner: _Planner, manifest: BuildManifest, resolved: ResolvedEntry, limit: int | None, strict: bool
 ) -> None:
     entry, file = resolved.entry, resolved.annotation.path
     planner.counts[entry.name] = PlannedEntry()

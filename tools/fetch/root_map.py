@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from framestream.pipeline.config.data import DataConfig, EntryConfig
-from framestream.pipeline.config.manifest import Manifest, ManifestError
+from framestream.pipeline.config.manifest import BuildManifest, ManifestError
 from framestream.pipeline.config.schema import to_dict
 from framestream.pipeline.config.yaml_files import read_yaml
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
@@ -230,7 +230,7 @@ class ResolvedEntry:
     media: ResolvedLocation
 
 
-def resolve_entries(manifest: Manifest, quick: bool = False) -> list[ResolvedEntry]:
+def resolve_entries(manifest: BuildManifest, quick: bool = False) -> list[ResolvedEntry]:
     """Resolve the entries of a manifest, in order. Repeated names get ``~2``, ``~3`` ... appended.
 
     Args:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import decord
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from framestream.pipeline.shards.index import Index, row_values
@@ -377,6 +379,18 @@ def test_a_build_that_leaves_nothing_out_names_no_ledger(plain_text, capsys):
     printed = capsys.readouterr().out
     assert printed.endswith(f"shards: {plain_text['folder'] / 'shards' / 'stage2'} (1 dialogue)\n")
     assert "ledger" not in printed
+
+
+def test_shards_do_not_depend_on_what_training_needs(plain_text):
+    assert run(plain_text) == 0
+    root = plain_text["folder"] / "shards" / "stage2"
+    before = snapshot(root)
+    shutil.rmtree(root)
+    value = yaml.safe_load(plain_text["manifest"].read_text())
+    kept = {name: value[name] for name in ("stage", "data", "frames", "shards", "seed", "images") if name in value}
+    plain_text["manifest"].write_text(yaml.safe_dump(kept))
+    assert run(plain_text) == 0
+    assert snapshot(root) == before
 
 
 def test_files_have_the_mode_that_the_umask_gives(plain_text):

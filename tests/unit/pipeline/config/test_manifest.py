@@ -15,7 +15,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
+from framestream.pipeline.config.manifest import (
+    BuildManifest,
+    Manifest,
+    ManifestError,
+    load_build_manifest,
+    load_manifest,
+)
 from framestream.pipeline.config.schema import from_dict, to_dict
 from framestream.pipeline.config.yaml_files import apply_override, merge_mappings
 
@@ -29,6 +35,9 @@ SMALL = {
     "init_from": {"vision_tower": "random", "language_model": "random"},
     "train": {part: {"train": True, "lr": 0.001} for part in ("vision_tower", "connector", "language_model")},
 }
+
+
+SHARDS_ALONE = {name: SMALL[name] for name in ("stage", "data", "frames")}
 
 
 def write(folder: Path, value: object, name: str = "m.yaml") -> Path:
@@ -558,3 +567,27 @@ def test_damaged_manifests_are_refused_in_one_line(tmp_path, seed):
             load_manifest(path)
         except ManifestError as error:
             assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1 and len(str(error)) < 500
+
+
+def test_shards_alone_need_nothing_of_training(tmp_path):
+    alone, whole = write(tmp_path, SHARDS_ALONE), write(tmp_path, SMALL, "whole.yaml")
+    made, complete = load_build_manifest(alone), load_build_manifest(whole)
+    assert type(made) is BuildManifest and type(complete) is Manifest and complete == load_manifest(whole)
+    for field in dataclasses.fields(BuildManifest):
+        if field.name != "name":
+            assert getattr(made, field.name) == getattr(complete, field.name)
+    assert made.name == "m" and made.shard_root == complete.shard_root
+    assert f"{alone}: output: required field is missing" in refusal(alone)
+
+
+@pytest.mark.parametrize("section", ["output", "text", "batching", "train", "init_from"])
+def test_a_part_of_what_training_needs_is_refused(tmp_path, section):
+    path = write(tmp_path, {**SHARDS_ALONE, section: SMALL[section]})
+    with pytest.raises(ManifestError, match="required field is missing"):
+        load_build_manifest(path)
+
+
+def test_a_misspelled_section_of_shards_alone_is_named(tmp_path):
+    path = write(tmp_path, {**SHARDS_ALONE, "frame": {}})
+    with pytest.raises(ManifestError, match=r"m\.yaml:\d+: frame: unknown field; did you mean `frames`\?"):
+        load_build_manifest(path)
