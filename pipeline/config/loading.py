@@ -59,6 +59,13 @@ class LoaderConfig:
     max_unreadable: int = field(
         default=100, metadata=spec(low=0, high=10**9, doc="the run stops when more dialogues than this cannot be read")
     )
+    access: str = field(
+        default="ranges",
+        metadata=spec(
+            choices=("ranges", "sequential"),
+            doc="ranges: the frames that are shown; sequential: whole shards, copied once to the folder loader.cache",
+        ),
+    )
     cache: str = field(
         default="~/.cache/framestream",
         metadata=spec(
@@ -68,7 +75,9 @@ class LoaderConfig:
     cache_gb: float = field(
         default=0.0,
         metadata=spec(
-            low=0, high=1_000_000, doc="most gigabytes of ranges of remote shards in that folder; 0 stores none"
+            low=0,
+            high=1_000_000,
+            doc="most gigabytes of ranges, or of whole shards, in that folder; 0 stores none",
         ),
     )
     read_timeout: float = field(

@@ -11,6 +11,7 @@ import mmap
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +29,10 @@ class Buffer:
     memory: mmap.mmap
     descriptor: int  #: file descriptor of shared memory, for worker processes; -1 for private memory
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the file, with a function that is still there when the interpreter has dropped this module."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 class BufferPool:

@@ -143,6 +143,9 @@ class _MemoryStorage:
         data = memoryview(self._data[shard.name])
         return (data[offset : offset + size] for offset, size in ranges)
 
+    def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
+        yield self._data[shard.name][offset : offset + size]
+
     def read_all(self, name: str) -> bytes:
         if name not in self._data:
             raise FileNotFoundError(name)

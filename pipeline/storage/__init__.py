@@ -12,6 +12,7 @@ from framestream.pipeline.storage.addresses import is_remote, open_resolver
 from framestream.pipeline.storage.base import ReadOptions, ShardRef, Storage
 from framestream.pipeline.storage.local import LocalStorage
 from framestream.pipeline.storage.remote import RemoteStorage
+from framestream.pipeline.storage.shard_copies import CopyingStorage
 from framestream.pipeline.utils.paths import expand_path
 
 __all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
@@ -29,5 +30,7 @@ def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = Non
     """
     options = options or ReadOptions()
     if is_remote(root):
-        return RemoteStorage(open_resolver(str(root), options), options)
-    return LocalStorage(root if os.path.exists(root) else expand_path(os.fspath(root)), options)
+        storage: Storage = RemoteStorage(open_resolver(str(root), options), options)
+    else:
+        storage = LocalStorage(root if os.path.exists(root) else expand_path(os.fspath(root)), options)
+    return CopyingStorage(storage, options) if options.access == "sequential" else storage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,11 +21,12 @@ class ReadOptions:
     cache_gb: float = manifest.LoaderConfig.cache_gb  #: limit on the cached ranges; 0 caches none
     timeout: float = manifest.LoaderConfig.read_timeout  #: seconds of one read, including all tries and waits
     retries: int = manifest.LoaderConfig.retries  #: tries of one request after the first
+    access: str = manifest.LoaderConfig.access  #: ``ranges``, or ``sequential`` for local copies of whole shards
 
     @classmethod
     def from_manifest(cls, loader: manifest.LoaderConfig) -> ReadOptions:
         """Return the options that a manifest states."""
-        return cls(loader.cache, loader.cache_gb, loader.read_timeout, loader.retries)
+        return cls(loader.cache, loader.cache_gb, loader.read_timeout, loader.retries, loader.access)
 
     @property
     def cache_folder(self) -> Path:
@@ -75,6 +76,14 @@ class Storage(Protocol):
 
         Raises:
             OSError, ValueError: one line that names the file; TimeoutError after ``ReadOptions.timeout``.
+        """
+
+    def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
+        """Yield consecutive bytes of a file in pieces; a remote file over one request.
+
+        Raises:
+            OSError, ValueError: one line that names the file; TimeoutError if a piece takes longer than
+                ``ReadOptions.timeout``.
         """
 
     def read_all(self, name: str) -> bytes:

@@ -5,10 +5,11 @@ Redirects stay within http and https, never go from https to http, and never sen
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import urljoin, urlsplit
@@ -67,7 +68,7 @@ class TransientReadError(TransientError):
 
 
 @dataclass(frozen=True, slots=True)
-class _ReadRetries:
+class ReadRetries:
     """The retry policy of one request (see :class:`framestream.pipeline.utils.retry.RetryPolicy`)."""
 
     address: Address
@@ -102,11 +103,26 @@ class RangeClient:
             FileNotFoundError, PermissionError, TimeoutError, ConnectionError: one line that names the file.
             ValueError: the server cannot send ranges, or gives another answer that no retry changes.
         """
-        policy = _ReadRetries(address, deadline, retries)
-        return call_with_retries(lambda: self._attempt(address, offset, size, deadline), TransientReadError, policy)
 
-    def _attempt(self, address: Address, offset: int, size: int, deadline: Deadline) -> RangeResponse:
-        """Try once, following redirects."""
+        def attempt() -> RangeResponse:
+            try:
+                with self.open_range(address, offset, size, deadline) as response:
+                    return _read_range(address, response, offset, size)
+            except (OSError, http.client.HTTPException) as error:
+                raise connection_error(error, address, deadline) from None
+
+        return call_with_retries(attempt, TransientReadError, ReadRetries(address, deadline, retries))
+
+    @contextlib.contextmanager
+    def open_range(
+        self, address: Address, offset: int, size: int, deadline: Deadline
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Request a range once, follow redirects, and yield the response with its body unread, whatever its status.
+
+        Raises:
+            ValueError, TransientReadError: the redirects cannot be followed.
+            OSError, http.client.HTTPException: there was no response.
+        """
         wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
         target, until = self._redirects.get(address.url, ("", 0.0))
         is_cached = time.monotonic() < until
@@ -114,20 +130,17 @@ class RangeClient:
         for _ in range(MAX_REDIRECTS + 1):
             own = address.headers if _same_server(target, address.url) else {}
             headers = {"User-Agent": "framestream", **wanted, **own}
-            try:
-                with self._connections.request(target, headers, deadline) as response:
-                    if response.status in REDIRECTING and "location" in response.headers:
-                        target = _redirect_target(target, response.headers["location"])
-                    elif is_cached and response.status not in (206, 416):  # most likely expired
-                        self._redirects.pop(address.url, None)
-                        target, is_cached = address.url, False
-                    else:
-                        part = _read_range(address, response, offset, size)
-                        if target != address.url and not is_cached:
-                            self._cache_redirect(address.url, target)
-                        return part
-            except (OSError, http.client.HTTPException) as error:
-                raise _connection_error(error, address, deadline) from None
+            with self._connections.request(target, headers, deadline) as response:
+                if response.status in REDIRECTING and "location" in response.headers:
+                    target = _redirect_target(target, response.headers["location"])
+                elif is_cached and response.status not in (206, 416):  # most likely expired
+                    self._redirects.pop(address.url, None)
+                    target, is_cached = address.url, False
+                else:
+                    yield response
+                    if target != address.url and not is_cached:
+                        self._cache_redirect(address.url, target)
+                    return
         raise ValueError(f"{address.display_url}: the server redirects more than {MAX_REDIRECTS} times")
 
     def _cache_redirect(self, url: str, target: str) -> None:
@@ -138,24 +151,36 @@ class RangeClient:
 
 def _read_range(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> RangeResponse:
     """Read and check the body of a response."""
-    headers, status = response.headers, response.status
-    identity = headers.get("etag", "") or headers.get("last-modified", "")
-    total = content_total(headers)
-    if status == 416 and 0 <= total <= offset:  # the range begins at or after the end, as in an empty file
+    total, identity = range_total(address, response, offset)
+    wanted = max(min(size, total - offset), 0)
+    if not wanted and response.status == 416:
         return RangeResponse(b"", total, identity)
-    _check_status(address, status, headers)
-    if range_start(headers) != offset:
-        raise TransientReadError(ConnectionError, f"the server sent another part than byte {offset}")
-    if total == UNKNOWN:
-        raise ValueError(f"{address.display_url}: the server does not state the size of the file")
-    wanted = min(size, total - offset)
     data = response.read(wanted)
-    stated = parse_int(headers.get("content-length", ""))
+    stated = parse_int(response.headers.get("content-length", ""))
     if len(data) != wanted or stated not in (UNKNOWN, wanted):
         raise TransientReadError(ConnectionError, f"the server sent {len(data)} of {wanted} bytes")
     if not response.isclosed():
         response.read(1)  # consume the end of a chunked body, so that the connection can be used again
     return RangeResponse(data, total, identity)
+
+
+def range_total(address: Address, response: http.client.HTTPResponse, offset: int) -> tuple[int, str]:
+    """Return the bytes of the complete file and its identity, as the response to a range from ``offset`` states them.
+
+    Raises:
+        TransientReadError, ValueError: the response is not the range that was requested.
+    """
+    headers, status = response.headers, response.status
+    identity = headers.get("etag", "") or headers.get("last-modified", "")
+    total = content_total(headers)
+    if status == 416 and 0 <= total <= offset:  # the range begins at or after the end, as in an empty file
+        return total, identity
+    _check_status(address, status, headers)
+    if range_start(headers) != offset:
+        raise TransientReadError(ConnectionError, f"the server sent another part than byte {offset}")
+    if total == UNKNOWN:
+        raise ValueError(f"{address.display_url}: the server does not state the size of the file")
+    return total, identity
 
 
 def _check_status(address: Address, status: int, headers: Headers) -> None:
@@ -194,7 +219,7 @@ def _redirect_target(origin: str, location: str) -> str:
     return target
 
 
-def _connection_error(error: OSError | http.client.HTTPException, address: Address, deadline: Deadline) -> Exception:
+def connection_error(error: OSError | http.client.HTTPException, address: Address, deadline: Deadline) -> Exception:
     """Describe a failed connection in one line without its address, which may contain a password."""
     if deadline.remaining <= 0:
         return TimeoutError(f"{address.display_url}: {deadline.timeout_message()}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from framestream.pipeline.storage.base import ReadOptions, ShardRef
 
+PIECE = 1 << 20  #: bytes of a file that are yielded at once, at most, when it is read in order
 OPEN_FILES = 128  #: open files per root and process
 STALE = (errno.ESTALE, errno.EBADF, errno.EIO)  #: errors of an open file that may pass when it is opened again
 
@@ -32,6 +32,10 @@ class LocalStorage:
 
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         return (self._read(shard.name, *part) for part in ranges)  # lazily: one range at a time fits the cache
+
+    def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
+        for position in range(offset, offset + size, PIECE):
+            yield self._read(shard.name, position, min(PIECE, offset + size - position))
 
     def read_all(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -76,10 +80,13 @@ class _File:
         self._descriptor = -1  # for __del__, if open fails
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the file, with a function that is still there when the interpreter has dropped this module."""
         if self._descriptor >= 0:
-            with contextlib.suppress(OSError):  # the file has become stale
-                os.close(self._descriptor)
+            try:
+                close(self._descriptor)
+            except OSError:  # the file has become stale
+                return
 
     def read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, offset)

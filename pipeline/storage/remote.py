@@ -17,6 +17,7 @@ from framestream.pipeline.storage.cache import RangeCache
 from framestream.pipeline.storage.coalesce import RangeRequest, coalesce, slice_ranges
 from framestream.pipeline.storage.connections import Deadline
 from framestream.pipeline.storage.http import RangeClient, RangeResponse
+from framestream.pipeline.storage.sequential import SequentialRead
 from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 
 REQUESTS = 64  #: concurrent requests of a process
@@ -67,6 +68,11 @@ class RemoteStorage:
         if cache:
             cache.put(key, found)
         return found
+
+    def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
+        address, options = self._resolver.address(shard.name), self._options
+        span = (offset, size)
+        yield from SequentialRead(_shared.client, address, span, shard.size, options.timeout, options.retries)
 
     def read_all(self, name: str) -> bytes:
         [part] = self._fetch(name, [RangeRequest(0, MAX_SMALL)])
