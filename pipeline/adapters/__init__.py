@@ -22,6 +22,7 @@ _HOMES = {
     "ShardStream": "framestream.pipeline.adapters.stream",
     "StreamBatch": "framestream.pipeline.adapters.types",
     "read_members": "framestream.pipeline.adapters.sample_members",
+    "stream_members": "framestream.pipeline.adapters.member_stream",
 }
 
 __all__ = list(_HOMES)

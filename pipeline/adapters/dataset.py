@@ -60,8 +60,19 @@ class ShardDataset(Dataset[Sample]):
         self._rows = _rows(index.media if self.by == "media" else index.dialogues, self.split)
         if not len(self._rows):
             raise ShardsError(f"{self.root}: no {self.by} of split {self.split}; use another split, or build one")
-        if self.by == "media":
-            self._media_rows, self._dialogue_rows = _dialogues_by_media(index, self.split)
+        self._pairs: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def dialogue_rows(self) -> np.ndarray:
+        """Rows of the dialogue table of the split, int64 (n,), ascending."""
+        return _rows(self.index.dialogues, self.split)
+
+    @property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of media, ascending, and of the split's dialogues that are about one media item alone, int64 (n,)."""
+        if self._pairs is None:
+            self._pairs = _dialogues_by_media(self.index, self.split)
+        return self._pairs
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("root", "by", "frames", "split")}
@@ -88,21 +99,27 @@ class ShardDataset(Dataset[Sample]):
         row = self._row(number)
         if self.by == "dialogue":
             media = self._columns["media"][row].as_py()
-            return Sample([self._media(media_row) for media_row in media], [self._dialogue(row)])
-        first, last = np.searchsorted(self._media_rows, (row, row + 1))
-        dialogues = self._dialogue_rows[first:last].tolist()
-        return Sample([self._media(row)], [self._dialogue(dialogue) for dialogue in dialogues])
+            return Sample([self.media(media_row) for media_row in media], [self.dialogue(row)])
+        media_rows, dialogue_rows = self.pairs
+        first, last = np.searchsorted(media_rows, (row, row + 1))
+        return Sample([self.media(row)], [self.dialogue(dialogue) for dialogue in dialogue_rows[first:last].tolist()])
 
     def _row(self, number: int) -> int:
         if not -len(self) <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         return int(self._rows[number])
 
-    def _dialogue(self, row: int) -> Dialogue:
+    def dialogue(self, row: int) -> Dialogue:
+        """Return the dialogue in ``row`` of the dialogue table."""
         key, id_, entry, turns = (self._columns[name][row].as_py() for name in ("key", "id", "entry", "conversations"))
         return Dialogue(json.loads(turns), key, id_, entry)
 
-    def _media(self, row: int) -> Media:
+    def media(self, row: int) -> Media:
+        """Return the media item in ``row`` of the media table with its frames decoded.
+
+        Raises:
+            SampleError: its shard or one of its frames cannot be read.
+        """
         try:
             frames, timestamps = self._image(row) if self._value("kind", row) == "image" else self._video(row)
         except (OSError, ValueError) as error:

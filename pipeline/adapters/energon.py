@@ -10,14 +10,13 @@ A task encoder without a decoder passes the members as bytes, so that a cooker d
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from framestream.pipeline.adapters.frame_selection import FrameChoice, validate_choice
-from framestream.pipeline.adapters.sample_members import read_members
+from framestream.pipeline.adapters.sample_members import read_dialogue, read_members
 from framestream.pipeline.adapters.types import Dialogue
 from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 
@@ -79,6 +78,5 @@ def cook_dialogue(sample: dict[str, Any]) -> DialogueSample:
     Raises:
         SampleError: the member is not that of a dialogue, or cannot be read.
     """
-    decoded = read_members(sample)
-    media = json.loads(json.loads(sample["json"])["media"])
-    return DialogueSample(**basic_sample_keys(sample), dialogue=decoded.dialogues[0], media=media)
+    dialogue, media = read_dialogue(sample)
+    return DialogueSample(**basic_sample_keys(sample), dialogue=dialogue, media=media)

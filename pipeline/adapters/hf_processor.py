@@ -136,15 +136,14 @@ def _messages(dialogue: Dialogue, media: Sequence[Media], style: str) -> list[di
         del turns[first]
     if not turns:
         raise ValueError(f"{dialogue.key}: the dialogue has no turns")
-    if not media:
-        return [_message(turn, [turn_text(turn)], []) for turn in turns]
     kinds = iter([item.kind for item in media])
     messages = []
     for turn in preprocess_multimodal(turns, [_time_message(item, style) for item in media]):
         texts = turn_text(turn).split(IMAGE_PLACEHOLDER)
         found = [kind for _, kind in zip(texts[1:], kinds, strict=False)]
         if len(found) < len(texts) - 1:
-            raise ValueError(f"{dialogue.key}: more {IMAGE_PLACEHOLDER} marks than media ({len(media)})")
+            fix = "pass samples that have them, of ShardDataset, ShardStream or stream_members"
+            raise ValueError(f"{dialogue.key}: more {IMAGE_PLACEHOLDER} marks than media ({len(media)}); {fix}")
         messages.append(_message(turn, texts, found))
     if next(kinds, None):
         raise ValueError(f"{dialogue.key}: fewer {IMAGE_PLACEHOLDER} marks than media ({len(media)})")

@@ -1,14 +1,15 @@
 """Decode one sample as webdataset, wids, datasets or Megatron-Energon read it: from its members' bytes to frames.
 
-Only the selected frames are decoded, by libjpeg-turbo.
+Only the selected frames are decoded, by libjpeg-turbo. A dialogue about media is refused, because its media are samples
+of other folders: a loop that passed it on would train on text about videos that nobody sees.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from framestream.pipeline.shards.frame_reader import decode_into
 from framestream.pipeline.utils.arguments import refuse_unknown_arguments
 from framestream.pipeline.utils.records import load_json
 
+Result = TypeVar("Result")
+
 
 @refuse_unknown_arguments
 def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Sample:
-    """Decode a sample from its members.
-
-    A dialogue has no media here. They are in the other two folders, under the keys that its JSON names.
+    """Decode a media item with the dialogues about it alone, or a dialogue without media, from its members.
 
     Args:
         members: by extension, ``mp4`` or ``jpg``, and ``json``; other names are ignored. Names may begin with a dot, as
@@ -37,9 +38,41 @@ def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Samp
             ``compat: published``.
 
     Raises:
-        SampleError: the members are not those of a sample, or cannot be read.
+        SampleError: the members are not those of a sample, or cannot be read; or they are those of a dialogue about
+            media, which are samples of the folders ``video`` and ``image``.
     """
     validate_choice(frames)
+    return _decode(members, lambda found, metadata: _sample(found, metadata, frames, 0))
+
+
+def read_dialogue(members: Mapping[str, Any]) -> tuple[Dialogue, list[str]]:
+    """Return the dialogue of a sample of the folder ``dialogue``, and the keys of its media in order of use.
+
+    Args:
+        members: as for :func:`read_members`.
+
+    Raises:
+        SampleError: the members are not those of a dialogue, or cannot be read.
+    """
+    return _decode(members, lambda found, metadata: (_dialogue(metadata), load_json(metadata["media"])))
+
+
+def read_media(members: Mapping[str, Any], frames: FrameChoice, seed: int) -> Media:
+    """Return the media item of a sample of the folders ``video`` and ``image``.
+
+    Args:
+        members: as for :func:`read_members`.
+        frames: as for :func:`read_members`.
+        seed: of the build, for the sampler ``rand``.
+
+    Raises:
+        SampleError: the members are not those of a media item, or cannot be read.
+    """
+    return _decode(members, lambda found, metadata: _media_item(found, metadata, frames, seed))
+
+
+def _decode(members: Mapping[str, Any], convert: Callable[[Mapping[str, Any], Mapping[str, Any]], Result]) -> Result:
+    """Return ``convert(members without leading dots, their json)``; its errors become one line with the key."""
     found = {name.lstrip("."): value for name, value in members.items()}
     key = found.get("__key__", "a sample")
     try:
@@ -47,26 +80,39 @@ def read_members(members: Mapping[str, Any], frames: FrameChoice = None) -> Samp
         if not isinstance(metadata, Mapping):
             metadata = load_json(metadata if isinstance(metadata, str) else _bytes(metadata))
         key = metadata["key"]
-        if "conversations" in metadata:
-            return Sample([], [_dialogue(metadata)])
-        dialogues = [_dialogue(item) for item in load_json(metadata["dialogues"])]
-        if metadata["kind"] == "image":
-            jpeg = _bytes(found["jpg"])
-            _check_digest(jpeg, metadata)
-            return Sample([_media(decode_jpeg(jpeg)[None], np.zeros(1), metadata)], dialogues)
-        return Sample([_video(_bytes(found["mp4"]), metadata, frames)], dialogues)
+        return convert(found, metadata)
     except KeyError as error:
         raise SampleError(f"{key}: has no {error}; pass the members as the shard has them") from None
     except (OSError, TypeError, ValueError, OverflowError, IndexError, AttributeError, MemoryError) as error:
         raise SampleError(f"{key}: {' '.join(str(error).split())}") from None
 
 
-def _video(mp4: bytes, metadata: Mapping[str, Any], choice: FrameChoice) -> Media:
+def _sample(found: Mapping[str, Any], metadata: Mapping[str, Any], frames: FrameChoice, seed: int) -> Sample:
+    if "conversations" in metadata:
+        if media := load_json(metadata["media"]):
+            raise ValueError(
+                f"is about {len(media)} media, which are samples of the folders video and image; "
+                f"use stream_members(root) or ShardDataset(root), which join them"
+            )
+        return Sample([], [_dialogue(metadata)])
+    dialogues = [_dialogue(item) for item in load_json(metadata["dialogues"])]
+    return Sample([_media_item(found, metadata, frames, seed)], dialogues)
+
+
+def _media_item(found: Mapping[str, Any], metadata: Mapping[str, Any], frames: FrameChoice, seed: int) -> Media:
+    if metadata["kind"] == "image":
+        jpeg = _bytes(found["jpg"])
+        _check_digest(jpeg, metadata)
+        return _media(decode_jpeg(jpeg)[None], np.zeros(1), metadata)
+    return _video(_bytes(found["mp4"]), metadata, frames, seed)
+
+
+def _video(mp4: bytes, metadata: Mapping[str, Any], choice: FrameChoice, seed: int) -> Media:
     stored, seconds = np.array(metadata["frame_index"]), np.array(metadata["timestamps"], dtype=np.float64)
     vlen, fps, duration, key = (metadata[name] for name in ("vlen", "fps", "duration", "key"))
     if not all(math.isfinite(value) for value in (vlen, fps, duration)):
         raise ValueError("vlen, fps or duration in its json is not finite; restore the shard")
-    indices = choose_stored_frames(choice, stored, vlen, fps, duration, media_seed(0, key))
+    indices = choose_stored_frames(choice, stored, vlen, fps, duration, media_seed(seed, key))
     offsets, sizes, _ = mjpeg_frames(mp4)
     if len(offsets) != len(stored):
         raise ValueError(f"the mp4 has {len(offsets)} frames, the json {len(stored)}")

@@ -32,7 +32,7 @@ EXAMPLES = [
         "torchvision",
         [r"{'role': 'user', 'content': \[{'type': 'video'}, .*", ".*'video_grid_thw'.*"],
     ),
-    ("webdataset", "webdataset", [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
+    ("webdataset", "webdataset", [r"[012] .*"] * 8 + [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
     ("wids", "wids", ["3 " + SHOWN]),
     ("datasets", "datasets", ["3 " + SHOWN]),
     ("Megatron-Energon", "megatron", [SHOWN + r" torch.Size\(\[8\]\) [12]"] * 3),

@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-OTHERS = {"transformers", "torchvision", "megatron", "webdataset", "wids", "datasets", "deepspeed"}
+OTHERS = {"transformers", "torchvision", "megatron", "wids", "datasets", "deepspeed"}
 
 
 def run(code: str) -> subprocess.CompletedProcess:

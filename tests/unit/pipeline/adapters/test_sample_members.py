@@ -9,7 +9,8 @@ import tarfile
 import pytest
 import torch
 
-from framestream.pipeline.adapters import SampleError, ShardDataset, read_members
+from framestream.pipeline.adapters import Sample, SampleError, ShardDataset, read_members
+from framestream.pipeline.adapters.sample_members import read_dialogue
 from framestream.pipeline.config.preprocessing import FramesConfig
 from tests.helpers.corpora.real_root import build
 
@@ -61,8 +62,15 @@ def test_frames_keep_their_aspect_where_they_are_stored_so(tmp_path):
 def test_dialogues_are_what_the_data_set_gives(footage_root):
     found = members_of(footage_root, "dialogue")
     for sample in ShardDataset(footage_root):
-        read = read_members(found[sample.dialogues[0].key])
-        assert read.media == [] and read.dialogues == sample.dialogues
+        members, dialogues = found[sample.dialogues[0].key], sample.dialogues
+        assert read_dialogue(members) == (dialogues[0], [item.key for item in sample.media])
+        if not sample.media:
+            assert read_members(members) == Sample([], dialogues)
+            continue
+        with pytest.raises(
+            SampleError, match=rf"^{dialogues[0].key}: is about {len(sample.media)} media, .*stream_members"
+        ):
+            read_members(members)
 
 
 def test_members_may_come_in_any_reader_s_wrapping(footage_root):
