@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from PIL import Image
 
+from framestream.pipeline.adapters.answer_labels import answer_spans, with_labels
 from framestream.pipeline.adapters.types import Dialogue, Media, Sample, StreamBatch
 from framestream.pipeline.media.sampling import time_message as make_time_message
 from framestream.pipeline.tokenization.chat_template import (
@@ -28,7 +29,7 @@ TICKS = 1000  #: ticks a second of the clock in video metadata
 
 
 @refuse_unknown_arguments
-def chats(sample: Sample, time_message: str = "none") -> list[dict[str, Any]]:
+def chats(sample: Sample, time_message: str = "none", joined: bool = False) -> list[dict[str, Any]]:
     """Convert each dialogue of a sample to ``{"messages", "videos", "video_metadata", "images"}``.
 
     ``messages`` is the argument of ``apply_chat_template``: roles system, user and assistant, and contents with video
@@ -39,20 +40,43 @@ def chats(sample: Sample, time_message: str = "none") -> list[dict[str, Any]]:
     Args:
         sample: a dialogue with its media, or a media item with its dialogues.
         time_message: ``short``, ``long`` or ``none``: the recipe's message about length and times, after each video.
+        joined: let the dialogues about one media item follow each other in one chat, so that it is encoded once. A
+            dialogue with another system turn than the first begins a chat of its own.
 
     Raises:
-        ValueError: a dialogue's number of marks is not its number of media.
+        ValueError: a dialogue's number of marks is not its number of media, such as of one whose media are missing.
     """
     videos = [media for media in sample.media if media.kind == "video"]
     return [
         {
-            "messages": _messages(dialogue, sample.media, time_message),
+            "messages": messages,
             "videos": [media.frames for media in videos],
             "video_metadata": [video_metadata(media) for media in videos],
             "images": [Image.fromarray(media.frames[0].numpy()) for media in sample.media if media.kind == "image"],
         }
-        for dialogue in sample.dialogues
+        for messages in _chats(sample, time_message, joined)
     ]
+
+
+def _chats(sample: Sample, time_message: str, joined: bool) -> list[list[dict[str, Any]]]:
+    """Return the messages of each chat of a sample."""
+    made: list[list[dict[str, Any]]] = []
+    for dialogue in sample.dialogues:
+        messages = _messages(dialogue, sample.media, time_message)
+        chat = next((chat for chat in made if _system(chat) == _system(messages)), None) if joined else None
+        if chat is None or chat[-1]["role"] != "assistant":
+            made.append(messages)
+        else:
+            chat += [_without_media(message) for message in messages if message["role"] != "system"]
+    return made
+
+
+def _system(messages: Sequence[dict[str, Any]]) -> Any:
+    return messages[0]["content"] if messages[0]["role"] == "system" else None
+
+
+def _without_media(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
 
 
 def video_metadata(video: Media) -> dict[str, Any]:
@@ -70,25 +94,30 @@ def video_metadata(video: Media) -> dict[str, Any]:
 
 
 class ChatCollator:
-    """A ``collate_fn`` that converts samples to the inputs of one forward pass, with one row for each dialogue.
+    """A ``collate_fn`` that converts samples to the inputs of one forward pass, with one row for each chat.
 
     Args:
         processor: of transformers, with a chat template.
         time_message: as for :func:`chats`.
+        labels: add ``labels``, int64 (rows, tokens): the ids of the answers, the end of each included, and -100
+            elsewhere.
+        joined: as for :func:`chats`.
         kwargs: arguments of the processor, such as ``padding=True`` (the default) or ``images_kwargs={...}``.
 
     Raises:
         TypeError: the processor has no such argument.
     """
 
-    def __init__(self, processor: Any, time_message: str = "none", **kwargs: Any) -> None:
+    def __init__(
+        self, processor: Any, time_message: str = "none", labels: bool = False, joined: bool = False, **kwargs: Any
+    ) -> None:
         if names := _argument_names(processor):
-            check_argument_names("ChatCollator", kwargs, ["time_message", *names])
-        self._processor, self._time_message = processor, time_message
+            check_argument_names("ChatCollator", kwargs, ["time_message", "labels", "joined", *names])
+        self._processor, self._time_message, self._labels, self._joined = processor, time_message, labels, joined
         self._kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
 
     def __call__(self, samples: Sequence[Sample] | Sequence[StreamBatch]) -> Any:
-        """Return the processor's ``BatchFeature``. A dialogue that ends with a question gets a generation prompt.
+        """Return the processor's ``BatchFeature``. A chat that ends with a question gets a generation prompt.
 
         Batches of a :class:`framestream.pipeline.adapters.ShardStream` are joined to one.
 
@@ -97,10 +126,11 @@ class ChatCollator:
                 of different lengths.
         """
         listed = [item.samples if isinstance(item, StreamBatch) else [item] for item in samples]
-        rows = [row for some in listed for sample in some for row in chats(sample, self._time_message)]
+        rows = [row for some in listed for sample in some for row in chats(sample, self._time_message, self._joined)]
         if not rows:
             raise ValueError("no dialogue among these samples; pass samples with dialogues")
-        inputs: dict[str, Any] = {"text": [self._text(row["messages"]) for row in rows]}
+        texts = [self._text(row["messages"]) for row in rows]
+        inputs: dict[str, Any] = {"text": list(texts)}  # a processor may write into it
         kwargs = dict(self._kwargs)
         if images := [row["images"] for row in rows if row["images"]]:
             inputs["images"] = images
@@ -112,11 +142,19 @@ class ChatCollator:
                 "do_sample_frames": False,
                 **kwargs.get("videos_kwargs", {}),
             }
-        return self._processor(**inputs, **kwargs)
+        if not self._labels:
+            return self._processor(**inputs, **kwargs)
+        features = self._processor(
+            **inputs, **kwargs, return_offsets_mapping=True, return_text_replacement_offsets=True
+        )
+        spans = [answer_spans(row["messages"], text, self._render) for row, text in zip(rows, texts, strict=True)]
+        return with_labels(features, spans)
 
     def _text(self, messages: list[dict[str, Any]]) -> str:
-        unanswered = messages[-1]["role"] == "user"
-        return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=unanswered)
+        return self._render(messages, messages[-1]["role"] == "user")
+
+    def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        return self._processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
 
 
 def _argument_names(processor: Any) -> list[str]:

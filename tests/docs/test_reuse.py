@@ -30,7 +30,7 @@ EXAMPLES = [
     (
         "Hugging Face processors",
         "torchvision",
-        [r"{'role': 'user', 'content': \[{'type': 'video'}, .*", ".*'video_grid_thw'.*"],
+        [r"{'role': 'user', 'content': \[{'type': 'video'}, .*", ".*'labels'.*'video_grid_thw'.*"],
     ),
     ("webdataset", "webdataset", [r"[012] .*"] * 8 + [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
     ("wids", "wids", ["3 " + SHOWN]),

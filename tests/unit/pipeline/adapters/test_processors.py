@@ -113,6 +113,35 @@ def test_a_dialogue_that_ends_with_a_question_is_a_prompt(dataset, name):
     assert spoken(made, ChatCollator(made)([asked])["input_ids"][0]).endswith("<|im_start|>assistant\n")
 
 
+def learned(made, batch) -> list[str]:
+    """The labels of each row as text."""
+    labels = batch["labels"]
+    assert labels.shape == batch["input_ids"].shape and ((labels == batch["input_ids"]) | (labels == -100)).all()
+    return [made.tokenizer.decode(row[row != -100]) for row in labels]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_the_answers(dataset, name):
+    made, rows = processor(name), (0, 3, 4, 5, 6, 7)  # videos, one image, two images, text; one and two answers
+    samples = [dataset[row] for row in rows]
+    batch = ChatCollator(made, labels=True)(samples)
+    answers = [[turn["value"] for turn in s.dialogues[0].turns if turn["from"] == "gpt"] for s in samples]
+    assert learned(made, batch) == ["".join(f"{answer}<|im_end|>" for answer in some) for some in answers]
+    assert "offset_mapping" not in batch and "text_replacement_offsets" not in batch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dialogues_about_one_video_share_its_tokens(footage_root, name):
+    made, media = processor(name), ShardDataset(footage_root, by="media", frames=8)
+    (sample,) = [sample for sample in media if len(sample.dialogues) == 2 and "Bicycles." in str(sample.dialogues)]
+    batch = ChatCollator(made, labels=True, joined=True)([sample])
+    assert learned(made, batch) == ["Bicycles.<|im_end|>Some people.<|im_end|>"]
+    alone = ChatCollator(made)([sample._replace(dialogues=sample.dialogues[:1])])
+    assert torch.equal(batch["pixel_values_videos"], alone["pixel_values_videos"])
+    first = alone["input_ids"][0].tolist()
+    assert batch["input_ids"][0].tolist()[: len(first)] == first
+
+
 def test_settings_reach_the_processor(dataset):
     made = processor("llava_onevision")
     batch = ChatCollator(made, videos_kwargs={"size": {"height": 28, "width": 28}})([dataset[0]])
