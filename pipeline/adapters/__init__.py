@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "as_hf_dataset": "framestream.pipeline.adapters.hf_dataset",
     "ChatCollator": "framestream.pipeline.adapters.hf_processor",
     "chats": "framestream.pipeline.adapters.hf_processor",
     "Dialogue": "framestream.pipeline.adapters.types",

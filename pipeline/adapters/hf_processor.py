@@ -8,7 +8,7 @@ processors accept no times; ``time_message`` states them in the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -116,17 +116,17 @@ class ChatCollator:
         self._processor, self._time_message, self._labels, self._joined = processor, time_message, labels, joined
         self._kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
 
-    def __call__(self, samples: Sequence[Sample] | Sequence[StreamBatch]) -> Any:
+    def __call__(self, samples: Sequence[Sample | StreamBatch | Mapping[str, Sample]]) -> Any:
         """Return the processor's ``BatchFeature``. A chat that ends with a question gets a generation prompt.
 
-        Batches of a :class:`framestream.pipeline.adapters.ShardStream` are joined to one.
+        Batches of a :class:`framestream.pipeline.adapters.ShardStream` are joined to one. Rows of
+        :func:`framestream.pipeline.adapters.as_hf_dataset` are taken as well.
 
         Raises:
             ValueError: there is no dialogue, or the processor refuses them. LLaVA's processors refuse a batch of videos
                 of different lengths.
         """
-        listed = [item.samples if isinstance(item, StreamBatch) else [item] for item in samples]
-        rows = [row for some in listed for sample in some for row in chats(sample, self._time_message, self._joined)]
+        rows = [row for sample in _samples(samples) for row in chats(sample, self._time_message, self._joined)]
         if not rows:
             raise ValueError("no dialogue among these samples; pass samples with dialogues")
         texts = [self._text(row["messages"]) for row in rows]
@@ -155,6 +155,17 @@ class ChatCollator:
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         return self._processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+
+def _samples(items: Sequence[Sample | StreamBatch | Mapping[str, Sample]]) -> Iterator[Sample]:
+    """Yield the samples of batches of a stream, of rows of a data set of Hugging Face, and samples themselves."""
+    for item in items:
+        if isinstance(item, StreamBatch):
+            yield from item.samples
+        elif isinstance(item, Mapping):
+            yield item["sample"]
+        else:
+            yield item
 
 
 def _argument_names(processor: Any) -> list[str]:

@@ -32,6 +32,8 @@ EXAMPLES = [
         "torchvision",
         [r"{'role': 'user', 'content': \[{'type': 'video'}, .*", ".*'labels'.*'video_grid_thw'.*"],
     ),
+    ("The Trainer of transformers", "torchvision", [r"\{'train_runtime': .*"]),
+    ("TRL", "trl", [r"\{'train_runtime': .*"]),
     ("webdataset", "webdataset", [r"[012] .*"] * 8 + [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
     ("wids", "wids", ["3 " + SHOWN]),
     ("datasets", "datasets", ["3 " + SHOWN]),
@@ -44,7 +46,7 @@ from tests.helpers.model.torchvision_import import import_torchvision
 import_torchvision()
 runpy.run_path("example.py", run_name="__main__")
 """
-PEERS = ("torchvision", "datasets", "megatron")
+PEERS = ("torchvision", "datasets", "megatron", "trl")
 
 
 def example(heading: str, language: str = "python") -> str:
@@ -78,10 +80,13 @@ def test_example(place, heading, needs, printed):
         pytest.skip(f"{needs} is not installed")
     code = example(heading)
     if HUB_NAME in code:
+        from tests.helpers.model.chat_models import chat_model
         from tests.helpers.model.processors import processor
 
         processor("qwen3_vl").save_pretrained(place / "processor")
+        chat_model("qwen3_vl").save_pretrained(place / "processor")
         code = code.replace(HUB_NAME, '"processor"')
+        code = code.replace('SFTConfig("out", ', 'SFTConfig("out", use_cpu=True, bf16=False, ')  # its default is bf16
     (place / "example.py").write_text(code, encoding="utf-8")
     cache = {"HF_HOME": str(place / "cache"), "WIDS_CACHE": str(place / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUN]
