@@ -57,7 +57,7 @@ def with_labels(features: Any, spans: Sequence[Sequence[Span]]) -> Any:
         spans: of the answers of each row, in the text before media were put into it.
 
     Raises:
-        ValueError: an answer has no token, because the processor has cut the row.
+        ValueError: the processor has cut a row before the end of its answers.
     """
     offsets = torch.as_tensor(features.pop("offset_mapping"))
     replaced = features.pop("text_replacement_offsets", None) or [[]] * len(offsets)
@@ -68,7 +68,7 @@ def with_labels(features: Any, spans: Sequence[Sequence[Span]]) -> Any:
         for span in answers:
             first, stop = (place + moved[bisect_right(ends, place)] for place in span)
             inside = (offsets[row, :, 0] < stop) & (offsets[row, :, 1] > first)
-            if first < stop and not inside.any():
+            if first < stop and offsets[row, :, 1].max() < stop:
                 raise ValueError("a row is cut before the end of its answers; raise max_length, or do not truncate")
             labels[row][inside] = features["input_ids"][row][inside]
     features["labels"] = labels

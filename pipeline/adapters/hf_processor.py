@@ -185,6 +185,8 @@ def _messages(dialogue: Dialogue, media: Sequence[Media], style: str) -> list[di
         del turns[first]
     if not turns:
         raise ValueError(f"{dialogue.key}: the dialogue has no turns")
+    if not media and not any(IMAGE_PLACEHOLDER in turn_text(turn) for turn in turns):
+        return [_message(turn, [turn_text(turn)], []) for turn in turns]
     kinds = iter([item.kind for item in media])
     messages = []
     for turn in preprocess_multimodal(turns, [_time_message(item, style) for item in media]):

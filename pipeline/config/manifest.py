@@ -31,13 +31,12 @@ from framestream.pipeline.utils.yaml_parser import LocatedDict, find_place
 
 __all__ = ["BuildManifest", "Manifest", "ManifestError", "load_build_manifest", "load_manifest"]
 
-TRAINING = {"output", "text", "batching", "train", "init_from", "mix", "loader", "model", "evaluate"}  #: sections
 HOLDER = "x-"  #: how the names of top-level fields begin that only hold anchors
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildManifest:
-    """The settings of shards: all that a manifest needs of which nothing is trained here."""
+    """The settings of shards. A manifest of shards for other trainers has no more."""
 
     stage: int = field(metadata=spec(choices=(1, 2, 3, 4)))
     data: DataConfig
@@ -165,7 +164,9 @@ def load_build_manifest(path: str | Path, overrides: Sequence[str] = ()) -> Buil
 
 
 def _kind(value: LocatedDict) -> type[BuildManifest]:
-    return Manifest if value.keys() & TRAINING else BuildManifest
+    of_training = {item.name for item in dataclasses.fields(Manifest)}
+    of_training -= {item.name for item in dataclasses.fields(BuildManifest)}
+    return Manifest if value.keys() & of_training else BuildManifest
 
 
 def _load(path: str | Path, overrides: Sequence[str], stored: bool, kind: Callable[[LocatedDict], type[Kind]]) -> Kind:

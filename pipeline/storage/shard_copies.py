@@ -9,14 +9,14 @@ part.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from framestream.pipeline.storage.base import ReadOptions, ShardRef, Storage
+from framestream.pipeline.utils.atomic_io import atomic_file
+from framestream.pipeline.utils.locks import LockError, LockHeldError, lock_file
 
 
 class CopyingStorage:
@@ -75,55 +75,64 @@ class CopyingStorage:
             raise ValueError(f"{self.describe(shard.name)}: has {size}; raise it, or use loader.access: ranges")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(f"lock-{shard.digest[:2]}"):
+            with lock_file(self._lock(path), "copy", wait=True):
                 if not self._touch(path):
                     self._make_room(shard.size)
-                    with open(self._folder / f"{shard.digest}.part", "wb") as file:
-                        self._copy(shard, file)
-                    os.rename(file.name, path)
+                    self._copy(shard, path)
+                self._lock(path).unlink(missing_ok=True)
+        except LockError as error:
+            raise OSError(f"loader.cache: {error}") from None
         except OSError as error:
             if error.strerror is None:  # of the other storage, with a complete message
                 raise
-            raise OSError(
-                f"loader.cache: {self._folder}: {error.strerror}; free space, or name another folder"
-            ) from None
+            fix = "free space, or name another folder"
+            raise OSError(f"loader.cache: {self._folder}: {error.strerror}; {fix}") from None
+
+    @staticmethod
+    def _lock(path: Path) -> Path:
+        """Return the file that is locked while the copy ``path`` is made."""
+        return path.with_name(f"{path.name}.lock")
 
     def _touch(self, path: Path) -> bool:
+        """Mark a copy as used; return whether it is there."""
         try:
             os.utime(path)
         except FileNotFoundError:
             return False
         return True
 
-    @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Exclude other threads and processes; the system releases the lock if this process ends."""
-        with open(self._folder / name, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _copy(self, shard: ShardRef, file: BinaryIO) -> None:
+    def _copy(self, shard: ShardRef, path: Path) -> None:
         digest = hashlib.sha256()
-        for piece in self._storage.read_in_order(shard, 0, shard.size):
-            digest.update(piece)
-            file.write(piece)
-        if digest.hexdigest() != shard.digest:
-            raise ValueError(
-                f"{self.describe(shard.name)}: damaged (its sha256 is not the one in the index); restore it"
-            )
+        with atomic_file(path) as file:
+            for piece in self._storage.read_in_order(shard, 0, shard.size):
+                digest.update(piece)
+                file.write(piece)
+            if digest.hexdigest() != shard.digest:
+                fault = "damaged (its sha256 is not the one in the index); restore the shard"
+                raise ValueError(f"{self.describe(shard.name)}: {fault}")
 
     def _make_room(self, size: int) -> None:
-        """Delete the copies that were not used for longest, until another one of ``size`` bytes fits."""
-        with self._locked("lock"):
+        """Delete what was not used for longest, and is not being copied, until another copy of ``size`` bytes fits."""
+        with lock_file(self._folder / "lock", "copy", wait=True):
             found = []
             for entry in os.scandir(self._folder):
-                if not entry.name.startswith("lock"):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                if entry.name.endswith("lock"):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
             total = sum(held for _, held, _ in found)
             for _, held, path in sorted(found):
                 if total + size <= self._limit:
                     return
-                if not path.endswith(".part"):
-                    Path(path).unlink(missing_ok=True)
+                if path.suffix != ".tmp" or not self._is_copied(path.with_suffix("")):
+                    path.unlink(missing_ok=True)
                     total -= held
+
+    def _is_copied(self, path: Path) -> bool:
+        """Return whether a process copies ``path``; a killed one has left its part."""
+        try:
+            with lock_file(self._lock(path), "copy"):
+                self._lock(path).unlink()
+                return False
+        except LockHeldError:
+            return True

@@ -17,23 +17,23 @@ pytestmark = pytest.mark.peers
 if not importlib.util.find_spec("torchvision"):
     pytest.skip("torchvision is not installed", allow_module_level=True)
 
+SETTINGS = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 3,
+    "logging_steps": 1,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 def test_the_trainer_of_transformers_learns_answers(footage_root, tmp_path, name):
     from transformers import Trainer, TrainingArguments
 
     dataset = Subset(ShardDataset(footage_root, frames=8), [0, 5, 7])  # a video, an image, text
-    settings = TrainingArguments(
-        str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=3,
-        learning_rate=1e-2,
-        logging_steps=1,
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-    )
+    settings = TrainingArguments(str(tmp_path), learning_rate=1e-2, **SETTINGS)
     collator = ChatCollator(processor(name), labels=True)
     trainer = Trainer(chat_model(name), settings, train_dataset=dataset, data_collator=collator)
     trainer.train()
@@ -64,19 +64,8 @@ def test_trl_with_adapters_learns_answers(footage_root, tmp_path, name):
     from trl import SFTConfig, SFTTrainer
 
     made = processor(name)
-    settings = SFTConfig(
-        str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=3,
-        learning_rate=1e-1,
-        logging_steps=1,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-    )
+    prepared = {"skip_prepare_dataset": True}
+    settings = SFTConfig(str(tmp_path), learning_rate=1e-1, bf16=False, dataset_kwargs=prepared, **SETTINGS)
     trainer = SFTTrainer(
         chat_model(name),
         args=settings,

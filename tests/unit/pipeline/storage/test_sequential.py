@@ -125,7 +125,7 @@ def test_copies_stay_within_the_limit(server, tmp_path):
     for name, data in [*files.items(), *reversed(files.items())]:
         shard = ShardRef(name, len(data), hashlib.sha256(data).hexdigest())
         assert storage.read(shard, [(10, 1000)]) == [data[10:1010]]
-        kept = [path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir()]
+        kept = [path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir() if path.name != "lock"]
         assert sum(kept) <= 1_000_000
     assert len(server.asked) == 6, "the two that were read last are not copied again"
 
@@ -147,3 +147,12 @@ def test_a_shard_above_the_limit_is_refused(server, tmp_path):
 def test_no_room_for_copies_is_said_at_the_start(tmp_path):
     with pytest.raises(ValueError, match=r"loader\.cache_gb: is 0"):
         copying(tmp_path, tmp_path, 0.0)
+
+
+def test_the_part_that_a_killed_process_left_is_removed(server, tmp_path):
+    server.routes["/file.tar"] = serve
+    folder = tmp_path / "cache" / "shards"
+    folder.mkdir(parents=True)
+    (folder / f"{'0' * 64}.tmp").write_bytes(bytes(8_000_000))
+    assert copying(server.url, tmp_path).read(FILE, RANGES) == EXPECTED
+    assert sorted(path.name for path in folder.iterdir()) == [FILE.digest, "lock"]
