@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
     try:
         manifest = load_manifest(options.manifest, options.set)
         if options.dry_run:
-            from framestream.trainer.training.dry_run import describe
+            if _is_main():
+                from framestream.trainer.training.dry_run import describe
 
-            print(describe(manifest))
+                print(describe(manifest))
             return 0
         for number in PREEMPTION_SIGNALS:  # until the run installs its own handler
             signal.signal(number, _exit_preempted)

@@ -23,7 +23,7 @@ from framestream.pipeline.storage.headers import (
     range_start,
     retry_after,
 )
-from framestream.pipeline.utils.retry import TransientError, backoff, call_with_retries
+from framestream.pipeline.utils.retry import TransientError, backoff, call_with_retries, count_tries
 
 MAX_REDIRECTS = 10  #: followed one after another
 REDIRECTING = (301, 302, 303, 307, 308)
@@ -86,7 +86,7 @@ class ReadRetries:
 
     def final_error(self, failure: TransientReadError, tries: int, delay: float | None) -> OSError:
         late = "" if delay is None else f"; another one {self.deadline.timeout_message()}"
-        return failure.error(f"{self.address.display_url}: {failure} (try {tries}{late})")
+        return failure.error(f"{self.address.display_url}: {failure} ({count_tries(tries)}{late})")
 
 
 class RangeClient:

@@ -27,6 +27,11 @@ Failure = TypeVar("Failure", bound=TransientError)
 HandledFailure = TypeVar("HandledFailure", bound=TransientError, contravariant=True)
 
 
+def count_tries(tries: int) -> str:
+    """Return the number of tries as a message names it, such as ``3 tries``."""
+    return "1 try" if tries == 1 else f"{tries} tries"
+
+
 class RetryPolicy(Protocol[HandledFailure]):
     """Limits, waits and messages of :func:`call_with_retries`."""
 

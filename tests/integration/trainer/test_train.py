@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from framestream.trainer.__main__ import main
 from tests.helpers.corpora import training_corpus as corpus
 
 
@@ -112,3 +113,10 @@ def test_dry_run_needs_neither_shards_nor_weights(manifest: Path) -> None:
     )
     assert "steps: unknown" in done.stdout and "tools/build_shards.py" in done.stdout
     assert "frozen" not in done.stdout and "language_model" in done.stdout
+
+
+def test_only_the_first_of_several_ranks_prints_a_dry_run(manifest: Path, monkeypatch, capsys) -> None:
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--manifest", str(manifest), "--dry-run"]) == 0
+        assert ("steps: " in capsys.readouterr().out) == printed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from framestream.pipeline.config.data import DataConfig
-from framestream.pipeline.utils.retry import TransientError, backoff, call_with_retries
+from framestream.pipeline.utils.retry import TransientError, backoff, call_with_retries, count_tries
 from framestream.tools.fetch.base import FetchError
 
 MAX_BACKOFF = 60.0  #: seconds between two tries, unless the server asks for a wait
@@ -86,7 +86,7 @@ class _FetchRetries:
         if self.remaining() <= 0:
             return FetchError("timeout", self.location, f"{timeout_message(self.limits)}; {failure}")
         if delay is None:
-            return FetchError(failure.reason, self.location, f"{failure} (try {tries})")
+            return FetchError(failure.reason, self.location, f"{failure} ({count_tries(tries)})")
         message = f"{failure}; another try in {delay:.0f} s would be past data.fetch_timeout"
         return FetchError(failure.reason, self.location, message)
 

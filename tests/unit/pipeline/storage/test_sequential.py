@@ -81,7 +81,7 @@ def test_a_broken_request_goes_on_where_it_broke(server, tmp_path):
         ([lambda request: request.serve(DATA[:-1])], ValueError, "has 2,999,999 of 3,000,000 bytes"),
         ([lambda request: request.answer(404)], FileNotFoundError, "404"),
         ([lambda request: request.answer(body=DATA)], ValueError, "cannot send parts of a file"),
-        ([lambda request: request.answer(500)], ConnectionError, r"500 .*\(try 3\)"),
+        ([lambda request: request.answer(500)], ConnectionError, r"500 .*\(3 tries\)"),
         ([drip], TimeoutError, "loader.read_timeout"),
     ],
 )

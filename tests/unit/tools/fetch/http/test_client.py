@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import random
+import threading
 import time
 
 import httpx2
@@ -93,9 +94,16 @@ def test_busy_servers_are_asked_again(server, tmp_path, status):
     assert len(server.asked) == 3
 
 
+def record_waits(monkeypatch) -> list[float]:
+    """Return the seconds that this thread asks to sleep, which it does not. Other threads sleep as before."""
+    waits, sleep = [], time.sleep
+    here = threading.current_thread()
+    monkeypatch.setattr(time, "sleep", lambda s: waits.append(s) if threading.current_thread() is here else sleep(s))
+    return waits
+
+
 def test_retry_after_is_waited_for_and_bounded(server, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    waits = record_waits(monkeypatch)
     asks = [{"Retry_After": "7"}, {"Retry_After": "9999999"}, {"RateLimit": '"resolvers";r=0;t=11'}]
     dated = {"Retry_After": "Wed, 21 Oct 2015 07:28:00 GMT"}  # long past
     routes = [lambda request, ask=ask: request.answer(429, **ask) for ask in (*asks, dated)]
@@ -106,8 +114,7 @@ def test_retry_after_is_waited_for_and_bounded(server, tmp_path, monkeypatch):
 
 
 def test_waits_grow_and_are_drawn_at_random(server, tmp_path, monkeypatch):
-    waits, bounds = [], []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    waits, bounds = record_waits(monkeypatch), []
     monkeypatch.setattr(random, "uniform", lambda low, high: bounds.append((low, high)) or high)
     server.routes["/file"] = lambda request: request.answer(503)
     limits = FetchLimits(seconds=1000, retries=8, backoff=1)
