@@ -57,19 +57,24 @@ def with_labels(features: Any, spans: Sequence[Sequence[Span]]) -> Any:
         spans: of the answers of each row, in the text before media were put into it.
 
     Raises:
-        ValueError: the processor has cut a row before the end of its answers.
+        ValueError: the processor has cut a row, at either end, so that a part of an answer is missing.
     """
     offsets = torch.as_tensor(features.pop("offset_mapping"))
     replaced = features.pop("text_replacement_offsets", None) or [[]] * len(offsets)
     labels = torch.full_like(features["input_ids"], IGNORED)
     for row, answers in enumerate(spans):
+        present = offsets[row][offsets[row, :, 1] > offsets[row, :, 0]]  # without padding and tokens of no text
+        begin, end = (int(present[:, 0].min()), int(present[:, 1].max())) if len(present) else (0, 0)
         ends = [part["span"][1] for part in replaced[row]]
         moved = [0] + [part["new_span"][1] - part["span"][1] for part in replaced[row]]
         for span in answers:
             first, stop = (place + moved[bisect_right(ends, place)] for place in span)
             inside = (offsets[row, :, 0] < stop) & (offsets[row, :, 1] > first)
-            if first < stop and offsets[row, :, 1].max() < stop:
-                raise ValueError("a row is cut before the end of its answers; raise max_length, or do not truncate")
+            if first < stop and not (begin <= first and stop <= end):
+                raise ValueError(
+                    f"row {row} of a batch is cut to {len(present)} tokens and loses answers; raise max_length, do not "
+                    f"truncate, or use joined=False if dialogues are joined"
+                )
             labels[row][inside] = features["input_ids"][row][inside]
     features["labels"] = labels
     return features

@@ -1,9 +1,9 @@
-"""Chat messages and model inputs through a Hugging Face processor (Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, ...).
+"""Chat messages and model inputs through a Hugging Face processor (Qwen2.5-VL, SmolVLM2, LLaVA-OneVision, ...).
 
 The frames are already sampled, so the processor must not sample again. It receives the time of every frame as video
 metadata at 1,000 "frames" a second, in which the number of a frame is its millisecond in the clip. So Qwen3-VL writes
-true seconds and Qwen2.5-VL computes a true ``second_per_grid_ts``, whatever the frame rate of the source. LLaVA's
-processors accept no times; ``time_message`` states them in the text.
+true seconds, SmolVLM2 their minutes and seconds, and Qwen2.5-VL computes a true ``second_per_grid_ts``, whatever the
+frame rate of the source. LLaVA's processors accept no times; ``time_message`` states them in the text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from framestream.pipeline.adapters.answer_labels import answer_spans, with_labels
+from framestream.pipeline.adapters.shared_pixels import check_lengths, merge_pixels, shares_pixels
 from framestream.pipeline.adapters.types import Dialogue, Media, Sample, StreamBatch
 from framestream.pipeline.media.sampling import time_message as make_time_message
 from framestream.pipeline.tokenization.chat_template import (
@@ -114,6 +115,7 @@ class ChatCollator:
         if names := _argument_names(processor):
             check_argument_names("ChatCollator", kwargs, ["time_message", "labels", "joined", *names])
         self._processor, self._time_message, self._labels, self._joined = processor, time_message, labels, joined
+        self._shared = shares_pixels(processor)
         self._kwargs = {"padding": True, "return_tensors": "pt", **kwargs}
 
     def __call__(self, samples: Sequence[Sample | StreamBatch | Mapping[str, Sample]]) -> Any:
@@ -123,18 +125,33 @@ class ChatCollator:
         :func:`framestream.pipeline.adapters.as_hf_dataset` are taken as well.
 
         Raises:
-            ValueError: there is no dialogue, or the processor refuses them. LLaVA's processors refuse a batch of videos
-                of different lengths.
+            ValueError: there is no dialogue, or the processor refuses them. The processors of LLaVA and SmolVLM2 take
+                videos of one length in a batch.
         """
         rows = [row for sample in _samples(samples) for row in chats(sample, self._time_message, self._joined)]
         if not rows:
             raise ValueError("no dialogue among these samples; pass samples with dialogues")
         texts = [self._text(row["messages"]) for row in rows]
+        offsets = {"return_offsets_mapping": True, "return_text_replacement_offsets": True} if self._labels else {}
+        features = self._process(texts, rows, **offsets)
+        if self._shared and (any(row["images"] for row in rows) and any(row["videos"] for row in rows)):
+            alone = [{"images": [image], "videos": []} for row in rows for image in row["images"]]
+            images = self._process([self._processor.image_token] * len(alone), alone)
+            features.update(merge_pixels(images, features, [_kinds(row["messages"]) for row in rows]))
+        if not self._labels:
+            return features
+        spans = [answer_spans(row["messages"], text, self._render) for row, text in zip(rows, texts, strict=True)]
+        return with_labels(features, spans)
+
+    def _process(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]], **kwargs: Any) -> Any:
+        """Return the processor's features of texts with the media of ``rows``."""
         inputs: dict[str, Any] = {"text": list(texts)}  # a processor may write into it
-        kwargs = dict(self._kwargs)
+        kwargs = {**self._kwargs, **kwargs}
         if images := [row["images"] for row in rows if row["images"]]:
-            inputs["images"] = images
+            inputs["images"] = [row["images"] for row in rows] if self._shared else images
         if videos := [video for row in rows for video in row["videos"]]:
+            if self._shared:
+                check_lengths(videos)
             metadata = [video for row in rows for video in row["video_metadata"]]
             inputs["videos"] = videos
             kwargs["videos_kwargs"] = {
@@ -142,19 +159,18 @@ class ChatCollator:
                 "do_sample_frames": False,
                 **kwargs.get("videos_kwargs", {}),
             }
-        if not self._labels:
-            return self._processor(**inputs, **kwargs)
-        features = self._processor(
-            **inputs, **kwargs, return_offsets_mapping=True, return_text_replacement_offsets=True
-        )
-        spans = [answer_spans(row["messages"], text, self._render) for row, text in zip(rows, texts, strict=True)]
-        return with_labels(features, spans)
+        return self._processor(**inputs, **kwargs)
 
     def _text(self, messages: list[dict[str, Any]]) -> str:
         return self._render(messages, messages[-1]["role"] == "user")
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
         return self._processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+
+
+def _kinds(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return ``image`` or ``video`` for each mark."""
+    return [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
 
 
 def _samples(items: Sequence[Sample | StreamBatch | Mapping[str, Sample]]) -> Iterator[Sample]:
@@ -208,6 +224,7 @@ def _message(turn: dict, texts: Sequence[str], kinds: Sequence[str]) -> dict[str
         content.append({"type": kind})
         if text := text.removeprefix("\n"):
             content.append({"type": "text", "text": text})
+    content = content or [{"type": "text", "text": ""}]  # templates look at the first part
     return {"role": turn_role(turn), "content": content}
 
 

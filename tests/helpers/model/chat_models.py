@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.helpers.model.processors import SMOLVLM_MARKS
 from tests.helpers.model.torchvision_import import import_torchvision
 
 TEXT = {
@@ -39,6 +40,20 @@ def chat_model(name: str) -> Any:
         vision = {**tower, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
         return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS))
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "smolvlm2":
+        text = {**TEXT, "model_type": "llama", "vocab_size": TEXT["vocab_size"] + len(SMOLVLM_MARKS)}
+        vision = {**vision, "image_size": 56, "patch_size": 14}
+        config = hf.SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, image_token_id=263)
+        return hf.SmolVLMForConditionalGeneration(config)
+    if name == "llava_next_video":
+        config = hf.LlavaNextVideoConfig(
+            text_config={**TEXT, "model_type": "llama"},
+            vision_config={**vision, "model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
+            image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+            image_token_index=263,
+            video_token_index=264,
+        )
+        return hf.LlavaNextVideoForConditionalGeneration(config)
     config = hf.LlavaOnevisionConfig(
         text_config={**TEXT, "model_type": "qwen2"},
         vision_config={**vision, "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14},

@@ -27,24 +27,32 @@ LLAVA = (
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+#: As SmolVLM2 does. Its processor has the same template with videos, and takes that one for chats with videos.
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}{% for line in message['content'] %}"
+    "{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+SMOLVLM_MARKS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
-def tokenizer() -> Any:
-    """Return a tokenizer with a token for each byte and each placeholder."""
+def tokenizer(*more: str) -> Any:
+    """Return a tokenizer with a token for each byte, each placeholder and each of ``more``."""
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    made.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS + more])
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<|endoftext|>", eos_token="<|im_end|>")
 
 
 def processor(name: str) -> Any:
     """Return a processor for small images, created without files.
 
-    ``name`` is ``qwen2_5_vl``, ``qwen3_vl``, ``llava_next_video`` or ``llava_onevision``.
+    ``name`` is ``qwen2_5_vl``, ``qwen3_vl``, ``llava_next_video``, ``llava_onevision`` or ``smolvlm2``.
     """
     import_torchvision()
     import transformers as hf
@@ -58,6 +66,11 @@ def processor(name: str) -> Any:
         video = hf.Qwen3VLVideoProcessor(size=pixels, cap_pixels_per_frame=False)
         image = hf.Qwen2VLImageProcessor(size=pixels, patch_size=16)
         return hf.Qwen3VLProcessor(image, tokenizer(), video, chat_template=QWEN)
+    if name == "smolvlm2":
+        sizes = {"max_image_size": {"longest_edge": 56}}
+        video = hf.SmolVLMVideoProcessor(size={"longest_edge": 56}, **sizes, num_frames=64, fps=1)
+        image = hf.SmolVLMImageProcessor(size={"longest_edge": 112}, **sizes)
+        return hf.SmolVLMProcessor(image, tokenizer(*SMOLVLM_MARKS), video, image_seq_len=4, chat_template=SMOLVLM)
     square, grid = {"height": 56, "width": 56}, [[56, 112], [112, 56], [112, 112]]
     if name == "llava_next_video":
         crop = {"size": {"shortest_edge": 56}, "crop_size": square}

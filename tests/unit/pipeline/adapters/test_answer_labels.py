@@ -59,13 +59,25 @@ def test_the_labels_are_the_answers(turns, data):
     assert made.keys() == {"input_ids", "labels"}
 
 
-def test_a_row_that_is_cut_is_refused():
-    messages = dialogue("Hi", "Ho")
+@pytest.mark.parametrize("kept", [slice(0, -2), slice(0, 0), slice(26, None)])
+def test_a_row_that_is_cut_is_refused(kept):
+    """At its end, at both, and at its beginning, as tokenizers with ``truncation_side="left"`` do."""
+    messages = dialogue("Hi", "Ho", "Hi", "Hu")
     text = render(messages)
-    made = {name: value for name, value in features(text, []).items()}
-    made["offset_mapping"] = [[(0, 0)] * len(text)]
-    with pytest.raises(ValueError, match="cut"):
+    made = features(text, [])
+    places = made["offset_mapping"][0][kept]
+    made["offset_mapping"] = [[*places, *[(0, 0)] * (len(text) - len(places))]]
+    with pytest.raises(ValueError, match=f"row 0 of a batch is cut to {len(places)} tokens"):
         with_labels(made, [answer_spans(messages, text, render)])
+
+
+def test_a_row_that_is_cut_between_answers_is_whole():
+    messages = dialogue("Hi", "Ho", "Hi")
+    text = render(messages)
+    made = features(text, [])
+    made["offset_mapping"] = [[*made["offset_mapping"][0][:-6], *[(0, 0)] * 6]]
+    labels = with_labels(made, [answer_spans(messages, text, render)])["labels"][0]
+    assert "".join(chr(token) for token in labels[labels != IGNORED].tolist()) == "Ho<end>"
 
 
 def test_a_template_that_changes_earlier_turns_is_refused():

@@ -1,4 +1,4 @@
-"""What four processors of transformers make of samples: tokens, pixels and times of the frames that were shown."""
+"""What processors of transformers make of samples: tokens, pixels and times of the frames that were shown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ import torch
 from PIL import Image
 
 from framestream.pipeline.adapters import ChatCollator, ShardDataset
+from framestream.pipeline.adapters.types import Sample
+from tests.helpers.model.chat_models import chat_model
 from tests.helpers.model.processors import processor
 
 pytestmark = pytest.mark.peers
 if not importlib.util.find_spec("torchvision"):
     pytest.skip("torchvision is not installed", allow_module_level=True)
 
-NAMES = ("qwen2_5_vl", "qwen3_vl", "llava_next_video", "llava_onevision")
+NAMES = ("qwen2_5_vl", "qwen3_vl", "llava_next_video", "llava_onevision", "smolvlm2")
+
+
+def key(name: str) -> str:
+    """What the pixels of videos are called."""
+    return "pixel_values" if name == "smolvlm2" else "pixel_values_videos"
+
+
+def end(name: str) -> str:
+    """What ends a turn."""
+    return "<end_of_utterance>" if name == "smolvlm2" else "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +45,8 @@ def levels(made, pixels: torch.Tensor) -> np.ndarray:
 
 def processor_images(name: str, made, batch, number: int) -> np.ndarray:
     """The frames (T, H, W, 3) of video ``number`` as the model will see them, in levels."""
-    if name.startswith("llava"):
-        return levels(made.video_processor, batch["pixel_values_videos"][number]).transpose(0, 2, 3, 1)
+    if "grid" not in " ".join(batch):
+        return levels(made.video_processor, batch[key(name)][number]).transpose(0, 2, 3, 1)
     grids = batch["video_grid_thw"].tolist()
     first = sum(int(np.prod(grid)) for grid in grids[:number])
     (t, h, w), side = grids[number], made.video_processor.patch_size
@@ -102,15 +114,55 @@ def test_stills_several_stills_text_and_video_share_a_batch(dataset, name):
     batch = ChatCollator(made)([dataset[row] for row in (0, 5, 6, 7)])
     for one, ids, mask in zip(alone, batch["input_ids"], batch["attention_mask"], strict=True):
         assert ids[mask.bool()].tolist() == one["input_ids"][0].tolist()
-    assert len(batch["pixel_values"]) == sum(len(one.get("pixel_values", [])) for one in alone)
-    assert torch.equal(batch["pixel_values_videos"], alone[0]["pixel_values_videos"])
+    pixels = batch["pixel_values"]
+    if name == "smolvlm2":  # a row for each chat
+        for one, row, mask in zip(alone[:3], pixels, batch["pixel_attention_mask"], strict=False):
+            assert torch.equal(one["pixel_values"][0], row[: one["pixel_values"].shape[1]])
+            assert torch.equal(one["pixel_attention_mask"][0], mask[: one["pixel_values"].shape[1]])
+        assert not pixels[0, 8:].any() and not pixels[1, 5:].any() and not pixels[3].any()
+    else:
+        assert len(pixels) == sum(len(one.get("pixel_values", [])) for one in alone)
+        assert torch.equal(batch["pixel_values_videos"], alone[0]["pixel_values_videos"])
+
+
+def test_smolvlm2_sees_a_mixed_batch_as_each_row_alone(dataset):
+    """One row has an image, a video and an image, whose pixels its processor would drop."""
+    made, model = processor("smolvlm2"), chat_model("smolvlm2").eval()
+    media = [dataset[6].media[0], dataset[0].media[0], dataset[6].media[1]]
+    turns = [{"from": "human", "value": "<image>, <image> or <image>?"}, {"from": "gpt", "value": "This."}]
+    both = Sample(media, [dataset[0].dialogues[0]._replace(turns=turns)])
+    samples = [dataset[5], both, dataset[7], dataset[2]]
+    with torch.no_grad():
+        batch = ChatCollator(made, labels=True)(samples)
+        logits = model(**batch).logits
+        for row, sample in enumerate(samples):
+            alone = ChatCollator(made, labels=True)([sample])
+            length = alone["input_ids"].shape[1]
+            assert torch.allclose(logits[row, :length], model(**alone).logits[0], atol=1e-4)
+    assert learned(made, batch)[1] == "This.<end_of_utterance>"
+    wanted = torch.cat([ChatCollator(made)([s])["pixel_values"][0] for s in (dataset[6], dataset[0])])
+    assert torch.equal(batch["pixel_values"][1], torch.cat([wanted[:5], wanted[10:], wanted[5:10]]))
+
+
+def test_smolvlm2_is_given_the_seconds_and_one_length(dataset, footage_root):
+    made = processor("smolvlm2")
+    text = spoken(made, ChatCollator(made)([dataset[2]])["input_ids"][0])
+    assert "series of eight frames from a 0:00:05 [H:MM:SS] video" in text
+    said = [60 * int(minute) + int(second) for minute, second in re.findall(r"Frame from (\d\d):(\d\d):", text)]
+    (item,) = dataset[2].media
+    assert said == (item.timestamps - item.start).floor().int().tolist()
+    fewer = ShardDataset(footage_root, frames=4)[0]
+    with pytest.raises(ValueError, match="4 to 8 frames in one batch"):
+        ChatCollator(made)([dataset[2], fewer])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dialogue_that_ends_with_a_question_is_a_prompt(dataset, name):
     made, sample = processor(name), dataset[0]
     asked = sample._replace(dialogues=[sample.dialogues[0]._replace(turns=sample.dialogues[0].turns[:1])])
-    assert spoken(made, ChatCollator(made)([asked])["input_ids"][0]).endswith("<|im_start|>assistant\n")
+    assert spoken(made, ChatCollator(made)([asked])["input_ids"][0]).endswith(
+        "Assistant:" if name == "smolvlm2" else "<|im_start|>assistant\n"
+    )
 
 
 def learned(made, batch) -> list[str]:
@@ -126,7 +178,7 @@ def test_labels_are_the_answers(dataset, name):
     samples = [dataset[row] for row in rows]
     batch = ChatCollator(made, labels=True)(samples)
     answers = [[turn["value"] for turn in s.dialogues[0].turns if turn["from"] == "gpt"] for s in samples]
-    assert learned(made, batch) == ["".join(f"{answer}<|im_end|>" for answer in some) for some in answers]
+    assert learned(made, batch) == ["".join(f"{answer}{end(name)}" for answer in some) for some in answers]
     assert "offset_mapping" not in batch and "text_replacement_offsets" not in batch
 
 
@@ -135,9 +187,9 @@ def test_dialogues_about_one_video_share_its_tokens(footage_root, name):
     made, media = processor(name), ShardDataset(footage_root, by="media", frames=8)
     (sample,) = [sample for sample in media if len(sample.dialogues) == 2 and "Bicycles." in str(sample.dialogues)]
     batch = ChatCollator(made, labels=True, joined=True)([sample])
-    assert learned(made, batch) == ["Bicycles.<|im_end|>Some people.<|im_end|>"]
+    assert learned(made, batch) == [f"Bicycles.{end(name)}Some people.{end(name)}"]
     alone = ChatCollator(made)([sample._replace(dialogues=sample.dialogues[:1])])
-    assert torch.equal(batch["pixel_values_videos"], alone["pixel_values_videos"])
+    assert torch.equal(batch[key(name)], alone[key(name)])
     first = alone["input_ids"][0].tolist()
     assert batch["input_ids"][0].tolist()[: len(first)] == first
 

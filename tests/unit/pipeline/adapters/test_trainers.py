@@ -26,9 +26,10 @@ SETTINGS = {
     "save_strategy": "no",
     "use_cpu": True,
 }
+NAMES = ("qwen2_5_vl", "qwen3_vl", "llava_next_video", "llava_onevision", "smolvlm2")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_trainer_of_transformers_learns_answers(footage_root, tmp_path, name):
     from transformers import Trainer, TrainingArguments
 
@@ -57,7 +58,7 @@ def test_a_data_set_of_hugging_face_has_the_samples(footage_root, streaming):
     assert sorted(shuffled) == sorted(sample.dialogues[0].key for sample in wanted)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("name", NAMES)
 def test_trl_with_adapters_learns_answers(footage_root, tmp_path, name):
     pytest.importorskip("trl")
     from peft import LoraConfig
