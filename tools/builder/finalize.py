@@ -1,4 +1,4 @@
-"""The last steps of a build: number and move shards, write index, ledger and reader files, and finally build.json.
+"""The last steps of a build: number and move shards, write index, ledger, reader files and card, then build.json.
 
 Everything here is derived from the plan, the results of its tasks and, for an addition, the previous tables of the
 root. So it can be repeated from the start after a kill, and gives the same bytes.
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from framestream.pipeline.shards.dataset_card import write_dataset_card
 from framestream.pipeline.shards.index import SHARD_SCHEMA, build_table, index_digests, write_index
 from framestream.pipeline.shards.ledger import LEDGER_FILE, write_ledger
 from framestream.pipeline.shards.sidecars import read_sidecars, scan_shard, write_sidecars
@@ -97,7 +98,8 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
             write_sidecars(root / folder, infos)
     media, dialogues, new_ledger = (pa.concat_tables(tables) for tables in (media_tables, dialogue_tables, ledgers))
     ledger = pa.concat_tables([_previous_ledger_rows(previous, job, new_ledger), new_ledger])
-    fingerprint = write_index(root, media, dialogues, build_table(SHARD_SCHEMA, shards))
+    shard_table = build_table(SHARD_SCHEMA, shards)
+    fingerprint = write_index(root, media, dialogues, shard_table)
     write_ledger(root / LEDGER_FILE, ledger)
     record = {
         "index_fingerprint": fingerprint,
@@ -106,6 +108,7 @@ def finish(root: Path, job: BuildJob, wanted: Mapping[str, Any]) -> dict[str, An
         "entries": _count_entries(job, previous, media, dialogues, ledger),
         "shards": dict(Counter(shard["folder"] for shard in shards)),
     }
+    write_dataset_card(root, record, shard_table, media)
     write_record(root / "build.json", record)
     return record
 
