@@ -1,0 +1,164 @@
+"""Find the login of a cloud in the environment: keys, profiles, service accounts, or none for public buckets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+S3_HINT = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (pip install -e '.[s3]'), "
+    "and AWS_REGION to that of the bucket"
+)
+GS_HINT = "set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+AZ_HINT = "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+
+S3_ANY_REGION = "https://{bucket}.s3.amazonaws.com"  #: the name of the host leads to the region of the bucket
+AZ_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY")
+AZ_SAS = ("AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY")
+AZ_TOKENS = (
+    "AZURE_STORAGE_TOKEN",
+    "AZURE_STORAGE_CLIENT_ID",
+    "AZURE_CLIENT_ID",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_USE_AZURE_CLI",
+    "AZURE_IDENTITY_ENDPOINT",
+    "AZURE_MSI_ENDPOINT",
+)
+AWS_ROLES = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+GS_KEYS = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_SERVICE_ACCOUNT_KEY")
+
+
+@dataclass(frozen=True, slots=True)
+class BucketLogin:
+    """How a cloud is asked.
+
+    ``signs``: addresses are signed. ``anonymous``: they are not. ``token``: they are not, but have ``query``.
+    ``unknown``: the machine may have a login of its own, which obstore asks for.
+    """
+
+    kind: Literal["signs", "anonymous", "token", "unknown"]
+    base: str  #: address of a bucket where it is not signed, with {bucket}
+    query: str = ""  #: what addresses end with
+    #: of obstore, beside what it reads from the environment; texts may have {bucket}
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provider: Callable[[], Any] | None = None  #: of credentials, see obstore
+
+    def anonymous(self) -> BucketLogin:
+        return replace(self, kind="anonymous")
+
+    def signing(self) -> BucketLogin:
+        return replace(self, kind="signs")
+
+
+def s3_login() -> BucketLogin:
+    """Return the login of Amazon S3 or a compatible service.
+
+    Keys of the environment come first, then what boto3 finds, if it is installed, then the role of the machine.
+
+    Raises:
+        PermissionError: half of a login is set, or a profile that cannot be read.
+    """
+    keys = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if os.environ.get(name)]
+    if len(keys) == 1:
+        raise PermissionError(f"{keys[0]} is set without its other half; {S3_HINT}")
+    region = _first(("AWS_REGION", "AWS_DEFAULT_REGION"))
+    endpoint = _first(("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    config: dict[str, Any] = {}
+    provider = None
+    if not keys or not region:
+        found = _boto3_settings()
+        endpoint, region = endpoint or found.endpoint, region or found.region
+        provider = None if keys else found.provider
+    if region:
+        config["region"] = region
+    if endpoint:
+        config["endpoint"] = endpoint
+    elif not region and not keys:
+        config |= {"endpoint": S3_ANY_REGION, "virtual_hosted_style_request": True}
+    base = _s3_base(endpoint, region)
+    if _is_set("AWS_SKIP_SIGNATURE"):
+        return BucketLogin("anonymous", base, config=config)
+    if keys or provider or _first(AWS_ROLES):
+        return BucketLogin("signs", base, config=config, provider=provider)
+    alone = _is_set("AWS_EC2_METADATA_DISABLED")
+    return BucketLogin("anonymous" if alone else "unknown", base, config=config)
+
+
+def gs_login() -> BucketLogin:
+    """Return the login of Google Cloud Storage: a service account, the application default, or that of the machine."""
+    base = f"{_first(('GOOGLE_BASE_URL',)) or 'https://storage.googleapis.com'}/{{bucket}}"
+    if _is_set("GOOGLE_SKIP_SIGNATURE"):
+        return BucketLogin("anonymous", base)
+    default = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
+    if _first((*GS_KEYS, "GOOGLE_APPLICATION_CREDENTIALS")) or default.exists():
+        return BucketLogin("signs", base)
+    return BucketLogin("unknown", base)
+
+
+def az_login() -> BucketLogin:
+    """Return the login of Azure Blob Storage: the key of the account, a SAS token, or an identity.
+
+    Raises:
+        PermissionError: the account is not named.
+    """
+    account = _first(("AZURE_STORAGE_ACCOUNT_NAME",))
+    endpoint = _first(("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"))
+    if not account and not _is_set("AZURE_STORAGE_USE_EMULATOR"):
+        raise PermissionError(f"the storage account is not named; {AZ_HINT}")
+    base = f"{(endpoint or f'https://{account}.blob.core.windows.net').rstrip('/')}/{{bucket}}"
+    if _is_set("AZURE_SKIP_SIGNATURE"):
+        return BucketLogin("anonymous", base)
+    if _first(AZ_KEYS) or _is_set("AZURE_STORAGE_USE_EMULATOR"):
+        return BucketLogin("signs", base)
+    if token := _first(AZ_SAS):
+        return BucketLogin("token", base, f"?{token.lstrip('?')}")
+    return BucketLogin("signs" if _first(AZ_TOKENS) else "unknown", base)
+
+
+@dataclass(frozen=True, slots=True)
+class _Boto3Settings:
+    """What boto3 finds in profiles and in the machine."""
+
+    provider: Callable[[], Any] | None = None
+    region: str = ""
+    endpoint: str = ""
+
+
+def _boto3_settings() -> _Boto3Settings:
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        if profile := os.environ.get("AWS_PROFILE"):
+            raise PermissionError(f"AWS_PROFILE is {profile}: profiles require boto3: pip install -e '.[s3]'") from None
+        return _Boto3Settings()
+    try:
+        session = boto3.Session()
+        provider = Boto3CredentialProvider(session) if session.get_credentials() else None
+        endpoint = session._session.get_scoped_config().get("endpoint_url", "")
+        return _Boto3Settings(provider, session.region_name or "", endpoint)
+    except BotoCoreError as error:
+        raise PermissionError(f"{error}; {S3_HINT}") from None
+
+
+def _s3_base(endpoint: str, region: str) -> str:
+    if not endpoint:
+        return f"https://s3.{region}.amazonaws.com/{{bucket}}" if region else S3_ANY_REGION
+    return endpoint.rstrip("/") + ("" if _is_set("AWS_VIRTUAL_HOSTED_STYLE_REQUEST") else "/{bucket}")
+
+
+def _first(names: tuple[str, ...]) -> str:
+    """Return the first of these variables that is set."""
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "t", "y")
