@@ -101,9 +101,15 @@ peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/integration/trainer/test_lmms_plugin.py \
 	  tests/integration/test_benchmarks.py tests/docs/test_reuse.py tests/docs/test_project.py
 
-# the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with
+# the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with; torchcodec
+# looks for FFmpeg's libraries by their plain names, which PyAV's wheel has under others
+peers bench: export LD_LIBRARY_PATH := $(CURDIR)/.venv-peers/ffmpeg
 bench: .venv-peers/ready
-	.venv-peers/bin/python $(pip) $(peers) --no-deps mosaicml-streaming
+	.venv-peers/bin/python $(pip) $(peers) --no-deps mosaicml-streaming torchcodec
+	@mkdir -p .venv-peers/ffmpeg
+	@ln -sf $(CURDIR)/.venv-peers/lib/python3*/site-packages/av.libs/* .venv-peers/ffmpeg
+	@cd .venv-peers/ffmpeg && for name in lib{av,sw}*-*.so.*; do \
+	  ln -sf $$name $$(sed -E 's/-[0-9a-f]+(\.so\.[0-9]+).*/\1/' <<< $$name); done
 	.venv-peers/bin/python -m benchmarks.loading.loader
 
 lint: .venv/ready

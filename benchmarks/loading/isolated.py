@@ -17,7 +17,7 @@ from benchmarks.loading.readers import Reader, by_offset, peer, peer_module, pix
 
 OURS = "framestream"
 SECONDS = 1.0  #: minimum time that a reader is timed for over a slow line
-THREADS = 16  #: concurrent requests of this project over a slow line
+THREADS = 16  #: media that are read at once over a slow line, by readers that open single media
 
 
 def bytes_read(name: str, media: BenchmarkMedia, count: int) -> int:
@@ -28,11 +28,11 @@ def bytes_read(name: str, media: BenchmarkMedia, count: int) -> int:
     return _run_isolated(_cold, name, media, count)
 
 
-def media_rate(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
+def media_rate(name: str, media: BenchmarkMedia, count: int, address: str) -> tuple[float, int]:
     """Return media a second with ``count`` frames each, over complete passes of at least ``SECONDS`` together.
 
     Each pass opens the data set again with empty caches, which is not timed. The first pass, which loads libraries and
-    opens connections, is not timed either.
+    opens connections, is not timed either. The second value is the media that were read in all passes.
     """
     return _run_isolated(_remote, name, media, count, address)
 
@@ -46,11 +46,11 @@ def _cold(name: str, media: BenchmarkMedia, count: int) -> int:
     return _disk_bytes() - before
 
 
-def _remote(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
+def _remote(name: str, media: BenchmarkMedia, count: int, address: str) -> tuple[float, int]:
     passes = [_timed_pass(name, media, count, address)]
     while sum(passes[1:]) < SECONDS:
         passes.append(_timed_pass(name, media, count, address))
-    return media.count * len(passes[1:]) / sum(passes[1:])
+    return media.count * len(passes[1:]) / sum(passes[1:]), media.count * len(passes)
 
 
 def _timed_pass(name: str, media: BenchmarkMedia, count: int, address: str) -> float:
@@ -63,7 +63,7 @@ def _timed_pass(name: str, media: BenchmarkMedia, count: int, address: str) -> f
 
 def _open(name: str, media: BenchmarkMedia, address: str | None = None) -> Reader:
     if name != OURS:
-        return peer(name, media, by_offset, address)
+        return peer(name, media, by_offset, address, 0 if address is None else THREADS)
     return pixels(media) if address is None else pixels(media, THREADS, address)
 
 

@@ -2,8 +2,8 @@
 
     make bench
 
-That target runs ``python -m benchmarks.loading.loader [--rounds 5] [--folder FOLDER]`` in an environment with the
-extras peers and mosaic.
+That target runs ``python -m benchmarks.loading.loader [--rounds 3] [--folder FOLDER]`` in an environment with the
+extras peers, mosaic and torchcodec.
 
 The media are 24 loops of real footage, 512 frames of 224 pixels each (18.8 kB a frame, 231 MB). From each, 4, 8, 64
 and 512 frames are sampled evenly. All readers return the same frames of the same media:
@@ -11,7 +11,7 @@ and 512 frames are sampled evenly. All readers return the same frames of the sam
     libjpeg-turbo       JPEGs in memory decoded into one reused array: the upper limit
     frames alone        this project by byte offset, into reused arrays
     rows                this project's loader: tokens, labels and packed rows of 32,768 tokens, one decoding thread
-    PEER                another loader with its own decoder; decord where it has none
+    PEER                another loader with its own decoder; PyAV for Lance, and decord for others that have none
     PEER, lent          the same with the offsets from the MP4's own table, libjpeg-turbo, and reused arrays
     reference           the published method: decord on the 720p source, then its processor; one video, one round
 
@@ -19,10 +19,12 @@ The first table is for 4 frames of every medium from a cold disk, each reader in
 pages that a process has mapped stay in memory.
 
 The second table is for a warm page cache on one core. Readers take turns, and a share is relative to the limit of the
-same round. The first round is not counted.
+same round. A round before them, which is not counted, opens every reader: this project's at every number of frames,
+peers at the smallest.
 
-The last table is for 4 frames over a slow line with 20 ms latency and 1 Gbit/s. webdataset reads it by curl, the other
-peers as S3.
+The last table is for 4 frames over a slow line with 20 ms latency and 1 Gbit/s, with the offsets and libjpeg-turbo lent
+to peers. webdataset and datasets read it by HTTP, the other peers as S3. This project, Lance and datasets, which open
+single media, read 16 of them at once. The bytes of a medium are counted by the server, for the same passes.
 """
 
 from __future__ import annotations
@@ -51,10 +53,15 @@ DELAY, RATE = 0.020, 125e6  #: seconds, bytes a second
 Rates = dict[str, dict[int, list[float]]]  #: reader -> number of frames -> frames a second of each round
 
 
-def speeds(readers: dict[str, Reader], counts: Sequence[int], rounds: int) -> Rates:
-    """Return frames a second of readers that take turns; the first of ``rounds + 1`` rounds is not counted."""
+def speeds(readers: dict[str, Reader], counts: Sequence[int], rounds: int, opened: Sequence[str] = ()) -> Rates:
+    """Return frames a second of readers that take turns.
+
+    The first of ``rounds + 1`` rounds is not counted. Readers in ``opened`` prepare nothing for a count, so they have
+    only the smallest one there.
+    """
     found: Rates = {name: {count: [] for count in counts} for name in readers}
     turns = [(number, count, name) for number in range(rounds + 1) for count in counts for name in readers]
+    turns = [turn for turn in turns if turn[0] or turn[1] == min(counts) or turn[2] not in opened]
     for number, count, name in tqdm(turns, desc="readers", leave=False, disable=None):
         rate = frame_rate(readers[name], count)
         if number:
@@ -96,10 +103,9 @@ def warm(media: BenchmarkMedia, source: Path, rounds: int) -> None:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     readers = {"libjpeg-turbo": limit(media), "frames alone": pixels(media), "rows": rows(media)}
-    for name in PEERS:
-        readers[name] = peer(name, media)
-        readers[f"{name}, lent"] = peer(name, media, by_offset)
-    rates = speeds(readers, COUNTS, rounds)
+    peers = {f"{name}{lent}": peer(name, media, decoder) for name in PEERS
+             for lent, decoder in (("", None), (", lent", by_offset))}  # fmt: skip
+    rates = speeds(readers | peers, COUNTS, rounds, opened=list(peers))
     published = reference(source, media.size)
     rates["reference"] = {count: [frame_rate(published, count, 0.01)] for count in COUNTS}
     print("\n".join(shares(rates, "libjpeg-turbo")), end="\n\n")
@@ -137,19 +143,23 @@ def cold(media: BenchmarkMedia) -> None:
 
 
 def slow(media: BenchmarkMedia, rounds: int) -> None:
-    """Print the table of media a second over a slow line."""
-    print("| 20 ms, 1 Gbit/s, 4 of 512 frames | media/s |\n| --- | --- |")
+    """Print the table of media a second over a slow line, with the first passes, which are not timed, in the bytes."""
+    print("| 20 ms, 1 Gbit/s, 4 of 512 frames | media/s | kB a medium | requests a medium |\n| --- | --- | --- | --- |")
     with SlowServer(media.folder, DELAY, RATE) as server:
         for name in (OURS, *PEERS):
-            rates = [media_rate(name, media, 4, server.address) for _ in range(rounds)]
-            print(f"| {name} | {statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f}) |")
+            server.sent()
+            found = [media_rate(name, media, 4, server.address) for _ in range(rounds)]
+            requests, sent = server.sent()
+            read, rates = sum(count for _, count in found), [rate for rate, _ in found]
+            speed = f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
+            print(f"| {name} | {speed} | {sent / read / 1e3:,.0f} | {requests / read:.1f} |", flush=True)
 
 
 def main() -> None:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="for the media, 1.5 GB on a disk; a temporary one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for the media, 2 GB on a disk; a temporary one")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)

@@ -29,8 +29,8 @@ from framestream.pipeline.storage import ReadOptions
 from tests.helpers.model.torchvision_import import import_torchvision
 
 Reader = Callable[[int], Iterator[np.ndarray]]
-Decoder = Callable[[bytes, list[int], np.ndarray], np.ndarray]  #: called with an MP4, frame numbers and an output array
-PEERS = ("webdataset", "energon", "mosaic", "litdata")
+Decoder = Callable[[Any, list[int], np.ndarray], np.ndarray]  #: called with an MP4, frame numbers and an output array
+PEERS = ("webdataset", "energon", "mosaic", "litdata", "lance", "datasets")
 
 
 class _Arrays:
@@ -135,15 +135,33 @@ def reference(source: Path, size: int) -> Reader:
     return frames
 
 
-def by_offset(mp4: bytes, numbers: list[int], out: np.ndarray) -> np.ndarray:
-    """Decode with libjpeg-turbo at the offsets of the MP4's own table; a faster decoder for peers."""
-    view = memoryview(mp4)
-    with av.open(io.BytesIO(mp4)) as container:
+def by_offset(mp4: Any, numbers: list[int], out: np.ndarray) -> np.ndarray:
+    """Decode with libjpeg-turbo at the offsets of the MP4's own table; a faster decoder for peers.
+
+    Args:
+        mp4: bytes, or an open file of which only the table and the frames are read. Ranges are read together where the
+            file can do that (``read_ranges``).
+        numbers: T frame numbers.
+        out: uint8 (T, H, W, 3).
+    """
+    with av.open(io.BytesIO(mp4) if isinstance(mp4, bytes) else mp4) as container:
         entries = container.streams.video[0].index_entries
-        for number, frame in zip(numbers, out, strict=True):
-            entry = entries[number]
-            simplejpeg.decode_jpeg(view[entry.pos : entry.pos + entry.size], "RGB", buffer=frame)
+        ranges = [(entries[number].pos, entries[number].size) for number in numbers]
+    for jpeg, frame in zip(_read_ranges(mp4, ranges), out, strict=True):
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=frame)
     return out
+
+
+def _read_ranges(mp4: Any, ranges: list[tuple[int, int]]) -> Iterator[bytes | memoryview]:
+    if isinstance(mp4, bytes):
+        view = memoryview(mp4)
+        yield from (view[start : start + size] for start, size in ranges)
+    elif hasattr(mp4, "read_ranges"):
+        yield from mp4.read_ranges(ranges)
+    else:
+        for start, size in ranges:
+            mp4.seek(start)
+            yield mp4.read(size)
 
 
 def by_decord(mp4: bytes, numbers: list[int], out: np.ndarray) -> np.ndarray:
@@ -151,23 +169,49 @@ def by_decord(mp4: bytes, numbers: list[int], out: np.ndarray) -> np.ndarray:
     return decord.VideoReader(io.BytesIO(mp4), num_threads=1).get_batch(numbers).asnumpy()
 
 
-def peer(name: str, media: BenchmarkMedia, decoder: Decoder | None = None, address: str | None = None) -> Reader:
-    """Return a peer's reader of local files or of those at ``address``; ``decoder`` None is the peer's own decoder."""
+def peer(
+    name: str, media: BenchmarkMedia, decoder: Decoder | None = None, address: str | None = None, threads: int = 0
+) -> Reader:
+    """Return a peer's reader of local files or of those at ``address``.
+
+    Args:
+        name: of a module in ``benchmarks/peers``.
+        media: media to read.
+        decoder: None is the peer's own decoder.
+        address: of the media's folder on a server.
+        threads: threads that read media in parallel, for peers that open single media (``RANDOM_ACCESS``).
+    """
     module = peer_module(name)
     folder = media.folder / name
     if not folder.exists():
         folder.mkdir()
         if hasattr(module, "write_samples"):
             module.write_samples(media, folder)
-    samples, arrays = module.open_samples(media, folder, address), _Arrays(media.size)
-    decode = decoder or getattr(module, "decode_frames", by_decord)
+    # such peers hand out open files to `by_offset`, and to their own decoder what they decode
+    settings = {"lazily": decoder is not None} if hasattr(module, "RANDOM_ACCESS") else {}
+    samples, decode = module.open_samples(media, folder, address, **settings), decoder or _own_decoder(module)
+    ahead = 2 * threads if settings else 0
+    arrays = [_Arrays(media.size) for _ in range(ahead + 1)]
 
     def frames(count: int) -> Iterator[np.ndarray]:
         numbers = media.frame_numbers(count)
-        for mp4 in samples():
-            yield decode(mp4, numbers, arrays.get(count))
+        if not ahead:
+            yield from (decode(mp4, numbers, arrays[0].get(count)) for mp4 in samples())
+            return
+        tasks: deque[Any] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for turn, mp4 in enumerate(samples()):
+                if len(tasks) == ahead:
+                    yield tasks.popleft().result()
+                tasks.append(pool.submit(decode, mp4, numbers, arrays[turn % len(arrays)].get(count)))
+            while tasks:
+                yield tasks.popleft().result()
 
     return frames
+
+
+def _own_decoder(module: Any) -> Decoder:
+    return getattr(module, "decode_frames", by_decord)
 
 
 def peer_module(name: str) -> Any:

@@ -1,7 +1,7 @@
 """An HTTP server of a folder behind a slow line: every response is delayed, and all share one bandwidth.
 
 ``with SlowServer(folder, delay, rate) as server`` runs it in its own process at ``server.address``. It answers GET and
-HEAD with complete files or ranges. S3 clients see a bucket of public objects with the folder's name.
+HEAD with complete files or ranges. S3 clients see a bucket of public objects with the folder's name, and list it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from email.utils import formatdate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from xml.sax.saxutils import escape
 
 CHUNK = 1 << 16  #: bytes that a connection sends before others can send
 AHEAD = 0.001  #: seconds by which sent data may exceed the bandwidth
@@ -77,7 +78,13 @@ class _Line:
 
     async def _file(self, method: str, target: str, head: str, writer: asyncio.StreamWriter, now) -> None:
         self.requests += 1
-        name = urllib.parse.unquote(urllib.parse.urlsplit(target).path).removeprefix(f"/{self.folder.name}/")
+        parts = urllib.parse.urlsplit(target)
+        if "list-type=2" in parts.query:
+            prefix = urllib.parse.parse_qs(parts.query).get("prefix", [""])[0]
+            text = listing(self.folder, prefix).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
+            return
+        name = urllib.parse.unquote(parts.path).removeprefix(f"/{self.folder.name}/")
         path = self.folder / name
         if ".." in path.parts or not path.is_file():
             writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
@@ -110,6 +117,19 @@ class _Line:
                 writer.write(data)
                 self.bytes += len(data)
                 await writer.drain()
+
+
+def listing(folder: Path, prefix: str) -> str:
+    """Return the files of ``folder`` whose names begin with ``prefix``, as S3 lists objects (version 2, one page)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    objects = [
+        f"<Contents><Key>{escape(name)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f'<ETag>"{path.stat().st_mtime_ns:x}"</ETag><Size>{path.stat().st_size}</Size></Contents>'
+        for path in files
+        if (name := path.relative_to(folder).as_posix()).startswith(prefix)
+    ]
+    head = f"<Name>{escape(folder.name)}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(objects)}</KeyCount>"
+    return f"<ListBucketResult>{head}<IsTruncated>false</IsTruncated>{''.join(objects)}</ListBucketResult>"
 
 
 def _serve(folder: Path, delay: float, rate: float, pipe: Connection) -> None:

@@ -35,7 +35,7 @@ LARGEST_ROOM = 16  #: modules
 LONGEST_MODULE = 400  #: lines
 LONGEST_TEST_NAME = 60  #: characters, without ``test_``
 #: public names that several modules define with one meaning: entry points of commands, and of peers in benchmarks
-SHARED_NAMES = {"main", "open_samples", "write_samples"}
+SHARED_NAMES = {"decode_frames", "main", "open_samples", "write_samples"}
 
 
 def sources(package: str) -> list[Path]:
