@@ -34,6 +34,8 @@ EXAMPLES = [
     ),
     ("The Trainer of transformers", "torchvision", [r"\{'train_runtime': .*"]),
     ("TRL", "trl", [r"\{'train_runtime': .*"]),
+    ("Lightning", "lightning", ["3"]),
+    ("accelerate", "accelerate", [r"5\.[4-8]\d\d"] * 3),
     ("webdataset", "webdataset", [r"[012] .*"] * 8 + [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
     ("wids", "wids", ["3 " + SHOWN]),
     ("datasets", "datasets", ["3 " + SHOWN]),
@@ -46,7 +48,13 @@ from tests.helpers.model.torchvision_import import import_torchvision
 import_torchvision()
 runpy.run_path("example.py", run_name="__main__")
 """
-PEERS = ("torchvision", "datasets", "megatron", "trl")
+#: modules of the extra ``peers``, and the packages that they are in
+PEERS = {
+    **{name: name for name in ("torchvision", "datasets", "trl", "lightning", "accelerate")},
+    "megatron": "megatron-energon",
+}
+SHELL = ["Megatron-Energon"]  #: headings whose shell block is run
+MOST_LINES = 8  #: of an example for a trainer that takes what this package gives
 
 
 def example(heading: str, language: str = "python") -> str:
@@ -66,9 +74,28 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_example_is_run():
-    assert re.findall(r"^## (.*)\n(?:(?!^## ).*\n)*?```python", PAGE, re.M) == [heading for heading, *_ in EXAMPLES]
-    assert all(ast.parse(example(heading)) for heading, *_ in EXAMPLES)
+def test_every_block_is_run():
+    """A block of any kind, wherever it stands on the page, is one of those that the other tests run."""
+    fences = re.findall(r"^[ >]*(`{3,}|~{3,})[ {.]*([\w+-]*).*\n((?:.*\n)*?)[ >]*\1 *$", PAGE, re.M)
+    run = [("python", example(heading)) for heading, *_ in EXAMPLES]
+    run += [("sh", example(heading, "sh")) for heading in SHELL]
+    assert sorted((language, code) for _, language, code in fences) == sorted(run)
+    assert len(re.findall("```|~~~", PAGE)) == 2 * len(run)
+    assert all(ast.parse(code) for language, code in run if language == "python")
+
+
+def test_the_peers_of_the_examples_are_installed_and_run():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extra = re.search(r"^peers = \[\n(.*?)^\]", pyproject, re.S | re.M)[1]
+    assert set(PEERS.values()) <= set(re.findall(r'"([\w-]+)>=', extra))
+    target = re.search(r"^peers:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
+    assert "tests/docs/test_reuse.py" in target
+
+
+@pytest.mark.parametrize("heading", ["The Trainer of transformers", "TRL"])
+def test_trainers_take_few_lines(heading):
+    lines = [line for line in example(heading).splitlines() if line.strip()]
+    assert len(lines) <= MOST_LINES and not any(";" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +120,8 @@ def test_example(place, heading, needs, printed):
     run = subprocess.run(command, cwd=place, env={**os.environ, **cache}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
+    if needs == "lightning":
+        del lines[: -len(printed)]  # its table of layers, and its progress
     wanted = [line.replace(SHOWN, re.escape(SHOWN)) for line in printed]
     assert len(lines) == len(wanted)
     for line, pattern in zip(lines, wanted, strict=True):
