@@ -19,6 +19,7 @@ COMMANDS = {
     "build": ("framestream.tools.build_shards", "build the shards of a stage"),
     "verify": ("framestream.tools.verify_shards", "check a shard root against the format"),
     "inspect": ("framestream.tools.inspect_shards", "write an HTML page about a shard root"),
+    "export-dataset": ("framestream.tools.export_dataset", "write shards as files for other trainers"),
     "demo-data": ("framestream.tools.demo_data", "generate the videos and questions of the demo"),
     "train": ("framestream.trainer.__main__", "train one stage"),
     "chat": ("framestream.trainer.chat", "ask a trained model about videos and images"),

@@ -1,0 +1,1 @@
+"""Write a shard root as media files and annotations for trainers that read files."""
