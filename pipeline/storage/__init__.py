@@ -21,12 +21,13 @@ __all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
 def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = None) -> Storage:
     """Open the storage of ``root``.
 
-    The root is a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH`` or
-    ``hf://datasets/OWNER/NAME[@REVISION]/PATH``. ``~`` and variables in the path of a folder are expanded.
+    The root is a folder, ``https://HOST/PATH``, ``http://HOST/PATH``, ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``,
+    ``az://CONTAINER/PATH``, ``hf://datasets/OWNER/NAME[@REVISION]/PATH`` or ``hf://buckets/OWNER/NAME/PATH``. ``~`` and
+    variables in the path of a folder are expanded.
 
     Raises:
-        ValueError: the address has another form, or the extra that reads it is not installed.
-        OSError: the hub does not have the repository, or cannot be reached.
+        ValueError: the address has another form.
+        OSError: the hub does not have the repository, or cannot be reached, or the login of a bucket is incomplete.
     """
     options = options or ReadOptions()
     if is_remote(root):

@@ -10,7 +10,10 @@ from framestream.pipeline.storage.base import ReadOptions
 from framestream.pipeline.storage.connections import basic_login
 from framestream.pipeline.storage.http import Address
 
-FORMS = "https://HOST/PATH, http://HOST/PATH, s3://BUCKET/PATH or hf://datasets/OWNER/NAME[@REVISION]/PATH"
+FORMS = (
+    "https://HOST/PATH, http://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH, "
+    "hf://datasets/OWNER/NAME[@REVISION]/PATH or hf://buckets/OWNER/NAME/PATH"
+)
 
 
 class AddressResolver(Protocol):
@@ -37,20 +40,20 @@ def open_resolver(root: str, options: ReadOptions) -> AddressResolver:
     """Open the remote root at an address of one of the :data:`FORMS`.
 
     Raises:
-        ValueError: the address has another form, or the extra that reads it is not installed.
-        OSError: the hub does not have the repository, or cannot be reached.
+        ValueError: the address has another form.
+        OSError: the hub does not have the repository, or cannot be reached, or the login of a bucket is incomplete.
     """
     scheme = root.partition("://")[0]
     if scheme in ("http", "https"):
         return WebAddresses(root)
-    if scheme == "s3":
-        from framestream.pipeline.storage.s3 import S3Addresses
+    if scheme in ("s3", "gs", "az"):
+        from framestream.pipeline.storage.bucket_addresses import BucketAddresses
 
-        return S3Addresses(root)
-    if scheme == "hf":
-        from framestream.pipeline.storage.hub import HubAddresses  # huggingface_hub takes a while to import
+        return BucketAddresses(root)
+    if scheme == "hf":  # huggingface_hub takes a while to import
+        from framestream.pipeline.storage.hub import HubAddresses, HubBucketAddresses
 
-        return HubAddresses(root, options)
+        return HubBucketAddresses(root) if root.startswith("hf://buckets/") else HubAddresses(root, options)
     raise ValueError(f"{root}: not {FORMS}")
 
 

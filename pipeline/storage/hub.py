@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: ``hf://datasets/OWNER/NAME[@REVISION]/PATH``.
+"""The Hugging Face hub: ``hf://datasets/OWNER/NAME[@REVISION]/PATH`` and ``hf://buckets/OWNER/NAME/PATH``.
 
 huggingface_hub provides the addresses, the login (HF_TOKEN or a saved one) and HF_ENDPOINT. Files are read by ranged
 requests.
@@ -7,9 +7,9 @@ requests.
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
@@ -17,6 +17,7 @@ from framestream.pipeline.storage.base import ReadOptions
 from framestream.pipeline.storage.http import Address
 
 LOGIN = "accept the dataset's terms on the hub and set HF_TOKEN"
+BUCKET_LOGIN = "check the name of the bucket, and set HF_TOKEN if it is private"
 
 
 class HubAddresses:
@@ -56,3 +57,19 @@ class HubAddresses:
         if commit is None:
             raise ConnectionError(f"{self.display_url}: the hub does not state the commit of revision {revision}")
         return commit
+
+
+class HubBucketAddresses:
+    """``hf://buckets/OWNER/NAME/PATH``. A bucket has no revisions: the files are those of the moment."""
+
+    def __init__(self, root: str) -> None:
+        found = re.fullmatch(r"hf://buckets/([\w.-]+/[\w.-]+)(?:/(.*?))?/*", root, re.ASCII)
+        if not found:
+            raise ValueError(f"{root}: not hf://buckets/OWNER/NAME/PATH")
+        self.display_url, self._bucket, self._folder = root.rstrip("/"), found[1], found[2] or ""
+        self._headers = build_hf_headers(library_name="framestream")
+
+    def address(self, name: str) -> Address:
+        path = f"{self._folder}/{name}".lstrip("/")
+        url = f"{constants.ENDPOINT}/buckets/{self._bucket}/resolve/{quote(path, safe='')}"
+        return Address(url, f"{self.display_url}/{name}", self._headers, BUCKET_LOGIN)

@@ -26,6 +26,7 @@ LAYERS = (
     ("pipeline/tokenization",),
     ("pipeline/shards",),
     ("pipeline/annotations", "pipeline/html", "pipeline/media", "pipeline/storage"),
+    ("pipeline/storage/buckets",),
     ("pipeline/config",),
     ("pipeline/utils",),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
 from huggingface_hub import constants
 
@@ -39,6 +41,25 @@ def test_batches_are_those_of_the_folder(hub, root, tmp_path, revision):
     assert batches(remote) == batches(manifest(root))
     resolved = [headers for path, headers in hub.asked if "/resolve/" in path]
     assert resolved and all(headers["authorization"] == "Bearer hf_secret" for headers in resolved)
+
+
+def test_a_bucket_of_the_hub(hub, root, tmp_path):
+    """Its files are behind redirects, and the token goes to the hub only."""
+    for path in (root / "stage2").rglob("*"):
+        if path.is_file():
+            name = f"of me/{path.relative_to(root).as_posix()}"
+            hub.routes[f"/cdn/{quote(name)}"] = lambda request, path=path: request.serve(path.read_bytes())
+            hub.routes[f"/buckets/me/store/resolve/{quote(name, safe='')}"] = lambda request, name=name: request.answer(
+                302, Location=f"{hub.url.replace('127.0.0.1', 'localhost')}/cdn/{quote(name)}"
+            )
+    remote = manifest(root, shards="hf://buckets/me/store/of me", loader__cache=str(tmp_path / "cache"))
+    assert batches(remote) == batches(manifest(root))
+    asked = [("authorization" in headers, path.startswith("/buckets/")) for path, headers in hub.asked]
+    assert {(True, True), (False, False)} == set(asked)
+    with pytest.raises(ShardsError, match="^hf://buckets/me/none/build.json: .*404 Not Found"):
+        Index.open("hf://buckets/me/none", ReadOptions(cache=str(tmp_path / "cache")))
+    with pytest.raises(ShardsError, match="hf://buckets/me: not hf://buckets/OWNER/NAME/PATH"):
+        Index.open("hf://buckets/me", ReadOptions(cache=str(tmp_path / "cache")))
 
 
 @pytest.mark.parametrize(

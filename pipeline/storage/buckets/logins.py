@@ -14,6 +14,7 @@ S3_HINT = (
 )
 GS_HINT = "set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
 AZ_HINT = "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+LOGIN_HINTS = {"s3": S3_HINT, "gs": GS_HINT, "az": AZ_HINT}
 
 S3_ANY_REGION = "https://{bucket}.s3.amazonaws.com"  #: the name of the host leads to the region of the bucket
 AZ_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY")
@@ -122,6 +123,11 @@ def az_login() -> BucketLogin:
     return BucketLogin("signs" if _first(AZ_TOKENS) else "unknown", base)
 
 
+def az_account_key() -> tuple[str, str]:
+    """Return the name of the account, and its key or nothing."""
+    return _first(("AZURE_STORAGE_ACCOUNT_NAME",)), _first(AZ_KEYS)
+
+
 @dataclass(frozen=True, slots=True)
 class _Boto3Settings:
     """What boto3 finds in profiles and in the machine."""
@@ -153,6 +159,9 @@ def _s3_base(endpoint: str, region: str) -> str:
     if not endpoint:
         return f"https://s3.{region}.amazonaws.com/{{bucket}}" if region else S3_ANY_REGION
     return endpoint.rstrip("/") + ("" if _is_set("AWS_VIRTUAL_HOSTED_STYLE_REQUEST") else "/{bucket}")
+
+
+LOGINS: dict[str, Callable[[], BucketLogin]] = {"s3": s3_login, "gs": gs_login, "az": az_login}
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from framestream.pipeline.storage.buckets import BucketCalls, open_bucket_store
+from framestream.pipeline.storage.buckets.stores import BucketCalls, open_bucket_store
 
 PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 

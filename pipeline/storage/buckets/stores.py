@@ -1,24 +1,29 @@
-"""Buckets of Amazon S3, Google Cloud Storage and Azure: credentials, signed addresses and listings by obstore.
+"""Sign addresses of objects, and list them.
 
-Objects themselves are read from the addresses by ``framestream.pipeline.storage.http``. Addresses of S3-compatible
-services are ``s3://BUCKET/PATH`` with ``AWS_ENDPOINT_URL``.
+Objects themselves are read from the addresses by ``framestream.pipeline.storage.http``. ``AWS_ENDPOINT_URL`` names a
+service that is compatible with S3.
+
+A process forked after obstore was used lacks its threads, and would wait for ever: see
+:mod:`framestream.pipeline.storage.buckets.processes`.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
+import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import obstore
 import obstore.store
 from obstore.exceptions import BaseError
 
-from framestream.pipeline.storage import bucket_logins
-from framestream.pipeline.storage.bucket_logins import BucketLogin
+from framestream.pipeline.storage.buckets.logins import LOGIN_HINTS, LOGINS, BucketLogin, az_account_key
 
 BUCKET_URL = re.compile(r"(s3|gs|az)://([A-Za-z0-9$][A-Za-z0-9._-]*)(?:/(.*?))?/*", re.DOTALL)
 BUCKET_FORMS = "s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH"
@@ -27,16 +32,6 @@ CONNECT_TIMEOUT = timedelta(seconds=10)
 REQUEST_TIMEOUT = timedelta(seconds=120)  #: of one request, such as a page of a listing or a part of an upload
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 LOGIN_TIMEOUT = timedelta(seconds=2)  #: in which a machine of the cloud has answered who it is, if it is one
-LOGINS: dict[str, Callable[[], BucketLogin]] = {
-    "s3": bucket_logins.s3_login,
-    "gs": bucket_logins.gs_login,
-    "az": bucket_logins.az_login,
-}
-LOGIN_HINTS = {
-    "s3": bucket_logins.S3_HINT,
-    "gs": bucket_logins.GS_HINT,
-    "az": bucket_logins.AZ_HINT,
-}
 
 
 def open_bucket_store(url: str) -> Any:
@@ -59,7 +54,7 @@ def split_bucket_url(url: str) -> tuple[str, str, str]:
         ValueError: it is not one of the :data:`BUCKET_FORMS`.
     """
     found = BUCKET_URL.fullmatch(url)
-    if not found:
+    if not found or (found[3] and _has_odd_parts(found[3])):
         raise ValueError(f"{url}: not {BUCKET_FORMS}")
     return found[1], found[2], found[3] or ""
 
@@ -100,12 +95,15 @@ class BucketCalls:
         """
         if self._login.kind != "signs":
             return f"{self._login.base.format(bucket=self._bucket)}/{quote(key)}{self._login.query}"
-        if not key or any(part in ("", ".", "..") for part in key.split("/")):
+        if _has_odd_parts(key):
             raise ValueError(f"{self._root}/{key}: an object whose key has empty parts, . or .. is not read; rename it")
         try:
-            return obstore.sign(self._store, "GET", key, SIGNATURE_LIFETIME)
+            url = obstore.sign(self._store, "GET", key, SIGNATURE_LIFETIME)
         except BaseError as error:
             raise self._os_error(error, key, PermissionError) from None
+        if self._scheme == "az" and "%" in urlsplit(url).path:
+            return self._sign_azure_again(url, key)
+        return url
 
     def files(self, folder: str) -> list[ListedObject]:
         """Return the objects directly in a folder; ``""`` is the root. There are none if the folder is missing.
@@ -123,6 +121,21 @@ class BucketCalls:
             for item in found
             if item["path"] != folder  # an empty object that some tools make for the folder itself
         ]
+
+    def _sign_azure_again(self, url: str, key: str) -> str:
+        """Sign an address of Azure over the decoded key, as Azure does: obstore 0.12 takes the percent-encoded one."""
+        account, account_key = az_account_key()
+        if not account_key:
+            fix = "set AZURE_STORAGE_ACCOUNT_KEY, or rename the object"
+            raise ValueError(
+                f"{self._root}/{key}: a key with spaces or other such letters needs the account key; {fix}"
+            )
+        fields = dict(parse_qsl(urlsplit(url).query))
+        resource = f"/blob/{account}/{self._bucket}/{key}"
+        signed = [fields["sp"], fields["st"], fields["se"], resource, "", "", "", fields["sv"], fields["sr"], *[""] * 7]
+        digest = hmac.new(base64.b64decode(account_key), "\n".join(signed).encode(), hashlib.sha256).digest()
+        fields["sig"] = base64.b64encode(digest).decode()
+        return urlsplit(url)._replace(query=urlencode(fields)).geturl()
 
     def _ask_machine(self, login: BucketLogin) -> BucketLogin:
         """Return the login of the machine if it is one of the cloud, or else none."""
@@ -151,6 +164,11 @@ class BucketCalls:
         return otherwise(f"{name}: {line}")
 
 
+def works_in_this_process() -> bool:
+    """Return whether obstore can be used here: not in a process forked after it was used."""
+    return not _forked
+
+
 def bucket_error_line(error: Exception) -> str:
     """Return the message of an error of obstore in one line without addresses, which may hold credentials."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -166,6 +184,8 @@ def _store(
     options: dict[str, Any] | None = None,
     retries: Any = None,
 ) -> Any:
+    global _used
+    _used = True
     kinds = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore, "az": obstore.store.AzureStore}
     client: Any = {"connect_timeout": CONNECT_TIMEOUT, "timeout": REQUEST_TIMEOUT, **(options or {})}
     config: Any = {name: v.format(bucket=bucket) if isinstance(v, str) else v for name, v in login.config.items()}
@@ -184,3 +204,18 @@ def _store(
         )
     except BaseError as error:
         raise PermissionError(f"{url}: {bucket_error_line(error)}; {LOGIN_HINTS[scheme]}") from None
+
+
+def _has_odd_parts(key: str) -> bool:
+    return any(part in ("", ".", "..") for part in key.split("/"))
+
+
+_used = _forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or _used
+
+
+os.register_at_fork(after_in_child=_after_fork)
