@@ -73,8 +73,10 @@ def stream_members(
     """Return a ``webdataset.DataPipeline`` of :class:`framestream.pipeline.adapters.Sample`.
 
     Every pass over it is another epoch: each sample once, divided among the workers of a DataLoader and among ranks
-    (those of torch.distributed, or RANK and WORLD_SIZE). Ranks may get numbers of samples that differ by some, so
-    trainers that wait for each other use ``.with_epoch(samples)``, or a :class:`ShardStream`, whose ranks are equal.
+    (those of torch.distributed, or RANK and WORLD_SIZE). It has no position within an epoch, and writes nothing:
+    ``.stage(0).set_epoch(epoch)`` begins an epoch again after a kill. Ranks may get numbers of samples that differ by
+    some, so trainers that wait for each other use ``.with_epoch(samples)``, or a :class:`ShardStream`, whose ranks are
+    equal.
 
     Args:
         root: folder or address of a finished build.
@@ -85,8 +87,9 @@ def stream_members(
         shuffle_mb: megabytes of compressed samples in the shuffle buffer of each worker; 0 for samples in the order of
             the index.
         seed: of the order.
-        handler: what to do about a sample or shard that cannot be read, as webdataset's functions define it:
-            ``webdataset.warn_and_continue`` leaves it out.
+        handler: what to do about a sample, or the rest of a shard, that cannot be read. As in webdataset's own stages,
+            it raises, or returns True to go on without it, or False to end the pass after the samples that were read:
+            ``webdataset.reraise_exception``, ``warn_and_continue``, ``warn_and_stop``, ...
 
     Raises:
         ShardsError: as for :class:`framestream.pipeline.adapters.ShardDataset`.
@@ -149,7 +152,10 @@ class MemberSource:
                 left[0] = 0
                 continue
             number = int(rng.integers(len(opened)))
-            sample = next(opened[number], None)
+            try:
+                sample = next(opened[number], None)
+            except _Stopped:
+                return
             if sample is None:
                 del opened[number]
                 continue
@@ -173,7 +179,14 @@ class MemberSource:
             if row < segment.stop:
                 raise SampleError(f"{url}: ends before {plan.keys[row].as_py()}; restore the shard")
         except Exception as error:
-            self._handler(error if isinstance(error, SampleError) else SampleError(f"{url}: {_one_line(error)}"))
+            if not self._handler(
+                error if isinstance(error, SampleError) else SampleError(f"{url}: {_one_line(error)}")
+            ):
+                raise _Stopped from None
+
+
+class _Stopped(Exception):
+    """The handler of a shard that cannot be read ends the pass."""
 
 
 class _Plan:

@@ -12,7 +12,7 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from framestream.pipeline.adapters import SampleError, ShardDataset, read_members, stream_members
-from tests.helpers.servers.web_server import Server
+from tests.helpers.servers.remote_roots import KINDS, served_root
 
 pytestmark = pytest.mark.slow
 
@@ -66,17 +66,15 @@ def test_a_seed_gives_one_order_for_each_epoch(footage_root):
     assert len({tuple(order(*which)) for which in ((0, 0), (0, 1), (1, 0))}) == 3
 
 
-def test_a_remote_shard_costs_one_request(footage_root):
-    with Server() as server:
-        for path in footage_root.rglob("*"):
-            if path.is_file():
-                data = path.read_bytes()
-                server.routes[f"/root/{path.relative_to(footage_root)}"] = lambda request, data=data: request.serve(
-                    data
-                )
-        read = list(stream_members(f"{server.url}/root", 4, by="media"))
-        shards = [asked for asked, _ in server.asked if asked.endswith(".tar")]
-    assert len(read) == 6 and sorted(shards) == ["/root/image/train-000000.tar", "/root/video/train-000000.tar"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_remote_root_costs_a_request_for_each_shard(footage_root, kind):
+    wanted = {name(sample): sample for sample in stream_members(footage_root, 4, by="media")}
+    with served_root(kind, footage_root) as (address, asked):
+        read = list(stream_members(address, 4, by="media"))
+        paths = [path.partition("?")[0] for path in asked()] if asked else []
+    assert len(read) == 6 and all(equal(sample, wanted[name(sample)]) for sample in read)
+    shards = sorted("/".join(path.split("/")[-2:]) for path in paths if path.endswith(".tar") and "/cdn/" not in path)
+    assert shards == (["image/train-000000.tar", "video/train-000000.tar"] if asked else [])
 
 
 @pytest.fixture
@@ -96,6 +94,34 @@ def test_a_damaged_sample_is_named_or_left_out(copied):
     with pytest.warns(UserWarning, match="damaged"):
         left = list(stream_members(copied, 4, by="media", handler=webdataset.warn_and_continue))
     assert len(left) == 5
+
+
+@pytest.mark.parametrize("where", ["sample", "shard"])
+def test_a_handler_that_says_stop_ends_the_pass(copied, where):
+    """As in webdataset's own stages: True goes on without the sample or shard, False ends the pass there."""
+    shard = copied / "video" / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[40_000:40_100] = bytes(100)
+    shard.write_bytes(data if where == "sample" else bytes(512) + data[512:])
+    found = {}
+    for answer in (True, False):
+        stream = stream_members(copied, 1, by="media", shuffle_mb=0, handler=lambda error, answer=answer: answer)
+        orders = [[sample.media[0].key for sample in stream] for _ in range(2)]
+        assert orders[0] == orders[1]
+        found[answer] = orders[0]
+    assert len(found[True]) == (5 if where == "sample" else 3)
+    assert len(found[False]) < len(found[True]) and found[True][: len(found[False])] == found[False]
+
+
+def test_a_handler_that_says_stop_keeps_the_shuffle_buffer(copied):
+    shard = copied / "image" / "train-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-20_000])
+    counts = []
+    for seed in range(16):
+        first, second = (stream_members(copied, 1, by="media", seed=seed, handler=lambda error: False) for _ in "ab")
+        counts.append(len(list(first.stage(0)())))  # what is read before the damaged shard is met
+        assert len(list(second)) == counts[-1]
+    assert max(counts) > 0
 
 
 def test_a_shard_that_ends_early_is_named(copied):
