@@ -41,8 +41,9 @@ def chats(sample: Sample, time_message: str = "none", joined: bool = False) -> l
     Args:
         sample: a dialogue with its media, or a media item with its dialogues.
         time_message: ``short``, ``long`` or ``none``: the recipe's message about length and times, after each video.
-        joined: let the dialogues about one media item follow each other in one chat, so that it is encoded once. A
-            dialogue with another system turn than the first begins a chat of its own.
+        joined: let the dialogues about one media item follow each other in one chat, in their order, so that it is
+            encoded once. The marks and time messages of all but the first are left out. A dialogue with another system
+            turn, or after one that ends with a question, begins another chat, which later ones may join.
 
     Raises:
         ValueError: a dialogue's number of marks is not its number of media, such as of one whose media are missing.
@@ -64,11 +65,12 @@ def _chats(sample: Sample, time_message: str, joined: bool) -> list[list[dict[st
     made: list[list[dict[str, Any]]] = []
     for dialogue in sample.dialogues:
         messages = _messages(dialogue, sample.media, time_message)
-        chat = next((chat for chat in made if _system(chat) == _system(messages)), None) if joined else None
-        if chat is None or chat[-1]["role"] != "assistant":
-            made.append(messages)
+        earlier = [chat for chat in made if joined and _system(chat) == _system(messages)]
+        if earlier and earlier[-1][-1]["role"] == "assistant":
+            untimed = _messages(dialogue, sample.media, "none")
+            earlier[-1] += [_without_media(message) for message in untimed if message["role"] != "system"]
         else:
-            chat += [_without_media(message) for message in messages if message["role"] != "system"]
+            made.append(messages)
     return made
 
 
@@ -77,7 +79,12 @@ def _system(messages: Sequence[dict[str, Any]]) -> Any:
 
 
 def _without_media(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
+    return {**message, "content": _filled([part for part in message["content"] if part["type"] == "text"])}
+
+
+def _filled(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return content that has a part, because some templates look at the first one."""
+    return content or [{"type": "text", "text": ""}]
 
 
 def video_metadata(video: Media) -> dict[str, Any]:
@@ -224,8 +231,7 @@ def _message(turn: dict, texts: Sequence[str], kinds: Sequence[str]) -> dict[str
         content.append({"type": kind})
         if text := text.removeprefix("\n"):
             content.append({"type": "text", "text": text})
-    content = content or [{"type": "text", "text": ""}]  # templates look at the first part
-    return {"role": turn_role(turn), "content": content}
+    return {"role": turn_role(turn), "content": _filled(content)}
 
 
 def _time_message(media: Media, style: str) -> str:

@@ -104,6 +104,53 @@ def test_every_dialogue_of_a_medium_is_a_row(footage_root):
     assert [row["messages"][0]["content"][1]["text"] for row in rows] == ["What is seen?", "Who rides?"]
 
 
+def joined(*dialogues: list[dict], **settings: str) -> list[list[tuple[str, str]]]:
+    """Role and text of each message of each chat of one video with these dialogues."""
+    item = video([1, 2])
+    sample = Sample([item], [Dialogue(list(some), str(n), "0", "a") for n, some in enumerate(dialogues)])
+    made = chats(sample, joined=True, **settings)
+    assert all(len(chat["videos"]) == 1 for chat in made)
+    return [
+        [(m["role"], "".join(p.get("text", f"<{p['type']}>") for p in m["content"])) for m in chat["messages"]]
+        for chat in made
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dialogues", "wanted"),
+    [
+        (
+            [turns(f"{S}\nHi", "Ho"), turns("Well", "So", f"And {S}?", "He"), turns(S, "Hu")],
+            [[(U, "<video>Hi"), (A, "Ho"), (U, "Well"), (A, "So"), (U, "And ?"), (A, "He"), (U, ""), (A, "Hu")]],
+        ),
+        (
+            [turns(f"{S}\nHi"), turns(f"{S}\nHe", "Ho"), turns(f"{S}\nHa", "Hu")],
+            [[(U, "<video>Hi")], [(U, "<video>He"), (A, "Ho"), (U, "Ha"), (A, "Hu")]],
+        ),
+        (
+            [turns(S, "A"), [SYSTEM, *turns(S, "B")], turns(S, "C"), [SYSTEM, *turns(S, "D")]],
+            [
+                [(U, "<video>"), (A, "A"), (U, ""), (A, "C")],
+                [("system", "Be brief."), (U, "<video>"), (A, "B"), (U, ""), (A, "D")],
+            ],
+        ),
+    ],
+)
+def test_dialogues_about_one_item_are_joined_in_their_order(dialogues, wanted):
+    assert joined(*dialogues) == wanted
+
+
+def test_joined_dialogues_say_the_times_once():
+    (messages,) = joined(turns(f"{S}\nHi", "Ho"), turns(f"{S}\nHe", "Hu"), time_message="short")
+    assert [SAID in text for _, text in messages] == [True, False, False, False]
+    assert messages[2] == (U, "He")
+
+
+def test_every_message_has_a_part():
+    (chat,) = chats(Sample([], [Dialogue(turns("", "Ho"), "d", "0", "a")]))
+    assert chat["messages"][0]["content"] == [{"type": "text", "text": ""}]
+
+
 def test_samples_without_dialogues_make_no_batch():
     with pytest.raises(ValueError, match="no dialogue among these samples"):
         ChatCollator(None)([Sample([image()], [])])

@@ -194,6 +194,18 @@ def test_dialogues_about_one_video_share_its_tokens(footage_root, name):
     assert batch["input_ids"][0].tolist()[: len(first)] == first
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_would_lose_an_answer_is_refused(footage_root, name):
+    made, media = processor(name), ShardDataset(footage_root, by="media", frames=8)
+    (sample,) = [sample for sample in media if len(sample.dialogues) == 2 and "Bicycles." in str(sample.dialogues)]
+    whole = ChatCollator(made, labels=True, joined=True)([sample])["input_ids"].shape[1]
+    cut = {"labels": True, "joined": True, "truncation": True}
+    for length in (whole - 3, whole - 30):  # within the last answer, and before it
+        with pytest.raises(ValueError, match=rf"row 0 .*{length} tokens and loses answers; raise max_length"):
+            ChatCollator(made, **cut, max_length=length)([sample])
+    assert learned(made, ChatCollator(made, **cut, max_length=whole)([sample]))[0].endswith(f"people.{end(name)}")
+
+
 def test_settings_reach_the_processor(dataset):
     made = processor("llava_onevision")
     batch = ChatCollator(made, videos_kwargs={"size": {"height": 28, "width": 28}})([dataset[0]])
