@@ -7,7 +7,7 @@ import re
 
 MAX_LENGTH = 4096  #: characters of a path
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|hf:")
-_ONE_SLASH = re.compile(r"(https?|s3|gs|ftp|file):/(?=[^/])", re.I)
+_ONE_SLASH = re.compile(r"(https?|s3|gs|az|ftp|file):/(?=[^/])", re.I)
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 

@@ -53,7 +53,7 @@ def remote_file(name: str) -> tuple[str, str] | None:
     if match := HUB_URL.fullmatch(name):
         revision = "" if match[2] in (None, "main") else f"@{unquote(match[2])}"
         return f"hf:{match[1]}{revision}", unquote(match[3])
-    if name.startswith("s3://"):
+    if name.startswith(("s3://", "gs://", "az://")):
         location, _, path = name.rpartition("/")
         return location, path
     if name.startswith(("http://", "https://")):

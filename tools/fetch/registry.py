@@ -11,23 +11,25 @@ from framestream.pipeline.utils.canonical_json import canonical_json
 from framestream.pipeline.utils.paths import missing_slash
 from framestream.tools.fetch.archives.archive import open_archives
 from framestream.tools.fetch.base import FetchError, MediaSource, RandomAccessFile
+from framestream.tools.fetch.buckets import BUCKET_SCHEMES, open_bucket
 from framestream.tools.fetch.http.client import HttpClient, redact_url
 from framestream.tools.fetch.http.ranged_file import HttpFile
 from framestream.tools.fetch.http.retry import FetchLimits
 from framestream.tools.fetch.hub import open_hub
 from framestream.tools.fetch.local import FolderSource, LocalFile
 from framestream.tools.fetch.object_listing import name_order
-from framestream.tools.fetch.s3 import open_s3
 from framestream.tools.fetch.url import UrlSource
 from framestream.tools.fetch.ytdlp import PageSource
 
 Location = str | Mapping[str, Any]  #: a value of a root map
 
 SOURCE_FORMS = (
-    "dir:FOLDER, links:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem} or "
-    "s3://BUCKET/FOLDER"
+    "dir:FOLDER, links:FOLDER, hf:OWNER/NAME:FOLDER, url:https://HOST/{path}, page:https://HOST/{stem}, "
+    "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or az://CONTAINER/FOLDER"
 )
-FILE_FORMS = "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH or s3://BUCKET/PATH"
+FILE_FORMS = (
+    "dir:PATH, hf:OWNER/NAME:PATH, url:https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH"
+)
 
 
 def open_source(location: Location, limits: FetchLimits, member_lists: Path | None = None) -> MediaSource:
@@ -53,8 +55,8 @@ def open_source(location: Location, limits: FetchLimits, member_lists: Path | No
         return FolderSource(rest, follow_links=scheme == "links")
     if scheme == "hf":
         return open_hub(location, limits)
-    if scheme == "s3":
-        return open_s3(location, limits)
+    if scheme in BUCKET_SCHEMES:
+        return open_bucket(location, limits)
     if scheme == "url":
         return UrlSource(rest, limits)
     if scheme == "page":
@@ -126,7 +128,7 @@ def _match_files(location: str, limits: FetchLimits) -> Sequence[RandomAccessFil
         raise ValueError(f"a slash is missing in the address of an archive; write {corrected}")
     if scheme == "url":
         return [HttpFile.open(HttpClient(limits), rest, f"url:{redact_url(rest)}")]
-    if scheme not in ("dir", "hf", "s3"):
+    if scheme not in ("dir", "hf", *BUCKET_SCHEMES):
         prefix = "write url: before it, or " if scheme in ("http", "https") else ""
         raise ValueError(f"{redact(location)} cannot contain archives; {prefix}use {FILE_FORMS}")
     if scheme == "hf":
@@ -140,5 +142,5 @@ def _match_files(location: str, limits: FetchLimits) -> Sequence[RandomAccessFil
             raise FetchError("missing_file", location, f"{parent} is not a folder")
         items = [item for item in parent.iterdir() if item.name == pattern or fnmatch.fnmatchcase(item.name, pattern)]
         return [LocalFile(item) for item in items if item.is_file()]
-    source = open_hub(f"hf:{folder}", limits) if scheme == "hf" else open_s3(f"s3:{folder}", limits)
+    source = open_hub(f"hf:{folder}", limits) if scheme == "hf" else open_bucket(f"{scheme}:{folder}", limits)
     return source.open_matching(pattern)

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import obstore
 import obstore.store
@@ -97,10 +97,16 @@ class BucketCalls:
             return f"{self._login.base.format(bucket=self._bucket)}/{quote(key)}{self._login.query}"
         if _has_odd_parts(key):
             raise ValueError(f"{self._root}/{key}: an object whose key has empty parts, . or .. is not read; rename it")
-        try:
-            url = obstore.sign(self._store, "GET", key, SIGNATURE_LIFETIME)
-        except BaseError as error:
-            raise self._os_error(error, key, PermissionError) from None
+        # obstore 0.12 puts a key into an address of Google as it is, also its % and ?
+        for path in (quote(key), key) if self._scheme == "gs" else (key,):
+            try:
+                url = obstore.sign(self._store, "GET", path, SIGNATURE_LIFETIME)
+            except BaseError as error:
+                raise self._os_error(error, key, PermissionError) from None
+            if unquote(urlsplit(url).path).endswith(f"/{key}"):
+                break
+        else:
+            raise ValueError(f"{self._root}/{key}: obstore signs the address of another object; rename it")
         if self._scheme == "az" and "%" in urlsplit(url).path:
             return self._sign_azure_again(url, key)
         return url

@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import quote
 
 import imageio_ffmpeg
-import s3fs
 import yaml
 
 from tests.helpers.corpora import media_corpus as corpus
@@ -22,6 +21,7 @@ from tests.helpers.media.footage import BIKES
 from tests.helpers.media.memory_files import pack
 from tests.helpers.paths import BUILD_SHARDS
 from tests.helpers.servers.fetch_hub import serve_hub
+from tests.helpers.servers.s3_server import put_objects
 from tests.helpers.servers.web_server import Server
 
 FILMS, FRAMES, NOTES = "https://example.org/films", "https://example.org/tvqa", "hf:me/notes"  #: names in the manifest
@@ -216,18 +216,13 @@ class Places:
         return {FILMS: films, FRAMES: {"archives": "hf:me/packed:frames.tar.gz"}}
 
     def bucket(self, folder: Path) -> dict[str, Any]:
-        system = s3fs.S3FileSystem(endpoint_url=self.endpoint, key="me", secret="secret-key", skip_instance_cache=True)
-        system.mkdir(BUCKET)
         for name, files in (("x", self.corpus.films), ("y", self.corpus.frames), ("z", self.corpus.notes)):
-            for path, data in files.items():
-                system.pipe_file(f"{BUCKET}/{name}/{path}", data)
+            put_objects(self.endpoint, BUCKET, {f"{name}/{path}": data for path, data in files.items()})
         return {FILMS: f"s3://{BUCKET}/x", FRAMES: f"s3://{BUCKET}/y", NOTES: f"s3://{BUCKET}/z"}
 
     def bucket_archives(self, folder: Path) -> dict[str, Any]:
-        system = s3fs.S3FileSystem(endpoint_url=self.endpoint, key="me", secret="secret-key", skip_instance_cache=True)
-        system.mkdir(f"{BUCKET}-packed")
-        system.pipe_file(f"{BUCKET}-packed/films.tar", pack(self.corpus.films, "gnu"))
-        system.pipe_file(f"{BUCKET}-packed/frames.zip", pack(self.corpus.frames, "bzip2"))
+        packed = {"films.tar": pack(self.corpus.films, "gnu"), "frames.zip": pack(self.corpus.frames, "bzip2")}
+        put_objects(self.endpoint, f"{BUCKET}-packed", packed)
         files = {name: {"archives": f"s3://{BUCKET}-packed/{name}"} for name in ("films.tar", "frames.zip")}
         notes = write(folder / "z", self.corpus.notes)
         return {FILMS: files["films.tar"], FRAMES: files["frames.zip"], NOTES: f"dir:{notes}"}

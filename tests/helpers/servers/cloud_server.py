@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 from cryptography.exceptions import InvalidSignature
@@ -66,6 +66,8 @@ class Cloud:
         return fields.get("se", "") > now and base64.b64encode(digest).decode() == fields.get("sig")
 
     def _is_v4(self, path: str, query: str, fields: dict[str, str]) -> bool:
+        if path != quote(unquote(path)):  # Google wants reserved letters percent-encoded
+            return False
         signed = sorted(part for part in query.split("&") if not part.startswith("X-Goog-Signature="))
         request = f"GET\n{path}\n{'&'.join(signed)}\nhost:storage.googleapis.com\n\nhost\nUNSIGNED-PAYLOAD"
         date, credential = fields.get("X-Goog-Date", ""), fields.get("X-Goog-Credential", "")

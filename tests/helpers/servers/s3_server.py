@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import boto3
 from moto.server import ThreadedMotoServer
 
 
@@ -22,7 +24,7 @@ def s3_server() -> Iterator[str]:
 
 
 def s3_environment(endpoint: str, folder: Path) -> dict[str, str]:
-    """Return variables with ``endpoint`` and a login, which also keep botocore from reading other settings."""
+    """Return variables with ``endpoint`` and a login, which also keep other settings from being read."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "me",
@@ -32,3 +34,23 @@ def s3_environment(endpoint: str, folder: Path) -> dict[str, str]:
         "AWS_SHARED_CREDENTIALS_FILE": str(folder / "none"),
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def s3_client(endpoint: str) -> Any:
+    """Return a client of boto3."""
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id="me",
+        aws_secret_access_key="secret-key",
+        region_name="us-east-1",
+    )
+
+
+def put_objects(endpoint: str, bucket: str, objects: Mapping[str, bytes]) -> Any:
+    """Put objects into a bucket, which is created, and return the client."""
+    client = s3_client(endpoint)
+    client.create_bucket(Bucket=bucket)
+    for key, data in objects.items():
+        client.put_object(Bucket=bucket, Key=key, Body=data)
+    return client

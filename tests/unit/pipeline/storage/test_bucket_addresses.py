@@ -16,7 +16,7 @@ from framestream.pipeline.storage.buckets import open_bucket_store, processes
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.cloud_server import cloud_server
-from tests.helpers.servers.s3_server import s3_environment, s3_server
+from tests.helpers.servers.s3_server import put_objects, s3_environment, s3_server
 
 
 @pytest.fixture(scope="module", params=["s3", "gs", "az"])
@@ -28,9 +28,7 @@ def cloud(request, root, tmp_path_factory):
         for name, text in variables.items():
             patch.setenv(name, text)
         if scheme == "s3":
-            import boto3
-
-            boto3.client("s3", endpoint_url=server).create_bucket(Bucket="shards")
+            put_objects(server, "shards", {})
         store = open_bucket_store(f"{scheme}://shards/of me")
         for path in (root / "stage2").rglob("*"):
             if path.is_file():

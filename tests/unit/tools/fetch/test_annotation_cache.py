@@ -27,6 +27,8 @@ HUB = "https://huggingface.co/datasets"
         (f"{HUB}/a/b/blob/refs%2Fpr%2F1/x%20y.json", "hf:a/b@refs/pr/1", "x y.json"),
         (f"{HUB}/lmms-lab/M4-Instruct-Data/m4.json", "hf:lmms-lab/M4-Instruct-Data", "m4.json"),
         ("s3://bucket/d/x.jsonl.zst", "s3://bucket/d", "x.jsonl.zst"),
+        ("gs://bucket/x.json", "gs://bucket", "x.json"),
+        ("az://box/d/x.json", "az://box/d", "x.json"),
         ("https://a.org/d/x%20y.json?v=2", "url:https://a.org/d/{name}?v=2", "x y.json"),
         (
             "https://huggingface.co/a/b/resolve/main/x.json",

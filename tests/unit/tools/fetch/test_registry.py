@@ -63,6 +63,7 @@ def test_names_sort_with_their_numbers():
         ("url:https:/me:secret@example.org/{path}", "url:https://example.org/{path}"),
         ("page:http:/example.org/{stem}", "page:http://example.org/{stem}"),
         ("s3:/bucket/videos", "s3://bucket/videos"),
+        ("az:/box/videos", "az://box/videos"),
         ({"archives": "url:https:/me:secret@example.org/a.zip"}, "url:https://example.org/a.zip"),
         ({"archives": "s3:/bucket/a.zip"}, "s3://bucket/a.zip"),
     ],
