@@ -1,4 +1,4 @@
-"""A shard root on the servers of this machine: web server, hub and S3."""
+"""A shard root on the servers of this machine: web server, hub and the three clouds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests.helpers.servers.cloud_server import cloud_server
 from tests.helpers.servers.fetch_hub import serve_hub
 from tests.helpers.servers.s3_server import s3_environment, s3_server
 from tests.helpers.servers.web_server import Server
 
 Asked = Callable[[], list[str]]
 
-KINDS = ("http", "hf", "s3")
+KINDS = ("http", "hf", "s3", "gs", "az")
 
 
 @contextlib.contextmanager
@@ -50,13 +51,18 @@ def _serve_web(kind: str, files: dict[str, bytes], patch: pytest.MonkeyPatch) ->
 
 @contextlib.contextmanager
 def _serve_bucket(kind: str, files: dict[str, bytes], patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Asked | None]]:
-    import boto3
-
-    with s3_server() as url:
-        for name, text in s3_environment(url, Path("/none")).items():
+    with s3_server() if kind == "s3" else cloud_server(kind) as server:
+        variables = s3_environment(server, Path("/none")) if kind == "s3" else server.environment()
+        for name, text in variables.items():
             patch.setenv(name, text)
-        client = boto3.client("s3", endpoint_url=url)
-        client.create_bucket(Bucket="shards")
-        for path, data in files.items():
-            client.put_object(Bucket="shards", Key=path, Body=data)
-        yield f"{kind}://shards/root", None
+        if kind == "s3":
+            import boto3
+
+            client = boto3.client("s3", endpoint_url=server)
+            client.create_bucket(Bucket="shards")
+            for path, data in files.items():
+                client.put_object(Bucket="shards", Key=path, Body=data)
+            yield "s3://shards/root", None
+            return
+        server.objects.update({f"shards/{path}": data for path, data in files.items()})
+        yield f"{kind}://shards/root", lambda: server.asked

@@ -72,7 +72,9 @@ def test_a_remote_root_costs_a_request_for_each_shard(footage_root, kind):
     with served_root(kind, footage_root) as (address, asked):
         read = list(stream_members(address, 4, by="media"))
         paths = [path.partition("?")[0] for path in asked()] if asked else []
-    assert len(read) == 6 and all(equal(sample, wanted[name(sample)]) for sample in read)
+        forked = list(DataLoader(stream_members(address, 4, by="media"), batch_size=None, num_workers=1))
+    assert [name(sample) for sample in forked] == [name(sample) for sample in read] and len(read) == 6
+    assert all(equal(sample, wanted[name(sample)]) for sample in read + forked)
     shards = sorted("/".join(path.split("/")[-2:]) for path in paths if path.endswith(".tar") and "/cdn/" not in path)
     assert shards == (["image/train-000000.tar", "video/train-000000.tar"] if asked else [])
 
