@@ -8,6 +8,7 @@
 # make docs       the docs site in build/site
 # make peers      the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision, lmms-eval), in
 #                 .venv-peers
+# make exporters  the tests that load exported shards in ms-swift and LLaMA-Factory, in .venv-exporters
 # make bench      this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make soak       builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
 #                 campaign (docs/reliability.md)
@@ -18,7 +19,7 @@
 #                 (docs/recipe.md)
 # make clean      removes environments, caches and the demo's folder
 #
-# Each target prepares its environment first and needs only Python 3.10 (peers: 3.11) or newer. PYTHON=python3.12
+# Each target prepares its environment first and needs only Python 3.10 (peers, exporters: 3.11) or newer. PYTHON=python3.12
 # chooses the interpreter (PYTHON_LOWEST and PYTHON_NEWEST those of test-bounds), PIP_FLAGS='--extra-index-url URL'
 # another source of wheels.
 
@@ -48,7 +49,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers bench soak soak-full-size fuzz rehearsal clean
+.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers exporters bench soak soak-full-size fuzz rehearsal clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -101,6 +102,9 @@ peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/integration/trainer/test_lmms_plugin.py \
 	  tests/integration/test_benchmarks.py tests/docs/test_reuse.py tests/docs/test_project.py
 
+exporters: .venv-exporters/ready
+	.venv-exporters/bin/python -m pytest -q -m exporters tests/unit/tools/export
+
 # the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with; torchcodec
 # looks for FFmpeg's libraries by their plain names, which PyAV's wheel has under others
 peers bench: export LD_LIBRARY_PATH := $(CURDIR)/.venv-peers/ffmpeg
@@ -135,7 +139,7 @@ rehearsal: .venv/ready
 	python -m benchmarks.rehearsal
 
 clean:
-	rm -rf .venv .venv-{docs,lowest,newest,peers} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-{docs,exporters,lowest,newest,peers} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
@@ -154,6 +158,15 @@ clean:
 build/constraints-lowest.txt: pyproject.toml
 	@mkdir -p $(@D)
 	@sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' $< > $@
+
+# torch brings its own libraries; the rest is a complete list
+.venv-exporters/ready: setup.cfg requirements-exporters.txt
+	@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11: make PYTHON=PATH")'
+	@"$(python)" -m venv .venv-exporters
+	@.venv-exporters/bin/python $(pip) --constraint requirements-exporters.txt torch
+	@.venv-exporters/bin/python $(pip) --no-deps --requirement requirements-exporters.txt
+	@.venv-exporters/bin/python $(pip) --no-deps --editable .
+	@touch $@
 
 # the API reference is read from the sources: neither torch nor the package itself is installed here
 .venv-docs/ready: requirements-docs.txt

@@ -147,6 +147,12 @@ def test_constraints_of_the_peers_are_exact_and_within_bounds():
     assert not both & exact.keys(), "constraints.txt has it already"
 
 
+def test_requirements_of_the_exporters_are_exact():
+    pins = requirements((ROOT / "requirements-exporters.txt").read_text(encoding="utf-8"))
+    assert {"ms-swift", "llamafactory", "torch"} <= {canonicalize_name(pin.name) for pin in pins}
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+
+
 @pytest.mark.peers
 def test_constraints_pin_what_the_peers_depend_on():
     pytest.importorskip("megatron.energon")

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -163,6 +164,9 @@ def test_files_have_the_frames_and_times_of_the_shards(built, tmp_path):
         with av.open(str(path)) as container:
             shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
         assert shapes == [(item["height"], item["width"])] * len(stored)
+        video = decord.VideoReader(str(path))  # as LLaVA and Qwen-VL read
+        assert (len(video), video[len(video) - 1].shape[:2]) == (len(stored), shapes[0])
+        assert video.get_avg_fps() == pytest.approx(len(stored) / length, rel=1e-3)
     assert sum(item["start"] > 0 for item in index.media.to_pylist()) == 1
 
 
