@@ -6,12 +6,14 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from framestream.tools import export_dataset
 from tests.helpers.corpora.real_root import build
 from tests.helpers.model.torchvision_import import import_torchvision
 from tests.helpers.paths import ROOT
@@ -53,7 +55,7 @@ PEERS = {
     **{name: name for name in ("torchvision", "datasets", "trl", "lightning", "accelerate")},
     "megatron": "megatron-energon",
 }
-SHELL = ["Megatron-Energon"]  #: headings whose shell block is run
+SHELL = ["Megatron-Energon", "File-based trainers"]  #: headings whose shell block is run
 MOST_LINES = 8  #: of an example for a trainer that takes what this package gives
 
 
@@ -126,6 +128,14 @@ def test_example(place, heading, needs, printed):
     assert len(lines) == len(wanted)
     for line, pattern in zip(lines, wanted, strict=True):
         assert re.fullmatch(pattern, line), line
+
+
+def test_export_command(place, monkeypatch):
+    monkeypatch.chdir(place)
+    program, script, *arguments = shlex.split(example("File-based trainers", "sh"))
+    assert (program, script) == ("python", "tools/export_dataset.py") and export_dataset.main(arguments) == 0
+    for split, count in (("train", 8), ("val", 1)):
+        assert len((place / "exported" / f"{split}.jsonl").read_text().splitlines()) == count
 
 
 @pytest.mark.peers
