@@ -2,14 +2,17 @@
 
 A task is a list of items: media, or parts of them, that one thread decodes one after the other into the pixels of a
 row. An item that cannot be read, or takes too long, fails alone. A thread that is stuck in a read cannot be stopped.
-It is given up, another thread replaces it, and its later results are ignored.
+It is given up, another thread replaces it, and its later results are ignored. Before a thread reads an item it requests
+the bytes of those that follow, so that more of them are on their way than there are threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -49,6 +52,13 @@ class FrameSource(Protocol):
             OSError, ValueError: the media cannot be read.
         """
 
+    def prefetch(self, view: MediaView, start: int, count: int) -> bool:
+        """Request the bytes that one of the methods above will need soon, if that can be done without waiting.
+
+        Returns:
+            Whether it was done; False if nothing is gained, or enough is under way.
+        """
+
     def describe(self, view: MediaView) -> str:
         """Return shard and member of a media item, for messages."""
 
@@ -62,6 +72,7 @@ class DecodeItem:
     offset: int  #: index of the first frame or tile in the row's pixels
     count: int  #: number of frames or tiles
     dialogue: int  #: number of the dialogue in the row
+    begun: bool = False  #: a thread reads it, or has
 
 
 @dataclass(slots=True, eq=False)
@@ -142,11 +153,14 @@ class ThreadDecoder:
         self._lock = threading.Lock()
         self._current: dict[threading.Thread, tuple[DecodeTask, float]] = {}  # task, and when its current item began
         self._threads: set[threading.Thread] = set()  # without those that were given up
+        self._ahead: deque[DecodeItem] = deque()  # in the order of the tasks, without those that were requested
         for _ in range(count):
             self._start()
 
     def submit(self, task: DecodeTask) -> None:
         """Decode ``task``, then call :attr:`DecodeTask.done`."""
+        with self._lock:
+            self._ahead.extend(task.items)
         self._tasks.put(task)
 
     def raise_if_failed(self) -> None:
@@ -170,6 +184,7 @@ class ThreadDecoder:
         """End all threads, each after its current item. Threads that are stuck are left behind."""
         with self._lock:
             threads, self._threads = self._threads, set()
+            self._ahead.clear()
         for _ in threads:
             self._tasks.put(None)
         until = time.monotonic() + self._limit + GRACE
@@ -187,6 +202,7 @@ class ThreadDecoder:
             while self._begin(thread, task):
                 item, failure, error = task.items[task.next_item], None, None
                 try:
+                    self._look_ahead()
                     self._read(item, task.pixels[item.offset : item.offset + item.count])
                 except (OSError, ValueError) as reason:
                     failure = f"{self._source.describe(item.view)}: {' '.join(str(reason).split())}"
@@ -211,8 +227,26 @@ class ThreadDecoder:
         with self._lock:
             if thread in self._threads and task.next_item < len(task.items) and not task.error:
                 self._current[thread] = task, time.monotonic()
+                task.items[task.next_item].begun = True
                 return True
         return False
+
+    def _look_ahead(self) -> None:
+        """Request the bytes of the next items, as many as the source takes. Faults are left to the readers."""
+        while True:
+            with self._lock:
+                while self._ahead and self._ahead[0].begun:
+                    self._ahead.popleft()
+                if not self._ahead:
+                    return
+                item = self._ahead.popleft()
+            is_requested = True
+            with contextlib.suppress(OSError, ValueError):
+                is_requested = self._source.prefetch(item.view, item.start, item.count)
+            if not is_requested:
+                with self._lock:
+                    self._ahead.appendleft(item)
+                return
 
     def _read(self, item: DecodeItem, out: np.ndarray) -> None:
         if item.view.kind == "video":

@@ -71,6 +71,11 @@ class MediaReader:
         self._pages.on_lookup()
         self._media_views[view.root].read_image(view, out)
 
+    def prefetch(self, view: MediaView, start: int, count: int) -> bool:
+        """See :meth:`MediaViews.prefetch`."""
+        self._pages.on_lookup()
+        return self._media_views[view.root].prefetch(view, start, count)
+
     def describe(self, view: MediaView) -> str:
         """Name the shard and the member of a media item, for messages."""
         return self._media_views[view.root].describe(view)

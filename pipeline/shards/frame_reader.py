@@ -42,13 +42,10 @@ class FrameReader:
         Raises:
             OSError, ValueError: the shard cannot be read, a frame is damaged, or is not a JPEG of the stated size.
         """
-        offsets, sizes = (row_values(self._columns[name], row) for name in ("frame_offset", "frame_size"))
-        shard, width, height = (self.column_value(name, row) for name in ("shard", "width", "height"))
+        width, height = (self.column_value(name, row) for name in ("width", "height"))
         digests = self._digests(row)
-        # a repeated index is read and decoded once, then copied
-        first = [k for k, index in enumerate(indices) if not k or index != indices[k - 1]]
-        ranges = [(int(offsets[indices[k]]), int(sizes[indices[k]])) for k in first]
-        for k, jpeg in zip(first, self.index.storage.read(self._shard(shard), ranges), strict=True):
+        first, shard, ranges = self._frame_ranges(row, indices)
+        for k, jpeg in zip(first, self.index.storage.read(shard, ranges), strict=True):
             if digests is not None:
                 check_frame(jpeg, int(digests[indices[k]]), f"stored frame {indices[k]}")
             decode_into(jpeg, (height, width), out[k])
@@ -62,8 +59,7 @@ class FrameReader:
         Raises:
             OSError, ValueError: the shard cannot be read, or the image is damaged or of another size.
         """
-        offset, size, shard = (self.column_value(name, row) for name in ("offset", "size", "shard"))
-        [jpeg] = self.index.storage.read(self._shard(shard), [(offset, size)])
+        [jpeg] = self.index.storage.read(*self._image_range(row))
         digests = self._digests(row)
         if digests is not None:
             check_frame(jpeg, int(digests[0]), "the stored image")
@@ -73,6 +69,15 @@ class FrameReader:
             raise ValueError(f"the stored image is {pixels.shape[:2]} (height, width), but the index says {stated}")
         return pixels
 
+    def prefetch(self, row: int, indices: Sequence[int]) -> bool:
+        """Request what :meth:`read_frames`, or :meth:`read_image` without ``indices``, will read soon.
+
+        Returns:
+            Whether it was requested; False if nothing is gained, or enough is under way.
+        """
+        wanted = self._frame_ranges(row, indices)[1:] if indices else self._image_range(row)
+        return self.index.storage.prefetch(*wanted)
+
     def describe(self, row: int) -> str:
         """Return shard and member of a media item, for messages."""
         extension = "jpg" if self.column_value("kind", row) == "image" else "mp4"
@@ -81,6 +86,18 @@ class FrameReader:
     def column_value(self, name: str, row: int) -> Any:
         """Return the value of column ``name`` of the media table in ``row``."""
         return self._columns[name][row].as_py()
+
+    def _frame_ranges(self, row: int, indices: Sequence[int]) -> tuple[list[int], ShardRef, list[tuple[int, int]]]:
+        """Return the positions in ``indices`` to read, without repeats of the one before, their shard and ranges."""
+        offsets, sizes = (row_values(self._columns[name], row) for name in ("frame_offset", "frame_size"))
+        # a repeated index is read and decoded once, then copied
+        first = [k for k, index in enumerate(indices) if not k or index != indices[k - 1]]
+        ranges = [(int(offsets[indices[k]]), int(sizes[indices[k]])) for k in first]
+        return first, self._shard(self.column_value("shard", row)), ranges
+
+    def _image_range(self, row: int) -> tuple[ShardRef, list[tuple[int, int]]]:
+        offset, size, shard = (self.column_value(name, row) for name in ("offset", "size", "shard"))
+        return self._shard(shard), [(offset, size)]
 
     def _digests(self, row: int) -> np.ndarray | None:
         """Return the digests of the frames of a media item, uint32 (frames,); None if they were never recorded."""

@@ -147,6 +147,12 @@ class MediaViews:
         image = Image.fromarray(self._reader.read_image(view.row))
         out[:] = split_into_tiles(image, self.images.mode, out.shape[1], self.images.max_grid, view.padded)[0]
 
+    def prefetch(self, view: MediaView, start: int, count: int) -> bool:
+        """Request the bytes of an image, or of frames ``start`` .. ``start + count`` of a video's view, if it helps."""
+        if not self.index.storage.remote:
+            return False
+        return self._reader.prefetch(view.row, view.frame_indices[start : start + count].tolist())
+
     def describe(self, view: MediaView) -> str:
         """Return shard and member of a media item, for messages."""
         return self._reader.describe(view.row)

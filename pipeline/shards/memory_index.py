@@ -143,6 +143,9 @@ class _MemoryStorage:
         data = memoryview(self._data[shard.name])
         return (data[offset : offset + size] for offset, size in ranges)
 
+    def prefetch(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> bool:
+        return False
+
     def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
         yield self._data[shard.name][offset : offset + size]
 

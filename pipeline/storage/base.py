@@ -78,6 +78,13 @@ class Storage(Protocol):
             OSError, ValueError: one line that names the file; TimeoutError after ``ReadOptions.timeout``.
         """
 
+    def prefetch(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Request ranges that :meth:`read` will be asked for soon, if this storage can do that without waiting.
+
+        Returns:
+            Whether it did; False if nothing is gained, or enough is under way. Try again after the next read.
+        """
+
     def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
         """Yield consecutive bytes of a file in pieces; a remote file over one request.
 

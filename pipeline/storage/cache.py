@@ -35,6 +35,10 @@ class RangeCache:
         self._folder, self._limit = folder, limit
         self._warned = False
 
+    def has(self, key: str) -> bool:
+        """Return whether something is cached under ``key``, without reading it."""
+        return self._path(key).exists()
+
     def get(self, key: str) -> memoryview | None:
         """Return the bytes cached under ``key``, or None."""
         path = self._path(key)

@@ -35,6 +35,10 @@ class Deadline:
         """Seconds left; negative after the deadline."""
         return self.expires_at - time.monotonic()
 
+    def restart(self) -> None:
+        """Let the time limit begin now."""
+        self.expires_at = time.monotonic() + self.seconds
+
     def sleep(self, seconds: float) -> None:
         """Sleep, but not past the deadline, nor after :meth:`cancel`."""
         self._cancelled.wait(max(min(seconds, self.remaining), 0))
@@ -76,6 +80,24 @@ class ConnectionPool:
 
     def __init__(self) -> None:
         self._idle: dict[tuple[str, str], deque[http.client.HTTPConnection]] = {}
+
+    def take_idle(self, url: str) -> http.client.HTTPConnection | None:
+        """Return an open connection to the server of ``url`` itself that nobody uses, for :meth:`give_back`."""
+        parts = urlsplit(url)
+        idle = self._idle.get((parts.scheme, parts.netloc))
+        try:
+            connection = idle.pop() if idle else None
+        except IndexError:  # another thread was faster
+            return None
+        if isinstance(connection, _ProxiedConnection):  # its requests have another form
+            self.give_back(url, connection)
+            return None
+        return connection
+
+    def give_back(self, url: str, connection: http.client.HTTPConnection) -> None:
+        """Let others use a connection whose last response was read."""
+        parts = urlsplit(url)
+        self._idle.setdefault((parts.scheme, parts.netloc), deque()).append(connection)
 
     @contextlib.contextmanager
     def request(self, url: str, headers: Mapping[str, str], deadline: Deadline) -> Iterator[http.client.HTTPResponse]:

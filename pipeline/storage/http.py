@@ -48,7 +48,7 @@ class Address:
 class RangeResponse:
     """A range of a file, as received."""
 
-    data: bytes
+    data: bytes | memoryview
     total: int  #: bytes of the complete file
     identity: str  #: ETag or modification date; differs if the file has changed
 
@@ -93,21 +93,36 @@ class RangeClient:
     """The requests of one process; threads share it."""
 
     def __init__(self) -> None:
-        self._connections = ConnectionPool()
+        self.connections = ConnectionPool()
         self._redirects: dict[str, tuple[str, float]] = {}  # address -> (target, until when the target is used)
 
-    def fetch(self, address: Address, offset: int, size: int, deadline: Deadline, retries: int) -> RangeResponse:
+    def fetch(
+        self,
+        address: Address,
+        offset: int,
+        size: int,
+        deadline: Deadline,
+        retries: int,
+        failure: TransientReadError | None = None,
+    ) -> RangeResponse:
         """Read ``size`` bytes of a file from ``offset``, or fewer if the file ends before.
+
+        Args:
+            failure: how the first try has ended, if one was made already.
 
         Raises:
             FileNotFoundError, PermissionError, TimeoutError, ConnectionError: one line that names the file.
             ValueError: the server cannot send ranges, or gives another answer that no retry changes.
         """
 
+        failures = [failure] if failure else []
+
         def attempt() -> RangeResponse:
+            if failures:
+                raise failures.pop()
             try:
                 with self.open_range(address, offset, size, deadline) as response:
-                    return _read_range(address, response, offset, size)
+                    return read_range(address, response, offset, size)
             except (OSError, http.client.HTTPException) as error:
                 raise connection_error(error, address, deadline) from None
 
@@ -123,19 +138,16 @@ class RangeClient:
             ValueError, TransientReadError: the redirects cannot be followed.
             OSError, http.client.HTTPException: there was no response.
         """
-        wanted = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
-        target, until = self._redirects.get(address.url, ("", 0.0))
-        is_cached = time.monotonic() < until
-        target = target if is_cached else address.url
+        wanted = {"Range": f"bytes={offset}-{offset + size - 1}"}
+        target, headers, is_cached = self.target(address)
         for _ in range(MAX_REDIRECTS + 1):
-            own = address.headers if _same_server(target, address.url) else {}
-            headers = {"User-Agent": "framestream", **wanted, **own}
-            with self._connections.request(target, headers, deadline) as response:
+            with self.connections.request(target, {**headers, **wanted}, deadline) as response:
                 if response.status in REDIRECTING and "location" in response.headers:
                     target = _redirect_target(target, response.headers["location"])
+                    headers = _headers(address, target)
                 elif is_cached and response.status not in (206, 416):  # most likely expired
-                    self._redirects.pop(address.url, None)
-                    target, is_cached = address.url, False
+                    self.forget_redirect(address)
+                    target, headers, is_cached = self.target(address)
                 else:
                     yield response
                     if target != address.url and not is_cached:
@@ -143,13 +155,24 @@ class RangeClient:
                     return
         raise ValueError(f"{address.display_url}: the server redirects more than {MAX_REDIRECTS} times")
 
+    def target(self, address: Address) -> tuple[str, dict[str, str], bool]:
+        """Return where to read a file now, the headers for that server, and whether an earlier redirect led there."""
+        target, until = self._redirects.get(address.url, ("", 0.0))
+        is_cached = time.monotonic() < until
+        target = target if is_cached else address.url
+        return target, _headers(address, target), is_cached
+
+    def forget_redirect(self, address: Address) -> None:
+        """Read a file at its own address again."""
+        self._redirects.pop(address.url, None)
+
     def _cache_redirect(self, url: str, target: str) -> None:
         if len(self._redirects) >= REDIRECT_CACHE_SIZE:
             self._redirects.clear()
         self._redirects[url] = target, time.monotonic() + REDIRECT_LIFETIME
 
 
-def _read_range(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> RangeResponse:
+def read_range(address: Address, response: http.client.HTTPResponse, offset: int, size: int) -> RangeResponse:
     """Read and check the body of a response."""
     total, identity = range_total(address, response, offset)
     wanted = max(min(size, total - offset), 0)
@@ -229,6 +252,12 @@ def connection_error(error: OSError | http.client.HTTPException, address: Addres
         return ConnectionError(f"{address.display_url}: the server's certificate is not valid ({error.verify_message})")
     text = " ".join(str(error).split()) or type(error).__name__
     return TransientReadError(ConnectionError, f"the connection broke ({text})")
+
+
+def _headers(address: Address, target: str) -> dict[str, str]:
+    """Return the headers for the server of ``target``."""
+    own = address.headers if _same_server(target, address.url) else {}
+    return {"User-Agent": "framestream", "Accept-Encoding": "identity", **own}
 
 
 def _same_server(a: str, b: str) -> bool:

@@ -33,6 +33,9 @@ class LocalStorage:
     def read(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         return (self._read(shard.name, *part) for part in ranges)  # lazily: one range at a time fits the cache
 
+    def prefetch(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> bool:
+        return False
+
     def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
         for position in range(offset, offset + size, PIECE):
             yield self._read(shard.name, position, min(PIECE, offset + size - position))

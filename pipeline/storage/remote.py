@@ -7,30 +7,20 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 from framestream.pipeline.storage.addresses import AddressResolver
 from framestream.pipeline.storage.base import ReadOptions, ShardRef
 from framestream.pipeline.storage.cache import RangeCache
 from framestream.pipeline.storage.coalesce import RangeRequest, coalesce, slice_ranges
-from framestream.pipeline.storage.connections import Deadline
-from framestream.pipeline.storage.http import RangeClient, RangeResponse
+from framestream.pipeline.storage.http import RangeResponse
+from framestream.pipeline.storage.range_read import RangeRead, SharedClient
 from framestream.pipeline.storage.sequential import SequentialRead
-from framestream.pipeline.utils.daemon_pool import DaemonThreadPool
 
-REQUESTS = 64  #: concurrent requests of a process
 PIECE = 4 << 20  #: bytes per request when a complete file is copied
 CONCURRENT_PIECES = 8  #: such requests at once; at 5 Mbit/s they arrive within the default loader.read_timeout
 MAX_SMALL = 64 << 20  #: bytes up to which a file is read into memory completely
-
-
-class SharedClient:
-    """The connections and threads of one process, for all roots."""
-
-    def __init__(self) -> None:
-        self.client, self.threads = RangeClient(), DaemonThreadPool(REQUESTS)
 
 
 class RemoteStorage:
@@ -55,7 +45,8 @@ class RemoteStorage:
         if cache and (cached := cache.get(key)) is not None:
             return _split(cached, ranges)
         requests = coalesce(ranges)
-        parts = self._fetch(shard.name, requests)
+        early = _shared.early.take(self._early_key(shard, ranges))
+        parts = early.result() if early else self._fetch(shard.name, requests)
         for part, request in zip(parts, requests, strict=True):
             if part.total != shard.size:
                 size = f"has {part.total:,} of {shard.size:,} bytes"
@@ -69,6 +60,19 @@ class RemoteStorage:
             cache.put(key, found)
         return found
 
+    def prefetch(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> bool:
+        if self._range_cache and shard.digest and self._range_cache.has(f"{shard.digest} {list(ranges)}"):
+            return True
+        requests, shared = coalesce(ranges), _shared
+
+        def start() -> RangeRead:
+            return RangeRead(shared, self._resolver.address(shard.name), requests, self._options)
+
+        return shared.early.add(self._early_key(shard, ranges), requests, start)
+
+    def _early_key(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> Hashable:
+        return self.root, shard.name, tuple(ranges)
+
     def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
         address, options = self._resolver.address(shard.name), self._options
         span = (offset, size)
@@ -78,7 +82,7 @@ class RemoteStorage:
         [part] = self._fetch(name, [RangeRequest(0, MAX_SMALL)])
         if part.total > MAX_SMALL:
             raise ValueError(f"{self.describe(name)}: has {part.total:,} bytes, too many for such a file of a root")
-        return part.data
+        return bytes(part.data)
 
     def local_copy(self, names: Sequence[str], version: str, check: Callable[[Sequence[Path]], None]) -> list[Path]:
         if not re.fullmatch(r"\w{1,128}", version):  # it is read from the other machine and becomes a folder name
@@ -104,25 +108,7 @@ class RemoteStorage:
 
     def _fetch(self, name: str, requests: Sequence[RangeRequest]) -> list[RangeResponse]:
         """Read parts of one file, all within one time limit."""
-        deadline, address = Deadline(self._options.timeout), self._resolver.address(name)
-        shared = _shared
-
-        def fetch(request: RangeRequest) -> RangeResponse:
-            return shared.client.fetch(address, request.offset, request.size, deadline, self._options.retries)
-
-        futures = [shared.threads.submit(fetch, request) for request in requests]
-        try:
-            done, pending = wait(futures, max(deadline.remaining, 0), FIRST_EXCEPTION)
-            for future in done:
-                if error := future.exception():
-                    raise error
-            if pending:
-                raise TimeoutError(f"{address.display_url}: {deadline.timeout_message()}")
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-            deadline.cancel()
+        return RangeRead(_shared, self._resolver.address(name), requests, self._options).result()
 
     def _copy(self, name: str, path: Path) -> None:
         """Copy the complete file ``name`` to ``path``."""

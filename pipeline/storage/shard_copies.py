@@ -53,6 +53,9 @@ class CopyingStorage:
                 return [os.pread(file.fileno(), size, offset) for offset, size in ranges]
         raise OSError(f"{self.describe(shard.name)}: its copy is deleted again and again; raise loader.cache_gb")
 
+    def prefetch(self, shard: ShardRef, ranges: Sequence[tuple[int, int]]) -> bool:
+        return False
+
     def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
         return self._storage.read_in_order(shard, offset, size)
 

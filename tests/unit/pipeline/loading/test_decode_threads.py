@@ -25,10 +25,22 @@ from framestream.pipeline.shards.media_view import MediaView
 class Numbers:
     """A source whose pixels are numbers. Some media are bad, and some block until they are let go."""
 
-    def __init__(self, bad: tuple[int, ...] = (), stuck: tuple[int, ...] = ()) -> None:
+    def __init__(self, bad: tuple[int, ...] = (), stuck: tuple[int, ...] = (), room: int = 0) -> None:
         self.bad, self.stuck, self.go = bad, stuck, threading.Event()
+        self.room, self.calls = room, []  # media that are taken ahead, and what was asked for in which order
+
+    def prefetch(self, view: MediaView, start: int, count: int) -> bool:
+        if self.room == 0:
+            return False
+        self.calls.append(("ahead", view.row, start, count))
+        if view.row in self.bad:
+            raise ValueError("is bad")
+        self.room -= 1
+        return True
 
     def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
+        self.calls.append(("read", view.row, start, len(out)))
+        self.room += ("ahead", *self.calls[-1][1:]) in self.calls
         if view.row in self.stuck:
             self.go.wait(60)
         if view.row in self.bad:
@@ -128,3 +140,23 @@ def test_a_fault_of_the_program_is_kept(monkeypatch):
     _, tasks = decoded(threads, items(3, 3))
     threads.close()
     assert isinstance(tasks[0].error, ZeroDivisionError)
+
+
+def test_the_next_items_are_requested_before_one_is_read():
+    """One thread keeps as many on their way as the source takes, in order, and asks for none twice."""
+    source = Numbers(bad=(2,), stuck=(0,), room=3)
+    threads = ThreadDecoder(source, 1, 60)
+    made = items(40, 4, 4, -2, 4, 4)
+    pixels, done = np.zeros((58, 1, 1, 1), dtype=np.uint8), queue.Queue()
+    for task in split_tasks(made, pixels, None, done.put):
+        threads.submit(task)
+    source.go.set()
+    failed = [done.get(timeout=30).failed for _ in range(2)]
+    threads.close()
+    ahead = [call[1:] for call in source.calls if call[0] == "ahead"]
+    read = [call[1:] for call in source.calls if call[0] == "read"]
+    assert read == [(0, 0, 32), (0, 32, 8), (1, 0, 4), (2, 0, 4), (3, 0, 2), (4, 0, 4), (5, 0, 4)]
+    assert ahead[-5:] == read[-5:] and len(set(ahead)) == len(ahead)
+    assert all(source.calls.index(("ahead", *call)) < source.calls.index(("read", *call)) for call in ahead)
+    assert source.calls.index(("ahead", 3, 0, 2)) < source.calls.index(("read", 1, 0, 4)), "not ahead of the thread"
+    assert sum(map(len, failed)) == 1, "a fault ahead is not the reader's"

@@ -16,7 +16,7 @@ def quick(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("framestream.pipeline.storage.http.BACKOFF", 0.002)
     yield
-    for idle in remote._shared.client._connections._idle.values():
+    for idle in remote._shared.client.connections._idle.values():
         while idle:
             idle.pop().close()
 

@@ -146,33 +146,34 @@ def test_a_connection_closed_while_idle_costs_no_try(server, tmp_path):
         assert reads(server, tmp_path, retries=0) == EXPECTED
 
 
-@pytest.mark.parametrize(
-    "behave, error, text",
-    [
-        (lambda request: request.answer(body=DATA), ValueError, "cannot send parts of a file"),
-        (lambda request: request.answer(404), FileNotFoundError, "404 Not Found"),
-        (lambda request: request.answer(401), PermissionError, "401 Unauthorized"),
-        (lambda request: request.answer(403), PermissionError, r"403 Forbidden.*\(3 tries\)"),
-        (lambda request: request.answer(418), ValueError, "418"),
-        (
-            lambda request: request.answer(301, x_amz_bucket_region="eu-1"),
-            ValueError,
-            "region eu-1; set AWS_REGION=eu-1",
-        ),
-        (lambda request: request.answer(500), ConnectionError, r"500 Internal Server Error \(3 tries\)"),
-        (lambda request: request.answer(429, Retry_After="60"), ConnectionError, "loader.read_timeout"),
-        (lambda request: request.reset(), ConnectionError, "the connection broke"),
-        (lambda request: request.serve(DATA[:-1]), ValueError, "has 299,999 of 300,000 bytes; copy"),
-        (
-            lambda request: request.answer(206, b"x", Content_Range=f"bytes {request.wanted(DATA)[0]}-/*"),
-            ValueError,
-            "does not state the size",
-        ),
-        (lambda request: request.serve(DATA, Content_Encoding="gzip"), ValueError, r"compressed \(gzip\)"),
-        (lambda request: request.answer(302, Location="file:///etc/passwd"), ConnectionError, "from http: to file:"),
-        (lambda request: request.answer(302, Location="/file.tar"), ValueError, "redirects more than"),
-    ],
-)
+#: routes of servers that refuse or fail for good, with the error and its message
+REFUSALS = [
+    (lambda request: request.answer(body=DATA), ValueError, "cannot send parts of a file"),
+    (lambda request: request.answer(404), FileNotFoundError, "404 Not Found"),
+    (lambda request: request.answer(401), PermissionError, "401 Unauthorized"),
+    (lambda request: request.answer(403), PermissionError, r"403 Forbidden.*\(3 tries\)"),
+    (lambda request: request.answer(418), ValueError, "418"),
+    (
+        lambda request: request.answer(301, x_amz_bucket_region="eu-1"),
+        ValueError,
+        "region eu-1; set AWS_REGION=eu-1",
+    ),
+    (lambda request: request.answer(500), ConnectionError, r"500 Internal Server Error \(3 tries\)"),
+    (lambda request: request.answer(429, Retry_After="60"), ConnectionError, "loader.read_timeout"),
+    (lambda request: request.reset(), ConnectionError, "the connection broke"),
+    (lambda request: request.serve(DATA[:-1]), ValueError, "has 299,999 of 300,000 bytes; copy"),
+    (
+        lambda request: request.answer(206, b"x", Content_Range=f"bytes {request.wanted(DATA)[0]}-/*"),
+        ValueError,
+        "does not state the size",
+    ),
+    (lambda request: request.serve(DATA, Content_Encoding="gzip"), ValueError, r"compressed \(gzip\)"),
+    (lambda request: request.answer(302, Location="file:///etc/passwd"), ConnectionError, "from http: to file:"),
+    (lambda request: request.answer(302, Location="/file.tar"), ValueError, "redirects more than"),
+]
+
+
+@pytest.mark.parametrize("behave, error, text", REFUSALS)
 def test_what_does_not_pass_is_one_line_that_names_the_file(server, tmp_path, behave, error, text):
     server.routes["/file.tar"] = behave
     with pytest.raises(error, match=text) as raised:
