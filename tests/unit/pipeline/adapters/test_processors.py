@@ -131,14 +131,14 @@ def test_smolvlm2_sees_a_mixed_batch_as_each_row_alone(dataset):
     media = [dataset[6].media[0], dataset[0].media[0], dataset[6].media[1]]
     turns = [{"from": "human", "value": "<image>, <image> or <image>?"}, {"from": "gpt", "value": "This."}]
     both = Sample(media, [dataset[0].dialogues[0]._replace(turns=turns)])
-    samples = [dataset[5], both, dataset[7], dataset[2]]
     with torch.no_grad():
-        batch = ChatCollator(made, labels=True)(samples)
-        logits = model(**batch).logits
-        for row, sample in enumerate(samples):
-            alone = ChatCollator(made, labels=True)([sample])
-            length = alone["input_ids"].shape[1]
-            assert torch.allclose(logits[row, :length], model(**alone).logits[0], atol=1e-4)
+        for samples in ([dataset[5], dataset[7]], [dataset[7], dataset[0]], [dataset[5], both, dataset[7], dataset[2]]):
+            batch = ChatCollator(made, labels=True)(samples)
+            logits = model(**batch).logits
+            for row, sample in enumerate(samples):
+                alone = ChatCollator(made, labels=True)([sample])
+                length = alone["input_ids"].shape[1]
+                assert torch.allclose(logits[row, :length], model(**alone).logits[0], atol=1e-4)
     assert learned(made, batch)[1] == "This.<end_of_utterance>"
     wanted = torch.cat([ChatCollator(made)([s])["pixel_values"][0] for s in (dataset[6], dataset[0])])
     assert torch.equal(batch["pixel_values"][1], torch.cat([wanted[:5], wanted[10:], wanted[5:10]]))
