@@ -85,7 +85,7 @@ class _Process:
             try:
                 self._started.stdin.write(json.dumps([url, function, argument]) + "\n")
                 self._started.stdin.flush()
-                ready = connection.wait([self._started.stdout], ANSWER_TIMEOUT)
+                ready = connection.wait([self._started.stdout.fileno()], ANSWER_TIMEOUT)
                 line = self._started.stdout.readline() if ready else ""
             except BaseException:  # the answer that comes would be taken for that of the next call
                 self._stop()
@@ -127,6 +127,7 @@ def _answer_calls() -> None:
         try:
             if url not in buckets:
                 buckets[url] = BucketCalls(url)
+            answer: list[Any]
             if function == "sign":
                 answer = ["", buckets[url].sign(argument)]
             else:
