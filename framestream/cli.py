@@ -18,6 +18,7 @@ from framestream.pipeline.utils.command_line import nearest_name, run_safely
 COMMANDS = {
     "build": ("framestream.tools.build_shards", "build the shards of a stage"),
     "verify": ("framestream.tools.verify_shards", "check a shard root against the format"),
+    "push": ("framestream.tools.push_shards", "upload a shard root to the hub or to a bucket"),
     "inspect": ("framestream.tools.inspect_shards", "write an HTML page about a shard root"),
     "export-dataset": ("framestream.tools.export_dataset", "write shards as files for other trainers"),
     "demo-data": ("framestream.tools.demo_data", "generate the videos and questions of the demo"),

@@ -116,35 +116,75 @@ def render_dataset_card(record: Mapping[str, Any], shards: pa.Table, media: pa.T
         CardError: the front matter of ``previous`` is not valid YAML, or one of its two markers is missing.
     """
     counts = _count(shards, media)
-    front, body = split_card(previous)
     configs = dump_yaml({"configs": _configs(counts)})
     generated = "\n".join([BEGIN, _describe_contents(counts), _describe_use(counts), _describe_build(record), END])
-    if BEGIN in body or END in body:
-        before, begin, rest = body.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end or BEGIN in rest or END in after:
-            raise CardError(f"needs the lines {BEGIN} and {END} once each, in this order; restore them or remove it")
-        body = before + generated + after
-    else:
-        body = (body if previous else _INTRODUCTION).rstrip("\n") + f"\n\n{generated}\n"
-    return f"---\n{front}{configs}---\n{body}"
+    return _assemble(previous, configs, generated)
 
 
-def split_card(text: str) -> tuple[str, str]:
-    """Return what is the user's in the front matter of a card, and its body.
+def merge_cards(card: str, other: str) -> str:
+    """Return ``card`` with what users wrote in another card of the same root, such as the one on the hub.
+
+    Raises:
+        CardError: both have text of users, and it differs, or one of them is damaged.
+    """
+    own, others = _users_part(card), _users_part(other)
+    if own == others or others in (_UNTOUCHED, ("", "", "")):
+        return card
+    if own != _UNTOUCHED:
+        raise CardError("was edited here and there; make the parts outside of the generated one equal")
+    _, configs, body = _split_card(card)
+    return _assemble(other, configs, _split_body(body)[1])
+
+
+def _assemble(previous: str, configs: str, generated: str) -> str:
+    """Put the generated parts into the card ``previous``, or into a new one."""
+    front, _, body = _split_card(previous)
+    before, found, after = _split_body(body)
+    if not found:
+        before, after = (before if previous else _INTRODUCTION).rstrip("\n") + "\n\n", "\n"
+    return f"---\n{front}{configs}---\n{before}{generated}{after}"
+
+
+def _users_part(card: str) -> tuple[str, str, str]:
+    front, _, body = _split_card(card)
+    before, _, after = _split_body(body)
+    return front.strip(), before.strip(), after.strip()
+
+
+_UNTOUCHED = ("", _INTRODUCTION.strip(), "")
+
+
+def _split_body(body: str) -> tuple[str, str, str]:
+    """Return what stands before the generated part, the generated part with its markers, and what stands behind it.
+
+    Raises:
+        CardError: one of the markers is missing, or there are several.
+    """
+    if BEGIN not in body and END not in body:
+        return body, "", ""
+    before, begin, rest = body.partition(BEGIN)
+    generated, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise CardError(f"needs the lines {BEGIN} and {END} once each, in this order; restore them or remove it")
+    return before, begin + generated + end, after
+
+
+def _split_card(text: str) -> tuple[str, str, str]:
+    """Return what is the user's in the front matter of a card, the field ``configs``, and the body.
 
     Raises:
         CardError: the front matter is not valid YAML, or not an object.
     """
     found = _FRONT_MATTER.match(text)
     if not found:
-        return "", text
-    kept, own = [], False
+        return "", "", text
+    kept: list[str] = []
+    configs: list[str] = []
+    own = False
     for line in found[1].splitlines(keepends=True):
         if re.match(r"[^\s#-]", line):
             own = _OWN_FIELD.match(line) is not None
-        if not own or line.startswith("#"):
-            kept.append(line)
+        (configs if own and not line.startswith("#") else kept).append(line)
     front = "".join(kept)
     try:
         fields = parse_yaml(front)
@@ -152,7 +192,7 @@ def split_card(text: str) -> tuple[str, str]:
         raise CardError(f"its front matter is not valid YAML ({error}); correct it or remove the file") from None
     if not isinstance(fields, dict | None) or "configs" in (fields or {}):
         raise CardError("its front matter is not a list of fields, one a line; correct it or remove the file")
-    return front, text[found.end() :]
+    return front, "".join(configs), text[found.end() :]
 
 
 def _count(shards: pa.Table, media: pa.Table) -> dict[tuple[str, str], dict[str, int]]:
@@ -218,9 +258,9 @@ def _numbers(values: Mapping[str, int], names: Sequence[str]) -> list[str]:
 
 
 def _flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted name, value) of each value in nested objects."""
+    """Return (dotted name, value) of each value in nested objects, sorted by name."""
     if isinstance(value, Mapping) and (value or not name):
-        return [item for key in value for item in _flatten(value[key], f"{name}.{key}" if name else str(key))]
+        return [item for key in sorted(value) for item in _flatten(value[key], f"{name}.{key}" if name else str(key))]
     return [(name, value)]
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("trainer/checkpoint", "trainer/inference", "trainer/monitoring", "tools/fetch"),
     ("trainer/weights", "tools/fetch/archives", "tools/fetch/http"),
     ("trainer/distributed", "trainer/model", "tools/common", "tools/fetch/base"),
-    ("pipeline/adapters", "pipeline/evaluation"),
+    ("pipeline/adapters", "pipeline/evaluation", "pipeline/upload"),
     ("pipeline/loading",),
     ("pipeline/planning",),
     ("pipeline/tokenization",),

@@ -12,6 +12,7 @@ from framestream.pipeline.shards.dataset_card import (
     END,
     MAX_CARD_BYTES,
     CardError,
+    merge_cards,
     render_dataset_card,
     write_dataset_card,
 )
@@ -138,3 +139,19 @@ def test_other_files_under_its_name_stay(data, reason, tmp_path, caplog):
     assert reason in caplog.text
     assert target.read_text() == "private"
     assert data is None or (tmp_path / CARD_FILE).read_bytes() == data
+
+
+LICENSED = ("---\n", "---\nlicense: mit\n", 1)
+
+
+def test_cards_are_merged_unless_both_were_edited():
+    old, new = card(rows=SHARDS[:1]), card()
+    assert merge_cards(new, "") == merge_cards(new, old) == new
+    assert merge_cards(new, old.replace(*LICENSED)) == new.replace(*LICENSED)
+    assert merge_cards(new, "---\nlicense: mit\n---\n") == card("---\nlicense: mit\n---\n"), "as the hub makes it"
+    assert merge_cards(new.replace(*LICENSED), old) == new.replace(*LICENSED)
+    assert merge_cards(new.replace(*LICENSED), old.replace(*LICENSED)) == new.replace(*LICENSED)
+    with pytest.raises(CardError, match="edited here and there"):
+        merge_cards(new.replace(*LICENSED), old + "The end.\n")
+    with pytest.raises(CardError, match="is not valid YAML"):
+        merge_cards(new, "---\nlicense: [\n---\n")
