@@ -14,6 +14,10 @@ READERS = ("decord", "img", "frame", "gif", "av")  #: how a video is read
 
 FOLDER_READERS = ("img", "frame")  #: readers of a folder of frames
 
+DECODERS = ("auto", "pyav", "decord", "ffmpeg")  #: programs that decode videos
+
+HWACCELS = ("none", "cuda", "vaapi", "qsv")  #: kinds of devices that decode videos
+
 SAMPLING_PATTERN = re.compile(r"all|(first[234]?|end|random):([0-9]{1,12})(%?)")  #: which samples of a file are used
 
 SAMPLING_HELP = "all, first:N, first2:N, first3:N, first4:N, end:N or random:N (N a count or P%)"
@@ -92,6 +96,13 @@ class DataConfig:
             low=1, high=100_000, doc="estimated megabytes of one shard, which decide which media it contains"
         ),
     )
+    decoder: str = field(
+        default="auto",
+        metadata=spec(choices=DECODERS, doc="program that decodes videos; auto is PyAV, and ffmpeg for animated WebP"),
+    )
+    hwaccel: str = field(
+        default="none", metadata=spec(choices=HWACCELS, doc="device that decodes videos instead of the processor")
+    )
     decode_timeout: int = field(
         default=600, metadata=spec(low=1, high=604_800, doc="seconds that building one media item may take")
     )
@@ -106,6 +117,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.entries:
             raise ManifestError("entries: the list is empty; name at least one annotation file")
+        if self.decoder == "decord" and self.hwaccel != "none":
+            raise ManifestError(f"hwaccel: decord has no {self.hwaccel}; set decoder: pyav or ffmpeg, or hwaccel: none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,12 +25,14 @@ import numpy as np
 
 from framestream.pipeline.config.preprocessing import FramesConfig
 from framestream.pipeline.media import reference_sampling as published
+from framestream.pipeline.media.decoders.base import DecoderConfig
+from framestream.pipeline.media.decoders.choice import get_decoder
 from framestream.pipeline.media.errors import REASONS, MediaError
 from framestream.pipeline.media.frame_sequences import open_folder, open_gif
 from framestream.pipeline.media.image import encode_image, read_image
 from framestream.pipeline.media.resize import resize, stored_size
 from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
-from framestream.pipeline.media.video import InexactSeekError, ResizeFn, VideoSource, open_sequential, open_video
+from framestream.pipeline.media.video import InexactSeekError, ResizeFn, VideoSource
 
 __all__ = ["REASONS", "Decoded", "MediaError", "VideoRequest", "decode_video", "encode_image", "read_image"]
 
@@ -42,8 +44,8 @@ _TOLERANCE = 1e-6  #: seconds by which a frame may miss a clip's edge: times are
 class VideoRequest:
     """Which frames of a video, or of its clip [start, end], are decoded."""
 
-    #: as annotations name it: ``decord`` or ``av`` for videos (both are read by PyAV, see
-    #: :mod:`framestream.pipeline.media.video`), ``gif``, ``img`` or ``frame`` for folders
+    #: as annotations name it: ``decord`` or ``av`` for videos (both are read by ``decoding``), ``gif``, ``img`` or
+    #: ``frame`` for folders
     reader: str
     frames: FramesConfig  #: sampler, bounds and size; the sample is padded to a multiple of ``clip_frames``
     start: float | None = None  #: seconds; None for the beginning
@@ -52,6 +54,7 @@ class VideoRequest:
     compat: str = "none"  #: ``none``, or ``published`` for the frames of the published readers
     split: str = "train"  #: published: clips of ``train`` are read as in training, others as in evaluation
     name: str = ""  #: a folder's path in the annotations if it is stored elsewhere; TVQA's are recognized by it
+    decoding: DecoderConfig = DecoderConfig()  #: the decoder of videos
 
     @property
     def min_frames(self) -> int:
@@ -91,26 +94,28 @@ def decode_video(path: str | Path, request: VideoRequest) -> Decoded:
     Raises:
         MediaError: the file is missing, damaged, not a video, or the clip has no frames. Published: the reader fails,
             or the frames that it reads are not a multiple of ``frames.clip_frames``.
+        DecoderError: the decoder that ``request.decoding`` names cannot be used on this machine.
         ValueError: an unknown reader, or bounds that are not multiples of ``frames.clip_frames``.
     """
+    decoder = get_decoder(request.decoding)
     opener = _opener(request)
     resizer = _Resizer(path, request.frames)
     select = partial(_select_published if request.compat == "published" else _select, path, request)
     try:
-        source = opener(path, resizer)
+        source = opener(Path(path), resizer)
         return _decode_selection(path, request, source, select(source), resizer)
     except InexactSeekError:
-        source = open_sequential(path, resizer, partial(_predict, select), request.min_frames)
+        source = decoder.open_sequential(Path(path), resizer, partial(_predict, select), request.min_frames)
         return _decode_selection(path, request, source, select(source), resizer)
 
 
-def _opener(request: VideoRequest) -> Callable[[str | Path, ResizeFn], VideoSource]:
+def _opener(request: VideoRequest) -> Callable[[Path, ResizeFn], VideoSource]:
     if request.reader not in READERS:
         raise ValueError(f"reader {request.reader!r} is not one of {', '.join(READERS)}")
     if request.reader == "gif":
         return open_gif
     if request.reader not in ("img", "frame"):
-        return open_video
+        return get_decoder(request.decoding).open
     if request.compat == "published":
         return partial(open_folder, order=published.file_number, name=request.name)
     return partial(open_folder, name=request.name)

@@ -39,6 +39,10 @@ class MediaError(Exception):
         return _rebuild, (self.reason, str(self))
 
 
+class DecoderError(Exception):
+    """A decoder, or its device, cannot be used on this machine: one line that names the field and the fix."""
+
+
 def _rebuild(reason: str, line: str) -> MediaError:
     """Make a MediaError again after pickling."""
     error = MediaError(reason, "", "")
@@ -86,6 +90,12 @@ def has_mp4_index(file: BinaryIO) -> bool:
     """Return whether the top-level boxes of an MP4 include a complete moov box."""
     size = file.seek(0, 2)
     return any(kind == b"moov" and end <= size for kind, end in _boxes(file))
+
+
+def has_mp4_fragments(path: Path) -> bool:
+    """Return whether a file is an MP4 in fragments: it has moof boxes."""
+    with open(path, "rb") as file:
+        return file.read(8)[4:] in MP4_BOXES and any(kind == b"moof" for kind, _ in _boxes(file))
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -84,6 +84,11 @@ def diagnose_open_error(path: Path, reason: str = "not_media") -> MediaError:
     return MediaError(reason, path, named or "is no known video format, whatever its name says")
 
 
+def is_animated_webp(head: bytes) -> bool:
+    """Return whether the first bytes of a file are those of an animated WebP image."""
+    return head[8:12] == b"WEBP" and head[12:16] == b"VP8X" and bool(head[20:21]) and bool(head[20] & _ANIMATED)
+
+
 def name_of_other_file(data: bytes) -> str:
     """Say what bytes are that Pillow does not open as an image, and the step that helps."""
     head = data[:_HEAD]
@@ -112,8 +117,8 @@ def _named(head: bytes) -> str:
         return _PIECE.format("a segment of a DASH or HLS stream")
     if head.startswith(b"\x1fC\xb6u"):
         return _PIECE.format("a segment of a WebM stream")
-    if head[8:12] == b"WEBP" and head[12:16] == b"VP8X" and head[20] & _ANIMATED:
-        return "is an animated WebP image, which is not read as a video; convert it to a GIF or an MP4"
+    if is_animated_webp(head):
+        return "is an animated WebP image, which is read as a video only with data.decoder: auto or ffmpeg"
     for offset, start, text, name in _SIGNATURES:
         if head.startswith(start, offset):
             return text.format(name)

@@ -9,10 +9,7 @@ A source knows the time of each of its frames before any is decoded. Clips and s
 * ``open_sequential`` decodes everything in order and counts the frames, up to the first damaged position. It stores the
   frames that will probably be wanted, judged by the file's packets. It decodes a second time only if others are wanted.
 
-decord is not used to read sources, because its frames carry no time that could be checked. decord2 3.4 gives up
-skipping to a frame after 10,000 polls and returns another frame without an error: 9 to 18 of 28 frames of a 720p clip
-on a busy machine, different ones in every run. It does the same on any machine for MPEG-4 video with B-frames and for
-open groups of pictures.
+Other decoders (:mod:`framestream.pipeline.media.decoders`) number their frames by the packets that PyAV lists here.
 """
 
 from __future__ import annotations
@@ -42,9 +39,12 @@ from framestream.pipeline.media.video_stream import (
 #: A seek costs about as much as decoding this many frames, because the frames buffered for reordering are lost.
 SEEK_FRAMES, SEEK_FRAMES_IN_ORDER = 6, 1
 BY_DECODING_TIME = ("mpegts", "mpeg")  #: formats in which a seek leads to the packet with that decoding time
+#: A packet of this format may hold the beginnings of several frames and the time of one. After a seek, times are given
+#: to other frames than in reading from the beginning.
+PROGRAM_STREAM = "mpeg"
 #: The last frame is held while sound goes on for more than this many seconds after it.
 HELD_SECONDS = 1.0
-_NO_TIME = -(2**63)
+NO_TIME = -(2**63)  #: in place of an unknown time in ticks
 
 ResizeFn = Callable[[np.ndarray], np.ndarray]  #: applied to each frame, uint8 (H, W, 3), as soon as it is decoded
 
@@ -82,8 +82,11 @@ class VideoSource:
     promised_end: float = 0.0  #: second at which the file says that it ends; 0 if it does not say so
 
 
-def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
+def open_video(path: str | Path, resize: ResizeFn = identity, hwaccel: str = "none") -> VideoSource:
     """Open a video whose frames are found by their times; nothing is decoded before a frame is requested.
+
+    Args:
+        hwaccel: kind of device that decodes (:func:`framestream.pipeline.media.video_stream.open_stream`).
 
     Raises:
         MediaError: the file cannot be opened or has no video.
@@ -91,16 +94,16 @@ def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
             its packet says, or something on the way to it does not decode.
     """
     path = check_file(path)
-    scan = _scan(path)
+    scan = scan_packets(path)
     ticks, key_ticks = scan.ticks, scan.keys
     if not len(key_ticks) or not scan.timed or not scan.seekable:
-        raise InexactSeekError("frames or their times are missing, or the decoder keeps state")
+        raise InexactSeekError("frames or their times are missing, or a seek gives other frames")
     key_numbers = np.searchsorted(ticks, key_ticks)
 
     def decode_frames(numbers: np.ndarray) -> Iterator[np.ndarray]:
         targets = ticks[numbers].tolist()
         keys = np.maximum(np.searchsorted(key_ticks, targets, "right") - 1, 0)  # nearest key frame before each target
-        with open_stream(path, strict=True) as (container, stream):
+        with open_stream(path, True, hwaccel) as (container, stream):
             needed, current = frozenset(targets), -1
             limit = SEEK_FRAMES if stream.codec_context.has_b_frames else SEEK_FRAMES_IN_ORDER
             frames, back = decode_stream(container, stream, needed), 0
@@ -117,7 +120,7 @@ def open_video(path: str | Path, resize: ResizeFn = identity) -> VideoSource:
                 current = number
                 yield resize(frame_pixels(frame))
 
-    return _make_source(scan, ticks, decode_frames, scan.damaged)
+    return make_source(scan, ticks, decode_frames, scan.damaged)
 
 
 def _seek(container: InputContainer, stream: VideoStream, time: int) -> None:
@@ -145,6 +148,7 @@ def open_sequential(
     resize: ResizeFn = identity,
     predict: Callable[[VideoSource], Collection[int]] | None = None,
     min_frames: int = 1,
+    hwaccel: str = "none",
 ) -> VideoSource:
     """Open a video by decoding it from its first frame to its end, or to the first position that does not decode.
 
@@ -153,16 +157,17 @@ def open_sequential(
             frames are stored after resizing, and returned if no others are requested.
         min_frames: if a strict decoder yields fewer frames, a decoder that conceals some errors is tried. Its frames
             are used if it reports no error: some encoders write such streams.
+        hwaccel: as for :func:`open_video`.
 
     Raises:
         MediaError: the file cannot be opened, has no video, or no frame of it decodes.
     """
     path = check_file(path)
-    scan = _scan(path)
+    scan = scan_packets(path)
     predicted: Collection[int] = ()
     if predict and len(scan.ticks):
-        predicted = predict(_make_source(scan, scan.ticks, lambda _: iter(()), scan.damaged))
-    strict, run = _best_run(path, resize, frozenset(predicted), min_frames)
+        predicted = predict(make_source(scan, scan.ticks, lambda _: iter(()), scan.damaged))
+    strict, run = _best_run(path, resize, frozenset(predicted), min_frames, hwaccel)
     if not len(run.ticks):
         reason, text = "corrupt", "no frame of it decodes"
         if scan.damaged:
@@ -174,7 +179,7 @@ def open_sequential(
         if run.stored.keys() >= set(wanted):
             yield from (run.stored[number] for number in wanted)
             return
-        with open_stream(path, strict) as (container, stream), contextlib.suppress(DamagedStreamError):
+        with open_stream(path, strict, hwaccel) as (container, stream), contextlib.suppress(DamagedStreamError):
             rest = iter(wanted)
             target = next(rest, None)
             for number, frame in enumerate(decode_stream(container, stream)):
@@ -184,11 +189,11 @@ def open_sequential(
                 if target is None:
                     return
 
-    return _make_source(scan, run.ticks, decode_frames, scan.damaged or run.broken or run.has_faults)
+    return make_source(scan, run.ticks, decode_frames, scan.damaged or run.broken or run.has_faults)
 
 
 @dataclass(frozen=True, slots=True)
-class _Scan:
+class PacketScan:
     """What a file and its packets state, up to the first damaged packet."""
 
     ticks: np.ndarray  #: int64 (N,), ascending: presentation times of the packets
@@ -196,7 +201,7 @@ class _Scan:
     seeks: np.ndarray  #: int64 (K,): times to which a seek leads to the key frames
     timed: bool  #: every packet has a time of its own
     decoding: np.ndarray  #: int64 (N,), ascending: decoding times of the packets; (0,) if one has none
-    seekable: bool  #: a seek leaves the decoder without anything that it needs from before
+    seekable: bool  #: a seek leads to the frames that the packets state, and the decoder needs nothing from before
     damaged: bool  #: a packet is damaged, or there are fewer than the container or its length promises
     origin: float  #: second that players show as 0, unless a frame is shown before it
     end: float  #: second at which the last of the streams, sound included, ends; 0 if unknown
@@ -204,15 +209,18 @@ class _Scan:
     base: Fraction  #: seconds per tick
     rate: Fraction | None  #: frames per second as the container states them
     nominal: float  #: the same, or the decoder's guess; 0 if unknown
+    container: str  #: the format, as FFmpeg calls it
+    stream: int  #: number of the video stream in the file
+    is_transparent: bool  #: pixels have alpha, or colors of a palette that may have
 
 
-def _scan(path: Path) -> _Scan:
+def scan_packets(path: Path) -> PacketScan:
     """Read the packets of a file without decoding them."""
     with open_stream(path) as (container, stream):
         packets = _read_packets(container, stream)
         ticks, keys = np.sort(np.array(packets.times, dtype=np.int64)), np.array(packets.keys, dtype=np.int64)
         order = np.argsort(keys)
-        timed = _NO_TIME not in ticks[:1] and bool((np.diff(ticks) > 0).all())
+        timed = NO_TIME not in ticks[:1] and bool((np.diff(ticks) > 0).all())
         promised = _promised_frames(stream, len(ticks))
         damaged = packets.damaged or len(ticks) < promised or is_truncated(path)
         if damaged and timed and packets.last_dts is not None:  # missing frames may be shown before the last ones read
@@ -221,13 +229,13 @@ def _scan(path: Path) -> _Scan:
             raise MediaError("corrupt", path, "its video stream has no time base; fetch the file again")
         codec = stream.codec_context
         nominal, end = float(stream.average_rate or stream.guessed_rate or 0), max(container.duration or 0, 0)
-        return _Scan(
+        return PacketScan(
             ticks=ticks,
             keys=keys[order],
             seeks=np.array(packets.seeks, dtype=np.int64)[order],
             timed=timed,
-            decoding=np.sort(np.array([] if _NO_TIME in packets.decoding else packets.decoding, dtype=np.int64)),
-            seekable=codec.name in SEEKABLE and codec.pix_fmt != "pal8",
+            decoding=np.sort(np.array([] if NO_TIME in packets.decoding else packets.decoding, dtype=np.int64)),
+            seekable=container.format.name != PROGRAM_STREAM and codec.name in SEEKABLE and codec.pix_fmt != "pal8",
             damaged=damaged,
             origin=max(container.start_time or 0, 0) / av.time_base,  # transport streams begin at any time
             end=end / av.time_base,
@@ -235,15 +243,22 @@ def _scan(path: Path) -> _Scan:
             base=stream.time_base,
             rate=stream.average_rate,
             nominal=nominal,
+            container=container.format.name,
+            stream=stream.index,
+            is_transparent=codec.pix_fmt is None or codec.pix_fmt == "pal8" or _has_alpha(codec.pix_fmt),
         )
+
+
+def _has_alpha(pixel_format: str) -> bool:
+    return any(component.is_alpha for component in av.VideoFormat(pixel_format).components)
 
 
 @dataclass(slots=True)
 class _Packets:
     """Times of the packets of a stream in file order, in arrays of 8 bytes a frame: a 10-hour video has a million."""
 
-    times: array[int] = field(default_factory=lambda: array("q"))  #: presentation times, _NO_TIME if unknown
-    decoding: array[int] = field(default_factory=lambda: array("q"))  #: decoding times, _NO_TIME if unknown
+    times: array[int] = field(default_factory=lambda: array("q"))  #: presentation times, NO_TIME if unknown
+    decoding: array[int] = field(default_factory=lambda: array("q"))  #: decoding times, NO_TIME if unknown
     keys: array[int] = field(default_factory=lambda: array("q"))  #: presentation times of the key frames
     seeks: array[int] = field(default_factory=lambda: array("q"))  #: times to which a seek leads to them
     last_dts: int | None = None  #: decoding time of the last packet that has one
@@ -262,9 +277,9 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
                 break
             if not packet.size or packet.is_discard:
                 continue
-            time = _NO_TIME if packet.pts is None else packet.pts
+            time = NO_TIME if packet.pts is None else packet.pts
             packets.times.append(time)
-            packets.decoding.append(_NO_TIME if packet.dts is None else packet.dts)
+            packets.decoding.append(NO_TIME if packet.dts is None else packet.dts)
             if packet.is_keyframe:
                 packets.keys.append(time)
                 packets.seeks.append(packet.dts if seeks_by_dts and packet.dts is not None else time)
@@ -284,16 +299,16 @@ def _promised_frames(stream: VideoStream, found: int) -> int:
     return sum(entry.size > 0 and not entry.is_discard for entry in entries) if len(entries) else stream.frames
 
 
-def _make_source(
-    scan: _Scan, ticks: np.ndarray, decode_frames: Callable[[np.ndarray], Iterator[np.ndarray]], damaged: bool
+def make_source(
+    scan: PacketScan, ticks: np.ndarray, decode_frames: Callable[[np.ndarray], Iterator[np.ndarray]], damaged: bool
 ) -> VideoSource:
     """Make a source of frames at ``ticks``, or of evenly spaced frames if these are not valid times."""
     frame_times = FrameTimes(ticks, scan.base, scan.rate) if scan.rate else None
-    if ticks[0] == _NO_TIME or not (np.diff(ticks) > 0).all():
+    if ticks[0] == NO_TIME or not (np.diff(ticks) > 0).all():
         frame_times = None
         if len(scan.decoding) == len(ticks):  # frames without times of their own, as of H.264 in AVI
             ticks = scan.decoding
-    if ticks[0] == _NO_TIME or not (np.diff(ticks) > 0).all():
+    if ticks[0] == NO_TIME or not (np.diff(ticks) > 0).all():
         seconds = np.arange(len(ticks)) / (scan.nominal or 1.0)
     else:
         seconds = ticks * float(scan.base)
@@ -313,29 +328,29 @@ def _make_source(
 class _Run:
     """Result of decoding a stream once."""
 
-    ticks: np.ndarray  #: int64 (N,): times of the frames, _NO_TIME if unknown
+    ticks: np.ndarray  #: int64 (N,): times of the frames, NO_TIME if unknown
     broken: bool  #: decoding stopped at a damaged position
     has_faults: bool  #: something before the first frame did not decode
     stored: dict[int, np.ndarray]  #: resized frames by number
 
 
-def _best_run(path: Path, resize: ResizeFn, store: Collection[int], min_frames: int) -> tuple[bool, _Run]:
+def _best_run(path: Path, resize: ResizeFn, store: Collection[int], min_frames: int, hwaccel: str) -> tuple[bool, _Run]:
     """Decode strictly, or leniently if the stream is only unusual; return whether strictly, and the result."""
-    run = _run(path, True, resize, store)
+    run = _run(path, True, resize, store, hwaccel)
     if run.broken and len(run.ticks) < min_frames:
-        lenient = _run(path, False, resize, store)
+        lenient = _run(path, False, resize, store, hwaccel)
         if not lenient.broken:  # an unusual stream decodes without any error
             return False, lenient
     return True, run
 
 
-def _run(path: Path, strict: bool, resize: ResizeFn, store: Collection[int]) -> _Run:
+def _run(path: Path, strict: bool, resize: ResizeFn, store: Collection[int], hwaccel: str) -> _Run:
     ticks, stored, broken = array("q"), {}, False
     faults: list[Exception] = []
-    with open_stream(path, strict) as (container, stream):
+    with open_stream(path, strict, hwaccel) as (container, stream):
         try:
             for number, frame in enumerate(decode_stream(container, stream, faults=faults)):
-                ticks.append(_NO_TIME if frame.pts is None else frame.pts)
+                ticks.append(NO_TIME if frame.pts is None else frame.pts)
                 if number in store:
                     stored[number] = resize(frame_pixels(frame))
         except DamagedStreamError:

@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import av
 import numpy as np
+from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from framestream.pipeline.media.errors import MAX_PIXELS, MediaError
+from framestream.pipeline.media.errors import MAX_PIXELS, DecoderError, MediaError
 from framestream.pipeline.media.file_kinds import diagnose_open_error
 from framestream.pipeline.media.pixels import on_black
 
@@ -66,18 +67,22 @@ def media_errors(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_stream(path: Path, strict: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_stream(
+    path: Path, strict: bool = False, hwaccel: str = "none"
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a video file and yield its container and its main video stream.
 
     Args:
         strict: make the decoder refuse errors that it would otherwise conceal.
+        hwaccel: kind of device that decodes, such as ``cuda``. Codecs that PyAV decodes on no such device are decoded
+            on the processor.
 
     Raises:
         MediaError: the file cannot be opened, or has no video stream that can be decoded.
+        DecoderError: the device cannot be used.
     """
     try:
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        container = av.open(f"file:{path}", options=options, **TAG_OPTIONS)
+        container = _open_container(path, hwaccel)
     except av.ArgumentError:
         raise diagnose_open_error(path, "unsupported") from None
     except (av.FFmpegError, ValueError, MemoryError):
@@ -96,6 +101,31 @@ def open_stream(path: Path, strict: bool = False) -> Iterator[tuple[InputContain
         codec.thread_count = 1
         codec.options = {"max_pixels": str(MAX_PIXELS), **({"err_detect": "explode"} if strict else {})}
         yield container, stream
+
+
+def _open_container(path: Path, hwaccel: str) -> InputContainer:
+    options: dict[str, Any] = {"options": {"format_whitelist": FORMATS, "protocol_whitelist": "file"}, **TAG_OPTIONS}
+    container = av.open(f"file:{path}", **options)
+    if hwaccel == "none" or not any(_is_accelerated(stream, hwaccel) for stream in container.streams.video):
+        return container
+    container.close()
+    try:
+        return av.open(f"file:{path}", hwaccel=HWAccel(hwaccel, allow_software_fallback=False), **options)
+    except (av.FFmpegError, RuntimeError) as error:
+        raise device_error(hwaccel, error) from None
+
+
+def _is_accelerated(stream: VideoStream, hwaccel: str) -> bool:
+    """Return whether PyAV has a decoder of a stream's codec for a kind of device."""
+    codec = stream.codec_context
+    return codec is not None and any(item.device_type.name == hwaccel for item in codec.codec.hardware_configs)
+
+
+def device_error(hwaccel: str, error: object) -> DecoderError:
+    """Return the error of a device that is missing, or has no driver."""
+    text = " ".join(str(error).split())
+    fix = "install its driver, or set data.hwaccel: none"
+    return DecoderError(f"data.hwaccel: {hwaccel} cannot be used on this machine ({text}); {fix}")
 
 
 def _main_video(container: InputContainer) -> VideoStream | None:
@@ -236,16 +266,34 @@ def frame_pixels(frame: av.VideoFrame) -> np.ndarray:
         pixels = on_black(frame.to_ndarray(format="rgba", threads=1))
     else:
         pixels = frame.to_ndarray(format="rgb24", threads=1)
-    try:
-        # PyAV's stub declares a TypedDict without this key
-        display = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]
-        matrix = np.frombuffer(bytes(display), np.int32)
-    except KeyError:
+    matrix = _display_matrix(frame)
+    if matrix is None:
         return pixels
-    except ValueError:  # the frame has side data of a kind that PyAV does not know
+    if not len(matrix):  # the frame has side data of a kind that PyAV does not know
         return np.rot90(pixels, round(frame.rotation / 90))
     across, down = matrix[[0, 4]]  # a pixel (x, y) is shown at (m0 x + m3 y, m1 x + m4 y)
     if abs(int(matrix[1])) > abs(int(matrix[0])):
         pixels = pixels.transpose(1, 0, 2)
         across, down = matrix[[3, 1]]
     return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def is_mirrored(frame: av.VideoFrame) -> bool:
+    """Return whether a frame is shown mirrored, or at an angle that is not a multiple of 90 degrees."""
+    matrix = _display_matrix(frame)
+    if matrix is None or not len(matrix):
+        return False
+    a, b, c, d = matrix[[0, 1, 3, 4]].astype(np.int64).tolist()
+    return not (b == c == 0 and a * d > 0 or a == d == 0 and b * c < 0)
+
+
+def _display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    """Return the display matrix of a frame, int32 (9,); None if it has none, and (0,) if PyAV cannot read it."""
+    try:
+        # PyAV's stub declares a TypedDict without this key
+        display = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]
+        return np.frombuffer(bytes(display), np.int32)
+    except KeyError:
+        return None
+    except ValueError:
+        return np.empty(0, np.int32)

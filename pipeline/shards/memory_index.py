@@ -20,7 +20,8 @@ from PIL import Image
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.media.decode import VideoRequest
-from framestream.pipeline.media.errors import MediaError, check_file
+from framestream.pipeline.media.decoders.base import DecoderConfig
+from framestream.pipeline.media.errors import DecoderError, MediaError, check_file
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
 from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, SHARD_SCHEMA, Index, build_table, media_schema
@@ -54,6 +55,8 @@ class MediaFile:
             return "img"
         try:
             with Image.open(check_file(self.path)) as image:
+                if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+                    return "decord"
                 return {"GIF": "gif", "MPEG": "decord"}.get(image.format or "", IMAGE_READER)
         except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
             return "decord"
@@ -67,8 +70,12 @@ class MediaFile:
         reader, bounds = self.detect_reader(), (self.start, self.end)
         if reader != IMAGE_READER:
             seed = media_seed(manifest.seed, self.key)
-            request = VideoRequest(reader, manifest.frames, *bounds, seed, manifest.compat, split="val")
-            return encode_video(Path(self.path), request)
+            decoding = DecoderConfig.of(manifest.data)
+            request = VideoRequest(reader, manifest.frames, *bounds, seed, manifest.compat, "val", decoding=decoding)
+            try:
+                return encode_video(Path(self.path), request)
+            except DecoderError as error:
+                raise MediaError("unsupported", self.path, str(error)) from None
         if bounds != (None, None):
             raise MediaError("bad_clip", self.path, "is an image; only videos have a start and an end")
         return encode_image_file(Path(self.path), manifest.images)

@@ -26,12 +26,16 @@ LAYERS = (
     ("pipeline/tokenization",),
     ("pipeline/shards",),
     ("pipeline/annotations", "pipeline/html", "pipeline/media", "pipeline/storage"),
-    ("pipeline/storage/buckets",),
+    ("pipeline/media/decoders", "pipeline/storage/buckets"),
+    ("pipeline/media/video",),
     ("pipeline/config",),
     ("pipeline/utils",),
 )
-#: the module of tools/fetch that its own sub-rooms use
-BELOW_ITS_ROOM = {"tools/fetch/base.py": "tools/fetch/base"}
+#: modules that the sub-rooms of their own room use
+BELOW_ITS_ROOM = {"tools/fetch/base.py": "tools/fetch/base"} | {
+    f"pipeline/media/{name}.py": "pipeline/media/video"
+    for name in ("errors", "file_kinds", "pixels", "video", "video_stream")
+}
 LARGEST_ROOM = 16  #: modules
 LONGEST_MODULE = 400  #: lines
 LONGEST_TEST_NAME = 60  #: characters, without ``test_``

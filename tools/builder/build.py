@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from framestream.pipeline.annotations.reader import AnnotationFileError
 from framestream.pipeline.config.manifest import BuildManifest
+from framestream.pipeline.media.decoders.base import DecoderConfig
+from framestream.pipeline.media.errors import DecoderError
 from framestream.pipeline.shards.index import Index, ShardsError
 from framestream.pipeline.shards.ledger import RETRYABLE
 from framestream.pipeline.utils.atomic_io import fsync_path
@@ -76,13 +78,17 @@ def build(manifest: BuildManifest, executor: Executor, options: BuildOptions) ->
     """Build ``manifest.shard_root``, or this machine's share of it.
 
     Raises:
-        BuildError: input is missing, no dialogue can be used, or the folder contains another build.
+        BuildError: input is missing, no dialogue can be used, the decoder is not installed, or the folder contains
+            another build.
         WorkerError: a worker failed.
         AnnotationFileError: an annotation file is broken.
     """
     root = manifest.shard_root
     entries = resolve_entries(manifest)
-    wanted = specification(manifest, entries, options.limit)
+    try:
+        wanted = specification(manifest, entries, options.limit)
+    except DecoderError as error:
+        raise BuildError(str(error)) from None
     if record := _finished_record(root, wanted, entries, options.retry_failed):
         _remove_leftovers(root)
         return BuildResult(record, built=False)
@@ -243,6 +249,7 @@ def make_job(manifest: BuildManifest, entries: Sequence[ResolvedEntry], work: Pa
         images=manifest.images,
         seed=manifest.seed,
         compat=manifest.compat,
+        decoding=DecoderConfig.of(manifest.data),
         cache_bytes=cache_bytes,
         fetch_seconds=manifest.data.fetch_timeout,
         decode_seconds=manifest.data.decode_timeout,

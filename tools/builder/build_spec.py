@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import itertools
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from framestream.pipeline.config.data import DataConfig
 from framestream.pipeline.config.manifest import BuildManifest
 from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.media.decoders.base import DecoderConfig
+from framestream.pipeline.media.decoders.choice import decoder_versions
 from framestream.pipeline.utils.atomic_io import file_sha256
 from framestream.tools.fetch.root_map import ResolvedEntry
 
 FORMAT = 2  #: of the shards; raised when a code change alters their bytes
 LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "simplejpeg", "torch")  #: libraries whose versions decide the bytes
+DECODING = ("decoder", "hwaccel")  #: fields of ``data`` that stand in a specification only if they are not the default
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DataConfig)}
 LEFT_OUT = "left out"  #: stands for a file or folder of an entry that could not be found
 
 
@@ -22,7 +28,10 @@ def specification(manifest: BuildManifest, resolved: Sequence[ResolvedEntry], li
     """Return everything that decides the bytes of the shards, as JSON. Equal specifications give equal shards.
 
     Annotation files are identified by content, and roots by which of them contain each other. So moving data changes
-    nothing.
+    nothing. A decoder or device other than the default stands in it with its version.
+
+    Raises:
+        DecoderError: the decoder is not installed.
     """
     frames, images = to_dict(manifest.frames), to_dict(manifest.images)
     entries = [
@@ -34,6 +43,9 @@ def specification(manifest: BuildManifest, resolved: Sequence[ResolvedEntry], li
         }
         for item in resolved
     ]
+    chosen = {name: getattr(manifest.data, name) for name in DECODING}
+    chosen = {name: value for name, value in chosen.items() if value != _DEFAULTS[name]}
+    libraries = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
     compat = {} if manifest.compat == "none" else {"compat": manifest.compat}
     return {
         "format": FORMAT,
@@ -43,10 +55,10 @@ def specification(manifest: BuildManifest, resolved: Sequence[ResolvedEntry], li
         "limit": limit or 0,
         "frames": {name: value for name, value in frames.items() if name != "time_message"},
         "images": {name: images[name] for name in ("quality", "max_side")},
-        "data": {name: getattr(manifest.data, name) for name in ("text_placeholder", "shard_mb")},
+        "data": {name: getattr(manifest.data, name) for name in ("text_placeholder", "shard_mb")} | chosen,
         "entries": entries,
         "nested_roots": _nested_roots(resolved),
-        "libraries": {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES},
+        "libraries": libraries | decoder_versions(DecoderConfig.of(manifest.data)),
         "machine": platform.machine(),
     }
 

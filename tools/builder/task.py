@@ -29,7 +29,9 @@ import pyarrow as pa
 from framestream.pipeline.config.data import FOLDER_READERS
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
 from framestream.pipeline.media.decode import VideoRequest
-from framestream.pipeline.media.errors import MediaError
+from framestream.pipeline.media.decoders.base import DecoderConfig
+from framestream.pipeline.media.decoders.choice import check_decoder
+from framestream.pipeline.media.errors import DecoderError, MediaError
 from framestream.pipeline.media.sampling import media_seed
 from framestream.pipeline.shards.encode import EncodedMedia, encode_image_file, encode_video
 from framestream.pipeline.shards.index import DIALOGUE_SCHEMA, FRAME_DIGEST, NOMINAL, build_table, media_schema
@@ -65,6 +67,7 @@ class BuildJob:
     images: ImagesConfig
     seed: int
     compat: str
+    decoding: DecoderConfig  #: the decoder of videos
     cache_bytes: int  #: disk space for fetched files, because several media may be clips of one file
     fetch_seconds: float  #: time limit for fetching one file
     decode_seconds: float  #: time limit for decoding and encoding one media item
@@ -92,7 +95,12 @@ def is_dialogue(name: str) -> bool:
 
 
 def make_worker(job: BuildJob) -> Run:
-    """Return the function that a worker process calls for each task."""
+    """Return the function that a worker process calls for each task.
+
+    Raises:
+        DecoderError: the decoder of the build cannot be used on this machine.
+    """
+    check_decoder(job.decoding)
     plan, sources = _PlanReader(job), _MediaSources(job)
 
     def run(task: int, lost: LostItems, careful: bool, report: Report) -> None:
@@ -346,6 +354,8 @@ def _build_sample(
     except MediaError as error:
         local = path if job.locations[item["entry"]].path else item["source"]  # a fetched file has a temporary name
         raise _MediaBuildError(error.reason, str(error).replace(str(path), str(local))) from None
+    except DecoderError:  # every other item would fail, too
+        raise
     except Exception as error:  # decoders are third-party code, and one item must not end a build
         raise _MediaBuildError("crashed", _describe(item, error)) from error
     columns = {**encoded.columns, "key": item["key"], "kind": item["kind"], "source": item["source"]}
@@ -361,5 +371,6 @@ def _encode(job: BuildJob, path: Path, item: Mapping[str, Any]) -> EncodedMedia:
     if item["kind"] == "image":
         return encode_image_file(path, job.images)
     seed, bounds = media_seed(job.seed, item["key"]), (item["start"], item["end"])
-    request = VideoRequest(item["reader"], job.frames, *bounds, seed, job.compat, item["split"], item["source"])
+    names = (job.compat, item["split"], item["source"])
+    request = VideoRequest(item["reader"], job.frames, *bounds, seed, *names, job.decoding)
     return encode_video(path, request)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from framestream.pipeline.media.errors import DecoderError
 from framestream.pipeline.utils.interrupts import hold_interrupts
 from framestream.tools.common.errors import WorkerError
 
@@ -214,7 +215,7 @@ def _worker_main(connection: Connection, make_run: Callable[..., Run], arguments
     except EOFError:
         pass
     except Exception as error:
-        if not isinstance(error, OSError):  # one line is enough for no space, or a missing folder
+        if not isinstance(error, (OSError, DecoderError)):  # one line is enough for no space, or a missing folder
             traceback.print_exc()
         send(error=f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())}")
 

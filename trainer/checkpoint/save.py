@@ -37,6 +37,8 @@ MUTABLE_FIELDS = {
     "output",
     "shards",
     "data.roots",
+    "data.decoder",
+    "data.hwaccel",
     "loader",
     "evaluate",
     "train.save_every",

@@ -63,7 +63,7 @@ def test_avi_without_presentation_times_has_its_own_rate(tmp_path: Path) -> None
 
 def test_a_frame_before_the_start_of_the_container_is_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "plain.ts", 50, "mpeg2video", B_FRAMES)
-    scan = video._scan
+    scan = video.scan_packets
 
     def late_start(file: Path) -> video._Scan:
         import dataclasses
@@ -71,7 +71,7 @@ def test_a_frame_before_the_start_of_the_container_is_at_zero(tmp_path: Path, mo
         result = scan(file)
         return dataclasses.replace(result, origin=result.origin + 0.08)
 
-    monkeypatch.setattr(video, "_scan", late_start)
+    monkeypatch.setattr(video, "scan_packets", late_start)
     decoded = decode_video(path, VideoRequest("decord", FOUR))
     assert video.open_sequential(path).seconds[0] == 0.0
     np.testing.assert_allclose(decoded.timestamps, decoded.frame_index / 25, atol=1e-3)
@@ -123,6 +123,15 @@ def test_tags_that_are_not_utf8_do_not_matter(tmp_path: Path) -> None:
     data = (tmp_path / "tagged.mkv").read_bytes()
     (tmp_path / "tagged.mkv").write_bytes(data.replace(b"XXXX", b"\xe9\xe8\xff\xe0"))
     assert decode_video(tmp_path / "tagged.mkv", VideoRequest("decord", FOUR)).vlen == 30
+
+
+@pytest.mark.parametrize("name", ["a.mpg", "a.vob", "a.ts"])
+def test_every_frame_of_a_stream_is_the_one_asked_for(tmp_path: Path, name: str) -> None:
+    write_video(tmp_path / name, 100, "mpeg2video" if name == "a.vob" else "mpeg1video", B_FRAMES)
+    for number in (0, 40, 86, 87, 92, 99):
+        seconds = number / 25 + 0.001
+        decoded = decode_video(tmp_path / name, VideoRequest("decord", FOUR, seconds, seconds + 0.01))
+        assert {number_of(frame) for frame in decoded.frames} == {number}
 
 
 # What a file is -------------------------------------------------------------------------------------------------------
@@ -260,8 +269,9 @@ def test_animations_of_images_are_videos_or_named(tmp_path: Path) -> None:
     decoded = decode_video(tmp_path / "a.png", VideoRequest("decord", MANY))
     assert (decoded.vlen, decoded.fps, decoded.duration) == (20, 10.0, 2.0)
     assert [number_of(frame) for frame in decoded.frames] == decoded.frame_index.tolist()
-    with pytest.raises(MediaError, match="is an animated WebP image, .* convert it to a GIF or an MP4"):
-        decode_video(tmp_path / "a.webp", VideoRequest("decord", MANY))
+    decoded = decode_video(tmp_path / "a.webp", VideoRequest("decord", MANY))
+    assert (decoded.vlen, decoded.fps, decoded.duration) == (20, 10.0, 2.0)
+    assert [number_of(frame) for frame in decoded.frames] == decoded.frame_index.tolist()
     pictures[0].save(tmp_path / "still.webp")
     with pytest.raises(MediaError, match="is a WebP image; give it as an image"):
         decode_video(tmp_path / "still.webp", VideoRequest("decord", MANY))

@@ -1,0 +1,1 @@
+"""Decoders of videos by choice: PyAV, decord, and the ffmpeg command."""
