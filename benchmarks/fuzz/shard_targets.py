@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from framestream.pipeline.adapters.types import SampleError
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.ledger import read_ledger
 from framestream.pipeline.storage.cache import RangeCache
-from framestream.tools import build_shards, inspect_shards, verify_shards
+from framestream.tools import build_shards, export_dataset, inspect_shards, verify_shards
 
 PIXELS = ("input_ids", "labels", "token_weight", "visual_index", "clips", "image_tiles")
 
@@ -81,6 +83,21 @@ def read_reports(file: str) -> Reading:
     return Reading(items, left_out)
 
 
+def read_export(file: str) -> Reading:
+    """Export the root for a trainer that reads files; damaged media and dialogues about them are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        call_main(export_dataset.main, ROOT, "--format", "swift", "--out", folder, accepted=1)
+        items, left_out = {}, {}
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            name = str(path.relative_to(folder))
+            if name.endswith(".jsonl"):
+                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+                    media = (*row.get("images", ()), *row.get("videos", ()))
+                    digest = digest_of(str(row.get("messages")), *((Path(folder) / found).read_bytes() for found in media))
+                    (left_out if "reason" in row else items)[row.get("key", row.get("id"))] = digest
+    return Reading(items, left_out)
+
+
 def read_twice(file: str) -> Reading:
     """Read the root by the loader, and by a build that has nothing to do."""
     use_this_process()
@@ -125,6 +142,7 @@ SHARD_TARGETS = (
     Target("shards", _READ, (f"{ROOT}/video/*.tar", f"{ROOT}/image/*.tar"), read_and_verify, share=2),
     Target("index", _READ, (f"{ROOT}/index/[dms]*.arrow",), read_epoch),
     Target("index-reports", _READ, (f"{ROOT}/index/[dms]*.arrow",), read_reports),
+    Target("exported", _READ, (f"{ROOT}/index/[dms]*.arrow", f"{ROOT}/[iv]*/*.tar"), read_export),
     Target("index-verified", _READ, (f"{ROOT}/index/[dms]*.arrow", f"{ROOT}/*/*.tar"), verify_root),
     Target("build-record", _BUILT, (f"{ROOT}/build.json",), read_twice),
     Target("token-cache", _READ, (f"{ROOT}/index/tokens-*.arrow",), read_epoch),

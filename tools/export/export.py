@@ -73,6 +73,8 @@ def export_root(root: str | os.PathLike[str], format_name: str, folder: Path, wo
     """
     index = Index.open(root, ReadOptions(cache_gb=0))
     index.check_shard_files()
+    if not index.storage.remote and folder.resolve().is_relative_to(Path(index.root).resolve()):
+        raise DatasetExportError(f"{folder}: is in the root; choose a folder outside of it")
     export = _Export(index, FORMATS[format_name], folder)
     export.plan({})
     if not export.plans:

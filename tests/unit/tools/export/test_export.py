@@ -210,7 +210,7 @@ def test_a_repeated_export_changes_nothing_and_reads_no_media(built, tmp_path, m
 
 
 def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(built, tmp_path, monkeypatch):
-    """Killed in every second of its writes, with half of the bytes on the disk and before the file has its name."""
+    """Killed in one write after another, with half of the bytes on the disk and before the file has its name."""
     command = [str(built), "--format", "sharegpt", "--workers", "1", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     replace, complete = os.replace, tmp_path / "out" / "dataset_info.json"
@@ -231,13 +231,10 @@ def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(built, tmp_path, mon
         os.replace = kill
         os._exit(main([*command, str(tmp_path / "out")]))
 
-    ends = []
-    while not ends or ends[-1] != 0:
-        assert len(ends) < 20 and not complete.exists()
-        ends.append(killed_export(2 if len(ends) < 6 else 3 * len(ends)))
-        if not list((tmp_path / "out").rglob("*.tmp")):
-            break
-    assert ends.count(-signal.SIGKILL) >= 5
+    # 1 record, 7 media, 4 annotation files: two of the processes die in the record and in the first medium
+    for left in (0, 1, 2, 2, 2, 2, 1, 2, 3):
+        assert killed_export(left) == -signal.SIGKILL
+        assert list((tmp_path / "out").rglob("*.tmp")) and not complete.exists()
     assert main([*command, str(tmp_path / "out")]) == 0
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
@@ -266,6 +263,8 @@ def test_other_files_and_other_exports_are_not_touched(built, tmp_path, capsys):
     write_atomic(video, b"another")
     assert f"{video.name}: has 7 bytes" in refused(capsys, built, "--format", "swift", "--out", out)
     assert before.keys() == snapshot(out).keys() and video.read_bytes() == b"another"
+    inside = built / "exported"
+    assert "is in the root" in refused(capsys, built, "--format", "swift", "--out", inside) and not inside.exists()
     assert "no finished shards" in refused(capsys, tmp_path, "--format", "swift", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -355,6 +354,30 @@ def test_a_remote_root_gives_the_same_files(built, tmp_path, monkeypatch, capsys
                 server.routes[f"/stage2/{path.relative_to(built)}"] = lambda request, data=data: request.serve(data)
         assert main([f"{server.url}/stage2", "--format", "swift", "--out", str(tmp_path / "remote")]) == 0
     assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+
+
+def test_a_server_that_ends_stops_the_export_which_then_goes_on(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("framestream.pipeline.config.manifest.LoaderConfig.cache", str(tmp_path / "cache"))
+    monkeypatch.setattr("framestream.pipeline.storage.http.BACKOFF", 0.002)
+    monkeypatch.setenv("no_proxy", "*")
+    out, broken = tmp_path / "out", {built / "image" / "train-000000.tar"}
+    with Server() as server:
+
+        def serve(request, path):
+            request.answer(503) if path in broken else request.serve(path.read_bytes())
+
+        for path in built.rglob("*"):
+            if path.is_file():
+                route = f"/stage2/{path.relative_to(built)}"
+                server.routes[route] = lambda request, path=path: serve(request, path)
+        command = [f"{server.url}/stage2", "--format", "swift", "--out", str(out)]
+        assert main(command) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "image/train-000000.tar" in line and "503" in line
+        assert list(out.rglob("*.mp4")) and not list(out.glob("*.jsonl"))
+        broken.clear()
+        assert main(command) == 0
+    assert [len(rows(out / f"{split}.jsonl")) for split in ("train", "val")] == [6, 2]
 
 
 def test_the_command_knows_every_format():
