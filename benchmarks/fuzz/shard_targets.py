@@ -93,7 +93,9 @@ def read_export(file: str) -> Reading:
             if name.endswith(".jsonl"):
                 for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
                     media = (*row.get("images", ()), *row.get("videos", ()))
-                    digest = digest_of(str(row.get("messages")), *((Path(folder) / found).read_bytes() for found in media))
+                    digest = digest_of(
+                        str(row.get("messages")), *((Path(folder) / found).read_bytes() for found in media)
+                    )
                     (left_out if "reason" in row else items)[row.get("key", row.get("id"))] = digest
     return Reading(items, left_out)
 
