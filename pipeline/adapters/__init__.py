@@ -4,7 +4,7 @@
     sample = ShardDataset("shards/stage3", frames=64)[0]
 
 docs/reuse.md has an example for each. Names are imported when they are first used. Another package is imported only by
-the module that needs it.
+the module that needs it, and an ImportError says in one line which one is missing.
 """
 
 from __future__ import annotations
@@ -32,4 +32,10 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'framestream.pipeline.adapters' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package == "framestream":
+            raise
+        raise ImportError(f"{name} needs the package {package} ({error}); pip install {package}") from None

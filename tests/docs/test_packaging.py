@@ -189,3 +189,25 @@ def test_declared_dependencies_are_imported():
     used = {canonicalize_name(owner) for path in SOURCES for name in imported(path) for owner in owners.get(name, [])}
     named = {canonicalize_name(item.name) for item in dependencies()}
     assert named - used == {"tensorboard"}  # torch.utils.tensorboard needs it
+
+
+def documented_packages() -> dict[str, str]:
+    """Package and file of each row of the table in docs/architecture.md."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Packages\n(.*?)^## ", page, re.S | re.M)[1]
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|`]{3,}.*?) \| `([\w/.]+)` \|$", section, re.M)
+    assert len(rows) == section.count("\n|") - 2, "a row lacks a package, a line of words or a file"
+    return {package: path for package, _, path in rows}
+
+
+def test_the_documents_say_what_each_package_does():
+    documented = documented_packages()
+    assert list(documented) == sorted(documented) and len(set(documented.values())) > 20
+    assert documented.keys() == {item.name for item in dependencies()} | {"flash-attn"}
+    distributions = importlib.metadata.packages_distributions().items()
+    owners = {name: {canonicalize_name(owner) for owner in names} for name, names in distributions}
+    for package, path in documented.items():
+        modules = {name for name, names in owners.items() if canonicalize_name(package) in names}
+        modules |= {"flash_attn"} if package == "flash-attn" else {"torch"} if package == "tensorboard" else set()
+        assert modules & imported(ROOT / path), f"{path} does not import {package}"
+    assert "tensorboard" in (ROOT / documented["tensorboard"]).read_text(encoding="utf-8")

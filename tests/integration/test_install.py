@@ -5,6 +5,7 @@ The folder has packages of the user's own named tools, trainer and pipeline, whi
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import framestream
+from tests.helpers.corpora import media_corpus as corpus
 from tests.helpers.paths import ROOT
 
 #: as much of lmms-eval as the plug-in imports: the real one is tried by make peers
@@ -33,6 +36,27 @@ point, = importlib.metadata.entry_points(group="lmms_eval.models", name="framest
 for path in point.load().values():
     module, _, name = path.rpartition(".")
     print(getattr(importlib.import_module(module), name).__name__)
+"""
+#: packages that this project was asked to stand on; flash-attn, which compiles for a GPU, is an extra
+CHOSEN = {"torch", "webdataset", "transformers", "deepspeed", "decord2", "ffmpeg-python"}
+CHOSEN |= {"huggingface_hub", "pyarrow", "tqdm"}
+#: packages that are removed, and what is said to those who use them
+REMOVED = {
+    "webdataset": "stream_members needs the package webdataset (No module named 'webdataset'); pip install webdataset",
+    "decord2": "error: data.decoder: decord needs the package decord2 (No module named 'decord'); pip install decord2",
+    "ffmpeg-python": "error: data.decoder: ffmpeg needs the package ffmpeg-python (No module named 'ffmpeg'); "
+    "pip install ffmpeg-python",
+}
+USE_REMOVED = """
+import sys
+from framestream.pipeline.adapters import ShardDataset  # needs none of them
+try:
+    from framestream.pipeline.adapters import stream_members
+except ImportError as error:
+    print(error, file=sys.stderr)
+from framestream.tools import build_shards
+for decoder in ("decord", "ffmpeg"):
+    print(build_shards.main(["--stage", "2", "--manifest", sys.argv[1], "--set", f"data.decoder={decoder}"]))
 """
 
 
@@ -86,6 +110,12 @@ def test_the_installed_copy_is_used(run):
     where = run("python", "-c", "import framestream.trainer as t; print(t.__file__)")
     assert "site-packages/framestream/trainer" in where and str(ROOT) not in where
     assert run("framestream", "--version").split() == ["framestream", framestream.__version__]
+    listed = run("python", "-c", "import importlib.metadata as m; print(*m.requires('framestream'), sep='\\n')")
+    required = [Requirement(line) for line in listed.splitlines()]
+    assert CHOSEN <= {item.name for item in required if item.marker is None}
+    assert {item.name for item in required if item.marker and item.marker.evaluate({"extra": "flash"})} == {
+        "flash-attn"
+    }
 
 
 def test_every_command_has_help(run):
@@ -107,3 +137,22 @@ def test_shipped_manifests_build_and_train(run):
 
 def test_the_plug_in_of_lmms_eval_is_found_and_imported(run):
     assert run("python", "-c", LOAD_PLUGIN).split() == ["SimpleModel", "ChatModel"]
+
+
+def test_what_needs_a_removed_package_says_so_in_a_line(tmp_path):
+    """The packages of the tests without three that the user may lack: their folders are not there at all."""
+    removed = {path.parts[0] for name in REMOVED for path in importlib.metadata.files(name) or ()}
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.name not in removed:
+            (packages / path.name).symlink_to(path)
+    corpus.video(tmp_path / "media" / "0.mp4")
+    corpus.annotations(tmp_path / "all.jsonl", [{"id": "v", "video": "0.mp4", "conversations": corpus.TURNS}])
+    entries = [{"annotation": str(tmp_path / "all.jsonl"), "root": str(tmp_path / "media")}]
+    manifest = corpus.manifest(tmp_path / "stage2.yaml", entries)
+    variables = {**os.environ, "PYTHONPATH": f"{packages}:{ROOT}"}
+    command = [sys.executable, "-S", "-c", USE_REMOVED, str(manifest)]
+    ended = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert (ended.stderr.splitlines(), ended.stdout.split()) == (list(REMOVED.values()), ["2", "2"])
+    assert not (tmp_path / "shards").exists()
