@@ -112,7 +112,7 @@ class EarlyReads:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._reads: dict[Hashable, _EarlyRead] = {}
+        self._reads: list[tuple[Hashable, _EarlyRead]] = []  # at most EARLY_REQUESTS; a key may come several times
 
     def add(self, key: Hashable, requests: Sequence[RangeRequest], start: Callable[[], RangeRead]) -> bool:
         """Start a read unless too much is under way already, and return whether it is.
@@ -121,11 +121,9 @@ class EarlyReads:
         """
         early = _EarlyRead(len(requests), sum(request.size for request in requests))
         with self._lock:
-            if key in self._reads:
-                return True
             left = [] if self._has_room(early) else self._pop_old()
             if is_free := self._has_room(early):
-                self._reads[key] = early
+                self._reads.append((key, early))
                 early.lock.acquire()
         for read in left:
             with read.lock:
@@ -141,18 +139,21 @@ class EarlyReads:
     def take(self, key: Hashable) -> RangeRead | None:
         """Return the read that was started under ``key``, for one reader."""
         with self._lock:
-            early = self._reads.pop(key, None) if self._reads else None
-        if early is None:
-            return None
+            number = next((number for number, (name, _) in enumerate(self._reads) if name == key), None)
+            if number is None:
+                return None
+            early = self._reads.pop(number)[1]
         with early.lock:
             return early.read
 
     def _has_room(self, early: _EarlyRead) -> bool:
         """Return whether another read may be under way; a single one always may. The caller holds the lock."""
-        requests = early.requests + sum(read.requests for read in self._reads.values())
-        size = early.size + sum(read.size for read in self._reads.values())
+        requests = early.requests + sum(read.requests for _, read in self._reads)
+        size = early.size + sum(read.size for _, read in self._reads)
         return not self._reads or (requests <= EARLY_REQUESTS and size <= EARLY_BYTES)
 
     def _pop_old(self) -> list[_EarlyRead]:
-        old = [key for key, early in self._reads.items() if time.monotonic() - early.since > EARLY_SECONDS]
-        return [self._reads.pop(key) for key in old]
+        begun = time.monotonic() - EARLY_SECONDS
+        old = [early for _, early in self._reads if early.since < begun]
+        self._reads = [(key, early) for key, early in self._reads if early.since >= begun]
+        return old

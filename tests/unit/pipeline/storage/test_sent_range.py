@@ -61,15 +61,15 @@ def test_all_ranges_of_a_read_are_under_way_at_once(server, storage):
 
 
 def test_reads_ahead_are_under_way_while_nobody_waits(server, storage):
-    """Those of two media and of the reader itself, by one thread; none is requested again."""
+    """Those of two media, one of them in two dialogues, and of the reader itself, by one thread."""
     others = [[(offset + 20_000 * number, 1000) for offset in (0, 150_000)] for number in range(2)]
-    server.routes["/file.tar"] = under_way(REQUESTS + 4, serve)
+    others.append(others[0])
+    server.routes["/file.tar"] = under_way(REQUESTS + 6, serve)
     assert all(storage.prefetch(FILE, ranges) for ranges in others)
-    assert storage.prefetch(FILE, others[0]), "it is requested already"
     assert read(storage) == EXPECTED
     for ranges in others:
         assert [bytes(part) for part in storage.read(FILE, ranges)] == [DATA[at : at + size] for at, size in ranges]
-    assert len(server.asked) == REQUESTS + 4
+    assert len(server.asked) == REQUESTS + 6, "a range is requested twice"
 
 
 def test_one_decoding_thread_has_several_media_under_way(served, root, tmp_path):
@@ -216,7 +216,7 @@ def test_a_failed_start_leaves_nothing_behind(storage):
 
     with pytest.raises(OSError, match="no address"):
         early.add("key", [RangeRequest(0, 1)], fails)
-    assert early.take("key") is None and early.take("key") is None
+    assert early.take("key") is None and early.take("other") is None
 
 
 def test_a_forked_process_shares_no_early_read(server, storage):
