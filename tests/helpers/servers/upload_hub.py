@@ -256,7 +256,8 @@ def _application(hub: UploadHub) -> flask.Flask:
             return _content(data, blob(data), **facts)
         digest = hashlib.sha256(data).hexdigest()
         facts |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-        return flask.Response("", 302, {"Location": f"{hub.url}/cdn/{digest}?signature=very-secret", **facts})
+        elsewhere = hub.url.replace("127.0.0.1", "localhost")  # huggingface_hub stays on the hub's own host
+        return flask.Response("", 302, {"Location": f"{elsewhere}/cdn/{digest}?signature=very-secret", **facts})
 
     @app.get("/cdn/<digest>")
     def cdn(digest):
