@@ -7,9 +7,9 @@ import time
 from framestream.pipeline.storage.buckets import LOGIN_HINTS, SIGNATURE_LIFETIME, Bucket
 from framestream.pipeline.storage.http import Address
 
-#: seconds after which an address of S3 is signed again: signed by temporary keys it ends with them, and these are
-#: renewed longer before
-RESIGN_S3 = 300.0
+#: seconds after which an address of S3, or one that is read with a token, is made again: it ends with temporary keys or
+#: the token, which are renewed longer before
+RESIGN_TEMPORARY = 180.0
 RESIGN_OTHERS = SIGNATURE_LIFETIME.total_seconds() / 2  #: signing may ask the cloud, and the address lives on its own
 
 
@@ -24,13 +24,13 @@ class BucketAddresses:
     def __init__(self, root: str) -> None:
         self._bucket = Bucket(root)
         self.display_url = root.rstrip("/")
-        self._resign_after = RESIGN_S3 if self._bucket.scheme == "s3" else RESIGN_OTHERS
         self._signed: dict[str, tuple[Address, float]] = {}
 
     def address(self, name: str) -> Address:
         address, resign_at = self._signed.get(name, (None, 0.0))
         if address is None or time.monotonic() > resign_at:
-            url = self._bucket.sign(f"{self._bucket.folder}/{name}".lstrip("/"))
-            address = Address(url, f"{self.display_url}/{name}", login_hint=LOGIN_HINTS[self._bucket.scheme])
-            self._signed[name] = address, time.monotonic() + self._resign_after
+            url, headers = self._bucket.sign(f"{self._bucket.folder}/{name}".lstrip("/")), self._bucket.headers()
+            address = Address(url, f"{self.display_url}/{name}", headers, LOGIN_HINTS[self._bucket.scheme])
+            lifetime = RESIGN_TEMPORARY if headers or self._bucket.scheme == "s3" else RESIGN_OTHERS
+            self._signed[name] = address, time.monotonic() + lifetime
         return address

@@ -7,7 +7,7 @@ obstore lists folders and signs URLs (``framestream.pipeline.storage.buckets``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from framestream.pipeline.storage.buckets import LOGIN_HINTS, Bucket
@@ -33,7 +33,7 @@ class BucketStore:
         self._limits = limits
         self._root = re.sub(r"(//[^/]+)/.*", r"\1", location)
         self._bucket = self._call(lambda: Bucket(self._root), self._root)
-        self.http = HttpClient(limits, login_hint=LOGIN_HINTS[self._bucket.scheme])
+        self.http = HttpClient(limits, self._headers, LOGIN_HINTS[self._bucket.scheme])
 
     def files(self, folder: str) -> Iterator[tuple[str, ListedFile]]:
         """Yield each object directly in ``folder`` with its name.
@@ -47,6 +47,9 @@ class BucketStore:
     def url(self, path: str) -> str:
         """Return the URL of an object, signed if there is a login."""
         return self._call(lambda: self._bucket.sign(path), f"{self._root}/{path}")
+
+    def _headers(self) -> Mapping[str, str]:
+        return self._call(self._bucket.headers, self._root)
 
     def _call(self, function: Callable[[], T], location: str) -> T:
         """Return what ``function`` returns; its errors become FetchErrors."""

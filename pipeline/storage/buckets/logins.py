@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
+
+from framestream.pipeline.storage.buckets.google_tokens import google_login_kind, google_tokens
 
 S3_HINT = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (pip install -e '.[s3]'), "
     "and AWS_REGION to that of the bucket"
 )
-GS_HINT = "set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+GS_HINT = (
+    "set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account, or use the application default "
+    "(pip install -e '.[gs]')"
+)
 AZ_HINT = "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
 LOGIN_HINTS = {"s3": S3_HINT, "gs": GS_HINT, "az": AZ_HINT}
 
@@ -40,8 +44,8 @@ GS_KEYS = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_SERV
 class BucketLogin:
     """How a cloud is asked.
 
-    ``signs``: addresses are signed. ``anonymous``: they are not. ``token``: they are not, but have ``query``.
-    ``unknown``: the machine may have a login of its own, which obstore asks for.
+    ``signs``: addresses are signed. ``anonymous``: they are not. ``token``: they are not, but have ``query`` or are
+    asked for with ``headers``. ``unknown``: the machine may have a login of its own, which obstore asks for.
     """
 
     kind: Literal["signs", "anonymous", "token", "unknown"]
@@ -50,6 +54,7 @@ class BucketLogin:
     #: of obstore, beside what it reads from the environment; texts may have {bucket}
     config: Mapping[str, Any] = field(default_factory=dict)
     provider: Callable[[], Any] | None = None  #: of credentials, see obstore
+    headers: Callable[[], dict[str, str]] | None = None  #: sent with every request for an object
 
     def anonymous(self) -> BucketLogin:
         return replace(self, kind="anonymous")
@@ -93,14 +98,26 @@ def s3_login() -> BucketLogin:
 
 
 def gs_login() -> BucketLogin:
-    """Return the login of Google Cloud Storage: a service account, the application default, or that of the machine."""
+    """Return the login of Google Cloud Storage.
+
+    Service accounts with a key sign. Other logins of google-auth, if it is installed, are sent as tokens, and else
+    obstore asks the machine.
+
+    Raises:
+        PermissionError: a login that cannot be read.
+    """
     base = f"{_first(('GOOGLE_BASE_URL',)) or 'https://storage.googleapis.com'}/{{bucket}}"
     if _is_set("GOOGLE_SKIP_SIGNATURE"):
         return BucketLogin("anonymous", base)
-    default = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
-    if _first((*GS_KEYS, "GOOGLE_APPLICATION_CREDENTIALS")) or default.exists():
+    if _first(GS_KEYS):
         return BucketLogin("signs", base)
-    return BucketLogin("unknown", base)
+    kind = google_login_kind(GS_HINT)
+    if kind == "service_account":
+        return BucketLogin("signs", base)
+    tokens = google_tokens(kind, GS_HINT)
+    if tokens is None:
+        return BucketLogin("unknown", base)
+    return BucketLogin("token", base, provider=tokens.credential, headers=tokens.headers)
 
 
 def az_login() -> BucketLogin:

@@ -45,6 +45,10 @@ class Bucket:
         """Return the address of an object."""
         return self._current().sign(key)
 
+    def headers(self) -> dict[str, str]:
+        """Return what is sent with a request for an object, beside its address."""
+        return self._current().headers()
+
     def files(self, folder: str) -> list[ListedObject]:
         """Return the objects directly in a folder."""
         return self._current().files(folder)
@@ -65,6 +69,9 @@ class _DistantCalls:
 
     def sign(self, key: str) -> str:
         return _process.call(self._url, "sign", key)
+
+    def headers(self) -> dict[str, str]:
+        return _process.call(self._url, "headers", "")
 
     def files(self, folder: str) -> list[ListedObject]:
         return [ListedObject(**item) for item in _process.call(self._url, "files", folder)]
@@ -130,6 +137,8 @@ def _answer_calls() -> None:
             answer: list[Any]
             if function == "sign":
                 answer = ["", buckets[url].sign(argument)]
+            elif function == "headers":
+                answer = ["", buckets[url].headers()]
             else:
                 answer = ["", [dataclasses.asdict(item) for item in buckets[url].files(argument)]]
         except tuple(ERRORS.values()) as error:

@@ -44,7 +44,7 @@ def open_bucket_store(url: str) -> Any:
         PermissionError: the login is incomplete, or the account is not named.
     """
     scheme, bucket, path = split_bucket_url(url)
-    return _store(scheme, bucket, LOGINS[scheme](), url, path or None)
+    return _store(scheme, bucket, _login(scheme, url), url, path or None)
 
 
 def split_bucket_url(url: str) -> tuple[str, str, str]:
@@ -80,7 +80,7 @@ class BucketCalls:
     def __init__(self, url: str) -> None:
         self._scheme, self._bucket, _ = split_bucket_url(url)
         self._root = f"{self._scheme}://{self._bucket}"
-        login = LOGINS[self._scheme]()
+        login = _login(self._scheme, self._root)
         if login.kind == "unknown":
             login = self._ask_machine(login)
         self._login = login
@@ -110,6 +110,19 @@ class BucketCalls:
         if self._scheme == "az" and "%" in urlsplit(url).path:
             return self._sign_azure_again(url, key)
         return url
+
+    def headers(self) -> dict[str, str]:
+        """Return what is sent with a request for an object, beside its address.
+
+        Raises:
+            PermissionError: the login cannot be renewed.
+        """
+        if self._login.headers is None:
+            return {}
+        try:
+            return self._login.headers()
+        except PermissionError as error:
+            raise PermissionError(f"{self._root}: {error}") from None
 
     def files(self, folder: str) -> list[ListedObject]:
         """Return the objects directly in a folder; ``""`` is the root. There are none if the folder is missing.
@@ -179,6 +192,13 @@ def bucket_error_line(error: Exception) -> str:
     """Return the message of an error of obstore in one line without addresses, which may hold credentials."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return re.sub(r"https?://[^\s\"']+|\bREDACTED\b", "the server", line)[:300]
+
+
+def _login(scheme: str, url: str) -> BucketLogin:
+    try:
+        return LOGINS[scheme]()
+    except PermissionError as error:
+        raise PermissionError(f"{url}: {error}") from None
 
 
 def _store(

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 ACCOUNT, ACCOUNT_KEY = "me", base64.b64encode(b"secret of the account").decode()
+TOKEN = "token-of-the-lab"  #: of logins without a key
 EMAIL = "me@lab.iam.gserviceaccount.com"
 
 
@@ -46,6 +48,15 @@ class Cloud:
         account = {"type": "service_account", "client_email": EMAIL, "private_key": private.decode()}
         account |= {"private_key_id": "1", "gcs_base_url": self.url}
         return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account), "GOOGLE_BASE_URL": self.url}
+
+    def token_environment(self, folder: Path) -> dict[str, str]:
+        """Return the variables of a login of Google without a key, written into ``folder``."""
+        (folder / "subject").write_text("subject")
+        login = {"type": "external_account", "audience": "//iam.googleapis.com/lab", "token_url": f"{self.url}/token"}
+        login |= {"subject_token_type": "urn:ietf:params:oauth:token-type:jwt"}
+        login |= {"credential_source": {"file": str(folder / "subject")}}
+        (folder / "login.json").write_text(json.dumps(login))
+        return {"GOOGLE_APPLICATION_CREDENTIALS": str(folder / "login.json"), "GOOGLE_BASE_URL": self.url}
 
     def name(self, path: str) -> str:
         """Return BUCKET/KEY of a path. Addresses of Azure begin with the account, as those of its emulator do."""
@@ -128,6 +139,14 @@ def cloud_server(kind: str) -> Iterator[Cloud]:
             cloud.objects[cloud.name(urlsplit(self.path).path)] = body
             self.answer(201 if kind == "az" else 200, ETag=f'"{etag(body)}"')
 
+        def do_POST(self) -> None:
+            """Give out a token for any login."""
+            cloud.asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            token = {"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer"}
+            token["issued_token_type"] = "urn:ietf:params:oauth:token-type:access_token"
+            self.answer(200, json.dumps(token).encode())
+
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
             query, name = parse_qs(parts.query), cloud.name(parts.path)
@@ -136,7 +155,8 @@ def cloud_server(kind: str) -> Iterator[Cloud]:
                 if not cloud.public and "Authorization" not in self.headers and "sig" not in query:
                     return self.answer(403)
                 return self.answer(200, cloud.listing(name, query))
-            if cloud.refuses(parts.path, parts.query):
+            has_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            if not has_token and cloud.refuses(parts.path, parts.query):
                 return self.answer(403)
             if name not in cloud.objects:
                 return self.answer(404)
@@ -158,6 +178,7 @@ def cloud_server(kind: str) -> Iterator[Cloud]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # clients close connections early
     cloud.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:

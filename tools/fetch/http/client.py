@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,12 +51,19 @@ class HttpClient:
     """An HTTP client with its connections. Threads may share it.
 
     Args:
-        headers: sent with every request; an Authorization header only to the server that the URL names.
+        headers: sent with every request, or a function that returns them, because tokens expire. An Authorization
+            header goes only to the server that the URL names.
         login_hint: what to do when a server refuses, for error messages.
     """
 
-    def __init__(self, limits: FetchLimits, headers: Mapping[str, str] | None = None, login_hint: str = "") -> None:
-        self.limits, self._headers, self._login_hint = limits, dict(headers or {}), login_hint
+    def __init__(
+        self,
+        limits: FetchLimits,
+        headers: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
+        login_hint: str = "",
+    ) -> None:
+        self.limits, self._login_hint = limits, login_hint
+        self._headers = headers if callable(headers) else lambda: headers or {}
         self._client = httpx2.Client(headers={"accept-encoding": "identity", "user-agent": "framestream"})
         self._redirects: dict[str, tuple[str, float]] = {}  # by URL: target, and until when it is used
         self._lock = threading.Lock()  # guards _redirects
@@ -233,7 +240,7 @@ class HttpClient:
         Raises:
             httpx2.TransportError: no response.
         """
-        defaults = {name: text for name, text in self._headers.items() if login or name.lower() != "authorization"}
+        defaults = {name: text for name, text in self._headers().items() if login or name.lower() != "authorization"}
         timeout = httpx2.Timeout(min(self.limits.stall, max(deadline - time.monotonic(), 0.001)))
         try:
             request = self._client.build_request("GET", url, headers={**defaults, **headers}, timeout=timeout)

@@ -15,7 +15,7 @@ from framestream.pipeline.storage import ReadOptions, bucket_addresses, open_sto
 from framestream.pipeline.storage.buckets import open_bucket_store, processes
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
-from tests.helpers.servers.cloud_server import cloud_server
+from tests.helpers.servers.cloud_server import TOKEN, cloud_server
 from tests.helpers.servers.s3_server import put_objects, s3_environment, s3_server
 
 
@@ -33,7 +33,7 @@ def cloud(request, root, tmp_path_factory):
         for path in (root / "stage2").rglob("*"):
             if path.is_file():
                 obstore.put(store, path.relative_to(root).as_posix(), path.read_bytes())
-        yield scheme, variables
+        yield scheme, variables, server
 
 
 @pytest.fixture
@@ -79,6 +79,26 @@ def test_what_is_not_there_is_named(bucket, tmp_path):
     root = bucket.replace("of me", "none")
     with pytest.raises(ShardsError, match=f"^{root}/build.json: .*404 Not Found.*no finished shards$"):
         Index.open(root, ReadOptions(cache=str(tmp_path / "cache")))
+
+
+@pytest.mark.parametrize("cloud", ["gs"], indirect=True)
+def test_a_google_login_without_a_key_sends_its_token(cloud, root, tmp_path, monkeypatch):
+    for name in cloud[1]:
+        monkeypatch.delenv(name, raising=False)
+    for name, text in cloud[2].token_environment(tmp_path).items():
+        monkeypatch.setenv(name, text)
+    cloud[2].asked.clear()
+    storage = open_storage("gs://shards/of me/stage2", ReadOptions(cache=str(tmp_path / "cache")))
+    assert storage.read_all("build.json") == (root / "stage2" / "build.json").read_bytes()
+    address = storage._resolver.address("build.json")
+    assert address.headers == {"Authorization": f"Bearer {TOKEN}"} and "?" not in address.url
+    store = open_bucket_store("gs://shards/of me")
+    obstore.put(store, "other.json", b"{}")
+    assert [item.name for item in storage._resolver._bucket.files("of me")] == ["other.json"]
+    assert cloud[2].asked.count("/token") == 2, "a token for each login, not for each request"
+    now = bucket_addresses.time.monotonic()
+    monkeypatch.setattr(bucket_addresses.time, "monotonic", lambda: now + 200)
+    assert storage._resolver.address("build.json") is not address
 
 
 def read_in_child(storage, pipe):

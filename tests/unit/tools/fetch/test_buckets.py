@@ -122,6 +122,19 @@ def test_a_public_bucket_needs_no_login(bucket, cloud_servers, monkeypatch, tmp_
     assert source.fetch("a b+c.mp4", tmp_path).read_bytes() == DATA
 
 
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_a_login_of_google_that_cannot_sign(bucket, cloud_servers, monkeypatch, tmp_path):
+    monkeypatch.delenv("GOOGLE_SERVICE_ACCOUNT_KEY")
+    for name, text in cloud_servers["gs"][0].token_environment(tmp_path).items():
+        monkeypatch.setenv(name, text)
+    assert open_source("gs://videos/v", QUICK).fetch("a b+c.mp4", tmp_path).read_bytes() == DATA
+    source = open_source("gs://videos/v", QUICK)
+    (tmp_path / "subject").unlink()
+    with pytest.raises(FetchError, match="^gs://videos.*the login cannot be renewed .*GOOGLE_APPLICATION") as error:
+        source.fetch("a b+c.mp4", tmp_path)
+    assert error.value.reason == "denied"
+
+
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_listings_of_many_pages(bucket, endpoint, monkeypatch):
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")

@@ -75,15 +75,19 @@ def test_addresses_without_a_signature_of_obstore(monkeypatch, url, variables, a
 @pytest.mark.parametrize(
     "url, variables, text",
     [
-        ("s3://b", {"AWS_ACCESS_KEY_ID": "me"}, "AWS_ACCESS_KEY_ID is set without its other half; set AWS_ACCESS"),
-        ("s3://b", {"AWS_PROFILE": "none"}, "config profile .none. could not be found; .*AWS_PROFILE"),
-        ("az://b", {}, "the storage account is not named; set AZURE_STORAGE_ACCOUNT_NAME"),
+        (
+            "s3://b",
+            {"AWS_ACCESS_KEY_ID": "me"},
+            "s3://b: AWS_ACCESS_KEY_ID is set without its other half; set AWS_ACCESS",
+        ),
+        ("s3://b", {"AWS_PROFILE": "none"}, "s3://b: The config profile .none. could not be found; .*AWS_PROFILE"),
+        ("az://b", {}, "az://b: the storage account is not named; set AZURE_STORAGE_ACCOUNT_NAME"),
         (
             "az://b",
             {"AZURE_STORAGE_ACCOUNT_NAME": "me", "AZURE_STORAGE_ACCOUNT_KEY": "&&"},
             "az://b: .*Invalid Access Key.*; set AZURE_STORAGE_ACCOUNT_NAME",
         ),
-        ("gs://b", {"GOOGLE_APPLICATION_CREDENTIALS": "none.json"}, "gs://b: .*none.json.*; set GOOGLE_APPLICATION"),
+        ("gs://b", {"GOOGLE_APPLICATION_CREDENTIALS": "none.json"}, "gs://b: none.json: cannot be read .*; set GOOGLE"),
     ],
 )
 def test_a_wrong_login_is_named_with_its_fix(monkeypatch, url, variables, text):
@@ -110,6 +114,14 @@ def test_a_profile_without_boto3_says_what_to_install(monkeypatch):
     login(monkeypatch, AWS_PROFILE="lab")
     with pytest.raises(PermissionError, match=r"AWS_PROFILE is lab: profiles require boto3: pip install -e '.\[s3\]'"):
         open_bucket_store("s3://b")
+
+
+def test_a_google_login_without_google_auth_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "google.auth", None)
+    (tmp_path / "me.json").write_text('{"type": "authorized_user"}')
+    login(monkeypatch, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "me.json"))
+    with pytest.raises(PermissionError, match=r"^gs://b: .*authorized_user requires google-auth: pip install .*\[gs\]"):
+        open_bucket_store("gs://b")
 
 
 @pytest.mark.parametrize("key", ["", "a//b", "../b", "a/./b", "a/"])
