@@ -18,7 +18,12 @@ import av
 import numpy as np
 
 from framestream.pipeline.media.decoders.base import DecoderConfig, PredictFn
-from framestream.pipeline.media.decoders.ffmpeg_program import FfmpegPass, find_ffmpeg, read_frames
+from framestream.pipeline.media.decoders.ffmpeg_program import (
+    FfmpegPass,
+    check_ffmpeg_device,
+    find_ffmpeg,
+    read_frames,
+)
 from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file
 from framestream.pipeline.media.file_kinds import is_animated_webp
 from framestream.pipeline.media.video import (
@@ -92,6 +97,8 @@ class FfmpegDecoder:
         scan = _scan_webp(path) if file_is_animated_webp(path) else scan_packets(path)
         run, (ticks, faults) = self._list_frames(path, scan, min_frames)
         if not ticks:
+            if self._config.hwaccel != "none":
+                check_ffmpeg_device(self._config.hwaccel)
             raise MediaError("corrupt", path, f"ffmpeg decodes no frame of it ({faults[0] if faults else 'no error'})")
         # without times in the packets, ffmpeg invents some
         known = np.array(ticks if scan.timed else [NO_TIME] * len(ticks), dtype=np.int64)

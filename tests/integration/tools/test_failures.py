@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from av.codec.hwaccel import hwdevices_available
 
 import framestream.tools.builder.build
 import framestream.tools.builder.executors
@@ -112,6 +114,34 @@ def test_what_hangs_or_crashes_costs_its_item_alone(folder, whole, monkeypatch, 
     assert build_shards.main(command(folder, "worse", "--retry-failed")) == 0
     assert outcomes(root) == {} and len(Index.open(root).dialogues) == len(NAMES) + 1
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("decoder", ["decord", "ffmpeg"])
+def test_another_decoder_builds_another_root(folder, whole, decoder, capsys):
+    assert build_shards.main(command(folder, decoder, decoder=decoder)) == 0
+    record = json.loads((folder / decoder / "stage2" / "build.json").read_text())
+    assert record["specification"]["data"]["decoder"] == decoder
+    for out, options, text in (("whole", {"decoder": decoder}, "absent and"), (decoder, {}, f"'{decoder}' and")):
+        before = snapshot(folder / out)
+        capsys.readouterr()
+        assert build_shards.main(command(folder, out, **options)) == 2
+        assert f"contains another build: data.decoder was {text} is now" in capsys.readouterr().err
+        assert snapshot(folder / out) == before
+    for name in ("frame_index", "timestamps", "source"):
+        expected, found = (Index.open(folder / out / "stage2").media[name].to_pylist() for out in ("whole", decoder))
+        assert found == expected
+
+
+def test_a_decoder_or_device_that_is_missing_ends_the_build(folder, monkeypatch, capfd):
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "decord", None)
+        assert build_shards.main(command(folder, "missing", decoder="decord")) == 2
+    assert not (folder / "missing").exists()
+    lacking = {"cuda", "vaapi", "qsv"} - set(hwdevices_available())
+    assert build_shards.main(command(folder, "missing", hwaccel=lacking.pop())) == 1
+    err = capfd.readouterr().err
+    assert "data.decoder: decord needs the package decord2" in err and "Traceback" not in err
+    assert "data.hwaccel: PyAV" in err and not (folder / "missing" / "stage2" / "build.json").exists()
 
 
 # Disks ----------------------------------------------------------------------------------------------------------------

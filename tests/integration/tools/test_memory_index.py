@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from framestream.pipeline import Questions, load_manifest
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.evaluation.prompts import PromptBuilder
 from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.shards.media_view import MediaViews
-from framestream.pipeline.shards.memory_index import MediaFile, build_memory_index
+from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile, build_memory_index
 from framestream.pipeline.tokenization.chat_template import build_chat_template
 from framestream.tools.build_shards import main
 from tests.helpers.corpora import media_corpus as corpus
@@ -23,6 +24,17 @@ from tests.helpers.paths import ROOT
 TOKENIZER = ROOT / "tests" / "golden" / "tokens_labels" / "tokenizer"
 ASKED = {"from": "human", "value": "<image>\nWhat is it?"}
 CLIP = {"start": 2.2, "end": 7.4}
+
+
+def test_animations_are_videos_and_images_are_images(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "lime", "blue")]
+    readers = {"a.gif": "gif", "a.png": "decord", "a.webp": "decord"}
+    for name, reader in readers.items():
+        images[0].save(tmp_path / name, save_all=True, append_images=images[1:])
+        images[0].save(tmp_path / f"one-{name}")
+        assert MediaFile(tmp_path / name).detect_reader() == reader
+        expected = "gif" if name == "a.gif" else IMAGE_READER
+        assert MediaFile(tmp_path / f"one-{name}").detect_reader() == expected
 
 
 @pytest.fixture(scope="module", params=["none", "published"])
