@@ -78,18 +78,19 @@ def pixels(media: BenchmarkMedia, threads: int = 0, address: str | None = None, 
     Args:
         media: media to read.
         threads: threads that read media in parallel; 0 reads in the caller's thread.
-        address: of the media's folder on a server; None reads local files. Only the index is cached.
+        address: of the media's folder on a server; None reads local files. Only the index is cached. As in the loader,
+            media are requested before a thread is free for them.
         least: frames that a pass with threads reads at least, over the media several times. Threads live for one pass.
     """
     root = media.root if address is None else f"{address}/{media.root.relative_to(media.folder)}"
     reading = None if address is None else ReadOptions(cache=tempfile.mkdtemp())
-    read = FrameReader(Index.open(root, reading)).read_frames
+    reader = FrameReader(Index.open(root, reading))
     ahead = 2 * threads
     arrays = [_Arrays(media.size) for _ in range(ahead + 1)]
 
     def one(turn: int, numbers: list[int]) -> np.ndarray:
         out = arrays[turn % len(arrays)].get(len(numbers))
-        read(turn % media.count, numbers, out)
+        reader.read_frames(turn % media.count, numbers, out)
         return out
 
     def frames(count: int) -> Iterator[np.ndarray]:
@@ -98,12 +99,20 @@ def pixels(media: BenchmarkMedia, threads: int = 0, address: str | None = None, 
             yield from (one(row, numbers) for row in range(media.count))
             return
         turns = media.count * max(1, -(-least // (media.count * count)))
+        tasks: deque[Any] = deque()
         with ThreadPoolExecutor(threads) as pool:
-            tasks = deque(pool.submit(one, turn, numbers) for turn in range(min(ahead, turns)))
+
+            def submit(turn: int) -> None:
+                if address is not None:
+                    reader.prefetch(turn % media.count, numbers)
+                tasks.append(pool.submit(one, turn, numbers))
+
+            for turn in range(min(ahead, turns)):
+                submit(turn)
             for turn in range(turns):
                 yield tasks.popleft().result()
                 if turn + ahead < turns:
-                    tasks.append(pool.submit(one, turn + ahead, numbers))
+                    submit(turn + ahead)
 
     return frames
 

@@ -145,7 +145,9 @@ class SentRange:
         """Return size and identity of the file by a response in the usual form; -1 for another one."""
         status = USUAL.match(head)
         fields = _fields(head[status.end() :].split(b"\r\n")) if status else None
-        if fields is None or not fields.keys().isdisjoint((b"transfer-encoding", b"content-encoding", b"connection")):
+        if fields is None or not fields.keys().isdisjoint((b"transfer-encoding", b"content-encoding")):
+            return -1, ""
+        if fields.get(b"connection", b"keep-alive").lower() != b"keep-alive":
             return -1, ""
         found = RANGE.fullmatch(fields.get(b"content-range", b""))
         if not found or fields.get(b"content-length") != b"%d" % self._size:

@@ -270,7 +270,8 @@ def test_the_proxy_of_the_environment_is_asked(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:secret@"))
     server.routes["http://shards.example/stage2/file.tar"] = lambda request: request.serve(DATA)
     storage = open_storage("http://shards.example/stage2", ReadOptions(cache=str(tmp_path / "cache")))
-    assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
+    for _ in range(2):
+        assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
     headers = server.asked[0][1]
     assert headers["host"] == "shards.example" and headers["proxy-authorization"] == "Basic bWU6c2VjcmV0"
 
@@ -304,7 +305,8 @@ def test_https_reads_from_servers_with_a_good_certificate_alone(server, tmp_path
     with pytest.raises(ConnectionError, match="the server's certificate is not valid"):
         storage.read(FILE, RANGES)
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
-    assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
+    for _ in range(2):  # over new connections, and over these
+        assert [bytes(part) for part in storage.read(FILE, RANGES)] == EXPECTED
     server.routes["/file.tar"] = lambda request: request.answer(302, Location=server.url)
     with pytest.raises(ConnectionError, match="redirects from https: to http:"):
         storage.read(FILE, RANGES)

@@ -139,7 +139,6 @@ def chunked(request):
         lambda request: request.serve(DATA, Connection="close"),
         lambda request: request.serve(DATA, X_Long="x" * 10_000),
         lambda request: request.serve(DATA, Content_Encoding="identity"),
-        lambda request: request.serve(DATA, ETag='"a"', X_Empty=""),
     ],
 )
 def test_unusual_answers_are_read_without_asking_again(server, storage, behave):
@@ -147,6 +146,23 @@ def test_unusual_answers_are_read_without_asking_again(server, storage, behave):
     assert read(storage) == EXPECTED
     assert len(server.asked) == REQUESTS
     assert read(storage) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        serve,
+        lambda request: request.serve(DATA, Connection="keep-alive"),
+        lambda request: request.serve(DATA, CONTENT_type="video/mp4", X_Empty=""),
+    ],
+)
+def test_usual_answers_need_no_other_client_and_keep_connections(server, storage, monkeypatch, behave):
+    server.routes["/file.tar"] = behave
+    monkeypatch.setattr("http.client.HTTPResponse.begin", None)  # the other client cannot read
+    monkeypatch.setattr("framestream.pipeline.storage.connections._make_connection", None)
+    for _ in range(3):
+        assert storage.prefetch(FILE, RANGES[:1])
+        assert bytes(storage.read(FILE, RANGES[:1])[0]) == EXPECTED[0]
 
 
 @pytest.mark.parametrize(
