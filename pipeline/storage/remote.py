@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from framestream.pipeline.storage.addresses import AddressResolver
@@ -74,9 +75,8 @@ class RemoteStorage:
         return self.root, shard.name, tuple(ranges)
 
     def read_in_order(self, shard: ShardRef, offset: int, size: int) -> Iterator[bytes]:
-        address, options = self._resolver.address(shard.name), self._options
-        span = (offset, size)
-        yield from SequentialRead(_shared.client, address, span, shard.size, options.timeout, options.retries)
+        locate, options, span = partial(self._resolver.address, shard.name), self._options, (offset, size)
+        yield from SequentialRead(_shared.client, locate, span, shard.size, options.timeout, options.retries)
 
     def read_all(self, name: str) -> bytes:
         [part] = self._fetch(name, [RangeRequest(0, MAX_SMALL)])

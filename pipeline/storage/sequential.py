@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from framestream.pipeline.storage.connections import Deadline
@@ -25,17 +25,25 @@ STEP = 1 << 16  #: bytes that are received between two looks at the clock
 class SequentialRead:
     """The bytes ``offset`` to ``offset + size`` of a file of ``total`` bytes, as an iterable of pieces.
 
-    A request that breaks is made again from the byte that is missing, if the file is still the same. ``timeout`` is the
-    limit for each piece, with its ``retries``.
+    A request that breaks is made again from the byte that is missing, if the file is still the same. ``locate`` returns
+    the address for each request, because signed addresses expire. ``timeout`` is the limit for each piece, with its
+    ``retries``.
 
     Raises:
         OSError, ValueError: while iterating; one line that names the file.
     """
 
     def __init__(
-        self, client: RangeClient, address: Address, span: tuple[int, int], total: int, timeout: float, retries: int
+        self,
+        client: RangeClient,
+        locate: Callable[[], Address],
+        span: tuple[int, int],
+        total: int,
+        timeout: float,
+        retries: int,
     ) -> None:
-        self._client, self._address, self._total = client, address, total
+        self._client, self._locate, self._total = client, locate, total
+        self._address = locate()
         self._position, self._end = span[0], span[0] + span[1]
         self._timeout, self._retries = timeout, retries
         self._identity: str | None = None  # of the file, once it has answered
@@ -80,6 +88,7 @@ class SequentialRead:
         return b"".join(parts)
 
     def _request(self, deadline: Deadline) -> http.client.HTTPResponse:
+        self._address = self._locate()
         response = self._open.enter_context(
             self._client.open_range(self._address, self._position, self._end - self._position, deadline)
         )

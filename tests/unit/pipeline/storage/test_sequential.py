@@ -25,6 +25,17 @@ def part_of(server, tmp_path, **over) -> bytes:
     return b"".join(storage.read_in_order(FILE, START, SIZE))
 
 
+class Resigned:
+    """Addresses below signed/ until the first request is made, and below anew/ from then on."""
+
+    def __init__(self, resolver) -> None:
+        self.resolver, self.asked = resolver, 0
+
+    def address(self, name: str):
+        self.asked += 1
+        return self.resolver.address(f"{'signed' if self.asked <= 2 else 'anew'}/{name}")
+
+
 def serve(request) -> None:
     request.serve(DATA)
 
@@ -54,6 +65,15 @@ def drip(request) -> None:
         request.wfile.write(bytes([byte]))
         request.wfile.flush()
         time.sleep(0.1)
+
+
+def test_a_request_made_again_asks_for_the_address_again(server, tmp_path):
+    """The first one was signed hours ago."""
+    server.routes |= {"/signed/file.tar": turns(cut, lambda request: request.answer(403)), "/anew/file.tar": serve}
+    storage = open_storage(server.url, ReadOptions(cache=str(tmp_path / "cache")))
+    storage._resolver = Resigned(storage._resolver)
+    assert b"".join(storage.read_in_order(FILE, START, SIZE)) == PART
+    assert [path for path, _ in server.asked] == ["/signed/file.tar", "/anew/file.tar"]
 
 
 def test_a_part_costs_one_request(server, tmp_path):
