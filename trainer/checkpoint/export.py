@@ -4,6 +4,7 @@
     OUT/model.safetensors                 or shards of at most 5 GB with model.safetensors.index.json
     OUT/tokenizer.json, ...               the files of the run's tokenizer
     OUT/*.py                              copied from the release, never run
+    OUT/README.md                         the model card
 
 Names, values and dtype are those of the run. With tied embeddings there is no ``lm_head.weight``, as transformers saves
 Qwen2: config.json says ``tie_word_embeddings``, and a second copy could differ from the first.
@@ -27,6 +28,7 @@ from framestream.pipeline.config.preprocessing import TextConfig
 from framestream.pipeline.tokenization.chat_template import ChatTemplate
 from framestream.pipeline.tokenization.tokenizer_files import TOKENIZER_FILES
 from framestream.pipeline.utils.atomic_io import fsync_path
+from framestream.trainer.checkpoint.model_card import MODEL_CARD_FILE, find_manifests, render_model_card
 from framestream.trainer.model.parts import PARTS
 from framestream.trainer.model.video_llm import build_model
 from framestream.trainer.weights.hf_config import (
@@ -95,6 +97,8 @@ def export(
             shutil.copyfile(path, part / path.name)
         _write_json(part / "generation_config.json", build_generation_config(tokens, ends))
         _write_json(part / "config.json", build_hf_config(settings, tokens))
+        card = render_model_card(settings, find_manifests(checkpoint))
+        (part / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
         for path in (*part.iterdir(), part):
             fsync_path(path)
         os.replace(part, out)

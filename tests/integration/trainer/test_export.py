@@ -358,7 +358,8 @@ def test_python_files_of_the_release_are_copied_and_not_run(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {CODE, "mm_utils.py"}
     assert (tmp_path / "out" / CODE).read_text() == "raise SystemExit('run')\n"
     assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix not in (".py", ".json")} == {
-        "model.safetensors"
+        "model.safetensors",
+        "README.md",
     }
 
 
