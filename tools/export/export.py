@@ -15,7 +15,6 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from framestream.pipeline.shards.index import Index, ShardsError
-from framestream.pipeline.storage import ReadOptions
 from framestream.pipeline.utils.atomic_io import atomic_file, write_atomic
 from framestream.tools.export.folder import DatasetExportError, export_folder
 from framestream.tools.export.formats import COLUMNS, FORMATS, NotExpressibleError, TrainerFormat
@@ -71,7 +70,7 @@ def export_root(root: str | os.PathLike[str], format_name: str, folder: Path, wo
         LockError, RecordError: as for :func:`framestream.tools.export.folder.export_folder`.
         OSError: the shards cannot be reached, or a file cannot be written.
     """
-    index = Index.open(root, ReadOptions(cache_gb=0))
+    index = Index.open(root)
     index.check_shard_files()
     if not index.storage.remote and folder.resolve().is_relative_to(Path(index.root).resolve()):
         raise DatasetExportError(f"{folder}: is in the root; choose a folder outside of it")

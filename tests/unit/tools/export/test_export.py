@@ -18,7 +18,9 @@ import pytest
 from framestream.pipeline.adapters import ShardDataset
 from framestream.pipeline.shards.index import Index, write_index
 from framestream.pipeline.utils.atomic_io import write_atomic
+from framestream.pipeline.utils.locks import lock_folder
 from framestream.tools.export import media_files
+from framestream.tools.export.folder import LOCK
 from framestream.tools.export.formats import FORMATS
 from framestream.tools.export_dataset import FORMAT_NAMES, main
 from tests.helpers.corpora.small_build import build_root
@@ -269,6 +271,20 @@ def test_other_files_and_other_exports_are_not_touched(built, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_nothing_is_written_if_nothing_can_be_said(tmp_path, capsys):
+    root = Root(tmp_path / "root")
+    root.dialogue([{"from": "system", "value": "Be brief."}, *turns("Hello", "Hi.")])
+    out = tmp_path / "out"
+    line = refused(capsys, root.write() / "stage2", "--format", "llava", "--out", out)
+    assert "none of its 1 dialogues can be said in the format llava (system 1)" in line and not out.exists()
+
+
+def test_one_export_at_a_time_writes_into_a_folder(built, tmp_path, capsys):
+    with lock_folder(tmp_path / "out", LOCK, "export"):
+        line = refused(capsys, built, "--format", "swift", "--out", tmp_path / "out")
+    assert f"another export is running here (process {os.getpid()} on " in line
+
+
 def test_a_full_disk_is_told_before_anything_is_written(built, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     line = refused(capsys, built, "--format", "swift", "--out", tmp_path / "out")
@@ -344,7 +360,7 @@ def test_hostile_byte_ranges_are_not_read(tmp_path, capsys, table, column, value
 
 
 def test_a_remote_root_gives_the_same_files(built, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("framestream.pipeline.config.manifest.LoaderConfig.cache", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of the cache
     monkeypatch.setenv("no_proxy", "*")
     assert main([str(built), "--format", "swift", "--out", str(tmp_path / "local")]) == 0
     with Server() as server:
@@ -357,7 +373,7 @@ def test_a_remote_root_gives_the_same_files(built, tmp_path, monkeypatch, capsys
 
 
 def test_a_server_that_ends_stops_the_export_which_then_goes_on(built, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("framestream.pipeline.config.manifest.LoaderConfig.cache", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of the cache
     monkeypatch.setattr("framestream.pipeline.storage.http.BACKOFF", 0.002)
     monkeypatch.setenv("no_proxy", "*")
     out, broken = tmp_path / "out", {built / "image" / "train-000000.tar"}
