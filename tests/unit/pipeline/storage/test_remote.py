@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import multiprocessing
-import random
 import ssl
 import threading
 import time
@@ -23,24 +22,17 @@ from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.media.mjpeg_mp4 import mux_mjpeg
 from framestream.pipeline.shards.frame_reader import FrameReader
 from framestream.pipeline.shards.index import Index
-from framestream.pipeline.storage import ReadOptions, ShardRef, connections, open_storage
+from framestream.pipeline.storage import ReadOptions, connections, open_storage
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import Root, manifest
 from tests.helpers.servers.web_server import Server, turns
-from tests.unit.pipeline.storage.conftest import serve_folder
-
-DATA = random.Random(0).randbytes(300_000)
-FILE = ShardRef("file.tar", len(DATA), "")
-RANGES = [(5, 18_000), (100_000, 20_000), (250_000, 50_000), (120_000, 1)]
+from tests.unit.pipeline.storage.conftest import DATA, EXPECTED, FILE, RANGES, REFUSALS, drip, drip_head, serve_folder
 
 
 def reads(server, tmp_path, **over):
     """The storage of a server, and what it gives for RANGES."""
     storage = open_storage(server.url, ReadOptions(cache=str(tmp_path / "cache"), **over))
     return [bytes(part) for part in storage.read(FILE, RANGES)]
-
-
-EXPECTED = [DATA[offset : offset + size] for offset, size in RANGES]
 
 
 # The same as from a folder ----------------------------------------------------------------------------------------
@@ -146,59 +138,12 @@ def test_a_connection_closed_while_idle_costs_no_try(server, tmp_path):
         assert reads(server, tmp_path, retries=0) == EXPECTED
 
 
-#: routes of servers that refuse or fail for good, with the error and its message
-REFUSALS = [
-    (lambda request: request.answer(body=DATA), ValueError, "cannot send parts of a file"),
-    (lambda request: request.answer(404), FileNotFoundError, "404 Not Found"),
-    (lambda request: request.answer(401), PermissionError, "401 Unauthorized"),
-    (lambda request: request.answer(403), PermissionError, r"403 Forbidden.*\(3 tries\)"),
-    (lambda request: request.answer(418), ValueError, "418"),
-    (
-        lambda request: request.answer(301, x_amz_bucket_region="eu-1"),
-        ValueError,
-        "region eu-1; set AWS_REGION=eu-1",
-    ),
-    (lambda request: request.answer(500), ConnectionError, r"500 Internal Server Error \(3 tries\)"),
-    (lambda request: request.answer(429, Retry_After="60"), ConnectionError, "loader.read_timeout"),
-    (lambda request: request.reset(), ConnectionError, "the connection broke"),
-    (lambda request: request.serve(DATA[:-1]), ValueError, "has 299,999 of 300,000 bytes; copy"),
-    (
-        lambda request: request.answer(206, b"x", Content_Range=f"bytes {request.wanted(DATA)[0]}-/*"),
-        ValueError,
-        "does not state the size",
-    ),
-    (lambda request: request.serve(DATA, Content_Encoding="gzip"), ValueError, r"compressed \(gzip\)"),
-    (lambda request: request.answer(302, Location="file:///etc/passwd"), ConnectionError, "from http: to file:"),
-    (lambda request: request.answer(302, Location="/file.tar"), ValueError, "redirects more than"),
-]
-
-
 @pytest.mark.parametrize("behave, error, text", REFUSALS)
 def test_what_does_not_pass_is_one_line_that_names_the_file(server, tmp_path, behave, error, text):
     server.routes["/file.tar"] = behave
     with pytest.raises(error, match=text) as raised:
         reads(server, tmp_path, retries=2, timeout=5)
     assert str(raised.value).startswith(f"{server.url}/file.tar: ") and "\n" not in str(raised.value)
-
-
-def drip(request):
-    """A head, then a byte now and then."""
-    request.send_response(206)
-    request.send_header("Content-Range", f"bytes {request.wanted(DATA)[0]}-299999/{len(DATA)}")
-    request.end_headers()
-    for _ in range(600):
-        request.wfile.write(b".")
-        request.wfile.flush()
-        time.sleep(0.05)
-
-
-def drip_head(request):
-    """A head that does not end."""
-    request.wfile.write(b"HTTP/1.1 206 Partial Content\r\n")
-    for _ in range(600):
-        request.wfile.write(b"A: b\r\n")
-        request.wfile.flush()
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("behave", [lambda request: request.stall(), drip, drip_head])

@@ -16,7 +16,7 @@ from framestream.pipeline.storage.coalesce import RangeRequest, coalesce
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.web_server import turns
-from tests.unit.pipeline.storage.test_remote import DATA, EXPECTED, FILE, RANGES, REFUSALS, drip, drip_head
+from tests.unit.pipeline.storage.conftest import DATA, EXPECTED, FILE, RANGES, REFUSALS, drip, drip_head
 
 REQUESTS = len(coalesce(RANGES))  #: two of them are one request
 
