@@ -58,6 +58,7 @@ class UploadHub:
     repositories: dict[str, PushedRepository] = field(default_factory=dict)
     buckets: dict[str, dict[str, tuple[bytes, str]]] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
+    xet_hashes: dict[str, str] = field(default_factory=dict)  # by SHA-256, of files that repositories may get by Xet
     asked: list[str] = field(default_factory=list)
     fail: Callable[[str], int | None] = lambda request: None  #: status of a failure of this request, or none
 
@@ -232,6 +233,8 @@ def _application(hub: UploadHub) -> flask.Flask:
                 files[value["path"]] = base64.b64decode(value["content"])
                 found.large.discard(value["path"])
             if step["key"] == "lfsFile":
+                if value["oid"] not in hub.lfs and value["oid"] in hub.xet_hashes:
+                    hub.lfs[value["oid"]] = _read_xet(hub.xet, hub.xet_hashes[value["oid"]])
                 if value["oid"] not in hub.lfs:
                     return _refuse(400)
                 files[value["path"]] = hub.lfs[value["oid"]]
@@ -315,8 +318,9 @@ def _add_buckets(app: flask.Flask, hub: UploadHub) -> None:
         files = bucket(owner, name)
         return [describe(files, path) for path in flask.request.json["paths"] if path in files]
 
+    @app.get("/api/datasets/<owner>/<name>/xet-write-token/<revision>")
     @app.get("/api/buckets/<owner>/<name>/<any('xet-write-token', 'xet-read-token'):kind>")
-    def token(owner, name, kind):
+    def token(owner, name, kind="", revision=""):
         facts = {"accessToken": "xet-secret", "casUrl": f"local://{hub.xet}", "exp": int(time.time()) + 3600}
         names = ("X-Xet-Access-Token", "X-Xet-Cas-Url", "X-Xet-Token-Expiration")
         return facts, 200, dict(zip(names, map(str, facts.values()), strict=True))

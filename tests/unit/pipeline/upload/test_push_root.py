@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from framestream.pipeline.adapters import ShardDataset
 from framestream.pipeline.shards.dataset_card import CARD_FILE
 from framestream.pipeline.upload import object_store
+from framestream.pipeline.upload.files import UploadFile
 from framestream.tools.push_shards import main
 from tests.helpers.servers.upload_hub import TOKEN, UploadHub
 
@@ -61,6 +63,16 @@ def test_the_hub_has_the_root_and_gets_nothing_twice(hub, root, url, capsys):
     assert push(root, url) == 0
     assert hub.sent("PUT") == [] and hub.sent("POST") == []
     assert "; 0 were sent now (0 B)" in capsys.readouterr().out
+
+
+def test_files_of_a_repository_go_by_xet_where_the_hub_has_it(hub, root, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        file = UploadFile(path.name, path)
+        hub.xet_hashes[file.digest("sha256")] = file.digest("xet")
+    assert push(root, "hf://datasets/me/films") == 0
+    assert hub.sent("PUT") == [] and any("/xet-write-token/" in path for path in hub.sent("GET"))
+    assert stored(hub, "hf://datasets/me/films") == files_of(root)
 
 
 def test_a_root_in_a_bucket_of_the_hub_is_read_by_the_loader(hub, root):
