@@ -133,6 +133,8 @@ def _unreadable(scan: PacketScan) -> str:
         return "it is damaged, and decord does not say which frames are"
     if not len(scan.keys) or not scan.timed:
         return "decord cannot number its frames, which have no times of their own"
+    if scan.keys[0] != scan.ticks[0]:
+        return "decord needs a key frame at the beginning"
     if scan.is_transparent:
         return "decord does not show transparent pixels as black"
     return ""

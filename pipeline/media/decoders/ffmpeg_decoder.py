@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import av
@@ -28,6 +28,7 @@ from framestream.pipeline.media.errors import MAX_PIXELS, MediaError, check_file
 from framestream.pipeline.media.file_kinds import is_animated_webp
 from framestream.pipeline.media.video import (
     NO_TIME,
+    PROGRAM_STREAM,
     InexactSeekError,
     PacketScan,
     ResizeFn,
@@ -38,6 +39,7 @@ from framestream.pipeline.media.video import (
 from framestream.pipeline.media.video_stream import frame_pixels
 
 SEEK_FRAMES = 48  #: a clip that begins after this many frames is read from a key frame on
+WITHOUT_TIMES = ("avi", PROGRAM_STREAM)  #: formats in which frames need not have times of their own
 MAX_RANGES = 1000  #: ranges of wanted frames that are named to ffmpeg; with more, it writes all frames in between
 _THUMBNAIL = {"scale": {"w": "16", "h": "16", "flags": "neighbor"}}  #: filters of frames of which only the time is read
 
@@ -58,8 +60,8 @@ class FfmpegDecoder:
         if file_is_animated_webp(path):
             raise InexactSeekError("an animated WebP does not list its frames")
         scan = scan_packets(path)
-        if not len(scan.keys) or not scan.timed:
-            raise InexactSeekError("frames or their times are missing")
+        if not len(scan.keys) or not scan.timed or scan.container in WITHOUT_TIMES:
+            raise InexactSeekError("frames or their times are missing, or versions of FFmpeg guess other times")
 
         def decode_frames(numbers: np.ndarray) -> Iterator[np.ndarray]:
             wanted = scan.ticks[numbers].tolist()
@@ -81,7 +83,7 @@ class FfmpegDecoder:
         self, path: Path, scan: PacketScan, wanted: Sequence[int], start: float | None
     ) -> Generator[av.VideoFrame, None, None]:
         """Yield the frames at the ticks ``wanted``, up to the first that is missing."""
-        filters = {"select": {"expr": _choice("pts", wanted, scan.ticks)}}
+        filters = {"select": {"expr": _choice("pts", _ranges(wanted, scan.ticks))}}
         run = replace(self._run(path, scan), filters=filters, start=start)
         found = 0
         with contextlib.closing(read_frames(find_ffmpeg(self._is_pinned), run, self._config.seconds, [])) as frames:
@@ -100,21 +102,21 @@ class FfmpegDecoder:
             if self._config.hwaccel != "none":
                 check_ffmpeg_device(self._config.hwaccel)
             raise MediaError("corrupt", path, f"ffmpeg decodes no frame of it ({faults[0] if faults else 'no error'})")
-        # without times in the packets, ffmpeg invents some
-        known = np.array(ticks if scan.timed else [NO_TIME] * len(ticks), dtype=np.int64)
+        known = np.array(ticks if scan.timed else [NO_TIME] * len(ticks), dtype=np.int64)  # else ffmpeg invents times
+        if scan.timed and len(scan.ticks) == len(ticks):
+            known = scan.ticks
 
         def decode_frames(numbers: np.ndarray) -> Iterator[np.ndarray]:
             wanted = numbers.tolist()
-            chosen = replace(run, filters={"select": {"expr": _choice("n", wanted, np.arange(len(ticks)))}})
-            found = 0
+            ranges = _ranges(wanted, np.arange(len(ticks)))
+            chosen = replace(run, filters={"select": {"expr": _choice("n", ranges)}}, count=_length(ranges))
+            written = chain.from_iterable(range(first, last + 1) for first, last in ranges)
             frames = read_frames(find_ffmpeg(self._is_pinned), chosen, self._config.seconds, [])
+            needed = frozenset(wanted)
             with contextlib.closing(frames):
-                for tick, frame in frames:
-                    if tick == ticks[wanted[found]]:
+                for number, (_, frame) in zip(written, frames, strict=False):
+                    if number in needed:
                         yield resize(frame_pixels(frame))
-                        found += 1
-                    if found == len(wanted):
-                        return
 
         return make_source(scan, known, decode_frames, scan.damaged or bool(faults))
 
@@ -193,10 +195,22 @@ def _starts(scan: PacketScan, numbers: np.ndarray) -> list[float | None]:
     return [float(scan.seeks[key] * scan.base), None]
 
 
-def _choice(variable: str, wanted: Sequence[int], values: np.ndarray) -> str:
-    """Return the expression that is true where ``variable`` is one of the ascending ``wanted`` of ``values``."""
+def _ranges(wanted: Sequence[int], values: np.ndarray) -> list[tuple[int, int]]:
+    """Return the first and last value of each run of neighbors among the ascending ``wanted`` of ``values``.
+
+    It is one range of all if these are too many for a command.
+    """
     places = np.searchsorted(values, wanted).tolist()
     breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(places)) if b != a + 1), len(places)]
     if len(breaks) > MAX_RANGES + 1:
         breaks = [0, len(places)]
-    return "+".join(f"between({variable},{wanted[a]},{wanted[b - 1]})" for a, b in pairwise(breaks))
+    return [(wanted[a], wanted[b - 1]) for a, b in pairwise(breaks)]
+
+
+def _choice(variable: str, ranges: Sequence[tuple[int, int]]) -> str:
+    """Return the expression that is true where ``variable`` is in one of ``ranges``."""
+    return "+".join(f"between({variable},{first},{last})" for first, last in ranges)
+
+
+def _length(ranges: Sequence[tuple[int, int]]) -> int:
+    return sum(last + 1 - first for first, last in ranges)

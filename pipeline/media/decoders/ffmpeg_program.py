@@ -22,7 +22,7 @@ from typing import Any
 import av
 
 from framestream.pipeline.media.errors import MAX_PIXELS, DecoderError, MediaError
-from framestream.pipeline.media.video_stream import FORMATS, device_error
+from framestream.pipeline.media.video_stream import FORMATS, TAG_OPTIONS, device_error
 
 OLDEST = (5, 1)  #: version of ffmpeg that has the options used here
 CHECK_SECONDS = 60.0  #: time limit for asking ffmpeg for its version, or for a device
@@ -152,6 +152,7 @@ def ffmpeg_arguments(program: FfmpegProgram, run: FfmpegPass, seconds: float) ->
         video = video.filter(name, **options)
     outputs: dict[str, Any] = {
         "format": "nut",
+        "map_metadata": -1,
         "vcodec": "rawvideo",
         "pix_fmt": run.pixel_format,
         "fps_mode": "passthrough",
@@ -174,7 +175,8 @@ def read_frames(
         program: the command.
         run: what it decodes.
         seconds: time limit.
-        faults: receives a line if ffmpeg reports an error. The frames before that are good.
+        faults: receives a line if an error ended ffmpeg, or was reported in a run that is not strict. The frames before
+            that are good.
 
     Raises:
         MediaError: timeout.
@@ -209,7 +211,7 @@ def read_frames(
                 raise MediaError("timeout", run.path, text)
             errors.seek(0)
             message = _first_message(errors.read(1 << 16)).replace(f"file:{run.path}", run.path.name)
-            if code or message:
+            if code or (message and not run.strict):  # strict: what does not end ffmpeg is no error of the video
                 faults.append(message or f"ffmpeg ended with exit code {code}")
         finally:
             timer.cancel()
@@ -222,7 +224,7 @@ def _read_nut(pipe: Any) -> Iterator[av.VideoFrame]:
     """Yield the frames of a NUT stream up to its end, or to where it is cut off."""
     with (
         contextlib.suppress(av.FFmpegError, EOFError),
-        av.open(pipe, format="nut", buffer_size=PIPE_BYTES) as container,
+        av.open(pipe, format="nut", buffer_size=PIPE_BYTES, **TAG_OPTIONS) as container,
     ):
         yield from container.decode(video=0)
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from framestream.pipeline.config.data import DECODERS
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig
 from framestream.pipeline.media import image as images
 from framestream.pipeline.media import video
 from framestream.pipeline.media.decode import Decoded, MediaError, VideoRequest, decode_video, encode_image, read_image
+from framestream.pipeline.media.decoders.base import DecoderConfig
 from tests.helpers.media.footage import number_of, numbered, write_video
 
 FOUR = FramesConfig(sampler="middle", min=4, max=4, size=64)
@@ -122,7 +124,9 @@ def test_tags_that_are_not_utf8_do_not_matter(tmp_path: Path) -> None:
     _ffmpeg("-i", tmp_path / "plain.mp4", "-c", "copy", "-metadata", "title=XXXX", tmp_path / "tagged.mkv")
     data = (tmp_path / "tagged.mkv").read_bytes()
     (tmp_path / "tagged.mkv").write_bytes(data.replace(b"XXXX", b"\xe9\xe8\xff\xe0"))
-    assert decode_video(tmp_path / "tagged.mkv", VideoRequest("decord", FOUR)).vlen == 30
+    for decoder in DECODERS:
+        request = VideoRequest("decord", FOUR, decoding=DecoderConfig(decoder))
+        assert decode_video(tmp_path / "tagged.mkv", request).vlen == 30
 
 
 @pytest.mark.parametrize("name", ["a.mpg", "a.vob", "a.ts"])

@@ -82,7 +82,13 @@ NOT_DECORD = {
     "apng.png": (animation, "no times|cannot open|counts|transparent"),
     "hevc-b.mkv": (odd.numbered_video(60, "libx265", options={"x265-params": CLOSED}), "decord stops at frame"),
     "mirrored.mp4": (odd.numbered_video(60, matrix=(0, -1, -1, 0)), "mirror"),
-    "cut.mp4": (odd.remuxed(odd.numbered_video(100), before=("-ss", "1.3")), "counts 76 frames"),
+    "cut.mp4": (odd.remuxed(odd.numbered_video(100), before=("-ss", "1.3")), "key frame at the beginning"),
+    "late-key.mkv": (
+        odd.remuxed(odd.numbered_video(60), "-bsf:v", "noise=drop=eq(n\\,0)", to="matroska"),
+        "key frame at the",
+    ),
+    "h264.avi": (odd.numbered_video(100, options=SHORT), "other times"),
+    "mpeg1.mpg": (odd.numbered_video(100, "mpeg1video", options=SHORT), "transport"),
     "raw.h264": (odd.numbered_video(100, options=SHORT, container="h264"), "no times"),
     "alpha.mov": (odd.numbered_video(30, "qtrle", "argb", options={}), "transparent"),
 }
