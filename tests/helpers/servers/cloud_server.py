@@ -1,7 +1,7 @@
 """Google Cloud Storage and Azure Blob Storage on the loopback interface, as far as obstore and ranged reads need them.
 
 Objects are given out to addresses with the right signature only, which is computed here from the documentation of the
-two clouds. Objects are put, and folders listed, with any login.
+two clouds. Objects are put with their metadata, and asked for it, and folders listed, with any login.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Cloud:
 
     def __init__(self, kind: str) -> None:
         self.kind, self.objects, self.asked, self.public = kind, {}, [], False
+        self.metadata = {}  # headers with the metadata of an object, as they came
         self.url, self.key = "", None
 
     def environment(self) -> dict[str, str]:
@@ -92,7 +93,7 @@ class Cloud:
         return int(fields["X-Goog-Expires"]) > 0
 
     def listing(self, name: str, query: dict[str, list[str]]) -> bytes:
-        """Return the XML of the objects and folders directly below a prefix."""
+        """Return the XML of the objects below a prefix; with a delimiter, of those directly below it and folders."""
         bucket, prefix = name.strip("/"), query.get("prefix", [""])[0]
         files, folders = "", set()
         for path, data in sorted(self.objects.items()):
@@ -100,7 +101,7 @@ class Cloud:
                 continue
             key = path.removeprefix(f"{bucket}/")
             inner, deeper, _ = key.removeprefix(prefix).partition("/")
-            if deeper:
+            if deeper and "delimiter" in query:
                 folders.add(f"{prefix}{inner}/")
             elif self.kind == "az":
                 files += f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{formatdate(usegmt=True)}"
@@ -136,8 +137,19 @@ def cloud_server(kind: str) -> Iterator[Cloud]:
 
         def do_PUT(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            cloud.objects[cloud.name(urlsplit(self.path).path)] = body
+            name = cloud.name(urlsplit(self.path).path)
+            cloud.objects[name] = body
+            fields = {header.lower(): text for header, text in self.headers.items()}
+            cloud.metadata[name] = {header: text for header, text in fields.items() if "-meta-" in header}
             self.answer(201 if kind == "az" else 200, ETag=f'"{etag(body)}"')
+
+        def do_HEAD(self) -> None:
+            name = cloud.name(urlsplit(self.path).path)
+            if "Authorization" not in self.headers or name not in cloud.objects:
+                return self.answer(404 if "Authorization" in self.headers else 403)
+            data = cloud.objects[name]
+            headers = {"ETag": f'"{etag(data)}"', "Last-Modified": formatdate(usegmt=True), **cloud.metadata[name]}
+            return self.answer(200, data, **headers)
 
         def do_POST(self) -> None:
             """Give out a token for any login."""
@@ -174,7 +186,8 @@ def cloud_server(kind: str) -> Iterator[Cloud]:
             for header, text in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(header, text)
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -14,6 +14,7 @@ from framestream.pipeline.shards.dataset_card import CARD_FILE
 from framestream.pipeline.upload import object_store
 from framestream.pipeline.upload.files import UploadFile
 from framestream.tools.push_shards import main
+from tests.helpers.servers.cloud_server import cloud_server
 from tests.helpers.servers.upload_hub import TOKEN, UploadHub
 
 SECRETS = re.compile(rf"{TOKEN}|very-secret|xet-secret|secret-key|Signature=")
@@ -91,6 +92,23 @@ def test_a_root_in_s3_is_complete_and_nothing_is_sent_twice(bucket, root, capsys
     assert push(root, "s3://films/roots/stage2/") == 0
     assert "; 0 were sent now (0 B)" in capsys.readouterr().out
     assert {item.key: item.last_modified for item in bucket.objects.all()} == changed
+
+
+@pytest.mark.parametrize("kind", ["gs", "az"])
+def test_a_root_in_other_clouds_is_complete_and_nothing_is_sent_twice(kind, root, monkeypatch, capsys):
+    with cloud_server(kind) as cloud:
+        for name, value in cloud.environment().items():
+            monkeypatch.setenv(name, value)
+        url = f"{kind}://films/roots/stage2"
+        assert push(root, url) == 0
+        found = {name.removeprefix("films/roots/stage2/"): data for name, data in cloud.objects.items()}
+        assert found == files_of(root)
+        capsys.readouterr()
+        assert push(root, url) == 0
+        assert "; 0 were sent now (0 B)" in capsys.readouterr().out
+        cloud.objects["films/roots/stage2/video/train-000000.tar"] = bytes(10240)
+        assert push(root, url) == 2
+        assert "has other contents ('video/train-000000.tar')" in capsys.readouterr().err
 
 
 def test_a_stopped_push_to_the_hub_continues(hub, root, capsys):
