@@ -99,8 +99,8 @@ test-lowest test-newest: test-%: .venv-%/ready
 # lmms-eval states av<16 and much that its tasks here do not use
 peers: .venv-peers/ready
 	.venv-peers/bin/python $(pip) $(peers) --no-deps lmms-eval
-	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/integration/trainer/test_lmms_plugin.py \
-	  tests/integration/test_benchmarks.py tests/docs/test_reuse.py tests/docs/test_project.py
+	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/unit/pipeline/upload \
+	  tests/integration/trainer/test_lmms_plugin.py tests/integration/test_benchmarks.py tests/docs
 
 exporters: .venv-exporters/ready
 	.venv-exporters/bin/python -m pytest -q -m exporters tests/unit/tools/export

@@ -162,6 +162,15 @@ def test_constraints_pin_what_the_peers_depend_on():
     assert needed <= pinned, f"pin {sorted(needed - pinned)} in constraints-peers.txt"
 
 
+def test_make_peers_runs_every_test_that_needs_peers():
+    target = re.search(r"^peers:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
+    folders = re.findall(r"tests/\S+", target)
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.peers" in path.read_text(encoding="utf-8")]
+    assert len(marked) > 5 and all((ROOT / name).exists() for name in folders)
+    left = [relative(path) for path in marked if not {path, *path.parents} & {ROOT / name for name in folders}]
+    assert not left, f"make peers does not run {left}"
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names of the modules that a file imports absolutely."""
     names = set()
