@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from framestream.pipeline.shards.dataset_card import (
     CARD_FILE,
+    MAX_CARD_BYTES,
     CardError,
     decode_card,
     merge_cards,
@@ -31,7 +32,7 @@ SIDECARS = (
 )
 #: files that an addition to a root changes; the shards themselves stay as they are
 _CHANGING = re.compile(
-    r"build\.json|index/.*|ledger/ledger\.parquet|(?:video|image|dialogue)/(?:\.nv-meta/.*|shardindex.*|.*\.tar\.idx)"
+    r"README\.md|build\.json|index/.*|ledger/ledger\.parquet|(?:video|image|dialogue)/(?:\.nv-meta/.*|shardindex.*|.*\.tar\.idx)"
 )
 
 
@@ -51,6 +52,9 @@ def push_root(root: Path, target: UploadTarget, replace: bool = False) -> Transf
     stored = target.list_files([file for stage in stages for file in stage])
     card = stages[CARD_STAGE][0]
     if CARD_FILE in stored and not replace and not stored[CARD_FILE].is_copy_of(card):
+        if stored[CARD_FILE].size > MAX_CARD_BYTES:
+            fault = f"{target.display_url}/{CARD_FILE}: the card there has over {MAX_CARD_BYTES:,} bytes"
+            raise RefusedError(f"{fault}; make it shorter, or pass --replace to remove what is there")
         stages[CARD_STAGE] = [_merge(root, card, target)]
     return transfer(stages, target, stored, lambda name: _CHANGING.fullmatch(name) is not None, replace)
 

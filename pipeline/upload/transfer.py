@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.upload.files import RefusedError, StoredFile, UploadError, UploadFile
 
-#: files of users that an upload neither replaces nor removes, in any target
+#: files of users, which an upload that does not have them leaves as they are
 USER_FILES = frozenset((".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt", "README.md"))
 
 Progress = Callable[[int], object]  # is given the bytes that were sent
@@ -71,12 +71,13 @@ def transfer(
     """
     files = {file.name: file for stage in stages for file in stage}
     different = {name for name, file in stored.items() if name not in files or not file.is_copy_of(files[name])}
-    lost = sorted(name for name in different - USER_FILES if not may_replace(name))
+    kept = USER_FILES - files.keys()
+    lost = sorted(name for name in different - kept if not may_replace(name))
     if lost and not replace:
         more = f" and {len(lost) - 1:,} more files" if len(lost) > 1 else ""
         fix = "name another address, or pass --replace to remove what is there"
         raise RefusedError(f"{target.display_url}: has other contents ({lost[0]!r:.100}{more}); {fix}")
-    deleted = sorted(different - files.keys() - USER_FILES) if replace else []
+    deleted = sorted(different - files.keys() - kept) if replace else []
     steps = [[file for file in stage if file.name not in stored or file.name in different] for stage in stages]
     if target.is_atomic:
         steps = [steps[0], [file for step in steps[1:] for file in step]]

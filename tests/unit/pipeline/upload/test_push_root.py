@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from framestream.pipeline.adapters import ShardDataset
-from framestream.pipeline.shards.dataset_card import CARD_FILE
+from framestream.pipeline.shards.dataset_card import CARD_FILE, MAX_CARD_BYTES
 from framestream.pipeline.upload import object_store
 from framestream.pipeline.upload.files import UploadFile
 from framestream.tools.push_shards import main
@@ -165,6 +165,15 @@ def test_what_the_user_wrote_on_the_hub_stays(hub, root, capsys):
     assert "edited here and there" in capsys.readouterr().err
     assert push(root, "hf://datasets/me/films", "--replace") == 0
     assert b"license: mit" in repository.files[CARD_FILE]
+
+
+def test_a_card_that_is_too_large_is_not_fetched(hub, root, capsys):
+    assert push(root, "hf://datasets/me/films") == 0
+    hub.repositories["datasets/me/films"].files[CARD_FILE] = bytes(MAX_CARD_BYTES + 1)
+    hub.asked.clear()
+    assert push(root, "hf://datasets/me/films") == 2
+    assert f"{CARD_FILE}: the card there has over" in capsys.readouterr().err
+    assert not any("/resolve/" in line for line in hub.asked)
 
 
 def test_another_root_is_refused_or_replaced(hub, root, capsys):

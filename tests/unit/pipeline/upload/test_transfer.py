@@ -113,6 +113,13 @@ def test_other_contents_are_refused_or_replaced(other, is_atomic):
     assert "build.json" not in target.history[0], "nobody reads a mixture of two roots"
 
 
+def test_a_users_file_is_not_replaced_by_another_one():
+    target = Memory(False, {"README.md": b"theirs"})
+    with pytest.raises(RefusedError, match="'README.md'"):
+        push(target)
+    assert target.files == {"README.md": b"theirs"}
+
+
 def test_more_files_than_named_are_counted():
     with pytest.raises(RefusedError, match=r"\('c.tar' and 1 more files\)"):
         push(Memory(False, {"c.tar": b"", "d.tar": b""}))
