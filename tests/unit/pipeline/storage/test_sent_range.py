@@ -165,12 +165,21 @@ def test_usual_answers_need_no_other_client_and_keep_connections(server, storage
         assert bytes(storage.read(FILE, RANGES[:1])[0]) == EXPECTED[0]
 
 
+def test_connections_that_the_server_closes_are_not_kept(server, storage):
+    server.routes["/file.tar"] = lambda request: request.serve(DATA, Connection="close")
+    place = "http", server.url.partition("//")[2]
+    before = len(remote._shared.client.connections._idle[place])
+    assert bytes(storage.read(FILE, RANGES[:1])[0]) == EXPECTED[0]
+    assert len(remote._shared.client.connections._idle[place]) == before - 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [
         lambda request: request.answer(503, b"busy", Retry_After="0"),
         lambda request: request.reset(),
         lambda request: request.answer(206, b"x" * 10, Content_Range=f"bytes 1-10/{len(DATA)}"),
+        lambda request: request.answer(206, DATA[6:18_006], Content_Range=f"bytes 6-18005/{len(DATA)}"),
         lambda request: request.answer(206, b"", 18_000, Content_Range=f"bytes 5-18004/{len(DATA)}"),
         lambda request: request.answer(206, DATA[5:20_000], Content_Range=f"bytes 5-18004/{len(DATA)}"),
         lambda request: request.wfile.write(b"HTTP/1.1 206 OK\r\nContent-Range bytes 5-18004/300000\r\n\r\n"),
@@ -236,6 +245,7 @@ def test_a_failed_start_leaves_nothing_behind(storage):
 
 
 def test_a_forked_process_shares_no_early_read(server, storage):
+    storage._options = ReadOptions(cache=storage._options.cache, timeout=2, retries=0)
     assert storage.prefetch(FILE, RANGES)
 
     def child():
