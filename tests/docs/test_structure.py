@@ -16,7 +16,15 @@ PACKAGES = ("pipeline", "trainer", "tools")
 #: rooms from top to bottom; a room imports rooms of lower lines only. A package's own name means its command modules.
 LAYERS = (
     ("trainer", "tools"),
-    ("trainer/training", "trainer/evaluation", "tools/builder", "tools/demo", "tools/export", "tools/inspection", "tools/verify"),
+    (
+        "trainer/training",
+        "trainer/evaluation",
+        "tools/builder",
+        "tools/demo",
+        "tools/export",
+        "tools/inspection",
+        "tools/verify",
+    ),
     ("trainer/checkpoint", "trainer/inference", "trainer/monitoring", "tools/fetch"),
     ("trainer/weights", "tools/fetch/archives", "tools/fetch/http"),
     ("trainer/distributed", "trainer/model", "tools/common", "tools/fetch/base"),
