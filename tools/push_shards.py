@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a script: the packages are beside this f
 from framestream.pipeline.utils.command_line import (  # noqa: E402 - needs the path above
     CommandParser,
     integer_option,
+    name_option,
     path_option,
     run_safely,
 )
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "push_shards") -> i
     parser.add_argument("root", type=path_option, metavar="ROOT", help="a finished build, such as shards/stage3")
     parser.add_argument(
         "target",
+        type=name_option,
         metavar="ADDRESS",
         help="hf://datasets/OWNER/NAME[@BRANCH][/PATH], hf://buckets/OWNER/NAME[/PATH], s3://BUCKET/PATH, "
         "gs://BUCKET/PATH or az://CONTAINER/PATH",

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from framestream.pipeline.utils.command_line import CommandParser, path_option, run_safely
+from framestream.pipeline.utils.command_line import CommandParser, name_option, path_option, run_safely
 
 
 @run_safely("stopped", docstrings=True)
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument(
         "--release-files", type=path_option, metavar="DIR", help="copy the release's python files from here"
     )
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this model of the hub")
+    parser.add_argument(
+        "--push", type=name_option, metavar="OWNER/NAME", help="upload the export to this model of the hub"
+    )
     parser.add_argument("--private", action="store_true", help="create the model on the hub as private")
     options = parser.parse_args(arguments)
     if not options.checkpoint and not options.push:
