@@ -96,6 +96,7 @@ def _run(options: argparse.Namespace) -> int:
             rank=options.rank,
             ranks=options.of,
             cache_bytes=round(options.cache_gb * 1e9),
+            workers_here=options.executor == "local",
         )
         with disk_full_at(manifest.shard_root):
             result = build(manifest, executor, settings)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from framestream.pipeline.annotations.reader import AnnotationFileError
 from framestream.pipeline.config.manifest import BuildManifest
 from framestream.pipeline.media.decoders.base import DecoderConfig
+from framestream.pipeline.media.decoders.choice import check_decoder
 from framestream.pipeline.media.errors import DecoderError
 from framestream.pipeline.shards.index import Index, ShardsError
 from framestream.pipeline.shards.ledger import RETRYABLE
@@ -63,6 +64,7 @@ class BuildOptions:
     rank: int = 0  #: number of this machine
     ranks: int = 1  #: number of machines that share this build
     cache_bytes: int = 0  #: disk space for fetched files, because several media may be clips of one file
+    workers_here: bool = True  #: the executor's workers decode on this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +80,21 @@ def build(manifest: BuildManifest, executor: Executor, options: BuildOptions) ->
     """Build ``manifest.shard_root``, or this machine's share of it.
 
     Raises:
-        BuildError: input is missing, no dialogue can be used, the decoder is not installed, or the folder contains
-            another build.
+        BuildError: input is missing, no dialogue can be used, the decoder or its device cannot be used, or the folder
+            contains another build.
         WorkerError: a worker failed.
         AnnotationFileError: an annotation file is broken.
     """
     root = manifest.shard_root
     entries = resolve_entries(manifest)
-    try:
+    with _decoder_errors():
         wanted = specification(manifest, entries, options.limit)
-    except DecoderError as error:
-        raise BuildError(str(error)) from None
     if record := _finished_record(root, wanted, entries, options.retry_failed):
         _remove_leftovers(root)
         return BuildResult(record, built=False)
+    if options.workers_here:
+        with _decoder_errors():
+            check_decoder(DecoderConfig.of(manifest.data))
     with _lock_root(root, shared=options.ranks > 1):
         with _lock_step(root):
             if not _plan(manifest, entries, wanted, root, options):
@@ -108,6 +111,14 @@ def build(manifest: BuildManifest, executor: Executor, options: BuildOptions) ->
             record = finish(root, job, wanted)
             _remove_work(job.work)
         return BuildResult(record)
+
+
+@contextlib.contextmanager
+def _decoder_errors() -> Iterator[None]:
+    try:
+        yield
+    except DecoderError as error:
+        raise BuildError(str(error)) from None
 
 
 def _remove_work(work: Path) -> None:

@@ -118,7 +118,9 @@ def _first_difference(built: Any, wanted: Any, field: str = "") -> str:
     elif built == wanted:
         return ""
     else:
-        shown = ["absent" if value is None else f"{_name(value)!r:.80}" for value in (built, wanted)]
+        section, _, name = field.rpartition(".")
+        absent = repr(_DEFAULTS[name]) if section == "data" and name in DECODING else "absent"
+        shown = [absent if value is None else f"{_name(value)!r:.80}" for value in (built, wanted)]
         return f"{field} was {shown[0]} and is now {shown[1]}"
     return next((text for name, a, b in pairs if (text := _first_difference(a, b, f"{field}{name}".lstrip(".")))), "")
 

@@ -121,7 +121,7 @@ def test_another_decoder_builds_another_root(folder, whole, decoder, capsys):
     assert build_shards.main(command(folder, decoder, decoder=decoder)) == 0
     record = json.loads((folder / decoder / "stage2" / "build.json").read_text())
     assert record["specification"]["data"]["decoder"] == decoder
-    for out, options, text in (("whole", {"decoder": decoder}, "absent and"), (decoder, {}, f"'{decoder}' and")):
+    for out, options, text in (("whole", {"decoder": decoder}, "'auto' and"), (decoder, {}, f"'{decoder}' and")):
         before = snapshot(folder / out)
         capsys.readouterr()
         assert build_shards.main(command(folder, out, **options)) == 2
@@ -136,12 +136,15 @@ def test_a_decoder_or_device_that_is_missing_ends_the_build(folder, monkeypatch,
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "decord", None)
         assert build_shards.main(command(folder, "missing", decoder="decord")) == 2
+    lacking = ({"cuda", "vaapi", "qsv"} - set(hwdevices_available())).pop()
+    assert build_shards.main(command(folder, "missing", hwaccel=lacking)) == 2
     assert not (folder / "missing").exists()
-    lacking = {"cuda", "vaapi", "qsv"} - set(hwdevices_available())
-    assert build_shards.main(command(folder, "missing", hwaccel=lacking.pop())) == 1
     err = capfd.readouterr().err
     assert "data.decoder: decord needs the package decord2" in err and "Traceback" not in err
-    assert "data.hwaccel: PyAV" in err and not (folder / "missing" / "stage2" / "build.json").exists()
+    assert "data.hwaccel: PyAV" in err
+    monkeypatch.setattr(framestream.tools.builder.executors, "ray", lambda address: lambda job, tasks: iter(()))
+    assert build_shards.main(command(folder, "missing", "--executor", "ray", hwaccel=lacking)) == 0  # others decode
+    assert (folder / "missing" / "stage2" / "work" / "plan").is_dir()
 
 
 # Disks ----------------------------------------------------------------------------------------------------------------

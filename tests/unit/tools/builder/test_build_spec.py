@@ -32,10 +32,11 @@ def test_another_decoder_or_device_is_another_build():
     ):
         spec = spec_with(f"data.decoder={chosen}")
         assert spec["data"]["decoder"] == chosen and spec["libraries"][name] == version
-        assert difference(plain, spec, []) == f"data.decoder was absent and is now '{chosen}'"
-        assert difference(spec, plain, []) == f"data.decoder was '{chosen}' and is now absent"
-    assert difference(plain, spec_with("data.decoder=pyav"), []) == "data.decoder was absent and is now 'pyav'"
-    assert difference(plain, spec_with("data.hwaccel=cuda"), []) == "data.hwaccel was absent and is now 'cuda'"
+        assert difference(plain, spec, []) == f"data.decoder was 'auto' and is now '{chosen}'"
+        assert difference(spec, plain, []) == f"data.decoder was '{chosen}' and is now 'auto'"
+    assert difference(plain, spec_with("data.decoder=pyav"), []) == "data.decoder was 'auto' and is now 'pyav'"
+    assert difference(plain, spec_with("data.hwaccel=cuda"), []) == "data.hwaccel was 'none' and is now 'cuda'"
+    assert difference({**plain, "compat": "published"}, plain, []) == "compat was 'published' and is now absent"
 
 
 def test_a_device_for_decord_is_refused():
