@@ -45,16 +45,26 @@ complete JPEG. `index/` has the byte range of every frame. Split `val` is held o
 _USE = """\
 ## How to open it
 
+[framestream](https://github.com/framestream/framestream) wrote these shards. It streams them into the training of video
+models, and other loaders can read them too.
+
+```sh
+pip install framestream datasets
+```
+
 ```python
-from datasets import load_dataset
-from framestream.pipeline.adapters import ShardDataset
+from datasets import {types}load_dataset
+from framestream.pipeline.adapters import ShardDataset, read_members
 
 rows = load_dataset("OWNER/NAME", "{config}", split="{split}", streaming=True)
-samples = ShardDataset("hf://datasets/OWNER/NAME", frames=8)
+{cast}sample = read_members(next(iter(rows)), frames={frames})
+samples = ShardDataset("hf://datasets/OWNER/NAME", frames={frames})
 ```
 
 `OWNER/NAME` is this data set on the hub, or replace both by the folder of the root.
 """
+#: by config: the column that ``datasets`` would decode, and the name of its type
+_UNDECODED = {"video": ("mp4", "Video"), "image": ("jpg", "Image")}
 
 
 class CardError(ValueError):
@@ -117,7 +127,9 @@ def render_dataset_card(record: Mapping[str, Any], shards: pa.Table, media: pa.T
     """
     counts = _count(shards, media)
     configs = dump_yaml({"configs": _configs(counts)})
-    generated = "\n".join([BEGIN, _describe_contents(counts), _describe_use(counts), _describe_build(record), END])
+    generated = "\n".join(
+        [BEGIN, _describe_contents(counts), _describe_use(counts, record), _describe_build(record), END]
+    )
     return _assemble(previous, configs, generated)
 
 
@@ -227,15 +239,25 @@ def _describe_contents(counts: Mapping[tuple[str, str], Mapping[str, int]]) -> s
     return f"## Contents\n\n{table}\n\n{_MEMBERS}"
 
 
-def _describe_use(counts: Mapping[tuple[str, str], Any]) -> str:
+def _describe_use(counts: Mapping[tuple[str, str], Any], record: Mapping[str, Any]) -> str:
+    """Show how to open the root. Members stay bytes, because ``datasets`` decodes videos only with torchcodec."""
     config, split = next(iter(counts), ("dialogue", "train"))
-    return _USE.format(config=config, split=split)
+    types = cast = ""
+    if config in _UNDECODED:
+        column, feature = _UNDECODED[config]
+        types = f"{feature}, "
+        cast = f'rows = rows.cast_column("{column}", {feature}(decode=False))\n'
+    frames = None if "compat" in record["specification"] else 8
+    return _USE.format(config=config, split=split, types=types, cast=cast, frames=frames)
 
 
 def _describe_build(record: Mapping[str, Any]) -> str:
     """Describe how the root was built: the settings that decided its bytes, and what each entry gave."""
     specification = dict(record["specification"])
     planned = {entry["name"]: entry for entry in specification.pop("entries", ())}
+    specification.pop("nested_roots", None)  # names of roots, which may be paths
+    if not specification.get("limit"):
+        specification.pop("limit", None)
     rows = [[f"`{name}`", _format_value(value)] for name, value in _flatten(specification)]
     settings = _format_markdown_table(["setting", "value"], rows)
     fields = ("planned", "dialogues", "media", "frames", "bytes")

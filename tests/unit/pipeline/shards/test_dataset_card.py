@@ -28,6 +28,8 @@ RECORD = {
     "entries": [{"name": "a|b<script>\n# no", **ENTRY}],
     "specification": {
         "frames": {"size": 64, "sampler": "dynamic_fps1"},
+        "limit": 0,
+        "nested_roots": [["/home/me/secret", "/home/me/secret/more", "more"]],
         "entries": [{"name": "a|b<script>\n# no", "root": "/home/me/secret", "sampling": "first:50%"}],
     },
 }
@@ -72,9 +74,31 @@ def test_the_card_counts_and_says_how_it_was_built():
     assert "| dialogue | val | 1 | 1 | 0 | 10,240 |" in text
     assert "| `frames.sampler` | dynamic\\_fps1 |" in text
     assert "| a\\|b&lt;script&gt; # no | first:50% | 4 | 3 | 3 | 1,200 | 30,000 |" in text
-    assert "secret" not in text
+    assert "secret" not in text and "nested" not in text and "`limit`" not in text
     assert "license" not in DatasetCard(text).data.to_dict(), "it is the user's to state"
     assert card() == text
+    limited = {**RECORD, "specification": {**RECORD["specification"], "limit": 20}}
+    assert "| `limit` | 20 |" in render_dataset_card(limited, shard_table(), MEDIA)
+
+
+@pytest.mark.parametrize(
+    ("folder", "more", "types", "cast", "frames"),
+    [
+        ("video", {}, "Video, ", 'rows = rows.cast_column("mp4", Video(decode=False))\n', "8"),
+        ("image", {}, "Image, ", 'rows = rows.cast_column("jpg", Image(decode=False))\n', "8"),
+        ("dialogue", {}, "", "", "8"),
+        ("video", {"compat": "published"}, "Video, ", 'rows = rows.cast_column("mp4", Video(decode=False))\n', "None"),
+    ],
+)
+def test_its_example_leaves_members_undecoded(folder, more, types, cast, frames):
+    record = {**RECORD, "specification": {**RECORD["specification"], **more}}
+    text = render_dataset_card(record, shard_table([(folder, "val", "val-000000.tar", 1, 10240)]), MEDIA.slice(0, 0))
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert code.startswith(f"from datasets import {types}load_dataset\n")
+    read = f"sample = read_members(next(iter(rows)), frames={frames})\n"
+    assert f'"{folder}", split="val", streaming=True)\n{cast}{read}' in code
+    assert f'ShardDataset("hf://datasets/OWNER/NAME", frames={frames})' in code
+    assert "\npip install framestream" in text and "(https://github.com/framestream/framestream)" in text
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -161,3 +162,15 @@ def test_the_card_opens_a_root_in_a_folder(root, tmp_path):
     assert {"mp4", "json"} <= set(
         datasets.load_dataset(str(root), cache_dir=str(tmp_path / "cache"))["train"].column_names
     )
+
+
+@pytest.mark.peers
+def test_the_example_of_the_card_runs(root, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    code = (root / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    for name in ("hf://datasets/OWNER/NAME", "OWNER/NAME"):
+        code = code.replace(name, str(root))
+    (tmp_path / "example.py").write_text(code)
+    found = runpy.run_path(str(tmp_path / "example.py"))
+    assert found["sample"].media[0].frames.shape[0] == 8 and len(found["samples"]) > 1
