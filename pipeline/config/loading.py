@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from framestream.pipeline.config.schema import spec
+from framestream.pipeline.config.schema import ManifestError, spec
 
 ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: orders of an epoch
+
+NO_ROOM_FOR_COPIES = (
+    "sequential needs room for copies; set loader.cache_gb to the size of the root, or loader.access: ranges"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +89,7 @@ class LoaderConfig:
         metadata=spec(low=1, high=86_400, doc="seconds that reading one media item may take, with all retries"),
     )
     retries: int = field(default=5, metadata=spec(low=0, high=100, doc="retries of a request to a remote root"))
+
+    def __post_init__(self) -> None:
+        if self.access == "sequential" and not self.cache_gb:
+            raise ManifestError(f"access: {NO_ROOM_FOR_COPIES}")

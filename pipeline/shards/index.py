@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.preprocessing import FramesConfig
-from framestream.pipeline.storage import ReadOptions, ShardRef, Storage, is_remote, open_storage
+from framestream.pipeline.storage import ReadOptions, ReadOptionsError, ShardRef, Storage, is_remote, open_storage
 from framestream.pipeline.storage.local import LocalStorage
 from framestream.pipeline.utils.arrow_mmap import MappedTable
 from framestream.pipeline.utils.atomic_io import atomic_file, file_sha256
@@ -171,8 +171,8 @@ class Index:
             checked: another process of this run has checked the files, so that they are only opened.
 
         Raises:
-            ShardsError: nothing was built there, the build is not finished, a file is damaged, or the address cannot
-                be read.
+            ShardsError: nothing was built there, the build is not finished, a file is damaged, the address cannot be
+                read, or ``reading`` does not fit the root.
         """
         try:
             storage = open_storage(root, reading)
@@ -191,7 +191,9 @@ class Index:
                 name: _map(path, schemas[name], digests.get(f"index/{name}.arrow"), checked)
                 for name, path in zip(schemas, paths, strict=True)
             }
-        except RecordError as error:
+            largest = max(maps["shards"].table["bytes"].to_pylist(), default=0)
+            (reading or ReadOptions()).check_copies(storage.root, largest)
+        except (RecordError, ReadOptionsError) as error:
             raise ShardsError(str(error)) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(_unreadable(root, error)) from None

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 
 from framestream.pipeline.storage.addresses import is_remote, open_resolver
-from framestream.pipeline.storage.base import ReadOptions, ShardRef, Storage
+from framestream.pipeline.storage.base import ReadOptions, ReadOptionsError, ShardRef, Storage
 from framestream.pipeline.storage.local import LocalStorage
 from framestream.pipeline.storage.remote import RemoteStorage
 from framestream.pipeline.storage.shard_copies import CopyingStorage
 from framestream.pipeline.utils.paths import expand_path
 
-__all__ = ["ReadOptions", "ShardRef", "Storage", "is_remote", "open_storage"]
+__all__ = ["ReadOptions", "ReadOptionsError", "ShardRef", "Storage", "is_remote", "open_storage"]
 
 
 def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = None) -> Storage:
@@ -26,6 +26,7 @@ def open_storage(root: str | os.PathLike[str], options: ReadOptions | None = Non
     variables in the path of a folder are expanded.
 
     Raises:
+        ReadOptionsError: shards are to be copied, and there is no room, or the folder cannot be written.
         ValueError: the address has another form.
         OSError: the hub does not have the repository, or cannot be reached, or the login of a bucket is incomplete.
     """

@@ -13,6 +13,10 @@ from framestream.pipeline.config import manifest
 from framestream.pipeline.utils.paths import expand_path
 
 
+class ReadOptionsError(ValueError):
+    """Options for reading do not fit the machine or the root; one line that names the option and the fix."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """How remote roots are read; the fields are those of ``loader`` in the manifest."""
@@ -27,6 +31,21 @@ class ReadOptions:
     def from_manifest(cls, loader: manifest.LoaderConfig) -> ReadOptions:
         """Return the options that a manifest states."""
         return cls(loader.cache, loader.cache_gb, loader.read_timeout, loader.retries, loader.access)
+
+    def check_copies(self, place: object, shard_bytes: int) -> None:
+        """Check that a shard of ``shard_bytes`` bytes can be copied, if shards are. ``place`` is for messages.
+
+        Raises:
+            ReadOptionsError: there is less room.
+        """
+        if self.access == "sequential" and shard_bytes > self.cache_bytes:
+            size = f"{shard_bytes:,} bytes; loader.cache_gb: {self.cache_gb:g} has room for {self.cache_bytes:,}"
+            raise ReadOptionsError(f"{place}: a shard has {size}; raise it, or set loader.access: ranges")
+
+    @property
+    def cache_bytes(self) -> int:
+        """``cache_gb`` in bytes."""
+        return int(self.cache_gb * 1e9)
 
     @property
     def cache_folder(self) -> Path:

@@ -34,7 +34,7 @@ class RemoteStorage:
         self._resolver, self._options = resolver, options
         self._folder = options.root_folder(self.root)
         ranges = options.cache_folder / "ranges"
-        self._range_cache = RangeCache(ranges, int(options.cache_gb * 1e9)) if options.cache_gb else None
+        self._range_cache = RangeCache(ranges, options.cache_bytes) if options.cache_gb else None
 
     @property
     def derived_folders(self) -> list[Path]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from framestream.pipeline.storage.base import ReadOptions, ShardRef, Storage
+from framestream.pipeline.config.loading import NO_ROOM_FOR_COPIES
+from framestream.pipeline.storage.base import ReadOptions, ReadOptionsError, ShardRef, Storage
 from framestream.pipeline.utils.atomic_io import atomic_file
 from framestream.pipeline.utils.locks import LockError, LockHeldError, lock_file
 
@@ -23,14 +25,22 @@ class CopyingStorage:
     """The files of another storage, its shards read from local copies (see :class:`Storage`).
 
     Raises:
-        ValueError: the options leave no room for copies.
+        ReadOptionsError: the options leave no room for copies, or their folder cannot be written.
     """
 
     def __init__(self, storage: Storage, options: ReadOptions) -> None:
         if not options.cache_gb:
-            raise ValueError("loader.cache_gb: is 0; loader.access: sequential needs room for the shards of the root")
-        self._storage, self._limit = storage, int(options.cache_gb * 1e9)
+            raise ReadOptionsError(f"loader.access: {NO_ROOM_FOR_COPIES}")
+        self._storage, self._options = storage, options
         self._folder = options.cache_folder / "shards"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            fault = f"cannot be written ({error.strerror})"
+            fix = "name another folder, or set loader.access: ranges"
+            raise ReadOptionsError(f"loader.cache: {self._folder}: {fault}; {fix}") from None
 
     @property
     def root(self) -> Path | str:
@@ -73,9 +83,7 @@ class CopyingStorage:
         path = self._folder / shard.digest
         if self._touch(path):
             return
-        if shard.size > self._limit:
-            size = f"{shard.size / 1e9:.1f} GB, more than loader.cache_gb ({self._limit / 1e9:g})"
-            raise ValueError(f"{self.describe(shard.name)}: has {size}; raise it, or use loader.access: ranges")
+        self._options.check_copies(self.describe(shard.name), shard.size)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with lock_file(self._lock(path), "copy", wait=True):
@@ -125,7 +133,7 @@ class CopyingStorage:
                     found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
             total = sum(held for _, held, _ in found)
             for _, held, path in sorted(found):
-                if total + size <= self._limit:
+                if total + size <= self._options.cache_bytes:
                     return
                 if path.suffix != ".tmp" or not self._is_copied(path.with_suffix("")):
                     path.unlink(missing_ok=True)

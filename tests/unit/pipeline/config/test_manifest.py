@@ -197,6 +197,7 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ("train.beta2=1.0", "train.beta2: must be at most 0.999999, got 1.0"),
         ("seed=18446744073709551616", "seed: must be at most 9,223,372,036,854,775,807, got 18446744073709551616"),
         ("frames.sampler=fps²", "frames.sampler: 'fps²' is not"),
+        ("loader.access=sequential", "loader.access: sequential needs room for copies; set loader.cache_gb"),
         ("frames.sampler=fps1e9", "frames.sampler: 'fps1e9' is not"),
         ("frames.sampler=fps99999", "frames.sampler: 'fps99999' is not"),
         ("data.entries=[{annotation: a, sampling: 'first:150%'}]", "data.entries[0].sampling: first:150% is more"),
@@ -577,14 +578,48 @@ def test_shards_alone_need_nothing_of_training(tmp_path):
         if field.name != "name":
             assert getattr(made, field.name) == getattr(complete, field.name)
     assert made.name == "m" and made.shard_root == complete.shard_root
-    assert f"{alone}: output: required field is missing" in refusal(alone)
+    fix = "add `output: ...`, `text: ...`, `batching: ...`, `train: ...`, `init_from: ...`"
+    assert refusal(alone) == f"{alone}: output: required field is missing; {fix}"
 
 
 @pytest.mark.parametrize("section", ["output", "text", "batching", "train", "init_from"])
 def test_a_part_of_what_training_needs_is_refused(tmp_path, section):
     path = write(tmp_path, {**SHARDS_ALONE, section: SMALL[section]})
-    with pytest.raises(ManifestError, match="required field is missing"):
+    missing = [name for name in ("output", "text", "batching", "train", "init_from") if name != section]
+    fix = f"remove it to build shards only, or add {', '.join(missing)}"
+    with pytest.raises(ManifestError) as caught:
         load_build_manifest(path)
+    assert re.fullmatch(rf"{path}:\d+: {section}: a field of training; {fix}", str(caught.value))
+
+
+def test_what_makes_a_manifest_one_of_training_is_named(tmp_path):
+    needed = "output, text, batching, train, init_from"
+    cases: tuple[tuple[dict, tuple[str, ...], str], ...] = (
+        (
+            {},
+            ("seed=1", "loader={threads: 2}"),
+            f"^--set loader=.*: loader: a field of training; remove it .* or add {needed}",
+        ),
+        ({"loader": {}}, (), rf"m\.yaml:\d+: loader: a field of training; remove it .* or add {needed}"),
+        ({"mix": [], "output": "out"}, (), "mix: a field of training like output; remove them .* or add text, batch"),
+        ({"outptu": "out", "loader": {}}, (), "outptu: unknown field; did you mean `output`"),
+        ({"loader": {"threads": -1}}, (), "loader.threads: must be at least"),
+    )
+    for added, overrides, text in cases:
+        path = write(tmp_path, yaml.safe_dump({**SHARDS_ALONE, **added}, sort_keys=False))
+        with pytest.raises(ManifestError, match=text) as caught:
+            load_build_manifest(path, overrides)
+        assert "\n" not in str(caught.value)
+    bare = {name: value for name, value in SHARDS_ALONE.items() if name != "stage"}
+    with pytest.raises(ManifestError, match="stage: required field is missing; add `stage: ...`, `output: ...`, "):
+        load_build_manifest(write(tmp_path, {**bare, "loader": {}}))
+
+
+def test_shards_at_an_address_are_not_built_there(tmp_path):
+    manifest = load_build_manifest(write(tmp_path, SHARDS_ALONE), ("shards=s3://bucket/place",))
+    assert manifest.shard_address == "s3://bucket/place/stage2"
+    with pytest.raises(ManifestError, match="shards: s3://bucket/place is an address; .* --out FOLDER.* push_shards"):
+        manifest.shard_root  # noqa: B018 - the property refuses
 
 
 def test_a_misspelled_section_of_shards_alone_is_named(tmp_path):

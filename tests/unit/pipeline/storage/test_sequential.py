@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from framestream.pipeline.storage import ReadOptions, ShardRef, open_storage
+from framestream.pipeline import ShardsError
+from framestream.pipeline.shards.index import Index
+from framestream.pipeline.storage import ReadOptions, ReadOptionsError, ShardRef, open_storage
 from tests.helpers.corpora.batches import batches
 from tests.helpers.corpora.small_root import manifest
 from tests.helpers.servers.web_server import turns
@@ -160,13 +162,24 @@ def test_a_damaged_copy_is_never_used(server, tmp_path):
 
 
 def test_a_shard_above_the_limit_is_refused(server, tmp_path):
-    with pytest.raises(ValueError, match=r"loader\.cache_gb"):
+    with pytest.raises(ReadOptionsError, match="has 3,000,000 bytes; loader.cache_gb: 0.001 has room for 1,000,000"):
         copying(server.url, tmp_path, 0.001).read(FILE, RANGES)
 
 
-def test_no_room_for_copies_is_said_at_the_start(tmp_path):
-    with pytest.raises(ValueError, match=r"loader\.cache_gb: is 0"):
-        copying(tmp_path, tmp_path, 0.0)
+@pytest.mark.parametrize(
+    ("folder", "gigabytes", "message"),
+    [
+        ("", 0.0, "loader.access: sequential needs room for copies; set loader.cache_gb"),
+        ("", 1e-6, "{root}: a shard has .* bytes; loader.cache_gb: 1e-06 has room for 1,000; raise it"),
+        ("build.json", 1.0, "loader.cache: {root}/build.json/shards: cannot be written .*; name another folder"),
+        ("/proc/nope", 1.0, "loader.cache: /proc/nope/shards: cannot be written .*; name another folder"),
+    ],
+)
+def test_copies_that_cannot_be_made_are_said_at_the_start(root, tmp_path, folder, gigabytes, message):
+    stage = root / "stage2"
+    cache = stage / folder if folder else tmp_path
+    with pytest.raises(ShardsError, match=f"^{message.format(root=stage)}"):
+        Index.open(stage, ReadOptions(cache=str(cache), cache_gb=gigabytes, access="sequential"))
 
 
 def test_the_part_that_a_killed_process_left_is_removed(server, tmp_path):
