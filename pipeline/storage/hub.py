@@ -10,14 +10,20 @@ import re
 from urllib.parse import quote, unquote
 
 from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers
 
 from framestream.pipeline.storage.base import ReadOptions
 from framestream.pipeline.storage.http import Address
 
-LOGIN = "accept the dataset's terms on the hub and set HF_TOKEN"
-BUCKET_LOGIN = "check the name of the bucket, and set HF_TOKEN if it is private"
+LOGIN = "accept its terms on the hub if it has any, and set HF_TOKEN to a token that may read it"
+BUCKET_LOGIN = "check the name of the bucket, and set HF_TOKEN to a token that may read it if it is private"
 
 
 class HubAddresses:
@@ -48,15 +54,25 @@ class HubAddresses:
             raise FileNotFoundError(f"{self.display_url}: the dataset has no revision {revision}") from None
         except GatedRepoError:
             raise PermissionError(f"{self.display_url}: is gated; {LOGIN}") from None
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(f"{self.display_url}: no such dataset, or it is private; {LOGIN}") from None
+        except (RepositoryNotFoundError, HfHubHTTPError) as error:
+            raise self._refusal(error) from None
+        except OfflineModeIsEnabled:
+            raise ConnectionError(f"{self.display_url}: HF_HUB_OFFLINE is set; unset it to read the hub") from None
         except Exception as error:  # huggingface_hub's errors depend on its HTTP client, which has changed
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            fix = "check the network and HF_ENDPOINT"
             raise ConnectionError(f"{self.display_url}: the hub cannot be reached ({reason}); {fix}") from None
         if commit is None:
             raise ConnectionError(f"{self.display_url}: the hub does not state the commit of revision {revision}")
         return commit
+
+    def _refusal(self, error: HfHubHTTPError) -> OSError:
+        status = error.response.status_code
+        if isinstance(error, RepositoryNotFoundError) or status == 404:
+            return FileNotFoundError(f"{self.display_url}: no such dataset, or it is private; {LOGIN}")
+        if status in (401, 403):
+            return PermissionError(f"{self.display_url}: the hub refuses to read it ({status}); {LOGIN}")
+        return ConnectionError(f"{self.display_url}: the hub answers {status}; try again later")
 
 
 class HubBucketAddresses:

@@ -29,7 +29,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 #: Query of the next page in a Link header: ``<URL?QUERY>; rel="next"``.
 NEXT_PAGE = re.compile(r"<[^>?]*\?([^>]*)>\s*;\s*rel=\"?next\"?")
 MAX_PAGE = 64 << 20  #: bytes of one page of a listing
-LOGIN_HINT = "accept its terms on the hub and set HF_TOKEN"
+LOGIN_HINT = "accept its terms on the hub if it has any, and set HF_TOKEN to a token that may read it"
 
 
 class HubStore:
@@ -116,7 +116,7 @@ def open_hub(location: str, limits: FetchLimits, endpoint: str = "") -> ListedSo
     if not match:
         raise ValueError(f"{location} is not hf:OWNER/NAME[@REVISION]:FOLDER")
     if constants.HF_HUB_OFFLINE and not endpoint:
-        raise FetchError("unreachable", location, "the hub is not used while HF_HUB_OFFLINE is set")
+        raise FetchError("unreachable", location, "the hub is not used while HF_HUB_OFFLINE is set; unset it")
     repo_type, name, revision, folder = (text or "" for text in match.groups())
     validate_repo_id(name)
     store = HubStore(repo_type or "datasets", name, revision, limits, endpoint)

@@ -83,7 +83,28 @@ def test_what_is_not_there_is_named(hub, tmp_path, address, text):
         Index.open(address, ReadOptions(cache=str(tmp_path / "cache")))
 
 
+@pytest.mark.parametrize(
+    "status, text",
+    [
+        (401, r"the hub refuses to read it \(401\); .*set HF_TOKEN to a token that may read it"),
+        (403, r"the hub refuses to read it \(403\); .*set HF_TOKEN to a token that may read it"),
+        (404, "no such dataset, or it is private; .*set HF_TOKEN"),
+        (500, "the hub answers 500; try again later"),
+    ],
+)
+def test_a_refusal_does_not_blame_the_network(hub, tmp_path, status, text):
+    hub.routes["/api/datasets/me/data/revision/main"] = lambda request: request.answer(
+        status, body=b'{"error": "Invalid credentials in Authorization header"}'
+    )
+    with pytest.raises(ShardsError, match=f"^hf://datasets/me/data/shards: {text}") as error:
+        Index.open("hf://datasets/me/data/shards", ReadOptions(cache=str(tmp_path / "cache")))
+    assert "network" not in str(error.value)
+
+
 def test_a_hub_that_is_not_there_is_named(monkeypatch, tmp_path):
     point_at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(ShardsError, match="^hf://datasets/me/data: the hub cannot be reached .*HF_ENDPOINT"):
+        Index.open("hf://datasets/me/data", ReadOptions(cache=str(tmp_path / "cache")))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ShardsError, match="^hf://datasets/me/data: HF_HUB_OFFLINE is set; unset it"):
         Index.open("hf://datasets/me/data", ReadOptions(cache=str(tmp_path / "cache")))

@@ -132,8 +132,8 @@ def test_refusals(hub, tmp_path):
     for _ in range(3):
         with pytest.raises(FetchError) as error:
             opened(hub)
-        reasons.append(error.value.reason)
-    assert reasons == ["denied", "denied", "unreachable"]
+        reasons.append((error.value.reason, "set HF_TOKEN to a token that may read it" in str(error.value)))
+    assert reasons == [("denied", True), ("denied", True), ("unreachable", False)]
     with pytest.raises(FetchError) as error:
         opened(hub, f"hf:me/data@{COMMIT}:video").fetch("c.mp4", tmp_path)
     assert error.value.reason == "missing_file"
