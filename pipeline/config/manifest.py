@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from framestream.pipeline.config.data import DataConfig, MixRootConfig
 from framestream.pipeline.config.loading import BatchingConfig, LoaderConfig
 from framestream.pipeline.config.model import TOKENS_PER_TILE, InitFromConfig, ModelConfig
 from framestream.pipeline.config.preprocessing import FramesConfig, ImagesConfig, TextConfig
-from framestream.pipeline.config.schema import ManifestError, drop_former_fields, from_dict, spec
+from framestream.pipeline.config.schema import ManifestError, MissingFieldsError, drop_former_fields, from_dict, spec
 from framestream.pipeline.config.training import EvaluateConfig, TrainConfig
 from framestream.pipeline.config.yaml_files import (
     apply_override,
@@ -61,7 +61,9 @@ class BuildManifest:
             ManifestError: ``shards`` is an address.
         """
         if "://" in self.shards:
-            raise ManifestError(f"shards: {self.shards} is an address; build in a folder and copy it there")
+            raise ManifestError(
+                f"shards: {self.shards} is an address; build with --out FOLDER, and upload it with push_shards"
+            )
         return Path(self.shards) / f"stage{self.stage}"
 
     @property
@@ -128,6 +130,11 @@ class Manifest(BuildManifest):
 
 
 Kind = TypeVar("Kind", bound=BuildManifest)
+KindFn: TypeAlias = Callable[[LocatedDict], type[Kind]]  #: which kind of manifest a mapping is
+
+OF_TRAINING = frozenset(item.name for item in dataclasses.fields(Manifest)).difference(
+    item.name for item in dataclasses.fields(BuildManifest)
+)  #: top-level fields that only training needs
 
 
 def load_manifest(path: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Manifest:
@@ -164,12 +171,10 @@ def load_build_manifest(path: str | Path, overrides: Sequence[str] = ()) -> Buil
 
 
 def _kind(value: LocatedDict) -> type[BuildManifest]:
-    of_training = {item.name for item in dataclasses.fields(Manifest)}
-    of_training -= {item.name for item in dataclasses.fields(BuildManifest)}
-    return Manifest if value.keys() & of_training else BuildManifest
+    return Manifest if value.keys() & OF_TRAINING else BuildManifest
 
 
-def _load(path: str | Path, overrides: Sequence[str], stored: bool, kind: Callable[[LocatedDict], type[Kind]]) -> Kind:
+def _load(path: str | Path, overrides: Sequence[str], stored: bool, kind: KindFn[Kind]) -> Kind:
     path = locate_manifest(path)
     value = _without_holders(read_yaml(path))
     if stored:
@@ -178,9 +183,9 @@ def _load(path: str | Path, overrides: Sequence[str], stored: bool, kind: Callab
     for assignment in overrides:
         changed = apply_override(changed, assignment)
     try:
-        manifest = _convert(changed, path, kind(changed))
+        manifest = _convert(changed, path, kind)
     except ManifestError as error:
-        place = _fault_place(value, changed, path, overrides, str(error), kind(changed))
+        place = _fault_place(value, changed, path, overrides, str(error), kind)
         raise ManifestError(f"{place or path}: {error}") from None
     return manifest if manifest.name else dataclasses.replace(manifest, name=path.stem)
 
@@ -191,12 +196,20 @@ def _without_holders(value: LocatedDict) -> LocatedDict:
     return LocatedDict(fields, value.place, value.places)
 
 
-def _convert(value: LocatedDict, path: Path, kind: type[Kind]) -> Kind:
+def _convert(value: LocatedDict, path: Path, kind: KindFn[Kind]) -> Kind:
     """Build the manifest of a mapping. Errors begin with the field."""
-    return from_dict(kind, _resolve_run(value, path), "")
+    try:
+        return from_dict(kind(value), _resolve_run(value, path), "")
+    except MissingFieldsError as error:
+        given = [name for name in value if name in OF_TRAINING]
+        if kind is not _kind or error.where or not given or not OF_TRAINING.issuperset(error.names):
+            raise
+        others = f" like {', '.join(given[1:])}" if given[1:] else ""
+        fix = f"remove {'them' if others else 'it'} to build shards only, or add {', '.join(error.names)}"
+        raise ManifestError(f"{given[0]}: a field of training{others}; {fix}") from None
 
 
-def _fault(value: LocatedDict, path: Path, kind: type[BuildManifest]) -> str:
+def _fault(value: LocatedDict, path: Path, kind: KindFn[BuildManifest]) -> str:
     """Return why a mapping is not a valid manifest; empty text if it is valid."""
     try:
         _convert(value, path, kind)
@@ -211,7 +224,7 @@ def _fault_place(
     path: Path,
     overrides: Sequence[str],
     error: str,
-    kind: type[BuildManifest],
+    kind: KindFn[BuildManifest],
 ) -> str:
     """Return the place of an error: a file and line, or the override that causes it.
 
@@ -221,7 +234,7 @@ def _fault_place(
         path: of the manifest.
         overrides: assignments, applied in order.
         error: of ``changed``.
-        kind: of manifest.
+        kind: which kind of manifest a mapping is.
     """
     place = find_place(changed, error)
     if not overrides or (before := _fault(value, path, kind)) == error:

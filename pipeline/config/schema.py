@@ -24,6 +24,15 @@ class ManifestError(ValueError):
     """Bad input in a manifest: one line that names the file, the field and the fix."""
 
 
+class MissingFieldsError(ManifestError):
+    """Required fields of one section are missing."""
+
+    def __init__(self, where: str, names: Sequence[str]) -> None:
+        fix = ", ".join(f"`{name}: ...`" for name in names)
+        super().__init__(f"{_join(where, names[0])}: required field is missing; add {fix}")
+        self.where, self.names = where, tuple(names)
+
+
 class _Dataclass(Protocol):
     """Any dataclass, for type checkers."""
 
@@ -90,10 +99,8 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
         item = flags[item] if flags and isinstance(item, bool) else item
         converted = _convert(hints[name], item, _join(where, name))
         arguments[name] = _check_value(fields[name], converted, _join(where, name))
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in arguments:
-            raise ManifestError(f"{_join(where, name)}: required field is missing; add `{name}: ...`")
+    if missing := [name for name, field in fields.items() if _is_required(field) and name not in arguments]:
+        raise MissingFieldsError(where, missing)
     try:
         return cls(**arguments)
     except ManifestError as error:
@@ -130,6 +137,10 @@ def show_value(value: Any) -> str:
     text = repr(value)
     kind = "dict" if isinstance(value, dict) else type(value).__name__
     return f"{text if len(text) < MAX_SHOWN else text[: MAX_SHOWN - 3] + '...'} ({kind})"
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 @functools.cache
