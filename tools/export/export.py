@@ -66,7 +66,7 @@ def export_root(root: str | os.PathLike[str], format_name: str, folder: Path, wo
 
     Raises:
         ShardsError: the root is not a finished build.
-        DatasetExportError: the folder cannot be used, or no dialogue can be said in the format.
+        DatasetExportError: the folder cannot be used, there is no dialogue, or none can be said in the format.
         LockError, RecordError: as for :func:`framestream.tools.export.folder.export_folder`.
         OSError: the shards cannot be reached, or a file cannot be written.
     """
@@ -77,7 +77,9 @@ def export_root(root: str | os.PathLike[str], format_name: str, folder: Path, wo
     export = _Export(index, FORMATS[format_name], folder)
     export.plan({})
     if not export.plans:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in export.counts.left_out.items()) or "it has none"
+        if not len(index.dialogues):
+            raise DatasetExportError(f"{index.root}: has no dialogues to export")
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in export.counts.left_out.items())
         fault = f"none of its {len(index.dialogues):,} dialogues can be said in the format {format_name} ({reasons})"
         raise DatasetExportError(f"{index.root}: {fault}; choose another format")
     with export_folder(folder, {"format": format_name, "index": index.fingerprint, "layout": LAYOUT}):

@@ -277,6 +277,9 @@ def test_nothing_is_written_if_nothing_can_be_said(tmp_path, capsys):
     out = tmp_path / "out"
     line = refused(capsys, root.write() / "stage2", "--format", "llava", "--out", out)
     assert "none of its 1 dialogues can be said in the format llava (system 1)" in line and not out.exists()
+    empty = Root(tmp_path / "empty").write() / "stage2"
+    line = refused(capsys, empty, "--format", "llava", "--out", out)
+    assert line.endswith(f"{empty}: has no dialogues to export") and not out.exists()
 
 
 def test_one_export_at_a_time_writes_into_a_folder(built, tmp_path, capsys):
