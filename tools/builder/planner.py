@@ -127,7 +127,7 @@ def _read_entry(
             raise BuildError(_unresolved(resolved, resolved.media))
         planner.add(resolved, sample)
     if empty:
-        message = f"{file}: no samples (sampling {entry.sampling})"
+        message = f"{entry.annotation}: no samples (sampling {entry.sampling})"
         planner.leave_out(LedgerRow(entry.name, "entry", "empty_annotation", message))
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -298,8 +299,11 @@ class _TaskResult:
     def leave_out(
         self, job: BuildJob, item: Mapping[str, Any], reason: str, message: str, kind: str = "media", attempts: int = 1
     ) -> None:
-        """Add a ledger row about a media item."""
+        """Add a ledger row about a media item. Its message names files as the manifest does."""
         entry, key, source = job.entries[item["entry"]], item["key"], item["source"]
+        if folder := job.locations[item["entry"]].path:
+            root = source.removesuffix(item["path"])
+            message = re.sub(rf"(?<![^\s:'\"(]){re.escape(str(folder))}/", lambda found: root, message)
         attempts += item["attempts"]
         self.ledger.append(LedgerRow(entry, kind, reason, message, key=key, source=source, attempts=attempts))
 

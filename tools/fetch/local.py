@@ -71,8 +71,8 @@ class FolderSource:
     def _check_inside(self, local: Path) -> None:
         real = os.path.realpath(local)
         if not self._follow_links and os.path.commonpath((real, self._root)) != self._root:
-            fix = f"if that is wanted, map the root to links:{self._root} in a root map (data.roots)"
-            raise FetchError("outside_root", local, f"a link leads out of its root to {real}; {fix}")
+            fix = "if that is wanted, map the root to links:FOLDER in a root map (data.roots)"
+            raise FetchError("outside_root", local, f"a link leads out of its root; {fix}")
 
 
 class LocalFile:

@@ -101,6 +101,6 @@ def test_links_are_followed_on_purpose(root, tmp_path):
     assert followed.find("dead") is None and followed.find("loop") is None
     with pytest.raises(FetchError):  # names of annotation files stay below the root
         followed.fetch("../secret/s.jpg", tmp_path)
-    with pytest.raises(FetchError, match=f"map the root to links:{tmp_path}/real in a root map") as error:
+    with pytest.raises(FetchError, match="out.mp4: a link .* map the root to links:FOLDER in a root map") as error:
         root.fetch("out.mp4", tmp_path)
     assert error.value.reason == "outside_root"
