@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from framestream.pipeline.storage.buckets import LOGIN_HINTS, SIGNATURE_LIFETIME, Bucket
+from framestream.pipeline.storage.buckets import LOGIN_HINTS, NETWORK_HINTS, SIGNATURE_LIFETIME, Bucket
 from framestream.pipeline.storage.http import Address
 
 #: seconds after which an address of S3, or one that is read with a token, is made again: it ends with temporary keys or
@@ -30,7 +30,8 @@ class BucketAddresses:
         address, resign_at = self._signed.get(name, (None, 0.0))
         if address is None or time.monotonic() > resign_at:
             url, headers = self._bucket.sign(f"{self._bucket.folder}/{name}".lstrip("/")), self._bucket.headers()
-            address = Address(url, f"{self.display_url}/{name}", headers, LOGIN_HINTS[self._bucket.scheme])
+            hints = LOGIN_HINTS[self._bucket.scheme], NETWORK_HINTS[self._bucket.scheme]
+            address = Address(url, f"{self.display_url}/{name}", headers, *hints)
             lifetime = RESIGN_TEMPORARY if headers or self._bucket.scheme == "s3" else RESIGN_OTHERS
             self._signed[name] = address, time.monotonic() + lifetime
         return address

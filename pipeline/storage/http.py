@@ -6,7 +6,9 @@ Redirects stay within http and https, never go from https to http, and never sen
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
+import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +33,7 @@ REDIRECT_LIFETIME = 600.0  #: seconds for which reads of a file go directly to t
 REDIRECT_CACHE_SIZE = 10_000  #: files
 BACKOFF = 0.25  #: seconds; the wait before retry n is drawn uniformly from 0 to BACKOFF * 2**n
 MAX_BACKOFF = 10.0  #: seconds
+UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
 FORBIDDEN_RETRIES = 2  #: retries of 403, which some busy servers send instead of 503
 
 
@@ -42,6 +45,7 @@ class Address:
     display_url: str  #: the same for messages, without password or signature
     headers: Mapping[str, str] = field(default_factory=dict)  #: sent to the server of ``url`` and to no other
     login_hint: str = ""  #: for messages: what to do if the server refuses
+    network_hint: str = "check the address and the network"  #: the same if it cannot be reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +255,8 @@ def connection_error(error: OSError | http.client.HTTPException, address: Addres
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectionError(f"{address.display_url}: the server's certificate is not valid ({error.verify_message})")
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (socket.gaierror, ConnectionRefusedError)) or getattr(error, "errno", None) in UNREACHABLE:
+        return TransientReadError(ConnectionError, f"the server cannot be reached ({text}); {address.network_hint}")
     return TransientReadError(ConnectionError, f"the connection broke ({text})")
 
 

@@ -23,6 +23,7 @@ from framestream.pipeline.storage.base import ReadOptions
 from framestream.pipeline.storage.http import Address
 
 LOGIN = "accept its terms on the hub if it has any, and set HF_TOKEN to a token that may read it"
+NETWORK = "check the network and HF_ENDPOINT"
 BUCKET_LOGIN = "check the name of the bucket, and set HF_TOKEN to a token that may read it if it is private"
 
 
@@ -43,7 +44,7 @@ class HubAddresses:
     def address(self, name: str) -> Address:
         path = f"{self._folder}/{name}" if self._folder else name
         url = hf_hub_url(self._repository, path, repo_type="dataset", revision=self._commit)
-        return Address(url, f"{self.display_url}/{name}", self._headers, LOGIN)
+        return Address(url, f"{self.display_url}/{name}", self._headers, LOGIN, NETWORK)
 
     def _commit_of(self, revision: str, timeout: float) -> str:
         if re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -60,8 +61,7 @@ class HubAddresses:
             raise ConnectionError(f"{self.display_url}: HF_HUB_OFFLINE is set; unset it to read the hub") from None
         except Exception as error:  # huggingface_hub's errors depend on its HTTP client, which has changed
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            fix = "check the network and HF_ENDPOINT"
-            raise ConnectionError(f"{self.display_url}: the hub cannot be reached ({reason}); {fix}") from None
+            raise ConnectionError(f"{self.display_url}: the hub cannot be reached ({reason}); {NETWORK}") from None
         if commit is None:
             raise ConnectionError(f"{self.display_url}: the hub does not state the commit of revision {revision}")
         return commit
@@ -88,4 +88,4 @@ class HubBucketAddresses:
     def address(self, name: str) -> Address:
         path = f"{self._folder}/{name}".lstrip("/")
         url = f"{constants.ENDPOINT}/buckets/{self._bucket}/resolve/{quote(path, safe='')}"
-        return Address(url, f"{self.display_url}/{name}", self._headers, BUCKET_LOGIN)
+        return Address(url, f"{self.display_url}/{name}", self._headers, BUCKET_LOGIN, NETWORK)

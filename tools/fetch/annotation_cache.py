@@ -92,7 +92,14 @@ class AnnotationCache:
         if _is_intact(cached):
             return cached
         source = self._sources.source(location)
-        if self._sources.hosts.call(source.origin, lambda: source.find(path), max_failures=1) is None:
+        try:
+            size = self._sources.hosts.call(source.origin, lambda: source.find(path), max_failures=1)
+        except FetchError as error:
+            if path in str(error):
+                raise
+            # it names the folder that was listed
+            raise FetchError(error.reason, f"{source.origin} {path}", error.message) from None
+        if size is None:
             raise FetchError("missing_file", f"{source.origin} {path}", "there is no such file")
         try:
             with _exclusive_scratch(self._folder, key) as scratch:

@@ -30,8 +30,8 @@ class FetchError(Exception):
         if reason not in REASONS:
             raise ValueError(f"{reason!r} is not a reason of pipeline/shards/ledger.py; add it there")
         name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(location))
-        super().__init__(f"{name}: {' '.join(message.split())}")
-        self.reason = reason
+        self.reason, self.message = reason, " ".join(message.split())
+        super().__init__(f"{name}: {self.message}")
 
 
 class MediaSource(Protocol):

@@ -19,6 +19,11 @@ GS_HINT = (
 )
 AZ_HINT = "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
 LOGIN_HINTS = {"s3": S3_HINT, "gs": GS_HINT, "az": AZ_HINT}
+NETWORK_HINTS = {
+    "s3": "check the name of the bucket, AWS_REGION, AWS_ENDPOINT_URL and the network",
+    "gs": "check GOOGLE_BASE_URL, if it is set, and the network",
+    "az": "check AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ENDPOINT and the network",
+}  #: what to do if the server of a cloud cannot be reached
 
 S3_ANY_REGION = "https://{bucket}.s3.amazonaws.com"  #: the name of the host leads to the region of the bucket
 AZ_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY")

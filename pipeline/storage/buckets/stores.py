@@ -23,7 +23,7 @@ import obstore
 import obstore.store
 from obstore.exceptions import BaseError
 
-from framestream.pipeline.storage.buckets.logins import LOGIN_HINTS, LOGINS, BucketLogin, az_account_key
+from framestream.pipeline.storage.buckets.logins import LOGIN_HINTS, LOGINS, NETWORK_HINTS, BucketLogin, az_account_key
 
 BUCKET_URL = re.compile(r"(s3|gs|az)://([A-Za-z0-9$][A-Za-z0-9._-]*)(?:/(.*?))?/*", re.DOTALL)
 BUCKET_FORMS = "s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH"
@@ -180,7 +180,7 @@ class BucketCalls:
             or otherwise is PermissionError
         ):
             return PermissionError(f"{name}: {line}; {LOGIN_HINTS[self._scheme]}")
-        return otherwise(f"{name}: {line}")
+        return otherwise(f"{name}: {line}; {'try again later' if status else NETWORK_HINTS[self._scheme]}")
 
 
 def works_in_this_process() -> bool:
@@ -191,6 +191,8 @@ def works_in_this_process() -> bool:
 def bucket_error_line(error: Exception) -> str:
     """Return the message of an error of obstore in one line without addresses, which may hold credentials."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if "error sending request" in line:  # of any kind; obstore does not say more
+        return "the server cannot be reached"
     return re.sub(r"https?://[^\s\"']+|\bREDACTED\b", "the server", line)[:300]
 
 

@@ -355,9 +355,11 @@ def _transient_error(error: Exception, limits: FetchLimits, progress: bool = Fal
         return TransientFetchError("unreachable", f"nothing arrived for {limits.stall:g} s", progress=progress)
     if isinstance(error, httpx2.RemoteProtocolError) and "expected" in str(error):  # fewer bytes than Content-Length
         return TransientFetchError("bad_checksum", "the server sent less than it stated", progress=progress)
-    problem = "cannot connect" if isinstance(error, httpx2.ConnectError) else "the connection broke"
     text = " ".join(str(error).split()) or type(error).__name__
-    return TransientFetchError("unreachable", f"{problem} ({text})", progress=progress)
+    message = f"the connection broke ({text})"
+    if isinstance(error, httpx2.ConnectError):
+        message = f"cannot connect ({text}); check the address and the network"
+    return TransientFetchError("unreachable", message, progress=progress)
 
 
 def _hash(name: str, size: int) -> hashlib._Hash:

@@ -127,3 +127,27 @@ def test_a_forked_process_signs_and_lists(bucket, root, tmp_path):
     assert child.exitcode == 0 and data == (root / "stage2" / "build.json").read_bytes()
     assert len(files) > 1 and files == listed and ("Signature=" in query or "sig=" in query)
     assert processes._process._started is None, "the parent needs no process beside it"
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint", "fix"),
+    [
+        ("http://127.0.0.1:9/x", "", "check the address and the network"),
+        ("http://framestream.invalid/x", "", "check the address and the network"),
+        (
+            "s3://shards/x",
+            "http://127.0.0.1:9",
+            "check the name of the bucket, AWS_REGION, AWS_ENDPOINT_URL and .*network",
+        ),
+    ],
+)
+def test_a_server_that_is_not_there_is_named_with_the_fix(monkeypatch, tmp_path, address, endpoint, fix):
+    for name, text in {
+        "ENDPOINT_URL": endpoint,
+        "ACCESS_KEY_ID": "me",
+        "SECRET_ACCESS_KEY": "x",
+        "REGION": "a",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", text)
+    with pytest.raises(ShardsError, match=f"^{address}/build.json: the server cannot be reached .*; {fix}"):
+        Index.open(address, ReadOptions(cache=str(tmp_path / "cache"), retries=0))

@@ -10,8 +10,10 @@ import pytest
 
 import framestream.tools.fetch.object_listing
 from framestream.pipeline.storage.buckets import open_bucket_store, stores
+from framestream.tools.fetch.annotation_cache import AnnotationCache
 from framestream.tools.fetch.base import FetchError
 from framestream.tools.fetch.buckets import open_bucket
+from framestream.tools.fetch.host_health import SourcePool
 from framestream.tools.fetch.registry import open_files, open_source
 from tests.helpers.servers.cloud_server import cloud_server
 from tests.helpers.servers.s3_server import put_objects, s3_client, s3_environment, s3_server
@@ -145,7 +147,7 @@ def test_listings_of_many_pages(bucket, endpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-def test_no_such_bucket_and_no_server(bucket, monkeypatch):
+def test_no_such_bucket_and_no_server(bucket, monkeypatch, tmp_path):
     monkeypatch.setitem(stores.RETRIES, "max_retries", 0)
     with pytest.raises(FetchError, match="^s3://nowhere/v: no such bucket or object") as error:
         open_source("s3://nowhere/v", QUICK).find("a")
@@ -154,6 +156,12 @@ def test_no_such_bucket_and_no_server(bucket, monkeypatch):
     with pytest.raises(FetchError) as error:
         open_source("s3://videos/v", QUICK).find("a")
     assert error.value.reason == "unreachable" and "127.0.0.1" not in str(error.value)
+    fix = "the server cannot be reached; check the name of the bucket, AWS_REGION, AWS_ENDPOINT_URL and the network"
+    assert str(error.value).startswith(f"s3://videos/v: {fix}")
+    annotations = AnnotationCache(tmp_path, SourcePool(QUICK), QUICK)
+    for name in ("first.json", "second.json"):
+        with pytest.raises(FetchError, match=f"^s3://videos/v/w {name}: {fix}"):
+            annotations.fetch("s3://videos/v/w", name)
 
 
 def test_half_a_login_is_denied_before_anything_is_read(monkeypatch):
