@@ -13,6 +13,12 @@ TARGET_FORMS = (
     "or az://CONTAINER/PATH"
 )
 _NAME = r"[\w.-]+/[\w.-]+"
+#: what people write for a data set or bucket: its web address, or its name
+_NEAR = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:(?://)?)?(?:(datasets|buckets)/)?"
+    rf"(?!(?:datasets|buckets|models|spaces|https?:)/)({_NAME})(?:/tree/.*)?/*",
+    re.ASCII,
+)
 
 
 def open_target(url: str, private: bool | None = None) -> UploadTarget:
@@ -39,4 +45,6 @@ def open_target(url: str, private: bool | None = None) -> UploadTarget:
         from framestream.pipeline.upload.hub_bucket import HubBucket
 
         return HubBucket(found[1], found[2] or "", private)
-    raise RefusedError(f"{url.rpartition('@')[2]:.200}: not {TARGET_FORMS}")
+    found = _NEAR.fullmatch(url)
+    meant = f"; did you mean hf://{found[1] or 'datasets'}/{found[2]}?" if found else ""
+    raise RefusedError(f"{url.rpartition('@')[2]:.200}: not {TARGET_FORMS}{meant}")

@@ -10,6 +10,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -57,7 +58,10 @@ def _explain(display_url: str, error: Exception) -> Exception:
         return RefusedError(f"{display_url}: the hub refuses ({_one_line(error)}); {HUB_LOGIN}")
     if status == 412:
         return UploadError(f"{display_url}: somebody else has changed it meanwhile; run the command again")
-    return UploadError(f"{display_url}: the upload failed ({_one_line(error)}); run the command again to continue")
+    if isinstance(error, OfflineModeIsEnabled):
+        return RefusedError(f"{display_url}: HF_HUB_OFFLINE is set; unset it to upload")
+    fix = "" if status else "check the network and HF_ENDPOINT, and "
+    return UploadError(f"{display_url}: the upload failed ({_one_line(error)}); {fix}run the command again to continue")
 
 
 def _one_line(error: Exception) -> str:

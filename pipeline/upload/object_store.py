@@ -16,7 +16,7 @@ from typing import Any
 import obstore
 from obstore.exceptions import BaseError
 
-from framestream.pipeline.storage.buckets import LOGIN_HINTS, bucket_error_line, open_bucket_store
+from framestream.pipeline.storage.buckets import LOGIN_HINTS, NETWORK_HINTS, bucket_error_line, open_bucket_store
 from framestream.pipeline.upload.files import RefusedError, StoredFile, UploadError, UploadFile
 from framestream.pipeline.upload.transfer import Progress
 
@@ -140,7 +140,8 @@ class ObjectTarget:
         refusals = obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError
         if isinstance(error, refusals) or status in ("401", "403"):
             return RefusedError(f"{self.display_url}: the bucket refuses ({line}); {LOGIN_HINTS[self._scheme]}")
-        return UploadError(f"{self.display_url}: the upload failed ({line}); run the command again to continue")
+        fix = "" if status else f"{NETWORK_HINTS[self._scheme]}, and "
+        return UploadError(f"{self.display_url}: the upload failed ({line}); {fix}run the command again to continue")
 
 
 def part_size(size: int) -> int:
