@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from tqdm import tqdm
@@ -90,7 +90,12 @@ class MediaExport:
             if not waiting:
                 return
             row, future = waiting.popleft()
-            yield row, future.result()
+            try:
+                failure = future.result()
+            except Exception:  # the folder is free for another export once nothing is written there any more
+                wait([other for _, other in waiting if not other.cancel()])
+                raise
+            yield row, failure
 
     def _write(self, row: int) -> str:
         """Write one file. Returns why it cannot be used, or nothing."""
