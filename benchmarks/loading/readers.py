@@ -190,12 +190,7 @@ def peer(
         address: of the media's folder on a server.
         threads: threads that read media in parallel, for peers that open single media (``RANDOM_ACCESS``).
     """
-    module = peer_module(name)
-    folder = media.folder / name
-    if not folder.exists():
-        folder.mkdir()
-        if hasattr(module, "write_samples"):
-            module.write_samples(media, folder)
+    module, folder = peer_module(name), write_peer(name, media)
     # such peers hand out open files to `by_offset`, and to their own decoder what they decode
     settings = {"lazily": decoder is not None} if hasattr(module, "RANDOM_ACCESS") else {}
     samples, decode = module.open_samples(media, folder, address, **settings), decoder or _own_decoder(module)
@@ -217,6 +212,16 @@ def peer(
                 yield tasks.popleft().result()
 
     return frames
+
+
+def write_peer(name: str, media: BenchmarkMedia) -> Path:
+    """Write the media in a peer's own format, if it has one and they are not written yet; return their folder."""
+    module, folder = peer_module(name), media.folder / name
+    if not folder.exists():
+        folder.mkdir()
+        if hasattr(module, "write_samples"):
+            module.write_samples(media, folder)
+    return folder
 
 
 def _own_decoder(module: Any) -> Decoder:
