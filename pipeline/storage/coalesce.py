@@ -1,7 +1,7 @@
 """Merge nearby ranges of a file into one request, so that its cost is paid once, and slice the ranges out again.
 
-GAP is where both ways cost the same: the fixed cost of a request against bytes that nobody needs
-(``benchmarks/loading/remote.py``, docs/performance.md).
+GAP is above the point where both ways cost the reader the same: the fixed cost of a request against bytes that nobody
+needs (``benchmarks/loading/remote.py``, docs/performance.md). Servers charge for requests, or limit them.
 """
 
 from __future__ import annotations
