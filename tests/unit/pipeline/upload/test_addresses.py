@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+import types
+
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from framestream.pipeline.storage.buckets import stores
 from framestream.pipeline.upload.addresses import open_target
@@ -35,6 +39,8 @@ def test_an_address_that_is_nearly_right_is_told(url, meant):
 
 @pytest.mark.parametrize("url", ["hf://datasets/me/data", "hf://buckets/me/data"])
 def test_a_hub_that_is_not_used_or_not_there(url, monkeypatch):
+    without_waits = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(_http, "time", without_waits)  # of huggingface_hub, between its tries
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(UploadError, match=f"^{url}: .*; check the network and HF_ENDPOINT, and run the command again"):
