@@ -148,7 +148,7 @@ def by_offset(mp4: Any, numbers: list[int], out: np.ndarray) -> np.ndarray:
     """Decode with libjpeg-turbo at the offsets of the MP4's own table; a faster decoder for peers.
 
     Args:
-        mp4: bytes, or an open file of which only the table and the frames are read. Ranges are read together where the
+        mp4: bytes, or an open file, whose table and frames alone are read. Ranges are read together where the
             file can do that (``read_ranges``).
         numbers: T frame numbers.
         out: uint8 (T, H, W, 3).

@@ -91,7 +91,7 @@ def write_dataset_card(root: Path, record: Mapping[str, Any], shards: pa.Table, 
 
 
 def read_card(path: Path) -> str:
-    """Return the text of a card, and nothing if there is none.
+    """Return the text of a card; empty if there is no card.
 
     Raises:
         CardError: it is a link, too large, or not UTF-8.

@@ -225,5 +225,5 @@ def _request_head(url: str, headers: tuple[tuple[str, str], ...]) -> bytes | Non
         if re.search(r"[\x00-\x20\x7f]", target + host) or any(re.search(r"[\r\n]", line) for line in lines):
             return None
         return "\r\n".join(lines).encode("ascii")
-    except ValueError:  # a port that is none, or another alphabet: http.client says so
+    except ValueError:  # an invalid port, or letters beyond ASCII: http.client says so
         return None

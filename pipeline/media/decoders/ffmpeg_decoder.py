@@ -41,7 +41,7 @@ from framestream.pipeline.media.video_stream import frame_pixels
 SEEK_FRAMES = 48  #: a clip that begins after this many frames is read from a key frame on
 WITHOUT_TIMES = ("avi", PROGRAM_STREAM)  #: formats in which frames need not have times of their own
 MAX_RANGES = 1000  #: ranges of wanted frames that are named to ffmpeg; with more, it writes all frames in between
-_THUMBNAIL = {"scale": {"w": "16", "h": "16", "flags": "neighbor"}}  #: filters of frames of which only the time is read
+_THUMBNAIL = {"scale": {"w": "16", "h": "16", "flags": "neighbor"}}  #: filters of frames whose time alone is read
 
 
 class FfmpegDecoder:

@@ -60,7 +60,7 @@ def find_ffmpeg(is_pinned: bool = False) -> FfmpegProgram:
         is_pinned: take that of imageio-ffmpeg, so that what is on the path does not matter.
 
     Raises:
-        DecoderError: there is none, or it is too old.
+        DecoderError: it is not found, or too old.
     """
     path = None if is_pinned else shutil.which("ffmpeg")
     if path is None:

@@ -49,7 +49,7 @@ class GoogleTokens:
 
 
 def google_login_kind(hint: str) -> str:
-    """Return the type that the file of the application default states; nothing if there is none.
+    """Return the type that the file of the application default states; empty if there is no such file.
 
     Raises:
         PermissionError: the file cannot be read.

@@ -125,7 +125,7 @@ class BucketCalls:
             raise PermissionError(f"{self._root}: {error}") from None
 
     def files(self, folder: str) -> list[ListedObject]:
-        """Return the objects directly in a folder; ``""`` is the root. There are none if the folder is missing.
+        """Return the objects directly in a folder; ``""`` is the root. Empty if the folder is missing.
 
         Raises:
             OSError: the bucket is missing, refuses, or cannot be reached.

@@ -102,7 +102,7 @@ def test_a_google_login_without_a_key_sends_its_token(cloud, root, tmp_path, mon
 
 
 def read_in_child(storage, pipe):
-    """Read a file that the parent has read; sign and list anew."""
+    """Read a file that the parent has read; sign and list again."""
     resolver = storage._resolver
     resolver._signed.clear()
     found = [storage.read_all("build.json"), resolver._bucket.files("of me/stage2/video")]
