@@ -56,6 +56,7 @@ def transfer(
     stored: Mapping[str, StoredFile],
     may_replace: Callable[[str], bool],
     replace: bool = False,
+    fix: str = "name another address, or pass --replace to remove what is there",
 ) -> TransferResult:
     """Upload files, those of later stages after all of the earlier ones. The last file makes the whole readable.
 
@@ -64,6 +65,7 @@ def transfer(
         stored: what :meth:`UploadTarget.list_files` returned.
         may_replace: whether a file of this name may change in an upload of the same data.
         replace: remove or replace everything else but :data:`USER_FILES`.
+        fix: what a refusal says that the user can do.
 
     Raises:
         RefusedError: other data are there, and not ``replace``.
@@ -75,7 +77,6 @@ def transfer(
     lost = sorted(name for name in different - kept if not may_replace(name))
     if lost and not replace:
         more = f" and {len(lost) - 1:,} more files" if len(lost) > 1 else ""
-        fix = "name another address, or pass --replace to remove what is there"
         raise RefusedError(f"{target.display_url}: has other contents ({lost[0]!r:.100}{more}); {fix}")
     deleted = sorted(different - files.keys() - kept) if replace else []
     steps = [[file for file in stage if file.name not in stored or file.name in different] for stage in stages]

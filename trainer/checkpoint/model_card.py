@@ -47,10 +47,8 @@ def render_model_card(settings: ReleaseConfig, manifests: Sequence[Manifest]) ->
         front = {"base_model": base, **front}
     stage = f"stage {manifests[0].stage}" if manifests else "a stage that is not known"
     parts = [f"---\n{dump_yaml(front)}---\n\n# A video language model of framestream\n"]
-    parts.append(
-        f"These are the weights of {stage}. State `license:` in the front matter above: it follows from the base"
-    )
-    parts[-1] += "\nmodels and from the data.\n"
+    license_hint = "State `license:` in the front matter above: it follows from the base\nmodels and from the data."
+    parts.append(f"These are the weights of {stage}. {license_hint}\n")
     if base:
         parts.append("It was initialized from " + ", ".join(f"`{name}`" for name in base) + ".\n")
     parts.append(_table("Model", _describe_model(settings)))

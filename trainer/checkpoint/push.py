@@ -40,7 +40,5 @@ def push_model(folder: Path, name: str, private: bool | None = None) -> Transfer
     if card and MODEL_CARD_FILE in stored and not stored[MODEL_CARD_FILE].is_copy_of(card):
         fix = f"save it as {folder / MODEL_CARD_FILE} to keep it, or remove it there"
         raise RefusedError(f"{target.display_url}: has another {MODEL_CARD_FILE}; {fix}")
-    try:
-        return transfer([weights, others, last], target, stored, may_replace=lambda file: False)
-    except RefusedError as error:
-        raise RefusedError(str(error).replace("or pass --replace to remove what is there", "or empty it")) from None
+    fix = "name another address, or empty it"
+    return transfer([weights, others, last], target, stored, may_replace=lambda file: False, fix=fix)

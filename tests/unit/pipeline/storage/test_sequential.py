@@ -28,14 +28,14 @@ def part_of(server, tmp_path, **over) -> bytes:
 
 
 class Resigned:
-    """Addresses below signed/ until the first request is made, and below anew/ from then on."""
+    """Addresses below signed/ until the first request is made, and below again/ from then on."""
 
     def __init__(self, resolver) -> None:
         self.resolver, self.asked = resolver, 0
 
     def address(self, name: str):
         self.asked += 1
-        return self.resolver.address(f"{'signed' if self.asked <= 2 else 'anew'}/{name}")
+        return self.resolver.address(f"{'signed' if self.asked <= 2 else 'again'}/{name}")
 
 
 def serve(request) -> None:
@@ -71,11 +71,11 @@ def drip(request) -> None:
 
 def test_a_request_made_again_asks_for_the_address_again(server, tmp_path):
     """The first one was signed hours ago."""
-    server.routes |= {"/signed/file.tar": turns(cut, lambda request: request.answer(403)), "/anew/file.tar": serve}
+    server.routes |= {"/signed/file.tar": turns(cut, lambda request: request.answer(403)), "/again/file.tar": serve}
     storage = open_storage(server.url, ReadOptions(cache=str(tmp_path / "cache")))
     storage._resolver = Resigned(storage._resolver)
     assert b"".join(storage.read_in_order(FILE, START, SIZE)) == PART
-    assert [path for path, _ in server.asked] == ["/signed/file.tar", "/anew/file.tar"]
+    assert [path for path, _ in server.asked] == ["/signed/file.tar", "/again/file.tar"]
 
 
 def test_a_part_costs_one_request(server, tmp_path):
