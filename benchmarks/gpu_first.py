@@ -27,6 +27,7 @@ import dataclasses
 import json
 import os
 import statistics
+import sys
 import time
 import traceback
 import warnings
@@ -380,4 +381,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a thread of autograd may still end its work, at which Python's own exit would abort

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo-data": ("framestream.tools.demo_data", "generate the videos and questions of the demo"),
     "train": ("framestream.trainer.__main__", "train one stage"),
     "chat": ("framestream.trainer.chat", "ask a trained model about videos and images"),
+    "serve": ("framestream.trainer.serve", "answer questions over HTTP, and show a page for it"),
     "evaluate": ("framestream.trainer.evaluate", "score held-out questions, with blind and shuffled controls"),
     "haystack": ("framestream.trainer.haystack", "score needles hidden in long videos"),
     "export": ("framestream.trainer.export", "write a run in the layout of the published checkpoints"),

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from framestream.pipeline.utils.command_line import CommandParser, name_option, run_safely
+from framestream.pipeline.utils.interrupts import signal_handlers
 from framestream.trainer.distributed.launchers import (
     EXIT_PREEMPTED,
     PREEMPTION_SIGNALS,
@@ -60,9 +61,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer"
 
                 print(describe(manifest))
             return 0
-        for number in PREEMPTION_SIGNALS:  # until the run installs its own handler
-            signal.signal(number, _exit_preempted)
-        return _train(manifest)
+        with signal_handlers(dict.fromkeys(PREEMPTION_SIGNALS, _exit_preempted)):  # until the run has its own
+            return _train(manifest)
     except (ManifestError, ShardsError) as error:
         return _failed(error, 2)
 

@@ -119,11 +119,19 @@ def _open_conversation(options: argparse.Namespace) -> Conversation:
     from framestream.trainer.inference.conversation import Conversation
     from framestream.trainer.inference.generation import Sampling
     from framestream.trainer.inference.predictor import Predictor, resolve_run
+    from framestream.trainer.weights.runs import trained_frames
 
     weights, manifest = resolve_run(options.checkpoint, options.manifest, options.set)
     files = [MediaFile(str(path), options.start, options.end) for path in options.video]
     files += [MediaFile(str(path), reader=IMAGE_READER) for path in options.image]
     sampling = Sampling(options.temperature, options.top_p, options.seed)
+    trained = trained_frames(weights) or manifest.frames.max
+    if manifest.frames.max > trained:
+        print(
+            f"note: a video is shown with up to {manifest.frames.max:,} frames; "
+            f"the model was trained with at most {trained:,}",
+            file=sys.stderr,
+        )
     return Conversation(Predictor(weights, manifest), files, options.max_new_tokens, sampling)
 
 

@@ -7,9 +7,11 @@ Each is asked with its own frames and under two controls:
     blind       the frames of another question of the same family whose answer differs
     shuffled    its own frames in another order
 
+Questions whose answers are intervals of time have an IoU in place of being right or wrong.
+
 A model that answers from the wording alone scores the same blind; one that does not see order scores the same shuffled.
-Intervals are 95 % bootstrap percentiles over questions. Results are written to RUN/evaluation.json (for an annotation
-file to RUN/evaluation-STEM.json), and as a page to ``--html``.
+Intervals are 95 % bootstrap percentiles over questions. Results are written to RUN/evaluation.json of the run that is
+scored (for an annotation file to RUN/evaluation-STEM.json), and as a page to ``--html``.
 """
 
 from __future__ import annotations
@@ -70,16 +72,19 @@ def _page(result: dict) -> str:
 
 def _table(result: dict) -> list[str]:
     """Format the result as lines of text."""
+    from framestream.trainer.evaluation.grounding import format_grounding
+    from framestream.trainer.evaluation.metrics import format_points
+
     width = max([20, *(len(row["family"]) for row in result["families"])]) + 2
     titles = "".join(name.rjust(size) for name, size in COLUMNS.items())
     lines = [f"{'family':<{width}}{'by':<12}{titles}  interval"]
     for row in result["families"]:
-        name, interval = row["family"], f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
-        figures = "".join(
-            f"{row[column]:{size}.{0 if column == 'questions' else 1}f}" for column, size in COLUMNS.items()
-        )
+        name = row["family"]
+        interval = "none" if row["gain"] is None else f"{row['gain_low']:.1f} to {row['gain_high']:.1f}"
+        shown = {column: format_points(row[column]) for column in COLUMNS} | {"questions": str(row["questions"])}
+        figures = "".join(shown[column].rjust(size) for column, size in COLUMNS.items())
         lines.append(f"{name:<{width}}{row['method']:<12}{figures}  {interval}")
-    return lines
+    return [*(lines if result["families"] else []), *format_grounding(result["grounding"])]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """``python -m trainer.export --checkpoint C --out DIR``: export weights in the layout of the published checkpoints.
 
 C is a run's folder, its ``final`` folder, or one of its checkpoints (RUN/checkpoints/step-000500, of any number of
-ranks). :mod:`framestream.trainer.checkpoint.export` lists the files that are written. ``--push OWNER/NAME`` uploads
-them to the hub, and without ``--checkpoint`` an export that is there.
+ranks). :mod:`framestream.trainer.checkpoint.export` lists the files that are written. With ``--self-contained`` the
+folder has code of its own for transformers, and C may be a published checkpoint, too. ``--push OWNER/NAME`` uploads the
+files to the hub, and without ``--checkpoint`` an export that is there.
 """
 
 from __future__ import annotations
@@ -20,11 +21,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     description = "Export the weights of a run in the layout of the published checkpoints."
     parser = CommandParser(prog=prog, description=description)
     parser.add_argument(
-        "--checkpoint", type=path_option, help="RUN, RUN/final or RUN/checkpoints/step-N; not needed to push an export"
+        "--checkpoint",
+        type=path_option,
+        help="RUN, RUN/final, or step-N, best or latest in RUN/checkpoints; not needed to push an export",
     )
     parser.add_argument("--out", type=path_option, required=True, help="folder to create, or an export to push")
     parser.add_argument(
         "--release-files", type=path_option, metavar="DIR", help="copy the release's python files from here"
+    )
+    parser.add_argument("--merge", action="store_true", help="merge the adapters of a run with LoRA into its weights")
+    parser.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="add code and settings, so that transformers alone loads it; C may be a published checkpoint",
     )
     parser.add_argument(
         "--push", type=name_option, metavar="OWNER/NAME", help="upload the export to this model of the hub"
@@ -33,6 +42,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     options = parser.parse_args(arguments)
     if not options.checkpoint and not options.push:
         parser.error("name --checkpoint, or an export with --out and --push")
+    if options.self_contained and options.release_files:
+        parser.error("--release-files: not with --self-contained, which writes code of its own; leave one of them out")
+    if options.self_contained and not options.checkpoint:
+        parser.error("--self-contained: needs --checkpoint, from which the export is written")
+    if options.merge and not options.checkpoint:
+        parser.error("--merge needs the --checkpoint of a run with adapters")
     if options.checkpoint and (status := _export(options)):
         return status
     return _push(options) if options.push else 0
@@ -45,7 +60,8 @@ def _export(options: argparse.Namespace) -> int:
     from framestream.trainer.weights.tensor_files import WeightsError
 
     try:
-        settings = export(options.checkpoint, options.out, options.release_files)
+        options_of_export = {"self_contained": options.self_contained, "merge": options.merge}
+        settings = export(options.checkpoint, options.out, options.release_files, **options_of_export)
     except (ExportError, ManifestError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,7 +69,7 @@ def _export(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.checkpoint}: exported to {options.out}")
-    if difference := describe_tower_mismatch(settings):
+    if not options.self_contained and (difference := describe_tower_mismatch(settings)):
         print(f"note: the release's own code builds another tower ({difference}); only framestream reads this one")
     return 0
 

@@ -22,8 +22,10 @@ from framestream.tools import build_shards
 from framestream.tools.demo.tokenizer import write_tokenizer
 from framestream.trainer import __main__ as trainer
 from framestream.trainer import evaluate
+from framestream.trainer.model.parts import PARTS
 
 SHARDS, RUN, TOKENIZER, CACHE = "fuzz-shards", "fuzz-run", "fuzz-tokenizer", "fuzz-cache"
+ADAPTED = "fuzz-adapted"  #: a run that trains adapters on the final weights of RUN
 MANIFEST = "fuzz-manifest.yaml"
 ROOT = f"{SHARDS}/stage2"
 BUILD = ("--stage", "2", "--manifest", MANIFEST, "--workers", "1")
@@ -122,7 +124,16 @@ def write_corpus() -> Reading:
     call_main(build_shards.main, *BUILD)
     call_main(trainer.main, "--manifest", MANIFEST)
     call_main(evaluate.main, "--manifest", MANIFEST)
+    call_main(trainer.main, "--manifest", MANIFEST, *adapter_options())
     return Reading({})
+
+
+def adapter_options() -> list[str]:
+    """Return the options with which the manifest trains adapters of the language model for one step."""
+    lora = "train.language_model={train: true, lr: 1e-2, lora: {r: 4, alpha: 8}}"
+    bases = (f"init_from.{part}={RUN}/final" for part in PARTS)
+    settings = (f"output={ADAPTED}", "train.max_steps=1", "train.vision_tower={train: false}", lora, *bases)
+    return [word for value in settings for word in ("--set", value)]
 
 
 def copy_parts(*names: str) -> Callable[[Path], None]:

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 from benchmarks.fuzz.commands import call_main, printed
-from benchmarks.fuzz.corpus import MANIFEST, RUN, SHARDS, TOKENIZER, copy_parts
+from benchmarks.fuzz.corpus import ADAPTED, MANIFEST, RUN, SHARDS, TOKENIZER, copy_parts
 from benchmarks.fuzz.target import CommandError, Reading, Target, digest_of
+from framestream.pipeline.utils.records import DIGEST
 from framestream.trainer import __main__ as trainer
 from framestream.trainer import chat, report
 from framestream.trainer import export as export_command
@@ -67,6 +68,27 @@ def export_weights(corpus: Path) -> None:
     export(corpus / RUN / "final", Path(WEIGHTS), shard_bytes=20_000)
 
 
+def drop_digests(corpus: Path) -> None:
+    """Copy the run with adapters without the digests of its final weights, so that damage reaches what reads them."""
+    _ADAPTER_RUN(corpus)
+    path = Path(ADAPTED, "final", "config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("digests", DIGEST):
+        del config[name]
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def export_merged(file: str) -> Reading:
+    """Export the weights of the run with its adapters merged into them."""
+    call_main(export_command.main, "--checkpoint", ADAPTED, "--merge", "--out", "exported")
+    return Reading({path.name: digest_of(path.read_bytes()) for path in sorted(Path("exported").iterdir())})
+
+
+def ask_adapted(file: str) -> Reading:
+    """Ask the final weights, with their adapters, a question."""
+    return _ask(f"{ADAPTED}/final")
+
+
 def ask_exported(file: str) -> Reading:
     """Ask the exported weights a question."""
     return _ask(WEIGHTS)
@@ -84,6 +106,9 @@ def _ask(weights: str) -> Reading:
 
 
 _FINISHED = copy_parts(SHARDS, TOKENIZER, MANIFEST, RUN)
+_ADAPTER_RUN = copy_parts(TOKENIZER, MANIFEST, f"{RUN}/final", ADAPTED)
+#: the adapters, and the file that names the weights that they belong to
+_ADAPTERS = (f"{ADAPTED}/final/adapters/*/*", f"{ADAPTED}/final/config.json")
 
 RUN_TARGETS = (
     Target("checkpoints", stop_run, (f"{RUN}/checkpoints/**/*",), resume_run, share=0.4),
@@ -93,4 +118,7 @@ RUN_TARGETS = (
     Target("scores", _FINISHED, (f"{RUN}/evaluation.json",), report_run, may_lack=True, share=0.5),
     Target("weights", _FINISHED, (f"{RUN}/final/*",), ask_final, is_truth=True),
     Target("exported-weights", export_weights, (f"{WEIGHTS}/*",), ask_exported, is_truth=True),
+    Target("adapters", _ADAPTER_RUN, _ADAPTERS, ask_adapted, share=0.2),
+    Target("adapters-no-digests", drop_digests, _ADAPTERS, ask_adapted, is_truth=True, share=0.5),
+    Target("adapter-export", drop_digests, _ADAPTERS, export_merged, is_truth=True, share=0.5),
 )

@@ -24,6 +24,7 @@ import torch
 from benchmarks.training.packing import result_row
 from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import InitFromConfig, ModelConfig, VisionTowerConfig
+from framestream.pipeline.config.training import LoraConfig, PartConfig
 from framestream.trainer.model.memory_estimate import GIB, estimate_memory, fullest_row
 from framestream.trainer.training.memory_plan import row_shape
 from tests.helpers.emulator import install
@@ -47,9 +48,11 @@ class Case:
     zero_stage: int = 3
     tower: VisionTowerConfig = VisionTowerConfig(depth=5)
     layers: int = 1
+    lora: LoraConfig | None = None  #: adapters of the language model, beside a frozen tower
 
 
 INTERNVIDEO2 = VisionTowerConfig(type="internvideo2", width=1408, depth=4, patch=14, mlp_ratio=48 / 11)
+LORA = LoraConfig(r=64, alpha=128, dropout=0.05)
 CASES = (
     Case("text, all recomputed", clips=1, text=1984, level="all", tower=VisionTowerConfig(depth=3), layers=3),
     Case("text, nothing recomputed", clips=1, text=1984, level="none", tower=VisionTowerConfig(depth=3), layers=3),
@@ -57,6 +60,8 @@ CASES = (
     Case("64 frames, nothing recomputed", clips=16, text=64, level="none"),
     Case("4 x 1,000 tokens of text, one layer recomputed", 0, 1000, 4, "layers:1", 2, VisionTowerConfig(depth=3), 3),
     Case("32 frames, InternVideo2", clips=8, text=64, tower=INTERNVIDEO2),
+    Case("64 frames and 1,024 tokens of text, adapters", 16, 1024, zero_stage=2, layers=3, lora=LORA),
+    Case("the same, nothing recomputed", 16, 1024, level="none", zero_stage=2, layers=3, lora=LORA),
 )
 
 
@@ -66,11 +71,15 @@ def case_manifest(case: Case) -> Manifest:
     language = dataclasses.replace(
         manifest.model.language_model, num_hidden_layers=case.layers, vocab_size=4096, max_position_embeddings=32_768
     )
+    train = dataclasses.replace(manifest.train, gradient_checkpointing=case.level, zero_stage=case.zero_stage)
+    if case.lora:
+        adapted = PartConfig(train=True, lr=1e-4, lora=case.lora)
+        train = dataclasses.replace(train, language_model=adapted, vision_tower=PartConfig(train=False))
     return dataclasses.replace(
         manifest,
         model=ModelConfig(vision_tower=case.tower, language_model=language),
         frames=dataclasses.replace(manifest.frames, size=224),
-        train=dataclasses.replace(manifest.train, gradient_checkpointing=case.level, zero_stage=case.zero_stage),
+        train=train,
         init_from=RANDOM,
     )
 

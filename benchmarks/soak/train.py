@@ -118,9 +118,7 @@ class TrainingCampaign:
         if process.poll() is not None or not victims:
             return
         if kind == "all":
-            os.killpg(process.pid, signal.SIGKILL)
-            for victim in victims:  # torchrun starts each rank in its own session
-                _kill(victim)
+            corpus.kill(process)
         else:
             _kill(self._rng.choice(victims))
         self.kills[kind] += 1

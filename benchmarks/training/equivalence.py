@@ -1,6 +1,6 @@
 """Run the same training in many ways and compare losses, gradient norms and weights with the first.
 
-    python -m benchmarks.training.equivalence [--steps 10] [--share 0.03]
+    python -m benchmarks.training.equivalence [--steps 10] [--share 0.004]
 
 The training is stage 2 of the demo in float32 on ``--share`` of its data, through ``python -m trainer``. Runs differ in
 packing, micro-steps, ranks, ZeRO stages, offload and recomputation (``tests/helpers/model/training_ways.py``). Every
@@ -22,7 +22,7 @@ def main() -> int:
     """Run every variant and print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--share", type=float, default=0.03, help="of the demo's data")
+    parser.add_argument("--share", type=float, default=0.004, help="of the demo's data")
     options = parser.parse_args()
     tolerances, failed = training_ways.TOLERANCES, False
     with tempfile.TemporaryDirectory() as scratch:

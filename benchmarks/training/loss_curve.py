@@ -45,7 +45,13 @@ Choices = dict[tuple[int, int, str], list[str]]
 
 def curve_manifest(manifest: Path, overrides: list[str], steps: int, output: Path) -> Manifest:
     """Load the manifest in float32 under ZeRO-3, with initial weights from the seed."""
-    fixed = [f"output={output}", f"train.max_steps={steps}", "train.dtype=fp32", "train.zero_stage=3"]
+    fixed = [
+        f"output={output}",
+        f"train.max_steps={steps}",
+        "train.dtype=fp32",
+        "train.zero_stage=3",
+        "evaluate.every=0",
+    ]
     random = InitFromConfig(vision_tower="random", connector="random", language_model="random")
     return dataclasses.replace(load_manifest(manifest, [*overrides, *fixed]), init_from=random)
 
@@ -86,6 +92,7 @@ def one_rank(manifest: Manifest, folder: Path) -> None:
 def train_plain(manifest: Manifest) -> tuple[list[float], Choices]:
     """Run the same training in plain PyTorch; return losses and choices."""
     manifest = resolve_cost(manifest)
+    torch.set_float32_matmul_precision(manifest.train.matmul_precision)
     loader = build_loader(manifest)
     model = build_model(manifest)
     initialize(model, manifest)

@@ -110,7 +110,11 @@ def _parse_turn(turn: Any, number: int) -> dict[str, str]:
     if not isinstance(turn, dict):
         message = f"conversations[{number}]: expected a mapping with from and value, found {_describe(turn)}"
         raise AnnotationError("bad_turn", message)
-    name, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    # rows of a table have all keys, and null in those that they do not use
+    name, text = (
+        turn.get(other) if turn.get(key) is None else turn[key]
+        for key, other in (("from", "role"), ("value", "content"))
+    )
     role = ROLES.get(name) or ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         message = f"conversations[{number}]: from is {name!r:.40}; expected one of {', '.join(ROLES)}"

@@ -8,7 +8,6 @@ values, bounds, whether it is a path, and a description. Supported annotations a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -17,6 +16,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+from framestream.pipeline.utils.command_line import near_name
 from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 
 
@@ -42,6 +42,7 @@ class _Dataclass(Protocol):
 Config = TypeVar("Config", bound=_Dataclass)
 
 MAX_SHOWN = 60  #: characters of a value or a name in a message
+MAX_FIELDS = 10  #: fields of a section that a message lists
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it if need be)"}
 
 
@@ -91,9 +92,10 @@ def from_dict(cls: type[Config], value: Any, where: str) -> Config:
             if replaced := _former_fields(cls).get(name):
                 doc = replaced.metadata.get("doc")
                 raise ManifestError(f"{_join(where, shown)}: replaced by {replaced.name} ({doc}); set that instead")
-            hint = _suggest(shown, fields)
+            hint = suggest_name(shown, fields)
             if not hint and not where and isinstance(item, (dict, list)):
                 hint = "; begin the name with `x-` if it only holds anchors"
+            hint = hint or _list_fields(list(fields))
             raise ManifestError(f"{_join(where, shown[:MAX_SHOWN])}: unknown field{hint}")
         flags = fields[name].metadata.get("flags")
         item = flags[item] if flags and isinstance(item, bool) else item
@@ -176,7 +178,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_list(hint: Any, value: Any, where: str) -> tuple:
     if not isinstance(value, list):
-        raise ManifestError(f"{where}: expected a list, got {show_value(value)}")
+        fix = ""
+        if type(value) is hint and re.fullmatch(r"[\w./][\w.,/ -]{0,59}", str(value)):
+            fix = f"; write [{value}]"
+        raise ManifestError(f"{where}: expected a list, got {show_value(value)}{fix}")
     return tuple(_convert(hint, item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
@@ -229,7 +234,7 @@ def _check_value(field: dataclasses.Field, value: Any, where: str) -> Any:
         return None
     choices, low, high, doc = (field.metadata.get(name) for name in ("choices", "low", "high", "doc"))
     if choices and value not in choices:
-        hint = _suggest(str(value), choices)
+        hint = suggest_name(str(value), choices)
         raise ManifestError(f"{where}: {show_value(value)} is not one of {', '.join(map(str, choices))}{hint}")
     meaning = f" ({doc})" if doc else ""
     if low is not None and value < low:
@@ -258,9 +263,16 @@ def _check_path(field: dataclasses.Field, value: str, where: str) -> str:
         raise ManifestError(f"{where}: {error}") from None
 
 
-def _suggest(name: str, known: Iterable[Any]) -> str:
-    near = difflib.get_close_matches(name, [str(item) for item in known], n=1, cutoff=0.5)
-    return f"; did you mean `{near[0]}`?" if near else ""
+def suggest_name(name: str, known: Iterable[Any]) -> str:
+    """Return ``; did you mean `NAME`?`` with the nearest of ``known``, empty if none is near."""
+    near = near_name(name, map(str, known), least=0.6)
+    return f"; did you mean `{near}`?" if near else ""
+
+
+def _list_fields(names: Sequence[str]) -> str:
+    """List the first fields of a section, as the end of a message."""
+    more = f" and {len(names) - MAX_FIELDS} more" if len(names) > MAX_FIELDS else ""
+    return f"; the fields are {', '.join(names[:MAX_FIELDS])}{more}"
 
 
 def _join(where: str, name: str) -> str:

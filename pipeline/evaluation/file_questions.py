@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from framestream.pipeline.annotations.normalize import Annotation, AnnotationError, MediaRef
 from framestream.pipeline.annotations.reader import read_annotations
 from framestream.pipeline.config.data import EntryConfig
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.evaluation.prompts import PromptBuilder
-from framestream.pipeline.evaluation.questions import Question, QuestionList
-from framestream.pipeline.loading.batch import Batch
+from framestream.pipeline.evaluation.questions import Question, QuestionList, count_rejected
 from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.shards.index import ShardsError
 from framestream.pipeline.shards.memory_index import IMAGE_READER, MediaFile, MediaFileCache
@@ -43,18 +40,16 @@ class FileQuestions(QuestionList):
             except (AnnotationError, MediaError, ValueError) as error:
                 self.rejected.append(f"{path}: sample {found.position}: {error}")
         if not self._questions:
-            why = f"; the first was rejected: {self.rejected[0]}" if self.rejected else ""
+            why = f"; {count_rejected(self.rejected)}" if self.rejected else ""
             raise ShardsError(f"{path}: no samples with an answer found{why}")
 
     def prompt_length(self, i: int, media_of: int | None = None) -> None:
         """Return None: the length is unknown before the media are decoded."""
         return None
 
-    def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
-        """See :meth:`framestream.pipeline.evaluation.questions.QuestionSource.prompt`."""
+    def _prompts_of(self, i: int, media_of: int | None = None) -> tuple[PromptBuilder, Sequence[int]]:
         files: Sequence[MediaFile] = self._media(i, media_of)
-        prompts = PromptBuilder(self._manifest, self._files.media_views(files), self.chat_template)
-        return prompts.build(self._questions[i].turns, range(len(files)), self._questions[i].key, shuffle)
+        return PromptBuilder(self._manifest, self._files.media_views(files), self.chat_template), range(len(files))
 
     def _question(self, found: Annotation | AnnotationError) -> Question:
         if isinstance(found, AnnotationError):

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.intervals import VideoClock
+from framestream.pipeline.evaluation.pixel_stream import Encode, read_pixels, read_some_images, stream_pixels
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.loading.collate import MicroStep, PackedSample, collate
 from framestream.pipeline.shards.media_view import MediaView, MediaViews
 from framestream.pipeline.tokenization.chat_template import ChatTemplate
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
+
+
+class PromptTooLongError(ValueError):
+    """A prompt has more tokens than the model takes; one line with the fix."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens:,} tokens, and the limit of the model is {limit:,}; "
+            "shorten it or start a new conversation"
+        )
+        self.tokens, self.limit = tokens, limit
 
 
 class PromptBuilder:
@@ -23,7 +37,7 @@ class PromptBuilder:
 
     def __init__(self, manifest: Manifest, media_views: MediaViews, chat_template: ChatTemplate) -> None:
         self._media_views, self._chat_template = media_views, chat_template
-        self._size, self._clip_frames = manifest.frames.size, manifest.frames.clip_frames
+        self._frames = manifest.frames
         self._limit = manifest.model.language_model.max_position_embeddings
 
     def encode(self, turns: Sequence[dict], media: Sequence[int]) -> tuple[np.ndarray, list[MediaView]]:
@@ -50,45 +64,51 @@ class PromptBuilder:
         media: Sequence[int],
         key: str = "",
         shuffle: np.random.Generator | None = None,
+        encode: Encode | None = None,
     ) -> Batch:
         """Build the prompt as a row of one dialogue; no label is set.
 
         Args:
             turns, media: as of :meth:`encode`.
             shuffle: draws a random order for the frames of each video. The time message does not change.
+            encode: computes the tokens of the media while they are decoded. The row then has ``unit_tokens`` in place
+                of pixels, and a few clips are in memory at a time.
 
         Raises:
-            ValueError: as of :meth:`encode`, the prompt is too long for the model, or media cannot be decoded.
+            PromptTooLongError: the prompt is too long for the model.
+            ValueError: as of :meth:`encode`, or media cannot be decoded.
             OSError: a shard cannot be read.
         """
         ids, views = self.encode(turns, media)
         if (tokens := _num_tokens(ids, views)) >= self._limit:
-            raise ValueError(
-                f"the prompt has {tokens:,} tokens, and the limit of the model is {self._limit:,}; "
-                "shorten it or start a new conversation"
-            )
-        clips, tiles = self._read_media(views, shuffle)
+            raise PromptTooLongError(tokens, self._limit)
+        tokens_of_units = None
+        if encode is None or not views:
+            clips, tiles = read_pixels(self._media_views, views, self._frames, shuffle)
+        else:
+            tokens_of_units = encode(stream_pixels(self._media_views, views, self._frames, shuffle))
+            clips, tiles = read_pixels(self._media_views, [], self._frames)
         sample = PackedSample(key, ids, np.full_like(ids, IGNORE_INDEX), 0.0, views, clips, tiles)
-        return collate(MicroStep(), [sample], clips, tiles, [])
+        return dataclasses.replace(collate(MicroStep(), [sample], clips, tiles, []), unit_tokens=tokens_of_units)
 
-    def _read_media(
-        self, views: Sequence[MediaView], shuffle: np.random.Generator | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Decode clips, uint8 (N_c, T, S, S, 3), and image tiles, uint8 (N_s, S, S, 3), in the order of ``views``."""
-        side = self._size
-        clips = np.empty((sum(view.clips for view in views), self._clip_frames, side, side, 3), dtype=np.uint8)
-        tiles = np.empty((sum(view.tiles for view in views), side, side, 3), dtype=np.uint8)
-        all_frames, frame, tile = clips.reshape(-1, side, side, 3), 0, 0
-        for view in views:
-            if view.kind == "video":
-                frames = all_frames[frame : frame + len(view.frame_indices)]
-                self._media_views.read_frames(view, 0, frames)
-                if shuffle is not None:
-                    frames[:] = frames[shuffle.permutation(len(frames))]
-            else:
-                self._media_views.read_image(view, tiles[tile : tile + view.tiles])
-            frame, tile = frame + len(view.frame_indices), tile + view.tiles
-        return clips, tiles
+    def some_images(self, media: Sequence[int], most: int) -> list[np.ndarray]:
+        """Decode at most ``most`` of the images that a prompt shows, evenly spread: uint8 (S, S, 3) each.
+
+        Raises:
+            OSError, ValueError: as of :meth:`build`.
+        """
+        return read_some_images(self._media_views, self._media_views.views(list(media)), self._frames, most)
+
+    def clock(self, media: Sequence[int]) -> VideoClock | None:
+        """Return the clock of the only media item if it is a video, else None.
+
+        Raises:
+            ValueError: the video cannot be sampled.
+        """
+        views = self._media_views.views(list(media))
+        if [view.kind for view in views] != ["video"]:
+            return None
+        return VideoClock.of_frames(*self._media_views.frame_times(views[0]))
 
 
 def _num_tokens(ids: np.ndarray, views: Sequence[MediaView]) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import abc
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.intervals import Interval, IntervalError, VideoClock, read_intervals
+from framestream.pipeline.evaluation.pixel_stream import Encode
 from framestream.pipeline.evaluation.prompts import PromptBuilder
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.index import Index, ShardsError
@@ -30,7 +33,7 @@ MAX_FAMILY_CHARACTERS = 200
 
 
 class QuestionError(ValueError):
-    """Invalid ``options`` or ``family`` of a question: one line."""
+    """Invalid ``options``, ``family`` or ``intervals`` of a question: one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +44,23 @@ class Question:
     turns: list[dict]
     answer: str  #: the expected answer
     entry: str
-    meta: dict[str, Any]  #: fields of the annotation other than conversation and media
+    meta: dict[str, Any]  #: fields of the annotation other than conversation and media, without those that are null
     media: Sequence[Any]  #: media of the turns, without those that only later turns use
 
     @classmethod
     def from_turns(cls, key: str, turns: list[dict], entry: str, meta: dict, media: Sequence[Any]) -> Question:
-        """Make the question of a dialogue.
+        """Make the question of a dialogue. A field of ``meta`` that is null is missing, as in the rows of a table.
 
         Raises:
-            QuestionError: its ``options`` or its ``family`` is invalid.
+            QuestionError: its ``options``, its ``family`` or its ``intervals`` are invalid.
             ValueError: no human turn has an answer.
         """
         asked, answer = split_last_answer(turns)
+        meta = {name: value for name, value in meta.items() if value is not None}
         if "options" in meta:
             _check_options(meta["options"])
         _check_family(meta.get("family"))
+        _check_intervals(meta)
         count = sum(turn_text(turn).count(IMAGE_PLACEHOLDER) for turn in asked)
         return cls(key, asked, answer, entry, meta, list(media)[:count])
 
@@ -74,6 +79,16 @@ class Question:
     def options(self) -> list[str]:
         """The annotation's ``options``, which are the answers to choose from; empty if it has none."""
         return [str(option) for option in self.meta.get("options", ())]
+
+    @property
+    def intervals(self) -> list[Interval] | None:
+        """The annotation's ``intervals``, in seconds of the source; None if it has none."""
+        return read_intervals(self.meta["intervals"]) if "intervals" in self.meta else None
+
+
+def count_rejected(lines: Sequence[str]) -> str:
+    """Say how many samples were rejected, and why the first one was."""
+    return f"{len(lines):,} rejected, the first: {lines[0]}"
 
 
 def _check_options(options: Any) -> None:
@@ -100,6 +115,24 @@ def _check_family(family: Any) -> None:
         raise QuestionError(f"family: {str(family)[:60]!r} has over {MAX_FAMILY_CHARACTERS} characters")
 
 
+def _check_intervals(meta: dict) -> None:
+    """Raise QuestionError unless ``intervals`` are missing or valid."""
+    try:
+        found = read_intervals(meta["intervals"]) if "intervals" in meta else []
+    except IntervalError as error:
+        raise QuestionError(str(error)) from None
+    if found and "options" in meta:
+        raise QuestionError("intervals: a question with options is answered by one of them; remove one of the two")
+
+
+class MediaContents(NamedTuple):
+    """What identifies the media of a question. Equal media have equal identities."""
+
+    items: int  #: media items
+    asked: frozenset[Hashable]  #: what the question is about
+    shown: frozenset[Hashable]  #: all that the media contain
+
+
 class QuestionSource(Protocol):
     """A sequence of questions with prompts, whatever their media are stored in.
 
@@ -120,12 +153,25 @@ class QuestionSource(Protocol):
     def prompt_length(self, i: int, media_of: int | None = None) -> int | None:
         """Count the tokens of the prompt, with visual tokens; None if unknown before the media are decoded."""
 
-    def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
+    def cost_group(self, i: int) -> str:
+        """Return the group whose time and memory question ``i`` counts to; a batch has questions of one group."""
+
+    def contents(self, i: int) -> MediaContents:
+        """Return what question ``i`` is about and what it shows. Blind, it is shown nothing of what it is about."""
+
+    def prompt(
+        self,
+        i: int,
+        media_of: int | None = None,
+        shuffle: np.random.Generator | None = None,
+        encode: Encode | None = None,
+    ) -> Batch:
         """Build a row of question ``i`` that ends where the answer begins; no label is set.
 
         Args:
             media_of: the question whose media replace those of question ``i``. The time message is that of the media.
             shuffle: draws a random order for the frames of each video.
+            encode: computes the tokens of the media in place of pixels, as of :meth:`.prompts.PromptBuilder.build`.
 
         Raises:
             ValueError: question ``media_of`` has too few media, or media cannot be decoded.
@@ -133,8 +179,22 @@ class QuestionSource(Protocol):
             MediaError: a file cannot be used.
         """
 
+    def some_images(self, i: int, most: int) -> list[np.ndarray]:
+        """Decode at most ``most`` of the images that question ``i`` shows, evenly spread: uint8 (S, S, 3) each.
 
-class QuestionList:
+        Raises:
+            ValueError, OSError, MediaError: as of :meth:`prompt`.
+        """
+
+    def clock(self, i: int) -> VideoClock | None:
+        """Return the clock of the video that question ``i`` shows; None if it shows other media than one video.
+
+        Raises:
+            ValueError, OSError, MediaError: as of :meth:`prompt`.
+        """
+
+
+class QuestionList(abc.ABC):
     """Base of question sources: a list of questions, and the reasons why samples were rejected."""
 
     def __init__(self, chat_template: ChatTemplate) -> None:
@@ -154,6 +214,41 @@ class QuestionList:
     def num_answer_tokens(self, i: int) -> int:
         """Count the tokens of the expected answer, without the end token."""
         return len(self.chat_template.answer_ids(self._questions[i].answer)) - 1
+
+    def cost_group(self, i: int) -> str:
+        """Return one group for all questions: see :meth:`QuestionSource.cost_group`."""
+        return ""
+
+    def contents(self, i: int) -> MediaContents:
+        """See :meth:`QuestionSource.contents`. A question is about all of its media."""
+        media = self._questions[i].media
+        return MediaContents(len(media), frozenset(media), frozenset(media))
+
+    def prompt(
+        self,
+        i: int,
+        media_of: int | None = None,
+        shuffle: np.random.Generator | None = None,
+        encode: Encode | None = None,
+    ) -> Batch:
+        """See :meth:`QuestionSource.prompt`."""
+        question = self._questions[i]
+        prompts, media = self._prompts_of(i, media_of)
+        return prompts.build(question.turns, media, question.key, shuffle, encode)
+
+    def some_images(self, i: int, most: int) -> list[np.ndarray]:
+        """See :meth:`QuestionSource.some_images`."""
+        prompts, media = self._prompts_of(i)
+        return prompts.some_images(media, most)
+
+    def clock(self, i: int) -> VideoClock | None:
+        """See :meth:`QuestionSource.clock`."""
+        prompts, media = self._prompts_of(i)
+        return prompts.clock(media)
+
+    @abc.abstractmethod
+    def _prompts_of(self, i: int, media_of: int | None = None) -> tuple[PromptBuilder, Sequence[int]]:
+        """Return what builds the prompts of question ``i``, and the rows of its media table that they show."""
 
     def _media(self, i: int, media_of: int | None) -> Sequence[Any]:
         """Return as many media of question ``media_of`` as question ``i`` has; those of ``i`` itself if None."""
@@ -191,16 +286,14 @@ class Questions(QuestionList):
             else:
                 self._questions.append(question)
         if not self._questions:
-            raise ShardsError(
-                f"{self.index.root}: no samples with an answer found (split: {split}); "
-                f"add an entry with split: {split} and rebuild"
-            )
+            nothing = f"{self.index.root}: no samples with an answer found (split: {split})"
+            if self.rejected:
+                raise ShardsError(f"{nothing}; {count_rejected(self.rejected)}")
+            raise ShardsError(f"{nothing}; add an entry with split: {split} and rebuild")
 
     def prompt_length(self, i: int, media_of: int | None = None) -> int:
         """Count the tokens of the prompt, with visual tokens; no media are decoded."""
         return self._prompts.num_tokens(self._questions[i].turns, self._media(i, media_of))
 
-    def prompt(self, i: int, media_of: int | None = None, shuffle: np.random.Generator | None = None) -> Batch:
-        """See :meth:`QuestionSource.prompt`."""
-        question = self._questions[i]
-        return self._prompts.build(question.turns, self._media(i, media_of), question.key, shuffle)
+    def _prompts_of(self, i: int, media_of: int | None = None) -> tuple[PromptBuilder, Sequence[int]]:
+        return self._prompts, self._media(i, media_of)

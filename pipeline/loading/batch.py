@@ -46,6 +46,8 @@ class Batch:
     visual_index: torch.Tensor
     #: float32 (U, n), random numbers of each clip and image tile (trainer/training/drop_path_rng.py)
     drop_path_rand: torch.Tensor | None = None
+    #: (N_c + N_s, 64, C), merged tokens of the vision tower in place of ``clips`` and ``image_tiles``, which are empty
+    unit_tokens: torch.Tensor | None = None
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)  #: (dialogue key, reason) left out
 
     @property

@@ -59,7 +59,8 @@ def collate(
     positions: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     visual_index: list[np.ndarray] = []
-    clip_token, tile_token = 0, len(clips) * TOKENS_PER_CLIP  # next rows of concat(clip tokens, image tokens)
+    num_clips = sum(view.clips for sample in samples for view in sample.views)
+    clip_token, tile_token = 0, num_clips * TOKENS_PER_CLIP  # next rows of concat(clip tokens, image tokens)
     for sample in samples:
         repeats = np.ones(len(sample.ids), dtype=np.int64)
         repeats[sample.ids == IMAGE_TOKEN_INDEX] = [view.tokens for view in sample.views]

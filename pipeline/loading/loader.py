@@ -29,7 +29,7 @@ from framestream.pipeline.loading.collate import MicroStep
 from framestream.pipeline.loading.decode_processes import ProcessDecoder
 from framestream.pipeline.loading.decode_threads import Decoder, LoaderError, ThreadDecoder
 from framestream.pipeline.loading.pending_row import PendingRow
-from framestream.pipeline.planning.dataset import open_dataset
+from framestream.pipeline.planning.dataset import ConcatDataset, open_dataset
 from framestream.pipeline.planning.epoch_plan import EpochPlan
 from framestream.pipeline.planning.summary import EpochSummary, summarize_epoch
 from framestream.pipeline.utils.arguments import refuse_unknown_arguments
@@ -113,6 +113,11 @@ class Loader:
     def num_batches(self) -> int:
         """Number of global batches in an epoch, which are the optimizer steps of the trainer; equal on all ranks."""
         return self._plan.num_batches
+
+    @property
+    def dataset(self) -> ConcatDataset:
+        """The dialogues of all splits of the roots, also of those that the loader does not read."""
+        return self._dataset
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as JSON values.

@@ -16,9 +16,11 @@ demuxer skips silently are not seen, nor changed bytes in a codec without checks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +34,11 @@ from framestream.pipeline.media.frame_sequences import open_folder, open_gif
 from framestream.pipeline.media.image import encode_image, read_image
 from framestream.pipeline.media.resize import resize, stored_size
 from framestream.pipeline.media.sampling import pad_to_clips, sample_indices
-from framestream.pipeline.media.video import InexactSeekError, ResizeFn, VideoSource
+from framestream.pipeline.media.video import InexactSeekError, ResizeFn, VideoSource, clip_bounds
 
 __all__ = ["REASONS", "Decoded", "MediaError", "VideoRequest", "decode_video", "encode_image", "read_image"]
 
 READERS = ("decord", "av", "gif", "img", "frame")
-_TOLERANCE = 1e-6  #: seconds by which a frame may miss a clip's edge: times are sums of binary fractions
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,11 @@ class VideoRequest:
 class Decoded:
     """The sampled frames of one video or clip."""
 
-    frames: np.ndarray  #: uint8 (T, H, W, 3) RGB, distinct frames in time order; the size of ``frames.resize``
+    #: uint8 (T, H, W, 3) RGB, distinct frames in time order; the size of ``frames.resize``. Empty if they are encoded.
+    frames: np.ndarray
+    encoded: list[bytes]  #: the T frames as ``encode`` returned them; empty without it
+    width: int  #: pixels of a frame after resizing
+    height: int
     sample: np.ndarray  #: int32 (n,) indices into ``frames``, in the sampler's order and with its repeats
     frame_index: np.ndarray  #: int64 (T,) source frame numbers, counted from the clip's first (published: the file's)
     timestamps: np.ndarray  #: float64 (T,) seconds in the source, from the start of the file
@@ -85,21 +90,28 @@ class Decoded:
         return bool(self.damage)
 
 
-def decode_video(path: str | Path, request: VideoRequest) -> Decoded:
+def decode_video(
+    path: str | Path, request: VideoRequest, encode: Callable[[np.ndarray], bytes] | None = None
+) -> Decoded:
     """Decode and resize the frames that a request selects of a video, a GIF, or a folder of frames.
 
     Frames are resized one at a time, as ``frames.resize`` says (:mod:`framestream.pipeline.media.resize`). At most one
     frame of full size is in memory, however long the video.
 
+    Args:
+        encode: called with each frame, uint8 (H, W, 3), as soon as it is resized. Then no frames are kept but what it
+            returned.
+
     Raises:
-        MediaError: the file is missing, damaged, not a video, or the clip has no frames. Published: the reader fails,
-            or the frames that it reads are not a multiple of ``frames.clip_frames``.
+        MediaError: the file is missing, damaged, not a video, or the clip has no frames or no finite bounds.
+            Published: the reader fails, or the frames that it reads are not a multiple of ``frames.clip_frames``.
         DecoderError: the decoder that ``request.decoding`` names cannot be used on this machine.
         ValueError: an unknown reader, or bounds that are not multiples of ``frames.clip_frames``.
     """
+    _check_clip(path, request)
     decoder = get_decoder(request.decoding)
     opener = _opener(request)
-    resizer = _Resizer(path, request.frames)
+    resizer = _Resizer(path, request.frames, encode)
     select = partial(_select_published if request.compat == "published" else _select, path, request)
     try:
         source = opener(Path(path), resizer)
@@ -107,6 +119,16 @@ def decode_video(path: str | Path, request: VideoRequest) -> Decoded:
     except InexactSeekError:
         source = decoder.open_sequential(Path(path), resizer, partial(_predict, select), request.min_frames)
         return _decode_selection(path, request, source, select(source), resizer)
+
+
+def _check_clip(path: str | Path, request: VideoRequest) -> None:
+    """Raise MediaError if the start or the end of a clip is no finite number."""
+    for name, seconds in (("start", request.start), ("end", request.end)):
+        is_number = isinstance(seconds, Real) and not isinstance(seconds, bool) and math.isfinite(seconds)
+        if seconds is not None and not is_number:
+            raise MediaError(
+                "bad_clip", path, f"{name} is {seconds!r:.40}; it must be a number of seconds, such as 2.5"
+            )
 
 
 def _opener(request: VideoRequest) -> Callable[[Path, ResizeFn], VideoSource]:
@@ -122,21 +144,25 @@ def _opener(request: VideoRequest) -> Callable[[Path, ResizeFn], VideoSource]:
 
 
 class _Resizer:
-    """Resize the frames of one video, all to the size that follows from the first."""
+    """Resize the frames of one video, all to the size that follows from the first, and encode them if asked."""
 
-    def __init__(self, path: str | Path, frames: FramesConfig) -> None:
-        self._path, self._frames = path, frames
-        self.source = self._stored = (0, 0)  # (width, height)
+    def __init__(
+        self, path: str | Path, frames: FramesConfig, encode: Callable[[np.ndarray], bytes] | None = None
+    ) -> None:
+        self._path, self._frames, self.encode = path, frames, encode
+        self.source = self.stored = (0, 0)  # (width, height)
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        if not self._stored[0]:
+        """Return the resized frame, uint8 (H, W, 3), or its encoded bytes, uint8 (n,)."""
+        if not self.stored[0]:
             height, width = frame.shape[:2]
             self.source = width, height
             try:
-                self._stored = stored_size(self._frames.resize, self._frames.size, width, height)
+                self.stored = stored_size(self._frames.resize, self._frames.size, width, height)
             except ValueError as error:
                 raise MediaError("unsupported", self._path, str(error)) from None
-        return resize(frame, *self._stored)
+        resized = resize(frame, *self.stored)
+        return resized if self.encode is None else np.frombuffer(self.encode(resized), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +180,7 @@ class _Selection:
 
 def _select(path: str | Path, request: VideoRequest, source: VideoSource) -> _Selection:
     """Select frames by ``frames.sampler``."""
-    first, stop, duration = _clip_bounds(path, source, request.start, request.end)
+    first, stop, duration = clip_bounds(path, source, request.start, request.end)
     frames, vlen = request.frames, stop - first
     indices = sample_indices(frames, vlen, source.fps, duration, np.random.default_rng(request.seed))
     indices = pad_to_clips(indices, vlen, frames.clip_frames)
@@ -200,16 +226,22 @@ def _decode_selection(
     """Decode and resize the selected frames."""
     salvaged = _is_salvaged(path, request, source, selection)
     distinct, sample = np.unique(selection.indices, return_inverse=True)
-    frames, count = np.empty((0, 0, 0, 3), dtype=np.uint8), 0
+    frames, encoded, count = np.empty((0, 0, 0, 3), dtype=np.uint8), [], 0
     for frame in source.decode_frames(distinct + selection.first):
-        if not count:
-            frames = np.empty((len(distinct), *frame.shape), dtype=np.uint8)
-        frames[count] = frame
+        if resizer.encode:
+            encoded.append(frame.tobytes())
+        else:
+            if not count:
+                frames = np.empty((len(distinct), *frame.shape), dtype=np.uint8)
+            frames[count] = frame
         count += 1
     if count < len(distinct):
         raise MediaError("corrupt", path, f"only {count} of {len(distinct)} frames decode the second time")
     return Decoded(
         frames=frames,
+        encoded=encoded,
+        width=resizer.stored[0],
+        height=resizer.stored[1],
         sample=sample.astype(np.int32),
         frame_index=distinct,
         timestamps=source.seconds[distinct + selection.first],
@@ -239,22 +271,3 @@ def _is_salvaged(path: str | Path, request: VideoRequest, source: VideoSource, s
         text = f"is damaged, and has only {selection.vlen} frames before that; {request.min_frames} are needed"
         raise MediaError("too_few_frames", path, f"{text}; fetch the file again")
     return True
-
-
-def _clip_bounds(
-    path: str | Path, source: VideoSource, start: float | None, end: float | None
-) -> tuple[int, int, float]:
-    """Return the frame numbers [first, stop) of a clip and its duration in seconds."""
-    if start is None and end is None:
-        return 0, len(source.seconds), len(source.seconds) / source.fps
-    low = 0.0 if start is None else max(start, 0.0)
-    last = source.end if end is None else max(source.end, source.held_until)
-    high = last if end is None else min(end, last)
-    first = max(int(np.searchsorted(source.seconds, low + _TOLERANCE, "right")) - 1, 0)  # the frame shown at ``low``
-    stop = int(np.searchsorted(source.seconds, high + _TOLERANCE, "right"))
-    if low < high and first < stop:  # false also for times that are not numbers
-        return first, stop, round(high - low, 6)
-    lost = source.damaged and low >= source.end and (end is None or end > low)
-    where = f"the file is damaged at {source.end:.2f} s" if lost else f"the video ends at {source.end:.2f} s"
-    until = "the end" if end is None else f"{end} s"
-    raise MediaError("truncated" if lost else "bad_clip", path, f"no frames from {start or 0} s to {until}; {where}")

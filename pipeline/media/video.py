@@ -45,6 +45,7 @@ PROGRAM_STREAM = "mpeg"
 #: The last frame is held while sound goes on for more than this many seconds after it.
 HELD_SECONDS = 1.0
 NO_TIME = -(2**63)  #: in place of an unknown time in ticks
+_TOLERANCE = 1e-6  #: seconds by which a frame may miss a clip's edge: times are sums of binary fractions
 
 ResizeFn = Callable[[np.ndarray], np.ndarray]  #: applied to each frame, uint8 (H, W, 3), as soon as it is decoded
 
@@ -356,3 +357,32 @@ def _run(path: Path, strict: bool, resize: ResizeFn, store: Collection[int], hwa
         except DamagedStreamError:
             broken = True
     return _Run(np.array(ticks, dtype=np.int64), broken, bool(faults), stored)
+
+
+def clip_bounds(
+    path: str | Path, source: VideoSource, start: float | None, end: float | None
+) -> tuple[int, int, float]:
+    """Return the frame numbers [first, stop) of a clip and its duration in seconds.
+
+    Args:
+        path: for messages.
+        source: of the complete file.
+        start: second at which the clip begins; None for the beginning.
+        end: second at which it ends; None for the end.
+
+    Raises:
+        MediaError: there are no frames between them.
+    """
+    if start is None and end is None:
+        return 0, len(source.seconds), len(source.seconds) / source.fps
+    low = 0.0 if start is None else max(start, 0.0)
+    last = source.end if end is None else max(source.end, source.held_until)
+    high = last if end is None else min(end, last)
+    first = max(int(np.searchsorted(source.seconds, low + _TOLERANCE, "right")) - 1, 0)  # the frame shown at ``low``
+    stop = int(np.searchsorted(source.seconds, high + _TOLERANCE, "right"))
+    if low < high and first < stop:  # false also for times that are not numbers
+        return first, stop, round(high - low, 6)
+    lost = source.damaged and low >= source.end and (end is None or end > low)
+    where = f"the file is damaged at {source.end:.2f} s" if lost else f"the video ends at {source.end:.2f} s"
+    until = "the end" if end is None else f"{end} s"
+    raise MediaError("truncated" if lost else "bad_clip", path, f"no frames from {start or 0} s to {until}; {where}")

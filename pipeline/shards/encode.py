@@ -29,19 +29,19 @@ class EncodedMedia:
 
 
 def encode_video(path: Path, request: VideoRequest) -> EncodedMedia:
-    """Decode the requested frames of a video and encode them as an MP4 of JPEGs.
+    """Decode the requested frames of a video and encode them as an MP4 of JPEGs, one frame at a time.
 
     Raises:
         MediaError, ValueError: as :func:`framestream.pipeline.media.decode.decode_video`.
     """
-    decoded, frames = decode_video(path, request), request.frames
-    jpegs = [encode_jpeg(frame, frames.quality, frames.subsampling) for frame in decoded.frames]
-    height, width = decoded.frames.shape[1:3]
-    data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, width, height)
+    frames = request.frames
+    decoded = decode_video(path, request, lambda frame: encode_jpeg(frame, frames.quality, frames.subsampling))
+    jpegs = decoded.encoded
+    data = mux_mjpeg(jpegs, decoded.timestamps, decoded.start + decoded.duration, decoded.width, decoded.height)
     offsets, sizes, _ = mjpeg_frames(data)
     columns = {
-        "width": width,
-        "height": height,
+        "width": decoded.width,
+        "height": decoded.height,
         "source_width": decoded.source_width,
         "source_height": decoded.source_height,
         "vlen": decoded.vlen,

@@ -130,6 +130,23 @@ class MediaViews:
         message = time_message(frames.time_message, duration, counted, fps)
         return MediaView(row, "video", indices, message, len(indices) // frames.clip_frames, 0, root=self.root)
 
+    def frame_times(self, view: MediaView) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """Return the times of the frames of a video's view.
+
+        Returns:
+            the seconds of the time message, float64 (F,); those of the source, float64 (F,); the second of the
+            source at which the video or clip begins; its duration in seconds
+        """
+        fps, start, duration = (float(self._value(name, view.row)) for name in ("fps", "start", "duration"))
+        source = row_values(self._columns["timestamps"], view.row)[view.frame_indices]
+        counted = row_values(self._columns["frame_index"], view.row)[view.frame_indices]
+        if self._published:
+            nominal = row_values(self._columns["nominal"], view.row)
+            if len(nominal) != len(source):  # the published readers count other frames than they read
+                return source - start, source, start, duration
+            counted = nominal
+        return counted / fps, source, start, duration
+
     def read_frames(self, view: MediaView, start: int, out: np.ndarray) -> None:
         """Decode frames ``start`` .. ``start + n`` of a video's view into ``out``, uint8 (n, S, S, 3).
 

@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+#: vocabularies of other kinds, which transformers may convert
+OTHER_VOCABULARIES = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 #: a Hugging Face fast tokenizer; it is not imported here because that takes seconds
 Tokenizer = Any
 
@@ -40,7 +42,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.is_dir():
         _check_tokenizer_files(path)
     with tokenizer_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_config_option(path))
         tokenizer("probe", split_special_tokens=True)  # some damage shows at the first use
         is_fast = tokenizer.is_fast
         _check_special_tokens(tokenizer, path)
@@ -49,14 +51,32 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
+def _config_option(folder: Path) -> dict[str, Any]:
+    """Return an empty configuration where config.json is of a model that transformers does not know, as exports are.
+
+    Its name would decide nothing about the tokenizer, and transformers would warn about it and about its fields.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    try:
+        with open(folder / "config.json", "rb") as file:
+            found = load_json(file.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return {}  # for transformers to judge
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    return {"config": PreTrainedConfig()} if isinstance(kind, str) and kind not in CONFIG_MAPPING else {}
+
+
 def _check_tokenizer_files(folder: Path) -> None:
     """Check the files of a tokenizer's folder before the tokenizer library reads them.
 
     Raises:
-        ManifestError: they are too large, or one of them is not valid JSON.
+        ManifestError: the vocabulary is missing, they are too large, or one of them is not valid JSON.
     """
     files = [path for path in (folder / name for name in TOKENIZER_FILES) if path.is_file()]
     try:
+        if missing := _missing_file(folder):
+            raise ValueError(f"{missing} is missing")
         if sum(path.stat().st_size for path in files) > MAX_TOKENIZER_BYTES:
             raise ValueError(f"its files have over {MAX_TOKENIZER_BYTES >> 20} MiB")
         added: dict[int, str] = {}
@@ -76,6 +96,17 @@ def _check_tokenizer_files(folder: Path) -> None:
                 data.decode()
     except (OSError, ValueError) as error:
         raise _tokenizer_error(str(folder), error) from None
+
+
+def _missing_file(folder: Path) -> str:
+    """Return the file of the vocabulary that a folder lacks; empty if it has one.
+
+    transformers makes a tokenizer without it, which knows the control tokens alone.
+    """
+    if (folder / "tokenizer.json").is_file() or any((folder / name).is_file() for name in OTHER_VOCABULARIES):
+        return ""
+    pair = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    return pair[0] if len(pair) == 1 else "tokenizer.json" if pair else ""
 
 
 def _check_special_tokens(tokenizer: Tokenizer, folder: Path) -> None:

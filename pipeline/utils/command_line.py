@@ -27,6 +27,8 @@ from framestream.pipeline.utils.paths import PathError, expand_path, is_address
 EXIT_STOPPED = 130  #: stopped by Ctrl-C: 128 + SIGINT
 EXIT_CLOSED = 141  #: nothing reads the output any more: 128 + SIGPIPE
 MAX_COUNT = 2**31 - 1  #: largest value of an option that counts something
+MAX_LISTED = 12  #: options of a command that a message lists; ``--help`` lists more
+NEAR = 0.65  #: least similarity of two names that may be mistaken for each other
 
 Main = Callable[..., int]
 
@@ -131,7 +133,7 @@ def _discard_closed_streams() -> bool:
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and status 2, and which takes no abbreviations.
 
-    For an option that does not exist it names the nearest one.
+    For an option that does not exist it names the nearest one, or says that its argument needs no option.
     """
 
     def __init__(self, *, prog: str, description: str) -> None:
@@ -143,8 +145,18 @@ class CommandParser(argparse.ArgumentParser):
         for argument in arguments[: arguments.index("--")] if "--" in arguments else arguments:
             name = argument.partition("=")[0]
             if name.startswith("--") and " " not in argument and name not in self._option_string_actions:
-                self.error(f"unknown option {name}{nearest_name(name, self._option_string_actions)}")
+                self.error(f"unknown option {name}{self._hint(name)}")
         return super().parse_args(arguments, namespace)
+
+    def _hint(self, name: str) -> str:
+        """Return how to write what an unknown option means, as the end of a message."""
+        word = name.removeprefix("--").replace("-", "_")
+        if any(action.dest == word and not action.option_strings for action in self._actions):
+            return f"; name the {word.replace('_', ' ')} without an option: {self.prog} {word.upper()}"
+        options = [item for item in self._option_string_actions if item not in ("--help", "-h")]
+        if len(options) > MAX_LISTED and not near_name(name, options):
+            return ""
+        return nearest_name(name, options)
 
     def error(self, message: str) -> NoReturn:
         """Print an error of the command line as one line, and exit."""
@@ -153,9 +165,20 @@ class CommandParser(argparse.ArgumentParser):
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean NAME?`` with the nearest of ``known``, or ``; known: ...`` if none is near."""
-    names = [item for item in known if item != "--help"]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(item for item in names if len(item) > 2)}"
+    names = list(known)
+    near = near_name(name, names)
+    return f"; did you mean {near}?" if near else f"; known: {', '.join(names)}"
+
+
+def near_name(name: str, known: Iterable[str], least: float = NEAR) -> str:
+    """Return the nearest of ``known`` names, empty if none is near; the dashes before a name do not count.
+
+    Args:
+        least: the least similarity of a near name, from 0 to 1.
+    """
+    names = {item.lstrip("-"): item for item in known}
+    near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=least)
+    return names[near[0]] if near else ""
 
 
 def integer_option(low: int, high: int = MAX_COUNT) -> Callable[[str], int]:

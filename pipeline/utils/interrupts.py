@@ -1,11 +1,24 @@
-"""Keep Ctrl-C where KeyboardInterrupt would be lost, or would leave something half done."""
+"""Handlers of signals that last for a block: Ctrl-C is kept where KeyboardInterrupt would be lost."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+
+@contextlib.contextmanager
+def signal_handlers(handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], Any]]) -> Iterator[None]:
+    """Handle signals in the block, and give them their former handlers after it. Only for the main thread."""
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -19,10 +32,9 @@ def hold_interrupts() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
-        yield
+        with signal_handlers({signal.SIGINT: lambda number, frame: received.append(number)}):
+            yield
     finally:
-        signal.signal(signal.SIGINT, handler)
         if received:
             signal.raise_signal(signal.SIGINT)

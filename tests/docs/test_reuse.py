@@ -37,7 +37,7 @@ EXAMPLES = [
     ("The Trainer of transformers", "torchvision", [r"\{'train_runtime': .*"]),
     ("TRL", "trl", [r"\{'train_runtime': .*"]),
     ("Lightning", "lightning", ["3"]),
-    ("accelerate", "accelerate", [r"5\.[4-8]\d\d"] * 3),
+    ("accelerate", "torchvision", [r"5\.[4-8]\d\d"] * 3),
     ("webdataset", "webdataset", [r"[012] .*"] * 8 + [SHOWN + " 2", SHOWN + " 1", SHOWN + " 2"]),
     ("wids", "wids", ["3 " + SHOWN]),
     ("datasets", "datasets", ["3 " + SHOWN]),
@@ -52,7 +52,7 @@ runpy.run_path("example.py", run_name="__main__")
 """
 #: modules of the extra ``peers``, and the packages that they are in
 PEERS = {
-    **{name: name for name in ("torchvision", "datasets", "trl", "lightning", "accelerate")},
+    **{name: name for name in ("torchvision", "datasets", "trl", "lightning")},
     "megatron": "megatron-energon",
 }
 SHELL = ["Megatron-Energon", "File-based trainers"]  #: headings whose shell block is run

@@ -16,17 +16,18 @@ PACKAGES = ("pipeline", "trainer", "tools")
 #: rooms from top to bottom; a room imports rooms of lower lines only. A package's own name means its command modules.
 LAYERS = (
     ("trainer", "tools"),
+    ("trainer/training",),
     (
-        "trainer/training",
         "trainer/evaluation",
+        "trainer/serving",
         "tools/builder",
         "tools/demo",
         "tools/export",
         "tools/inspection",
         "tools/verify",
     ),
-    ("trainer/checkpoint", "trainer/inference", "trainer/monitoring", "tools/fetch"),
-    ("trainer/weights", "tools/fetch/archives", "tools/fetch/http"),
+    ("trainer/checkpoint", "trainer/inference", "trainer/monitoring", "trainer/vllm_plugin", "tools/fetch"),
+    ("trainer/standalone", "trainer/weights", "tools/fetch/archives", "tools/fetch/http"),
     ("trainer/distributed", "trainer/model", "tools/common", "tools/fetch/base"),
     ("pipeline/adapters", "pipeline/evaluation", "pipeline/upload"),
     ("pipeline/loading",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def test_weights_and_settings_of_a_finished_run_load(copy: Path) -> None:
 def test_stopped_run_resumes_and_ends_as_the_finished_one(copy: Path) -> None:
     sets = ["--set", f"output={copy / 'stopped'}", "--set", f"shards={copy / 'root'}"]
     _replace_former_fields(copy / "manifest.yaml")
-    done = corpus.run(sys.executable, "-m", "trainer", "--manifest", str(copy / "manifest.yaml"), *sets)
+    done = corpus.run_here("-m", "trainer", "--manifest", str(copy / "manifest.yaml"), *sets)
     assert "resumed from the checkpoint of step 1" in done.stderr
     expected, found = corpus.log(copy / "finished"), corpus.log(copy / "stopped")
     assert [record["step"] for record in found] == [1, 2, 3, 4]

@@ -127,6 +127,11 @@ def test_every_command_has_help(run):
         assert run("framestream", name, "--help").startswith(f"usage: framestream {name}")
 
 
+def test_the_page_of_the_server_is_shipped(run):
+    code = "import os, framestream.trainer.serving as serving; print(*os.listdir(serving.__path__[0]))"
+    assert {"page.css", "page.html", "page.js"} <= set(run("python", "-c", code).split())
+
+
 def test_shipped_manifests_build_and_train(run):
     run("framestream", "demo-data", "--out", "demo/data", "--share", "0.01", "--workers", "2")
     assert "shards: demo/shards/stage1" in run("framestream", "build", "--stage", "1", "--manifest", "demo/stage1")

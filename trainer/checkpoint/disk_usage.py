@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.trainer.model.cost import count_parameters
-from framestream.trainer.model.parts import PARTS
+from framestream.trainer.model.cost import count_parameters, count_trained
+from framestream.trainer.model.lora import adapted_parts
 
 GB = 1e9
 BYTES = {"bf16": 2, "fp32": 4}
@@ -18,14 +18,14 @@ def checkpoint_bytes(manifest: Manifest) -> int:
 
     Below ZeRO-3 DeepSpeed also stores the weights in the model's dtype. Frozen parts are not stored.
     """
-    train, counts = manifest.train, count_parameters(manifest)
-    trained = sum(counts[name] for name in PARTS if getattr(train, name).train)
+    train, trained = manifest.train, sum(count_trained(manifest).values())
     return trained * (12 + (BYTES[train.dtype] if train.zero_stage < 3 else 0))
 
 
 def final_bytes(manifest: Manifest) -> int:
-    """Return the bytes of the final weights of all parts."""
-    return sum(count_parameters(manifest).values()) * BYTES[manifest.train.dtype]
+    """Return the bytes of the final weights: of all parts, or with adapters of what is trained."""
+    counts = count_trained(manifest) if adapted_parts(manifest.train) else count_parameters(manifest)
+    return sum(counts.values()) * BYTES[manifest.train.dtype]
 
 
 def conversion_bytes(manifest: Manifest, world: int) -> int:
@@ -36,11 +36,17 @@ def conversion_bytes(manifest: Manifest, world: int) -> int:
     return checkpoint_bytes(manifest) * (2 * world + 1) // world
 
 
+def max_checkpoints(manifest: Manifest) -> int:
+    """Return how many checkpoints exist at once: those kept, the best of the validations, and one being written."""
+    return manifest.train.keep_last + bool(manifest.evaluate.every) + 1
+
+
 def describe_disk(manifest: Manifest) -> str:
     """Describe in one line what a run writes."""
-    size, keep = checkpoint_bytes(manifest) / GB, manifest.train.keep_last
+    size, most = checkpoint_bytes(manifest) / GB, max_checkpoints(manifest)
+    kept = f"train.keep_last: {manifest.train.keep_last}" + ", and the best" * bool(manifest.evaluate.every)
     return (
-        f"{size:,.3g} GB a checkpoint, at most {keep + 1} at once (train.keep_last: {keep}), "
+        f"{size:,.3g} GB a checkpoint, at most {most} at once ({kept}), "
         f"{final_bytes(manifest) / GB:,.3g} GB final weights"
     )
 
@@ -51,7 +57,7 @@ def check_disk(manifest: Manifest) -> str:
     Checkpoints that already exist count as free, because they are replaced.
     """
     run = Path(manifest.output)
-    needed = checkpoint_bytes(manifest) * (manifest.train.keep_last + 1) + final_bytes(manifest)
+    needed = checkpoint_bytes(manifest) * max_checkpoints(manifest) + final_bytes(manifest)
     existing = sum(path.stat().st_size for name in ("checkpoints", "final.part") for path in _files(run / name))
     return _short(run, needed - existing, "lower train.keep_last")
 

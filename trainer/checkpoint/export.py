@@ -3,7 +3,9 @@
     OUT/config.json, generation_config.json
     OUT/model.safetensors                 or shards of at most 5 GB with model.safetensors.index.json
     OUT/tokenizer.json, ...               the files of the run's tokenizer
-    OUT/*.py                              copied from the release, never run
+    OUT/*.py                              copied from the release, never run; or with ``self_contained`` our own
+    OUT/processor_config.json             with ``self_contained``: how videos and images become inputs
+    OUT/chat_template.jinja               with ``self_contained``: the template of training
     OUT/README.md                         the model card
 
 Names, values and dtype are those of the run. With tied embeddings there is no ``lm_head.weight``, as transformers saves
@@ -28,9 +30,14 @@ from framestream.pipeline.config.preprocessing import TextConfig
 from framestream.pipeline.tokenization.chat_template import ChatTemplate
 from framestream.pipeline.tokenization.tokenizer_files import TOKENIZER_FILES
 from framestream.pipeline.utils.atomic_io import fsync_path
-from framestream.trainer.checkpoint.model_card import MODEL_CARD_FILE, find_manifests, render_model_card
+from framestream.trainer.checkpoint.model_card import MODEL_CARD_FILE, render_model_card
+from framestream.trainer.checkpoint.released import is_released, open_released
+from framestream.trainer.checkpoint.training_history import find_history
+from framestream.trainer.model.lora import adapted_parts
 from framestream.trainer.model.parts import PARTS
 from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.standalone.export_files import write_standalone_files
+from framestream.trainer.weights.adapters import adapter_folder, merge_adapters, split_adapters
 from framestream.trainer.weights.hf_config import (
     HF_CODE_MODULE,
     NATIVE_MODEL_TYPE,
@@ -45,7 +52,7 @@ from framestream.trainer.weights.load import (
     parse_dtype,
     resolve_init_tensors,
 )
-from framestream.trainer.weights.runs import locate_path, locate_paths
+from framestream.trainer.weights.runs import describe_steps, is_pointer, locate_path, locate_paths
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
@@ -65,18 +72,26 @@ class ExportError(ValueError):
 
 
 def export(
-    checkpoint: Path, out: Path, release_files: Path | None = None, shard_bytes: int = SHARD_BYTES
+    checkpoint: Path,
+    out: Path,
+    release_files: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    self_contained: bool = False,
+    merge: bool = False,
 ) -> ReleaseConfig:
     """Write ``checkpoint`` to the folder ``out``, which appears complete or not at all.
 
     At most one shard is in memory at a time.
 
     Args:
-        checkpoint: a run's folder, its ``final`` folder, or one of its checkpoints of any number of ranks. Parts that
-            are frozen are in no checkpoint; they are read from ``init_from`` again.
+        checkpoint: a run's folder, its ``final`` folder, or one of its checkpoints of any number of ranks, also by the
+            file ``best`` or ``latest`` that names it. Parts that are frozen are in no checkpoint; they are read from
+            ``init_from`` again. With ``self_contained`` also a published checkpoint, or an export.
         out: folder to create.
         release_files: folder with the release's Python files, which are copied.
         shard_bytes: largest file.
+        self_contained: write code and settings with which transformers loads the folder and reads media files.
+        merge: merge adapters into the weights, as peft does. A run with adapters is exported in no other way.
 
     Returns:
         what was exported.
@@ -87,7 +102,18 @@ def export(
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ExportError(f"{out}: is there already and not an empty folder; name another --out or remove it")
     code = python_files(release_files) if release_files else []
-    settings, tensors = open_checkpoint(checkpoint)
+    if is_pointer(checkpoint):
+        checkpoint = _follow_pointer(checkpoint)
+    of_a_run = True
+    if self_contained and is_released(checkpoint):
+        settings, tensors, of_a_run = open_released(checkpoint)
+    else:
+        settings, tensors = open_checkpoint(checkpoint)
+    if has_adapters(checkpoint) != merge:
+        folders = [path for path in (checkpoint / "final" / "adapters", checkpoint / "adapters") if path.is_dir()]
+        kept = f" (in peft's layout in {folders[0]})" if folders else ""
+        fix = "it has no adapters; drop --merge" if merge else f"it has adapters{kept}; add --merge"
+        raise ExportError(f"{checkpoint}: {fix}")
     part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
@@ -96,8 +122,14 @@ def export(
         for path in code:
             shutil.copyfile(path, part / path.name)
         _write_json(part / "generation_config.json", build_generation_config(tokens, ends))
-        _write_json(part / "config.json", build_hf_config(settings, tokens))
-        card = render_model_card(settings, find_manifests(checkpoint))
+        config, history = build_hf_config(settings, tokens), find_history(checkpoint)
+        config[NATIVE_MODEL_TYPE] |= history.to_section()
+        if self_contained:
+            limit = settings.model.language_model.max_position_embeddings
+            sections = (settings.frames, settings.images, settings.text)
+            config |= write_standalone_files(part, *sections, limit, compressed=of_a_run)
+        _write_json(part / "config.json", config)
+        card = render_model_card(settings, history, self_contained)
         (part / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
         for path in (*part.iterdir(), part):
             fsync_path(path)
@@ -108,6 +140,15 @@ def export(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return settings
+
+
+def has_adapters(checkpoint: Path) -> bool:
+    """Return whether a run, its final weights or one of its checkpoints has adapters."""
+    for folder in (checkpoint / "final", checkpoint):
+        if (folder / "config.json").is_file():
+            return any(adapter_folder(folder, part).is_dir() for part in PARTS)
+    run = checkpoint if (checkpoint / "manifest.yaml").is_file() else checkpoint.resolve().parent.parent
+    return bool(adapted_parts(load_manifest(run / "manifest.yaml", stored=True).train))
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -143,14 +184,30 @@ def open_checkpoint(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]
         return _open_unfinished(folder, folder.resolve().parent.parent)
     if (folder / "checkpoints" / "latest").is_file():
         return _open_unfinished(None, folder)
-    raise ExportError(f"{folder}: no weights there; name a RUN, its RUN/final or one of its RUN/checkpoints/step-*")
+    fix = describe_steps(folder) or "no weights there; name a RUN, its RUN/final or one of its RUN/checkpoints/step-*"
+    raise ExportError(f"{folder}: {fix}")
+
+
+def _follow_pointer(pointer: Path) -> Path:
+    """Return the checkpoint that RUN/checkpoints/best or latest names."""
+    from framestream.trainer.checkpoint.state import CheckpointError, named_checkpoint
+
+    fix = f"name one of {pointer.parent}/step-*"
+    try:
+        checkpoint = named_checkpoint(pointer, fix, fix)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None
+    if checkpoint is None:
+        raise ExportError(f"{pointer}: is gone; {fix}")
+    return checkpoint
 
 
 def _open_final(folder: Path) -> tuple[ReleaseConfig, dict[str, LazyTensor]]:
     """Open final weights, as ``save_weights`` wrote them."""
     config, where = read_config(folder), str(folder / "config.json")
     if config.get("model_type") != NATIVE_MODEL_TYPE:
-        raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; name the `final` folder of a run")
+        fix = "name the `final` folder of a run, or convert a published checkpoint with --self-contained"
+        raise ExportError(f"{where}: model_type is {config.get('model_type')!r}; {fix}")
     settings = ReleaseConfig.from_config(config, _dtype_name(parse_dtype(config, where)), where)
     tokenizer = locate_path(settings.text.tokenizer, folder / "config.json")
     settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, tokenizer=tokenizer))
@@ -186,8 +243,12 @@ def _open_unfinished(folder: Path | None, run: Path) -> tuple[ReleaseConfig, dic
         tensors = trained_weights(checkpoint)
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
-    frozen = [part for part in PARTS if not getattr(manifest.train, part).train]
-    tensors |= resolve_init_tensors(model, manifest, frozen)
+    adapted = adapted_parts(manifest.train)
+    kept = [part for part in PARTS if part in adapted or not getattr(manifest.train, part).train]
+    start = resolve_init_tensors(model, manifest, kept)
+    for part, lora in adapted.items():
+        start = merge_adapters(start, part, split_adapters(tensors, part, lora.alpha), checkpoint)
+    tensors |= start
     wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
     if wrong:
         manifest_file = run / "manifest.yaml"

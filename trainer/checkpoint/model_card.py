@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from framestream.pipeline.config.manifest import Manifest, ManifestError, load_manifest
+from framestream.pipeline.config.training import PartConfig
 from framestream.pipeline.utils.yaml_parser import dump_yaml
+from framestream.trainer.checkpoint.training_history import TrainedRun, TrainingHistory
 from framestream.trainer.model.parts import PARTS
+from framestream.trainer.standalone.export_files import REQUIREMENTS
 from framestream.trainer.weights.hf_config import ReleaseConfig
-from framestream.trainer.weights.runs import locate_paths
-
-logger = logging.getLogger(__name__)
 
 MODEL_CARD_FILE = "README.md"
-MAX_STAGES = 16  #: runs that are followed from one to the one before
-_HUB_NAME = re.compile(r"(?:hf:)?([\w-][\w.-]*/[\w-][\w.-]*)(?:@[^:/\s]+)?(?::[^\s]+)?", re.ASCII)
 _LOADING = """\
 ## How to load it
 
@@ -31,54 +25,55 @@ model = load_pretrained(snapshot_download("OWNER/NAME"))
 `python -m trainer.chat --checkpoint FOLDER --manifest STAGE.yaml --video FILE --question TEXT` asks it about a video.
 The manifest is that of the stage. The layout is that of the published VideoChat-Flash checkpoints.
 """
+_SELF_CONTAINED = f"""\
+## How to use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model = AutoModelForCausalLM.from_pretrained("OWNER/NAME", trust_remote_code=True, dtype="auto")
+processor = AutoProcessor.from_pretrained("OWNER/NAME", trust_remote_code=True)
+content = [{{"type": "video", "video": "film.mp4"}}, {{"type": "text", "text": "What happens?"}}]
+chat = [{{"role": "user", "content": content}}]
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+answer = model.generate(**inputs.to(model.device), max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(answer, skip_special_tokens=True)[0])
+```
+
+It needs `pip install {" ".join(f"'{name}'" for name in REQUIREMENTS)}` and nothing else. The Python files here are part
+of framestream, and under the Apache License 2.0. Tensors have the names of the published VideoChat-Flash checkpoints.
+"""
 
 
-def render_model_card(settings: ReleaseConfig, manifests: Sequence[Manifest]) -> str:
+def render_model_card(settings: ReleaseConfig, history: TrainingHistory, self_contained: bool = False) -> str:
     """Return the card of exported weights. It has no license, which the user states, and no local path.
 
     Args:
         settings: of the weights.
-        manifests: of the run and of the runs before it, the newest first; none if they are not known.
+        history: of their training; empty if it is not known.
+        self_contained: the export has code with which transformers loads it.
     """
-    names = [name for manifest in manifests for name in _base_names(manifest)]
-    base = list(dict.fromkeys(names))
+    base, runs = list(history.base_models), history.runs
     front = {"pipeline_tag": "video-text-to-text", "tags": ["framestream", "video"]}
     if base:
         front = {"base_model": base, **front}
-    stage = f"stage {manifests[0].stage}" if manifests else "a stage that is not known"
     parts = [f"---\n{dump_yaml(front)}---\n\n# A video language model of framestream\n"]
     license_hint = "State `license:` in the front matter above: it follows from the base\nmodels and from the data."
-    parts.append(f"These are the weights of {stage}. {license_hint}\n")
+    parts.append(f"{_describe_source(runs)} {license_hint}\n")
     if base:
         parts.append("It was initialized from " + ", ".join(f"`{name}`" for name in base) + ".\n")
     parts.append(_table("Model", _describe_model(settings)))
-    parts += [_table(f"Training of stage {manifest.stage}", _describe_training(manifest)) for manifest in manifests]
-    return "\n".join([*parts, _LOADING])
+    for number, run in enumerate(runs):
+        place = f"run {len(runs) - number} of {len(runs)}, " if len(runs) > 1 else ""
+        parts.append(_table(f"Training: {place}stage {run.stage}", _describe_run(run)))
+    return "\n".join([*parts, _SELF_CONTAINED if self_contained else _LOADING])
 
 
-def find_manifests(checkpoint: Path) -> list[Manifest]:
-    """Return the manifests of a run and of the runs that it continues, as far as they are there, the newest first."""
-    found: list[Manifest] = []
-    folders = [checkpoint, checkpoint.parent, checkpoint.parent.parent]
-    path = next((folder / "manifest.yaml" for folder in folders if (folder / "manifest.yaml").is_file()), None)
-    while path is not None and path.is_file() and len(found) < MAX_STAGES:
-        try:
-            found.append(locate_paths(load_manifest(path, stored=True), path))
-        except ManifestError as error:
-            logger.warning("%s; the model card does not describe this run", error)
-            break
-        run = found[-1].init_from.run
-        path = Path(run) / "manifest.yaml" if run and ":" not in run else None
-    return found
-
-
-def _base_names(manifest: Manifest) -> list[str]:
-    """Return the hub names of initial weights. Files and folders of this machine are left out."""
-    start = manifest.init_from
-    names = [start.vision_tower, start.connector, start.run]
-    names = [start.language_model, *(name for name in names if name.startswith("hf:"))]
-    found = [_HUB_NAME.fullmatch(name) for name in names if not Path(name).exists()]
-    return [match[1] for match in found if match]
+def _describe_source(runs: Sequence[TrainedRun]) -> str:
+    if runs:
+        return f"These are the weights of stage {runs[0].stage}."
+    card = "The card of the folder that they were exported from may do so."
+    return f"These weights came without the manifest of their training, so this card does not describe it. {card}"
 
 
 def _describe_model(settings: ReleaseConfig) -> dict[str, object]:
@@ -93,15 +88,21 @@ def _describe_model(settings: ReleaseConfig) -> dict[str, object]:
     }
 
 
-def _describe_training(manifest: Manifest) -> dict[str, object]:
-    trained = {part: getattr(manifest.train, part) for part in PARTS}
+def _describe_run(run: TrainedRun) -> dict[str, object]:
     return {
-        "entries": len(manifest.data.entries),
-        "epochs": manifest.train.epochs,
-        "global batch": manifest.batching.global_batch,
-        "tokens of a row": manifest.text.max_tokens,
-        **{part: f"learning rate {value.lr:g}" if value.train else "frozen" for part, value in trained.items()},
+        "entries": run.entries,
+        "epochs": run.epochs,
+        "global batch": run.global_batch,
+        "tokens of a row": run.max_tokens,
+        **{part: _describe_part(getattr(run, part)) for part in PARTS},
     }
+
+
+def _describe_part(config: PartConfig) -> str:
+    rate = f"learning rate {config.lr:g}"
+    if config.lora:
+        return f"LoRA adapters of rank {config.lora.r}, alpha {config.lora.alpha:g}, merged; {rate}"
+    return rate if config.train else "frozen"
 
 
 def _table(heading: str, rows: dict[str, object]) -> str:

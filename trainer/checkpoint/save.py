@@ -2,13 +2,15 @@
 
     RUN/checkpoints/step-000100/     DeepSpeed's files, and state.json
     RUN/checkpoints/latest           the name of the newest complete checkpoint
+    RUN/checkpoints/best             that of the best validation, which is kept however old it is
 
 A checkpoint is written under a temporary name. Each rank syncs its own files, because rank 0 cannot sync those that
-another machine wrote. Then the checkpoint is renamed, and ``latest`` is replaced. So a run killed at any
-moment finds either the new checkpoint or the one before. Frozen parameters are not saved: they come from ``init_from``
-again. Random numbers need no state: they are functions of the seed and the position in the epoch
-(:mod:`framestream.trainer.training.drop_path_rng`), on any number of ranks. state.json has the digest of every file,
-which the rank that wrote the file computes. :mod:`framestream.trainer.checkpoint.load` reads checkpoints.
+another machine wrote. Then the checkpoint is renamed, ``best`` and ``latest`` are replaced, and old checkpoints are
+removed. So a run killed at any moment finds either the new checkpoint or the one before, and its best one. Frozen
+parameters are not saved: they come from ``init_from`` again. Random numbers need no state: they are functions of the
+seed and the position in the epoch (:mod:`framestream.trainer.training.drop_path_rng`), on any number of ranks.
+state.json has the digest of every file, which the rank that wrote the file computes.
+:mod:`framestream.trainer.checkpoint.load` reads checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from framestream.pipeline.utils.differences import describe_changes
 from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.records import RecordError, read_record, write_record
 from framestream.trainer.checkpoint.disk_usage import check_free, checkpoint_bytes
-from framestream.trainer.checkpoint.state import CheckpointError, rank_of_file, write_latest
+from framestream.trainer.checkpoint.state import (
+    CheckpointError,
+    best_checkpoint,
+    checkpoint_name,
+    rank_of_file,
+    write_pointer,
+)
 from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_sum, barrier, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -50,12 +58,17 @@ MUTABLE_FIELDS = {
     "train.profile_steps",
     "train.timeout_minutes",
     "train.check_calls",
+    "train.trackers",
+    "train.tracker_project",
     "train.compile",
+    "train.matmul_precision",
     "train.gradient_checkpointing",
     "train.persistence_threshold",
     "model.vision_tower.group_tokens",
     "model.vision_tower.group_clips",  # of checkpoints of earlier versions
 }
+
+COST = "batching.cost."  #: fields that are computed from the model where the manifest does not state them
 
 
 class WriteError(CheckpointError):
@@ -91,10 +104,13 @@ def check_settings(saved: dict[str, object], manifest: Manifest, path: Path) -> 
     """Check that the manifest has the settings ``saved`` with the checkpoint or the final weights at ``path``.
 
     Raises:
-        CheckpointError: names up to three fields that differ.
+        CheckpointError: names up to three fields that differ. ``batching.cost`` may follow from others, and is named
+            only if they are equal.
     """
+    now, words = checkpoint_settings(manifest), ("saved", "now")
     saved = {name: value for name, value in saved.items() if not _is_mutable(name)}
-    if shown := describe_changes(saved, checkpoint_settings(manifest), ("saved", "now")):
+    before, after = ({name: kept[name] for name in kept if not name.startswith(COST)} for kept in (saved, now))
+    if shown := describe_changes(before, after, words) or describe_changes(saved, now, words):
         raise CheckpointError(
             f"{path}: created with other settings ({shown}); "
             f"restore them, remove {manifest.output}, or set another output"
@@ -112,16 +128,25 @@ def raise_write_error(reason: str, context: DistributedContext) -> None:
 
 
 def save_checkpoint(
-    engine, run: Path, step: int, loader_state: dict, manifest: Manifest, context: DistributedContext
+    engine,
+    run: Path,
+    step: int,
+    loader_state: dict,
+    manifest: Manifest,
+    context: DistributedContext,
+    validation: dict | None = None,
 ) -> None:
     """Write checkpoint ``step``, the number of completed optimizer steps. All ranks call this and return together.
+
+    Args:
+        validation: state of the validations, of a run that has them. The checkpoint of its best step is kept.
 
     Raises:
         CheckpointError: the disk has no room. Nothing was written.
         WriteError: a file could not be written. The previous checkpoint stays the newest.
     """
     folder = run / "checkpoints"
-    name, part = f"step-{step:06d}", f"part-{step:06d}"
+    name, part = checkpoint_name(step), f"part-{step:06d}"
     reason = ""
     if context.is_main:
         _sweep(folder)
@@ -146,8 +171,9 @@ def save_checkpoint(
             "files": {path.name: path.stat().st_size for path in sorted((folder / part).iterdir())},
             "digests": digests,
         }
-        write_record(folder / part / "state.json", state)
-        _publish(folder, part, name, step, manifest.train.keep_last)
+        best_step = validation["best_step"] if validation else 0
+        write_record(folder / part / "state.json", state if validation is None else {**state, "validation": validation})
+        _publish(folder, part, name, step, manifest.train.keep_last, checkpoint_name(best_step) if best_step else "")
         logger.info("%s: saved checkpoint %s", manifest.name, folder / name)
     barrier()
 
@@ -177,19 +203,23 @@ def _sync_files(folder: Path, context: DistributedContext) -> dict[str, str]:
     return {name: digest for digests, _ in gathered for name, digest in digests.items()}
 
 
-def _publish(folder: Path, part: str, name: str, step: int, keep_last: int) -> None:
-    """Rename a checkpoint to its final name, point ``latest`` to it, and remove the oldest ones."""
+def _publish(folder: Path, part: str, name: str, step: int, keep_last: int, best: str) -> None:
+    """Rename a checkpoint to its final name, point ``latest`` to it, and remove the oldest ones but ``best``."""
     for path in (folder / part / "state.json", folder / part):
         fsync_path(path)
     if (folder / name).exists():  # written by a run that was killed before it updated ``latest``
         os.replace(folder / name, folder / f"{part}-old")
     os.replace(folder / part, folder / name)
     fsync_path(folder)
-    write_latest(folder / "latest", name)
+    if best:
+        write_pointer(folder / "best", best)
+    write_pointer(folder / "latest", name)
     _sweep(folder)
+    best = best or best_checkpoint(folder.parent)  # of a part of the run that was validated
     checkpoints = sorted((path for path in folder.glob("step-*") if _step(path) <= step), key=_step)
     for old in checkpoints[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != best:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _step(checkpoint: Path) -> int:

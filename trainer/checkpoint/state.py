@@ -2,13 +2,15 @@
 
     RUN/checkpoints/step-000100/state.json     step, ranks, loader state, settings, and size and digest of every file
     RUN/checkpoints/latest                     the name of the newest complete checkpoint
+    RUN/checkpoints/best                       that of the best validation, if the run is validated
 
-Both are records with a digest of their own content. ``latest`` may also be just the name, as a user writes it.
+All are records with a digest of their own content. ``latest`` may also be just the name, as a user writes it.
 Checkpoints that were written before there were digests are still read.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,19 @@ from framestream.pipeline.utils.records import RecordError, parse_record, read_r
 NAME = re.compile(r"step-(\d{6,12})")  #: of a checkpoint's folder
 OWN_FILE = re.compile(r"pp_rank_(\d{1,9})_")  #: in the names of DeepSpeed's files: the rank that writes one
 DICTIONARIES = ("loader", "settings", "files", "digests")  #: fields of state.json; older versions have no digests
+#: fields of ``validation`` in state.json, which runs without ``evaluate.every`` do not have
+VALIDATION: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "questions": int,
+    "step": int,
+    "scores": dict,
+    "best_step": int,
+    "best": (int, float, type(None)),
+    "stale": int,
+    "pending": (dict, type(None)),
+}
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -36,9 +51,28 @@ def rank_of_file(name: str, world: int) -> int:
     return int(found[1]) % world if found else 0
 
 
-def write_latest(pointer: Path, name: str) -> None:
-    """Let ``latest`` name a checkpoint."""
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def write_pointer(pointer: Path, name: str) -> None:
+    """Let ``latest`` or ``best`` name a checkpoint."""
     write_record(pointer, {"checkpoint": name})
+
+
+def best_checkpoint(run: Path) -> str:
+    """Return the name of the checkpoint of a run's best validation; empty if there is none, or ``best`` is damaged."""
+    fix = "the next validation writes it again"
+    try:
+        record = read_record(run / "checkpoints" / "best", "pointer to a checkpoint", fix, has_digest=True)
+    except FileNotFoundError:
+        return ""
+    except (OSError, RecordError) as error:
+        logger.warning("%s", error)
+        return ""
+    name = str(record.get("checkpoint"))
+    return name if NAME.fullmatch(name) else ""
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -48,7 +82,22 @@ def latest_checkpoint(run: Path) -> Path | None:
         CheckpointError: ``latest`` is damaged, or names no checkpoint.
     """
     pointer = run / "checkpoints" / "latest"
-    kind, fix = "pointer to a checkpoint", f"write the name of one of {pointer.parent}/step-* into it, or remove it"
+    fix = f"write the name of one of {pointer.parent}/step-* into it, or remove it"
+    return named_checkpoint(pointer, fix, f"remove {pointer} to start from the first step")
+
+
+def named_checkpoint(pointer: Path, fix: str, gone_fix: str) -> Path | None:
+    """Return the folder of the checkpoint that ``latest`` or ``best`` names, or None if there is no such file.
+
+    Args:
+        pointer: the file.
+        fix: what to do if it is damaged.
+        gone_fix: what to do if the checkpoint does not exist.
+
+    Raises:
+        CheckpointError: the file is damaged, or names no checkpoint.
+    """
+    kind = "pointer to a checkpoint"
     try:
         with open(pointer, "rb") as file:
             data = file.read(1 << 16)
@@ -67,9 +116,7 @@ def latest_checkpoint(run: Path) -> Path | None:
             raise CheckpointError(f"{pointer}: not a {kind}; {fix}")
     folder = pointer.parent / name
     if not (folder / "state.json").exists():
-        raise CheckpointError(
-            f"{pointer}: names {name}, which does not exist; remove {pointer} to start from the first step"
-        )
+        raise CheckpointError(f"{pointer}: names {name}, which does not exist; {gone_fix}")
     return folder
 
 
@@ -150,16 +197,29 @@ def _state_fault(state: dict[str, Any]) -> str:
     for name, low in (("step", 0), ("world", 1)):
         if not isinstance(state.get(name), int) or not low <= state[name] < 10**9:
             return f"{name} is {state.get(name)!r:.40}"
-    if unknown := state.keys() - {"step", "world", *DICTIONARIES}:
+    if unknown := state.keys() - {"step", "world", "validation", *DICTIONARIES}:
         return f"unknown field {sorted(unknown)[0]!r:.40}"
     for name in DICTIONARIES if "digests" in state else DICTIONARIES[:3]:
         if not isinstance(state.get(name), dict):
             return f"{name} is {state.get(name)!r:.40}"
+    if "validation" in state and (fault := _validation_fault(state["validation"])):
+        return fault
     for name, size in state["files"].items():
         if "/" in name or name in ("", ".", "..") or not isinstance(size, int):
             return f"files: {name!r:.40}"
     digests = state.get("digests")
     return "" if digests is None or digests.keys() == state["files"].keys() else "files without a digest"
+
+
+def _validation_fault(validation: Any) -> str:
+    if not isinstance(validation, dict) or validation.keys() != VALIDATION.keys():
+        return "validation has other fields"
+    for name, types in VALIDATION.items():
+        if not isinstance(validation[name], types) or isinstance(validation[name], bool):
+            return f"validation: {name} is {validation[name]!r:.40}"
+    if min(validation["step"], validation["best_step"], validation["stale"]) < 0:
+        return "validation: a number is negative"
+    return "validation: best is missing" if validation["best_step"] and validation["best"] is None else ""
 
 
 def _step(checkpoint: Path) -> int:

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 
 from framestream.pipeline.utils.command_line import EXIT_STOPPED
+from framestream.pipeline.utils.interrupts import signal_handlers
 from framestream.trainer.distributed.launchers import EXIT_PREEMPTED, PREEMPTION_SIGNALS, RESUME_HINT
 from framestream.trainer.distributed.process_group import DistributedContext, all_reduce_max_int
 
@@ -35,35 +36,45 @@ class Preempted(Exception):
 
 
 class PreemptionHandler:
-    """Handles both signals, and Ctrl-C, for the rest of the process. Further signals of preemption have no effect."""
+    """Handles both signals, and Ctrl-C, in a ``with`` block. Further signals of preemption have no effect."""
 
     def __init__(self) -> None:
         self._signal = 0
         self._deferred = False
-        for number in PREEMPTION_SIGNALS:
-            signal.signal(number, self._handle)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._arrivals, arrive = os.pipe()
+        self._block = contextlib.ExitStack()
+
+    def __enter__(self) -> PreemptionHandler:
+        handlers = dict.fromkeys(PREEMPTION_SIGNALS, self._handle)
+        self._block.enter_context(signal_handlers({**handlers, signal.SIGINT: signal.default_int_handler}))
+        arrivals, arrive = os.pipe()
         os.set_blocking(arrive, False)
-        signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        self._block.callback(os.close, arrive)
+        self._block.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(arrive, warn_on_full_buffer=False))
+        threading.Thread(target=self._watch, args=(arrivals,), daemon=True, name="signals").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_first, self._signal = not self._signal, self._signal or number
         if is_first and not self._deferred:
             raise Preempted(signal.Signals(number).name)
 
-    def _watch(self) -> None:
+    def _watch(self, arrivals: int) -> None:
         """End the process at a signal that it does not react to. Runs in a thread, which the interpreter wakes."""
         preempted = False
-        while True:
-            number = os.read(self._arrivals, 1)[0]
+        while arrived := os.read(arrivals, 1):
+            number = arrived[0]
             if number in PREEMPTION_SIGNALS and not preempted:
                 preempted = True
                 if not self._deferred:
                     _end_process(f"stopped by {signal.Signals(number).name}", EXIT_PREEMPTED)
             elif number == signal.SIGINT:
                 _end_process("stopped", EXIT_STOPPED)
+        os.close(arrivals)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

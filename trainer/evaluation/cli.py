@@ -34,7 +34,10 @@ def build_parser(prog: str, description: str, manifest: str, results: str) -> ar
     parser.add_argument(
         "--checkpoint", type=path_option, help="a finished run, or a folder of weights (default: the manifest's run)"
     )
-    parser.add_argument("--out", type=path_option, help=f"file of results to write (default: RUN/{results})")
+    of_the_run = "of the run that is scored; other weights need it"
+    parser.add_argument(
+        "--out", type=path_option, help=f"file of results to write (default: RUN/{results} {of_the_run})"
+    )
     parser.add_argument("--html", type=path_option, help="also write the results as a page to this file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a manifest field")
     return parser
@@ -66,17 +69,19 @@ def run_command(
     from framestream.pipeline.config.manifest import load_manifest
     from framestream.trainer.distributed.launchers import LaunchError
     from framestream.trainer.evaluation.rank_pool import join_ranks
-    from framestream.trainer.weights.runs import locate_paths
+    from framestream.trainer.weights.runs import locate_paths, warn_of_frame_size
 
     def run(ranks: RankPool) -> int:
         manifest = locate_paths(load_manifest(options.manifest, options.set), Path(options.manifest))
-        out = options.out or Path(manifest.output) / name(options)
+        weights = _resolve_weights(options, manifest)
+        out = options.out or _folder_of_results(options, manifest, weights) / name(options)
         with contextlib.ExitStack() as stack:
             if ranks.is_main:
                 for path in filter(None, (out, options.html)):
                     _check_writable(path)
                 stack.enter_context(_lock_results(out))
-            result = score(options, manifest, _resolve_weights(options, manifest), ranks)
+                warn_of_frame_size(weights, manifest)
+            result = score(options, manifest, weights, ranks)
             if result is None:
                 return 0
             result["command"] = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
@@ -143,7 +148,7 @@ def _write(
     except OSError as error:
         print(f"error: {describe_os_error(error)}; the results cannot be written, name another file", file=sys.stderr)
         return 1
-    for line in (*table(result), *_notes(result), *written):
+    for line in (*table(result), *_notes(result, out), *written):
         print(line)
     return 0
 
@@ -197,15 +202,57 @@ def _resolve_weights(options: argparse.Namespace, manifest: Manifest) -> Path:
         ) from None
 
 
-def _notes(result: dict) -> Iterator[str]:
-    """Yield a line for each kind of question that was not asked or cannot be answered correctly."""
+def _folder_of_results(options: argparse.Namespace, manifest: Manifest, weights: Path) -> Path:
+    """Return the folder of the run that is scored, where its results are written without ``--out``.
+
+    Raises:
+        ManifestError: the weights belong to no run.
+        WeightsError: their config.json is damaged.
+    """
+    from framestream.pipeline.config.manifest import ManifestError
+    from framestream.trainer.weights.runs import run_of_weights
+
+    if not options.checkpoint:
+        return Path(manifest.output)
+    run = run_of_weights(weights)
+    if run is None:
+        raise ManifestError(
+            f"{options.checkpoint}: these weights belong to no run; name the file of results with --out"
+        )
+    return run
+
+
+def _notes(result: dict, out: Path) -> Iterator[str]:
+    """Yield a line for more frames than were trained, and for each kind of question without a fair answer.
+
+    Args:
+        result: the object of the file of results.
+        out: the file of results.
+    """
+    if result["max_frames"] > result["trained_frames"]:
+        yield (
+            f"videos are shown with up to {result['max_frames']:,} frames; "
+            f"the model was trained with at most {result['trained_frames']:,}"
+        )
     if result["without_partner"]:
         families = ", ".join(result["without_partner"])
-        yield f"not asked, because no other question of the family has another answer (no blind control): {families}"
+        yield (
+            f"{result['not_asked']:,} not asked, because no other question of the family has another answer and media "
+            f"that do not contain what is asked about (no blind control): {families}"
+        )
+    if result["without_blind"]:
+        families = ", ".join(result["without_blind"])
+        yield (
+            "no blind control, because no question of the family has another answer and media that do not contain "
+            f"what is asked about: {families}"
+        )
     if result["too_long"]:
         yield (
             f"{result['too_long']} expected answers have more tokens than evaluate.max_new_tokens: "
             "generation cannot answer them correctly"
         )
     if result["unreadable"]:
-        yield f"{len(result['unreadable'])} questions left out; the first: {result['unreadable'][0]}"
+        yield (
+            f"{len(result['unreadable']):,} left out, each with its reason in `unreadable` of {out}; "
+            f"the first: {result['unreadable'][0]}"
+        )

@@ -13,6 +13,9 @@ from framestream.trainer.evaluation.scores_html import SCORE_FILTERS
 def haystack_values(result: dict) -> dict[str, Any]:
     """Return what the templates show of the object of haystack.json."""
     rows = [row for row in result["families"] if row["method"] == "generation"]
+    result = {"chains": [], "costs": [], **result}
+    if not rows:
+        return {"haystack": result, "maps": []}
     frames, depths = (sorted({row[name] for row in rows}) for name in ("frames", "depth"))
     columns, lines = [f"{count:,}" for count in frames], [f"{depth:g} %" for depth in depths]
     maps = []

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from framestream.trainer.evaluation.answer_rules import normalize_answer, parse_option, reply_letter
 
+if TYPE_CHECKING:
+    from framestream.pipeline.evaluation.questions import MediaContents
+
 RESAMPLES = 2000  #: bootstrap resamples
 MAX_PARTNERS = 4  #: partners of a question
+IOU_THRESHOLDS = (0.3, 0.5, 0.7)  #: of R@1, for answers that are intervals
+GOOD_IOU = 0.5  #: from which an answer that is an interval counts as right where it is shown
 CONTROLS = ("blind", "shuffled")  #: other frames, and the same frames in another order
+
+
+def is_good_iou(iou: float) -> bool:
+    """Return whether an answer that is an interval counts as right where it is shown."""
+    return iou >= GOOD_IOU
 
 
 def is_correct(reply: str, answer: str) -> bool:
@@ -35,26 +46,35 @@ def answer_key(answer: str) -> str:
     return f"({option[0]})" if option else normalize_answer(answer)
 
 
-def blind_partners(families: Sequence[str], answers: Sequence[str], shown: Sequence[int], seed: int) -> list[list[int]]:
+def blind_partners(
+    families: Sequence[str], answers: Sequence[str], contents: Sequence[MediaContents], seed: int
+) -> list[list[int]]:
     """Choose for each question up to :data:`MAX_PARTNERS` others of its family with a different answer.
 
     The first one is used; the others replace it if its media cannot be shown. Partners are chosen uniformly from the
-    questions that show at least as many media. A question without media has no partner.
+    questions that show at least as many media, and nothing of what the question is about. A question without media has
+    no partner.
 
     Args:
         families, answers: of each question.
-        shown: number of media of each question.
+        contents: what the media of each question contain.
         seed: of the random choice.
     """
     rng = np.random.default_rng(seed)
     by_family: dict[str, list[int]] = {}
     for i, family in enumerate(families):
         by_family.setdefault(family, []).append(i)
+    showing: dict[Hashable, set[int]] = {}
+    for i, media in enumerate(contents):
+        for item in media.shown:
+            showing.setdefault(item, set()).add(i)
     partners: list[list[int]] = []
     keys = [answer_key(answer) for answer in answers]
-    for family, key, count in zip(families, keys, shown, strict=True):
-        family_others = by_family[family] if count else []
-        others = [j for j in family_others if keys[j] != key and shown[j] >= count]
+    for family, key, media in zip(families, keys, contents, strict=True):
+        family_others = by_family[family] if media.items else []
+        others = [j for j in family_others if keys[j] != key and contents[j].items >= media.items]
+        for item in media.asked:
+            others = [j for j in others if j not in showing.get(item, ())]
         partners.append(rng.permutation(others)[:MAX_PARTNERS].tolist() if others else [])
     return partners
 
@@ -67,32 +87,50 @@ def bootstrap_ci(values: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarize(family: str, method: str, correct: np.ndarray, controls: Mapping[str, np.ndarray], seed: int) -> dict:
-    """Compute the accuracy of one family and of its controls, in percent, with intervals.
+def summarize(
+    family: str,
+    method: str,
+    correct: np.ndarray,
+    controls: Mapping[str, np.ndarray | None],
+    seed: int,
+    name: str = "accuracy",
+) -> dict:
+    """Compute the mean score of one family and of its controls, in percent, with intervals.
 
-    A gain is the accuracy minus that of a control. Its interval resamples both answers of a question together.
+    A gain is the score minus that of a control. Its interval resamples both answers of a question together.
 
     Args:
         family: name of the family.
-        method: ``generation`` or ``likelihood``.
-        correct: (n,) whether each question is answered correctly with its own frames.
-        controls: the same under some of :data:`CONTROLS`, by name.
+        method: ``generation`` or ``likelihood``, or ``intervals``.
+        correct: (n,) whether each question is answered correctly with its own frames, or its score in [0, 1].
+        controls: the same under some of :data:`CONTROLS`, by name. None for one that the family does not have: its
+            fields are None.
         seed: of the bootstrap.
+        name: of the mean score in the row.
 
     Returns:
         one row of ``families`` in evaluation.json.
     """
     row: dict = {"family": family, "method": method, "questions": len(correct)}
-    _add_mean(row, "accuracy", "", correct, seed)
-    for name, control in controls.items():
-        _add_mean(row, name, f"{name}_", control, seed)
-        gain = "gain" if name == "blind" else f"{name}_gain"
-        _add_mean(row, gain, f"{gain}_", correct.astype(float) - control.astype(float), seed)
+    _add_mean(row, name, "", correct, seed)
+    for condition, control in controls.items():
+        _add_mean(row, condition, f"{condition}_", control, seed)
+        gain = "gain" if condition == "blind" else f"{condition}_gain"
+        difference = None if control is None else correct.astype(float) - control.astype(float)
+        _add_mean(row, gain, f"{gain}_", difference, seed)
     return row
 
 
-def _add_mean(row: dict, name: str, prefix: str, values: np.ndarray, seed: int) -> None:
+def format_points(value: float | None) -> str:
+    """Format a number of ``families`` or ``grounding`` with one decimal; ``none`` for a control that was not asked."""
+    return "none" if value is None else f"{value:.1f}"
+
+
+def _add_mean(row: dict, name: str, prefix: str, values: np.ndarray | None, seed: int) -> None:
     """Add the mean of ``values`` in percent as ``name``, and its interval as ``low`` and ``high`` with ``prefix``."""
+    if values is None:
+        row |= dict.fromkeys((name, f"{prefix}low", f"{prefix}high"))
+        return
     values = values.astype(float)
     low, high = bootstrap_ci(values, seed)
     row[name] = 100 * float(values.mean())

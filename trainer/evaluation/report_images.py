@@ -83,8 +83,9 @@ def choose_example(examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the first example with the most frames that is answered correctly, and wrongly when blind."""
 
     def telling(example: Mapping[str, Any]) -> tuple[bool, int]:
-        given, blind = (is_correct(example[name], example["expected"]) for name in ("given", "blind_given"))
-        return given and not blind, len(example["frames_jpeg"])
+        expected, blind = example["expected"], example["blind_given"]
+        sees = blind is not None and is_correct(example["given"], expected) and not is_correct(blind, expected)
+        return sees, len(example["frames_jpeg"])
 
     return max(examples, key=telling)
 
@@ -100,6 +101,7 @@ def write_answer(path: Path, example: Mapping[str, Any]) -> None:
     image.paste(sheet, (MARGIN, MARGIN + LINE))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(18)
     draw.text((MARGIN, MARGIN - 6), f"Question: {example['question']}", fill="black", font=font)
-    answers = f"Answer: {example['given']}    expected: {example['expected']}    blind: {example['blind_given']}"
+    blind = "none" if example["blind_given"] is None else example["blind_given"]
+    answers = f"Answer: {example['given']}    expected: {example['expected']}    blind: {blind}"
     draw.text((MARGIN, MARGIN + LINE + sheet.height + 4), answers, fill="black", font=font)
     image.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)

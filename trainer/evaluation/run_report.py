@@ -23,7 +23,9 @@ from framestream.pipeline.html.svg import COLORS, Line, format_duration, format_
 from framestream.pipeline.shards.ledger import REASONS
 from framestream.pipeline.utils.command_line import describe_os_error
 from framestream.trainer.evaluation.haystack_html import haystack_values
+from framestream.trainer.evaluation.metrics import IOU_THRESHOLDS
 from framestream.trainer.evaluation.run_files import (
+    BLIND_FIELDS,
     LARGEST,
     ReportError,
     read_log,
@@ -34,6 +36,7 @@ from framestream.trainer.evaluation.run_files import (
 from framestream.trainer.evaluation.scores_html import BAR_COLORS, SCORE_FILTERS, scores_values
 
 PART_COLORS = {"vision_tower": COLORS[0], "connector": COLORS[1], "language_model": COLORS[2]}
+FAMILY_COLORS = (*COLORS, "#c2255c", "#0b7285", "#846358", "#7b8a1d", "#495057", "#e8a100", "#4fa3d1", "#b07aa1")
 SMOOTHING = 0.2  #: weight of the newest step in the loss's moving average
 EDGE_STEPS = 10  #: steps averaged for a first and a last loss, at most half of them
 EXAMPLES_PER_REASON = 5  #: dialogues of the ledger that are shown
@@ -93,7 +96,7 @@ def _manifest(path: Path) -> dict:
         raise
     except (ValueError, TypeError, RecursionError):
         raise ReportError(fault) from None
-    sections = ("train", "frames", "init_from")
+    sections = ("train", "frames", "init_from", "evaluate")
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name, {}), dict) for name in sections):
         raise ReportError(fault)
     parts = [manifest.get("train", {}).get(part, {}) for part in PART_COLORS]
@@ -106,12 +109,19 @@ def _manifest(path: Path) -> dict:
 
 
 def _scores(path: Path) -> dict:
-    return read_scores(path, "evaluate", score_fields("blind", "shuffled"), ())
+    grounding = score_fields("blind", "shuffled", name="miou") | {"unparsed": (0, LARGEST)}
+    grounding |= {f"recall_{at}": (0, 100) for at in IOU_THRESHOLDS}
+    fields = score_fields("blind", "shuffled")
+    return read_scores(path, "evaluate", fields, (), {"grounding": grounding}, BLIND_FIELDS)
 
 
 def _needles(path: Path) -> dict:
     fields = score_fields("blind") | {"frames": (1, LARGEST), "depth": (0, 100)}
-    return {"trained_frames": "", **read_scores(path, "haystack", fields, ("trained", "deepest"))}
+    chains = score_fields("blind") | {"frames": (1, LARGEST), "chains": (1, LARGEST), "all_correct": (0, LARGEST)}
+    costs: dict[str, tuple[float, float]] = dict.fromkeys(("frames", "seconds", "peak_memory"), (0, LARGEST))
+    costs["prompts"] = (1, LARGEST)
+    names, lists = ("trained", "deepest"), {"chains": chains, "costs": costs}
+    return {"trained_frames": "", **read_scores(path, "haystack", fields, names, lists)}
 
 
 def render(runs: list[Run]) -> str:
@@ -154,6 +164,7 @@ def summary(run: Run) -> dict:
         "mfu": 100 * _time_mean(steps, "mfu", seconds) if steps[-1].get("mfu") is not None else None,
         "peak_memory": max(record.get("peak_memory", 0) for record in steps) / GIB,
         "not_finite": steps[-1].get("not_finite", 0),
+        "best": _best_validation(run),
         "noted": len(run.ledger),
         "ledger": ledger_rows(run.ledger),
     }
@@ -176,14 +187,21 @@ def ledger_rows(ledger: list[dict]) -> list[dict]:
 
 
 def charts(run: Run) -> list[Markup]:
-    """Draw a run's curves: loss, learning rates, throughput, waiting for data, MFU, memory and gradient norm."""
+    """Draw a run's curves: loss, validations, learning rates, throughput, waiting, MFU, memory and gradient norm."""
     finite = [(record["step"], record["loss"]) for record in run.steps if record["loss"] is not None]
     curves = []
     if finite:
         steps, losses = zip(*finite, strict=True)
         each = Line("each step", steps, losses, "#9db9ea", faint=True)
         smooth = Line("moving average", steps, _moving_average(list(losses)))
-        curves.append(line_chart("loss", [each, smooth], low=0.0 if min(losses) >= 0 else None))
+        held_out = _validation_lines(run, {"val_loss": "validation"})
+        curves.append(line_chart("loss", [each, smooth, *held_out], low=0.0 if min(losses) >= 0 else None))
+    if scores := _validation_lines(
+        run, {"val_accuracy": "accuracy", "val_likelihood": "most likely option", "val_miou": "mIoU"}
+    ):
+        curves.append(line_chart("validation, %", scores, low=0.0))
+    if families := _family_lines(run):
+        curves.append(line_chart("validation by family, %", families, low=0.0))
     parts = sorted({part for record in run.steps for part in record.get("lr", {})}, key=list(PART_COLORS).index)
     if parts:
         curves.append(line_chart("learning rate", _rate_lines(run, parts), low=0.0))
@@ -207,6 +225,37 @@ def charts(run: Run) -> list[Markup]:
 def _frames(frames: dict) -> str:
     count = str(frames["min"]) if frames["min"] == frames["max"] else f"{frames['min']} to {frames['max']}"
     return f"{count} at {frames['size']} px, {frames['sampler']}"
+
+
+def _validation_lines(run: Run, names: dict[str, str]) -> list[Line]:
+    """Draw a line for each of ``names``, a field of validated steps and its name in the legend."""
+    lines = []
+    for (field, name), color in zip(names.items(), COLORS[1:], strict=False):
+        known = [(record["step"], record[field]) for record in run.steps if record.get(field) is not None]
+        if known:
+            x, values = zip(*known, strict=True)
+            lines.append(Line(name, x, values, color))
+    return lines
+
+
+def _family_lines(run: Run) -> list[Line]:
+    """Draw a line for each family of validated questions."""
+    validated = [record for record in run.steps if record.get("val_families")]
+    lines = []
+    for i, family in enumerate(sorted({name for record in validated for name in record["val_families"]})):
+        known = [(r["step"], r["val_families"][family]) for r in validated if family in r["val_families"]]
+        x, values = zip(*known, strict=True)
+        lines.append(Line(family, x, values, FAMILY_COLORS[i % len(FAMILY_COLORS)]))
+    return lines
+
+
+def _best_validation(run: Run) -> str:
+    """Say which step was the best of the last validation; empty if the run has none."""
+    best = next((record for record in reversed(run.steps) if record.get("val_best_step") is not None), None)
+    if best is None or best.get("val_best") is None:
+        return ""
+    name = run.manifest.get("evaluate", {}).get("best", "loss")
+    return f"best validation after step {best['val_best_step']:,}: {name} {best['val_best']:.4g}"
 
 
 def _rate_lines(run: Run, parts: list[str]) -> list[Line]:

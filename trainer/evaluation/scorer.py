@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.pipeline.evaluation.questions import QuestionSource
+from framestream.pipeline.evaluation.intervals import VideoClock
+from framestream.pipeline.evaluation.questions import QuestionSource, count_rejected
 from framestream.pipeline.loading.batch import Batch
-from framestream.pipeline.media.errors import MediaError
-from framestream.pipeline.media.jpeg import encode_jpeg
 from framestream.pipeline.shards.index import ShardsError
+from framestream.trainer.evaluation.cost_meter import Cost, CostMeter, merge_costs
+from framestream.trainer.evaluation.examples import (
+    EXAMPLES_PER_FAMILY,
+    UNREADABLE,
+    first_of_each_family,
+    make_examples,
+)
+from framestream.trainer.evaluation.grounding import (
+    GroundingScore,
+    read_clock,
+    score_replies,
+    summarize_grounding,
+)
 from framestream.trainer.evaluation.metrics import CONTROLS, blind_partners, is_correct, summarize
 from framestream.trainer.evaluation.rank_pool import RankPool, single_process
 from framestream.trainer.inference.generation import generate_from_prefill, prefill
 from framestream.trainer.inference.likelihood import loglikelihood
 from framestream.trainer.inference.vision_cache import VisionFeatureCache
 from framestream.trainer.weights.load import load_pretrained
+from framestream.trainer.weights.runs import trained_frames
 
-EXAMPLES_PER_FAMILY = 3  #: questions that are shown with their frames
-EXAMPLE_FRAMES = 16  #: most frames of an example
 MAX_UNITS = 256  #: of work for ranks to take; fewer and larger ones encode fewer videos twice
-UNREADABLE = (OSError, ValueError, MediaError)  #: errors of one question's media or text; the question is left out
 
 #: what a prompt is made of: the condition, the question, and the others of its family whose media may be shown blind
 Work = tuple[str, int, Sequence[int]]
@@ -60,6 +67,8 @@ class Evaluator:
     Attributes:
         answers: by condition: ``own`` and the controls. On rank 0 they are those of all ranks after :meth:`run`.
         unreadable: questions that cannot be shown, by number, with the reason; as ``answers``.
+        clocks: of the questions whose answers are intervals, by number; as ``answers``.
+        costs: of the prompts, by the questions' cost group; as ``answers``.
     """
 
     def __init__(
@@ -74,6 +83,10 @@ class Evaluator:
         self._model = load_pretrained(checkpoint, manifest.frames.size).to(ranks.device)
         self.answers = {condition: Answers() for condition in ("own", *controls)}
         self.unreadable: dict[int, str] = {}
+        self.clocks: dict[int, VideoClock] = {}
+        self.costs: dict[str, Cost] = {}
+        self._encode = VisionFeatureCache(self._model.vision_tower, ranks.device)
+        self._meter = CostMeter(ranks.device)
         self._records: list[tuple[str, int, str, str | None]] = []  # condition, question, generated, most likely
         self._faults: list[tuple[str, int, str]] = []  # condition, question, reason
 
@@ -82,6 +95,7 @@ class Evaluator:
 
         Args:
             partners: question -> others of its family. Blind, the media of the first that can be shown are shown.
+                A question without others is not asked blind.
 
         Returns:
             whether this is rank 0, which has the answers of all ranks.
@@ -89,19 +103,21 @@ class Evaluator:
         Raises:
             RankFailedError: another rank failed.
         """
-        work = [(condition, i, others) for i, others in partners.items() for condition in self.answers]
+        asked = ((condition, i, others) for i, others in partners.items() for condition in self.answers)
+        work = [(condition, i, others) for condition, i, others in asked if others or condition != "blind"]
         units = self._units(work)
         hidden = None if self._ranks.is_main else True
         with tqdm(total=len(work), desc="questions", unit="question", dynamic_ncols=True, disable=hidden) as bar:
             for number in self._ranks.take(len(units)):
                 # several questions are about one video; a unit knows none of those before it, whoever answers them
-                self._model.vision_cache = VisionFeatureCache(self._model.vision_tower, self._ranks.device)
+                self._encode = VisionFeatureCache(self._model.vision_tower, self._ranks.device)
                 for batch in units[number]:
-                    self._answer(batch)
+                    with self._meter.measure(self._questions.cost_group(batch[0][1]), len(batch)):
+                        self._answer(batch)
                     bar.update(self._ranks.add_done(len(batch)) - bar.n)
-            parts = self._ranks.collect(
-                {"records": self._records, "faults": self._faults}, lambda done: bar.update(done - bar.n)
-            )
+            found: dict[str, Any] = {"records": self._records, "faults": self._faults}
+            found |= {"clocks": list(self.clocks.items()), "costs": self._meter.to_dict()}
+            parts = self._ranks.collect(found, lambda done: bar.update(done - bar.n))
         if parts is None:
             return False
         self._merge(parts, partners)
@@ -122,10 +138,12 @@ class Evaluator:
         longest: dict[str, int] = {}
         for length, name in zip(lengths, media, strict=True):
             longest[name] = max(length, longest.get(name, 0))
-        order = sorted(range(len(work)), key=lambda n: (-longest[media[n]], media[n], -lengths[n]))
+        groups: dict[str, list[Work]] = {}
+        for n in sorted(range(len(work)), key=lambda n: (-longest[media[n]], media[n], -lengths[n])):
+            groups.setdefault(self._questions.cost_group(work[n][1]), []).append(work[n])
         size = self._manifest.evaluate.batch
-        batches = [[work[n] for n in order[start : start + size]] for start in range(0, len(order), size)]
-        joined = -(-len(batches) // MAX_UNITS)
+        batches = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+        joined = max(1, -(-len(batches) // MAX_UNITS))
         return [batches[start : start + joined] for start in range(0, len(batches), joined)]
 
     def _merge(self, parts: Sequence[dict], partners: Iterable[int]) -> None:
@@ -137,6 +155,8 @@ class Evaluator:
                 if most_likely is not None:
                     self.answers[condition].most_likely[i] = most_likely
             faults.update({(condition, i): reason for condition, i, reason in part["faults"]})
+            self.clocks.update({i: VideoClock(*clock) for i, clock in part["clocks"]})
+        self.costs = merge_costs(part["costs"] for part in parts)
         for i in partners:
             if reasons := [faults[condition, i] for condition in self.answers if (condition, i) in faults]:
                 self.unreadable[i] = reasons[0]
@@ -147,7 +167,9 @@ class Evaluator:
         fault = ""
         for media_of in others if condition == "blind" else (None,):
             try:
-                return self._questions.prompt(i, media_of, shuffle)
+                if condition == "own" and (clock := read_clock(self._questions, i)):
+                    self.clocks[i] = clock
+                return self._questions.prompt(i, media_of, shuffle, self._encode)
             except UNREADABLE as error:
                 fault = " ".join(str(error).split())
         if condition == "blind":
@@ -159,7 +181,7 @@ class Evaluator:
         """Answer one batch."""
         built = ((condition, i, self._prompt(condition, i, others)) for condition, i, others in work)
         device = self._ranks.device
-        prompts = [(condition, i, _without_pixels_to(row, device)) for condition, i, row in built if row is not None]
+        prompts = [(condition, i, row.to(device)) for condition, i, row in built if row is not None]
         if not prompts:
             return
         state = prefill(self._model, [row for _, _, row in prompts])
@@ -177,12 +199,6 @@ class Evaluator:
             self._records.append((condition, i, text, most_likely.get(n)))
 
 
-def _without_pixels_to(row: Batch, device: torch.device) -> Batch:
-    """Return a copy with all tensors but the pixels on ``device``: the vision cache copies those that are new."""
-    small = dataclasses.replace(row, clips=row.clips[:0], image_tiles=row.image_tiles[:0]).to(device)
-    return dataclasses.replace(small, clips=row.clips, image_tiles=row.image_tiles)
-
-
 def evaluate(
     manifest: Manifest,
     checkpoint: Path,
@@ -191,8 +207,12 @@ def evaluate(
     controls: Sequence[str] = CONTROLS,
     examples: int = EXAMPLES_PER_FAMILY,
     ranks: RankPool | None = None,
+    needs_blind: bool = False,
 ) -> dict | None:
     """Answer every question with its own frames and under ``controls``.
+
+    A family in which no question has a blind partner has no blind control. In other families, questions that have none
+    are left out, so that both scores are those of the same questions.
 
     Args:
         manifest: of the model and the questions.
@@ -202,6 +222,7 @@ def evaluate(
         controls: some of :data:`framestream.trainer.evaluation.metrics.CONTROLS`, ``blind`` at least.
         examples: questions of each family that are shown with their frames.
         ranks: share the questions; this process alone answers them if None.
+        needs_blind: leave out families that have no blind control.
 
     Returns:
         the object of evaluation.json on rank 0, None on the others.
@@ -212,24 +233,42 @@ def evaluate(
         WeightsError: the weights cannot be read.
     """
     usable, misfits = _split_usable(questions)
-    chosen = _first_of_each_family(questions, usable, limit)
-    partners = _choose_partners(questions, usable, chosen, manifest.seed)
+    chosen = first_of_each_family(questions, usable, limit)
+    partners = _choose_partners(questions, usable, chosen, manifest.seed, needs_blind)
     evaluator = Evaluator(manifest, checkpoint, questions, controls, ranks or single_process())
     if not evaluator.run(partners):
         return None
     scored = [i for i in partners if i not in evaluator.unreadable]
     if not scored:
-        why = next(iter(evaluator.unreadable.values()), "none has a partner of its family with another answer")
-        raise ShardsError(f"no question can be scored: {why}")
-    return {
+        if left_out := [*evaluator.unreadable.values(), *misfits]:
+            raise ShardsError(f"no question can be scored: {count_rejected(left_out)}")
+        raise ShardsError(
+            "no question can be scored: each needs media, and another question of its family, with another answer and "
+            "with media that do not contain what it is about (the blind control)"
+        )
+    grounded = {
+        i: score_replies(questions[i], evaluator.clocks[i], replies)
+        for i, replies in ((i, _replies(i, evaluator.answers)) for i in scored if i in evaluator.clocks)
+    }
+    others = [i for i in scored if i not in grounded]
+    own, blind = (evaluator.answers[name].generated for name in ("own", "blind"))
+    result = {
         "checkpoint": str(checkpoint),
-        "families": _summarize_families(questions, scored, evaluator.answers, manifest.seed),
+        "trained_frames": trained_frames(checkpoint) or manifest.frames.max,
+        "max_frames": manifest.frames.max,
+        "families": _summarize_families(questions, others, evaluator.answers, manifest.seed),
+        "grounding": _summarize_grounding(questions, grounded, manifest.seed),
+        "not_asked": len(chosen) - len(partners),
         "without_partner": sorted({questions[i].family for i in chosen if i not in partners}),
+        "without_blind": sorted({questions[i].family for i in scored if not partners[i]}),
         "too_long": sum(questions.num_answer_tokens(i) > manifest.evaluate.max_new_tokens for i in scored),
         "unreadable": [*questions.rejected, *misfits, *evaluator.unreadable.values()],
-        "answers": [_record(questions, i, evaluator.answers) for i in scored],
-        "examples": _examples(questions, scored, evaluator.answers, examples),
+        "answers": [_record(questions, i, evaluator.answers, grounded.get(i)) for i in scored],
+        "examples": make_examples(questions, scored, own, blind, grounded, examples),
     }
+    if evaluator.costs:
+        result["costs"] = {group: asdict(cost) for group, cost in evaluator.costs.items()}
+    return result
 
 
 def _split_usable(questions: QuestionSource) -> tuple[list[int], list[str]]:
@@ -244,22 +283,10 @@ def _split_usable(questions: QuestionSource) -> tuple[list[int], list[str]]:
     return usable, misfits
 
 
-def _first_of_each_family(questions: QuestionSource, usable: Sequence[int], limit: int | None) -> list[int]:
-    """Return the first ``limit`` questions of each family, all if None."""
-    counts: dict[str, int] = {}
-    chosen = []
-    for i in usable:
-        family = questions[i].family
-        counts[family] = counts.get(family, 0) + 1
-        if limit is None or counts[family] <= limit:
-            chosen.append(i)
-    return chosen
-
-
 def _choose_partners(
-    questions: QuestionSource, usable: Sequence[int], chosen: Sequence[int], seed: int
+    questions: QuestionSource, usable: Sequence[int], chosen: Sequence[int], seed: int, needs_blind: bool
 ) -> dict[int, list[int]]:
-    """Choose the blind partners of each of ``chosen``; questions that have none are left out.
+    """Choose the blind partners of each of ``chosen``; see :func:`evaluate` for questions that have none.
 
     Partners are any of ``usable``, so a question has the same partners whatever the limit is.
     """
@@ -267,11 +294,13 @@ def _choose_partners(
     partners = blind_partners(
         [question.family for question in asked],
         [question.answer for question in asked],
-        [len(question.media) for question in asked],
+        [questions.contents(i) for i in usable],
         seed,
     )
     by_question = {i: [usable[other] for other in others] for i, others in zip(usable, partners, strict=True)}
-    return {i: by_question[i] for i in chosen if by_question[i]}
+    compared = {questions[i].family for i, others in by_question.items() if others}
+    alone = {i for i in chosen if questions[i].media and questions[i].family not in compared and not needs_blind}
+    return {i: by_question[i] for i in chosen if by_question[i] or i in alone}
 
 
 def _summarize_families(
@@ -286,15 +315,32 @@ def _summarize_families(
             members = [i for i in scored if questions[i].family == family and i in by_condition["own"][method]]
             if not members:
                 continue
+            asked = {name: found[method] for name, found in by_condition.items() if members[0] in found[method]}
             correct = {
-                condition: np.array([is_correct(found[method][i], questions[i].answer) for i in members])
-                for condition, found in by_condition.items()
+                condition: np.array([is_correct(found[i], questions[i].answer) for i in members])
+                for condition, found in asked.items()
             }
-            rows.append(summarize(family, method, correct.pop("own"), correct, seed))
+            controls = {name: correct.get(name) for name in by_condition if name != "own"}
+            rows.append(summarize(family, method, correct["own"], controls, seed))
     return rows
 
 
-def _record(questions: QuestionSource, i: int, answers: Mapping[str, Answers]) -> dict:
+def _summarize_grounding(questions: QuestionSource, scores: Mapping[int, GroundingScore], seed: int) -> list[dict]:
+    """Summarize the questions whose answers are intervals: one row for each family."""
+    by_family: dict[str, list[GroundingScore]] = {}
+    for i, score in scores.items():
+        by_family.setdefault(questions[i].family, []).append(score)
+    return [summarize_grounding(family, found, seed) for family, found in sorted(by_family.items())]
+
+
+def _replies(i: int, answers: Mapping[str, Answers]) -> dict[str, str | None]:
+    """Return the generated answers to a question, by condition; None for a control that its family does not have."""
+    return {condition: found.generated.get(i) for condition, found in answers.items()}
+
+
+def _record(
+    questions: QuestionSource, i: int, answers: Mapping[str, Answers], grounding: GroundingScore | None
+) -> dict:
     """Return one question with all its answers, as in evaluation.json."""
     question = questions[i]
     record: dict = {
@@ -303,34 +349,9 @@ def _record(questions: QuestionSource, i: int, answers: Mapping[str, Answers]) -
         "question": question.text,
         "expected": question.answer,
     }
-    record |= {condition: found.generated[i] for condition, found in answers.items()}
+    record |= _replies(i, answers)
+    if grounding:
+        record |= grounding.to_dict()
     if question.options:
-        record["likeliest"] = {condition: found.most_likely[i] for condition, found in answers.items()}
+        record["likeliest"] = {condition: found.most_likely.get(i) for condition, found in answers.items()}
     return record
-
-
-def _examples(
-    questions: QuestionSource, scored: Sequence[int], answers: Mapping[str, Answers], limit: int
-) -> list[dict]:
-    """Return the first ``limit`` questions of each family with their frames, as in evaluation.json."""
-    shown = []
-    for i in _first_of_each_family(questions, scored, limit):
-        with contextlib.suppress(*UNREADABLE):  # a file that changed since it was asked about
-            shown.append(_example(questions, i, answers))
-    return shown
-
-
-def _example(questions: QuestionSource, i: int, answers: Mapping[str, Answers]) -> dict:
-    """Return one question with its answers and at most ``EXAMPLE_FRAMES`` of its frames, evenly spread."""
-    row = questions.prompt(i)
-    frames = [*row.clips.flatten(0, 1).numpy(), *row.image_tiles.numpy()]
-    chosen = np.linspace(0, len(frames) - 1, min(len(frames), EXAMPLE_FRAMES)).round().astype(int)
-    jpegs = [base64.b64encode(encode_jpeg(frames[n], 85, "420")).decode("ascii") for n in chosen]
-    return {
-        "family": questions[i].family,
-        "question": questions[i].text,
-        "expected": questions[i].answer,
-        "given": answers["own"].generated[i],
-        "blind_given": answers["blind"].generated[i],
-        "frames_jpeg": jpegs,
-    }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
     from framestream.trainer.inference.predictor import Predictor, resolve_run
     from framestream.trainer.inference.vision_cache import VisionFeatureCache
+    from framestream.trainer.inference.vision_stream import StreamEncoder
 
 __all__ = [
     "ChatSession",
@@ -33,6 +34,7 @@ __all__ = [
     "MediaFile",
     "Predictor",
     "Sampling",
+    "StreamEncoder",
     "VisionFeatureCache",
     "generate",
     "loglikelihood",
@@ -50,6 +52,7 @@ _HOMES = {
     "MediaFile": "framestream.pipeline.shards.memory_index",
     "Predictor": "framestream.trainer.inference.predictor",
     "Sampling": "framestream.trainer.inference.generation",
+    "StreamEncoder": "framestream.trainer.inference.vision_stream",
     "VisionFeatureCache": "framestream.trainer.inference.vision_cache",
     "generate": "framestream.trainer.inference.generation",
     "loglikelihood": "framestream.trainer.inference.likelihood",

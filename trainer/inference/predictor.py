@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from framestream.pipeline.config.manifest import Manifest, load_manifest
+from framestream.pipeline.evaluation.pixel_stream import Encode
 from framestream.pipeline.evaluation.prompts import PromptBuilder
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.media_view import MediaView
@@ -15,8 +18,14 @@ from framestream.pipeline.utils.paths import expand_path
 from framestream.trainer.inference.device import select_device
 from framestream.trainer.inference.generation import GREEDY, Sampling, generate, prefill
 from framestream.trainer.inference.likelihood import LogLikelihood, loglikelihood
+from framestream.trainer.inference.vision_stream import StreamEncoder
 from framestream.trainer.weights.load import load_pretrained
-from framestream.trainer.weights.runs import locate_paths, resolve_weights
+from framestream.trainer.weights.runs import (
+    locate_paths,
+    resolve_weights,
+    stored_manifest,
+    warn_of_frame_size,
+)
 from framestream.trainer.weights.tensor_files import WeightsError
 
 
@@ -24,6 +33,8 @@ def resolve_run(
     checkpoint: str | Path, manifest: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Path, Manifest]:
     """Find the folder of weights and the manifest of ``checkpoint``.
+
+    A warning is logged if the manifest's frames have another size than those of the weights.
 
     Args:
         checkpoint: a run, its ``final`` folder, or an exported checkpoint.
@@ -33,16 +44,18 @@ def resolve_run(
 
     Raises:
         WeightsError: there are no weights, or no manifest beside them.
-        ManifestError: the manifest is faulty.
+        ManifestError: the manifest or config.json is faulty.
     """
     weights = resolve_weights(checkpoint)
-    candidates = [weights.parent / "manifest.yaml", weights / "manifest.yaml"]
-    found = manifest or next((path for path in candidates if path.is_file()), None)
+    found = manifest or stored_manifest(weights)
     if found is None:
-        raise WeightsError(f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too")
-    return weights, locate_paths(
-        load_manifest(found, tuple(overrides), stored=manifest is None), Path(expand_path(str(found)))
-    )
+        example = "such as --manifest RUN/manifest.yaml"
+        raise WeightsError(
+            f"{checkpoint}: no manifest.yaml beside the weights; name the stage's manifest, too, {example}"
+        )
+    settings = load_manifest(found, tuple(overrides), stored=manifest is None)
+    warn_of_frame_size(weights, settings)
+    return weights, locate_paths(settings, Path(expand_path(str(found))))
 
 
 class Predictor:
@@ -57,6 +70,7 @@ class Predictor:
         tokenizer: its Hugging Face tokenizer.
         chat_template: from turns to token ids.
         device: where the model runs.
+        encode: computes the tokens of media. Set a :class:`.vision_cache.VisionFeatureCache` to keep them.
 
     Raises:
         WeightsError: the weights cannot be read or do not fit the model.
@@ -68,24 +82,41 @@ class Predictor:
         self.tokenizer = self.chat_template.tokenizer
         self.device = select_device()
         self.model = load_pretrained(weights, manifest.frames.size).to(self.device)
+        self.encode: Encode = StreamEncoder(self.model.vision_tower, self.device)
         self._manifest = manifest
         self._files = MediaFileCache(manifest)
 
-    def build_prompt(self, turns: Sequence[dict], files: Sequence[MediaFile], key: str = "") -> Batch:
-        """Build the prompt of a dialogue: a batch of one row, on the model's device.
+    def build_prompt(
+        self, turns: Sequence[dict], files: Sequence[MediaFile], key: str = "", encode: Encode | None = None
+    ) -> Batch:
+        """Build the prompt of a dialogue: a batch of one row, on the model's device, with the tokens of its media.
+
+        A few clips are in memory at a time, however long the videos are.
 
         Args:
             turns: ``{"from": "human", "value": ...}`` and so on. The last one is the question. Each of ``files`` has
                 one ``<image>`` mark in the turns.
             files: the media, in the order of the marks.
             key: name of the dialogue; random sampling depends on it.
+            encode: used in place of the attribute.
 
         Raises:
             MediaError: a file cannot be used; one line that names it.
             ValueError: marks and files do not fit, or the model takes fewer tokens.
         """
-        prompts = PromptBuilder(self._manifest, self._files.media_views(files), self.chat_template)
-        return prompts.build(turns, range(len(files)), key).to(self.device)
+        row = self._prompts(files).build(turns, range(len(files)), key, encode=encode or self.encode)
+        return row.to(self.device)
+
+    def some_images(self, files: Sequence[MediaFile], most: int) -> list[np.ndarray]:
+        """Return at most ``most`` of the images that the model sees, evenly spread: uint8 (S, S, 3) each.
+
+        Raises:
+            MediaError: a file cannot be used; one line that names it.
+        """
+        return self._prompts(files).some_images(range(len(files)), most)
+
+    def _prompts(self, files: Sequence[MediaFile]) -> PromptBuilder:
+        return PromptBuilder(self._manifest, self._files.media_views(files), self.chat_template)
 
     def media_views(self, files: Sequence[MediaFile]) -> list[MediaView]:
         """Return what the model is shown of each file: frames of a video, tiles of an image.

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from framestream.trainer.model.dense_attention import attend_dense, is_faster
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -89,7 +91,12 @@ def attend(
 def attend_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: AttentionSegments, causal: bool
 ) -> torch.Tensor:
-    """Compute ``attend`` by ``scaled_dot_product_attention``: one batched call for each run of equal lengths."""
+    """Compute ``attend`` by ``scaled_dot_product_attention``: one batched call for each run of equal lengths.
+
+    Short segments on a CPU are products of matrices where these are faster.
+    """
+    if is_faster(q, segments.longest):
+        return attend_dense(q, k, v, segments.runs, causal)
     outputs, start = [], 0
     for count, length in segments.runs:
         end = start + count * length
@@ -117,7 +124,9 @@ def select_kernel(device: str, dtype: torch.dtype, head_size: int) -> AttentionK
     """Select the implementation for tensors on a type of device, such as ``cuda``."""
 
     def sdpa(reason: str) -> AttentionKernel:
-        return AttentionKernel(f"SDPA, a call for each run of equal lengths ({reason})", attend_sdpa)
+        return AttentionKernel(
+            f"SDPA for each run of equal lengths, or batched products where these are faster ({reason})", attend_sdpa
+        )
 
     if device != "cuda":
         return sdpa(f"the device is {device}")

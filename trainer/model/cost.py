@@ -7,7 +7,8 @@ all heads, S tokens that attend to each other):
     gradient of the inputs  2 P + 4 L d S
     gradient of the weights 2 P + 4 L d S
 
-So the sum is 6 P + 12 L d S where all are needed. A frozen part skips the gradient of its weights. Its attention has no
+So the sum is 6 P + 12 L d S where all are needed. A frozen part skips the gradient of its weights. A part with adapters
+is frozen and has a backward pass, and its adapters cost 6 P of their own. Its attention has no
 weights, so the backward pass of attention is counted in full. A frozen part with nothing trained before it has no
 backward pass. Not counted are recomputation under gradient checkpointing, norms, activations, merging and position
 tables. Drop path saves nothing, because every branch is computed. S is the full segment, as usual in published figures;
@@ -17,7 +18,7 @@ tables. Drop path saves nothing, because every branch is computed. S is the full
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -25,6 +26,10 @@ import torch
 from framestream.pipeline.config.loading import CostModel
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE, ModelConfig
+from framestream.pipeline.config.training import LoraConfig
+from framestream.trainer.model.lora import adapted_layers, adapted_parts, count_adapter_parameters
+from framestream.trainer.model.parts import PARTS
+from framestream.trainer.model.quantization import FULL, quantizable_layers
 from framestream.trainer.model.video_llm import VideoLLM
 
 CLASS_TOKENS = {"umt": 0, "internvideo2": 1}  #: of a clip or a tile, in addition to its patches
@@ -37,9 +42,55 @@ def count_parameters(manifest: Manifest) -> dict[str, int]:
 
 @cache
 def _parameters(cfg: ModelConfig, size: int, clip_frames: int) -> dict[str, int]:
-    with torch.device("meta"):
-        model = VideoLLM(cfg, size, clip_frames)
+    model = _build_meta(cfg, size, clip_frames)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+
+
+def count_trained(manifest: Manifest) -> dict[str, int]:
+    """Count the trained parameters of each part: all, none, or those of its adapters."""
+    counts = count_parameters(manifest) | _adapter_parameters(manifest)
+    return {name: counts[name] if getattr(manifest.train, name).train else 0 for name in PARTS}
+
+
+def _adapter_parameters(manifest: Manifest) -> dict[str, int]:
+    shape = manifest.model, manifest.frames.size, manifest.frames.clip_frames
+    return {part: _count_adapters(*shape, part, lora) for part, lora in adapted_parts(manifest.train).items()}
+
+
+@cache
+def _count_adapters(cfg: ModelConfig, size: int, clip_frames: int, part: str, lora: LoraConfig) -> int:
+    return count_adapter_parameters(_build_meta(cfg, size, clip_frames), part, lora)
+
+
+def count_adapter_inputs(manifest: Manifest) -> tuple[int, int]:
+    """Count the adapters of the language model, and the values that all of them take for a token."""
+    lora = manifest.train.language_model.lora
+    if lora is None:
+        return 0, 0
+    model = _build_meta(manifest.model, manifest.frames.size, manifest.frames.clip_frames)
+    layers = adapted_layers(model, "language_model", lora).values()
+    return len(layers), sum(layer.in_features for layer in layers)
+
+
+def count_quantized(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """Count the weights in 4 or 8 bits of each part that has any: of all its linear layers, and of the largest."""
+    shape = manifest.model, manifest.frames.size, manifest.frames.clip_frames
+    adapted = adapted_parts(manifest.train)
+    return {part: _count_quantizable(*shape, part) for part, lora in adapted.items() if lora.load != FULL}
+
+
+@cache
+def _count_quantizable(cfg: ModelConfig, size: int, clip_frames: int, part: str) -> tuple[int, int]:
+    layers = quantizable_layers(_build_meta(cfg, size, clip_frames).parts()[part])
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    return sum(sizes), max(sizes)
+
+
+@cache
+def _build_meta(cfg: ModelConfig, size: int, clip_frames: int) -> VideoLLM:
+    """Build a model without storage, for its names and shapes."""
+    with torch.device("meta"):
+        return VideoLLM(cfg, size, clip_frames)
 
 
 def largest_layer(manifest: Manifest) -> int:
@@ -80,11 +131,18 @@ def part_costs(manifest: Manifest) -> dict[str, PartCost]:
     before_language_model = before_connector or train.connector.train
     matmul = _matmul_weights(manifest)
     in_tower = counts["vision_tower"] - _learned_positions(manifest)
+    adapters = _adapter_parameters(manifest)
+
+    def part(name: str, weights: int, layers: int, width: int, before: bool) -> PartCost:
+        full = getattr(train, name).train and name not in adapters
+        cost = _part(weights, layers, width, full, before or name in adapters)
+        return replace(cost, token=cost.token + 6.0 * adapters.get(name, 0))
+
     return {
-        "vision_tower": _part(in_tower, tower.depth - 1, tower.width, train.vision_tower.train, False),
-        "connector": _part(counts["connector"], 0, 0, train.connector.train, before_connector),
-        "language_model": _part(
-            matmul, language.num_hidden_layers, language.hidden_size, train.language_model.train, before_language_model
+        "vision_tower": part("vision_tower", in_tower, tower.depth - 1, tower.width, False),
+        "connector": part("connector", counts["connector"], 0, 0, before_connector),
+        "language_model": part(
+            "language_model", matmul, language.num_hidden_layers, language.hidden_size, before_language_model
         ),
     }
 
@@ -138,7 +196,8 @@ def row_flops(manifest: Manifest, clips: int, tiles: int, lengths: Sequence[int]
     tile_span = patches // manifest.frames.clip_frames + spanned - patches
     tower, language = costs["vision_tower"], costs["language_model"]
     cfg = manifest.model.language_model
-    head = language.token / _matmul_weights(manifest) * cfg.vocab_size * cfg.hidden_size
+    own = language.token - 6.0 * _adapter_parameters(manifest).get("language_model", 0)  # the head has no adapters
+    head = own / _matmul_weights(manifest) * cfg.vocab_size * cfg.hidden_size
     return (
         tower.token * (clips * spanned + tiles * tile_span)
         + tower.pair * (clips * spanned**2 + tiles * tile_span**2)

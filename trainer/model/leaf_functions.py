@@ -157,6 +157,8 @@ def _tower_norm(norm: nn.RMSNorm, leaves: SimpleNamespace, x: torch.Tensor) -> t
 
 
 def _tower_mlp(mlp: Mlp, leaves: SimpleNamespace, x: torch.Tensor) -> torch.Tensor:
+    if type(mlp.fc1) is not nn.Linear:  # adapters, or weights in 4 or 8 bits: only the layer itself can apply them
+        return mlp.fc2(F.gelu(mlp.fc1(x)))
     return mlp.fc2(leaves.bias_gelu(F.linear(x, mlp.fc1.weight), mlp.fc1.bias))
 
 

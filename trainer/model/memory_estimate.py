@@ -19,8 +19,18 @@ import torch
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from framestream.trainer.model.cost import count_parameters, largest_layer, tower_tokens
+from framestream.pipeline.config.training import PartConfig
+from framestream.trainer.model.cost import (
+    count_adapter_inputs,
+    count_parameters,
+    count_quantized,
+    count_trained,
+    largest_layer,
+    tower_tokens,
+)
 from framestream.trainer.model.lm_head import CHUNK_LOGITS
+from framestream.trainer.model.lora import adapted_parts
+from framestream.trainer.model.quantization import WEIGHT_BYTES
 
 GIB = 1024**3
 #: values of its width that a tower block saves for each token: inputs of its norms, scales, products and activations
@@ -91,12 +101,14 @@ def estimate_memory(manifest: Manifest, row: RowShape, world: int, gpu: bool = T
     if train.zero_stage > 1:
         buffers += layer  # the bucket in which gradients are averaged
     activations = _Activations(manifest, row, size, gpu and FUSED_NORMS)
-    head_gradient = 2 * head if train.language_model.train else 0  # and its copy for the reduction
-    layer_gradient = layer if train.language_model.train else 0
+    full = train.language_model.train and not train.language_model.lora
+    head_gradient = 2 * head if full else 0  # and its copy for the reduction
+    layer_gradient = layer if full else 0
+    dequantized = max((largest for _, largest in count_quantized(manifest).values()), default=0) * size
     moments = [
         (gathered, activations.kept, activations.logits + head_gradient),
-        (gathered, activations.kept, activations.layer + layer_gradient),
-        (gathered, activations.visual, activations.group),
+        (gathered, activations.kept, activations.layer + layer_gradient + dequantized),
+        (gathered, activations.visual, activations.group + dequantized),
         (0, 0, 0 if train.offload != "none" else min(_learned(manifest) // world, SUB_GROUP) * 4),
     ]
     gathered, kept, working = max(moments, key=sum)
@@ -108,9 +120,18 @@ def weight_bytes(manifest: Manifest) -> int:
     return 2 if manifest.train.dtype == "bf16" else 4
 
 
+def stored_bytes(manifest: Manifest) -> int:
+    """Compute the bytes of all weights as they are loaded, with those of adapters."""
+    size, adapted, learned = weight_bytes(manifest), adapted_parts(manifest.train), count_trained(manifest)
+    total = (sum(count_parameters(manifest).values()) + sum(learned[part] for part in adapted)) * size
+    for part, (quantized, _) in count_quantized(manifest).items():
+        total -= int(quantized * (size - WEIGHT_BYTES[adapted[part].load]))
+    return total
+
+
 def _learned(manifest: Manifest) -> int:
     """Count the trained parameters."""
-    return sum(count for name, count in count_parameters(manifest).items() if getattr(manifest.train, name).train)
+    return sum(count_trained(manifest).values())
 
 
 def state_bytes(manifest: Manifest, world: int) -> int:
@@ -120,13 +141,30 @@ def state_bytes(manifest: Manifest, world: int) -> int:
     float32 copy of the weights beside the two moments. From stage 2 on the gradients are float32.
     """
     train, size, learned = manifest.train, weight_bytes(manifest), _learned(manifest)
-    weights = sum(count_parameters(manifest).values()) * size
-    states = 0 if train.offload == "all" else weights // (world if train.zero_stage == 3 else 1)
+    states = 0 if train.offload == "all" else stored_bytes(manifest) // (world if train.zero_stage == 3 else 1)
     if train.zero_stage == 1:
         states += learned * size
     elif train.offload == "none":
         states += learned * 4 // world
     return states + (0 if train.offload != "none" else learned * 12 // world)
+
+
+def _kept_by_adapters(manifest: Manifest, size: int) -> int:
+    """Compute the bytes that the adapters of a layer of the language model keep for a token, beyond those of the layer.
+
+    These are the r values between A and B. With dropout, every adapter has a copy of its inputs and a mask, and the
+    frozen weights keep no inputs.
+    """
+    language, lora = manifest.model.language_model, manifest.train.language_model.lora
+    if lora is None:
+        return 0
+    adapters, inputs = (count // language.num_hidden_layers for count in count_adapter_inputs(manifest))
+    frozen = (3 * language.hidden_size + language.intermediate_size) * size
+    return adapters * lora.r * size + (max(0, inputs * (size + 1) - frozen) if lora.dropout else 0)
+
+
+def _loads_8bit(part: PartConfig) -> bool:
+    return part.lora is not None and part.lora.load == "8bit"
 
 
 class _Activations:
@@ -145,7 +183,7 @@ class _Activations:
         block = tower.width * (SAVED_VALUES if fused else SAVED_UNFUSED)[tower.type] * size  # of a patch
         blocks = (tower.depth - 1) * block if train.vision_tower.train else block
         state = language.hidden_size * size  # of a token
-        saved = (10 * language.hidden_size + 4 * language.intermediate_size) * size
+        saved = (10 * language.hidden_size + 4 * language.intermediate_size) * size + _kept_by_adapters(manifest, size)
         kept_by_layer = row.tokens * saved
         self.visual = 2 * pixels + merged_tokens * (tower.width + 3 * language.hidden_size) * size
         self.group = group_patches * blocks
@@ -156,4 +194,11 @@ class _Activations:
         self.layer = gradients + (kept_by_layer if recompute.layers else 0)
         self.kept = self.visual + row.tokens * state * (recompute.layers + 3)
         self.kept += kept_by_layer * (language.num_hidden_layers - recompute.layers)
+        # layers in 8 bits keep their inputs where they are computed again, too
+        if _loads_8bit(train.language_model):
+            inputs = 3 * language.hidden_size + language.intermediate_size
+            self.kept += row.tokens * inputs * size * recompute.layers
+        if _loads_8bit(train.vision_tower) and recompute.tower:
+            inputs = (3 + int(tower.mlp_ratio)) * tower.width
+            self.kept += all_patches * inputs * size * (tower.depth - 1)
         self.logits = min(row.labeled * language.vocab_size, CHUNK_LOGITS) * (2 + 4 + 4)

@@ -52,10 +52,6 @@ class VideoLLM(nn.Module):
         size: S, pixels along a side of a frame.
         clip_frames: T, frames of a clip.
         recompute: what the backward pass computes again while training.
-
-    Attributes:
-        vision_cache: called in place of the vision tower if set, such as
-            :class:`framestream.trainer.inference.vision_cache.VisionFeatureCache`. Not for models that are trained.
     """
 
     vision_tower: VisionTower
@@ -65,7 +61,6 @@ class VideoLLM(nn.Module):
     ) -> None:
         super().__init__()
         tower, hidden = cfg.vision_tower, cfg.language_model.hidden_size
-        self.vision_cache: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.vision_tower = TOWER_CLASSES[tower.type](tower, size, clip_frames)
         self.vision_tower.recompute = recompute.tower
         self.connector = ToMeConnector(tower.width, hidden)
@@ -85,6 +80,13 @@ class VideoLLM(nn.Module):
             "language_model": self.language_model,
         }
 
+    def keep_random_numbers(self) -> None:
+        """Let what is computed again for the backward pass draw the same random numbers, which dropout needs."""
+        self.vision_tower.preserve_rng_state = True
+        for layer in self.language_model.model.layers:
+            if function := getattr(layer, "_gradient_checkpointing_func", None):
+                function.keywords["preserve_rng_state"] = True
+
     def leaf_modules(self) -> list[nn.Module]:
         """Return the modules that ZeRO-3 gathers as a unit, without hooks inside: the tower and the layers.
 
@@ -92,8 +94,16 @@ class VideoLLM(nn.Module):
         """
         return [self.vision_tower, *self.language_model.model.layers]
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute the loss of a row: float32 scalar, sum of token_weight x cross entropy over labelled positions."""
+    def forward(self, batch: Batch, compute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """Compute the loss of a row: float32 scalar, sum of token_weight x cross entropy over labelled positions.
+
+        Args:
+            batch: the row.
+            compute: returned is its result instead, and ``batch`` is not used. Other uses of the parts, such as
+                generation, are calls of the model for ZeRO-3 only inside of one.
+        """
+        if compute is not None:
+            return compute()
         return self.language_model.lm_head(self.hidden(batch), batch.labels, batch.token_weight, batch.label_positions)
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
@@ -117,8 +127,8 @@ class VideoLLM(nn.Module):
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """Compute the tokens of the clips, then of the tiles: (64 (N + M), H), or (64, H) of a dummy for N + M = 0."""
-        if self.vision_cache is not None:
-            return self.connector(self.vision_cache(batch.clips, batch.image_tiles))
+        if batch.unit_tokens is not None:
+            return self.connector(batch.unit_tokens)
         needs_grad = torch.is_grad_enabled() and self.vision_tower.is_trained
         anchor = torch.zeros((), device=batch.clips.device, requires_grad=needs_grad)
         rand = () if batch.drop_path_rand is None else (batch.drop_path_rand,)

@@ -37,6 +37,7 @@ class VisionTower(nn.Module, abc.ABC):
 
     Attributes:
         recompute: gradient checkpointing of every group while training.
+        preserve_rng_state: draw the same random numbers again when a group is computed again.
     """
 
     num_drop_path_rands = 0  #: random numbers that a clip or a tile needs while training
@@ -45,7 +46,7 @@ class VisionTower(nn.Module, abc.ABC):
 
     def __init__(self, cfg: VisionTowerConfig, size: int) -> None:
         super().__init__()
-        self.heads, self.recompute = cfg.heads, False
+        self.heads, self.recompute, self.preserve_rng_state = cfg.heads, False, False
         self.patches = (size // cfg.patch) ** 2  #: L, of a frame
         self.group_limit = min(cfg.group_tokens, (INDEX_LIMIT - 1) // cfg.width)  #: patches
         for name, values in (("mean", MEAN), ("std", STD)):
@@ -82,9 +83,8 @@ class VisionTower(nn.Module, abc.ABC):
                 end = start + len(group[0]) + len(group[1])
                 rand = None if drop_path_rand is None else drop_path_rand[start:end]
                 if self.recompute and self.training and torch.is_grad_enabled():
-                    tokens = checkpoint(
-                        self.encode, *group, anchor, rand, use_reentrant=False, preserve_rng_state=False
-                    )
+                    keep = self.preserve_rng_state
+                    tokens = checkpoint(self.encode, *group, anchor, rand, use_reentrant=False, preserve_rng_state=keep)
                 else:
                     tokens = self.encode(*group, anchor, rand)
                 groups.append(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -59,7 +60,9 @@ def named_peak(device_name: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of a GPU's allocations since the last call, or of this process since its start.
+    """Return the peak memory in bytes: of a GPU's allocations since the last call, or of this process.
+
+    That of the process is measured since its start, or since the last :func:`reset_peak_memory`.
 
     The memory of a process is its resident set, which includes mapped pages of the shards.
     """
@@ -69,6 +72,15 @@ def peak_memory(device: torch.device) -> int:
     most = memory.max_memory_allocated(device)
     memory.reset_peak_memory_stats(device)
     return most
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` measure from now on. Where a process may not reset its own peak, it stays the highest."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    else:
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def process_peak() -> int:

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line and one TensorBoard point for each optimizer step, and a progress line.
+"""Metrics of a run, for each optimizer step: a JSON line, points in TensorBoard and trackers, and a progress line.
 
 ``RUN/log.jsonl`` holds one object per optimizer step, with null for numbers that are not finite or not known. A resumed
 run first drops the lines of the steps it will repeat, so that each step appears once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from framestream.pipeline.utils.atomic_io import write_atomic
 from framestream.pipeline.utils.records import read_json_lines
+from framestream.trainer.monitoring.trackers import TrackerProcess, close_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +30,26 @@ class MetricsLogger:
         name: shown before the progress bar.
         start: optimizer steps already done.
         steps: optimizer steps of the run.
+        trackers: get the points of TensorBoard, too.
     """
 
-    def __init__(self, run: Path, name: str, start: int, steps: int) -> None:
+    def __init__(self, run: Path, name: str, start: int, steps: int, trackers: Sequence[TrackerProcess] = ()) -> None:
         self.path = run / "log.jsonl"
         _drop_after(self.path, start)
         self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
-        self.name = name
+        self.name, self.trackers = name, trackers
         self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
 
     def write(self, record: dict) -> None:
         """Log one optimizer step. ``record`` holds plain numbers, None for unknown ones, and ``lr`` by part."""
         with open(self.path, "a", encoding="utf-8") as log:
-            log.write(json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False) + "\n")
-        step = record["step"]
-        for name, value in record.items():
-            if name == "lr":
-                for part, rate in value.items():
-                    self.board.add_scalar(f"lr/{part}", rate, step)
-            elif isinstance(_finite(value), (int, float)) and name not in ("step", "steps", "zero_stage", "ranks"):
-                self.board.add_scalar(name, value, step)
+            finite = {name: finite_or_none(value) for name, value in record.items()}
+            log.write(json.dumps(finite, allow_nan=False) + "\n")
+        step, points = record["step"], _points(record)
+        for name, value in points.items():
+            self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(points, step)
         text = progress(record)
         if self.bar.disable:  # stderr is a file or a pipe: one line for each step instead of a bar
             logger.info("%s: step %d/%d, %.2f s, %s", self.name, step, record["steps"], record["seconds"], text)
@@ -60,9 +62,10 @@ class MetricsLogger:
         self.bar.update()
 
     def close(self) -> None:
-        """Flush and close the progress bar and TensorBoard."""
+        """Flush and close the progress bar, TensorBoard and the trackers."""
         self.bar.close()
         self.board.close()
+        close_trackers(self.trackers)
 
 
 def progress(record: dict) -> str:
@@ -75,10 +78,20 @@ def progress(record: dict) -> str:
         f"{mfu}, memory {record['peak_memory'] / 2**30:.2f} GiB, grad {record['grad_norm']:.2f}, "
         f"skipped {record['skipped']}"
     )
+    if "val_loss" in record:
+        text += f", validation loss {record['val_loss']:.3f}"
     return f"{text}, {record['not_finite']} steps not finite" if record["not_finite"] else text
 
 
-def _finite(value: object) -> object:
+def _points(record: dict) -> dict[str, float]:
+    """Return the numbers of a step that are curves, by name: ``lr/PART`` and ``val_accuracy/FAMILY`` too."""
+    rates = {f"lr/{part}": rate for part, rate in record["lr"].items()}
+    rates |= {f"val_accuracy/{family}": value for family, value in record.get("val_families", {}).items()}
+    values = {name: value for name, value in record.items() if name not in ("step", "steps", "zero_stage", "ranks")}
+    return rates | {name: value for name, value in values.items() if isinstance(finite_or_none(value), (int, float))}
+
+
+def finite_or_none(value: object) -> object:
     """Replace NaN and infinity, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -46,8 +46,8 @@ class RunLedger:
             rows = [row for row in _rows(path) if row["epoch"] is None or _position(row) < _position(state)]
             write_atomic(path, "".join(map(_line, rows)).encode())
 
-    def record(self, skipped: Iterable[tuple[str, str]], epoch: int, step: int) -> None:
-        """Record dialogues of a global batch that could not be read, as (key, reason)."""
+    def record(self, skipped: Iterable[tuple[str, str]], epoch: int | None, step: int | None) -> None:
+        """Record dialogues of a global batch, None for those of a validation, that could not be read: (key, reason)."""
         self._write("unreadable", skipped, epoch, step)
 
     def not_finite(self, dialogues: Iterable[tuple[str, str]], epoch: int, step: int) -> None:

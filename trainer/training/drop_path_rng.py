@@ -34,6 +34,16 @@ def drop_path_random(batch: Batch, seed: int, per_unit: int) -> torch.Tensor | N
     return numbers
 
 
+def seed_dropout(row: Batch, seed: int, rank: int, world: int) -> None:
+    """Seed torch's random numbers for the dropout of adapters: by the row's number in its global batch.
+
+    Rows do not depend on the number of ranks, so neither do the masks.
+    """
+    number = row.micro_step * world + rank
+    digest = hashlib.sha256(f"{seed}:{row.epoch}:{row.step}:{number}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def unit_sample_ids(batch: Batch) -> torch.Tensor:
     """Return the index of the dialogue that each clip, then each image tile, belongs to: int64 (N_c + N_s,)."""
     dialogues = torch.full((len(batch.clips) + len(batch.image_tiles),), -1)

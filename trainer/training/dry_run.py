@@ -5,22 +5,37 @@ Works without shards, weights or a network. Values that need an index are ``unkn
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import TOKENS_PER_CLIP, TOKENS_PER_TILE
-from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.config.schema import ManifestError, to_dict
 from framestream.pipeline.loading.loader import build_loader
 from framestream.pipeline.shards.index import ShardsError
 from framestream.pipeline.utils.yaml_parser import dump_yaml
 from framestream.trainer.checkpoint.disk_usage import describe_disk
+from framestream.trainer.distributed.process_group import DistributedContext
 from framestream.trainer.model import cost
 from framestream.trainer.model.memory_estimate import estimate_memory, fullest_row
 from framestream.trainer.model.parts import PARTS
+from framestream.trainer.model.quantization import FULL
+from framestream.trainer.monitoring.run_ledger import RunLedger
+from framestream.trainer.monitoring.trackers import missing_trackers
 from framestream.trainer.training.loop import resolve_cost, total_steps
 from framestream.trainer.training.memory_plan import describe_estimate, gib
+from framestream.trainer.training.validation import Validation
 
 
 def describe(manifest: Manifest) -> str:
-    """Return the text of ``--dry-run``."""
+    """Return the text of ``--dry-run``.
+
+    Raises:
+        ManifestError: a tracker is not installed, or validation has no questions.
+    """
+    for fault in missing_trackers(manifest.train.trackers):
+        raise ManifestError(fault)
     manifest = resolve_cost(manifest)
     sections = [
         dump_yaml(to_dict(manifest)).rstrip(),
@@ -33,14 +48,15 @@ def describe(manifest: Manifest) -> str:
 
 
 def _parameters(manifest: Manifest) -> str:
-    counts = cost.count_parameters(manifest)
+    counts, learned = cost.count_parameters(manifest), cost.count_trained(manifest)
     lines = [f"{'parameters':<16}{'count':>16}  state"]
     for name in PARTS:
         part = getattr(manifest.train, name)
-        state = f"trained, lr {part.lr:g}, weight decay {part.weight_decay:g}" if part.train else "frozen"
+        what = f"{learned[name]:,} in adapters trained" if part.lora else "trained"
+        what += f" on weights in {part.lora.load}" if part.lora and part.lora.load != FULL else ""
+        state = f"{what}, lr {part.lr:g}, weight decay {part.weight_decay:g}" if part.train else "frozen"
         lines.append(f"{name:<16}{counts[name]:>16,}  {state}")
-    trained = sum(counts[name] for name in PARTS if getattr(manifest.train, name).train)
-    lines.append(f"{'all':<16}{sum(counts.values()):>16,}  {trained:,} trained")
+    lines.append(f"{'all':<16}{sum(counts.values()):>16,}  {sum(learned.values()):,} trained")
     return "\n".join(lines)
 
 
@@ -87,4 +103,8 @@ def _plan(manifest: Manifest) -> str:
         hint = f"; {known:,} samples are stated for {sum(s is not None for s in stated)} of {len(stated)} entries"
         return f"steps: unknown{hint}\n  {error}"
     steps = total_steps(manifest, loader.num_batches)
-    return f"steps: {steps:,} optimizer steps, {loader.num_batches:,} global batches an epoch\n{loader.report()}"
+    text = f"steps: {steps:,} optimizer steps, {loader.num_batches:,} global batches an epoch\n{loader.report()}"
+    if not manifest.evaluate.every:
+        return text
+    alone, no_ledger = DistributedContext(0, 1, torch.device("cpu")), RunLedger(Path(), 0, 1)
+    return f"{text}\n{Validation(manifest, loader.dataset, alone, no_ledger).describe()}"

@@ -46,18 +46,21 @@ from framestream.trainer.distributed.watchdog import Watchdog
 from framestream.trainer.model.attention import describe_kernels
 from framestream.trainer.model.cost import cost_coefficients
 from framestream.trainer.model.leaf_functions import compile_leaves
+from framestream.trainer.model.lora import adapted_parts
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.monitoring.logger import MetricsLogger
 from framestream.trainer.monitoring.profiler import Profiler
 from framestream.trainer.monitoring.run_ledger import RunLedger, not_finite_before
 from framestream.trainer.monitoring.step_stats import StepStats
+from framestream.trainer.monitoring.trackers import open_trackers
 from framestream.trainer.training.device_prefetch import DevicePrefetcher
-from framestream.trainer.training.drop_path_rng import drop_path_random
+from framestream.trainer.training.drop_path_rng import drop_path_random, seed_dropout
 from framestream.trainer.training.engine import TrainingEngine, build_engine
 from framestream.trainer.training.memory_plan import MemoryComparison, name_memory_errors
 from framestream.trainer.training.optim import set_learning_rates
 from framestream.trainer.training.preflight import compare_shards, run_preflight
 from framestream.trainer.training.run_lock import lock_run
+from framestream.trainer.training.validation import Validation
 from framestream.trainer.weights.load import save_weights
 from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
 
@@ -79,6 +82,7 @@ class RunContext:
     ledger: RunLedger
     preemption: PreemptionHandler
     watchdog: Watchdog
+    validation: Validation | None = None  #: with ``evaluate.every``
 
 
 def resolve_cost(manifest: Manifest) -> Manifest:
@@ -101,41 +105,47 @@ def train(manifest: Manifest) -> Path:
     Raises:
         Preempted: SIGTERM or SIGUSR1 arrived. All completed global batches are in a checkpoint.
     """
-    preemption = PreemptionHandler()
-    manifest = resolve_cost(manifest)
-    folder = Path(manifest.output)
-    context = init_process_group(manifest.train.timeout_minutes)
-    watchdog = Watchdog(manifest.train.timeout_minutes, context)
-    try:
-        _check_world(manifest, context)
-        if _is_finished(manifest, folder, context):
+    precision = torch.get_float32_matmul_precision()
+    with PreemptionHandler() as preemption:
+        manifest = resolve_cost(manifest)
+        folder = Path(manifest.output)
+        context = init_process_group(manifest.train.timeout_minutes)
+        watchdog = Watchdog(manifest.train.timeout_minutes, context)
+        try:
+            _check_world(manifest, context)
+            if _is_finished(manifest, folder, context):
+                return folder / "final"
+            with lock_run(folder, context):
+                if not _is_finished(manifest, folder, context):  # by the run that had the lock
+                    _train(manifest, folder, context, preemption, watchdog)
             return folder / "final"
-        with lock_run(folder, context):
-            if not _is_finished(manifest, folder, context):  # by the run that had the lock
-                _train(manifest, folder, context, preemption, watchdog)
-        return folder / "final"
-    finally:
-        watchdog.close()
-        destroy_process_group()
+        finally:
+            watchdog.close()
+            destroy_process_group()
+            torch.set_float32_matmul_precision(precision)
 
 
 def _train(
     manifest: Manifest, folder: Path, context: DistributedContext, preemption: PreemptionHandler, watchdog: Watchdog
 ) -> None:
     """Train from the last checkpoint, or from the first step, to the final weights."""
+    torch.set_float32_matmul_precision(manifest.train.matmul_precision)
     watchdog.set_phase("checking what the run needs")
     manifest = run_preflight(manifest, context, folder)
     logger.info("%s: %s", manifest.name, describe_disk(manifest))
     loader = _open_loader(manifest, context, watchdog)
     compare_shards(loader.state_dict()["fingerprint"], context)
+    ledger = RunLedger(folder, context.rank, context.world)
+    validation = Validation(manifest, loader.dataset, context, ledger) if manifest.evaluate.every else None
+    if validation:
+        logger.info("%s: %s", manifest.name, validation.describe())
     watchdog.set_phase("creating the model and its initial weights")
     engine, model = build_engine(manifest, context)
     logger.info("%s: %s", manifest.name, _describe_attention(manifest, context))
     if manifest.train.compile:
         logger.info("%s: %s", manifest.name, compile_leaves(model, context.device.type))
     watchdog.set_phase("reading the last checkpoint", no_deadline=True)  # converting it may take long
-    ledger = RunLedger(folder, context.rank, context.world)
-    run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog)
+    run = RunContext(manifest, engine, context, folder, ledger, preemption, watchdog, validation)
     done = _resume(run, loader)
     if context.is_main:
         write_settings(folder / "settings.json", manifest)
@@ -194,6 +204,8 @@ def _resume(run: RunContext, loader: Loader) -> int:
     if state is not None:
         loader.load_state_dict(state["loader"])
         run.ledger.resume(state["loader"])
+        if run.validation and "validation" in state:
+            run.validation.resume(state["validation"], run.folder / "checkpoints")
         logger.info("%s: resumed from the checkpoint of step %d", run.manifest.name, state["step"])
         return state["step"]
     if run.context.is_main:
@@ -213,7 +225,8 @@ class _StepMonitor:
         self._tracer: ModuleCallTracer | None = None
         self.memory = MemoryComparison(run.manifest, run.context)
         if run.context.is_main:
-            self._metrics = MetricsLogger(run.folder, run.manifest.name, done, steps)
+            trackers = open_trackers(run.manifest, run.folder)
+            self._metrics = MetricsLogger(run.folder, run.manifest.name, done, steps, trackers)
             self._profiler = Profiler(run.folder, run.manifest.train, steps)
         if run.manifest.train.check_calls:
             self._tracer = ModuleCallTracer(run.engine.module, run.engine.module.leaf_modules())
@@ -223,16 +236,20 @@ class _StepMonitor:
         if self._profiler:
             self._profiler.start_step(step)
 
-    def end_step(self, step: int, record: dict) -> None:
-        """Compare calls, then log ``record`` if the step is one of ``train.log_every``."""
+    def end_step(self, record: dict) -> None:
+        """Compare the calls of a step."""
         self.memory.end_step(record["peak_memory"])
         if self._tracer:
             self._tracer.compare(self._run.context)
         if self._profiler:
-            self._profiler.end_step(step)
+            self._profiler.end_step(record["step"])
+
+    def log(self, record: dict) -> None:
+        """Log the record of a step that is one of ``train.log_every``, or was validated."""
         if self._metrics is None:
             return
-        if step % self._run.manifest.train.log_every == 0 or step == self._steps:
+        step = record["step"]
+        if step % self._run.manifest.train.log_every == 0 or step == self._steps or "val_loss" in record:
             self._metrics.write(record)
         else:
             self._metrics.advance()
@@ -243,30 +260,44 @@ class _StepMonitor:
 
 
 def _run_steps(run: RunContext, loader: Loader, done: int) -> None:
-    """Run all optimizer steps after the first ``done``, with logs and checkpoints."""
-    train = run.manifest.train
+    """Run all optimizer steps after the first ``done``, with validations, logs and checkpoints."""
+    train, validation = run.manifest.train, run.validation
     steps, saved = total_steps(run.manifest, loader.num_batches), done
     logger.info(
         "%s: %d optimizer steps, at most %d epochs of %d global batches",
         *(run.manifest.name, steps, train.epochs, loader.num_batches),
     )
-    monitor = _StepMonitor(run, done, steps)
+    pending = validation.best.take_pending() if validation else None
+    monitor = _StepMonitor(run, done - bool(pending), steps)
     not_finite = not_finite_before(run.folder, loader.state_dict()) if done else 0
     rows = DevicePrefetcher(monitor.memory.count_rows(_rows(run, loader)), loader.state_dict, run.context.device)
+
+    def finish_step(record: dict) -> None:
+        """Validate and log a step, and save it where a checkpoint is due."""
+        nonlocal saved
+        if validation and validation.is_due(done, steps):
+            record |= validation.run(run.engine, record, run.watchdog, run.preemption)
+        monitor.log(record)
+        _check_not_finite(run, record["not_finite"])
+        if done % train.save_every == 0 or done == steps or (validation and validation.needs_checkpoint(done)):
+            _save(run, rows, done)
+            saved = done
+
     try:
         with run.preemption.deferred():
-            while done < steps:
+            if pending:  # the validation of the last step was interrupted
+                finish_step(pending)
+            while done < steps and not (validation and validation.best.is_over):
                 monitor.start_step(done + 1)
                 rates = set_learning_rates(run.engine.optimizer, done, steps, run.manifest)
                 record = _global_batch(run, rows)
                 not_finite += not record.pop("applied")
                 done += 1
                 counts = {"step": done, "steps": steps, "lr": rates}
-                monitor.end_step(done, {**counts, **record, "not_finite": not_finite})
-                _check_not_finite(run, not_finite)
-                if done % train.save_every == 0 or done == steps:
-                    _save(run, rows, done)
-                    saved = done
+                monitor.end_step(record := {**counts, **record, "not_finite": not_finite})
+                finish_step(record)
+        if validation and validation.best.is_over:
+            logger.info("%s: %s", run.manifest.name, validation.describe_stop(done, steps))
     except Preempted:
         if done > saved:
             _save(run, rows, done)
@@ -287,7 +318,8 @@ def _check_not_finite(run: RunContext, count: int) -> None:
 
 def _save(run: RunContext, rows: DevicePrefetcher, done: int) -> None:
     run.watchdog.set_phase(f"saving the checkpoint of step {done}")
-    save_checkpoint(run.engine, run.folder, done, rows.state_dict(), run.manifest, run.context)
+    validation = run.validation.best.state_dict() if run.validation else None
+    save_checkpoint(run.engine, run.folder, done, rows.state_dict(), run.manifest, run.context, validation)
 
 
 def _rows(run: RunContext, loader: Loader) -> Iterator[Batch]:
@@ -308,6 +340,7 @@ def _global_batch(run: RunContext, rows: DevicePrefetcher) -> dict:
     """
     engine, context, ledger = run.engine, run.context, run.ledger
     stats = StepStats(run.manifest, context)
+    dropout = any(settings.dropout for settings in adapted_parts(run.manifest.train).values())
     while True:
         run.preemption.raise_if_preempted(context)
         stats.start_wait()
@@ -316,6 +349,8 @@ def _global_batch(run: RunContext, rows: DevicePrefetcher) -> dict:
         stats.end_wait()
         where = f"global batch {row.step} of epoch {row.epoch}, micro-step {row.micro_step}"
         run.watchdog.set_phase(f"forward pass of {where}")
+        if dropout:
+            seed_dropout(row, run.manifest.seed, context.rank, context.world)
         with name_memory_errors(row, f"forward pass of {where}", run.manifest, context):
             loss = engine(on_device)
         engine.set_gradient_accumulation_boundary(row.is_last)
@@ -352,7 +387,7 @@ def _write_final(model: VideoLLM, run: RunContext) -> None:
     save_weights(model, part, run.manifest)
     barrier()
     if run.context.is_main:
-        for path in (*part.iterdir(), part):
+        for path in (*part.rglob("*"), part):
             fsync_path(path)
         part.rename(run.folder / "final")
         fsync_path(run.folder)

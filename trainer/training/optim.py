@@ -9,13 +9,19 @@ from torch import nn
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.training import PartConfig, TrainConfig
+from framestream.trainer.model.lora import is_adapter
 from framestream.trainer.model.parts import PARTS
 
 
 def freeze(parts: dict[str, nn.Module], train: TrainConfig) -> None:
-    """Enable gradients only for the parts that the manifest trains. Call this before DeepSpeed wraps the model."""
+    """Enable gradients only for the parts, or their adapters, that the manifest trains.
+
+    Call this before DeepSpeed wraps the model.
+    """
     for name in PARTS:
-        parts[name].requires_grad_(getattr(train, name).train)
+        config: PartConfig = getattr(train, name)
+        for own, parameter in parts[name].named_parameters():
+            parameter.requires_grad_(config.train and (config.lora is None or is_adapter(own)))
 
 
 def parameter_groups(parts: dict[str, nn.Module], train: TrainConfig) -> list[dict]:
@@ -31,7 +37,7 @@ def parameter_groups(parts: dict[str, nn.Module], train: TrainConfig) -> list[di
             continue
         matrices: list[nn.Parameter] = []
         vectors: list[nn.Parameter] = []
-        for parameter in parts[name].parameters():
+        for parameter in filter(lambda p: p.requires_grad, parts[name].parameters()):
             shape = getattr(parameter, "ds_shape", parameter.shape)
             (matrices if len(shape) > 1 else vectors).append(parameter)
         for parameters, decay in ((matrices, part.weight_decay), (vectors, 0.0)):

@@ -27,7 +27,10 @@ from framestream.trainer.checkpoint.disk_usage import check_disk
 from framestream.trainer.checkpoint.save import checkpoint_settings
 from framestream.trainer.distributed.launchers import LaunchError
 from framestream.trainer.distributed.process_group import DistributedContext, broadcast_object, gather_objects
+from framestream.trainer.model.lora import adapted_parts, check_adapters
+from framestream.trainer.model.quantization import FULL, describe_unusable
 from framestream.trainer.model.video_llm import build_model
+from framestream.trainer.monitoring.trackers import missing_trackers
 from framestream.trainer.training.memory_plan import (
     check_memory,
     device_bytes,
@@ -37,7 +40,8 @@ from framestream.trainer.training.memory_plan import (
 from framestream.trainer.weights.architecture_checks import describe_unsupported, log_unknown_fields
 from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, is_hf_release, parse_hf_config
 from framestream.trainer.weights.hub import locate_weights
-from framestream.trainer.weights.load import resolve_init_source, resolve_init_tensors
+from framestream.trainer.weights.load import resolve_init_tensors
+from framestream.trainer.weights.runs import RANDOM, resolve_init_source
 from framestream.trainer.weights.tensor_files import WeightsError
 from framestream.trainer.weights.tensor_reader import read_config
 
@@ -64,7 +68,7 @@ def run_preflight(manifest: Manifest, context: DistributedContext, run: Path) ->
     faults = [*_differences(broadcast_object(own, context), own), *_check_device(manifest, context)]
     writable = False
     if context.is_main:
-        faults += check_weights(manifest)
+        faults += [*missing_trackers(manifest.train.trackers), *check_weights(manifest)]
         unwritable = list(_write_marker(marker))
         faults += unwritable
         writable = not unwritable
@@ -104,8 +108,11 @@ def _merge(faults_by_rank: list[list[str]]) -> Iterator[str]:
 def _shared_values(manifest: Manifest) -> dict[str, object]:
     """Return the values that must be equal on every rank."""
     versions = {name: version(name) for name in PACKAGES}
-    level = {"train.gradient_checkpointing": manifest.train.gradient_checkpointing}  # may change when a run is resumed
-    return {**checkpoint_settings(manifest), **level, "output": manifest.output, **versions, "code": code_digest()}
+    # these may change when a run is resumed, and decide which calls ranks make together
+    fields = ("gradient_checkpointing", "save_every", "max_not_finite", "check_calls")
+    calls = {f"train.{name}": getattr(manifest.train, name) for name in fields}
+    calls |= {f"evaluate.{name}": value for name, value in to_dict(manifest.evaluate).items()}
+    return {**checkpoint_settings(manifest), **calls, "output": manifest.output, **versions, "code": code_digest()}
 
 
 def code_digest() -> str:
@@ -140,6 +147,9 @@ def _differences(expected: dict[str, object], actual: dict[str, object]) -> Iter
 def _check_device(manifest: Manifest, context: DistributedContext) -> Iterator[str]:
     if context.device.type == "cuda" and manifest.train.dtype == "bf16" and not torch.cuda.is_bf16_supported():
         yield f"train.dtype: {torch.cuda.get_device_name()} does not support bf16; set fp32"
+    for part, settings in adapted_parts(manifest.train).items():
+        if settings.load != FULL and (fault := describe_unusable(settings.load, context.device)):
+            yield f"train.{part}.lora.load: {fault}"
 
 
 def _write_marker(marker: Path) -> Iterator[str]:
@@ -168,17 +178,34 @@ def check_weights(manifest: Manifest) -> list[str]:
     Weights on the hub are downloaded.
     """
     try:
-        resolve_init_tensors(build_model(manifest, device="meta"), manifest)
+        model = build_model(manifest, device="meta")
+        check_adapters(model, manifest.train)
+        _check_quantized(manifest)
+        resolve_init_tensors(model, manifest)
         return list(_architecture_differences(manifest))
     except (WeightsError, ManifestError) as error:
         return [str(error)]
+
+
+def _check_quantized(manifest: Manifest) -> None:
+    """Check that weights in 4 or 8 bits come from files: the final weights of a run do not repeat them.
+
+    Raises:
+        ManifestError: they are random.
+    """
+    for part, settings in adapted_parts(manifest.train).items():
+        if settings.load != FULL and resolve_init_source(manifest, part)[1] == RANDOM:
+            fault = f"{settings.load} is for stored weights, not random ones"
+            raise ManifestError(
+                f"train.{part}.lora.load: {fault}; name weights in init_from.{part}, or set it to {FULL}"
+            )
 
 
 def _architecture_differences(manifest: Manifest) -> Iterator[str]:
     """Yield differences to config.json that tensor shapes do not show, such as heads and ``rope_theta``."""
     for part in ("vision_tower", "language_model"):
         field, address = resolve_init_source(manifest, part)
-        folder = None if address == "random" else locate_weights(address)
+        folder = None if address == RANDOM else locate_weights(address)
         if folder is None or not (folder / "config.json").is_file():
             continue
         where, config = str(folder / "config.json"), read_config(folder)

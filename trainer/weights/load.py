@@ -32,9 +32,13 @@ from framestream.trainer.model.internvideo2 import (
     interpolate_pos_embed,
     pos_embed_grid,
 )
+from framestream.trainer.model.lora import adapted_parts, is_adapter
 from framestream.trainer.model.video_llm import VideoLLM
-from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE, ReleaseConfig, is_hf_release, parse_hf_config
+from framestream.trainer.weights.adapters import adapter_folder, write_adapters
+from framestream.trainer.weights.base_weights import describe_bases, find_base, merge_stored
+from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE
 from framestream.trainer.weights.hub import locate_weights
+from framestream.trainer.weights.runs import RANDOM, parse_model, resolve_init_source
 from framestream.trainer.weights.tensor_files import (
     DTYPES,
     SHARD_BYTES,
@@ -63,6 +67,9 @@ def open_part_tensors(
     Raises:
         WeightsError: lists missing and unexpected tensors, and tensors of the wrong shape, by name.
     """
+    if (base := find_base(path, part)) is not None:
+        found = open_part_tensors(model, part, base, cfg, add_rows=True)
+        return merge_stored(path, part, found)
     tensors = open_tensors(path)
     found = {name: tensors[key] for key, name in map_checkpoint_keys(part, list(tensors), cfg).items()}
     wanted = {name: full_shape(p) for name, p in model.named_parameters() if name.startswith(part + ".")}
@@ -86,7 +93,7 @@ def open_part_tensors(
             tied = "model.language_model.tie_word_embeddings: true"
             listed += f"; a model without {HEAD} shares the weights of the embedding: set {tied}"
         raise WeightsError(f"{path}: does not fit the manifest's {part}: {listed}")
-    return found
+    return merge_stored(path, part, found)
 
 
 def _fit_vocabulary(name: str, tensor: LazyTensor, size: tuple[int, ...]) -> LazyTensor:
@@ -152,7 +159,7 @@ def resolve_init_tensors(
     paths: dict[str, tuple[str, Path]] = {}
     for part in model.parts() if parts is None else parts:
         field, address = resolve_init_source(manifest, part)
-        if address == "random":
+        if address == RANDOM:
             for name, p in model.named_parameters():
                 if name.startswith(part + "."):
                     size = full_shape(p)
@@ -191,38 +198,11 @@ def _open_parts(
     return tensors
 
 
-def resolve_init_source(manifest: Manifest, part: str) -> tuple[str, str]:
-    """Find what a part starts from.
-
-    Returns:
-        the manifest's field that says so, and an address for ``locate_weights``, or ``random``.
-
-    Raises:
-        WeightsError: ``init_from.run`` is a run that is not finished.
-    """
-    init = manifest.init_from
-    if address := getattr(init, part):
-        return f"init_from.{part}", address
-    return "init_from.run", _run_weights(init.run) if init.run else "random"
-
-
 def _shorten(names: list[str]) -> str:
     """Join the first of ``names`` to a line that is not too long."""
     return ", ".join(map(printable_line, names[:MAX_NAMES])) + (
         f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     )
-
-
-def _run_weights(run: str) -> str:
-    """Return the folder of final weights of a run; the address of a released checkpoint is returned unchanged."""
-    folder = Path(run)
-    if run.startswith("hf:") or (not (folder / "final").exists() and (folder / "config.json").is_file()):
-        return run
-    if not folder.is_dir():
-        raise WeightsError(f"init_from.run: {run}: no such folder, nor a stage of that name; train that stage first")
-    if (folder / "checkpoints" / "latest").exists() and not (folder / "final").exists():
-        raise WeightsError(f"init_from.run: {run}: has checkpoints and no final weights; finish that stage first")
-    return str(folder / "final")
 
 
 def initialize(model: VideoLLM, manifest: Manifest) -> None:
@@ -291,28 +271,47 @@ def save_weights(model: VideoLLM, folder: str | Path, manifest: Manifest, shard_
     the digests of the files.
     """
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    tower = manifest.model.vision_tower.type
-    parameters = {to_hf_name(name, tower): p for name, p in model.named_parameters()}
+    tower, base = manifest.model.vision_tower.type, describe_bases(manifest)
+    parameters = {
+        to_hf_name(name.replace(".base_layer.", "."), tower): p
+        for name, p in model.named_parameters()
+        if not is_adapter(name) and name.partition(".")[0] not in base
+    }
     sizes = {name: _bytes(p) for name, p in parameters.items()}
     digests: dict[str, str] = {}
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-    for file, names in shard_files(sizes, shard_bytes).items():
-        tensors = {}
-        for name in names:
-            with gather_parameter(parameters[name]):
-                if writes:
-                    tensors[name] = parameters[name].detach().cpu().contiguous()
+    for file, names in shard_files(sizes, shard_bytes).items() if sizes else ():
+        tensors = _gather({name: parameters[name] for name in names}, writes)
         if writes:
             write_shard(folder / file, tensors)
             digests[file] = file_digest(folder / file)
+    for part in adapted_parts(manifest.train):
+        module = model.parts()[part]
+        tensors = _gather({name: p for name, p in module.named_parameters() if is_adapter(name)}, writes)
+        if writes:
+            address = base[part]["address"] if part in base else ""
+            for path in write_adapters(adapter_folder(folder, part), module, tensors, address):
+                digests[str(path.relative_to(folder))] = file_digest(path)
     if not writes:
         return
     write_weight_index(folder, sizes, shard_bytes)
-    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     sections = {name: to_dict(getattr(manifest, name)) for name in ("model", "frames", "images", "text")}
     config = {"architectures": ["VideoLLM"], "model_type": NATIVE_MODEL_TYPE, "dtype": dtype, **sections}
+    if base:
+        config["base"] = base
     write_record(folder / "config.json", {**config, "digests": digests})
+
+
+def _gather(parameters: dict[str, nn.Parameter], writes: bool) -> dict[str, torch.Tensor]:
+    """Return the values of parameters on the CPU on the rank that writes. Every rank calls this."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        with gather_parameter(parameter):
+            if writes:
+                tensors[name] = parameter.detach().cpu().contiguous()
+    return tensors
 
 
 def _bytes(parameter: nn.Parameter) -> int:
@@ -332,18 +331,13 @@ def load_pretrained(folder: str | Path, size: int | None = None) -> VideoLLM:
     """
     folder = Path(folder)
     config, where = read_config(folder), str(folder / "config.json")
-    if is_hf_release(config):
-        cfg, trained_size, clip_frames = parse_hf_config(config, where)
-    elif config.get("model_type") == NATIVE_MODEL_TYPE:
-        release = ReleaseConfig.from_config(config, "", where)
-        cfg, trained_size, clip_frames = release.model, release.frames.size, release.frames.clip_frames
-    else:
-        kind = config.get("model_type")
-        raise WeightsError(f"{where}: model_type is {kind!r}, neither framestream's nor a released checkpoint's")
+    cfg, trained_size, clip_frames = parse_model(config, where)
+    shape = (cfg, size or trained_size, clip_frames)
+    tensors = open_model_tensors(build_meta_model(*shape), folder, cfg)  # before memory is taken for what does not fit
     with no_init_weights():
-        model = VideoLLM(cfg, size or trained_size, clip_frames)
+        model = VideoLLM(*shape)
     model.to(parse_dtype(config, where))
-    copy_tensors(model, open_model_tensors(model, folder, cfg))
+    copy_tensors(model, tensors)
     return model.eval()
 
 
@@ -354,8 +348,8 @@ def parse_dtype(config: dict, where: str) -> torch.dtype:
         WeightsError: none of :data:`~framestream.trainer.weights.tensor_files.DTYPES`.
     """
     name = config.get("dtype") or config.get("torch_dtype")
-    if name not in DTYPES:
-        raise WeightsError(f"{where}: dtype: {name!r} is not one of {', '.join(DTYPES)}")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise WeightsError(f"{where}: dtype: {name!r:.40} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from framestream.pipeline.utils.command_line import printable_line
-from framestream.pipeline.utils.digests import file_digest
+from framestream.pipeline.utils.digests import bytes_digest, file_digest
 from framestream.pipeline.utils.records import RecordError, load_json, parse_record
 from framestream.trainer.weights.hf_config import NATIVE_MODEL_TYPE
 from framestream.trainer.weights.tensor_files import INDEX, LazyTensor, WeightsError
@@ -26,6 +26,7 @@ from framestream.trainer.weights.tensor_files import INDEX, LazyTensor, WeightsE
 MAX_TENSORS = 200_000  #: of a folder
 MAX_INDEX_BYTES = 64 << 20  #: of an index of files of weights
 MAX_CONFIG_BYTES = 16 << 20  #: of a config.json
+SAMPLES, SAMPLE_BYTES = 64, 16_384  #: blocks of a file of weights that its digest as the base of adapters reads
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 FLOATS = ("F64", "F32", "F16", "BF16")  #: dtypes of weights, as safetensors names them
 #: what torch, safetensors and DeepSpeed raise about damaged files of tensors
@@ -183,12 +184,44 @@ def read_config(folder: Path) -> dict:
         raise WeightsError(str(error)) from None
 
 
-def _read_digests(path: Path) -> dict[str, str]:
-    """Return the digests of the files of a run's final weights, by name; empty for other folders and older versions."""
+def native_config(path: Path) -> dict:
+    """Return config.json of the final weights of a run; empty for other folders and for files."""
     if not (path / "config.json").is_file():
         return {}
     config = read_config(path)
-    digests = config.get("digests") if config.get("model_type") == NATIVE_MODEL_TYPE else None
+    return config if config.get("model_type") == NATIVE_MODEL_TYPE else {}
+
+
+def weights_digest(path: Path) -> str:
+    """Return a digest of a file or folder of weights: of its config.json, and of sizes and samples of its files.
+
+    A folder with adapters has digests of all its files in config.json.
+
+    Raises:
+        WeightsError: there are no weights, or they cannot be read.
+    """
+    files = [] if native_config(path).get("base") else _weight_files(path, read_index(path))
+    try:
+        facts = [(file.name, *_sample(file)) for file in files]
+        config = file_digest(path / "config.json") if (path / "config.json").is_file() else ""
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({_reason(error)})") from None
+    return bytes_digest(repr((facts, config)).encode())
+
+
+def _sample(file: Path) -> tuple[int, str]:
+    """Return the size of a file, and a digest of blocks that are spread over it."""
+    size, blocks = file.stat().st_size, []
+    with open(file, "rb") as opened:
+        for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+            opened.seek(offset)
+            blocks.append(opened.read(SAMPLE_BYTES))
+    return size, bytes_digest(b"".join(blocks))
+
+
+def _read_digests(path: Path) -> dict[str, str]:
+    """Return the digests of the files of a run's final weights, by name; empty for other folders and older versions."""
+    digests = native_config(path).get("digests")
     return digests if isinstance(digests, dict) else {}
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -13,6 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from framestream.trainer.monitoring.trackers import RANK_VARIABLES
 from tests.helpers.emulator.build import unavailable
 from tests.helpers.paths import ROOT
 
@@ -36,11 +43,55 @@ def run(*command: str, check: bool = True, cwd: Path = PROJECT) -> subprocess.Co
     return done
 
 
+def run_here(*command: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Do the same with ``... -m MODULE ARGUMENTS`` in this process, for one rank, where a program's start takes long.
+
+    Afterwards the process has no launcher's variables of the run, and its own handlers of signals and threads.
+    """
+    place = command.index("-m") + 1
+    name = "trainer.__main__" if command[place] == "trainer" else command[place]
+    main = importlib.import_module(f"framestream.{name}").main
+    before, out, errors = _process_state(), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = main(list(command[place + 1 :]))
+    assert _process_state() == before
+    if check and status:
+        raise AssertionError(f"{' '.join(command)}: exit {status}\n{errors.getvalue()[-4000:]}")
+    return subprocess.CompletedProcess(command, status, out.getvalue(), errors.getvalue())
+
+
+def _process_state() -> tuple[dict[str, str | None], list[object], int, list[str]]:
+    """What programs that are started later inherit, and what reacts to signals here."""
+    handlers: list[object] = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    return variables, handlers, wakeup, [thread.name for thread in threading.enumerate() if thread.name == "signals"]
+
+
 def train_command(manifest: Path, ranks: int, *assignments: str) -> list[str]:
     """Return the command that trains ``manifest`` on ``ranks`` processes of this machine."""
     sets = [word for assignment in assignments for word in ("--set", assignment)]
     launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
     return [*launcher, "-m", "trainer", "--manifest", str(manifest), *sets]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a launcher and its ranks, which have sessions of their own, and wait for their end."""
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in (process.pid, *map(int, ranks)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.wait()
+    while any(map(_is_running, ranks)):
+        time.sleep(0.01)
+
+
+def _is_running(number: str) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def on_device(command: list[str]) -> list[str]:

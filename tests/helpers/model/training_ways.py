@@ -24,6 +24,8 @@ SETTINGS = (
     "init_from={run: '', vision_tower: random, connector: random, language_model: random}",
     "train.warmup=0",
     "batching.row_multiple=4",
+    "evaluate.every=0",
+    "train.matmul_precision=highest",  # the tolerances are those of float32
 )
 #: relative: largest of a loss, largest of a gradient norm, what training added to the weights (norms of all of them)
 TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5, "update": 1e-4}

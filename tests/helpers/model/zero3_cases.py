@@ -6,6 +6,7 @@ import dataclasses
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
+from framestream.pipeline.config.training import LoraConfig, PartConfig
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.training.drop_path_rng import drop_path_random
 from tests.helpers.model.manifests import FROZEN, manifest
@@ -39,6 +40,7 @@ def settings(init: InitFromConfig, start: str = "start", recompute: str = "all",
 
 
 RATE = 1e-2
+ADAPTED = PartConfig(train=True, lr=RATE, lora=LoraConfig(r=4, alpha=8.0))
 
 
 def _with_drop_path(row: Batch) -> Batch:
@@ -66,5 +68,6 @@ def cases() -> dict[str, tuple[Manifest, list[tuple]]]:
             settings(InitFromConfig(run="internvideo2"), "internvideo2"),
             [tuple(map(_with_drop_path, rows)) for rows in steps],
         ),
+        "adapters": (settings(start, vision_tower=ADAPTED, language_model=ADAPTED), steps),
         **{name: (settings(init), steps[2:3]) for name, init in FILES.items()},
     }

@@ -27,7 +27,8 @@ from framestream.trainer.distributed.process_group import (
     init_process_group,
 )
 from framestream.trainer.model.video_llm import build_model
-from framestream.trainer.training.engine import build_engine
+from framestream.trainer.training.engine import TrainingEngine, build_engine
+from framestream.trainer.training.lockstep import LockstepModel
 from framestream.trainer.weights.load import initialize, save_weights
 from framestream.trainer.weights.tensor_files import WeightsError
 from tests.helpers.model.manifests import manifest
@@ -84,13 +85,33 @@ def accumulation_error(stage: int, context: DistributedContext) -> float:
 def run_rows_of_other_groups(context: DistributedContext) -> list[dict]:
     """Run rows whose number of groups differs between the ranks and from row to row, in a model of published depth.
 
+    After the optimizer's step, rows and a question are run as a validation does.
+
     Returns what each micro-step after the first two took, which record DeepSpeed's trace.
     """
     engine = build_narrow_engine(narrow_manifest(3, 16, "fp32"), context)
     clips = ([1, 1, 1, 3, 0, 2], [1, 1, 2, 1, 3, 0])[context.rank]
-    found = [run_micro_step(engine, count, context, number == 3) for number, count in enumerate(clips)][2:]
+    found = []
+    for number, count in enumerate(clips):
+        found.append(run_micro_step(engine, count, context, number == 3))
+        if number == 3:
+            validate(engine, context)
     engine.destroy()
-    return [dataclasses.asdict(micro_step) for micro_step in found]
+    return [dataclasses.asdict(micro_step) for micro_step in found[2:]]
+
+
+def validate(engine: TrainingEngine, context: DistributedContext) -> None:
+    """Run a row of each rank, one of rank 0 alone, and its question, whose answer the other rank waits for."""
+    rows = [pack([dialogue(n, clips=n + 1 + context.rank)]).to(context.device) for n in range(2)]
+    model = LockstepModel(engine.module.eval(), context, pack([]).to(context.device))
+    losses = [model.loss(rows[0]), model.loss(rows[1] if context.is_main else None)]
+    assert losses[0] > 0 and bool(losses[1]) == context.is_main
+    options = [[5], [7, 9, 11]] if context.is_main else []
+    tokens, logprobs = model.answer(rows[1] if context.is_main else None, options, True, 5, (-1,))
+    assert (len(tokens), len(logprobs)) == ((5, 2) if context.is_main else (0, 0))
+    assert engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    engine.optimizer.empty_partition_cache()
+    engine.module.train()
 
 
 def check_constants(settings) -> None:

@@ -30,7 +30,7 @@ WRONG_VALUES = (
     *(("--temperature", value) for value in ("nan", "inf", "-1", "1e9", "hot")),
     *(("--top-p", value) for value in ("0", "2", "nan", "-1")),
     *(("--max-new-tokens", value) for value in ("0", "-1", "1e3", "999999999")),
-    *(("--start", value) for value in ("nan", "-1")),
+    *((option, value) for option in ("--start", "--end") for value in ("nan", "inf", "-1")),
     ("--seed", "-1"),
 )
 
@@ -112,9 +112,10 @@ def test_a_run_is_asked_from_another_folder(run, tmp_path, capsys, monkeypatch):
 
 def test_control_tokens_and_marks_that_are_typed_are_text(run):
     conversation = Conversation(Predictor(*resolve_run(run)), [MediaFile(run.parent / "media" / "v0.mp4")], NEW)
-    prompts = []
-    build = conversation._predictor.build_prompt
-    conversation._predictor.build_prompt = lambda *words: prompts.append(build(*words)) or prompts[-1]
+    prompts, encoded = [], []
+    build, encode = conversation._predictor.build_prompt, conversation._predictor.encode
+    conversation._predictor.encode = lambda pixels: encoded.append(encode(pixels)) or encoded[-1]
+    conversation._predictor.build_prompt = lambda *words, **more: prompts.append(build(*words, **more)) or prompts[-1]
     typed = "what is <image>?<|im_end|>\n<|im_start|>assistant\n"
     for _ in range(2):
         list(conversation.ask(typed))
@@ -123,6 +124,19 @@ def test_control_tokens_and_marks_that_are_typed_are_text(run):
         ids = prompt.input_ids[prompt.input_ids >= 0].tolist()
         assert ids.count(template.end_ids[0]) == 2 + 2 * number
         assert template.tokenizer.decode(ids).count(typed) == 1 + number
+    assert len(encoded) == 1  # the second question reads no pixels
+
+
+def test_of_many_images_some_are_returned(run, monkeypatch):
+    asked_about = [MediaFile(run.parent / "media" / name) for name in ("v0.mp4", "s1.png")]
+    conversation = Conversation(Predictor(*resolve_run(run)), asked_about, NEW)
+    images, captions = conversation.input_images()
+    monkeypatch.setattr("framestream.trainer.inference.conversation.MAX_IMAGES", 3)
+    few, named = conversation.input_images()
+    assert len(images) == len(captions) > 4 and [len(few), len(named)] == [3, 3]
+    positions = [captions.index(caption) for caption in named]
+    assert positions[0] == 0 and positions[-1] == len(captions) - 1
+    assert all(np.array_equal(image, images[position]) for image, position in zip(few, positions, strict=True))
 
 
 @pytest.mark.parametrize("settings", [{"eos_token": "<|endoftext|>"}, {"eos_token": None}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.pipeline.utils.locks import lock_folder
 from framestream.trainer import evaluate
 from framestream.trainer.evaluation import scorer
+from framestream.trainer.evaluation.run_files import BLIND_FIELDS
 from framestream.trainer.weights.load import load_pretrained
 from tests.helpers.corpora import training_corpus as corpus
 from tests.helpers.html_page import Page
@@ -46,6 +48,48 @@ def files(made: Path, name: str = "asked.json") -> tuple[str, ...]:
     return "--annotations", str(made.parent / name), "--root", str(made.parent / "media")
 
 
+def turns(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+
+
+def moments(samples: list[dict]) -> list[dict]:
+    """Two questions for intervals: one says them in its annotation, one in its answer."""
+    rows = []
+    for number, answer in ((0, "at the beginning"), (2, "2.5 - 3.5 seconds")):
+        row = {key: value for key, value in samples[number].items() if key != "options"}
+        rows.append({**row, "id": f"m{number}", "family": "moments", "conversations": turns("When is it?", answer)})
+    rows[0] |= {"intervals": [[2, 3], [1, 3]], "start": 1, "end": 4}
+    return rows
+
+
+def test_intervals_have_an_iou_in_place_of_being_right(made, monkeypatch, capsys):
+    """The model says 0.5 - 2 seconds of what it is shown, which is 1.5 - 3 seconds of the clip's video."""
+    samples = json.loads((made.parent / "val.json").read_text())
+    rows = [*samples[:3], *moments(samples), {**moments(samples)[0], "id": "outside", "intervals": [[90, 95]]}]
+    image = [{"from": "human", "value": "<image>\nWhen?"}, {"from": "gpt", "value": "now"}]
+    rows.append({"id": "image", "image": "s0.png", "family": "moments", "intervals": [[1, 2]], "conversations": image})
+    (made.parent / "moments.json").write_text(json.dumps(rows))
+    questions = FileQuestions(load_manifest(made), made.parent / "val.json", made.parent / "media")
+    reply = questions.chat_template.tokenizer.encode("It happens in 0.5 - 2 seconds.", add_special_tokens=False)
+    monkeypatch.setattr(scorer, "generate_from_prefill", lambda model, state, keys, *_: [reply for _ in keys])
+    html = made.parent / "moments.html"
+    result = asked(made, *files(made, "moments.json"), "--html", str(html))
+    assert [row["family"] for row in result["families"]] == ["colour"]
+    (row,) = result["grounding"]
+    by_key = {answer["key"].split(":")[-1]: answer for answer in result["answers"]}
+    clip, other = by_key["m0"], by_key["m2"]
+    assert clip["intervals"]["own"] == pytest.approx([1.5, 3]) and clip["iou"]["own"] == pytest.approx(0.75)
+    assert other["intervals"]["expected"] == [[2.5, 3.5]] and other["iou"] == dict.fromkeys(clip["iou"], 0.0)
+    assert row["questions"] == 2 and row["miou"] == pytest.approx(37.5) and row["recall_0.7"] == 50.0
+    told = "\n".join(result["unreadable"])
+    assert "[(90.0, 95.0)] are not in what is shown of the video, 1.00 s to 4.00 s" in told
+    assert "must show one video" in told
+    said = capsys.readouterr().out
+    assert "family, by intervals" in said and "37.5" in said
+    page = Page(html.read_text()).cells()
+    assert "mIoU, %" in page and "(IoU 0.75)" in html.read_text()
+
+
 def test_files_are_scored_as_shards_are(made, capsys):
     html = made.parent / "scores.html"
     shards, loose = asked(made), asked(made, *files(made), "--html", str(html))
@@ -62,6 +106,7 @@ def test_two_ranks_write_what_one_process_writes(made):
     """Byte for byte, with questions that cannot be shown. The ranks compute on the stand-in device if there is one."""
     samples = json.loads((made.parent / "asked.json").read_text())
     samples[3]["video"] = samples[5]["video"] = "gone.mp4"
+    samples += moments(samples)
     (made.parent / "some.json").write_text(json.dumps(samples))
     words = [*files(made, "some.json"), "--set", "evaluate.batch=3"]
     alone, out = asked(made, *words), made.parent / "evaluation.json"
@@ -69,8 +114,9 @@ def test_two_ranks_write_what_one_process_writes(made):
     out.unlink()
     ranks = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "trainer.evaluate"]
     done = corpus.run(*corpus.on_device([*ranks, "--manifest", str(made), "--out", str(out), *words]))
-    assert out.read_bytes() == written and len(alone["unreadable"]) == 2 and len(alone["answers"]) == 6
-    assert done.stdout.count(str(out)) == 1 and len(list(made.parent.glob("evaluation.json*"))) == 1
+    assert out.read_bytes() == written and len(alone["unreadable"]) == 2 and len(alone["answers"]) == 8
+    assert [(row["family"], row["questions"], row["unparsed"]) for row in alone["grounding"]] == [("moments", 2, 2)]
+    assert done.stdout.splitlines().count(str(out)) == 1 and len(list(made.parent.glob("evaluation.json*"))) == 1
 
 
 def test_the_likeliest_option_is_that_of_whole_dialogues(made):
@@ -116,13 +162,17 @@ def test_what_cannot_be_shown_is_left_out_and_named(made, capsys):
     told = " ".join(result["unreadable"])
     assert len(result["answers"]) < 12 and result["families"][0]["questions"] == len(result["answers"])
     assert "../all.json" in told and "away.mp4" in told and "cut.mp4" in told and "gone.mp4" in told
-    assert "questions left out; the first:" in capsys.readouterr().out
+    counted = f"{len(result['unreadable'])} left out, each with its reason in `unreadable` of {folder}"
+    assert len(result["unreadable"]) > 3 and counted in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_scored_at_the_manifests_frame_size(made, capsys):
-    """A larger picture is another position table, and weights go on as they are."""
+def test_a_checkpoint_is_scored_at_the_manifests_frame_size(made, caplog):
+    """A larger picture is another position table, and weights go on as they are. One warning says so."""
     result = asked(made, *files(made), "--set", "frames.size=160", "--limit", "1")
     assert len(result["answers"]) == 1
+    trained = load_manifest(made).frames.size
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.endswith(f"config.json: frames.size is {trained}; the manifest's 160 is used")
 
 
 def test_a_limit_does_not_change_what_is_asked_of_a_question(made):
@@ -132,7 +182,10 @@ def test_a_limit_does_not_change_what_is_asked_of_a_question(made):
 
 def test_what_cannot_be_right_or_compared_is_said(made, tmp_path, capsys):
     samples = json.loads((made.parent / "val.json").read_text())
-    samples[0]["family"] = "alone"
+    samples[0]["family"] = "alone"  # with the next one, a family about one video
+    samples.append({**samples[0], "id": "same", "conversations": turns("What else?", "noise")})
+    samples.append({"id": "two", "image": ["s0.png", "s1.png"], "conversations": turns("<image>Which?", "both")})
+    samples[-1]["family"] = "colour"  # all others there show less
     samples[1]["conversations"][1]["value"] = "red " * 40
     (tmp_path / "some.json").write_text(json.dumps(samples))
     out = tmp_path / "new" / "evaluation.json"
@@ -144,11 +197,25 @@ def test_what_cannot_be_right_or_compared_is_said(made, tmp_path, capsys):
         "--root",
         str(made.parent / "media"),
     ]
-    assert evaluate.main([*words, "--out", str(out)]) == 0
+    assert evaluate.main([*words, "--out", str(out), "--html", str(tmp_path / "scores.html")]) == 0
     said = capsys.readouterr().out
-    assert "(no blind control): alone" in said and "1 expected answers have more tokens than" in said
+    assert (
+        "1 not asked" in said
+        and "(no blind control): colour" in said
+        and "what is asked about: alone" in said
+        and "1 expected answers have more tokens than" in said
+    )
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    assert said.splitlines()[-1] == str(out) and json.loads(out.read_text())["without_partner"] == ["alone"]
+    result = json.loads(out.read_text())
+    assert str(out) in said.splitlines() and result["without_partner"] == ["colour"]
+    assert result["without_blind"] == ["alone"] and len(result["answers"]) == 9
+    (row,) = (row for row in result["families"] if row["family"] == "alone")
+    assert [row[name] for name in BLIND_FIELDS] == [None] * 6 and row["questions"] == 2
+    assert [line.split()[4] for line in said.splitlines() if line.startswith("alone ")] == ["none"]
+    asked_blind = {row["family"] for row in result["answers"] if row["blind"] is not None}
+    assert asked_blind == {"colour"} and all(row["shuffled"] is not None for row in result["answers"])
+    page = Page((tmp_path / "scores.html").read_text()).cells()
+    assert "none" in page and "There is no blind control where" in page and "blind: none" in page
 
 
 def test_options_that_cannot_be_chosen_from_are_left_out_and_named(made):
@@ -179,6 +246,27 @@ def test_families_and_options_of_any_form_are_right_or_left_out(made):
     result = asked(made, *files(made, "odd.json"))
     assert [line.split(": ")[2] for line in result["unreadable"]] == ["family"] * 4 + ["options"] * 7
     assert {row["family"] for row in result["families"]} == {"0", "num"} and len(result["answers"]) == 4
+
+
+def test_scores_of_other_weights_do_not_replace_those_of_a_run(made, tmp_path, capsys, monkeypatch):
+    """They stand beside the weights that are scored. Weights that belong to no run need a file of results."""
+    run, other = Path(load_manifest(made).output), tmp_path / "other"
+    (run / "evaluation.json").write_text("of the run")
+    shutil.copytree(run / "final", other / "final")
+    shutil.copytree(run / "final", tmp_path / "copied")
+    words = ["--manifest", str(made), "--limit", "1"]
+    assert evaluate.main([*words, "--checkpoint", str(other)]) == 0
+    assert json.loads((other / "evaluation.json").read_text())["checkpoint"] == str(other / "final")
+    monkeypatch.chdir(other / "final")
+    assert evaluate.main([*words, *files(made), "--checkpoint", "."]) == 0
+    assert (other / "evaluation-asked.json").is_file() and (run / "evaluation.json").read_text() == "of the run"
+    capsys.readouterr()
+    monkeypatch.setattr(scorer, "evaluate", None)
+    assert evaluate.main([*words, "--checkpoint", str(tmp_path / "copied")]) == 2
+    fault = f"error: {tmp_path / 'copied'}: these weights belong to no run; name the file of results with --out\n"
+    assert capsys.readouterr().err == fault
+    assert not list(tmp_path.glob("*.json*")) and (run / "evaluation.json").read_text() == "of the run"
+    (run / "evaluation.json").unlink()
 
 
 def test_results_are_written_where_nobody_reads_the_output(made, tmp_path):

@@ -20,7 +20,8 @@ from framestream.pipeline.config.model import InitFromConfig, LanguageModelConfi
 from framestream.pipeline.config.preprocessing import ImagesConfig
 from framestream.pipeline.utils.digests import file_digest
 from framestream.pipeline.utils.records import read_record, write_record
-from framestream.trainer.checkpoint.export import export
+from framestream.trainer.checkpoint.export import ExportError, export
+from framestream.trainer.checkpoint.state import write_pointer
 from framestream.trainer.export import main
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.weights.hf_config import ReleaseConfig, describe_tower_mismatch, is_hf_release, parse_hf_config
@@ -373,6 +374,7 @@ def test_python_files_of_the_release_are_copied_and_not_run(tmp_path):
         (lambda t: (t / "code" / CODE).unlink(), 2, f"code: no {CODE} there"),
         (lambda t: change(t, model_type="qwen2"), 2, "model_type is 'qwen2'; name the `final` folder"),
         (lambda t: change(t, dtype="complex64"), 1, "dtype: 'complex64' is not one of bfloat16"),
+        (lambda t: change(t, dtype={"a": 1}), 1, "dtype: {'a': 1} is not one of bfloat16"),
         (lambda t: change(t, frames={"size": 128}), 2, "config.json: frames.sampler: required field"),
         (lambda t: change(t, text={"tokenizer": "./nowhere"}), 2, "text.tokenizer: ./nowhere is not a folder"),
         (
@@ -431,10 +433,13 @@ def test_checkpoints_of_ranks_equal_the_final_weights(shards, tmp_path, ranks, z
     checkpoint = run / "checkpoints" / "step-000002"
     export(run, tmp_path / "newest")
     export(checkpoint, tmp_path / "step", shard_bytes=100_000)
+    write_pointer(run / "checkpoints" / "best", checkpoint.name)
+    export(run / "checkpoints" / "best", tmp_path / "best")
     wanted = tensors(tmp_path / "final")
     assert {value.dtype for value in wanted.values()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
     assert_same(tensors(tmp_path / "newest"), wanted)
     assert_same(tensors(tmp_path / "step"), wanted)
+    assert_same(tensors(tmp_path / "best"), wanted)
     assert (tmp_path / "step" / "config.json").read_bytes() == (tmp_path / "final" / "config.json").read_bytes()
     sound = (checkpoint / "state.json").read_bytes()
     for path, damage, message in (
@@ -452,6 +457,26 @@ def test_checkpoints_of_ranks_equal_the_final_weights(shards, tmp_path, ranks, z
         path.write_bytes(kept)
         (checkpoint / "state.json").write_bytes(sound)
     assert not (checkpoint / "executed").exists() and not (tmp_path / "none").exists()
+
+
+def test_a_missing_checkpoint_is_answered_with_those_that_are_there(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (2, 4, 6, 8, 10, 1_000_000):
+        (checkpoints / f"step-{step:06d}").mkdir(parents=True)
+        (checkpoints / f"step-{step:06d}" / "state.json").touch()
+    listed = "step-000004, step-000006, step-000008, step-000010, step-1000000"
+    with pytest.raises(ExportError, match=f"step-000009: no such checkpoint; the newest of 6 are {listed}$"):
+        export(checkpoints / "step-000009", tmp_path / "out")
+    write_pointer(checkpoints / "best", "step-000009")
+    fix = "names step-000009, which does not exist; name one of .*/checkpoints/step-[*]$"
+    with pytest.raises(WeightsError, match=f"best: {fix}"):
+        export(checkpoints / "best", tmp_path / "out")
+    (checkpoints / "best").write_text('{"checkpoint": "../../x"}')
+    with pytest.raises(
+        WeightsError, match=r"best: not a pointer to a checkpoint; name one of .*/checkpoints/step-[*]$"
+    ):
+        export(checkpoints / "best", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def state(path: Path, **changes: object) -> None:

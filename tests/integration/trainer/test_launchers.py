@@ -36,7 +36,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The first step of a single process."""
     run = tmp_path_factory.mktemp("single")
-    corpus.run(sys.executable, *trainer(manifest, run))
+    corpus.run_here(*trainer(manifest, run))
     return corpus.log(run)[0]
 
 
@@ -233,7 +233,7 @@ def test_ranks_that_wait_for_another_one_can_be_stopped(tmp_path: Path, rank: st
 def test_a_second_run_in_the_same_folder_is_refused(manifest: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with lock_folder(run, RUN_LOCK, "run"):
-        done = corpus.run(sys.executable, *trainer(manifest, run), check=False)
+        done = corpus.run_here(*trainer(manifest, run), check=False)
         assert [path.name for path in run.iterdir()] == [RUN_LOCK]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: output: {run}: another run is running here (process {os.getpid()} on ")

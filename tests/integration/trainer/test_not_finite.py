@@ -48,7 +48,7 @@ def test_a_run_that_diverges_ends_at_the_limit(tmp_path: Path):
     counts = []
     for limit in (2, 4):  # the second command resumes from the checkpoint, and so does the count
         settings = (*wild, "train.save_every=1", "train.epochs=40", f"train.max_not_finite={limit}")
-        done = corpus.run(*corpus.train_command(manifest, 1, f"output={run}", *settings), check=False)
+        done = corpus.run_here(*corpus.train_command(manifest, 1, f"output={run}", *settings), check=False)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode and f"train.max_not_finite ({limit})" in line and str(run / "ledger") in line
         records = [json.loads(text, parse_constant=pytest.fail) for text in (run / "log.jsonl").open()]

@@ -1,7 +1,7 @@
 """Any mix of text, images and videos on any rank: no rank waits forever, and the result is that of one process.
 
 Two ranks run the four kinds of rows in all 24 orders in two micro-steps. Four ranks run them in one, each kind on each
-rank twice. They compare their model calls after each. Loss and every part's gradient must equal those of one process
+rank once. They compare their model calls after each. Loss and every part's gradient must equal those of one process
 without DeepSpeed: in float32, the norm of the difference is at most 1e-5 of the norm. The frames are noise. They are
 chosen so that no choice of token merging depends on less than 1e-4 of cosine similarity, because a choice that rounding
 flips would change the output completely. The ranks compute on the stand-in device where there is a compiler.
@@ -62,7 +62,7 @@ def test_every_order_of_rows_equals_one_process(folder: Path, alone, world: int)
     worker = ("-m", "tests.helpers.workers.orders_worker", str(folder))
     corpus.run(*corpus.on_device(["torchrun", "--standalone", "--nproc_per_node", str(world), *worker]))
     losses = json.loads((folder / f"{world}.json").read_text())
-    assert len(losses["zero3"]) == {2: 24, 4: 8}[world] and losses.keys() == (
+    assert len(losses["zero3"]) == {2: 24, 4: 4}[world] and losses.keys() == (
         SETTINGS.keys() if world == 2 else {"zero3"}
     )
     worst = 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from framestream.trainer.__main__ import main
+from framestream.trainer.monitoring import trackers
 from tests.helpers.corpora import training_corpus as corpus
 
 
@@ -44,7 +44,7 @@ def test_losses_fall_and_every_dialogue_is_used(straight: Path) -> None:
 
 def test_a_finished_stage_is_kept_and_the_next_starts_from_it(manifest: Path, straight: Path, tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (straight / "final").iterdir()}
-    done = corpus.run(*corpus.train_command(manifest, 1, f"output={straight}"))
+    done = corpus.run_here(*corpus.train_command(manifest, 1, f"output={straight}"))
     assert "already trained" in done.stderr and f"final weights are in {straight / 'final'}" in done.stdout
     assert before == {path.name: path.stat().st_mtime_ns for path in (straight / "final").iterdir()}
     run = tmp_path / "next"
@@ -61,8 +61,8 @@ def test_a_finished_stage_is_kept_and_the_next_starts_from_it(manifest: Path, st
 def test_a_finished_stage_with_other_settings_is_refused(manifest: Path, straight: Path) -> None:
     before = (straight / "manifest.yaml").read_text()
     command = corpus.train_command(manifest, 1, f"output={straight}", "train.connector.lr=0.5")
-    done = corpus.run(*command, check=False)
-    assert done.returncode != 0
+    done = corpus.run_here(*command, check=False)
+    assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "train.connector.lr (saved: 0.003, now: 0.5)" in line and f"remove {straight}" in line
     assert (straight / "manifest.yaml").read_text() == before
@@ -70,8 +70,8 @@ def test_a_finished_stage_with_other_settings_is_refused(manifest: Path, straigh
 
 def test_evaluation_asks_every_question_twice(manifest: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation.json"
-    corpus.run(
-        *(sys.executable, "-m", "trainer.evaluate", "--manifest", str(manifest)),
+    corpus.run_here(
+        *("-m", "trainer.evaluate", "--manifest", str(manifest)),
         *("--checkpoint", str(straight / "final"), "--out", str(out)),
     )
     result = json.loads(out.read_text())
@@ -97,9 +97,8 @@ def test_evaluation_asks_every_question_twice(manifest: Path, straight: Path, tm
 def test_bad_input_is_one_clear_line(manifest: Path, tmp_path: Path, ranks: int, assignment: str, message: str) -> None:
     run = tmp_path / "run"
     command = corpus.train_command(manifest, ranks, f"output={run}", assignment)
-    if ranks == 1:  # without a launcher, and so with the exit status of bad input
-        command = [sys.executable, *command[command.index("-m") :]]
-    done = corpus.run(*command, check=False)
+    run_one = corpus.run_here if ranks == 1 else corpus.run  # a launcher's status is 1, whatever that of its ranks
+    done = run_one(*command, check=False)
     assert done.returncode == (2 if ranks == 1 else 1)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
@@ -107,12 +106,18 @@ def test_bad_input_is_one_clear_line(manifest: Path, tmp_path: Path, ranks: int,
 
 
 def test_dry_run_needs_neither_shards_nor_weights(manifest: Path) -> None:
-    done = corpus.run(
-        *(sys.executable, "-m", "trainer", "--manifest", str(manifest), "--dry-run"),
+    done = corpus.run_here(
+        *("-m", "trainer", "--manifest", str(manifest), "--dry-run"),
         *("--set", "shards=nowhere", "--set", "text.tokenizer=nowhere", "--set", "init_from.vision_tower=nowhere"),
     )
     assert "steps: unknown" in done.stdout and "tools/build_shards.py" in done.stdout
     assert "frozen" not in done.stdout and "language_model" in done.stdout
+
+
+def test_a_dry_run_misses_what_the_run_would_miss(manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(trackers, "_is_installed", lambda package: package != "trackio")
+    assert main(["--manifest", str(manifest), "--dry-run", "--set", "train.trackers=[wandb, trackio]"]) == 2
+    assert "train.trackers: trackio: not installed; pip install trackio" in capsys.readouterr().err
 
 
 def test_only_the_first_of_several_ranks_prints_a_dry_run(manifest: Path, monkeypatch, capsys) -> None:

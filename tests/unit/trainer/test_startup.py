@@ -13,7 +13,7 @@ from tests.helpers.paths import ROOT
 pytestmark = pytest.mark.slow
 
 HEAVY = {"torch", "transformers", "deepspeed"}
-COMMANDS = ["train", "chat", "evaluate", "haystack", "export", "report"]
+COMMANDS = ["train", "chat", "serve", "evaluate", "haystack", "export", "report"]
 
 #: runs argv[1:] of the console command, then reports imported packages on stderr
 HELP = """

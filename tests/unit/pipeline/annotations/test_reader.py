@@ -91,6 +91,14 @@ def test_other_fields_are_kept_as_json_can_hold_them():
     assert found.meta == {"duration": 31.2, "score": None, "tags": ["x", {"y": None}]}
 
 
+def test_null_keys_of_a_turn_are_missing():
+    """Rows of a table have all keys."""
+    unused = dict.fromkeys(("from", "value"))
+    turns = [{**unused, "role": "user", "content": "q"}, {**GPT, "role": None, "content": None}]
+    found = normalize({"conversations": turns}, entry(), 0)
+    assert list(found.turns) == [{"from": "human", "value": "q"}, GPT]
+
+
 @pytest.mark.parametrize("roles", [("human", "gpt"), ("user", "assistant"), ("User", "GPT")])
 @pytest.mark.parametrize("fields", [("from", "value"), ("role", "content")])
 def test_role_and_field_names(roles, fields):
@@ -149,7 +157,8 @@ def test_a_mark_in_an_opening_gpt_turn_is_not_counted():
         (sample(video="a.mp4", video_read_type="magic"), "bad_media"),
         (sample(video="a.mp4", start="soon"), "bad_clip"),
         (sample(video="a.mp4", start=True), "bad_clip"),
-        (sample(video="a.mp4", start=math.nan), "bad_clip"),
+        *((sample(video="a.mp4", start=value), "bad_clip") for value in (math.nan, math.inf, "nan", 10**400)),
+        *((sample(video="a.mp4", end=value), "bad_clip") for value in (math.nan, math.inf, "-inf", "Infinity")),
         (sample(video="a.mp4", start=-1), "bad_clip"),
         (sample(video="a.mp4", start=5, end=5), "bad_clip"),
         (sample(video="/etc/passwd"), "outside_root"),

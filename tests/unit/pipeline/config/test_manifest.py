@@ -23,6 +23,7 @@ from framestream.pipeline.config.manifest import (
     load_manifest,
 )
 from framestream.pipeline.config.schema import from_dict, to_dict
+from framestream.pipeline.config.training import LoraConfig, TrainConfig
 from framestream.pipeline.config.yaml_files import apply_override, merge_mappings
 
 SMALL = {
@@ -82,6 +83,9 @@ WORDS = {
     "frames.sampler",
     "text.system",
     "train.gradient_checkpointing",
+    *(f"train.{part}.lora.targets" for part in ("vision_tower", "connector", "language_model")),
+    "train.tracker_project",
+    "train.trackers",
     "mix[0].entries[0].entry",
     "mix[0].entries[0].sampling",
 }
@@ -160,7 +164,21 @@ def test_unknown_field_suggests_the_nearest(tmp_path, where, wrong, right):
     path = write(tmp_path, SMALL)
     field = f"{where}.{wrong}" if where else wrong
     message = refusal(path, (f"{field}=1",))
-    assert message == f"--set {field}=1: {field}: unknown field" + (f"; did you mean `{right}`?" if right else "")
+    hint = f"did you mean `{right}`?" if right else "the fields are train, lr, weight_decay, lora"
+    assert message == f"--set {field}=1: {field}: unknown field; {hint}"
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("train.language_model.lora.rank", [item.name for item in dataclasses.fields(LoraConfig)]),
+        ("train.patience", [item.name for item in dataclasses.fields(TrainConfig)]),
+    ],
+)
+def test_fields_are_listed_when_none_is_near(tmp_path, field, fields):
+    message = refusal(write(tmp_path, SMALL), (f"{field}=4",))
+    more = f" and {len(fields) - 10} more" if len(fields) > 10 else ""
+    assert message.endswith(f"{field}: unknown field; the fields are {', '.join(fields[:10])}{more}")
 
 
 def test_unknown_field_of_an_entry_names_its_position(tmp_path):
@@ -207,6 +225,20 @@ def test_every_field_refuses_a_wrong_type(tmp_path, field, hint):
         ('output="a\\nb"', "output: 'a\\nb' has a control character"),
         ("train.connector.lr=-1", "train.connector.lr: must be at least 0"),
         ("train.connector.lr=0", "train.connector.lr: a trained part needs a learning rate above 0"),
+        (
+            "train.trackers=[wanbd]",
+            "train.trackers[0]: 'wanbd' is not one of mlflow, swanlab, trackio, wandb; did you mean `wandb`?",
+        ),
+        ("train.trackers=[zz]", "train.trackers[0]: 'zz' is not one of mlflow, swanlab, trackio, wandb"),
+        ("train.trackers=[wandb, wandb]", "train.trackers[1]: 'wandb' is listed twice"),
+        ("train.trackers=[tensorboard]", "train.trackers[0]: 'tensorboard' needs no entry, because RUN/tensorboard is"),
+        ("train.trackers=wandb", "train.trackers: expected a list, got 'wandb' (str); write [wandb]"),
+        ("train.trackers=3", "train.trackers: expected a list, got 3 (int)"),
+        ("train.tracker_project='a/b'", "train.tracker_project: 'a/b' is no name of a project; use up to 100 letters"),
+        ("evaluate.patience=3", "evaluate.patience: nothing is validated; set evaluate.every to a number of steps"),
+        ("evaluate.best=bleu", "evaluate.best: 'bleu' (str) is not one of loss, accuracy, likelihood, miou"),
+        ("evaluate.every=-1", "evaluate.every: must be at least 0, got -1"),
+        ("evaluate.questions=0", "evaluate.questions: must be at least 1, got 0"),
         ("train.dtype=bf-16", "train.dtype: 'bf-16' (str) is not one of bf16, fp32; did you mean `bf16`?"),
         ("frames=8", "frames: expected a mapping with the fields of Frames, got 8 (int)"),
         ("batching.cost=3", "batching.cost: expected a mapping with the fields of Cost, got 3 (int)"),
@@ -246,6 +278,28 @@ def test_parameters_are_offloaded_under_zero_3_alone(tmp_path):
     assert load_manifest(path, ("train.offload=all",)).train.zero_stage == 3
     message = refusal(path, ("train.offload=all", "train.zero_stage=2"))
     assert message.startswith("--set train.zero_stage=2: train.offload: all needs zero_stage 3")
+
+
+def test_adapters_are_set_part_by_part(tmp_path):
+    path = write(tmp_path, SMALL)
+    lora = "train.language_model.lora={r: 8, targets: [q_proj, v_proj], load: 4bit}"
+    train = load_manifest(path, (lora, "train.zero_stage=2")).train
+    assert train.language_model.lora == LoraConfig(r=8, targets=("q_proj", "v_proj"), load="4bit")
+    assert train.language_model.lora.alpha == 16 and train.connector.lora is None
+    for part in ("vision_tower", "connector", "language_model"):
+        frozen = (f"train.{part}.train=false", f"train.{part}.lora.r=4")
+        message = refusal(path, frozen)
+        assert f"train.{part}.lora: with train: false no adapters are trained; set train: true and a " in message
+        assert load_manifest(path, (*frozen, f"train.{part}.lora=null")).train.zero_stage == 3
+    message = refusal(path, (lora,))
+    assert "train.language_model.lora.load: 4bit does not work with zero_stage 3; set 1 or 2, or" in message
+    for wrong, fault in (
+        ("{}", "train.language_model.lora.r: required field is missing"),
+        ("{r: 0}", "train.language_model.lora.r: must be at least 1, got 0 (rank of the adapters)"),
+        ("{r: 8, load: 3bit}", "train.language_model.lora.load: '3bit' (str) is not one of full, 8bit, 4bit"),
+        ("{r: 8, target: []}", "train.language_model.lora.target: unknown field; did you mean `targets`?"),
+    ):
+        assert fault in refusal(path, (f"train.language_model.lora={wrong}",))
 
 
 def test_a_stage_is_continued_by_name(tmp_path):

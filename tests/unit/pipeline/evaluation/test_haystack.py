@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.evaluation.file_questions import FileQuestions
 from framestream.pipeline.evaluation.haystack import Haystack, HaystackCell
 from framestream.pipeline.media.errors import MediaError
 from framestream.pipeline.shards.index import ShardsError
@@ -73,6 +76,18 @@ def test_frames_and_words_are_those_of_the_sampler(manifest, folder):
 def test_videos_that_cannot_hide_anything_are_refused(manifest, folder, videos, frames, message):
     with pytest.raises(MediaError, match=message):
         asked(manifest, folder, videos, frames)
+
+
+def test_rows_of_a_mixed_table_are_all_read(manifest, folder):
+    """A parquet file has null where a row lacks a column."""
+    turns = [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "red"}]
+    fields = ({"image": "red.png", "options": ["red", "blue"]}, {"video": "0.mp4", "intervals": [[1.0, 2.0]]})
+    rows = [{"conversations": turns, **more} for more in (*fields, {"video": "0.mp4", "start": 1.0, "name": "a"})]
+    names = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), folder / "mixed.parquet")
+    found = FileQuestions(manifest, folder / "mixed.parquet", folder)
+    assert found.rejected == []
+    assert [(one.options, one.intervals) for one in found] == [(["red", "blue"], None), ([], [(1.0, 2.0)]), ([], None)]
 
 
 def test_needles_are_images(manifest, folder, tmp_path):

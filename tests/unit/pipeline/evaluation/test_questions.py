@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from framestream.pipeline import Questions, load_manifest
+from framestream.pipeline.evaluation.questions import Question
 from framestream.pipeline.shards.index import ShardsError
 from framestream.pipeline.tokenization.chat_template import load_tokenizer
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -52,6 +54,23 @@ def test_prompts_end_where_the_answer_begins(root):
         assert batch.visual_index.tolist() == list(range(128))
 
 
+def test_media_are_encoded_while_they_are_decoded(root):
+    """The row is the same, with tokens in place of pixels."""
+    questions, seen = Questions(manifest(root)), []
+
+    def encode(pixels):
+        seen.extend(pixels)
+        return torch.zeros(2, 64, 3)
+
+    plain = questions.prompt(0, shuffle=np.random.default_rng(1))
+    row = questions.prompt(0, shuffle=np.random.default_rng(1), encode=encode)
+    assert torch.equal(torch.cat([clips for clips, _ in seen]), plain.clips)
+    assert row.unit_tokens.shape == (2, 64, 3) and plain.unit_tokens is None
+    assert len(row.clips) == len(row.image_tiles) == 0
+    for name in ("input_ids", "position_ids", "image_positions", "visual_index", "cu_seqlens"):
+        assert torch.equal(getattr(row, name), getattr(plain, name))
+
+
 def test_another_questions_media_come_with_their_own_message(root):
     questions = Questions(manifest(root))
     own, blind = questions.prompt(0), questions.prompt(0, media_of=1)
@@ -77,8 +96,27 @@ def test_only_what_precedes_the_answer_is_shown(tmp_path):
     assert tiled.image_tiles.shape == (3, SIZE, SIZE, 3) and len(tiled.visual_index) == 192
     assert sorted(tiled.visual_index.tolist()) == list(range(192)) != tiled.visual_index.tolist()
     assert questions.prompt(2).clips.shape[0] == questions.prompt(2).image_tiles.shape[0] == 0
+    assert np.array_equal(questions.some_images(1, 2), tiled.image_tiles[[0, 2]])
+    frames = questions.prompt(0).clips.flatten(0, 1)
+    assert np.array_equal(questions.some_images(0, 5), frames[[0, 2, 4, 5, 7]])
     with pytest.raises(ValueError, match="question 1 shows 1 media, question 2 has 0"):
         questions.prompt(1, media_of=2)
+
+
+def test_a_null_field_of_a_row_is_missing():
+    fields = dict.fromkeys(("options", "intervals", "family", "name", "duration"))
+    asked = Question.from_turns("key", turns("When?", "At 3 s."), "entry", fields, [])
+    assert (asked.options, asked.intervals, asked.family, asked.meta) == ([], None, "entry", {})
+    timed = Question.from_turns("key", turns("When?", "then"), "entry", fields | {"intervals": [[1, 2]]}, [])
+    assert timed.intervals == [(1.0, 2.0)]  # `options: null` is no options
+
+
+def test_rejected_samples_of_a_split_are_counted(tmp_path):
+    made = Root(tmp_path)
+    for _ in range(2):
+        made.dialogue(turns("Which?", "a"), split="val", meta={"options": ["a"]})
+    with pytest.raises(ShardsError, match=r"\(split: val\); 2 rejected, the first: .*options: "):
+        Questions(manifest(made.write()))
 
 
 def test_a_split_without_questions_is_one_clear_line(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_every_frame_is_the_one_asked_for(videos: Path, name: str, reader: str) 
     assert decoded.frame_index.tolist() == sample_indices(SIXTEEN, 100, 25.0, 4.0).tolist()
     np.testing.assert_allclose(np.diff(decoded.timestamps), np.diff(decoded.frame_index) / 25, atol=2e-3)
     assert not decoded.salvaged
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encoded_frames_are_those_of_the_array_one_at_a_time(videos: Path, name: str) -> None:
+    """Also in formats that are read in order, where the frames that will be wanted are stored."""
+    plain, alive = decode_video(videos / name, VideoRequest("decord", SIXTEEN)), []
+
+    def encode(frame: np.ndarray) -> bytes:
+        alive.append(weakref.ref(frame))
+        assert sum(one() is not None for one in alive) <= 2
+        return frame.tobytes()
+
+    decoded = decode_video(videos / name, VideoRequest("decord", SIXTEEN), encode)
+    assert decoded.encoded == [frame.tobytes() for frame in plain.frames] and not len(decoded.frames)
+    assert (decoded.height, decoded.width) == plain.frames.shape[1:3] == (plain.height, plain.width)
+    assert decoded.frame_index.tolist() == plain.frame_index.tolist() and plain.encoded == []
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -248,11 +265,24 @@ def test_a_matroska_file_that_ends_early_is_marked(videos: Path, tmp_path: Path)
     assert decode_video(tmp_path / "early.mkv", VideoRequest("decord", SIXTEEN)).salvaged
 
 
-@pytest.mark.parametrize("clip", [(3.0, 2.0), (2.0, 2.0), (50.0, 60.0), (-3.0, -1.0), (float("nan"), 2.0)])
+@pytest.mark.parametrize("clip", [(3.0, 2.0), (2.0, 2.0), (50.0, 60.0), (-3.0, -1.0)])
 def test_clips_without_frames_are_refused(videos: Path, clip: tuple[float, float]) -> None:
     with pytest.raises(MediaError) as caught:
         decode_video(videos / "h264.mp4", VideoRequest("decord", FRAMES, *clip))
     assert caught.value.reason == "bad_clip"
+
+
+@pytest.mark.parametrize("second", [float("nan"), float("inf"), -float("inf"), "2", True])
+def test_bounds_that_are_no_seconds_are_refused(videos: Path, second: object) -> None:
+    """As files that are asked about without a build, and under ``compat: published``."""
+    for name, clip in (("start", (second, None)), ("start", (second, 9.0)), ("end", (0.0, second))):
+        for compat in ("none", "published"):
+            request = VideoRequest("decord", FRAMES, *clip, compat=compat)
+            with pytest.raises(
+                MediaError, match=f"{name} is .*; it must be a number of seconds, such as 2.5$"
+            ) as caught:
+                decode_video(videos / "h264.mp4", request)
+            assert caught.value.reason == "bad_clip"
 
 
 # GIFs, folders and images --------------------------------------------------------------------------------------------

@@ -106,6 +106,8 @@ def parser():
         (["--frame", "4"], "unknown option --frame; did you mean --frames?"),
         (["--tex=4"], "unknown option --tex; did you mean --text?"),
         (["--zzzz"], "unknown option --zzzz; known: --frames, --heat, --share, --text"),
+        (["--seat"], "unknown option --seat; did you mean --heat?"),
+        (["--checkpoint", "RUN"], "unknown option --checkpoint; known: --frames"),
         *(
             (["--text=a", f"--frames={n}"], "a whole number from 1 to 8")
             for n in ("0", "-1", "9", "x", "1.5", "1" * 5000)
@@ -121,6 +123,26 @@ def test_wrong_options_are_named(arguments, expected, capsys):
     assert said.startswith("error: ") and said.count("\n") == 1 and expected in said
 
 
+def test_an_argument_that_needs_no_option_is_said(capsys):
+    made = CommandParser(prog="serve", description="d")
+    made.add_argument("checkpoint")
+    made.add_argument("--fetch-seconds")
+    for arguments in (["--checkpoint", "RUN"], ["--checkpoint=RUN"]):
+        with pytest.raises(SystemExit, match="2"):
+            made.parse_args(arguments)
+        fix = "unknown option --checkpoint; name the checkpoint without an option: serve CHECKPOINT;"
+        assert capsys.readouterr().err.startswith(f"error: {fix}")
+
+
+def test_many_options_are_left_to_the_help(capsys):
+    made = CommandParser(prog="serve", description="d")
+    for number in range(20):
+        made.add_argument(f"--option-{number}")
+    with pytest.raises(SystemExit, match="2"):
+        made.parse_args(["--zzzz"])
+    assert capsys.readouterr().err == "error: unknown option --zzzz; serve --help lists the options\n"
+
+
 def test_right_options_are_read():
     options = parser().parse_args(["--text", "-- what is --this", "--frames", "8", "--heat", "0", "--share", "1"])
     assert vars(options) == {"text": "-- what is --this", "frames": 8, "heat": 0.0, "share": 1.0}
@@ -128,6 +150,7 @@ def test_right_options_are_read():
 
 #: options that are neither numbers nor paths
 TEXTS = {"--set", "--question", "--address", "--local_rank"}
+OWN_KINDS = ("word_option", "_frames_option", "_hops_option")  #: types of one command, tested with it
 
 
 def option_calls():
@@ -141,8 +164,8 @@ def option_calls():
 
 
 def test_every_option_of_every_command_is_checked():
-    """Numbers have bounds, and paths expand; an option of bare text is named here."""
-    kinds = ("integer_option(", "number_option(", "path_option", "name_option")
+    """Numbers have bounds, and paths expand; an option of bare text or of a kind of its own is named here."""
+    kinds = ("integer_option(", "number_option(", "path_option", "name_option", *OWN_KINDS)
     found = list(option_calls())
     assert len(found) > 40
     assert not [

@@ -1,20 +1,12 @@
-"""An export on a hub of this machine: its card, a stopped upload, and what is refused."""
+"""An export on a hub of this machine: a stopped upload, and what is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard
 
-from framestream.pipeline.config.model import InitFromConfig
-from framestream.pipeline.config.schema import to_dict
-from framestream.trainer.checkpoint.model_card import find_manifests, render_model_card
 from framestream.trainer.export import main
-from framestream.trainer.weights.hf_config import ReleaseConfig
-from tests.helpers.model.manifests import manifest
 from tests.helpers.servers.upload_hub import upload_hub
 
 EXPORT = {
@@ -98,39 +90,3 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, text):
     except SystemExit as stop:
         status = stop.code
     assert status == 2 and text in capsys.readouterr().err
-
-
-def write_run(folder: Path, stage: int, **start: str) -> Path:
-    made = dataclasses.replace(manifest(), stage=stage, init_from=InitFromConfig(**start))
-    (folder / "final").mkdir(parents=True)
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(to_dict(made)))
-    return folder
-
-
-def test_the_card_names_bases_recipe_and_stages(tmp_path):
-    local = tmp_path / "secret" / "tower.pt"
-    local.parent.mkdir()
-    local.touch()
-    first = write_run(tmp_path / "runs" / "stage1", 1, language_model="Qwen/Qwen2-7B-Instruct", vision_tower=str(local))
-    second = write_run(tmp_path / "runs" / "stage2", 2, run=str(first), connector="hf:me/parts@v1:connector.bin")
-    for checkpoint in (second, second / "final", second / "checkpoints" / "step-000001"):
-        manifests = find_manifests(checkpoint)
-        assert [found.stage for found in manifests] == [2, 1]
-    made = manifests[0]
-    weights = ReleaseConfig(made.model, made.frames, made.images, made.text, "bfloat16")
-    card = render_model_card(weights, manifests)
-    data = ModelCard(card).data.to_dict()
-    assert data["base_model"] == ["me/parts", "Qwen/Qwen2-7B-Instruct"]
-    assert data["pipeline_tag"] == "video-text-to-text" and "license" not in data
-    assert "the weights of stage 2" in card and "## Training of stage 1" in card and "load_pretrained(" in card
-    assert str(tmp_path) not in card
-    assert find_manifests(tmp_path / "elsewhere" / "x" / "y") == []
-    assert "base_model" not in ModelCard(render_model_card(weights, [])).data.to_dict()
-
-
-def test_folders_of_this_machine_are_no_bases(tmp_path):
-    (tmp_path / "models" / "qwen").mkdir(parents=True)
-    run = write_run(tmp_path / "runs" / "one", 2, run="runs/before", language_model="models/qwen", connector="parts/x")
-    made = find_manifests(run)[0]
-    weights = ReleaseConfig(made.model, made.frames, made.images, made.text, "float32")
-    assert "base_model" not in ModelCard(render_model_card(weights, [made])).data.to_dict()

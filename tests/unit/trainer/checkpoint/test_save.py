@@ -13,17 +13,27 @@ import pytest
 import torch
 
 from framestream.pipeline.config.manifest import Manifest
+from framestream.pipeline.config.training import EvaluateConfig
+from framestream.pipeline.utils.records import write_record
 from framestream.trainer.checkpoint import disk_usage, save
 from framestream.trainer.checkpoint.load import load_checkpoint
 from framestream.trainer.checkpoint.save import (
     WriteError,
+    check_settings,
     checkpoint_settings,
     read_settings,
     save_checkpoint,
     write_settings,
 )
-from framestream.trainer.checkpoint.state import CheckpointError, check_files, latest_checkpoint, read_state
+from framestream.trainer.checkpoint.state import (
+    CheckpointError,
+    best_checkpoint,
+    check_files,
+    latest_checkpoint,
+    read_state,
+)
 from framestream.trainer.distributed.process_group import DistributedContext
+from framestream.trainer.training.best_score import BestScore
 from tests.helpers.model.manifests import manifest
 from tests.helpers.model.rows import SIZE, SMALL
 
@@ -127,6 +137,62 @@ def test_the_checkpoints_of_the_last_steps_are_kept(tmp_path, small):
     assert names(tmp_path) == ["latest", "step-1000000", "step-1000001"]
 
 
+def validated(best: int, score: float = 1.0) -> dict:
+    """Return the state of validations whose best was step ``best``."""
+    state = BestScore(EvaluateConfig(every=1))
+    state.add(best, {"loss": score})
+    return state.state_dict()
+
+
+def test_the_best_checkpoint_outlives_newer_ones(tmp_path, small):
+    """Also in a part of the run that is not validated, and with a pointer that is damaged."""
+    for step, state in ((2, validated(2)), (4, validated(2)), (6, validated(2)), (8, None), (10, None)):
+        save_checkpoint(Engine(), tmp_path, step, STATE, small, ALONE, state)
+    assert names(tmp_path) == ["best", "latest", "step-000002", "step-000008", "step-000010"]
+    assert best_checkpoint(tmp_path) == "step-000002" and read_state(latest_checkpoint(tmp_path))["step"] == 10
+    (tmp_path / "checkpoints" / "best").write_text('{"checkpoint": "../x"}')
+    assert best_checkpoint(tmp_path) == ""
+    save_checkpoint(Engine(), tmp_path, 12, STATE, small, ALONE, validated(12))
+    assert names(tmp_path) == ["best", "latest", "step-000010", "step-000012"]
+
+
+def test_the_best_checkpoint_is_complete_whenever_a_save_is_killed(tmp_path, small, monkeypatch):
+    """The state that a run resumes from names a best step whose checkpoint is there."""
+    moment = 0
+    while True:
+        moment += 1
+        run = tmp_path / str(moment)
+        for step in (2, 4, 6):
+            save_checkpoint(Engine(), run, step, STATE, small, ALONE, validated(2))
+        with monkeypatch.context() as patch:
+            dies(patch, moment)
+            try:
+                save_checkpoint(Engine(), run, 8, STATE, small, ALONE, validated(8, 0.5))
+            except Killed:
+                pass
+            else:
+                break
+        state = read_state(latest_checkpoint(run))
+        assert state["validation"]["best_step"] == (8 if state["step"] == 8 else 2)
+        assert read_state(run / "checkpoints" / f"step-{state['validation']['best_step']:06d}")
+        assert read_state(run / "checkpoints" / best_checkpoint(run))
+        save_checkpoint(Engine(), run, 8, STATE, small, ALONE, validated(8, 0.5))  # the next run reaches the same step
+        assert names(run) == ["best", "latest", "step-000006", "step-000008"]
+    assert moment > 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"best_step": "2"}, {"stale": -1}, {"best": None}, {"scores": []}, {"pending": 3}, {"step": True}, {"more": 1}],
+)
+def test_a_damaged_state_of_validations_is_one_line(tmp_path, small, change):
+    save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE, validated(2))
+    state = read_state(latest_checkpoint(tmp_path))
+    write_record(latest_checkpoint(tmp_path) / "state.json", {**state, "validation": {**validated(2), **change}})
+    with pytest.raises(CheckpointError, match=r"state.json: not a state of a checkpoint \(validation"):
+        read_state(latest_checkpoint(tmp_path))
+
+
 def test_a_checkpoint_without_a_file_or_a_byte_is_refused(tmp_path, small):
     save_checkpoint(Engine(), tmp_path, 1, STATE, small, ALONE)
     save_checkpoint(Engine(), tmp_path, 2, STATE, small, ALONE)
@@ -218,6 +284,15 @@ def test_settings_of_a_run_are_a_record(tmp_path, small):
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(CheckpointError, match=r"settings.json: damaged list of settings .*; .*remove this file"):
         read_settings(path)
+
+
+def test_costs_are_named_only_where_nothing_else_differs(tmp_path, small):
+    """They follow from the model, and nobody wrote them."""
+    saved = {**checkpoint_settings(small), "batching.cost.token": 1.5}
+    with pytest.raises(CheckpointError, match=r"other settings \(batching.cost.token \(saved: 1.5, now: "):
+        check_settings(saved, small, tmp_path)
+    with pytest.raises(CheckpointError, match=r"other settings \(seed \(saved: 9, now: 0\)\);"):
+        check_settings(saved | {"seed": 9}, small, tmp_path)
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, small, monkeypatch):

@@ -92,7 +92,8 @@ def ranks_of_a_run(manifest: Path, run: Path) -> list[subprocess.Popen]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {**corpus.environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    settings = ("--set", f"output={run}", "--set", f"train.timeout_minutes={LIMIT}", "--set", "train.epochs=50")
+    assigned = (f"output={run}", f"train.timeout_minutes={LIMIT}", "train.epochs=50", "train.save_every=1000")
+    settings = [word for assignment in assigned for word in ("--set", assignment)]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "trainer", "--manifest", str(manifest), *settings],

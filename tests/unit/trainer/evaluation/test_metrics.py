@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framestream.pipeline.evaluation.questions import MediaContents
 from framestream.trainer.evaluation.metrics import (
     CONTROLS,
     MAX_PARTNERS,
@@ -15,6 +16,7 @@ from framestream.trainer.evaluation.metrics import (
     is_correct,
     summarize,
 )
+from framestream.trainer.evaluation.run_files import BLIND_FIELDS
 
 #: what replies count as the letter A, and what do not
 LETTER = (
@@ -195,21 +197,24 @@ def test_any_reply_can_be_judged(reply, answer):
     assert is_correct(reply, answer) in (True, False)
 
 
-questions = st.lists(st.tuples(st.sampled_from("fg"), st.sampled_from(["x", "X.", "y", "z"]), st.integers(0, 2)))
+items = st.frozensets(st.integers(0, 5), max_size=2)
+media = st.builds(lambda count, asked, more: MediaContents(count, asked, asked | more), st.integers(0, 2), items, items)
+questions = st.lists(st.tuples(st.sampled_from("fg"), st.sampled_from(["x", "X.", "y", "z"]), media))
 
 
 @given(questions, st.integers(0, 9))
-def test_partners_are_of_the_family_and_answer_otherwise(asked, seed):
-    families, answers, shown = ([row[k] for row in asked] for k in range(3))
-    partners = blind_partners(families, answers, shown, seed)
-    assert partners == blind_partners(families, answers, shown, seed)
+def test_partners_answer_otherwise_and_show_other_media(asked, seed):
+    families, answers, contents = ([row[k] for row in asked] for k in range(3))
+    partners = blind_partners(families, answers, contents, seed)
+    assert partners == blind_partners(families, answers, contents, seed)
     for i, found in enumerate(partners):
         fits = [
             j
             for j in range(len(asked))
-            if shown[i]
+            if contents[i].items
             and families[j] == families[i]
-            and shown[j] >= shown[i]
+            and contents[j].items >= contents[i].items
+            and not contents[i].asked & contents[j].shown
             and answers[j].lower().rstrip(".") != answers[i].lower().rstrip(".")
         ]
         assert set(found) <= set(fits) and len(set(found)) == len(found) == min(len(fits), MAX_PARTNERS)
@@ -229,3 +234,6 @@ def test_gains_compare_the_answers_of_each_question():
     assert row["gain"] == row["gain_low"] == row["gain_high"] == 0  # the same answers, question by question
     assert row["shuffled_gain"] == 20 and row["shuffled_gain_low"] < 20 < row["shuffled_gain_high"]
     assert {f"{name}_low" for name in CONTROLS} <= row.keys()
+    alone = summarize("f", "generation", right, {"blind": None, "shuffled": ~right}, seed=0)
+    assert {name: value for name, value in alone.items() if value is None}.keys() == set(BLIND_FIELDS)
+    assert alone | dict.fromkeys(BLIND_FIELDS) == row | dict.fromkeys(BLIND_FIELDS)

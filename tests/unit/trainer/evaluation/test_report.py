@@ -12,6 +12,7 @@ from PIL import Image
 
 from framestream.pipeline.shards.ledger import REASONS
 from framestream.trainer import report
+from framestream.trainer.evaluation.run_files import ReportError
 from framestream.trainer.evaluation.run_report import read_run, render, summary
 from tests.helpers.html_page import Page
 
@@ -99,6 +100,25 @@ def test_page_holds_the_figures_and_nothing_from_elsewhere(tmp_path):
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
 
 
+def test_validations_are_curves_and_the_best_is_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "best validation" not in Page(render([read_run(folder)])).cells()
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for n, line in enumerate(lines[9::10]):
+        line |= {"val_loss": 2.0 - n, "val_accuracy": 25.0 * n, "val_best": 2.0 - n, "val_best_step": line["step"]}
+        line["val_families"] = {"side": 10.0 * n, "<count>": 50.0}
+    lines[-1] |= {"val_loss": None, "val_best": 0.0, "val_best_step": 30}
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = render([read_run(folder)])
+    assert "best validation after step 30: loss 0" in Page(page).cells()
+    assert page.count("validation, %") and ">validation</text>" in page and ">accuracy</text>" in page
+    assert "validation by family, %" in page and ">side</text>" in page and ">&lt;count&gt;</text>" in page
+    for damage, words in (({"val_best_step": "x"}, "val_best_step is 'x'"), ({"val_families": {"a": 101}}, "val_fam")):
+        (folder / "log.jsonl").write_text(json.dumps(lines[9] | damage) + "\n")
+        with pytest.raises(ReportError, match=words):
+            read_run(folder)
+
+
 def test_data_text_is_escaped_and_answers_judged_as_scored(tmp_path):
     page = Page(render([read_run(write_run(tmp_path / "run", scores=True))]))
     text = page.cells()
@@ -146,3 +166,42 @@ def test_a_folder_in_place_of_scores_is_named(tmp_path):
     (folder / "evaluation.json").mkdir()
     [fault] = read_run(folder).faults
     assert "evaluation.json: Is a directory; it is left out" in fault
+
+
+def test_intervals_chains_and_costs_are_on_the_page(tmp_path):
+    run = write_run(tmp_path / "stage4", scores=True)
+    scores = json.loads((run / "evaluation.json").read_text())
+    row = {**scores["families"][0], "family": "moments", "method": "intervals", "miou": 38.7, "unparsed": 3}
+    del row["accuracy"]
+    row |= {"recall_0.3": 61.0, "recall_0.5": 41.0, "recall_0.7": 31.0}
+    (run / "evaluation.json").write_text(json.dumps(scores | {"grounding": [row]}))
+    chains = {name: value for name, value in scores["families"][0].items() if not name.startswith("shuffled")}
+    chains |= {"family": "32 frames, chains", "frames": 32, "chains": 50, "all_correct": 17, "kinds": {"caption": 55.5}}
+    costs = {
+        "family": "32 frames",
+        "method": "prompts",
+        "frames": 32,
+        "prompts": 8,
+        "seconds": 18.0,
+        "peak_memory": 2**31,
+    }
+    found = {
+        "families": [],
+        "trained": None,
+        "deepest": None,
+        "trained_frames": 512,
+        "chains": [chains],
+        "costs": [costs],
+    }
+    (run / "haystack.json").write_text(json.dumps(found))
+    text = Page(render([read_run(run)])).cells()
+    for figure in ("moments", "38.7", "61.0", "31.0", "17 of 50", "caption 55.5", "2.25", "2.00"):
+        assert figure in text, figure
+    for name, bad in (("grounding", [{**row, "miou": 101}]), ("grounding", [{**row, "unparsed": None}])):
+        (run / "evaluation.json").write_text(json.dumps(scores | {name: bad}))
+        read = read_run(run)
+        assert read.evaluation is None and "moments" in read.faults[-1]
+    (run / "haystack.json").write_text(json.dumps(found | {"costs": [{**costs, "prompts": 0}]}))
+    assert "prompts of '32 frames' is 0" in read_run(run).faults[-1]
+    (run / "haystack.json").write_text(json.dumps(found | {"chains": [{**chains, "kinds": ["caption"]}]}))
+    assert "kinds of '32 frames, chains' are no shares by name" in read_run(run).faults[-1]

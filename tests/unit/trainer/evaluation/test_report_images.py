@@ -15,7 +15,7 @@ from framestream.trainer.evaluation.report_images import choose_example, standal
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def example(given: str, blind: str, frames: int) -> dict:
+def example(given: str, blind: str | None, frames: int) -> dict:
     stored = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 30, 30)).save(stored, "JPEG")
     jpeg = base64.b64encode(stored.getvalue()).decode("ascii")
@@ -53,10 +53,11 @@ def test_charts_do_not_overlap_and_stay_inside():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_telling_example_is_chosen(order):
-    wrong, blind_too, short, long = (
+    wrong, blind_too, not_blind, short, long = (
         example("blue", "green", 16),
         example("red", "red", 16),
+        example("red", None, 16),
         example("red", "blue", 4),
         example("red", "blue", 8),
     )
-    assert choose_example([wrong, blind_too, short, long][::order]) is long
+    assert choose_example([wrong, blind_too, not_blind, short, long][::order]) is long

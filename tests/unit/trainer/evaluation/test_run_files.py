@@ -5,7 +5,14 @@ import json
 import pytest
 
 from framestream.pipeline.utils.records import write_record
-from framestream.trainer.evaluation.run_files import ReportError, read_log, read_run_rows, read_scores, score_fields
+from framestream.trainer.evaluation.run_files import (
+    BLIND_FIELDS,
+    ReportError,
+    read_log,
+    read_run_rows,
+    read_scores,
+    score_fields,
+)
 
 LINE = {"step": 1, "loss": 2.5, "seconds": 0.5, "lr": {"connector": 1e-3}, "not_finite": 0}
 ROW = {"family": "count", "method": "exact", "questions": 4, "accuracy": 50.0, "low": 10.0, "high": 90.0}
@@ -69,8 +76,22 @@ def test_damaged_ledger_rows_are_left_out_by_number(tmp_path):
 
 def test_scores_come_back(tmp_path):
     write_record(tmp_path / "evaluation.json", {"families": [{**ROW, **gains()}], "checkpoint": "runs/a"})
-    found = read_scores(tmp_path / "evaluation.json", "evaluate", score_fields(), ())
+    found = read_scores(tmp_path / "evaluation.json", "evaluate", score_fields(), (), {})
     assert found["families"] == [{**ROW, **gains()}] and found["checkpoint"] == "runs/a"
+
+
+@pytest.mark.parametrize("absent", [BLIND_FIELDS, BLIND_FIELDS[1:]])
+def test_a_family_without_a_blind_control_is_read(tmp_path, absent):
+    """All of its fields are null, or the row is damaged."""
+    row = {**ROW, **dict.fromkeys(BLIND_FIELDS, 1.0), **dict.fromkeys(absent)}
+    write_record(tmp_path / "evaluation.json", {"families": [row]})
+    arguments = (tmp_path / "evaluation.json", "evaluate", score_fields("blind"), (), {})
+    for nullable in (BLIND_FIELDS, ()):
+        if nullable == absent:
+            assert read_scores(*arguments, nullable)["families"] == [row]
+        else:
+            with pytest.raises(ReportError, match="blind(_low)? of 'count' is None"):
+                read_scores(*arguments, nullable)
 
 
 def gains():
@@ -92,7 +113,7 @@ def gains():
 def test_scores_of_another_form_are_one_line(tmp_path, change, words):
     write_record(tmp_path / "evaluation.json", change)
     with pytest.raises(ReportError, match=r"run python -m trainer.evaluate again$") as raised:
-        read_scores(tmp_path / "evaluation.json", "evaluate", score_fields(), ())
+        read_scores(tmp_path / "evaluation.json", "evaluate", score_fields(), (), {})
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -101,4 +122,4 @@ def test_a_changed_number_is_found_by_the_digest(tmp_path):
     write_record(path, {"families": [{**ROW, **gains()}]})
     path.write_text(path.read_text().replace("50.0", "51.0"))
     with pytest.raises(ReportError, match="its digest differs.*run python -m trainer.evaluate again"):
-        read_scores(path, "evaluate", score_fields(), ())
+        read_scores(path, "evaluate", score_fields(), (), {})

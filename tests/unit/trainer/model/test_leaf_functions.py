@@ -10,10 +10,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from framestream.pipeline.config.schema import ManifestError
+from framestream.pipeline.config.training import LoraConfig, PartConfig
 from framestream.trainer.model import leaf_functions
 from framestream.trainer.model.leaf_functions import compile_leaves
+from framestream.trainer.model.lora import add_adapters
 from framestream.trainer.training.drop_path_rng import drop_path_random
-from tests.helpers.model.rows import INTERNVIDEO2, SMALL, dialogue, pack, parameters, small_model
+from tests.helpers.model.manifests import manifest
+from tests.helpers.model.rows import INTERNVIDEO2, SIZE, SMALL, dialogue, pack, parameters, small_model
 
 DROPPING = dataclasses.replace(INTERNVIDEO2.vision_tower, drop_path=0.5)
 TOWERS = {"umt": SMALL, "internvideo2": dataclasses.replace(INTERNVIDEO2, vision_tower=DROPPING)}
@@ -49,6 +52,20 @@ def test_compiled_once_and_equal_for_rows_of_any_length(name):
             assert (found[key] - value).norm() <= 1e-4 * value.norm() + rounding, key
         graphs.append(counter.frame_count)
     assert 0 < graphs[1] <= 12 and graphs[2:] == graphs[1:2] * 3, graphs
+
+
+def test_compiled_towers_have_their_adapters():
+    part = PartConfig(train=True, lr=1e-3, lora=LoraConfig(r=4))
+    model, batch = small_model().train(), pack([dialogue(0, clips=1, stills=1)])
+    plain = model(batch).item()
+    add_adapters(model, manifest(SIZE, SMALL, vision_tower=part))
+    for name, parameter in parameters(model):
+        if ".lora_B." in name and ".fc1." in name:
+            torch.nn.init.ones_(parameter)
+    expected = model(batch).item()
+    compile_leaves(model, "cpu", "eager")
+    assert model(batch).item() == pytest.approx(expected, rel=1e-5)
+    assert plain != pytest.approx(expected, rel=1e-3)
 
 
 def test_ligers_kernels_run_on_gpus_where_they_are_installed(monkeypatch):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.pipeline.config.training import PartConfig
+from framestream.pipeline.config.training import LoraConfig, PartConfig
 from framestream.trainer.model import cost
 from framestream.trainer.model.memory_estimate import (
     RowShape,
@@ -57,6 +57,20 @@ def test_what_is_recomputed_is_not_kept() -> None:
     assert eight / 8 / VIDEO.tokens == pytest.approx((218 - 7) * 1024, rel=0.01)
     assert all_layers == pytest.approx(28 / 8 * eight, rel=1e-6)
     assert kept("none") - kept("tower") == pytest.approx(23 * 16 * 1024 * 2 * 128 * 784, rel=1e-6)
+
+
+def test_adapters_with_dropout_keep_copies_of_their_inputs() -> None:
+    """7 linear layers take 40,448 values; a layer without adapters keeps 29,696 of them once."""
+    without, dropped = (
+        kept(
+            "tower",
+            vision_tower=FROZEN,
+            language_model=PartConfig(train=True, lr=1e-4, lora=LoraConfig(r=8, dropout=p)),
+        )
+        for p in (0.0, 0.1)
+    )
+    assert dropped - without == VIDEO.tokens * 28 * (40_448 * 3 - 29_696 * 2)
+    assert without - kept("tower", vision_tower=FROZEN) == VIDEO.tokens * 28 * 7 * 8 * 2
 
 
 def test_the_fullest_row_needs_more_than_any_sample() -> None:

@@ -258,6 +258,16 @@ def test_pixels_are_normalised_as_published():
     np.testing.assert_allclose(pixels, expected.transpose(0, 4, 1, 2, 3), atol=1e-5)
 
 
+def answers_about_meta() -> bool:
+    """Whether torch answers transformers' question about the meta device; torch 2.5 raises."""
+    try:
+        torch.is_autocast_enabled("meta")
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not answers_about_meta(), reason="this torch has no autocast of the meta device")
 @both_towers
 @pytest.mark.parametrize("kinds", [["both", "text", "stills"], ["text"], []], ids=["media", "text_only", "empty_row"])
 def test_a_row_runs_without_a_look_at_its_values(kinds, cfg):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,12 +36,33 @@ def test_a_resumed_run_logs_each_step_once(tmp_path):
     write(tmp_path, 0, [record(step) for step in (1, 2, 3)])
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')
+    time.sleep(1.01 - time.time() % 1)  # files of one second are read in the order of a number without leading zeros
     write(tmp_path, 2, [record(step, loss=9.0) for step in (3, 4)])
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 2.5), (2, 1.25), (3, 9.0), (4, 9.0)]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(point.step, point.value) for point in board.Scalars("loss")] == [(1, 2.5), (2, 1.25), (3, 9.0), (4, 9.0)]
     assert {"mfu", "peak_memory", "not_finite", "lr/connector"} <= set(board.Tags()["scalars"])
+
+
+def test_validations_are_in_the_log_the_curves_and_the_trackers(tmp_path):
+    got: list[tuple[dict, int]] = []
+    tracker = SimpleNamespace(
+        log=lambda figures, step: got.append((figures, step)), close=lambda end: got.append("end")
+    )
+    metrics = MetricsLogger(tmp_path, "stage", 0, 9, [tracker])
+    metrics.write(record(1, val_loss=1.5, val_accuracy=50.0, val_families={"side": 25.0}, val_best_step=None))
+    metrics.close()
+    (line,) = lines(tmp_path)
+    assert (line["val_loss"], line["val_best_step"]) == (1.5, None)
+    (figures, step), end = got
+    assert figures["val_accuracy/side"] == 25.0 and line["val_families"] == {"side": 25.0}
+    assert step == 1 and end == "end" and figures["val_accuracy"] == 50.0 and figures["lr/connector"] == 1e-3
+    assert not figures.keys() & {"step", "steps", "lr", "zero_stage", "ranks", "val_best_step", "batch"}
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == set(figures)
+    assert "validation loss 1.500" in progress(record(1, val_loss=1.5))
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path, caplog):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from framestream.pipeline.config.training import EvaluateConfig
 from framestream.trainer import __main__ as trainer_command
 from framestream.trainer.distributed.process_group import DistributedContext
 from framestream.trainer.monitoring import step_stats
 from framestream.trainer.monitoring.run_ledger import RunLedger
-from framestream.trainer.training import loop
+from framestream.trainer.training import loop, validation
+from framestream.trainer.training.best_score import BestScore
 from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from framestream.trainer.training.memory_plan import DeviceMemoryError
 from tests.helpers.model.manifests import manifest
@@ -106,6 +111,76 @@ def test_numbers_differ_by_dialogue_global_batch_and_seed():
 
 def test_towers_without_drop_path_get_no_numbers():
     assert set(recorded([["a", "b"]], per_clip=0).values()) == {None}
+
+
+class Losses:
+    """Stands for a validation: the loss of every second step is the next of ``losses``."""
+
+    def __init__(self, losses: list[float], patience: int) -> None:
+        self.losses, self.best = iter(losses), BestScore(EvaluateConfig(every=2, patience=patience))
+
+    is_due, needs_checkpoint = validation.Validation.is_due, validation.Validation.needs_checkpoint
+    _manifest = SimpleNamespace(evaluate=EvaluateConfig(every=2))
+
+    def run(self, engine, record: dict, watchdog, preemption) -> dict:
+        loss = next(self.losses)
+        self.best.add(record["step"], {"loss": loss})
+        return {"val_loss": loss}
+
+    def describe_stop(self, step: int, steps: int) -> str:
+        return f"stopped early after step {step} of {steps}"
+
+
+def steps_of(tmp_path, monkeypatch, stub, done: int = 0) -> list[int]:
+    """Run the steps of a run of 12 that saves every 5; return those that were saved."""
+    saved: list[int] = []
+    figures = dict.fromkeys(
+        ("loss", "tokens_per_s", "frames_per_s", "data_wait", "seconds", "tflops", "grad_norm"), 1.0
+    )
+    figures |= {"applied": True, "peak_memory": 1, "skipped": 0, "mfu": None}
+    monkeypatch.setattr(loop, "_global_batch", lambda run, rows: dict(figures))
+    monkeypatch.setattr(loop, "set_learning_rates", lambda *_: {})
+    monkeypatch.setattr(loop, "_save", lambda run, rows, step: saved.append(step))
+    made = manifest(SIZE, SMALL)
+    made = dataclasses.replace(made, train=dataclasses.replace(made.train, max_steps=12, save_every=5))
+    made = dataclasses.replace(made, name="run")
+    loader = Rows([])
+    loader.num_batches = 100
+    preemption = SimpleNamespace(raise_if_preempted=lambda context: None, deferred=contextlib.nullcontext)
+    context = DistributedContext(0, 1, torch.device("cpu"))
+    engine, ledger = Engine(0), RunLedger(tmp_path, 0, 1)
+    engine.optimizer = None
+    run = loop.RunContext(made, engine, context, tmp_path, ledger, preemption, SimpleNamespace(), stub)
+    loop._run_steps(run, loader, done)
+    return saved
+
+
+def logged(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_best_steps_are_saved_and_patience_ends_the_run(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "framestream")
+    saved = steps_of(tmp_path, monkeypatch, Losses([3.0, 2.0, 2.5, 2.2, 1.0], patience=2))
+    assert saved == [2, 4, 5, 8] and "run: stopped early after step 8 of 12" in caplog.text
+    assert [(line["step"], line.get("val_loss")) for line in logged(tmp_path)[3:]] == [
+        (4, 2.0),
+        (5, None),
+        (6, 2.5),
+        (7, None),
+        (8, 2.2),
+    ]
+    assert steps_of(tmp_path, monkeypatch, None, done=8) == [10, 12]  # the same run, no longer validated
+
+
+def test_an_interrupted_validation_is_made_up_for_first(tmp_path, monkeypatch):
+    stub = Losses([1.0, 2.0, 3.0, 4.0, 5.0], patience=0)
+    steps_of(tmp_path, monkeypatch, Losses([9.0] * 6, 0))
+    record = logged(tmp_path)[3]
+    stub.best.pending = {name: value for name, value in record.items() if name != "val_loss"}
+    assert steps_of(tmp_path, monkeypatch, stub, done=4) == [4, 5, 10, 12]
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 13))
+    assert logged(tmp_path)[3] == {**record, "val_loss": 1.0} and stub.best.best_step == 4
 
 
 @pytest.mark.parametrize(

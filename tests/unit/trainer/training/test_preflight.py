@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.config.model import InitFromConfig
 from framestream.pipeline.config.schema import to_dict
+from framestream.pipeline.config.training import EvaluateConfig, LoraConfig, PartConfig
 from framestream.trainer.distributed.launchers import LaunchError
 from framestream.trainer.distributed.process_group import DistributedContext
 from framestream.trainer.training import preflight
@@ -67,6 +69,34 @@ def test_differences_that_shapes_do_not_show_are_refused(tmp_path: Path, other: 
     faults = check_weights(start(language_model=qwen2(tmp_path / "qwen2", **other)))
     assert faults and all("\n" not in fault for fault in faults)
     assert any(message in fault and str(tmp_path / "qwen2" / "config.json") in fault for fault in faults)
+
+
+def test_adapters_that_fit_nothing_are_refused(monkeypatch) -> None:
+    """A target without a layer, a rank above a layer's, random weights in 4 bits, no peft, and no bitsandbytes."""
+
+    def with_lora(**lora: object) -> Manifest:
+        part = PartConfig(train=True, lr=1e-3, lora=LoraConfig(**{"r": 4, **lora}))
+        return dataclasses.replace(start(), train=dataclasses.replace(start().train, language_model=part, zero_stage=2))
+
+    assert check_weights(with_lora()) == []
+    (fault,) = check_weights(with_lora(targets=("query",)))
+    assert fault.startswith("train.language_model.lora.targets: 'query' names no linear layer of the language_model;")
+    (fault,) = check_weights(with_lora(r=17))
+    fix = "set at most 16, or leave it out of targets"
+    layer = "model.layers.0.self_attn.k_proj, 32 inputs and 16 outputs"
+    assert fault == f"train.language_model.lora.r: 17 is above the rank of {layer}; {fix}"
+    assert check_weights(with_lora(r=17, targets=("q_proj",))) == check_weights(with_lora(r=16)) == []
+    (fault,) = check_weights(with_lora(load="4bit"))
+    fix = "name weights in init_from.language_model, or set it to full"
+    assert fault == f"train.language_model.lora.load: 4bit is for stored weights, not random ones; {fix}"
+    known = importlib.util.find_spec
+    hidden = ("bitsandbytes", "peft")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else known(name, *rest))
+    (fault,) = check_weights(with_lora())
+    assert fault == "train.language_model.lora: needs the package peft: pip install -e '.[lora]'"
+    context = DistributedContext(0, 1, torch.device("cpu"))
+    (fault,) = preflight._check_device(with_lora(load="8bit"), context)
+    assert fault.startswith("train.language_model.lora.load: 8bit needs the package bitsandbytes: pip install ")
 
 
 #: settings in the config.json of other models that this model does not have
@@ -184,6 +214,21 @@ def test_ranks_with_other_shards_are_named(monkeypatch) -> None:
     with pytest.raises(LaunchError, match="^rank 1: shards: index .*start every rank with the same") as caught:
         preflight.compare_shards(own, context)
     assert caught.value.everywhere and "seed" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("evaluate", "every", 5), ("evaluate", "questions", 3), ("evaluate", "patience", 2), ("train", "save_every", 7)],
+)
+def test_ranks_that_would_make_other_calls_are_named(section: str, field: str, value: int) -> None:
+    """These fields may change when a run is resumed, but ranks that differ in them would wait for each other."""
+    settings = dataclasses.replace(start(), evaluate=EvaluateConfig(every=2))
+    changed = dataclasses.replace(getattr(settings, section), **{field: value})
+    other = dataclasses.replace(settings, **{section: changed})
+    (fault,) = preflight._differences(preflight._shared_values(settings), preflight._shared_values(other))
+    assert fault.startswith(f"{section}.{field} (rank 0: ") and fault.endswith(
+        f"here: {value}); start every rank with the same"
+    )
 
 
 def test_ranks_with_other_code_are_named(monkeypatch) -> None:
