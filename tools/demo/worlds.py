@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-SIDE = 192  #: width and height of frames, in pixels
+SIDE = 160  #: width and height of frames, in pixels
 
 COLORS = {
     "red": (222, 32, 36),
@@ -32,12 +32,25 @@ SIDES = ("left", "right")
 NUMBERS = ("one", "two", "three", "four")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
+QUARTERS = ((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74))  #: their centers
+SHORT = 4.0  #: seconds of most clips: four frames at one a second, which are one clip of the vision tower
+
 #: Worlds of each kind by split. Held-out counts are multiples of 8 colors, 4 shapes, 2 sides, or 56 pairs of colors.
 SIZES = {
-    "train": {"scene": 640, "order": 448, "count": 448, "motion": 96, "needle": 96, "long": 2},
-    "heldout": {"scene": 224, "order": 224, "count": 224, "motion": 48, "needle": 200, "long": 2},
+    "train": {
+        "scene": 7500,
+        "count": 5600,
+        "motion": 1800,
+        "order": 1000,
+        "needle": 500,
+        "long": 8,
+    },
+    "heldout": {"scene": 112, "count": 112, "motion": 112, "order": 112, "needle": 112},
     "haystack": {"empty": 2},
 }
+
+#: Seconds of the training videos with a needle, and their share.
+NEEDLE_SECONDS = {32: 0.2, 48: 0.2, 64: 0.2, 128: 0.2, 256: 0.12, 512: 0.08}
 
 
 Path: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
@@ -81,7 +94,14 @@ def balanced(values: Sequence, count: int, rng: np.random.Generator) -> list:
 
 def plan(split: str, seed: int, share: float = 1.0) -> list[World]:
     """Return the worlds of a split of :data:`SIZES`. With ``share`` < 1 there are fewer of each kind, at least one."""
-    makers = {"scene": _scene, "order": _order, "count": _count, "motion": _motion, "needle": _needle, "long": _long}
+    makers = {
+        "scene": _scene,
+        "order": _order,
+        "count": _count,
+        "motion": _motion,
+        "needle": _needle,
+        "long": _long,
+    }
     makers |= {"empty": _empty}
     worlds = []
     for kind, size in SIZES[split].items():
@@ -180,12 +200,11 @@ def _scene(split: str, count: int, rng: np.random.Generator) -> list[World]:
         balanced(list(COLORS), count, rng), balanced(SHAPES, count, rng), balanced(SIDES, count, rng), strict=True
     )
     for i, (color, shape, side) in enumerate(rows):
-        seconds = 8.0 if split == "heldout" else float(rng.choice([4, 8, 8, 8, 8, 12]))
         center = (0.27 if side == "left" else 0.73, rng.uniform(0.32, 0.68))
         path = _drift(center, rng, 0.03)
-        shown = Appearance(color, shape, rng.uniform(0.42, 0.52), path, 0.0, seconds)
+        shown = Appearance(color, shape, rng.uniform(0.42, 0.52), path, 0.0, SHORT)
         facts = {"colour": color, "shape": shape, "side": side}
-        worlds.append(World(f"{split}-scene-{i:04d}", "scene", seconds, 4, (shown,), facts))
+        worlds.append(World(f"{split}-scene-{i:04d}", "scene", SHORT, 1, (shown,), facts))
     return worlds
 
 
@@ -193,7 +212,7 @@ def _order(split: str, count: int, rng: np.random.Generator) -> list[World]:
     """Make worlds of 16 seconds with two colors, in the first and last quarter: at least 8 frames apart at 1 fps."""
     pairs = balanced(list(itertools.permutations(COLORS, 2)), count, rng)
     return [
-        _two_colors(f"{split}-order-{i:04d}", "order", pair, 16.0, (rng.uniform(2.6, 4), rng.uniform(12, 13.4)), 4, rng)
+        _two_colors(f"{split}-order-{i:04d}", "order", pair, 16.0, (rng.uniform(2.6, 4), rng.uniform(12, 13.4)), 1, rng)
         for i, pair in enumerate(pairs)
     ]
 
@@ -204,7 +223,7 @@ def _long(split: str, count: int, rng: np.random.Generator) -> list[World]:
     pairs = zip(colors[::2], colors[1::2], strict=True)
     return [
         _two_colors(
-            f"{split}-long-{i:04d}", "long", pair, 640.0, (rng.uniform(160, 220), rng.uniform(420, 480)), 2, rng
+            f"{split}-long-{i:04d}", "long", pair, 640.0, (rng.uniform(160, 220), rng.uniform(420, 480)), 1, rng
         )
         for i, pair in enumerate(pairs)
     ]
@@ -229,20 +248,19 @@ def _count(split: str, count: int, rng: np.random.Generator) -> list[World]:
         balanced(NUMBERS, count, rng), balanced(list(COLORS), count, rng), balanced(SHAPES, count, rng), strict=True
     )
     for i, (number, color, shape) in enumerate(rows):
-        seconds = 8.0 if split == "heldout" else float(rng.choice([4, 8, 8, 8]))
-        quarters = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
         chosen = rng.permutation(4)[: NUMBERS.index(number) + 1]
         diameter = rng.uniform(0.34, 0.40)
         shown = tuple(
-            Appearance(color, shape, diameter, _drift(quarters[q], rng, 0.04), 0.0, seconds) for q in sorted(chosen)
+            Appearance(color, shape, diameter, _drift(QUARTERS[quarter], rng, 0.04), 0.0, SHORT)
+            for quarter in sorted(chosen)
         )
         facts = {"count": number, "colour": color, "shape": shape}
-        worlds.append(World(f"{split}-count-{i:04d}", "count", seconds, 4, shown, facts))
+        worlds.append(World(f"{split}-count-{i:04d}", "count", SHORT, 1, shown, facts))
     return worlds
 
 
 def _motion(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """Make worlds with one shape that crosses the frame in eight seconds."""
+    """Make worlds with one shape that crosses the frame in four seconds."""
     worlds = []
     rows = zip(balanced(list(DIRECTIONS), count, rng), balanced(list(COLORS), count, rng), strict=True)
     for i, (direction, color) in enumerate(rows):
@@ -250,27 +268,34 @@ def _motion(split: str, count: int, rng: np.random.Generator) -> list[World]:
         across = rng.uniform(0.4, 0.6)
         middle = (across if dx == 0 else 0.5, across if dy == 0 else 0.5)
         path = ((middle[0] - 0.34 * dx, middle[1] - 0.34 * dy), (middle[0] + 0.34 * dx, middle[1] + 0.34 * dy))
-        shown = Appearance(color, str(rng.choice(SHAPES)), rng.uniform(0.34, 0.42), path, 0.0, 8.0)
-        facts = {"direction": direction, "colour": color}
-        worlds.append(World(f"{split}-motion-{i:04d}", "motion", 8.0, 4, (shown,), facts))
+        shown = Appearance(color, str(rng.choice(SHAPES)), rng.uniform(0.34, 0.42), path, 0.0, SHORT)
+        facts = {"direction": direction, "colour": color, "shape": shown.shape}
+        worlds.append(World(f"{split}-motion-{i:04d}", "motion", SHORT, 1, (shown,), facts))
     return worlds
 
 
 def _needle(split: str, count: int, rng: np.random.Generator) -> list[World]:
-    """Make empty scenes of 32 to 64 seconds, with a colored flash of one second that one sampled frame shows.
+    """Make empty scenes with a colored flash in one frame, 32 to 64 seconds, in training up to 512.
 
-    Some training scenes last up to 512 seconds.
+    The depths of the flash are spread evenly, for each duration.
     """
     worlds = []
-    for i, color in enumerate(balanced(list(COLORS), count, rng)):
-        seconds = float(rng.choice([32, 40, 48, 64]))
-        if split == "train" and i % 5 == 4:
-            seconds = float((128, 256, 512)[i // 5 % 3])
-        start = float(rng.integers(2, int(seconds) - 3))
+    lengths = [seconds for seconds, share in NEEDLE_SECONDS.items() for _ in range(round(100 * share))]
+    if split == "heldout":
+        lengths = [seconds for seconds in NEEDLE_SECONDS if seconds <= 64]
+    colors, durations = balanced(list(COLORS), count, rng), balanced(lengths, count, rng)
+    depths = {seconds: _spread(durations.count(seconds), rng) for seconds in sorted(set(durations))}
+    for i, (color, seconds) in enumerate(zip(colors, durations, strict=True)):
+        start = float(int(next(depths[seconds]) * seconds))
         flash = Appearance(color, "circle", rng.uniform(0.8, 0.95), ((0.5, 0.5), (0.5, 0.5)), start, start + 1)
-        world = World(f"{split}-needle-{i:04d}", "needle", seconds, 4, (flash,), {"needle": color}, noise=False)
-        worlds.append(world)
+        name = f"{split}-needle-{i:04d}"
+        worlds.append(World(name, "needle", float(seconds), 1, (flash,), {"needle": color}, noise=False))
     return worlds
+
+
+def _spread(count: int, rng: np.random.Generator) -> Iterator[float]:
+    """Return ``count`` numbers from 0 to 1 in random order: one from each of as many equal parts of that range."""
+    return iter(((rng.permutation(count) + rng.random(count)) / count).tolist())
 
 
 def _empty(split: str, count: int, rng: np.random.Generator) -> list[World]:

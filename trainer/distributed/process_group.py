@@ -19,6 +19,9 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 from framestream.trainer.distributed.launchers import LaunchError, describe_join_error, local_rank, setup_environment  # noqa: E402
 
+#: the launcher's variables that a process without launcher sets, for as long as its group lasts
+_own_variables: set[str] = set()
+
 
 @dataclass(frozen=True)
 class DistributedContext:
@@ -45,7 +48,11 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
         LaunchError: the launcher's variables are incomplete or wrong, the port is in use, rank 0 cannot be reached, or
             there are fewer GPUs than processes.
     """
+    before = set(os.environ)
     setup_environment(os.environ)
+    # DeepSpeed counts CPU ranks by this, and otherwise starts the program numactl in every reduction
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _own_variables.update(set(os.environ) - before)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce at start-up, which only inference uses. This takes a
@@ -59,7 +66,9 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
     except (RuntimeError, ValueError) as error:  # torch 2.5: no DistError for a port that is in use
-        raise LaunchError(describe_join_error(error, os.environ)) from None
+        reason = describe_join_error(error, os.environ)
+        destroy_process_group()
+        raise LaunchError(reason) from None
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=limit)
     control = torch.distributed.new_group(backend="gloo", timeout=limit)
     return DistributedContext(
@@ -68,10 +77,13 @@ def init_process_group(timeout_minutes: float) -> DistributedContext:
 
 
 def destroy_process_group() -> None:
-    """Leave the process group."""
+    """Leave the process group. Programs that this process starts later get no launcher's variables of it."""
     if dist.is_initialized():
         deepspeed.utils.groups._WORLD_GROUP = None
         dist.destroy_process_group()
+    for name in _own_variables:
+        os.environ.pop(name, None)
+    _own_variables.clear()
 
 
 def barrier() -> None:

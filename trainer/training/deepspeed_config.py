@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from framestream.pipeline.config.manifest import Manifest
 from framestream.trainer.model.cost import largest_layer
 
+#: Elements of the buckets of a small model: all of its gradients, 16 MiB in float32, are reduced in few collectives.
+MIN_BUCKET = 2**22
+
 
 def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
     """Return DeepSpeed's configuration.
@@ -20,7 +23,7 @@ def deepspeed_config(manifest: Manifest, world: int, cuda: bool) -> dict:
     the loss itself and tells the engine where a global batch ends.
     """
     train = manifest.train
-    bucket = largest_layer(manifest)
+    bucket = max(largest_layer(manifest), MIN_BUCKET)
     zero: dict = {
         "stage": train.zero_stage,
         "contiguous_gradients": True,

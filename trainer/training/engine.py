@@ -12,9 +12,11 @@ import torch
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.distributed.process_group import DistributedContext, deepspeed
+from framestream.trainer.model.lora import add_adapters, quantize_parts
 from framestream.trainer.model.video_llm import VideoLLM, build_model
 from framestream.trainer.training.deepspeed_config import deepspeed_config, offload_threads
 from framestream.trainer.training.optim import freeze, parameter_groups
+from framestream.trainer.training.persistent_gather import coalesce_gather
 from framestream.trainer.weights.load import initialize
 from framestream.trainer.weights.tensor_files import TRAIN_DTYPES
 
@@ -66,6 +68,8 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
     else:
         model.to(context.device, TRAIN_DTYPES[manifest.train.dtype])
     initialize(model, manifest)
+    quantize_parts(model, manifest.train)
+    add_adapters(model, manifest)
     freeze(model.parts(), manifest.train)
     for module in model.leaf_modules():
         deepspeed.utils.set_z3_leaf_module(module, True)
@@ -74,6 +78,8 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
         parameter_groups(model.parts(), train), lr=0.0, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=gpu
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if partitioned:
+        coalesce_gather(engine.optimizer.persistent_parameters)
     return engine, model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def test_buffers_are_on_the_device_with_their_dtypes(monkeypatch: pytest.MonkeyP
     made = dataclasses.replace(made, train=dataclasses.replace(made.train, zero_stage=stage))
     expected = {name: buffer.dtype for name, buffer in engine.build_model(made).named_buffers()}
     monkeypatch.setattr(deepspeed.zero, "Init", lambda **_: contextlib.nullcontext())
-    monkeypatch.setattr(deepspeed, "initialize", lambda **_: (None,))
+    wrapped = types.SimpleNamespace(optimizer=types.SimpleNamespace(persistent_parameters=[]))
+    monkeypatch.setattr(deepspeed, "initialize", lambda **_: (wrapped,))
     monkeypatch.setattr(engine, "initialize", lambda *_: None)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: None)
     _, model = engine.build_engine(made, DistributedContext(0, 1, torch.device("meta")))
