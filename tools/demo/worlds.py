@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-SIDE = 160  #: width and height of frames, in pixels
+SIDE = 128  #: width and height of frames, in pixels
 
 COLORS = {
     "red": (222, 32, 36),
@@ -115,7 +115,7 @@ def draw(world: World, seed: int) -> Iterator[np.ndarray]:
     """Yield the frames of a world in time order, (SIDE, SIDE, 3) uint8 each. One array may be yielded several times."""
     rng = np.random.default_rng([seed, zlib.crc32(world.name.encode())])
     ground = background(rng)
-    grain = rng.normal(0, 3, (4, SIDE, SIDE, 1)).astype(np.float32) if world.noise else np.zeros((1, 1, 1, 1))
+    grain = 3 * rng.standard_normal((4, SIDE, SIDE, 1), dtype=np.float32) if world.noise else np.zeros((1, 1, 1, 1))
     masks = [mask(a.shape, a.diameter * SIDE) for a in world.appearances]
     last_state: list | None = None
     frame = np.empty((0, 0, 3), np.uint8)
@@ -136,13 +136,19 @@ def draw(world: World, seed: int) -> Iterator[np.ndarray]:
 def background(rng: np.random.Generator, height: int = SIDE, width: int = SIDE) -> np.ndarray:
     """Return a dull texture of a random tint, (height, width, 3) float32: soft blotches and fine grain."""
     blotches = rng.normal(0, 1, (int(rng.integers(3, 9)), int(rng.integers(3, 9))))
-    rows = np.linspace(0, blotches.shape[0] - 1, height)
-    columns = np.linspace(0, blotches.shape[1] - 1, width)
-    across = np.stack([np.interp(columns, np.arange(blotches.shape[1]), row) for row in blotches])
-    soft = np.stack([np.interp(rows, np.arange(blotches.shape[0]), column) for column in across.T], axis=1)
-    level = rng.uniform(50, 110) + rng.uniform(4, 16) * soft + rng.normal(0, rng.uniform(1, 6), (height, width))
+    soft = _interpolate(_interpolate(blotches, height).T, width).T
+    grain = rng.uniform(1, 6) * rng.standard_normal((height, width), dtype=np.float32)
+    level = rng.uniform(50, 110) + rng.uniform(4, 16) * soft + grain
     tint = 1 + rng.uniform(-0.08, 0.08, 3)
     return (level[..., None] * tint).astype(np.float32)
+
+
+def _interpolate(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return ``count`` rows at equal distances from the first to the last of ``rows``, linearly between neighbors."""
+    position = np.linspace(0, len(rows) - 1, count)
+    before = np.minimum(position.astype(int), len(rows) - 2)
+    share = (position - before)[:, None]
+    return rows[before] * (1 - share) + rows[before + 1] * share
 
 
 def mask(shape: str, diameter: float) -> np.ndarray:

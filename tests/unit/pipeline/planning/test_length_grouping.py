@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framestream.pipeline.planning import length_grouping as grouping
+from framestream.pipeline.planning.packing import pack
 from tests.helpers.golden_data import json_file
 
 TABLE = json_file("length_grouping/cases.json") or {}
@@ -99,6 +100,40 @@ def test_modality_length_has_whole_batches_of_one_kind(epoch):
         return
     assert len(set(indices.tolist())) == len(indices) == sum((-(-count // size) - 1) * size for count in counts)
     assert all(kinds(lengths, batch) == 1 for batch in slices(indices, size))
+
+
+@given(epochs())
+def test_long_dialogues_meet_and_every_dialogue_comes_once(epoch):
+    lengths, size, shares, generator = epoch
+    lengths = np.abs(lengths)
+    indices = grouping.long_together(lengths, size, shares, generator)
+    assert sorted(indices) == list(range(len(lengths)))
+    width, mean_row = min(shares, size), lengths.sum() * size / (shares * len(lengths))
+    whole = slices(indices, size)[: len(lengths) // size]
+    counts = [int((lengths[batch] > mean_row * (1 + 1e-9)).sum()) for batch in whole]
+    assert sum(0 < count < width for count in counts) <= 1
+    if size >= shares:
+        assert all(count in (0, width) for count in counts if count >= width)
+
+
+def test_ranks_wait_less_for_long_dialogues_that_meet():
+    """Two ranks, 16 dialogues a batch, one in a hundred a hundred times as long as the others."""
+    rng = np.random.default_rng(0)
+    lengths, size, ranks = np.where(rng.random(16_000) < 0.01, 8_000, 80) + rng.integers(0, 20, 16_000), 16, 2
+
+    def balance(indices: np.ndarray) -> float:
+        packed = [pack(lengths[b], lengths[b].astype(float), 16_384, ranks) for b in slices(indices, size)]
+        rows = zip(slices(indices, size), packed, strict=True)
+        totals = np.array([[lengths[batch[row]].sum() for row in split] for batch, split in rows])
+        return float(totals.sum() / (totals.max(axis=1).sum() * ranks))
+
+    together = grouping.long_together(lengths, size, ranks, torch.Generator().manual_seed(1))
+    apart = grouping.random_batches(lengths, size, ranks, torch.Generator().manual_seed(1))
+    assert balance(together) > 0.98 and balance(apart) < 0.75
+    long = np.array([(lengths[batch] > 1000).sum() for batch in slices(together, size)])
+    assert set(long) == {0, ranks}
+    hosts = np.flatnonzero(long)
+    assert abs(np.corrcoef(hosts, np.arange(len(hosts)))[0, 1]) > 0.9  # over the whole epoch
 
 
 def spread(lengths: np.ndarray, indices: np.ndarray, size: int) -> float:
