@@ -1,7 +1,9 @@
 """Attention within short segments as batched products of matrices, for CPUs.
 
-``scaled_dot_product_attention`` on a CPU walks over small blocks, and calls a product for each. Where oneDNN computes
-the products (``train.matmul_precision: medium``), whole segments are faster.
+``scaled_dot_product_attention`` on a CPU walks over small blocks, and calls a product of MKL for each. On a processor
+with AVX-512 whole segments are faster, if oneDNN computes the products (``train.matmul_precision: medium``): MKL does not
+use AVX-512 on AMD.
+
 Causal segments of similar lengths are padded to one batch: with the padding at their ends, no token sees it.
 
 The weights of a segment are L x L values, so longer segments stay with the blocks.
@@ -26,8 +28,9 @@ Group = tuple[tuple[int, ...], tuple[int, ...]]
 
 def is_faster(x: torch.Tensor, longest: int) -> bool:
     """Return whether segments of at most ``longest`` tokens of ``x`` are faster as products of matrices."""
-    by_onednn = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    return x.device.type == "cpu" and longest <= LONGEST and by_onednn
+    if x.device.type != "cpu" or x.dtype != torch.float32 or longest > LONGEST:
+        return False
+    return torch.get_float32_matmul_precision() == "medium" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def attend_dense(

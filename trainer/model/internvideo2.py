@@ -65,7 +65,8 @@ class InternVideo2(VisionTower):
                 fix = "pass drop_path_rand (framestream.trainer.training.drop_path_rng)"
                 raise ValueError(f"drop path needs random numbers while training; {fix}")
             rands = drop_path_rand.split(2, dim=1)
-        images = torch.cat([clips.transpose(1, 2).flatten(0, 1), tiles.squeeze(2)])  # (N T + M, 3, S, S)
+        images = clips.transpose(1, 2).flatten(0, 1)
+        images = torch.cat([images, tiles.squeeze(2)]) if len(tiles) else images  # (N T + M, 3, S, S)
         patches = self.patch_embed(images)
         frames = len(clips) * clips.shape[2]
         clip_tokens = self._tokens(patches[:frames], len(clips), self.pos_embed)

@@ -53,7 +53,8 @@ class UMT(VisionTower):
         self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode clips and tiles together, as described in :class:`VisionTower`; there is no drop path."""
-        images = torch.cat([clips.transpose(1, 2).flatten(0, 1), tiles.squeeze(2)])  # (N T + M, 3, S, S)
+        images = clips.transpose(1, 2).flatten(0, 1)
+        images = torch.cat([images, tiles.squeeze(2)]) if len(tiles) else images  # (N T + M, 3, S, S)
         patches = self.patch_embed(images)
         clip_tokens = patches[: len(clips) * clips.shape[2]].reshape(len(clips), *self.clip_positions.shape)
         tile_tokens = patches[len(clips) * clips.shape[2] :]

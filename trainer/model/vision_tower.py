@@ -104,8 +104,8 @@ class VisionTower(nn.Module, abc.ABC):
     def normalize(self, frames: torch.Tensor, anchor: torch.Tensor | None = None) -> torch.Tensor:
         """Normalize frames: uint8 (n, T, S, S, 3) -> (n, 3, T, S, S) in the tower's dtype."""
         mean = self.mean if anchor is None else self.mean + 0 * anchor
-        scaled = frames.movedim(-1, 1).float() / 255
-        return ((scaled - mean) / self.std).to(next(self.parameters()).dtype)
+        planes = frames.movedim(-1, 2).contiguous().float().transpose(1, 2)  # of images, one after the other
+        return planes.div_(255).sub_(mean).div_(self.std).to(next(self.parameters()).dtype)
 
     @abc.abstractmethod
     def encode_patches(

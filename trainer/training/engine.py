@@ -75,7 +75,7 @@ def build_engine(manifest: Manifest, context: DistributedContext) -> tuple[Train
         deepspeed.utils.set_z3_leaf_module(module, True)
     train = manifest.train
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.parts(), train), lr=0.0, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=gpu
+        parameter_groups(model.parts(), train), lr=0.0, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=True
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if partitioned:

@@ -56,6 +56,7 @@ from framestream.trainer.monitoring.trackers import open_trackers
 from framestream.trainer.training.device_prefetch import DevicePrefetcher
 from framestream.trainer.training.drop_path_rng import drop_path_random, seed_dropout
 from framestream.trainer.training.engine import TrainingEngine, build_engine
+from framestream.trainer.training.heap import keep_freed_memory
 from framestream.trainer.training.memory_plan import MemoryComparison, name_memory_errors
 from framestream.trainer.training.optim import set_learning_rates
 from framestream.trainer.training.preflight import compare_shards, run_preflight
@@ -110,6 +111,8 @@ def train(manifest: Manifest) -> Path:
         manifest = resolve_cost(manifest)
         folder = Path(manifest.output)
         context = init_process_group(manifest.train.timeout_minutes)
+        if context.device.type == "cpu":
+            keep_freed_memory()
         watchdog = Watchdog(manifest.train.timeout_minutes, context)
         try:
             _check_world(manifest, context)

@@ -19,24 +19,24 @@ from tests.helpers.paths import ROOT
 VERSIONS = {"av": "18.1.0", "numpy": "2.4.6", "pillow": "13.0.0", "pyarrow": "26.0.1", "simplejpeg": "1.9.0"}
 SHA256 = {
     2: {
-        "dialogue/train-000000.tar": "e9123933afb9a68dc8d00bc62148db60747a70a0413b88a6a3f91cbbd7681dbc",
+        "dialogue/train-000000.tar": "b89245d6735908d984c33ec871dc1e973c16dee71c39bd0e00b038737b786183",
         "dialogue/val-000000.tar": "176c7ee538c91a48dc54c36477debff1363788bf314d95fb334d22db2fa78fd7",
-        "image/train-000000.tar": "35546df37637a8d302d42ecd7d6425aa2a1e20c47d39ee827ffeba623cc57cb1",
-        "video/train-000000.tar": "2d18e27f308f82c5decaf291da7ba241ded460654f297634941648e614b850c9",
-        "video/val-000000.tar": "a47ebf6e9d06eba4d37d70b4d69b66a006a1789f3c72b548f6c002a5909d5179",
-        "index/dialogues.arrow": "30b32766f63e1a41777fca1b87680e7a5a7ea1ebd187d258eba2f20588547944",
-        "index/media.arrow": "37816e79975cf3d7b9e2a9859de8bf370a61c9d3bcf9ec9608ae398afd675f94",
-        "index/shards.arrow": "fc1dd4c3efccc4047473673e9d8353c820b1c796c05a9ad3599b28a2e5d6c00c",
+        "image/train-000000.tar": "761625a26e32234c795554ad68c5108113f252fa0e9307361cdcda14acbc489c",
+        "video/train-000000.tar": "2f0284847592f0d370e2995dea107bfd511edadf6dad3eb41af0c54ed5aca971",
+        "video/val-000000.tar": "1c037a129932bee899d92a0035ea7bd57491b6fc19b6303dc4efb8ebf38b3c89",
+        "index/dialogues.arrow": "1e5edf54b0a7deb925ea2df288180fd0ba27a0b3d3bbe5443b9156fe717de7e9",
+        "index/media.arrow": "4ad77fae88d5dfd02c30613e7ad1545c75be7935ea5ec0c48da7511838b1a593",
+        "index/shards.arrow": "b7d125d97b6006b9cc89c77a629f75c54c7e8d43c60c5dd18ea4a2290a38a36f",
     },
     4: {
-        "dialogue/train-000000.tar": "f2568e157fd4975b81930e63a4625d04694411ee2692e606df9bcdaeaaa371c3",
+        "dialogue/train-000000.tar": "f75027d8f676429c58fc67eed2bfb507a5d463fccbc3285d3c172f0e0be40d5f",
         "dialogue/val-000000.tar": "0769438e148defac392fc2a02000b9cd26be8f065c5c4bde7297da108506e248",
-        "image/train-000000.tar": "35546df37637a8d302d42ecd7d6425aa2a1e20c47d39ee827ffeba623cc57cb1",
-        "video/train-000000.tar": "e620fb499be53aec6e9242b50639c25b00a13d3b356717ca16ff07bf9624ff39",
-        "video/val-000000.tar": "cfb21fed57f8d93c4bbff100b5d74252ad22e0ea48912062e2702f65743f987a",
-        "index/dialogues.arrow": "fbd75205bee593628928f9244eb5c39d8064b022e0b21fa3e369da505c9fd094",
-        "index/media.arrow": "c0bc71f81e9952370ea20b5440a8df0e15e3c09f729442d790eef2a33da1142d",
-        "index/shards.arrow": "c2d403ed948bb893f617b808d4026248c5a9c04f5d291e3ed9323c7392f78936",
+        "image/train-000000.tar": "761625a26e32234c795554ad68c5108113f252fa0e9307361cdcda14acbc489c",
+        "video/train-000000.tar": "c195a0e2df8d8de56fed11e8ce29836348b3dca547fc7b3fe2fdd7148fb495a6",
+        "video/val-000000.tar": "14bbab9ef3e8086cfab60864002049b4d09d0b3260d8dc91ac7807bee7bec7ad",
+        "index/dialogues.arrow": "cc802d1cfb4c06ec5760e20ff91be85c6a77e3368ed4b9b20701b79d1bad0aba",
+        "index/media.arrow": "4899f055d96612cca9670f0b7d0be98d190abe754bc6045f377d3aec4b2ee7e1",
+        "index/shards.arrow": "7239171633429791348b402e323e0b75a301cf3644c2cd797a712640ed740f8a",
     },
 }
 

@@ -60,7 +60,8 @@ def test_groups_hold_every_segment_once_with_little_padding(runs, causal):
     assert all(max(lengths) <= min(lengths) * (dense_attention.PADDED if causal else 1) for _, lengths in groups)
 
 
-def test_it_is_chosen_where_onednn_computes_the_products():
+def test_it_is_chosen_where_onednn_computes_the_products_with_avx_512(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, before = torch.zeros(2, 1, 8), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -71,6 +72,9 @@ def test_it_is_chosen_where_onednn_computes_the_products():
             and not is_faster(x.bfloat16(), 8)
         )
         torch.set_float32_matmul_precision("highest")
+        assert not is_faster(x, 8)
+        torch.set_float32_matmul_precision("medium")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         assert not is_faster(x, 8)
     finally:
         torch.set_float32_matmul_precision(before)
