@@ -1,8 +1,8 @@
 """Attention within short segments as batched products of matrices, for CPUs.
 
 ``scaled_dot_product_attention`` on a CPU walks over small blocks, and calls a product of MKL for each. On a processor
-with AVX-512 whole segments are faster, if oneDNN computes the products (``train.matmul_precision: medium``): MKL does not
-use AVX-512 on AMD.
+with AVX-512 whole segments are faster, if oneDNN computes the products (``train.matmul_precision: medium``): MKL does
+not use AVX-512 on AMD.
 
 Causal segments of similar lengths are padded to one batch: with the padding at their ends, no token sees it.
 
