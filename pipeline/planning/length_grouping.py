@@ -38,7 +38,7 @@ def long_together(lengths: np.ndarray, size: int, chunks: int, generator: torch.
     """
     order = _permutation(len(lengths), generator)
     whole, width = len(lengths) // size, min(chunks, size)
-    long = order[lengths[order] > lengths.mean() * size / chunks]
+    long = order[lengths[order].astype(np.int64) * chunks * len(lengths) > int(lengths.sum()) * size]
     groups = _slices(_sort_descending(long, lengths), width)[:whole]
     hosts = dict(zip(_permutation(whole, generator).tolist(), groups, strict=False))
     others = order[~np.isin(order, _join(groups))]

@@ -48,7 +48,7 @@ RESOLVED = {
     "demo/stage1": "a9868bb4f429e6d23ecf373c176f3393",
     "demo/stage2": "71d76634224400951a4ceb4022ee2dc9",
     "demo/stage3": "7b7fd5efe10b377c8e84c82f31099fa9",
-    "demo/stage4": "ebc8dd84e4853f2d657eb295dbf7d210",
+    "demo/stage4": "467af373f98a8c4e6ded1f022377d358",
     "internvideo2/stage1": "da88f07ed2a2eab7cb31e8a6b22e04f2",
     "internvideo2/stage2": "cf1a4fa7c3a83b83c3a4bfd9f8c1d3c7",
     "internvideo2/stage3": "52db30674ad97439de435ed954afc6bd",

@@ -108,9 +108,9 @@ def test_long_dialogues_meet_and_every_dialogue_comes_once(epoch):
     lengths = np.abs(lengths)
     indices = grouping.long_together(lengths, size, shares, generator)
     assert sorted(indices) == list(range(len(lengths)))
-    width, mean_row = min(shares, size), lengths.sum() * size / (shares * len(lengths))
+    width, limit = min(shares, size), int(lengths.sum()) * size  # of a length times shares times dialogues
     whole = slices(indices, size)[: len(lengths) // size]
-    counts = [int((lengths[batch] > mean_row * (1 + 1e-9)).sum()) for batch in whole]
+    counts = [int((lengths[batch] * shares * len(lengths) > limit).sum()) for batch in whole]
     assert sum(0 < count < width for count in counts) <= 1
     if size >= shares:
         assert all(count in (0, width) for count in counts if count >= width)

@@ -69,6 +69,7 @@ def test_order_is_fixed_for_good():
         "modality": [9, 6, 3, 12, 8, 11, 10, 4, 1, 13, 2, 5, 0, 7],
         "modality_length": [9, 0, 3, 12, 1, 8, 11, 10, 7, 13, 2, 5],
         "length": [9, 0, 4, 13, 1, 12, 3, 10, 11, 5, 7, 6, 8, 2],
+        "long_together": [1, 6, 8, 2, 7, 12, 3, 10, 9, 0, 4, 13, 11, 5],
         "length_windows": [12, 11, 4, 0, 10, 2, 6, 1, 3, 8, 9, 5, 13, 7],
     }.items():
         assert ordered(np.arange(14), 1, 2, order).tolist() == wanted, order
