@@ -23,7 +23,7 @@ HELD_OUT_PARTS = (3, 7)
 STRIDE = 3  #: frames of the film from one frame of a clip to the next
 FRAMES = 4  #: of a clip, shown one a second
 HEIGHT = 288  #: largest height of the frames that clips are cut from
-SIZES = {"train": 600, "heldout": 120}  #: clips of each split
+SIZES = {"train": 540, "heldout": 120}  #: clips of each split
 
 
 @dataclass(frozen=True, slots=True)

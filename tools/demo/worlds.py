@@ -38,19 +38,19 @@ SHORT = 4.0  #: seconds of most clips: four frames at one a second, which are on
 #: Worlds of each kind by split. Held-out counts are multiples of 8 colors, 4 shapes, 2 sides, or 56 pairs of colors.
 SIZES = {
     "train": {
-        "scene": 7500,
-        "count": 5600,
-        "motion": 1800,
-        "order": 1000,
-        "needle": 500,
-        "long": 8,
+        "scene": 6000,
+        "count": 4300,
+        "motion": 1400,
+        "order": 900,
+        "needle": 480,
+        "long": 2,
     },
     "heldout": {"scene": 112, "count": 112, "motion": 112, "order": 112, "needle": 112},
     "haystack": {"empty": 2},
 }
 
 #: Seconds of the training videos with a needle, and their share.
-NEEDLE_SECONDS = {32: 0.2, 48: 0.2, 64: 0.2, 128: 0.2, 256: 0.12, 512: 0.08}
+NEEDLE_SECONDS = {32: 0.22, 48: 0.22, 64: 0.23, 128: 0.2, 256: 0.08, 512: 0.05}
 
 
 Path: TypeAlias = tuple[tuple[float, float], tuple[float, float]]

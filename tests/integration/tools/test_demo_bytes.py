@@ -19,24 +19,24 @@ from tests.helpers.paths import ROOT
 VERSIONS = {"av": "18.1.0", "numpy": "2.4.6", "pillow": "13.0.0", "pyarrow": "26.0.1", "simplejpeg": "1.9.0"}
 SHA256 = {
     2: {
-        "dialogue/train-000000.tar": "b89245d6735908d984c33ec871dc1e973c16dee71c39bd0e00b038737b786183",
+        "dialogue/train-000000.tar": "e43376358a3c3930d53776c585a697cbc56129b1508d4e0e62026f0e9b979391",
         "dialogue/val-000000.tar": "176c7ee538c91a48dc54c36477debff1363788bf314d95fb334d22db2fa78fd7",
         "image/train-000000.tar": "761625a26e32234c795554ad68c5108113f252fa0e9307361cdcda14acbc489c",
-        "video/train-000000.tar": "2f0284847592f0d370e2995dea107bfd511edadf6dad3eb41af0c54ed5aca971",
+        "video/train-000000.tar": "1859cef09f12bf0376431fa4cf3e706358012f44bcb01cd13dd753a7ee9dc249",
         "video/val-000000.tar": "1c037a129932bee899d92a0035ea7bd57491b6fc19b6303dc4efb8ebf38b3c89",
-        "index/dialogues.arrow": "1e5edf54b0a7deb925ea2df288180fd0ba27a0b3d3bbe5443b9156fe717de7e9",
-        "index/media.arrow": "4ad77fae88d5dfd02c30613e7ad1545c75be7935ea5ec0c48da7511838b1a593",
-        "index/shards.arrow": "b7d125d97b6006b9cc89c77a629f75c54c7e8d43c60c5dd18ea4a2290a38a36f",
+        "index/dialogues.arrow": "ac0211cf168430a7dc6872e672f33a0fef1ef32b0e96cbd432472cddf7ff8aba",
+        "index/media.arrow": "7b1aa9fed771ecef303c62c33fefaaf980a49fb0bfff9ce937e683ffba7e1734",
+        "index/shards.arrow": "641f98c39d5d8b67da203a61ca5e2884fb602401d00f1c815149a45826315654",
     },
     4: {
-        "dialogue/train-000000.tar": "f75027d8f676429c58fc67eed2bfb507a5d463fccbc3285d3c172f0e0be40d5f",
+        "dialogue/train-000000.tar": "191b633ed199e8bfc3c261a686e088992909d7d8de589670b7fb52aad48c9ccb",
         "dialogue/val-000000.tar": "0769438e148defac392fc2a02000b9cd26be8f065c5c4bde7297da108506e248",
         "image/train-000000.tar": "761625a26e32234c795554ad68c5108113f252fa0e9307361cdcda14acbc489c",
-        "video/train-000000.tar": "c195a0e2df8d8de56fed11e8ce29836348b3dca547fc7b3fe2fdd7148fb495a6",
+        "video/train-000000.tar": "29a91f12d24a72c5b4a2b6a65acfe0f74f28d709f51688ac8c65f5dfd45f7e03",
         "video/val-000000.tar": "14bbab9ef3e8086cfab60864002049b4d09d0b3260d8dc91ac7807bee7bec7ad",
-        "index/dialogues.arrow": "cc802d1cfb4c06ec5760e20ff91be85c6a77e3368ed4b9b20701b79d1bad0aba",
-        "index/media.arrow": "4899f055d96612cca9670f0b7d0be98d190abe754bc6045f377d3aec4b2ee7e1",
-        "index/shards.arrow": "7239171633429791348b402e323e0b75a301cf3644c2cd797a712640ed740f8a",
+        "index/dialogues.arrow": "39f1b9e1cb6e0b668cdaecdd206fbfe9ad320273927b7b9407299f7efc38109c",
+        "index/media.arrow": "9a9062ca8a76bbb9df54e83e54f28722aa241c14fd87b19c3504c2f28343d42b",
+        "index/shards.arrow": "130ffd08a7287421dce7bf8519ca50ed4f55446853dd870c78ad238445137f41",
     },
 }
 

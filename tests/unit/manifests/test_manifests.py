@@ -47,7 +47,7 @@ RESOLVED = {
     "ablation": "e5a6471ad9f7ae96fa8e6bda008bc155",
     "demo/stage1": "a9868bb4f429e6d23ecf373c176f3393",
     "demo/stage2": "71d76634224400951a4ceb4022ee2dc9",
-    "demo/stage3": "7b7fd5efe10b377c8e84c82f31099fa9",
+    "demo/stage3": "708a71c8c102473fa16ffd24bef5fc24",
     "demo/stage4": "467af373f98a8c4e6ded1f022377d358",
     "internvideo2/stage1": "da88f07ed2a2eab7cb31e8a6b22e04f2",
     "internvideo2/stage2": "cf1a4fa7c3a83b83c3a4bfd9f8c1d3c7",
