@@ -59,8 +59,10 @@ define build
 
 endef
 
+ranks := torchrun --standalone --nproc_per_node 2
+
 define train
-	torchrun --standalone --nproc_per_node 2 -m trainer --manifest manifests/demo/stage$(1).yaml
+	$(ranks) -m trainer --manifest manifests/demo/stage$(1).yaml
 
 endef
 
@@ -79,8 +81,8 @@ demo: .venv/ready
 	python -m tools.demo_data --out demo/data --seed $(DEMO_SEED)
 	$(foreach n,$(STAGES),$(call build,$(n)))
 	$(foreach n,$(STAGES),$(call train,$(n)))
-	OMP_NUM_THREADS=2 python -m trainer.evaluate --manifest manifests/demo/stage4.yaml
-	OMP_NUM_THREADS=2 python -m trainer.haystack --manifest manifests/demo/stage4.yaml --root demo/data/media \
+	$(ranks) -m trainer.evaluate --manifest manifests/demo/stage4.yaml
+	$(ranks) -m trainer.haystack --manifest manifests/demo/stage4.yaml --root demo/data/media \
 	  --needles demo/data/annotations/needles.jsonl $(patsubst %,--video demo/data/media/haystack/haystack-empty-%.mp4,0000 0001)
 	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html --images demo/images
 

@@ -1,7 +1,7 @@
 """The shards of a small demo are, byte for byte, those of earlier builds.
 
-The digests were made with the versions below, on an AMD EPYC with AVX-512. Earlier data of the demo gave the same bytes
-on an Intel Xeon, with the code paths of older processors too (docs/performance.md).
+The digests were made with the versions below, on an AMD EPYC without AVX-512. Earlier data of the demo gave the same
+bytes on an Intel Xeon with AVX-512, with the code paths of older processors too (docs/performance.md).
 """
 
 from __future__ import annotations
