@@ -1,5 +1,5 @@
 # make demo       the whole way on the CPU: data, shards, four stages on two ZeRO-3 ranks, scores, demo/report.html;
-#                 DEMO_SEED=3 for other data
+#                 DEMO_SEED=3 for other data, after demo/ was moved or removed
 # make test       lint, types and the whole test suite
 # make test-fast  the tests that tell most mistakes within three minutes
 # make test-slow  the other tests
