@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trainer.
     parser.add_argument(
         "--hops",
         type=_hops_option,
-        help="hide chains of this many images, each of which names the next; or `given`: the images of a question "
+        help="hide chains of this many images, each naming the next; or `given`: the images of a question "
         "are its chain",
     )
     parser.add_argument(

@@ -62,7 +62,7 @@ def write_pointer(pointer: Path, name: str) -> None:
 
 
 def best_checkpoint(run: Path) -> str:
-    """Return the name of the checkpoint of a run's best validation; empty if there is none, or ``best`` is damaged."""
+    """Return the name of the checkpoint of a run's best validation; empty without one, or if ``best`` is damaged."""
     fix = "the next validation writes it again"
     try:
         record = read_record(run / "checkpoints" / "best", "pointer to a checkpoint", fix, has_digest=True)

@@ -82,7 +82,7 @@ def score_replies(question: Question, clock: VideoClock, replies: Mapping[str, s
     """Score the replies to one question, by condition.
 
     Args:
-        question: its ``intervals`` are seconds of the source. The seconds of its answer are those that are told.
+        question: its ``intervals`` are seconds of the source. Its answer has the seconds that the prompt states.
         clock: of the question's own video. It converts the replies of all conditions.
         replies: texts; None for a control that was not asked.
     """

@@ -23,7 +23,7 @@ class GrowingAnswer:
     """An answer, and the state from which its next token is chosen."""
 
     sampling: Sampling
-    length: int  #: tokens of the dialogue so far, of which all have keys and values
+    length: int  #: tokens of the dialogue so far; all have keys and values
     logits: torch.Tensor  #: (V,) of the next token
     tokens: list[int] = field(default_factory=list)  #: of the answer
     generator: torch.Generator = field(init=False)

@@ -83,7 +83,7 @@ class UploadStore:
         """Return an upload by its id.
 
         Raises:
-            RequestError: there is none.
+            RequestError: no file has this number.
         """
         with self._lock:
             if number not in self._files:
@@ -101,7 +101,7 @@ class UploadStore:
         """Remove an upload. Requests that use it go on.
 
         Raises:
-            RequestError: there is none.
+            RequestError: no file has this number.
         """
         self.get(number)
         with self._lock:

@@ -1,4 +1,4 @@
-"""Trackers: whatever one does, the run goes on at its speed and says so once; ids are kept; nothing secret is told.
+"""Trackers: a run goes on at its speed beside one that fails, and logs that once; ids stay; no secret is sent.
 
 The trackers are classes of a stand-in for accelerate, in processes as those of a run.
 """
