@@ -149,11 +149,10 @@ def count_batch(manifest: Manifest, ranks: int, layers: dict[str, tuple[KernelCo
 
 
 def _useful_flops(manifest: Manifest, clips: float, tiles: float, tokens: float, squares: float) -> float:
-    """Count the FLOPs that MFU counts, without those of the head."""
+    """Count the FLOPs that MFU counts, without those of labelled positions alone."""
     one = [cost.row_flops(manifest, 1, 0, [], 0), cost.row_flops(manifest, 0, 1, [], 0)]
-    token = cost.row_flops(manifest, 0, 0, [1], 0)
-    pair = cost.part_costs(manifest)["language_model"].pair / 2
-    return clips * one[0] + tiles * one[1] + (token - pair) * tokens + pair * squares
+    language = cost.language_model_cost(manifest)
+    return clips * one[0] + tiles * one[1] + language.token * tokens + language.pair * squares
 
 
 def _executed_flops(
@@ -169,9 +168,9 @@ def _executed_flops(
     passes["language_model"] = 1 + (learned_before or train.language_model.train) + train.language_model.train
     again = {"vision_tower": train.vision_tower.train, "language_model": learned_before or train.language_model.train}
     products = parts["connector"].token * (clips + tiles) * TOKENS_PER_TILE
-    head = cost.row_flops(manifest, 0, 0, [], 1)  # of a learned token
     products += tower.token * (1 + again["vision_tower"] / passes["vision_tower"]) * (clips * spanned + tiles * tile)
-    of_language = (language.token - head) * tokens + head * learned
+    needed = cost.language_model_cost(manifest)
+    of_language = needed.token * tokens + needed.learned * learned
     products += of_language * (1 + again["language_model"] / passes["language_model"])
     forward_pairs = (tower.pair / (3 if again["vision_tower"] else 1)) * (clips * spanned**2 + tiles * tile**2)
     causal_pairs = (language.pair / (3 if again["language_model"] else 1)) / 2 * squares

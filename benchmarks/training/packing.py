@@ -87,7 +87,10 @@ def padded(model: VideoLLM, batch: Batch) -> torch.Tensor:
     inputs = pad_sequence(model.embed(batch).split(lengths), batch_first=True)  # (D, longest, H)
     hidden = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     valid = torch.cat([states[:length] for states, length in zip(hidden, lengths, strict=True)])
-    return model.language_model.lm_head(valid, batch.labels, batch.token_weight, batch.label_positions)
+    following = batch.label_positions + 1
+    return model.language_model.lm_head(
+        valid[batch.label_positions], batch.labels[following], batch.token_weight[following]
+    )
 
 
 def build_small() -> VideoLLM:

@@ -4,9 +4,10 @@
 
 Needs the shards and the runs of ``make demo``. Both commits train the same manifests on the same shards, on two ranks
 under ZeRO-3, from the weights of the stage before. Fields that the earlier commit does not know are left out there.
-Both take the dialogues in the order ``shuffle``, so that they train on the same ones. The runs alternate, ``--rounds``
-times. Prints the dialogues a second of each run without its first steps, the ratio of the best ones, and the largest
-relative difference of the losses of the first steps.
+Both take the dialogues in the order ``shuffle``, so that they train on the same ones. With ``--steps 0`` they train the
+whole stage, this checkout in the order of the manifest. The runs alternate, ``--rounds`` times. Prints the dialogues a
+second of each run without its first steps, the ratio of the best ones, and, in the same order, the largest relative
+difference of the losses of the first steps.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> int:
     """Run both commits in turn and print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", required=True, help="the earlier commit")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60, help="of each run; 0 for the whole stage (default: 60)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     options = parser.parse_args()
@@ -58,10 +59,14 @@ def main() -> int:
 def _compare(stage: int, before: Path, scratch: Path, steps: int, rounds: int) -> str:
     """Train a stage with both commits in turn; return a row of the table."""
     manifest = yaml.safe_load((ROOT / "demo" / "runs" / f"stage{stage}" / "manifest.yaml").read_text())
-    manifest["train"] |= {"max_steps": steps, "save_every": 10**6}
+    manifest["train"]["save_every"] = 10**6
     manifest["evaluate"]["every"] = 0
-    manifest["batching"]["order"] = "shuffle"
-    settings = {before: _without_new_fields(manifest), ROOT: manifest}
+    earlier = copy.deepcopy(manifest)
+    earlier["batching"]["order"] = "shuffle"
+    if steps:
+        earlier["train"]["max_steps"] = steps
+        manifest = earlier
+    settings = {before: _without_new_fields(earlier), ROOT: manifest}
     runs: dict[Path, list[list[dict]]] = {before: [], ROOT: []}
     for number in range(rounds):
         for code, records in runs.items():
@@ -69,8 +74,9 @@ def _compare(stage: int, before: Path, scratch: Path, steps: int, rounds: int) -
     speeds = {code: [_dialogues_per_s(record) for record in records] for code, records in runs.items()}
     losses = zip(runs[before][0][:COMPARED], runs[ROOT][0][:COMPARED], strict=True)
     apart = max(abs(ours["loss"] - theirs["loss"]) / theirs["loss"] for theirs, ours in losses)
+    difference = f"{apart:.1e}" if steps else "another order"
     shown = [", ".join(f"{speed:.1f}" for speed in speeds[code]) for code in (before, ROOT)]
-    return f"| {stage} | {shown[0]} | {shown[1]} | {max(speeds[ROOT]) / max(speeds[before]):.2f} | {apart:.1e} |"
+    return f"| {stage} | {shown[0]} | {shown[1]} | {max(speeds[ROOT]) / max(speeds[before]):.2f} | {difference} |"
 
 
 def _without_new_fields(manifest: dict) -> dict:

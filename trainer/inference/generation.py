@@ -167,8 +167,8 @@ def prefill(model: VideoLLM, prompts: Sequence[Batch]) -> PrefillState:
     layers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     for row in prompts:
         cache = DynamicCache(config=model.language_model.config)
-        hidden = model.hidden(row, cache)
-        logits.append(model.language_model.lm_head(hidden[row.cu_seqlens[1:].long() - 1]))
+        hidden = model.hidden(row, row.cu_seqlens[1:].long() - 1, cache)
+        logits.append(model.language_model.lm_head(hidden))
         lengths += row.lengths
         layers = layers or [([], []) for _ in cache.layers]
         for (all_keys, all_values), (keys, values) in zip(layers, _layer_states(cache), strict=True):

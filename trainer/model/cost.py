@@ -12,7 +12,8 @@ is frozen and has a backward pass, and its adapters cost 6 P of their own. Its a
 weights, so the backward pass of attention is counted in full. A frozen part with nothing trained before it has no
 backward pass. Not counted are recomputation under gradient checkpointing, norms, activations, merging and position
 tables. Drop path saves nothing, because every branch is computed. S is the full segment, as usual in published figures;
-``cost_coefficients`` counts half of causal attention, the part that is computed, because it estimates time.
+``cost_coefficients`` counts half of causal attention, the part that is computed, because it estimates time. It counts
+the last layer and the head at every token.
 """
 
 from __future__ import annotations
@@ -184,8 +185,8 @@ def flops(manifest: Manifest, frames: int, text_tokens: int) -> float:
 def row_flops(manifest: Manifest, clips: int, tiles: int, lengths: Sequence[int], learned: int) -> float:
     """Compute the training FLOPs that a row needs, by the formula above: the numerator of MFU.
 
-    Every segment attends to itself alone. Half of causal attention counts, and only labelled positions go through the
-    head. Dummies and recomputation are not counted.
+    Every segment attends to itself alone. Half of causal attention counts. Only labelled positions go through the head
+    and through what the last layer skips elsewhere. Dummies and recomputation are not counted.
 
     Args:
         clips, tiles: number of units through the vision tower; every tile of an image counts.
@@ -194,18 +195,40 @@ def row_flops(manifest: Manifest, clips: int, tiles: int, lengths: Sequence[int]
     """
     costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
     tile_span = patches // manifest.frames.clip_frames + spanned - patches
-    tower, language = costs["vision_tower"], costs["language_model"]
-    cfg = manifest.model.language_model
-    own = language.token - 6.0 * _adapter_parameters(manifest).get("language_model", 0)  # the head has no adapters
-    head = own / _matmul_weights(manifest) * cfg.vocab_size * cfg.hidden_size
+    tower, language = costs["vision_tower"], language_model_cost(manifest)
     return (
         tower.token * (clips * spanned + tiles * tile_span)
         + tower.pair * (clips * spanned**2 + tiles * tile_span**2)
         + costs["connector"].token * (clips * TOKENS_PER_CLIP + tiles * TOKENS_PER_TILE)
-        + (language.token - head) * sum(lengths)
-        + language.pair / 2 * sum(length**2 for length in lengths)
-        + head * learned
+        + language.token * sum(lengths)
+        + language.pair * sum(length**2 for length in lengths)
+        + language.learned * learned
     )
+
+
+@dataclass(frozen=True)
+class LanguageModelCost:
+    """Training FLOPs of the language model that a row needs.
+
+    Attributes:
+        token: for each token.
+        learned: in addition for each labelled position: the last layer's feed-forward network, and the head.
+        pair: for each pair of a dialogue's tokens, half of them masked; attention of the last layer is left out.
+    """
+
+    token: float
+    learned: float
+    pair: float
+
+
+def language_model_cost(manifest: Manifest) -> LanguageModelCost:
+    """Compute the FLOPs of the language model, as :func:`row_flops` counts them."""
+    whole, cfg = part_costs(manifest)["language_model"], manifest.model.language_model
+    own = whole.token - 6.0 * _adapter_parameters(manifest).get("language_model", 0)  # adapters are counted everywhere
+    skipped = cfg.hidden_size * (3 * cfg.intermediate_size + cfg.vocab_size)
+    learned = own / _matmul_weights(manifest) * skipped
+    layers = cfg.num_hidden_layers
+    return LanguageModelCost(whole.token - learned, learned, whole.pair / 2 * (layers - 1) / layers)
 
 
 def cost_coefficients(manifest: Manifest) -> CostModel:

@@ -26,39 +26,27 @@ class ChunkedLMHead(nn.Module):
         self.weight = source.weight
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        token_weight: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute logits (..., V) of ``hidden`` (..., H), or with labels the loss of a row.
+        """Compute logits (..., V) of ``hidden`` (..., H), or with targets their loss.
 
         Args:
-            hidden: (L, H) when labels are given.
-            labels: int64 (L,), not shifted: position i predicts label i + 1. The first label of every dialogue is
-                ``IGNORE_INDEX``, so no dialogue predicts the next one's start.
-            token_weight: float32 (L,) weight of the loss at each labelled position.
-            positions: int64 (K,), all positions whose next label is not ``IGNORE_INDEX``.
+            hidden: (K, H) when targets are given.
+            targets: int64 (K,), the token after each position; at least one.
+            weights: float32 (K,), weight of the loss of each.
 
         Returns:
-            float32 scalar, sum of token_weight x cross entropy; zero with zero gradients where nothing is labelled.
+            float32 scalar, sum of weight x cross entropy.
 
         Raises:
-            ValueError: labels without ``token_weight`` or ``positions``.
+            ValueError: targets without weights, or none of them.
         """
-        if labels is None:
+        if targets is None:
             return F.linear(hidden, self.weight)
-        if token_weight is None or positions is None:
-            raise ValueError("labels are given without token_weight or positions; give all for a loss, none for logits")
-        if len(positions):
-            targets, weights = labels[positions + 1], token_weight[positions + 1]
-        else:  # position 0 with weight 0: every parameter gets its (zero) gradient on every rank
-            positions = targets = labels.new_zeros(1)
-            weights = token_weight.new_zeros(1)
-        rows = hidden[positions]
+        if weights is None or not len(targets):
+            raise ValueError("a loss needs the weights of its targets, and at least one target")
         size = max(1, CHUNK_LOGITS // self.weight_rows)
-        chunks = zip(rows.split(size), targets.split(size), weights.split(size), strict=True)
+        chunks = zip(hidden.split(size), targets.split(size), weights.split(size), strict=True)
         return torch.stack([checkpoint(self._chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     @property

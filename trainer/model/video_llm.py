@@ -34,6 +34,7 @@ from framestream.pipeline.config.training import NO_RECOMPUTATION, Recomputation
 from framestream.pipeline.loading.batch import Batch
 from framestream.trainer.model.attention import PACKED, AttentionSegments
 from framestream.trainer.model.internvideo2 import InternVideo2
+from framestream.trainer.model.last_layer import LastLayer
 from framestream.trainer.model.lm_head import ChunkedLMHead
 from framestream.trainer.model.tome import ToMeConnector
 from framestream.trainer.model.umt import UMT
@@ -104,16 +105,27 @@ class VideoLLM(nn.Module):
         """
         if compute is not None:
             return compute()
-        return self.language_model.lm_head(self.hidden(batch), batch.labels, batch.token_weight, batch.label_positions)
+        needed = batch.label_positions
+        if len(needed):
+            targets, weights = batch.labels[needed + 1], batch.token_weight[needed + 1]
+        else:  # position 0 with weight 0: every parameter gets its (zero) gradient on every rank
+            needed = targets = needed.new_zeros(1)
+            weights = batch.token_weight.new_zeros(1)
+        return self.language_model.lm_head(self.hidden(batch, needed), targets, weights)
 
-    def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
-        """Compute the last hidden states of a row: (L, H). Its keys and values are put into ``cache``."""
+    def hidden(self, batch: Batch, needed: torch.Tensor | None = None, cache: Cache | None = None) -> torch.Tensor:
+        """Compute the last hidden states of a row: (K, H). Its keys and values are put into ``cache``.
+
+        Args:
+            needed: int64 (K,), ascending positions whose states are read; None for all, (L, H).
+        """
         output = self.language_model.model(
             inputs_embeds=self.embed(batch).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             **{CACHE_KEYWORD: cache},
             use_cache=cache is not None,
             segments=AttentionSegments.of_lengths(batch.lengths, batch.cu_seqlens),
+            needed=needed,
         )
         return output.last_hidden_state.squeeze(0)
 
@@ -178,6 +190,7 @@ def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
     with no_init_weights():
         model = Qwen2ForCausalLM(config)
     model.lm_head = ChunkedLMHead(model.model.embed_tokens if cfg.tie_word_embeddings else model.lm_head)
+    model.model.layers[-1].__class__ = LastLayer
     for layer in model.model.layers:
         attention = layer.self_attn
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
