@@ -87,7 +87,7 @@ demo: .venv/ready
 	python -m trainer.report $(STAGES:%=demo/runs/stage%) --out demo/report.html --images demo/images
 
 test: lint
-	pytest -q -n 2 --dist loadfile
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/ready
 	pytest -q -n 2 --dist loadfile -m "not slow" tests/unit tests/docs

@@ -217,11 +217,11 @@ def measure_head(setting: Setting) -> None:
         head = place_module(
             setting.device, lambda: ChunkedLMHead(nn.Linear(language.hidden_size, language.vocab_size, bias=False))
         )
-        hidden = torch.randn(2 * learned, language.hidden_size, dtype=DTYPE, device=setting.device, requires_grad=True)
-        labels = torch.full((2 * learned,), 3, device=setting.device)
-        ones, positions = torch.ones(2 * learned, device=setting.device), torch.arange(learned, device=setting.device)
+        hidden = torch.randn(learned, language.hidden_size, dtype=DTYPE, device=setting.device, requires_grad=True)
+        targets = torch.full((learned,), 3, device=setting.device)
+        weights = torch.ones(learned, device=setting.device)
         setting.peak(reset=True)
-        found = setting.time(lambda *_, a=(hidden, labels, ones, positions), head=head: head(*a).backward())
+        found = setting.time(lambda *_, a=(hidden, targets, weights), head=head: head(*a).backward())
         print_finding("head", learned=learned, peak_GiB=setting.peak(), **found)
 
 

@@ -211,14 +211,14 @@ def loss_memory(num_tokens: int, chunked: bool, vocabulary: int, width: int = 25
     """Return loss and peak bytes of forward and backward on random float32 states; call it in a new process."""
     torch.manual_seed(0)
     head = ChunkedLMHead(nn.Linear(width, vocabulary, bias=False))
-    hidden = torch.randn(num_tokens + 1, width, requires_grad=True)
-    labels, weight = torch.randint(0, vocabulary, (num_tokens + 1,)), torch.rand(num_tokens + 1)
+    hidden = torch.randn(num_tokens, width, requires_grad=True)
+    targets, weights = torch.randint(0, vocabulary, (num_tokens,)), torch.rand(num_tokens)
     head.weight.grad = torch.zeros_like(head.weight)  # it exists in training anyway
     before = process_peak()
     if chunked:
-        loss = head(hidden, labels, weight, torch.arange(num_tokens))
+        loss = head(hidden, targets, weights)
     else:
-        loss = (F.cross_entropy(head(hidden[:-1]), labels[1:], reduction="none") * weight[1:]).sum()
+        loss = (F.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
     loss.backward()
     return loss.item(), process_peak() - before
 
