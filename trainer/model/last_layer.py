@@ -26,5 +26,5 @@ class LastLayer(Qwen2DecoderLayer):
             return super().forward(hidden_states, *args, **settings)
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attn(normed, *args, queries=needed, **settings)[0]
-        hidden_states = hidden_states[:, needed] + attended[:, needed]
+        hidden_states = hidden_states.index_select(1, needed) + attended.index_select(1, needed)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
