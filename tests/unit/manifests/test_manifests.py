@@ -48,7 +48,7 @@ RESOLVED = {
     "demo/stage1": "a9868bb4f429e6d23ecf373c176f3393",
     "demo/stage2": "f3d6b613fd600bae4b480ba221a487e6",
     "demo/stage3": "38311c31d64e6dfd1427a20241b3c11f",
-    "demo/stage4": "d2c9f1c9859b610db3f6c6deb2bab283",
+    "demo/stage4": "9021ed06888992c912e3ce6d86f58e01",
     "internvideo2/stage1": "da88f07ed2a2eab7cb31e8a6b22e04f2",
     "internvideo2/stage2": "cf1a4fa7c3a83b83c3a4bfd9f8c1d3c7",
     "internvideo2/stage3": "52db30674ad97439de435ed954afc6bd",
