@@ -169,6 +169,7 @@ def _executed_flops(
     again = {"vision_tower": train.vision_tower.train, "language_model": learned_before or train.language_model.train}
     products = parts["connector"].token * (clips + tiles) * TOKENS_PER_TILE
     products += tower.token * (1 + again["vision_tower"] / passes["vision_tower"]) * (clips * spanned + tiles * tile)
+    products -= cost.pixel_gradient(manifest) * (clips * patches + tiles * patches // manifest.frames.clip_frames)
     needed = cost.language_model_cost(manifest)
     of_language = needed.token * tokens + needed.learned * learned
     products += of_language * (1 + again["language_model"] / passes["language_model"])

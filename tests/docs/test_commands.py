@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TESTS = {"building.md", "reuse.md"}
-BENCHMARK = re.compile(r"(?:\w+=\S+ )*python -m benchmarks\.(\w+)\.(\w+)")
+BENCHMARK = re.compile(r"(?:\w+=\S+ )*python -m benchmarks(?:\.(\w+))?\.(\w+)")
 COLOURS = ("red", "blue", "green")
 
 
@@ -122,7 +122,8 @@ def test_documented_benchmarks_have_a_short_form_in_the_tests():
         for _, command, why in commands(page.read_text(encoding="utf-8")):
             if (found := BENCHMARK.match(command)) and not why:
                 room, name = found.groups()
-                imported = rf"from benchmarks\.{room} import .*\b{name}\b|from benchmarks\.{room}\.{name} import"
+                folder = rf"benchmarks\.{room}" if room else "benchmarks"
+                imported = rf"from {folder} import .*\b{name}\b|from {folder}\.{name} import"
                 assert re.search(imported, tested), f"{page.name}: {command}"
 
 

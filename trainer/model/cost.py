@@ -185,8 +185,9 @@ def flops(manifest: Manifest, frames: int, text_tokens: int) -> float:
 def row_flops(manifest: Manifest, clips: int, tiles: int, lengths: Sequence[int], learned: int) -> float:
     """Compute the training FLOPs that a row needs, by the formula above: the numerator of MFU.
 
-    Every segment attends to itself alone. Half of causal attention counts. Only labelled positions go through the head
-    and through what the last layer skips elsewhere. Dummies and recomputation are not counted.
+    Every segment attends to itself alone. Half of causal attention counts, and no gradient of the pixels. Only labelled
+    positions go through the head and through what the last layer skips elsewhere. Dummies and recomputation are not
+    counted.
 
     Args:
         clips, tiles: number of units through the vision tower; every tile of an image counts.
@@ -194,16 +195,24 @@ def row_flops(manifest: Manifest, clips: int, tiles: int, lengths: Sequence[int]
         learned: number of labelled positions.
     """
     costs, (patches, spanned) = part_costs(manifest), tower_tokens(manifest)
-    tile_span = patches // manifest.frames.clip_frames + spanned - patches
+    frame = patches // manifest.frames.clip_frames
+    tile_span = frame + spanned - patches
     tower, language = costs["vision_tower"], language_model_cost(manifest)
     return (
         tower.token * (clips * spanned + tiles * tile_span)
+        - pixel_gradient(manifest) * (clips * patches + tiles * frame)
         + tower.pair * (clips * spanned**2 + tiles * tile_span**2)
         + costs["connector"].token * (clips * TOKENS_PER_CLIP + tiles * TOKENS_PER_TILE)
         + language.token * sum(lengths)
         + language.pair * sum(length**2 for length in lengths)
         + language.learned * learned
     )
+
+
+def pixel_gradient(manifest: Manifest) -> float:
+    """Count the FLOPs of a patch's gradient of the pixels, which a trained tower's formula has and no run needs."""
+    tower = manifest.model.vision_tower
+    return 2.0 * 3 * tower.patch**2 * tower.width if manifest.train.vision_tower.train else 0.0
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,11 @@ class InternVideo2(VisionTower):
         self.num_drop_path_rands = 2 * len(self.blocks) if rise else 0
 
     def encode_patches(
-        self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
+        self,
+        clips: torch.Tensor,
+        tiles: torch.Tensor,
+        drop_path_rand: torch.Tensor | None = None,
+        anchor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode clips and tiles together, as described in :class:`VisionTower`."""
         rands: Sequence[torch.Tensor | None] = [None] * len(self.blocks)
@@ -67,7 +71,7 @@ class InternVideo2(VisionTower):
             rands = drop_path_rand.split(2, dim=1)
         images = clips.transpose(1, 2).flatten(0, 1)
         images = torch.cat([images, tiles.squeeze(2)]) if len(tiles) else images  # (N T + M, 3, S, S)
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images, anchor)
         frames = len(clips) * clips.shape[2]
         clip_tokens = self._tokens(patches[:frames], len(clips), self.pos_embed)
         tile_tokens = self._tokens(patches[frames:], len(tiles), self.img_pos_embed)

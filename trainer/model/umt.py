@@ -50,12 +50,16 @@ class UMT(VisionTower):
         self.register_buffer("tile_positions", tile_positions, persistent=False)
 
     def encode_patches(
-        self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
+        self,
+        clips: torch.Tensor,
+        tiles: torch.Tensor,
+        drop_path_rand: torch.Tensor | None = None,
+        anchor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode clips and tiles together, as described in :class:`VisionTower`; there is no drop path."""
         images = clips.transpose(1, 2).flatten(0, 1)
         images = torch.cat([images, tiles.squeeze(2)]) if len(tiles) else images  # (N T + M, 3, S, S)
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images, anchor)
         clip_tokens = patches[: len(clips) * clips.shape[2]].reshape(len(clips), *self.clip_positions.shape)
         tile_tokens = patches[len(clips) * clips.shape[2] :]
         clip_tokens = clip_tokens + self.clip_positions.to(patches.dtype)
@@ -77,9 +81,9 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = PatchProjection(3, width, (1, patch, patch), stride=(1, patch, patch))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, anchor: torch.Tensor | None = None) -> torch.Tensor:
         """(P, 3, S, S) -> (P, L, C)"""
-        return self.proj(images)
+        return self.proj(images, anchor)
 
 
 class PatchProjection(nn.Conv3d):
@@ -88,12 +92,13 @@ class PatchProjection(nn.Conv3d):
     The weight keeps the published shape (C, 3, 1, patch, patch).
     """
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(P, 3, S, S) -> (P, L, C), patches row by row."""
+    def forward(self, images: torch.Tensor, anchor: torch.Tensor | None = None) -> torch.Tensor:
+        """(P, 3, S, S) -> (P, L, C), patches row by row. ``anchor`` changes nothing (``VisionTower.forward``)."""
         p = self.kernel_size[-1]
         images = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (P, 3, rows, p, columns, p)
         patches = images.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)  # (P L, 3 p p)
-        return F.linear(patches, self.weight.flatten(1), self.bias).unflatten(0, (len(images), -1))
+        bias = self.bias if anchor is None else self.bias + 0 * anchor
+        return F.linear(patches, self.weight.flatten(1), bias).unflatten(0, (len(images), -1))
 
 
 class UMTBlock(nn.Module):

@@ -98,18 +98,21 @@ class VisionTower(nn.Module, abc.ABC):
 
         Only these tokens of a group stay in memory for the backward pass.
         """
-        pixels = self.normalize(clips, anchor), self.normalize(tiles.unsqueeze(1), anchor)
-        return merge_units(*self.encode_patches(*pixels, rand), self.heads)
+        pixels = self.normalize(clips), self.normalize(tiles.unsqueeze(1))
+        return merge_units(*self.encode_patches(*pixels, rand, anchor), self.heads)
 
-    def normalize(self, frames: torch.Tensor, anchor: torch.Tensor | None = None) -> torch.Tensor:
+    def normalize(self, frames: torch.Tensor) -> torch.Tensor:
         """Normalize frames: uint8 (n, T, S, S, 3) -> (n, 3, T, S, S) in the tower's dtype."""
-        mean = self.mean if anchor is None else self.mean + 0 * anchor
         planes = frames.movedim(-1, 2).contiguous().float().transpose(1, 2)  # of images, one after the other
-        return planes.div_(255).sub_(mean).div_(self.std).to(next(self.parameters()).dtype)
+        return planes.div_(255).sub_(self.mean).div_(self.std).to(next(self.parameters()).dtype)
 
     @abc.abstractmethod
     def encode_patches(
-        self, clips: torch.Tensor, tiles: torch.Tensor, drop_path_rand: torch.Tensor | None = None
+        self,
+        clips: torch.Tensor,
+        tiles: torch.Tensor,
+        drop_path_rand: torch.Tensor | None = None,
+        anchor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode clips and tiles together; either may be empty, not both.
 
@@ -117,6 +120,8 @@ class VisionTower(nn.Module, abc.ABC):
             clips: (N, 3, T, S, S) normalized pixels.
             tiles: (M, 3, 1, S, S) normalized pixels.
             drop_path_rand: float32 (N + M, ``num_drop_path_rands``) in [0, 1), needed while training with drop path.
+            anchor: of :meth:`forward`, added to the first bias: pixels then need no gradient, and the anchor's comes
+                after those of all parameters.
 
         Returns:
             (N, T L, C) and (M, L, C)

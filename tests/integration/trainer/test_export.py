@@ -323,7 +323,7 @@ def golden_models(tmp_path_factory) -> list[VideoLLM]:
     assert_same(tensors(folder / "exported"), load_file(golden.FILES / "weights.safetensors"))
     models = [started.eval(), load_pretrained(folder / "exported")]
     for model in models:  # golden pixels are normalized already
-        model.vision_tower.normalize = lambda frames, anchor: frames.movedim(-1, 1)
+        model.vision_tower.normalize = lambda frames: frames.movedim(-1, 1)
     return models
 
 

@@ -30,7 +30,7 @@ def model() -> VideoLLM:
     for part in model.parts():
         tensors |= open_part_tensors(model, part, weights, cfg)
     copy_tensors(model, tensors)
-    model.vision_tower.normalize = lambda frames, anchor: frames.movedim(-1, 1)
+    model.vision_tower.normalize = lambda frames: frames.movedim(-1, 1)
     return model.train()
 
 
