@@ -248,11 +248,14 @@ def language_model_attention(
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    kernel = select_kernel(q.device.type, q.dtype, q.shape[-1]).attend
     # The kernels of GPUs align other numbers of queries in their own ways; there, looking at positions would wait, too.
-    if queries is not None and kernel is attend_sdpa and q.device.type == "cpu":
+    if (
+        queries is not None
+        and q.device.type == "cpu"
+        and select_kernel("cpu", q.dtype, q.shape[-1]).attend is attend_sdpa
+    ):
         return attend_needed(q, k, v, segments, queries).unsqueeze(0), None
-    return kernel(q, k, v, segments, True).unsqueeze(0), None
+    return attend(q, k, v, segments, causal=True).unsqueeze(0), None
 
 
 # No mask function is registered under this name, so transformers builds no mask for it.

@@ -97,7 +97,7 @@ class PatchProjection(nn.Conv3d):
         p = self.kernel_size[-1]
         images = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (P, 3, rows, p, columns, p)
         patches = images.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)  # (P L, 3 p p)
-        bias = self.bias if anchor is None else self.bias + 0 * anchor
+        bias = self.bias if self.bias is None or anchor is None else self.bias + 0 * anchor
         return F.linear(patches, self.weight.flatten(1), bias).unflatten(0, (len(images), -1))
 
 

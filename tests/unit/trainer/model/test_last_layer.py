@@ -87,3 +87,15 @@ def test_the_loss_and_its_gradients_are_those_of_all_positions(monkeypatch, reco
     (losses * row.token_weight[1:]).sum().backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(found[name], weight.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_a_row_without_labels_gives_every_parameter_a_zero_gradient(monkeypatch):
+    """ZeRO-3 waits for the gradients of all parameters on all ranks."""
+    monkeypatch.setattr(attention, "MIN_SELECTED_LENGTH", 16)
+    unlabelled = dialogue(0, clips=1, text=40)
+    unlabelled.labels = [IGNORE_INDEX] * len(unlabelled.ids)
+    for row in (pack([unlabelled]), pack([])):
+        model = small_model()
+        loss = model(row)
+        loss.backward()
+        assert loss == 0 and all(weight.grad.abs().max() == 0 for weight in model.parameters())
