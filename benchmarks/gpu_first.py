@@ -46,9 +46,10 @@ from framestream.pipeline.config.manifest import Manifest, load_manifest
 from framestream.pipeline.config.model import InitFromConfig, ModelConfig
 from framestream.pipeline.config.training import Recomputation
 from framestream.trainer.model import attention, cost
+from framestream.trainer.model.language_model import build_language_model
 from framestream.trainer.model.lm_head import ChunkedLMHead
 from framestream.trainer.model.memory_estimate import GIB, RowShape, estimate_memory
-from framestream.trainer.model.video_llm import VideoLLM, build_language_model
+from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.monitoring.device import peak_flops
 from tests.helpers.paths import ROOT
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from framestream.pipeline.config.model import LanguageModelConfig, VisionTowerConfig
 from framestream.trainer.model.attention import AttentionSegments
+from framestream.trainer.model.language_model import build_language_model
 from framestream.trainer.model.umt import UMTBlock
-from framestream.trainer.model.video_llm import build_language_model
 
 TOKENS = 32  #: of the counted row
 PRODUCTS = {"mm", "addmm", "bmm", "linear"}  #: matrix products

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from framestream.trainer.model.dense_attention import attend_dense, is_faster
 
@@ -34,9 +32,6 @@ except ImportError:
 
 MIN_CAPABILITY = (8, 0)  #: of GPUs that the variable-length kernels run on: A100 and newer
 MAX_HEAD_SIZE = 256  #: of these kernels; a multiple of 8
-MIN_SELECTED_LENGTH = 1024  #: of a segment in which ``attend_needed`` selects queries: shorter ones are batched
-MAX_SELECTED = 1 / 8  #: share of a segment's queries that are selected: their mask is a table of these and all keys
-PACKED = "framestream_packed"  #: name under which transformers finds ``language_model_attention``
 
 
 @dataclass(frozen=True)
@@ -109,38 +104,6 @@ def attend_sdpa(
             q_run, k_run, v_run, is_causal=causal, enable_gqa=q_run.shape[1] != k_run.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        start = end
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def attend_needed(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: AttentionSegments, needed: torch.Tensor
-) -> torch.Tensor:
-    """Compute causal ``attend`` at needed positions on a CPU; elsewhere the output may be zeros.
-
-    In long segments only the needed queries are computed, if they are few.
-
-    Args:
-        needed: int64 (N,), ascending positions of queries.
-    """
-    if segments.longest < MIN_SELECTED_LENGTH:
-        return attend_sdpa(q, k, v, segments, causal=True)
-    outputs, start = [], 0
-    for length in (length for count, length in segments.runs for _ in range(count)):
-        end = start + length
-        q_own, k_own, v_own = q[start:end], k[start:end], v[start:end]
-        first, last = torch.searchsorted(needed, torch.tensor([start, end])).tolist()
-        own = needed[first:last] - start if last > first else needed.new_zeros(1)  # so every input has its gradient
-        if length < MIN_SELECTED_LENGTH or len(own) > length * MAX_SELECTED:
-            alone = AttentionSegments(((1, length),), segments.cu_seqlens)
-            outputs.append(attend_sdpa(q_own, k_own, v_own, alone, causal=True))
-        else:
-            q_few, k_all, v_all = (x.transpose(0, 1).unsqueeze(0) for x in (q_own[own], k_own, v_own))
-            seen = torch.arange(length) <= own.unsqueeze(1)  # (N, length)
-            few = F.scaled_dot_product_attention(
-                q_few, k_all, v_all, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outputs.append(torch.zeros_like(q_own).index_copy(0, own, few.squeeze(0).transpose(0, 1)))
         start = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -224,39 +187,3 @@ def flash_kernel(function: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 def _repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
     """Repeat each key or value head for the query heads that share it: (T, K, D) -> (T, times K, D)."""
     return x.unsqueeze(2).expand(-1, -1, times, -1).flatten(1, 2)
-
-
-def language_model_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    segments: AttentionSegments | None = None,
-    queries: torch.Tensor | None = None,
-    **settings,
-):
-    """Implement transformers' attention interface: packed rows by ``attend``, anything else by its own SDPA.
-
-    Args:
-        query: (1, H, T, D); key, value: (1, K, T, D) of a packed row when ``segments`` is given.
-        queries: int64 (N,), ascending positions whose output is read, given with ``segments``; None for all.
-
-    Returns:
-        ((1, T, H, D), None)
-    """
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    # The kernels of GPUs align other numbers of queries in their own ways; there, looking at positions would wait, too.
-    if (
-        queries is not None
-        and q.device.type == "cpu"
-        and select_kernel("cpu", q.dtype, q.shape[-1]).attend is attend_sdpa
-    ):
-        return attend_needed(q, k, v, segments, queries).unsqueeze(0), None
-    return attend(q, k, v, segments, causal=True).unsqueeze(0), None
-
-
-# No mask function is registered under this name, so transformers builds no mask for it.
-AttentionInterface.register(PACKED, language_model_attention)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from framestream.pipeline.utils.command_line import printable_line
-from framestream.trainer.model.video_llm import RowLinear
+from framestream.trainer.model.language_model import RowLinear
 
 FULL = "full"  #: value of ``lora.load`` for weights in the dtype of the model
 WEIGHT_BYTES = {"4bit": 0.5 + (1 + 4 / 256) / 64, "8bit": 1.0}  #: of a weight, scales of blocks included

@@ -21,21 +21,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import Cache, Qwen2Model
 from transformers.initialization import no_init_weights
 
 from framestream.pipeline.config.manifest import Manifest
-from framestream.pipeline.config.model import LanguageModelConfig, ModelConfig
+from framestream.pipeline.config.model import ModelConfig
 from framestream.pipeline.config.training import NO_RECOMPUTATION, Recomputation
 from framestream.pipeline.loading.batch import Batch
-from framestream.trainer.model.attention import PACKED, AttentionSegments
+from framestream.trainer.model.attention import AttentionSegments
 from framestream.trainer.model.internvideo2 import InternVideo2
-from framestream.trainer.model.last_layer import LastLayer
-from framestream.trainer.model.lm_head import ChunkedLMHead
+from framestream.trainer.model.language_model import build_language_model
 from framestream.trainer.model.tome import ToMeConnector
 from framestream.trainer.model.umt import UMT
 from framestream.trainer.model.vision_tower import VisionTower
@@ -160,47 +157,6 @@ class VideoLLM(nn.Module):
             if moved.dtype != buffer.dtype:
                 setattr(module, name, buffer.to(moved.device))
         return self
-
-
-class RowLinear(nn.Linear):
-    """A linear layer over rows (..., C), computed on (rows, C).
-
-    Under ZeRO-3, DeepSpeed replaces ``F.linear``. Its own adds a bias inside the product for two dimensions only.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
-
-
-def build_language_model(cfg: LanguageModelConfig) -> Qwen2ForCausalLM:
-    """Build Qwen2 with packed attention and the chunked loss head; weights are not initialized."""
-    config = Qwen2Config(
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        num_key_value_heads=cfg.num_key_value_heads,
-        vocab_size=cfg.vocab_size,
-        max_position_embeddings=cfg.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        rms_norm_eps=cfg.rms_norm_eps,
-        tie_word_embeddings=cfg.tie_word_embeddings,
-        attn_implementation=PACKED,  # type: ignore[call-arg]  # taken by the base class as one of its **kwargs
-    )
-    with no_init_weights():
-        model = Qwen2ForCausalLM(config)
-    model.lm_head = ChunkedLMHead(model.model.embed_tokens if cfg.tie_word_embeddings else model.lm_head)
-    model.model.layers[-1].__class__ = LastLayer
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            projection.__class__ = RowLinear
-    # Recomputed in numpy: inside DeepSpeed's zero.Init torch has computed the frequencies in 16 bit.
-    width = cfg.hidden_size // cfg.num_attention_heads
-    exponent = torch.from_numpy(np.arange(0, width, 2, dtype=np.float32)) / width
-    rotary = model.model.rotary_emb
-    rotary.inv_freq, rotary.original_inv_freq = 1.0 / cfg.rope_theta**exponent, 1.0 / cfg.rope_theta**exponent
-    return model
 
 
 def build_model(manifest: Manifest, device: str = "cpu") -> VideoLLM:

@@ -16,8 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from framestream.pipeline.config.model import ModelConfig
 from framestream.pipeline.config.training import Recomputation
 from framestream.trainer.distributed.call_order import outer_modules
-from framestream.trainer.model import attention
-from framestream.trainer.model.attention import AttentionSegments, attend_sdpa, language_model_attention
+from framestream.trainer.model.attention import AttentionSegments, attend_sdpa
 from framestream.trainer.model.umt import UMT
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.model.vision_tower import INDEX_LIMIT, split_groups
@@ -279,22 +278,6 @@ def test_a_row_runs_without_a_look_at_its_values(kinds, cfg):
     batch.drop_path_rand = drop_path_random(batch, 0, model.vision_tower.num_drop_path_rands)
     model.to("meta")(batch.to("meta")).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_no_mask_is_built_and_attention_is_called_per_run(monkeypatch):
-    lengths = []
-
-    def watch(module, query, key, value, attention_mask, segments=None, **settings):
-        assert attention_mask is None
-        lengths.append(segments.runs)
-        return language_model_attention(module, query, key, value, attention_mask, segments, **settings)
-
-    attention.AttentionInterface.register(attention.PACKED, watch)
-    try:
-        small_model()(pack([dialogue(n, text=length) for n, length in enumerate((9, 9, 20))]))
-    finally:
-        attention.AttentionInterface.register(attention.PACKED, language_model_attention)
-    assert lengths == [((2, 9), (1, 20))] * 2
 
 
 @given(

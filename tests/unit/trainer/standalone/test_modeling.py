@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from framestream.pipeline.config.manifest import Manifest
 from framestream.pipeline.loading.batch import Batch
 from framestream.pipeline.shards.memory_index import MediaFile
 from framestream.trainer.checkpoint.export import export
 from framestream.trainer.inference.generation import generate
+from framestream.trainer.model.language_model import PACKED, language_model_attention
 from framestream.trainer.model.video_llm import VideoLLM
 from framestream.trainer.weights.load import load_pretrained
 from tests.helpers.media.footage import BIKES
@@ -113,6 +115,11 @@ def test_another_dtype_is_the_trainers_too(exported, picture):
     assert placed(**exported.processor(messages)).logits[0].equal(found)
     cast = load_export(exported.folder)[0].to(torch.bfloat16)  # constants stay as precise as they were
     torch.testing.assert_close(cast(**exported.processor(messages)).logits[0], found, atol=0.5, rtol=0.1)
+
+
+def test_an_export_leaves_the_trainers_attention_in_its_place(exported):
+    """Its copy of attention.py once registered itself under the same name for the whole process."""
+    assert ALL_ATTENTION_FUNCTIONS[PACKED] is language_model_attention
 
 
 @torch.no_grad()

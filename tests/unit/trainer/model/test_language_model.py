@@ -1,4 +1,4 @@
-"""The last layer at the positions that are read, against the same layer everywhere."""
+"""Attention of packed rows, and the last layer at the positions that are read, against the layer everywhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AttentionInterface
 
 from framestream.pipeline.tokenization.special_ids import IGNORE_INDEX
-from framestream.trainer.model import attention
-from framestream.trainer.model.attention import AttentionSegments, attend_needed
+from framestream.trainer.model import language_model
+from framestream.trainer.model.attention import AttentionSegments
+from framestream.trainer.model.language_model import PACKED, attend_needed, language_model_attention
 from tests.helpers.model.rows import dialogue, pack, small_model
 
 
@@ -39,7 +41,7 @@ def test_needed_outputs_and_all_gradients_are_those_of_a_mask(lengths, shared, c
     segments = AttentionSegments.of_lengths(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     with pytest.MonkeyPatch.context() as patch:  # segments of this test count as long ones
-        patch.setattr(attention, "MIN_SELECTED_LENGTH", 16)
+        patch.setattr(language_model, "MIN_SELECTED_LENGTH", 16)
         found = attend_needed(*inputs, segments, needed)[needed]
     expected = masked(*inputs, lengths)[needed]
     torch.testing.assert_close(found, expected)
@@ -47,6 +49,22 @@ def test_needed_outputs_and_all_gradients_are_those_of_a_mask(lengths, shared, c
     ours, theirs = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_no_mask_is_built_and_attention_is_called_per_run():
+    lengths = []
+
+    def watch(module, query, key, value, attention_mask, segments=None, **settings):
+        assert attention_mask is None
+        lengths.append(segments.runs)
+        return language_model_attention(module, query, key, value, attention_mask, segments, **settings)
+
+    AttentionInterface.register(PACKED, watch)
+    try:
+        small_model()(pack([dialogue(n, text=length) for n, length in enumerate((9, 9, 20))]))
+    finally:
+        AttentionInterface.register(PACKED, language_model_attention)
+    assert lengths == [((2, 9), (1, 20))] * 2
 
 
 def test_few_queries_of_a_long_segment_are_computed_and_no_others(monkeypatch):
@@ -66,7 +84,7 @@ def test_few_queries_of_a_long_segment_are_computed_and_no_others(monkeypatch):
 
 @pytest.mark.parametrize("long", [16, 10**9], ids=["selected", "whole"])
 def test_states_of_a_row_are_those_of_all_positions(monkeypatch, long):
-    monkeypatch.setattr(attention, "MIN_SELECTED_LENGTH", long)
+    monkeypatch.setattr(language_model, "MIN_SELECTED_LENGTH", long)
     model = small_model(scale=15.0)
     row = pack([dialogue(0, clips=2, text=40), dialogue(1, text=9), dialogue(2, stills=1, text=30)])
     whole = model.hidden(row)
@@ -76,7 +94,7 @@ def test_states_of_a_row_are_those_of_all_positions(monkeypatch, long):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_loss_and_its_gradients_are_those_of_all_positions(monkeypatch, recompute):
-    monkeypatch.setattr(attention, "MIN_SELECTED_LENGTH", 16)
+    monkeypatch.setattr(language_model, "MIN_SELECTED_LENGTH", 16)
     row = pack([dialogue(0, clips=2, text=40), dialogue(1, text=50)])
     model = small_model(recompute, scale=15.0)
     model(row).backward()
@@ -91,7 +109,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_positions(monkeypatch, reco
 
 def test_a_row_without_labels_gives_every_parameter_a_zero_gradient(monkeypatch):
     """ZeRO-3 waits for the gradients of all parameters on all ranks."""
-    monkeypatch.setattr(attention, "MIN_SELECTED_LENGTH", 16)
+    monkeypatch.setattr(language_model, "MIN_SELECTED_LENGTH", 16)
     unlabelled = dialogue(0, clips=1, text=40)
     unlabelled.labels = [IGNORE_INDEX] * len(unlabelled.ids)
     for row in (pack([unlabelled]), pack([])):
