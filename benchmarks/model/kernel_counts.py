@@ -1,17 +1,19 @@
 """Count the kernels of one layer at full width, and the memory that they move.
 
-A layer runs on the CPU with a few tokens and weights that nothing has set. Matrix products and attention are left out
-of the bytes, because their FLOPs decide their time. Every other kernel reads its inputs and writes its outputs once.
+A layer takes a few tokens through the calls of the CPU, on tensors that have shapes and dtypes only. Matrix products
+and attention are left out of the bytes, because their FLOPs decide their time. Every other kernel reads its inputs and
+writes its outputs once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,7 +48,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
-        if name not in VIEWS:
+        if function.namespace != "prim" and name not in VIEWS:  # prim: questions about a tensor's device
             self.count.kernels += 1
             if name in PRODUCTS or "attention" in name:
                 self.count.products += 1
@@ -66,29 +68,35 @@ def count_passes(run: Callable[[], torch.Tensor]) -> tuple[KernelCount, KernelCo
     return forward.count, backward.count
 
 
-def _unset(make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a module in bf16 without setting its weights."""
-    with torch.device("meta"):
-        module = make()
-    return module.bfloat16().to_empty(device="cpu").train()
+@contextmanager
+def _shapes_only() -> Iterator[None]:
+    """Make bf16 tensors that have no values, and compute none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def count_language_layer(cfg: LanguageModelConfig) -> tuple[KernelCount, KernelCount]:
     """Count one layer of the language model, forward and backward, in bf16."""
     cfg = dataclasses.replace(cfg, num_hidden_layers=1, vocab_size=16)
-    model, head_size = _unset(lambda: build_language_model(cfg)).model, cfg.hidden_size // cfg.num_attention_heads
-    x = torch.zeros(1, TOKENS, cfg.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    angles = tuple(torch.ones(1, TOKENS, head_size, dtype=torch.bfloat16) for _ in range(2))
-    segments = AttentionSegments.of_runs([(1, TOKENS)], x.device)
-    layer = model.layers[0]
-    return count_passes(
-        lambda: layer(x, position_embeddings=angles, attention_mask=None, segments=segments, use_cache=False)
-    )
+    with _shapes_only():
+        layer, head_size = build_language_model(cfg).model.layers[0], cfg.hidden_size // cfg.num_attention_heads
+        x = torch.zeros(1, TOKENS, cfg.hidden_size, requires_grad=True)
+        angles = tuple(torch.ones(1, TOKENS, head_size) for _ in range(2))
+        segments = AttentionSegments.of_runs([(1, TOKENS)], x.device)
+        return count_passes(
+            lambda: layer(x, position_embeddings=angles, attention_mask=None, segments=segments, use_cache=False)
+        )
 
 
 def count_tower_block(cfg: VisionTowerConfig) -> tuple[KernelCount, KernelCount]:
     """Count one block of UMT that learns, forward and backward, in bf16."""
-    block = _unset(lambda: UMTBlock(cfg.width, cfg.heads, round(cfg.width * cfg.mlp_ratio)))
-    x = torch.zeros(TOKENS, cfg.width, dtype=torch.bfloat16, requires_grad=True)
-    segments = AttentionSegments.of_runs([(1, TOKENS)], x.device)
-    return count_passes(lambda: block(x, segments))
+    with _shapes_only():
+        block = UMTBlock(cfg.width, cfg.heads, round(cfg.width * cfg.mlp_ratio))
+        x = torch.zeros(TOKENS, cfg.width, requires_grad=True)
+        segments = AttentionSegments.of_runs([(1, TOKENS)], x.device)
+        return count_passes(lambda: block(x, segments))
